@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Initial weights. A weight is [out, in]; its fan-in is `in`, also where it is one expert of many.
+#pragma once
+
+#include <cmath>
+
+#include <weir/core/error.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+/// [rows, cols] drawn from U(-a, a), a = sqrt(3 / cols): unit-variance output for unit-variance
+/// input.
+template <class T>
+Matrix<T> uniform_init(Index rows, Index cols, Rng& rng) {
+  const double a = std::sqrt(3.0 / static_cast<double>(cols));
+  return Matrix<T>::NullaryExpr(rows, cols, [&] { return static_cast<T>(rng.uniform(-a, a)); });
+}
+
+/// [rows, cols] drawn from N(0, stddev^2).
+template <class T>
+Matrix<T> normal_init(Index rows, Index cols, double stddev, Rng& rng) {
+  return Matrix<T>::NullaryExpr(rows, cols, [&] { return static_cast<T>(stddev * rng.normal()); });
+}
+
+/// [rows, cols] drawn from a normal distribution cut at two standard deviations, its variance
+/// scaled down for the stability of sparse models:
+///
+///     stddev = sqrt(scale / cols)
+///
+/// (Fedus et al. 2021, arXiv:2101.03961, section 2.4, with s = 0.1 for MoE models and 1.0 for
+/// dense ones. stddev is that of the normal before it is cut.)
+template <class T>
+Matrix<T> switch_init(Index rows, Index cols, Rng& rng, double scale = 0.1) {
+  expect_positive("switch_init", "scale", scale);
+  const double stddev = std::sqrt(scale / static_cast<double>(cols));
+  return Matrix<T>::NullaryExpr(rows, cols,
+                                [&] { return static_cast<T>(stddev * rng.truncated_normal()); });
+}
+
+}  // namespace weir

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Workspace inside a cache that grows and never shrinks.
+#pragma once
+
+#include <vector>
+
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+/// A matrix whose number of rows changes from pass to pass, as the tokens of an expert do: memory is
+/// allocated only when it grows beyond anything seen before. (Eigen's own matrices allocate at each
+/// change of size.)
+template <class T>
+class Scratch {
+ public:
+  using Map = Eigen::Map<Matrix<T>>;
+  using ConstMap = Eigen::Map<const Matrix<T>>;
+
+  /// Makes it [rows, cols], contents unspecified.
+  Map reshape(Index rows, Index cols) {
+    rows_ = rows;
+    cols_ = cols;
+    const auto size = static_cast<std::size_t>(rows * cols);
+    if (storage_.size() < size) storage_.resize(size);
+    return view();
+  }
+
+  Map view() { return {storage_.data(), rows_, cols_}; }
+  ConstMap view() const { return {storage_.data(), rows_, cols_}; }
+
+  Index rows() const { return rows_; }
+  Index cols() const { return cols_; }
+  T* data() { return storage_.data(); }
+  const T* data() const { return storage_.data(); }
+
+ private:
+  std::vector<T> storage_;
+  Index rows_ = 0;
+  Index cols_ = 0;
+};
+
+}  // namespace weir
