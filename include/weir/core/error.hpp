@@ -44,7 +44,9 @@ template <class Error, class... Parts>
 /// "[rows, cols]" for use in a message.
 template <class M>
 std::string shape_of(const M& m) {
-  return "[" + std::to_string(m.rows()) + ", " + std::to_string(m.cols()) + "]";
+  std::ostringstream text;
+  text << "[" << m.rows() << ", " << m.cols() << "]";
+  return text.str();
 }
 
 /// \throws ShapeError   unless `m`, the argument `name` of `where`, is [any number of tokens, cols].

@@ -4,75 +4,50 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <type_traits>
 
 #include <weir/core/error.hpp>
+#include <weir/core/thread_pool.hpp>
 #include <weir/core/types.hpp>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace weir {
 
-/// How many threads this machine runs at once; 1 when the program was compiled without OpenMP.
+/// How many threads this machine runs at once, as far as the process may use them.
 inline int hardware_threads() {
-#ifdef _OPENMP
-  return omp_get_num_procs();
-#else
-  return 1;
-#endif
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
-
-namespace detail {
-inline std::atomic<int>& thread_setting() {
-  static std::atomic<int> threads{1};
-  return threads;
-}
-}  // namespace detail
 
 /// How many threads weir uses: 1 until `set_threads` is called.
-inline int threads() { return detail::thread_setting().load(std::memory_order_relaxed); }
+inline int threads() { return detail::ThreadPool::instance().size(); }
 
-/// Lets weir use `count` threads from now on, in every call of every layer. Results do not depend
-/// on it, to the last bit.
-/// \throws ConfigError  if count < 1, or count > 1 in a program compiled without OpenMP.
+/// Lets weir use `count` threads from now on, in every call of every layer: starts count - 1 of
+/// them, which sleep between calls. Results do not depend on it, to the last bit.
+/// \throws ConfigError  if count < 1.
+/// \throws StateError   from inside a parallel loop.
 inline void set_threads(int count) {
   expect_at_least("set_threads", "count", count, 1);
-#ifndef _OPENMP
-  if (count > 1) {
-    fail<ConfigError>("set_threads: count = ", count,
-                      ", expected 1 in a program compiled without OpenMP (add -fopenmp)");
-  }
-#endif
-  detail::thread_setting() = count;
+  detail::ThreadPool::instance().resize(count);
 }
 
 /// Calls `body(i)` for each i in [0, count), in any order, on up to `threads()` threads. Each i has
 /// to write to places of its own, and what it computes must not depend on who runs it: then the
-/// result is the same for any number of threads. An exception from `body` reaches the caller.
-/// Called from inside another parallel loop, it runs on the calling thread.
+/// result is the same for any number of threads. An exception from `body` reaches the caller; of
+/// several, one. Called from inside another parallel loop, or while another thread of the program
+/// is in one, it runs on the calling thread.
 template <class Body>
 void parallel_for(Index count, Body&& body) {
-#ifdef _OPENMP
-  const int team = static_cast<int>(std::min<Index>(threads(), count));
-  if (team > 1 && omp_in_parallel() == 0) {
-    std::exception_ptr error;
-    std::atomic<bool> failed{false};
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-    for (Index i = 0; i < count; ++i) {
-      if (failed.load(std::memory_order_relaxed)) continue;
-      try {
-        body(i);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
+  using Function = std::remove_reference_t<Body>;
+  if (count > 1 && threads() > 1 && count <= std::numeric_limits<std::uint32_t>::max()) {
+    const auto call = [](void* function, Index i) { (*static_cast<Function*>(function))(i); };
+    void* const function = const_cast<void*>(static_cast<const void*>(std::addressof(body)));
+    if (detail::ThreadPool::instance().run(static_cast<std::uint32_t>(count), function, call)) {
+      return;
     }
-    if (error) std::rethrow_exception(error);
-    return;
   }
-#endif
   for (Index i = 0; i < count; ++i) body(i);
 }
 

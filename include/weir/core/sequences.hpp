@@ -32,6 +32,9 @@ class Sequences {
     offsets_.push_back(offsets_.back() + length);
   }
 
+  /// No sequences; keeps the memory.
+  void clear() { offsets_.resize(1); }
+
   Index count() const { return static_cast<Index>(offsets_.size()) - 1; }
   Index tokens() const { return offsets_.back(); }
   Index begin(Index s) const { return offsets_[static_cast<std::size_t>(s)]; }

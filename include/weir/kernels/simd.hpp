@@ -39,11 +39,14 @@ struct Simd {
 
   static void store(const Vector& v, T* to) { std::memcpy(to, &v, sizeof(Vector)); }
 
-  /// The sum of the lanes, in a fixed order.
+  /// The sum of the lanes, halves added to each other: a fixed order.
   static T sum(const Vector& v) {
-    T total = T(0);
-    for (Index lane = 0; lane < kLanes; ++lane) total += v[lane];
-    return total;
+    T part[kLanes];
+    store(v, part);
+    for (Index half = kLanes / 2; half > 0; half /= 2) {
+      for (Index lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
+    }
+    return part[0];
   }
 };
 

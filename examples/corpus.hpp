@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Text files, read and split for training.
+#pragma once
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+/// Bytes to train on, and bytes of the same kind to judge by.
+struct Corpus {
+  std::string train, validation;
+  std::size_t files = 0;
+};
+
+/// The regular files among `paths` and, recursively, in the folders among them, sorted by name.
+/// From each file the last 5 % are set aside for validation.
+/// \throws std::runtime_error  if a path does not exist, a file cannot be read, or there is no text.
+inline Corpus read_corpus(const std::vector<std::string>& paths) {
+  namespace fs = std::filesystem;
+  std::vector<fs::path> files;
+  for (const fs::path path : paths) {
+    if (fs::is_directory(path)) {
+      for (const auto& entry : fs::recursive_directory_iterator(path)) {
+        if (entry.is_regular_file()) files.push_back(entry.path());
+      }
+    } else if (fs::exists(path)) {
+      files.push_back(path);
+    } else {
+      throw std::runtime_error("no such file or folder: " + path.string());
+    }
+  }
+  std::sort(files.begin(), files.end());
+
+  Corpus corpus;
+  for (const fs::path& file : files) {
+    std::ifstream in(file, std::ios::binary);
+    const std::string text{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+    if (!in) throw std::runtime_error("cannot read " + file.string());
+    const std::size_t split = text.size() - text.size() / 20;
+    corpus.train.append(text, 0, split);
+    corpus.validation.append(text, split);
+    ++corpus.files;
+  }
+  if (corpus.validation.empty()) throw std::runtime_error("the text is too short to learn from");
+  return corpus;
+}

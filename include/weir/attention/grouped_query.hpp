@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Causal self-attention with rotary positions in which groups of query heads share keys and values
+/// (Ainslie et al. 2023, arXiv:2305.13245).
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <numeric>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <weir/attention/causal.hpp>
+#include <weir/attention/kv_cache.hpp>
+#include <weir/core/error.hpp>
+#include <weir/core/init.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/ops/rope.hpp>
+
+namespace weir {
+
+/// The numbers of a `GroupedQueryAttention`.
+struct GroupedQueryConfig {
+  Index d_model = 0;
+  Index heads = 0;
+  Index kv_heads = 0;  ///< Divides heads: `heads` is multi-head, 1 is multi-query attention.
+  Index head_dim = 0;  ///< Even; 0 stands for d_model / heads.
+  double rope_theta = 1e4;
+  RopeLayout rope_layout = RopeLayout::kHalfSplit;
+  bool bias = false;  ///< On all four projections.
+};
+
+/// Each token looks at the tokens before it in its sequence, and at itself:
+///
+///     q = rope(x Wq^T + bq),    k = rope(x Wk^T + bk),    v = x Wv^T + bv
+///     y = concat_h(softmax(q_h k_g^T / sqrt(head_dim)) v_g) Wo^T + bo,    g = h / (heads /
+///     kv_heads)
+///
+/// The softmax runs over the keys of the same sequence up to the query's own position; positions
+/// begin at 0 in each sequence of the pass. Padding tokens are seen by no one. Their own rows are
+/// computed like any other; a query that sees no key, not even itself, gets zero from the attention
+/// (so y = bo) and passes no gradient through it. Padding still counts as a position.
+///
+/// Memory is linear in the number of tokens: probabilities are never stored (see CausalAttention).
+template <std::floating_point T>
+class GroupedQueryAttention {
+ public:
+  using Scalar = T;
+  using Config = GroupedQueryConfig;
+  using State = KvCache<T>;  ///< What `decode` remembers of one sequence.
+
+  struct Cache {
+    bool recorded = false;  ///< Whether the last pass was a `forward`, which `backward` can follow.
+    Matrix<T> x;
+    Matrix<T> q, k, v;  ///< Queries and keys after rotation.
+    Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * head_dim].
+    Matrix<T> y;
+    Matrix<T> d_context, dq, dk, dv, dx;
+    Scratch<T> angles;
+    std::vector<Index> positions;
+    std::vector<AttentionSpan> spans;
+    std::vector<std::uint8_t> mask;
+    typename CausalAttention<T>::Cache attention;
+  };
+
+  /// Weights begin as `switch_init` with scale 1, biases as zero.
+  /// \throws ConfigError  if a size is below 1, head_dim is odd, or heads do not divide evenly.
+  GroupedQueryAttention(const Config& config, Rng& rng)
+      : config_(checked(config)),
+        rope_(config_.head_dim, config_.rope_theta, config_.rope_layout),
+        query_{switch_init<T>(query_width(), config_.d_model, rng, 1.0)},
+        key_{switch_init<T>(kv_width(), config_.d_model, rng, 1.0)},
+        value_{switch_init<T>(kv_width(), config_.d_model, rng, 1.0)},
+        output_{switch_init<T>(config_.d_model, query_width(), rng, 1.0)} {
+    if (config_.bias) {
+      query_bias_.value.setZero(1, query_width());
+      key_bias_.value.setZero(1, kv_width());
+      value_bias_.value.setZero(1, kv_width());
+      output_bias_.value.setZero(1, config_.d_model);
+    }
+  }
+
+  /// With head_dim filled in.
+  const Config& config() const { return config_; }
+
+  Parameter<T>& query() { return query_; }  ///< [heads * head_dim, d_model]
+  const Parameter<T>& query() const { return query_; }
+  Parameter<T>& key() { return key_; }  ///< [kv_heads * head_dim, d_model]
+  const Parameter<T>& key() const { return key_; }
+  Parameter<T>& value() { return value_; }  ///< [kv_heads * head_dim, d_model]
+  const Parameter<T>& value() const { return value_; }
+  Parameter<T>& output() { return output_; }  ///< [d_model, heads * head_dim]
+  const Parameter<T>& output() const { return output_; }
+
+  /// \param x  [tokens, d_model], one sequence.
+  /// \return   [tokens, d_model].
+  /// \throws ShapeError   if x does not have d_model columns.
+  Matrix<T> forward(MatrixIn<T> x) const {
+    Cache cache;
+    forward(x, cache);
+    return std::move(cache.y);
+  }
+
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, Pass{}, cache); }
+
+  /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
+  /// \param pass  Its sequences and its padding mask are looked at.
+  /// \throws ShapeError   if x does not have d_model columns, or pass does not fit it.
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    expect_columns("GroupedQueryAttention::forward", "x", x, config_.d_model);
+    pass.check("GroupedQueryAttention::forward", x.rows());
+    cache.x = x;
+    cache.mask.assign(pass.mask.begin(), pass.mask.end());
+    cache.spans.clear();
+    if (pass.sequences == nullptr) {
+      cache.spans.push_back({0, x.rows(), 0, x.rows()});
+    } else {
+      for (Index s = 0; s < pass.sequences->count(); ++s) {
+        const Index begin = pass.sequences->begin(s);
+        const Index length = pass.sequences->length(s);
+        cache.spans.push_back({begin, length, begin, length});
+      }
+    }
+    project(cache);
+    attend(cache, cache.k, cache.v);
+    cache.recorded = true;
+    return cache.y;
+  }
+
+  /// Adds to the gradients of the parameters.
+  /// \param dy  [tokens, d_model], the gradient of what `forward` returned last.
+  /// \return    The gradient of its x.
+  /// \throws StateError   unless the cache comes from `forward`.
+  /// \throws ShapeError   if dy is not shaped like the output.
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    if (!cache.recorded) {
+      fail<StateError>("GroupedQueryAttention::backward: the cache holds no forward pass");
+    }
+    expect_shape("GroupedQueryAttention::backward", "dy", dy, cache.y.rows(), cache.y.cols());
+    const Index tokens = dy.rows();
+    cache.d_context.resize(tokens, query_width());
+    cache.dq.resize(tokens, query_width());
+    cache.dk.resize(tokens, kv_width());
+    cache.dv.resize(tokens, kv_width());
+    cache.dx.resize(tokens, config_.d_model);
+
+    multiply_nn<T>(dy, output_.value, cache.d_context);
+    multiply_tn<T>(dy, cache.context, output_.gradient(), true);
+    core(cache, cache.k, cache.v)
+        .backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv, cache.attention);
+    rope_.template rotate_back<T>(cache.dq, cache.angles);
+    rope_.template rotate_back<T>(cache.dk, cache.angles);
+
+    const std::array<Product<T>, 3> weights = {
+        product_tn<T>(cache.dq, cache.x, query_.gradient(), true),
+        product_tn<T>(cache.dk, cache.x, key_.gradient(), true),
+        product_tn<T>(cache.dv, cache.x, value_.gradient(), true)};
+    multiply<T>(weights);
+    if (config_.bias) {
+      add_column_sums(cache.dq, query_bias_);
+      add_column_sums(cache.dk, key_bias_);
+      add_column_sums(cache.dv, value_bias_);
+      add_column_sums(dy, output_bias_);
+    }
+    multiply_nn<T>(cache.dq, query_.value, cache.dx);
+    multiply_nn<T>(cache.dk, key_.value, cache.dx, true);
+    multiply_nn<T>(cache.dv, value_.value, cache.dx, true);
+    return cache.dx;
+  }
+
+  /// Continues one sequence: token by token, in chunks, or with a whole prompt at once.
+  /// \param x      [new tokens, d_model], following on what `kv` holds.
+  /// \param kv     The keys and values so far; those of x are added.
+  /// \param cache  Workspace. It cannot be followed by `backward`.
+  /// \return       [new tokens, d_model], to rounding what `forward` of the whole sequence gives.
+  /// \throws ShapeError   if x does not have d_model columns, or kv is of another layer.
+  const Matrix<T>& decode(MatrixIn<T> x, State& kv, Cache& cache) const {
+    expect_columns("GroupedQueryAttention::decode", "x", x, config_.d_model);
+    if (!kv.empty()) {
+      expect_shape("GroupedQueryAttention::decode", "kv.keys", kv.keys(), kv.length(), kv_width());
+      expect_shape("GroupedQueryAttention::decode", "kv.values", kv.values(), kv.length(),
+                   kv_width());
+    }
+    cache.recorded = false;
+    cache.x = x;
+    cache.mask.clear();
+    cache.spans.assign(1, {0, x.rows(), 0, kv.length() + x.rows()});
+    project(cache);
+    kv.append(cache.k, cache.v);
+    attend(cache, kv.keys(), kv.values());
+    return cache.y;
+  }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("query", self.query_);
+    visit("key", self.key_);
+    visit("value", self.value_);
+    visit("output", self.output_);
+    if (self.config_.bias) {
+      visit("query_bias", self.query_bias_);
+      visit("key_bias", self.key_bias_);
+      visit("value_bias", self.value_bias_);
+      visit("output_bias", self.output_bias_);
+    }
+  }
+
+ private:
+  static Config checked(Config config) {
+    constexpr auto kWhere = "GroupedQueryAttention";
+    expect_at_least<Index>(kWhere, "d_model", config.d_model, 1);
+    expect_at_least<Index>(kWhere, "heads", config.heads, 1);
+    expect_at_least<Index>(kWhere, "kv_heads", config.kv_heads, 1);
+    expect_at_least<Index>(kWhere, "head_dim", config.head_dim, 0);
+    if (config.heads % config.kv_heads != 0) {
+      fail<ConfigError>(kWhere, ": kv_heads = ", config.kv_heads,
+                        ", expected a divisor of heads = ", config.heads);
+    }
+    if (config.head_dim == 0) {
+      if (config.d_model % config.heads != 0) {
+        fail<ConfigError>(kWhere, ": heads = ", config.heads,
+                          ", expected a divisor of d_model = ", config.d_model,
+                          " where head_dim is not given");
+      }
+      config.head_dim = config.d_model / config.heads;
+    }
+    if (config.head_dim % 2 != 0) {
+      fail<ConfigError>(kWhere, ": head_dim = ", config.head_dim, ", expected an even number");
+    }
+    expect_positive(kWhere, "rope_theta", config.rope_theta);
+    return config;
+  }
+
+  Index query_width() const { return config_.heads * config_.head_dim; }
+  Index kv_width() const { return config_.kv_heads * config_.head_dim; }
+
+  /// cache.x to cache.q, k and v, rotated to the positions that the spans give them.
+  void project(Cache& cache) const {
+    const Index tokens = cache.x.rows();
+    cache.q.resize(tokens, query_width());
+    cache.k.resize(tokens, kv_width());
+    cache.v.resize(tokens, kv_width());
+    const std::array<Product<T>, 3> products = {product_nt<T>(cache.x, query_.value, cache.q),
+                                                product_nt<T>(cache.x, key_.value, cache.k),
+                                                product_nt<T>(cache.x, value_.value, cache.v)};
+    multiply<T>(products);
+    if (config_.bias) {
+      cache.q.rowwise() += query_bias_.value.row(0);
+      cache.k.rowwise() += key_bias_.value.row(0);
+      cache.v.rowwise() += value_bias_.value.row(0);
+    }
+    cache.positions.resize(static_cast<std::size_t>(tokens));
+    for (const AttentionSpan& s : cache.spans) {
+      const auto first = cache.positions.begin() + s.query_begin;
+      std::iota(first, first + s.queries, s.first_position());
+    }
+    rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
+    rope_.template rotate<T>(cache.q, cache.angles);
+    rope_.template rotate<T>(cache.k, cache.angles);
+  }
+
+  CausalAttention<T> core(const Cache& cache, MatrixIn<T> keys, MatrixIn<T> values) const {
+    const double scale = 1.0 / std::sqrt(static_cast<double>(config_.head_dim));
+    return {{config_.heads, config_.kv_heads, config_.head_dim, config_.head_dim, scale},
+            cache.spans,
+            cache.mask,
+            cache.q,
+            keys,
+            values};
+  }
+
+  /// cache.q to cache.y.
+  void attend(Cache& cache, MatrixIn<T> keys, MatrixIn<T> values) const {
+    cache.context.resize(cache.q.rows(), query_width());
+    cache.y.resize(cache.q.rows(), config_.d_model);
+    core(cache, keys, values).forward(cache.context, cache.attention);
+    multiply_nt<T>(cache.context, output_.value, cache.y);
+    if (config_.bias) cache.y.rowwise() += output_bias_.value.row(0);
+  }
+
+  /// Adds each column's sum, from the first token to the last, to the gradient of `bias`.
+  static void add_column_sums(MatrixIn<T> from, Parameter<T>& bias) {
+    Matrix<T>& grad = bias.gradient();
+    parallel_rows(from.cols(), from.rows(), [&](Index begin, Index end) {
+      for (Index t = 0; t < from.rows(); ++t) {
+        grad.row(0).segment(begin, end - begin) += from.row(t).segment(begin, end - begin);
+      }
+    });
+  }
+
+  Config config_;
+  Rope rope_;
+  Parameter<T> query_, key_, value_, output_;
+  Parameter<T> query_bias_ = {}, key_bias_ = {}, value_bias_ = {}, output_bias_ = {};
+};
+
+}  // namespace weir

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// A decoder-only language model: embedding, blocks, norm, head.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/model/any_layer.hpp>
+#include <weir/model/block.hpp>
+#include <weir/moe/report.hpp>
+#include <weir/nn/embedding.hpp>
+#include <weir/nn/linear.hpp>
+
+namespace weir {
+
+/// The report of one mixture of experts inside a model.
+struct NamedReport {
+  std::string name;  ///< Such as "layers.3.moe".
+  MoEReport report;
+};
+
+/// Maps token ids to the logits of the token that follows each:
+///
+///     h = embedding[ids];   h <- block_l(h) for each layer l;   logits = norm(h) W^T
+///
+/// W [vocab, d_model] is a head of its own or, tied, the embedding. Blocks are of any make, so that
+/// one class serves dense and sparse models and any interleave of the two.
+template <std::floating_point T>
+class Decoder {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    typename Embedding<T>::Cache embedding;
+    std::vector<typename Block<T>::Cache> layers;
+    typename AnyLayer<T>::Cache norm;
+    typename Linear<T>::Cache head;
+    Matrix<T> hidden;  ///< [tokens, d_model], after the norm; kept where the head is tied.
+    Matrix<T> logits;  ///< [tokens, vocab], where the head is tied.
+    Matrix<T> d_hidden;
+    T aux_loss = T(0);  ///< Sum over the layers.
+    bool filled = false;
+  };
+
+  /// What decoding keeps of one sequence. A copy continues on its own.
+  struct State {
+    std::vector<typename Block<T>::State> layers;
+    Index length = 0;  ///< Tokens so far.
+  };
+
+  /// \param head     Empty for tied weights.
+  /// \throws ConfigError  if the head does not fit the embedding.
+  Decoder(Embedding<T> embedding, std::vector<Block<T>> layers, AnyLayer<T> norm,
+          std::optional<Linear<T>> head = std::nullopt)
+      : embedding_(std::move(embedding)),
+        layers_(std::move(layers)),
+        norm_(std::move(norm)),
+        head_(std::move(head)) {
+    if (head_ && (head_->d_in() != d_model() || head_->d_out() != vocab())) {
+      fail<ConfigError>("Decoder: the head is [", head_->d_out(), ", ", head_->d_in(),
+                        "], expected [", vocab(), ", ", d_model(), "] as the embedding");
+    }
+  }
+
+  /// \param ids      One per token; with several sequences, packed one after the other as
+  ///                 pass.sequences says.
+  /// \return         Logits [tokens, vocab], for inference. Keeps nothing.
+  Matrix<T> forward(std::span<const Index> ids, const Pass& pass = {}) const {
+    Cache cache;
+    return forward(ids, pass, cache);
+  }
+
+  /// The same, keeping what `backward` needs.
+  /// \throws ConfigError  if an id is out of range.
+  /// \throws ShapeError   if pass.mask or pass.sequences do not fit.
+  const Matrix<T>& forward(std::span<const Index> ids, const Pass& pass, Cache& cache) const {
+    pass.check("Decoder::forward", static_cast<Index>(ids.size()));
+    cache.filled = false;
+    const Matrix<T>& logits =
+        run(ids, cache, false, [&](std::size_t l, MatrixIn<T> x) -> const Matrix<T>& {
+          return layers_[l].forward(x, pass, cache.layers[l]);
+        });
+    cache.filled = true;
+    return logits;
+  }
+
+  /// Adds to all gradients; the layers' auxiliary losses are part of the objective.
+  /// \param d_logits  [tokens, vocab], of the last forward pass.
+  /// \throws StateError   if the last pass with `cache` was no forward pass that succeeded.
+  /// \throws ShapeError   if d_logits does not have the shape of the logits.
+  void backward(MatrixIn<T> d_logits, Cache& cache) {
+    if (!cache.filled) {
+      fail<StateError>("Decoder::backward: the cache is empty, expected a forward pass before");
+    }
+    expect_shape("Decoder::backward", "d_logits", d_logits, cache.embedding.y.rows(), vocab());
+    const Matrix<T>* d = nullptr;
+    if (head_) {
+      d = &head_->backward(d_logits, cache.head);
+    } else {
+      cache.d_hidden.resize(d_logits.rows(), d_model());
+      multiply_nn<T>(d_logits, embedding_.weight().value, cache.d_hidden);
+      multiply_tn<T>(d_logits, cache.hidden, embedding_.weight().gradient(), true);
+      d = &cache.d_hidden;
+    }
+    d = &norm_.backward(*d, cache.norm);
+    for (std::size_t l = layers_.size(); l-- > 0;) d = &layers_[l].backward(*d, cache.layers[l]);
+    embedding_.backward(*d, cache.embedding);
+  }
+
+  /// Continues one sequence by `ids`, a whole prompt or a single token, for inference. However the
+  /// sequence is cut into calls, the logits are to rounding those that `forward` gives for the
+  /// whole, provided that no token's result depends on later ones; a capacity can make it so.
+  /// \param last_only  Computes the logits of the last of them alone.
+  /// \return         Logits [ids, vocab]; [1, vocab] with last_only, if there are ids at all.
+  /// \throws ConfigError  if an id is out of range; `state` is as it was. After any other exception
+  ///                      only a copy made before can be continued.
+  const Matrix<T>& decode(std::span<const Index> ids, State& state, Cache& cache,
+                          bool last_only = false) const {
+    cache.filled = false;
+    state.layers.resize(layers_.size());
+    const Matrix<T>& logits =
+        run(ids, cache, last_only, [&](std::size_t l, MatrixIn<T> x) -> const Matrix<T>& {
+          return layers_[l].decode(x, state.layers[l], cache.layers[l]);
+        });
+    state.length += static_cast<Index>(ids.size());
+    return logits;
+  }
+
+  /// Lets the balancing rules of all layers act, once after each optimizer step.
+  void update() {
+    for (Block<T>& layer : layers_) layer.update();
+  }
+
+  /// What the routing of the last pass with `cache` did, for each mixture of experts; nothing
+  /// before the first pass.
+  std::vector<NamedReport> reports(const Cache& cache) const {
+    std::vector<NamedReport> reports;
+    for (std::size_t l = 0; l < std::min(layers_.size(), cache.layers.size()); ++l) {
+      for (std::size_t b = 0; b < cache.layers[l].branches.size(); ++b) {
+        const Branch<T>& branch = layers_[l].branches()[b];
+        if (auto report = branch.layer.report(cache.layers[l].branches[b].layer)) {
+          reports.push_back({"layers." + std::to_string(l) + "." + branch.name, *report});
+        }
+      }
+    }
+    return reports;
+  }
+
+  /// Parameters `embedding.*`, `layers.N.*`, `norm.*` and, unless tied, `head.*`.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("embedding", self.embedding_);
+    visit("layers", self.layers_);
+    visit("norm", self.norm_);
+    if (self.head_) visit("head", *self.head_);
+  }
+
+  Index vocab() const { return embedding_.vocab(); }
+  Index d_model() const { return embedding_.d_model(); }
+  bool tied() const { return !head_; }
+  std::vector<Block<T>>& layers() { return layers_; }
+  const std::vector<Block<T>>& layers() const { return layers_; }
+
+ private:
+  template <class Run>
+  const Matrix<T>& run(std::span<const Index> ids, Cache& cache, bool last_only,
+                       Run&& layer) const {
+    cache.layers.resize(layers_.size());
+    cache.aux_loss = T(0);
+    const Matrix<T>* x = &embedding_.forward(ids, cache.embedding);
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      x = &layer(l, *x);
+      cache.aux_loss += cache.layers[l].aux_loss;
+    }
+    const Index rows = last_only ? std::min<Index>(1, x->rows()) : x->rows();
+    const Matrix<T>& normed = norm_.forward(x->bottomRows(rows), cache.norm);
+    if (head_) return head_->forward(normed, cache.head);
+    cache.hidden = normed;
+    cache.logits.resize(rows, vocab());
+    multiply_nt<T>(cache.hidden, embedding_.weight().value, cache.logits);
+    return cache.logits;
+  }
+
+  Embedding<T> embedding_;
+  std::vector<Block<T>> layers_;
+  AnyLayer<T> norm_;
+  std::optional<Linear<T>> head_;
+};
+
+}  // namespace weir

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Drawing the next token from the logits of a decoder.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <limits>
+#include <numeric>
+#include <string_view>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/ops/top_k.hpp>
+
+namespace weir {
+
+/// How freely to draw. The settings apply in this order, each to what the one before it left:
+///
+///     temperature   p_i proportional to exp(logit_i / temperature)
+///     top_k         the k most probable tokens
+///     top_p         the fewest most probable tokens whose probabilities add up to at least top_p,
+///                   and at least one: the nucleus
+///
+/// (Holtzman et al. 2019, arXiv:1904.09751, eq. 2-3, for top_p.)
+///
+/// Between equally probable tokens the lowest index is taken first.
+struct Sampling {
+  double temperature = 1.0;  ///< 0 is greedy: the most probable token, always.
+  Index top_k = 0;           ///< 0 keeps all tokens, as does anything above the vocabulary's size.
+  double top_p = 1.0;        ///< In [0, 1]; 1 keeps all tokens, 0 the most probable one.
+};
+
+/// Draws tokens. Kept between calls, it allocates nothing once it has seen the vocabulary; settings
+/// may differ from call to call.
+///
+/// Logits are [1, vocabulary]. A logit of -inf forbids a token; NaN and +inf are errors, as is a
+/// row that forbids every token.
+template <std::floating_point T>
+class Sampler {
+ public:
+  /// One token of `logits`. Takes exactly one `rng.uniform()`, or none if greedy: where to stop in
+  /// the running sum of probabilities, over the tokens in order, or the most probable first once
+  /// top_k or top_p left some out.
+  ///
+  /// \throws ShapeError       if logits is not one row of at least one token.
+  /// \throws ConfigError      if a setting is out of range.
+  /// \throws NonFiniteError   if a logit is NaN or +inf, or all of them are -inf.
+  Index sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng) {
+    choose("Sampler::sample", logits, sampling);
+    if (sampling.temperature == 0.0) return kept_.front();
+    const double target = rng.uniform() * total_weight();
+    double sum = 0.0;
+    Index drawn = kept_.front();
+    for (std::size_t i = 0; i < kept_.size() && sum <= target; ++i) {
+      if (weights_[i] > 0.0) drawn = kept_[i];  // Stays, should rounding exhaust the list.
+      sum += weights_[i];
+    }
+    return drawn;
+  }
+
+  /// The probabilities `sample` draws with: [1, vocabulary], of sum 1, zero for tokens that the
+  /// settings exclude. Lives here until the next call. Throws as `sample` does.
+  const RowVector<T>& distribution(MatrixIn<T> logits, const Sampling& sampling) {
+    choose("Sampler::distribution", logits, sampling);
+    const double total = total_weight();
+    distribution_.setZero(logits.cols());
+    for (std::size_t i = 0; i < kept_.size(); ++i) {
+      distribution_[kept_[i]] = static_cast<T>(weights_[i] / total);
+    }
+    return distribution_;
+  }
+
+ private:
+  static void check(std::string_view where, MatrixIn<T> logits, const Sampling& sampling) {
+    expect_at_least("Sampling", "temperature", sampling.temperature, 0.0);
+    expect_at_least<Index>("Sampling", "top_k", sampling.top_k, 0);
+    if (!(sampling.top_p >= 0.0 && sampling.top_p <= 1.0)) {
+      fail<ConfigError>("Sampling: top_p = ", sampling.top_p, ", expected in [0, 1]");
+    }
+    if (logits.rows() != 1 || logits.cols() == 0) {
+      fail<ShapeError>(where, ": logits is ", shape_of(logits), ", expected [1, vocabulary]");
+    }
+  }
+
+  // Fills `kept_` with the tokens that may be drawn, and `weights_` with numbers proportional to
+  // their probabilities.
+  void choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling) {
+    check(where, logits, sampling);
+    keep_allowed(where, logits);
+    const T* z = logits.data();
+    const auto allowed = static_cast<Index>(kept_.size());
+    const bool greedy = sampling.temperature == 0.0;
+    const Index wanted = greedy ? 1 : sampling.top_k;
+    if (wanted > 0 && wanted < allowed) {
+      kept_.resize(static_cast<std::size_t>(wanted));
+      top_k(z, logits.cols(), wanted, kept_.data());
+    }
+
+    // Of the difference to the largest logit, in double: no temperature is too low.
+    Index best = 0;
+    top_k(z, logits.cols(), 1, &best);
+    const auto weight = [&](Index token) {
+      if (greedy) return 1.0;
+      const double difference = static_cast<double>(z[token]) - static_cast<double>(z[best]);
+      return std::exp(difference / sampling.temperature);
+    };
+    if (sampling.top_p < 1.0) keep_nucleus(z, sampling.top_p, weight);
+    weights_.clear();
+    for (const Index token : kept_) weights_.push_back(weight(token));
+  }
+
+  // Fills `kept_` with every token that is not forbidden, in order.
+  void keep_allowed(std::string_view where, MatrixIn<T> logits) {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    kept_.clear();
+    for (Index token = 0; token < logits.cols(); ++token) {
+      const T logit = logits(0, token);
+      if (std::isnan(logit) || logit == kInfinity) {
+        fail<NonFiniteError>(where, ": logits[", token, "] = ", std::isnan(logit) ? "nan" : "inf",
+                             ", expected finite or -inf");
+      }
+      if (logit != -kInfinity) kept_.push_back(token);
+    }
+    if (kept_.empty()) {
+      fail<NonFiniteError>(where, ": all ", logits.cols(),
+                           " logits are -inf, expected at least one finite");
+    }
+  }
+
+  // Reduces `kept_` to its nucleus, most probable token first. A heap gives up the tokens one by
+  // one: a nucleus is mostly small, and sorting a vocabulary for it is not.
+  template <class Weight>
+  void keep_nucleus(const T* z, double top_p, const Weight& weight) {
+    double total = 0.0;
+    for (const Index token : kept_) total += weight(token);
+    const auto less_probable = [z](Index a, Index b) {
+      return z[a] < z[b] || (z[a] == z[b] && a > b);
+    };
+    std::make_heap(kept_.begin(), kept_.end(), less_probable);
+    auto first = kept_.end();  // Of those given up: they gather at the end, the best one last.
+    double sum = 0.0;
+    do {
+      std::pop_heap(kept_.begin(), first, less_probable);
+      sum += weight(*--first);
+    } while (sum < top_p * total && first != kept_.begin());
+    std::reverse(first, kept_.end());
+    kept_.erase(kept_.begin(), first);
+  }
+
+  double total_weight() const { return std::accumulate(weights_.begin(), weights_.end(), 0.0); }
+
+  std::vector<Index> kept_;
+  std::vector<double> weights_;
+  RowVector<T> distribution_;
+};
+
+}  // namespace weir

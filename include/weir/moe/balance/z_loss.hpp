@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Router z-loss of ST-MoE (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
+#pragma once
+
+#include <concepts>
+#include <string_view>
+
+#include <weir/moe/routing.hpp>
+#include <weir/ops/logsumexp.hpp>
+
+namespace weir {
+
+/// Keeps the router's logits small, so that rounding cannot change the routing:
+///
+///     loss = coefficient / T * sum_t (log sum_e exp(z_te))^2
+///     dloss/dz_te = 2 * coefficient / T * lse_t * softmax(z_t)_e
+///
+/// over the T real tokens, so that parts of a batch add up to it; zero if there are none. Adding a
+/// constant to all logits of a token does not change its routing, but it does change this loss.
+template <std::floating_point T>
+struct ZLoss {
+  static constexpr std::string_view kName = "z";
+
+  T coefficient = T(0.001);
+
+  /// \throws ConfigError  if the coefficient is negative.
+  void check() const { expect_at_least("ZLoss", "coefficient", coefficient, T(0)); }
+
+  /// \return         The loss, already scaled by `coefficient`.
+  T loss(const Routing<T>& routing) const {
+    const Index tokens = routing.real_tokens();
+    if (tokens == 0) return T(0);
+    T sum = T(0);
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      if (routing.is_padding(t)) continue;
+      const T lse = logsumexp(routing.logits.row(t).data(), routing.experts());
+      sum += lse * lse;
+    }
+    return coefficient * sum / static_cast<T>(tokens);
+  }
+
+  /// Adds d(loss)/d(logits).
+  void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+    const Index tokens = routing.real_tokens();
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      if (routing.is_padding(t)) continue;
+      const T lse = logsumexp(routing.logits.row(t).data(), routing.experts());
+      const T factor = T(2) * coefficient * lse / static_cast<T>(tokens);
+      gradient.logits.row(t).array() += factor * (routing.logits.row(t).array() - lse).exp();
+    }
+  }
+};
+
+}  // namespace weir

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The roles in a mixture of experts. Any type that satisfies a concept plugs into MoELayer;
+/// nothing has to be derived from or registered.
+#pragma once
+
+#include <concepts>
+#include <span>
+
+#include <weir/core/layer.hpp>
+#include <weir/moe/dispatch.hpp>
+#include <weir/moe/routing.hpp>
+
+namespace weir {
+
+/// Scores every expert for every token: a layer [tokens, d_model] -> [tokens, experts].
+template <class R>
+concept Router = Layer<R> && requires(const R& router) {
+  { router.d_model() } -> std::convertible_to<Index>;
+  { router.experts() } -> std::convertible_to<Index>;
+};
+
+/// Turns logits into a routing, and gradients of its weights and probabilities back into gradients
+/// of the logits.
+///
+///     void check(Index experts) const;       throws ConfigError if it cannot serve that many
+///     void select(MatrixIn<T> logits, const Pass&, Routing<T>&) const;
+///     void backward(const Routing<T>&, RoutingGradient<T>&) const;      adds to gradient.logits,
+///                                            may overwrite gradient.weights and .probabilities
+template <class S, class T>
+concept Selector = requires(const S& selector, MatrixIn<T> logits, const Pass& pass,
+                            Routing<T>& routing, RoutingGradient<T>& gradient, Index experts) {
+  selector.check(experts);
+  selector.select(logits, pass, routing);
+  selector.backward(routing, gradient);
+};
+
+/// Bounds how many tokens an expert takes: clears `kept` of the assignments beyond, and never
+/// reorders.
+template <class C, class T>
+concept CapacityPolicy = requires(const C& capacity, Routing<T>& routing) {
+  capacity.check();
+  capacity.apply(routing);
+};
+
+/// All experts of a layer as one object. `forward` gives [tokens, d_out], the weighted sum of what
+/// the experts make of the rows of x [tokens, d_in] that `dispatch` sends them; `backward` returns
+/// dL/dx and sets `d_weight[a]` to dL/d(weight) of each kept assignment a. Both return references
+/// to matrices that live in the cache. `visit` names the members of expert e "e.*".
+template <class B>
+concept ExpertBank = requires(const B& bank, B& trained, MatrixIn<typename B::Scalar> x,
+                              const Dispatch<typename B::Scalar>& dispatch,
+                              std::span<typename B::Scalar> d_weight, typename B::Cache& cache,
+                              Collector<typename B::Scalar>& collector) {
+  { bank.experts() } -> std::convertible_to<Index>;
+  { bank.d_in() } -> std::convertible_to<Index>;
+  { bank.d_out() } -> std::convertible_to<Index>;
+  { bank.forward(x, dispatch, cache) } -> std::same_as<const Matrix<typename B::Scalar>&>;
+  {
+    trained.backward(x, dispatch, d_weight, cache)
+    } -> std::same_as<const Matrix<typename B::Scalar>&>;
+  B::visit(trained, collector);
+};
+
+/// A balancer that is a term of the training objective.
+///
+///     T loss(const Routing<T>&) const;                                  scaled by its coefficient
+///     void add_gradient(const Routing<T>&, RoutingGradient<T>&) const;
+template <class B, class T>
+concept BalancingLoss = requires(const B& balancer, const Routing<T>& routing,
+                                 RoutingGradient<T>& gradient) {
+  { balancer.loss(routing) } -> std::convertible_to<T>;
+  balancer.add_gradient(routing, gradient);
+};
+
+/// A balancer that acts on the selector between optimizer steps. `observe` is called once for each
+/// backward pass, `update(selector)` when the user calls MoELayer::update.
+template <class B, class T>
+concept BalancingRule = requires(B& balancer, const Routing<T>& routing) {
+  balancer.observe(routing);
+};
+
+/// Keeps the load level. Its name in reports is `B::kName`, if it has one.
+template <class B, class T>
+concept Balancer = BalancingLoss<B, T> || BalancingRule<B, T>;
+
+}  // namespace weir

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Experts that are gated feed-forward networks: Mixtral, DBRX, Grok-1, DeepSeek and most others.
+#pragma once
+
+#include <concepts>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/core/init.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/moe/dispatch.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/ops/activation.hpp>
+
+namespace weir {
+
+/// `experts` networks
+///
+///     E_e(x) = (act(x Wg_e^T) * (x Wu_e^T)) Wd_e^T
+///
+/// with Wg_e, Wu_e [d_hidden, d_model] and Wd_e [d_model, d_hidden], computed for all experts at
+/// once on the packed slots. (Shazeer 2020, arXiv:2002.05202; SwiGLU with act = SiLU.)
+template <std::floating_point T, Activation Act = Silu>
+class GluBank {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    Scratch<T> x, gate, up, hidden, out;                 ///< [slots, .], from forward
+    Scratch<T> d_out, d_hidden, d_gate, d_up, d_packed;  ///< [slots, .], from backward
+    Matrix<T> y, dx;                                     ///< [tokens, d_model]
+    std::vector<Product<T>> products;
+  };
+
+  /// Initialised like Switch's experts, with the fan-in of one expert.
+  /// \throws ConfigError  if a size is below 1.
+  GluBank(Index experts, Index d_model, Index d_hidden, Rng& rng, double init_scale = 0.1) {
+    expect_at_least<Index>("GluBank", "experts", experts, 1);
+    expect_at_least<Index>("GluBank", "d_model", d_model, 1);
+    expect_at_least<Index>("GluBank", "d_hidden", d_hidden, 1);
+    for (Index e = 0; e < experts; ++e) {
+      gate_.push_back({switch_init<T>(d_hidden, d_model, rng, init_scale)});
+      up_.push_back({switch_init<T>(d_hidden, d_model, rng, init_scale)});
+      down_.push_back({switch_init<T>(d_model, d_hidden, rng, init_scale)});
+    }
+  }
+
+  /// From existing weights, one of each per expert.
+  /// \throws ConfigError  without experts or with different numbers of gate, up and down.
+  /// \throws ShapeError   if a weight's shape does not fit the others.
+  GluBank(std::vector<Matrix<T>> gate, std::vector<Matrix<T>> up, std::vector<Matrix<T>> down) {
+    if (gate.empty() || gate.size() != up.size() || gate.size() != down.size()) {
+      fail<ConfigError>("GluBank: ", gate.size(), " gate, ", up.size(), " up and ", down.size(),
+                        " down weights, expected one of each per expert");
+    }
+    for (std::size_t e = 0; e < gate.size(); ++e) {
+      const std::string which = "[" + std::to_string(e) + "]";
+      expect_shape("GluBank", "gate" + which, gate[e], gate[0].rows(), gate[0].cols());
+      expect_shape("GluBank", "up" + which, up[e], gate[0].rows(), gate[0].cols());
+      expect_shape("GluBank", "down" + which, down[e], down[0].rows(), gate[0].rows());
+    }
+    for (std::size_t e = 0; e < gate.size(); ++e) {
+      gate_.push_back({std::move(gate[e])});
+      up_.push_back({std::move(up[e])});
+      down_.push_back({std::move(down[e])});
+    }
+  }
+
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+    const Index slots = dispatch.slots();
+    gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
+    auto gate = cache.gate.reshape(slots, d_hidden());
+    auto up = cache.up.reshape(slots, d_hidden());
+    auto hidden = cache.hidden.reshape(slots, d_hidden());
+    auto out = cache.out.reshape(slots, d_out());
+
+    cache.products.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      const auto x_e = cache.x.view().middleRows(begin, rows);
+      cache.products.push_back(product_nt<T>(x_e, gate_[e].value, gate.middleRows(begin, rows)));
+      cache.products.push_back(product_nt<T>(x_e, up_[e].value, up.middleRows(begin, rows)));
+    });
+    multiply<T>(cache.products);
+
+    glu_forward<Act, T>(gate, up, hidden);
+
+    cache.products.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      cache.products.push_back(product_nt<T>(hidden.middleRows(begin, rows), down_[e].value,
+                                             out.middleRows(begin, rows)));
+    });
+    multiply<T>(cache.products);
+
+    cache.y.resize(x.rows(), d_out());
+    combine<T>(out, dispatch, cache.y);
+    return cache.y;
+  }
+
+  /// The gradients of experts without tokens are left alone.
+  const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
+                            Cache& cache) {
+    const Index slots = dispatch.slots();
+    auto d_out_packed = cache.d_out.reshape(slots, d_out());
+    auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
+    auto d_gate = cache.d_gate.reshape(slots, d_hidden());
+    auto d_up = cache.d_up.reshape(slots, d_hidden());
+    auto d_packed = cache.d_packed.reshape(slots, d_in());
+    combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
+
+    cache.products.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      const auto d_out_e = d_out_packed.middleRows(begin, rows);
+      const auto hidden_e = cache.hidden.view().middleRows(begin, rows);
+      cache.products.push_back(
+          product_nn<T>(d_out_e, down_[e].value, d_hidden_packed.middleRows(begin, rows)));
+      cache.products.push_back(product_tn<T>(d_out_e, hidden_e, down_[e].gradient(), true));
+    });
+    multiply<T>(cache.products);
+
+    glu_backward<Act, T>(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
+
+    cache.products.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      const auto x_e = cache.x.view().middleRows(begin, rows);
+      const auto d_gate_e = d_gate.middleRows(begin, rows);
+      const auto d_up_e = d_up.middleRows(begin, rows);
+      cache.products.push_back(product_tn<T>(d_gate_e, x_e, gate_[e].gradient(), true));
+      cache.products.push_back(product_tn<T>(d_up_e, x_e, up_[e].gradient(), true));
+      cache.products.push_back(
+          product_nn<T>(d_gate_e, gate_[e].value, d_packed.middleRows(begin, rows)));
+    });
+    multiply<T>(cache.products);
+
+    cache.products.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      cache.products.push_back(product_nn<T>(d_up.middleRows(begin, rows), up_[e].value,
+                                             d_packed.middleRows(begin, rows), true));
+    });
+    multiply<T>(cache.products);
+
+    cache.dx.resize(dy.rows(), d_in());
+    gather_backward<T>(d_packed, dispatch, cache.dx);
+    return cache.dx;
+  }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    for (std::size_t e = 0; e < self.gate_.size(); ++e) {
+      const std::string expert = std::to_string(e);
+      visit(expert + ".gate", self.gate_[e]);
+      visit(expert + ".up", self.up_[e]);
+      visit(expert + ".down", self.down_[e]);
+    }
+  }
+
+  Index experts() const { return static_cast<Index>(gate_.size()); }
+  Index d_in() const { return gate_[0].value.cols(); }
+  Index d_hidden() const { return gate_[0].value.rows(); }
+  Index d_out() const { return down_[0].value.rows(); }
+
+ private:
+  std::vector<Parameter<T>> gate_, up_, down_;
+};
+
+}  // namespace weir

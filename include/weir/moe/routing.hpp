@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Who goes where: what a selector decides, a capacity policy thins out, dispatch sorts and
+/// balancers look at.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+/// Over which tokens a capacity or a loss is reckoned.
+enum class Scope {
+  kBatch,     ///< All tokens of the pass together.
+  kSequence,  ///< Each sequence of the pass by itself.
+};
+
+/// The routing of one pass: a flat list of assignments, grouped by token, best choice first. The
+/// token t has the assignments `first(t)` to `last(t)`, as many as its selector gave it: k in top-k
+/// routing, none where it is padding.
+template <class T>
+struct Routing {
+  Matrix<T> logits;         ///< [tokens, experts], from the router.
+  Matrix<T> probabilities;  ///< [tokens, experts], what balancers take for the router's belief: each
+                            ///< row sums to 1. Zero for padding.
+
+  std::vector<Index> offsets = {0};  ///< [tokens + 1], into the lists below.
+  std::vector<Index> expert;        ///< One per assignment.
+  std::vector<T> weight;            ///< What the expert's output is multiplied by.
+  std::vector<std::uint8_t> kept;   ///< 0 where the capacity was exceeded: the expert is not run.
+
+  std::vector<std::uint8_t> mask;   ///< As in Pass: 0 for padding; empty if there is none.
+  Sequences sequences;              ///< As in Pass; one sequence if the pass names none.
+  bool training = false;            ///< As in Pass.
+  bool pass_dropped = false;        ///< A dropped assignment yields weight * x instead of zero.
+
+  std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
+  mutable RowVector<T> scratch[2];  ///< For balancers, during one call; contents unspecified.
+
+  Index tokens() const { return logits.rows(); }
+  Index experts() const { return logits.cols(); }
+  Index assignments() const { return static_cast<Index>(expert.size()); }
+  Index first(Index token) const { return offsets[static_cast<std::size_t>(token)]; }
+  Index last(Index token) const { return offsets[static_cast<std::size_t>(token) + 1]; }
+
+  bool is_padding(Index token) const {
+    return !mask.empty() && mask[static_cast<std::size_t>(token)] == 0;
+  }
+
+  /// How many of the tokens `begin` to `end` are not padding.
+  Index real_tokens(Index begin, Index end) const {
+    Index count = 0;
+    for (Index t = begin; t < end; ++t) count += is_padding(t) ? 0 : 1;
+    return count;
+  }
+  Index real_tokens() const { return real_tokens(0, tokens()); }
+
+  /// Calls `body(begin, end)` with the token range of each group that `scope` makes.
+  template <class Body>
+  void for_each_group(Scope scope, Body&& body) const {
+    if (scope == Scope::kBatch) {
+      body(Index(0), tokens());
+    } else {
+      for (Index s = 0; s < sequences.count(); ++s) body(sequences.begin(s), sequences.end(s));
+    }
+  }
+
+  /// Adds to `load[e]` how many assignments the tokens `begin` to `end` made to expert e, kept or
+  /// not.
+  void add_load(Index begin, Index end, RowVector<T>& load) const {
+    for (Index a = first(begin); a < offsets[static_cast<std::size_t>(end)]; ++a) {
+      load[expert[static_cast<std::size_t>(a)]] += T(1);
+    }
+  }
+
+  /// Starts a new routing from the router's `logits`: no assignments yet.
+  /// \param who      The selector's name, for messages.
+  /// \throws NonFiniteError  if a logit of a real token is NaN or infinite.
+  /// \throws ShapeError      if the pass does not fit the tokens.
+  void begin(std::string_view who, MatrixIn<T> router_logits, const Pass& pass) {
+    pass.check(who, router_logits.rows());
+    for (Index t = 0; t < router_logits.rows(); ++t) {
+      if (pass.is_padding(t) || router_logits.row(t).allFinite()) continue;
+      for (Index e = 0; e < router_logits.cols(); ++e) {
+        if (!std::isfinite(router_logits(t, e))) {
+          fail<NonFiniteError>(who, ": logits[", t, ", ", e, "] = ", router_logits(t, e),
+                               ", expected a finite number");
+        }
+      }
+    }
+    logits = router_logits;
+    probabilities.resize(logits.rows(), logits.cols());
+    mask.assign(pass.mask.begin(), pass.mask.end());
+    if (pass.sequences != nullptr) {
+      sequences = *pass.sequences;
+    } else {
+      sequences.clear();
+      sequences.append(tokens());
+    }
+    training = pass.training;
+    pass_dropped = false;
+    offsets.assign(static_cast<std::size_t>(tokens()) + 1, 0);
+    expert.clear();
+    weight.clear();
+    kept.clear();
+  }
+
+  /// Makes room for `k` kept assignments per real token, to be filled in at `first(t)` to
+  /// `last(t)`.
+  void assign_each(Index k) {
+    for (Index t = 0; t < tokens(); ++t) {
+      offsets[static_cast<std::size_t>(t) + 1] = first(t) + (is_padding(t) ? 0 : k);
+    }
+    const auto count = static_cast<std::size_t>(offsets.back());
+    expert.assign(count, 0);
+    weight.assign(count, T(0));
+    kept.assign(count, 1);
+  }
+};
+
+/// The gradient of a loss with respect to the parts of a routing that have one. A balancer adds to
+/// any of them; the selector's `backward` then carries `weights` and `probabilities` over to
+/// `logits`.
+template <class T>
+struct RoutingGradient {
+  Matrix<T> logits;         ///< [tokens, experts]
+  Matrix<T> probabilities;  ///< [tokens, experts]
+  RowVector<T> weights;     ///< [assignments]
+
+  /// Zeros of the shapes of `routing`.
+  void reset(const Routing<T>& routing) {
+    logits.setZero(routing.tokens(), routing.experts());
+    probabilities.setZero(routing.tokens(), routing.experts());
+    weights.setZero(routing.assignments());
+  }
+};
+
+}  // namespace weir

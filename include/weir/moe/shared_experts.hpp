@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Experts that every token visits, beside the routed ones: DeepSeekMoE, Qwen2-MoE.
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <utility>
+
+#include <weir/core/layer.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/nn/linear.hpp>
+
+namespace weir {
+
+/// A mixture of experts `Moe` with a dense network `Shared` beside it:
+///
+///     y = moe(x) + shared(x)                       DeepSeekMoE
+///     y = moe(x) + sigmoid(x w_s^T) shared(x)      with a gate, w_s [1, d_model]: Qwen2-MoE
+///
+/// n shared experts of width f are one network of width n f: exactly their sum.
+/// (Dai et al. 2024, arXiv:2401.06066, eq. 9-11.)
+template <PassLayer Moe, Layer Shared>
+class SharedExperts {
+ public:
+  using Scalar = typename Moe::Scalar;
+  using T = Scalar;
+
+  struct Cache {
+    typename Moe::Cache moe;
+    typename Shared::Cache shared;
+    typename Linear<T>::Cache gate;
+    Matrix<T> open;        ///< [tokens, 1], the gate after its sigmoid.
+    Matrix<T> shared_out;  ///< [tokens, d_model], kept where there is a gate.
+    Matrix<T> y, dx, d_shared, d_gate;
+    T aux_loss = T(0);  ///< That of the mixture.
+  };
+
+  SharedExperts(Moe moe, Shared shared) : moe_(std::move(moe)), shared_(std::move(shared)) {}
+
+  /// \param gate     A linear map d_model -> 1, the logit of the gate.
+  /// \throws ConfigError  if it has another shape.
+  SharedExperts(Moe moe, Shared shared, Linear<T> gate)
+      : moe_(std::move(moe)), shared_(std::move(shared)), gate_(std::move(gate)) {
+    if (gate_->d_in() != moe_.d_model() || gate_->d_out() != 1) {
+      fail<ConfigError>("SharedExperts: the gate is [", gate_->d_out(), ", ", gate_->d_in(),
+                        "], expected [1, ", moe_.d_model(), "]");
+    }
+  }
+
+  Matrix<T> forward(MatrixIn<T> x) const {
+    Cache cache;
+    return forward(x, cache);
+  }
+
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
+
+  /// \param x        [tokens, d_model]. The shared experts compute padding too.
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    const Matrix<T>& routed = moe_.forward(x, pass, cache.moe);
+    const Matrix<T>& shared = apply(shared_, x, pass, cache.shared);
+    expect_shape("SharedExperts::forward", "the shared experts' output", shared, routed.rows(),
+                 routed.cols());
+    cache.aux_loss = cache.moe.aux_loss;
+    cache.y.resize(routed.rows(), routed.cols());
+    if (!gate_) {
+      cache.y = routed + shared;
+      return cache.y;
+    }
+    cache.open =
+        gate_->forward(x, cache.gate).unaryExpr([](T z) { return T(1) / (T(1) + std::exp(-z)); });
+    parallel_rows(x.rows(), 2 * x.cols(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        cache.y.row(t) = routed.row(t) + cache.open(t, 0) * shared.row(t);
+      }
+    });
+    cache.shared_out = shared;
+    return cache.y;
+  }
+
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    cache.dx = moe_.backward(dy, cache.moe);
+    if (!gate_) {
+      cache.dx += shared_.backward(dy, cache.shared);
+      return cache.dx;
+    }
+    cache.d_gate.resize(dy.rows(), 1);
+    cache.d_shared.resize(dy.rows(), dy.cols());
+    parallel_rows(dy.rows(), 4 * dy.cols(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        const T open = cache.open(t, 0);
+        cache.d_gate(t, 0) = dy.row(t).dot(cache.shared_out.row(t)) * open * (T(1) - open);
+        cache.d_shared.row(t) = open * dy.row(t);
+      }
+    });
+    cache.dx += shared_.backward(cache.d_shared, cache.shared);
+    cache.dx += gate_->backward(cache.d_gate, cache.gate);
+    return cache.dx;
+  }
+
+  /// See MoELayer::update.
+  void update() {
+    if constexpr (requires { moe_.update(); }) moe_.update();
+  }
+
+  /// See MoELayer::report.
+  auto report(const Cache& cache) const { return moe_.report(cache.moe); }
+
+  /// The mixture's members, `shared.*` and, with a gate, `shared_gate.*`.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    Moe::visit(self.moe_, visit);
+    visit("shared", self.shared_);
+    if (self.gate_) visit("shared_gate", *self.gate_);
+  }
+
+  Index d_model() const { return moe_.d_model(); }
+
+  Moe& moe() { return moe_; }
+  const Moe& moe() const { return moe_; }
+  Shared& shared() { return shared_; }
+  const Shared& shared() const { return shared_; }
+
+ private:
+  Moe moe_;
+  Shared shared_;
+  std::optional<Linear<T>> gate_;
+};
+
+}  // namespace weir

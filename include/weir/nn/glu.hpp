@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The gated feed-forward network (Shazeer 2020, arXiv:2002.05202).
+#pragma once
+
+#include <concepts>
+#include <utility>
+
+#include <weir/core/error.hpp>
+#include <weir/core/init.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/ops/activation.hpp>
+
+namespace weir {
+
+/// h = act(gate) * up, elementwise on [rows, d_hidden]. `h` may be `gate`.
+template <Activation Act, class T>
+void glu_forward(MatrixIn<T> gate, MatrixIn<T> up, MatrixOut<T> h) {
+  constexpr Index kCost = 8;
+  parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index t, Index col, Index count) {
+    const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+    T* const out = &h(t, col);
+    Act::value(count, &gate.coeffRef(t, col), out);
+    map_lanes<T>(count, product, out, out, &up.coeffRef(t, col));
+  });
+}
+
+/// The derivative of `glu_forward`:
+///
+///     d_gate = dh * up * act'(gate),   d_up = dh * act(gate)
+///
+/// All are [rows, d_hidden]; the results are no other matrix than themselves.
+template <Activation Act, class T>
+void glu_backward(MatrixIn<T> gate, MatrixIn<T> up, MatrixIn<T> dh, MatrixOut<T> d_gate,
+                  MatrixOut<T> d_up) {
+  constexpr Index kCost = 16;
+  parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index t, Index col, Index count) {
+    const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+    const auto triple = [](const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) -> Lanes<T> {
+      return a * b * c;
+    };
+    Act::value(count, &gate.coeffRef(t, col), &d_up(t, col));
+    map_lanes<T>(count, product, &d_up(t, col), &d_up(t, col), &dh.coeffRef(t, col));
+    Act::derivative(count, &gate.coeffRef(t, col), &d_gate(t, col));
+    map_lanes<T>(count, triple, &d_gate(t, col), &d_gate(t, col), &dh.coeffRef(t, col),
+                 &up.coeffRef(t, col));
+  });
+}
+
+/// Settings of `Glu`.
+struct GluConfig {
+  double init_scale = 1.0;  ///< `scale` of `switch_init`.
+};
+
+/// The feed-forward network with a gate, SwiGLU by default:
+///
+///     y = (act(x gate^T) * (x up^T)) down^T
+///
+/// (Shazeer 2020, arXiv:2002.05202, eq. 6.)
+template <std::floating_point T, Activation Act = Silu>
+class Glu {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    Matrix<T> x, gate, up, h, y;
+    Matrix<T> dh, d_gate, d_up, dx;
+  };
+
+  /// Weights from `switch_init`.
+  /// \throws ConfigError  unless sizes and scale are positive.
+  Glu(Index d_model, Index d_hidden, Rng& rng, GluConfig config = {}) {
+    expect_positive("Glu", "d_model", d_model);
+    expect_positive("Glu", "d_hidden", d_hidden);
+    gate_.value = switch_init<T>(d_hidden, d_model, rng, config.init_scale);
+    up_.value = switch_init<T>(d_hidden, d_model, rng, config.init_scale);
+    down_.value = switch_init<T>(d_model, d_hidden, rng, config.init_scale);
+  }
+
+  /// Takes over gate and up [d_hidden, d_model] and down [d_model, d_hidden].
+  /// \throws ShapeError   if they do not fit each other.
+  Glu(Matrix<T> gate, Matrix<T> up, Matrix<T> down)
+      : gate_{std::move(gate)}, up_{std::move(up)}, down_{std::move(down)} {
+    expect_shape("Glu", "up", up_.value, d_hidden(), d_model());
+    expect_shape("Glu", "down", down_.value, d_model(), d_hidden());
+  }
+
+  /// \param x        [tokens, d_model].
+  /// \return         [tokens, d_model].
+  /// \throws ShapeError   if x does not have d_model columns.
+  Matrix<T> forward(MatrixIn<T> x) const {
+    expect_columns("Glu::forward", "x", x, d_model());
+    Matrix<T> gate(x.rows(), d_hidden());
+    Matrix<T> up(x.rows(), d_hidden());
+    Matrix<T> y(x.rows(), d_model());
+    run(x, gate, up, gate, y);
+    return y;
+  }
+
+  /// The same, keeping what `backward` needs.
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
+    expect_columns("Glu::forward", "x", x, d_model());
+    cache.x = x;
+    cache.gate.resize(x.rows(), d_hidden());
+    cache.up.resize(x.rows(), d_hidden());
+    cache.h.resize(x.rows(), d_hidden());
+    cache.y.resize(x.rows(), d_model());
+    run(x, cache.gate, cache.up, cache.h, cache.y);
+    return cache.y;
+  }
+
+  /// Adds to the gradients of gate, up and down.
+  /// \param dy       [tokens, d_model], of the last forward pass.
+  /// \return         dL/dx, [tokens, d_model].
+  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws ShapeError   if dy does not have the shape of the result.
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    if (cache.y.cols() != d_model()) fail<StateError>("Glu::backward: no forward pass before it");
+    expect_shape("Glu::backward", "dy", dy, cache.x.rows(), d_model());
+    cache.dh.resize(dy.rows(), d_hidden());
+    cache.d_gate.resize(dy.rows(), d_hidden());
+    cache.d_up.resize(dy.rows(), d_hidden());
+    cache.dx.resize(dy.rows(), d_model());
+
+    const Product<T> behind[] = {product_nn<T>(dy, down_.value, cache.dh),
+                                 product_tn<T>(dy, cache.h, down_.gradient(), true)};
+    multiply<T>(behind);
+    glu_backward<Act, T>(cache.gate, cache.up, cache.dh, cache.d_gate, cache.d_up);
+    const Product<T> before[] = {product_nn<T>(cache.d_gate, gate_.value, cache.dx),
+                                 product_tn<T>(cache.d_gate, cache.x, gate_.gradient(), true),
+                                 product_tn<T>(cache.d_up, cache.x, up_.gradient(), true)};
+    multiply<T>(before);
+    multiply_nn<T>(cache.d_up, up_.value, cache.dx, true);
+    return cache.dx;
+  }
+
+  Index d_model() const { return gate_.value.cols(); }
+  Index d_hidden() const { return gate_.value.rows(); }
+
+  const Parameter<T>& gate() const { return gate_; }
+  Parameter<T>& gate() { return gate_; }
+  const Parameter<T>& up() const { return up_; }
+  Parameter<T>& up() { return up_; }
+  const Parameter<T>& down() const { return down_; }
+  Parameter<T>& down() { return down_; }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("gate", self.gate_);
+    visit("up", self.up_);
+    visit("down", self.down_);
+  }
+
+ private:
+  void run(MatrixIn<T> x, MatrixOut<T> gate, MatrixOut<T> up, MatrixOut<T> h,
+           MatrixOut<T> y) const {
+    const Product<T> products[] = {product_nt<T>(x, gate_.value, gate),
+                                   product_nt<T>(x, up_.value, up)};
+    multiply<T>(products);
+    glu_forward<Act, T>(gate, up, h);
+    multiply_nt<T>(h, down_.value, y);
+  }
+
+  Parameter<T> gate_, up_;  // [d_hidden, d_model]
+  Parameter<T> down_;       // [d_model, d_hidden]
+};
+
+}  // namespace weir

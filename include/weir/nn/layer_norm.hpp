@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Layer normalization (Ba et al. 2016, arXiv:1607.06450).
+#pragma once
+
+#include <cmath>
+#include <concepts>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/types.hpp>
+#include <weir/ops/activation.hpp>
+
+namespace weir {
+
+/// Settings of `LayerNorm`.
+struct LayerNormConfig {
+  double epsilon = 1e-5;
+  bool bias = true;
+};
+
+/// Shifts each row to zero mean and scales it to unit variance, then scales and shifts each column:
+///
+///     y = (x - mean(x)) / sqrt(var(x) + epsilon) * g + b
+///
+/// var divides by d_model. (Ba et al. 2016, arXiv:1607.06450, eq. 4, with the epsilon of common
+/// practice.)
+template <std::floating_point T>
+class LayerNorm {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    Matrix<T> normal;       ///< [tokens, d_model]: (x - mean) / sqrt(var + epsilon).
+    Matrix<T> inverse_std;  ///< [tokens, 1].
+    Matrix<T> y, dx;
+  };
+
+  /// The weight starts at one, the bias at zero.
+  /// \throws ConfigError  unless d_model and epsilon are positive.
+  explicit LayerNorm(Index d_model, LayerNormConfig config = {}) : epsilon_(config.epsilon) {
+    expect_positive("LayerNorm", "d_model", d_model);
+    expect_positive("LayerNorm", "epsilon", epsilon_);
+    weight_.value.setOnes(1, d_model);
+    if (config.bias) bias_.value.setZero(1, d_model);
+  }
+
+  /// \param x        [tokens, d_model].
+  /// \return         [tokens, d_model].
+  /// \throws ShapeError   if x does not have d_model columns.
+  Matrix<T> forward(MatrixIn<T> x) const {
+    expect_columns("LayerNorm::forward", "x", x, d_model());
+    Matrix<T> y(x.rows(), d_model());
+    parallel_rows(x.rows(), 4 * d_model(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        normalize_row(&x.coeffRef(t, 0), &y(t, 0));
+        affine_row(&y(t, 0), &y(t, 0));
+      }
+    });
+    return y;
+  }
+
+  /// The same, keeping what `backward` needs.
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
+    expect_columns("LayerNorm::forward", "x", x, d_model());
+    cache.normal.resize(x.rows(), d_model());
+    cache.inverse_std.resize(x.rows(), 1);
+    cache.y.resize(x.rows(), d_model());
+    parallel_rows(x.rows(), 4 * d_model(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        cache.inverse_std(t, 0) = normalize_row(&x.coeffRef(t, 0), &cache.normal(t, 0));
+        affine_row(&cache.normal(t, 0), &cache.y(t, 0));
+      }
+    });
+    return cache.y;
+  }
+
+  /// With n the normalized row and a = dy g:
+  ///
+  ///     dg += sum_t dy n,   db += sum_t dy,   dx = (a - mean(a) - n mean(a n)) / sqrt(var +
+  ///     epsilon)
+  ///
+  /// \param dy       [tokens, d_model], of the last forward pass.
+  /// \return         dL/dx, [tokens, d_model].
+  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws ShapeError   if dy does not have the shape of the result.
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    if (cache.y.cols() != d_model()) {
+      fail<StateError>("LayerNorm::backward: no forward pass before it");
+    }
+    expect_shape("LayerNorm::backward", "dy", dy, cache.y.rows(), d_model());
+    cache.dx.resize(dy.rows(), d_model());
+    const Matrix<T>& normal = cache.normal;
+    const T* g = weight_.value.data();
+    parallel_rows(dy.rows(), 6 * d_model(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        const auto pair = [](const Lanes<T>& d, const Lanes<T>& w) -> Lanes<T> { return d * w; };
+        const auto triple = [](const Lanes<T>& d, const Lanes<T>& w,
+                               const Lanes<T>& n) -> Lanes<T> { return d * w * n; };
+        const T inverse_std = cache.inverse_std(t, 0);
+        const auto d = static_cast<T>(d_model());
+        const T mean = sum_lanes<T>(d_model(), pair, &dy.coeffRef(t, 0), g) / d;
+        const T along = sum_lanes<T>(d_model(), triple, &dy.coeffRef(t, 0), g, &normal(t, 0)) / d;
+        const auto f = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& n) -> Lanes<T> {
+          return inverse_std * (dv * w - mean - along * n);
+        };
+        map_lanes<T>(d_model(), f, &cache.dx(t, 0), &dy.coeffRef(t, 0), g, &normal(t, 0));
+      }
+    });
+    const auto d_weight = [&](Index t, Index col, Index count) -> Lanes<T> {
+      return load_lanes<T>(&dy.coeffRef(t, col), count) * load_lanes<T>(&normal(t, col), count);
+    };
+    add_over_rows<T>(dy.rows(), d_model(), weight_.gradient().data(), d_weight);
+    if (has_bias()) {
+      const auto d_bias = [&](Index t, Index col, Index count) {
+        return load_lanes<T>(&dy.coeffRef(t, col), count);
+      };
+      add_over_rows<T>(dy.rows(), d_model(), bias_.gradient().data(), d_bias);
+    }
+    return cache.dx;
+  }
+
+  Index d_model() const { return weight_.value.cols(); }
+  double epsilon() const { return epsilon_; }
+  bool has_bias() const { return bias_.value.size() != 0; }
+
+  const Parameter<T>& weight() const { return weight_; }
+  Parameter<T>& weight() { return weight_; }
+  /// Empty if there is none.
+  const Parameter<T>& bias() const { return bias_; }
+  Parameter<T>& bias() { return bias_; }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("weight", self.weight_);
+    if (self.has_bias()) visit("bias", self.bias_);
+  }
+
+ private:
+  /// Writes the normalized row and returns 1 / sqrt(var + epsilon).
+  T normalize_row(const T* x, T* normal) const {
+    const auto d = static_cast<T>(d_model());
+    const auto same = [](const Lanes<T>& v) -> Lanes<T> { return v; };
+    const T mean = sum_lanes<T>(d_model(), same, x) / d;
+    const auto square = [mean](const Lanes<T>& v) -> Lanes<T> { return (v - mean).square(); };
+    const T variance = sum_lanes<T>(d_model(), square, x) / d;
+    const T inverse_std = T(1) / std::sqrt(variance + static_cast<T>(epsilon_));
+    const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * inverse_std; };
+    map_lanes<T>(d_model(), f, normal, x);
+    return inverse_std;
+  }
+
+  void affine_row(const T* normal, T* y) const {
+    if (has_bias()) {
+      const auto f = [](const Lanes<T>& n, const Lanes<T>& w, const Lanes<T>& b) -> Lanes<T> {
+        return n * w + b;
+      };
+      map_lanes<T>(d_model(), f, y, normal, weight_.value.data(), bias_.value.data());
+    } else {
+      const auto f = [](const Lanes<T>& n, const Lanes<T>& w) -> Lanes<T> { return n * w; };
+      map_lanes<T>(d_model(), f, y, normal, weight_.value.data());
+    }
+  }
+
+  Parameter<T> weight_;  // [1, d_model]
+  Parameter<T> bias_;    // [1, d_model] or empty
+  double epsilon_;
+};
+
+}  // namespace weir

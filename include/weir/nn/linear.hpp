@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The affine map.
+#pragma once
+
+#include <concepts>
+#include <utility>
+
+#include <weir/core/error.hpp>
+#include <weir/core/init.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/ops/activation.hpp>
+
+namespace weir {
+
+/// y = x W^T + b; x [tokens, in], W [out, in], b [1, out] or empty for none, y [tokens, out].
+template <class T>
+void linear_forward(MatrixIn<T> x, const Matrix<T>& weight, const Matrix<T>& bias, MatrixOut<T> y) {
+  multiply_nt<T>(x, weight, y);
+  if (bias.size() == 0) return;
+  parallel_pieces(y.rows(), y.cols(), 1, [&](Index t, Index col, Index count) {
+    const auto add = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; };
+    map_lanes<T>(count, add, &y(t, col), &y(t, col), &bias(0, col));
+  });
+}
+
+/// The derivative of `linear_forward` with respect to everything:
+///
+///     dW += dy^T x,   db += sum_t dy[t],   dx = dy W
+template <class T>
+void linear_backward(MatrixIn<T> dy, MatrixIn<T> x, Parameter<T>& weight, Parameter<T>& bias,
+                     MatrixOut<T> dx) {
+  const Product<T> products[] = {product_nn<T>(dy, weight.value, dx),
+                                 product_tn<T>(dy, x, weight.gradient(), true)};
+  multiply<T>(products);
+  if (bias.value.size() == 0) return;
+  add_over_rows<T>(
+      dy.rows(), dy.cols(), bias.gradient().data(),
+      [&](Index t, Index col, Index count) { return load_lanes<T>(&dy.coeffRef(t, col), count); });
+}
+
+/// Settings of `Linear`.
+struct LinearConfig {
+  bool bias = false;
+  double init_scale = 1.0;  ///< `scale` of `switch_init`.
+};
+
+/// y = x W^T + b.
+template <std::floating_point T>
+class Linear {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    Matrix<T> x, y, dx;
+  };
+
+  /// Weights from `switch_init`; the bias starts at zero.
+  /// \throws ConfigError  unless both sizes and the scale are positive.
+  Linear(Index d_in, Index d_out, Rng& rng, LinearConfig config = {}) {
+    expect_positive("Linear", "d_in", d_in);
+    expect_positive("Linear", "d_out", d_out);
+    weight_.value = switch_init<T>(d_out, d_in, rng, config.init_scale);
+    if (config.bias) bias_.value.setZero(1, d_out);
+  }
+
+  /// Takes over a weight [d_out, d_in] and, unless empty, a bias [1, d_out].
+  /// \throws ShapeError   if the bias does not fit the weight.
+  explicit Linear(Matrix<T> weight, Matrix<T> bias = {})
+      : weight_{std::move(weight)}, bias_{std::move(bias)} {
+    if (has_bias()) expect_shape("Linear", "bias", bias_.value, 1, d_out());
+  }
+
+  /// \param x        [tokens, d_in].
+  /// \return         [tokens, d_out].
+  /// \throws ShapeError   if x does not have d_in columns.
+  Matrix<T> forward(MatrixIn<T> x) const {
+    expect_columns("Linear::forward", "x", x, d_in());
+    Matrix<T> y(x.rows(), d_out());
+    linear_forward<T>(x, weight_.value, bias_.value, y);
+    return y;
+  }
+
+  /// The same, keeping what `backward` needs.
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
+    expect_columns("Linear::forward", "x", x, d_in());
+    cache.x = x;
+    cache.y.resize(x.rows(), d_out());
+    linear_forward<T>(x, weight_.value, bias_.value, cache.y);
+    return cache.y;
+  }
+
+  /// Adds to the gradients of weight and bias.
+  /// \param dy       [tokens, d_out], of the last forward pass.
+  /// \return         dL/dx, [tokens, d_in].
+  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws ShapeError   if dy does not have the shape of the result.
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    if (cache.y.cols() != d_out()) fail<StateError>("Linear::backward: no forward pass before it");
+    expect_shape("Linear::backward", "dy", dy, cache.x.rows(), d_out());
+    cache.dx.resize(dy.rows(), d_in());
+    linear_backward<T>(dy, cache.x, weight_, bias_, cache.dx);
+    return cache.dx;
+  }
+
+  Index d_in() const { return weight_.value.cols(); }
+  Index d_out() const { return weight_.value.rows(); }
+  bool has_bias() const { return bias_.value.size() != 0; }
+
+  const Parameter<T>& weight() const { return weight_; }
+  Parameter<T>& weight() { return weight_; }
+  /// Empty if there is none.
+  const Parameter<T>& bias() const { return bias_; }
+  Parameter<T>& bias() { return bias_; }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("weight", self.weight_);
+    if (self.has_bias()) visit("bias", self.bias_);
+  }
+
+ private:
+  Parameter<T> weight_;
+  Parameter<T> bias_;
+};
+
+}  // namespace weir

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The feed-forward network of two layers (Vaswani et al. 2017, arXiv:1706.03762).
+#pragma once
+
+#include <concepts>
+#include <utility>
+
+#include <weir/core/error.hpp>
+#include <weir/core/init.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/types.hpp>
+#include <weir/nn/linear.hpp>
+#include <weir/ops/activation.hpp>
+
+namespace weir {
+
+/// a = act(z), elementwise on [rows, d_hidden]. `a` may be `z`.
+template <Activation Act, class T>
+void activation_forward(MatrixIn<T> z, MatrixOut<T> a) {
+  constexpr Index kCost = 8;
+  parallel_pieces(z.rows(), z.cols(), kCost, [&](Index t, Index col, Index count) {
+    Act::value(count, &z.coeffRef(t, col), &a(t, col));
+  });
+}
+
+/// dz = da * act'(z), elementwise on [rows, d_hidden]. `dz` may be `z`, but not `da`.
+template <Activation Act, class T>
+void activation_backward(MatrixIn<T> z, MatrixIn<T> da, MatrixOut<T> dz) {
+  constexpr Index kCost = 8;
+  parallel_pieces(z.rows(), z.cols(), kCost, [&](Index t, Index col, Index count) {
+    const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+    Act::derivative(count, &z.coeffRef(t, col), &dz(t, col));
+    map_lanes<T>(count, product, &dz(t, col), &dz(t, col), &da.coeffRef(t, col));
+  });
+}
+
+/// Settings of `Mlp`.
+struct MlpConfig {
+  bool bias = false;
+  double init_scale = 1.0;  ///< `scale` of `switch_init`.
+};
+
+/// The feed-forward network without a gate:
+///
+///     y = act(x in^T + in_bias) out^T + out_bias
+///
+/// (Vaswani et al. 2017, arXiv:1706.03762, eq. 2.)
+template <std::floating_point T, Activation Act = Relu>
+class Mlp {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    Matrix<T> x, z, h, y;
+    Matrix<T> dh, dz, dx;
+  };
+
+  /// Weights from `switch_init`; biases start at zero.
+  /// \throws ConfigError  unless sizes and scale are positive.
+  Mlp(Index d_model, Index d_hidden, Rng& rng, MlpConfig config = {}) {
+    expect_positive("Mlp", "d_model", d_model);
+    expect_positive("Mlp", "d_hidden", d_hidden);
+    in_.value = switch_init<T>(d_hidden, d_model, rng, config.init_scale);
+    out_.value = switch_init<T>(d_model, d_hidden, rng, config.init_scale);
+    if (config.bias) {
+      in_bias_.value.setZero(1, d_hidden);
+      out_bias_.value.setZero(1, d_model);
+    }
+  }
+
+  /// Takes over in [d_hidden, d_model], out [d_model, d_hidden] and, unless empty, their biases
+  /// [1, d_hidden] and [1, d_model].
+  /// \throws ShapeError   if they do not fit each other.
+  Mlp(Matrix<T> in, Matrix<T> out, Matrix<T> in_bias = {}, Matrix<T> out_bias = {})
+      : in_{std::move(in)},
+        in_bias_{std::move(in_bias)},
+        out_{std::move(out)},
+        out_bias_{std::move(out_bias)} {
+    expect_shape("Mlp", "out", out_.value, d_model(), d_hidden());
+    if (in_bias_.value.size() != 0) expect_shape("Mlp", "in_bias", in_bias_.value, 1, d_hidden());
+    if (out_bias_.value.size() != 0) expect_shape("Mlp", "out_bias", out_bias_.value, 1, d_model());
+  }
+
+  /// \param x        [tokens, d_model].
+  /// \return         [tokens, d_model].
+  /// \throws ShapeError   if x does not have d_model columns.
+  Matrix<T> forward(MatrixIn<T> x) const {
+    expect_columns("Mlp::forward", "x", x, d_model());
+    Matrix<T> h(x.rows(), d_hidden());
+    Matrix<T> y(x.rows(), d_model());
+    run(x, h, h, y);
+    return y;
+  }
+
+  /// The same, keeping what `backward` needs.
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
+    expect_columns("Mlp::forward", "x", x, d_model());
+    cache.x = x;
+    cache.z.resize(x.rows(), d_hidden());
+    cache.h.resize(x.rows(), d_hidden());
+    cache.y.resize(x.rows(), d_model());
+    run(x, cache.z, cache.h, cache.y);
+    return cache.y;
+  }
+
+  /// Adds to the gradients of weights and biases.
+  /// \param dy       [tokens, d_model], of the last forward pass.
+  /// \return         dL/dx, [tokens, d_model].
+  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws ShapeError   if dy does not have the shape of the result.
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    if (cache.y.cols() != d_model()) fail<StateError>("Mlp::backward: no forward pass before it");
+    expect_shape("Mlp::backward", "dy", dy, cache.x.rows(), d_model());
+    cache.dh.resize(dy.rows(), d_hidden());
+    cache.dz.resize(dy.rows(), d_hidden());
+    cache.dx.resize(dy.rows(), d_model());
+    linear_backward<T>(dy, cache.h, out_, out_bias_, cache.dh);
+    activation_backward<Act, T>(cache.z, cache.dh, cache.dz);
+    linear_backward<T>(cache.dz, cache.x, in_, in_bias_, cache.dx);
+    return cache.dx;
+  }
+
+  Index d_model() const { return in_.value.cols(); }
+  Index d_hidden() const { return in_.value.rows(); }
+
+  const Parameter<T>& in() const { return in_; }
+  Parameter<T>& in() { return in_; }
+  /// Empty if there is none; likewise `out_bias`.
+  const Parameter<T>& in_bias() const { return in_bias_; }
+  Parameter<T>& in_bias() { return in_bias_; }
+  const Parameter<T>& out() const { return out_; }
+  Parameter<T>& out() { return out_; }
+  const Parameter<T>& out_bias() const { return out_bias_; }
+  Parameter<T>& out_bias() { return out_bias_; }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("in", self.in_);
+    if (self.in_bias_.value.size() != 0) visit("in_bias", self.in_bias_);
+    visit("out", self.out_);
+    if (self.out_bias_.value.size() != 0) visit("out_bias", self.out_bias_);
+  }
+
+ private:
+  void run(MatrixIn<T> x, MatrixOut<T> z, MatrixOut<T> h, MatrixOut<T> y) const {
+    linear_forward<T>(x, in_.value, in_bias_.value, z);
+    activation_forward<Act, T>(z, h);
+    linear_forward<T>(h, out_.value, out_bias_.value, y);
+  }
+
+  Parameter<T> in_, in_bias_;    // [d_hidden, d_model], [1, d_hidden] or empty
+  Parameter<T> out_, out_bias_;  // [d_model, d_hidden], [1, d_model] or empty
+};
+
+}  // namespace weir

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The logarithm of a sum of exponentials.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include <weir/core/types.hpp>
+#include <weir/ops/activation.hpp>
+
+namespace weir {
+
+/// The largest of `count` numbers; -inf if there are none.
+template <class T>
+T max_of(const T* values, Index count) {
+  Lanes<T> best = Lanes<T>::Constant(-std::numeric_limits<T>::infinity());
+  Index i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    best = best.max(load_lanes<T>(values + i, kLanes<T>));
+  }
+  T top = best.maxCoeff();
+  for (; i < count; ++i) top = values[i] > top ? values[i] : top;
+  return top;
+}
+
+/// log(sum_i exp(values[i])), shifted by the maximum so that no exponential overflows. -inf for no
+/// values, or none above -inf; NaN where a value is NaN.
+template <class T>
+T logsumexp(const T* values, Index count) {
+  const T top = max_of(values, count);
+  if (top == -std::numeric_limits<T>::infinity()) {
+    const auto same = [](const Lanes<T>& x) -> Lanes<T> { return x; };
+    return count == 0 ? top : sum_lanes<T>(count, same, values);  // -inf, or the NaN.
+  }
+  const auto f = [top](const Lanes<T>& x) -> Lanes<T> { return exp_lanes<T>(x - top); };
+  return top + std::log(sum_lanes<T>(count, f, values));
+}
+
+}  // namespace weir

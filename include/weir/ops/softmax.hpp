@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Softmax over the columns of each row, and its derivative.
+#pragma once
+
+#include <algorithm>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/types.hpp>
+#include <weir/ops/logsumexp.hpp>
+
+namespace weir {
+
+/// Softmax of one row:
+///
+///     p[i] = exp(logits[i] - max) / sum_j exp(logits[j] - max)
+///
+/// A logit of -inf gets exactly zero; at least one must be finite. A NaN makes the whole row NaN.
+///
+/// \param count    > 0.
+/// \param p        May be `logits`.
+template <class T>
+void softmax_row(const T* logits, Index count, T* p) {
+  const T top = max_of(logits, count);
+  Lanes<T> sum = Lanes<T>::Zero();
+  for (Index i = 0; i < count; i += kLanes<T>) {
+    const Index lanes = std::min(kLanes<T>, count - i);
+    const Lanes<T> e = exp_lanes<T>(load_lanes<T>(logits + i, lanes) - top);
+    store_lanes<T>(e, p + i, lanes);
+    if (lanes == kLanes<T>) {
+      sum += e;
+    } else {
+      for (Index lane = 0; lane < lanes; ++lane) sum[lane] += e[lane];
+    }
+  }
+  const T scale = T(1) / sum.sum();
+  map_lanes<T>(
+      count, [scale](const Lanes<T>& e) -> Lanes<T> { return scale * e; }, p, p);
+}
+
+/// Softmax of each row of [tokens, n]; `p` has the shape of `logits` and may be the same matrix.
+/// \throws ShapeError   if the shapes differ.
+template <class T>
+void softmax(MatrixIn<T> logits, MatrixOut<T> p) {
+  expect_shape("softmax", "p", p, logits.rows(), logits.cols());
+  if (logits.cols() == 0) return;
+  parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      softmax_row<T>(&logits.coeffRef(t, 0), logits.cols(), &p.coeffRef(t, 0));
+    }
+  });
+}
+
+/// Softmax of each row of [tokens, n].
+template <class T>
+Matrix<T> softmax(MatrixIn<T> logits) {
+  Matrix<T> p(logits.rows(), logits.cols());
+  softmax<T>(logits, p);
+  return p;
+}
+
+/// Adds the gradient with respect to the logits of one row, p being their softmax:
+///
+///     d_logits[i] += p[i] (dp[i] - sum_j p[j] dp[j])
+template <class T>
+void add_softmax_backward_row(const T* p, const T* dp, Index count, T* d_logits) {
+  const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+  const T mean = sum_lanes<T>(count, product, p, dp);
+  const auto add = [mean](const Lanes<T>& d, const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
+    return d + a * (b - mean);
+  };
+  map_lanes<T>(count, add, d_logits, d_logits, p, dp);
+}
+
+/// `add_softmax_backward_row` for each row; all three are [tokens, n].
+/// \throws ShapeError   if the shapes differ.
+template <class T>
+void add_softmax_backward(MatrixIn<T> p, MatrixIn<T> dp, MatrixOut<T> d_logits) {
+  expect_shape("add_softmax_backward", "dp", dp, p.rows(), p.cols());
+  expect_shape("add_softmax_backward", "d_logits", d_logits, p.rows(), p.cols());
+  if (p.cols() == 0) return;
+  parallel_rows(p.rows(), 2 * p.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      add_softmax_backward_row<T>(&p.coeffRef(t, 0), &dp.coeffRef(t, 0), p.cols(),
+                                  &d_logits.coeffRef(t, 0));
+    }
+  });
+}
+
+}  // namespace weir

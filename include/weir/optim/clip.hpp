@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Gradient clipping (Pascanu et al. 2013, arXiv:1211.5063, algorithm 1).
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numeric>
+#include <string_view>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+namespace detail {
+
+/// At most this many tasks share the gradients of a model, so that what each of them finds fits on
+/// the stack.
+inline constexpr Index kGradientTasks = 256;
+
+/// How many numbers the gradient of a parameter contributes: none if it is frozen or never used.
+template <class T>
+Index gradient_size(const NamedParameter<T>& named) {
+  return named.parameter->frozen ? 0 : named.parameter->grad.size();
+}
+
+/// Calls `body(task, numbers, count)` for pieces that together are all gradients, laid end to end
+/// and divided evenly, whatever the number of threads, among at most `kGradientTasks` tasks. The
+/// pieces of one task come in order, from one thread.
+template <class T, class Body>
+void parallel_gradients(const std::vector<NamedParameter<T>>& parameters, Body&& body) {
+  constexpr Index kWorthwhile = 16384;
+  Index total = 0;
+  for (const NamedParameter<T>& named : parameters) total += gradient_size(named);
+  const Index share = std::max(kWorthwhile, (total + kGradientTasks - 1) / kGradientTasks);
+
+  parallel_for((total + share - 1) / share, [&](Index task) {
+    const Index begin = task * share;
+    const Index end = begin + share;
+    Index offset = 0;
+    for (const NamedParameter<T>& named : parameters) {
+      if (offset >= end) break;
+      const Index size = gradient_size(named);
+      const Index from = std::max(begin - offset, Index{0});
+      const Index to = std::min(end - offset, size);
+      if (from < to) body(task, named.parameter->grad.data() + from, to - from);
+      offset += size;
+    }
+  });
+}
+
+/// Sum of squares, on as many independent sums as keep the vector units busy.
+template <class T>
+double squared_norm(const T* x, Index count) {
+  constexpr Index kLanes = 16;
+  std::array<double, kLanes> sums{};
+  Index i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (Index lane = 0; lane < kLanes; ++lane) {
+      const auto value = static_cast<double>(x[i + lane]);
+      sums[static_cast<std::size_t>(lane)] += value * value;
+    }
+  }
+  for (; i < count; ++i) sums[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+/// Throws for the parameter whose gradient makes the sum of squares NaN or infinite.
+template <class T>
+[[noreturn]] void fail_non_finite(std::string_view where,
+                                  const std::vector<NamedParameter<T>>& parameters) {
+  double total = 0.0;
+  std::string_view name;
+  for (const NamedParameter<T>& named : parameters) {
+    total += squared_norm(named.parameter->grad.data(), gradient_size(named));
+    name = named.name;
+    if (!std::isfinite(total)) break;
+  }
+  fail<NonFiniteError>(where, ": gradient of ", name, " has norm ",
+                       std::isnan(total) ? "nan" : "inf", ", expected finite");
+}
+
+template <class T>
+double finite_global_norm(std::string_view where,
+                          const std::vector<NamedParameter<T>>& parameters) {
+  std::array<double, kGradientTasks> sums{};
+  parallel_gradients(parameters, [&](Index task, const T* numbers, Index count) {
+    sums[static_cast<std::size_t>(task)] += squared_norm(numbers, count);
+  });
+  const double norm = std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
+  if (!std::isfinite(norm)) fail_non_finite(where, parameters);
+  return norm;
+}
+
+}  // namespace detail
+
+/// The Euclidean norm of all gradients taken as one vector:
+///
+///     sqrt(sum_p ||g_p||^2)
+///
+/// Summed in double, and the same to the last bit for any number of threads. Frozen parameters, and
+/// those that never had a gradient, do not count.
+/// \throws NonFiniteError   if it is NaN or infinite; names the first parameter at fault.
+template <class T>
+double global_norm(const std::vector<NamedParameter<T>>& parameters) {
+  return detail::finite_global_norm("global_norm", parameters);
+}
+
+/// Makes a long step short without turning it. Where the norm of all gradients is above `max_norm`:
+///
+///     g_p <- g_p * max_norm / norm
+///
+/// (Pascanu et al. 2013, arXiv:1211.5063, algorithm 1, the threshold being the norm of all
+/// parameters together.) Frozen parameters are neither counted nor scaled.
+///
+/// \return              The norm before clipping.
+/// \throws ConfigError      if max_norm is not above zero.
+/// \throws NonFiniteError   as `global_norm` does; no gradient is changed then.
+template <class T>
+double clip_global_norm(const std::vector<NamedParameter<T>>& parameters, double max_norm) {
+  expect_positive("clip_global_norm", "max_norm", max_norm);
+  const double norm = detail::finite_global_norm("clip_global_norm", parameters);
+  if (norm > max_norm) {
+    const auto scale = static_cast<T>(max_norm / norm);
+    detail::parallel_gradients(parameters, [&](Index, T* numbers, Index count) {
+      Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>(numbers, count) *= scale;
+    });
+  }
+  return norm;
+}
+
+}  // namespace weir

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// All of weir, lowest layer first. A program compiles faster with the headers it uses.
+#pragma once
+
+// clang-format off
+#include <weir/core/error.hpp>
+#include <weir/core/init.hpp>
+#include <weir/core/layer.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/core/sequences.hpp>
+#include <weir/core/types.hpp>
+
+#include <weir/ops/activation.hpp>
+#include <weir/ops/logsumexp.hpp>
+#include <weir/ops/rope.hpp>
+#include <weir/ops/softmax.hpp>
+#include <weir/ops/top_k.hpp>
+
+#include <weir/kernels/matmul.hpp>
+#include <weir/kernels/simd.hpp>
+
+#include <weir/nn/cross_entropy.hpp>
+#include <weir/nn/embedding.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/layer_norm.hpp>
+#include <weir/nn/linear.hpp>
+#include <weir/nn/mlp.hpp>
+#include <weir/nn/rms_norm.hpp>
+
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/importance_loss.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/capacity/fixed_capacity.hpp>
+#include <weir/moe/capacity/overflow.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/dispatch.hpp>
+#include <weir/moe/experts/any_bank.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/report.hpp>
+#include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/routing.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/top_k_softmax.hpp>
+#include <weir/moe/shared_experts.hpp>
+
+#include <weir/attention/causal.hpp>
+#include <weir/attention/grouped_query.hpp>
+#include <weir/attention/kv_cache.hpp>
+
+#include <weir/model/any_layer.hpp>
+#include <weir/model/block.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/model/interleave.hpp>
+#include <weir/model/sampling.hpp>
+
+#include <weir/optim/adamw.hpp>
+#include <weir/optim/clip.hpp>
+#include <weir/optim/schedule.hpp>
+
+#include <weir/version.hpp>
+// clang-format on

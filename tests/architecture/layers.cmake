@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: MIT
+# The folders of include/weir, lowest first, and the folders each may include besides itself.
+set(layers core ops kernels nn moe attention model analysis presets tuning optim io parallel)
+
+set(core)
+set(ops core)
+set(kernels core ops)
+set(nn core ops kernels)
+set(moe core ops kernels nn)
+set(attention core ops kernels nn)
+set(model core ops kernels nn moe attention)
+set(analysis core ops kernels nn moe attention)
+set(presets core ops kernels nn moe attention model analysis)
+set(tuning core ops kernels nn moe attention model analysis)
+set(optim core)
+set(io core)
+set(parallel core)

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: MIT
+#include <weir/weir.hpp>
+
+#include "odr.hpp"
+
+const void* address_in_b() {
+  return &weir::detail::thread_setting();
+}
+
+void set_threads_in_b(int count) {
+  weir::set_threads(count);
+}
+
+int threads_in_b() {
+  return weir::threads();
+}

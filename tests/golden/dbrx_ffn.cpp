@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: MIT
+// The MoE layer of DBRX as Hugging Face's transformers have it.
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/ops/softmax.hpp>
+
+#include "golden/families.hpp"
+#include "golden/moe_case.hpp"
+
+namespace weir::golden {
+namespace {
+
+const std::string kRouter = "router.layer.weight";
+const std::string kGate = "experts.mlp.w1";
+const std::string kUp = "experts.mlp.v1";
+const std::string kDown = "experts.mlp.w2";
+
+/// What that code makes of the Switch loss: it takes the softmax of probabilities for the
+/// probabilities. f_e is as it should be, the softmax keeping the order.
+struct DoubleSoftmaxLoss {
+  SwitchLoss<double> balance;
+
+  double loss(const Routing<double>& routing) const {
+    return balance.loss(with_double_softmax(routing));
+  }
+
+  void add_gradient(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
+    const Routing<double> doubled = with_double_softmax(routing);
+    RoutingGradient<double> inner;
+    inner.reset(doubled);
+    balance.add_gradient(doubled, inner);
+    add_softmax_backward<double>(doubled.probabilities, inner.probabilities,
+                                 gradient.probabilities);
+  }
+
+ private:
+  static Routing<double> with_double_softmax(Routing<double> routing) {
+    softmax<double>(routing.probabilities, routing.probabilities);
+    return routing;
+  }
+};
+
+/// The experts' matrices out of one that has them all, expert after expert.
+std::vector<Matrix<double>> split(const Matrix<double>& fused, Index experts) {
+  std::vector<Matrix<double>> parts;
+  const Index rows = fused.rows() / experts;
+  for (Index e = 0; e < experts; ++e) parts.push_back(fused.middleRows(e * rows, rows));
+  return parts;
+}
+
+/// The same for matrices that the file has transposed.
+std::vector<Matrix<double>> split_transposed(const Matrix<double>& fused, Index experts) {
+  std::vector<Matrix<double>> parts = split(fused, experts);
+  for (Matrix<double>& part : parts) part.transposeInPlace();
+  return parts;
+}
+
+/// The gradients of `member` of all experts, one below the other: [experts * d_ff, d_model].
+Matrix<double> join(Gradients& gradients, const std::string& member, bool transposed,
+                    const MoeInputs& in) {
+  Matrix<double> fused(in.experts * in.d_ff, in.d_model);
+  for (Index e = 0; e < in.experts; ++e) {
+    Matrix<double> part = gradients.take("experts." + std::to_string(e) + "." + member);
+    if (transposed) part.transposeInPlace();
+    fused.middleRows(e * in.d_ff, in.d_ff) = part;
+  }
+  return fused;
+}
+
+/// DBRX divides by any norm of the chosen probabilities, or by none.
+SoftmaxTopK<double> selector_of(CaseFile& file) {
+  SoftmaxTopK<double> selector{.k = file.size("top_k")};
+  const std::optional<double> norm = file.optional_number("moe_normalize_expert_weights");
+  if (norm) {
+    selector.renormalise = true;
+    selector.norm = *norm;
+  }
+  return selector;
+}
+
+}  // namespace
+
+void check_dbrx_ffn(CaseFile& file, Checker& checker) {
+  file.expect_activation("silu");
+  const MoeInputs in(file);
+  const Index rows = in.experts * in.d_ff;
+  SwitchLoss<double> balance{file.number("aux_coef"), LoadFraction::kOfTokens};
+  MoELayer moe(LinearRouter<double>(weight(file, kRouter, in.experts, in.d_model)),
+               selector_of(file), Dropless{},
+               GluBank<double>(split(weight(file, kGate, rows, in.d_model), in.experts),
+                               split(weight(file, kUp, rows, in.d_model), in.experts),
+                               split_transposed(weight(file, kDown, rows, in.d_model), in.experts)),
+               DoubleSoftmaxLoss{balance});
+
+  decltype(moe)::Cache cache;
+  check_layer(checker, moe, in, cache);
+  check_routing(checker, file, cache.routing);
+  balance.coefficient = 1.0;  // The file has these losses unscaled.
+  checker.scalar("out.aux_loss", DoubleSoftmaxLoss{balance}.loss(cache.routing));
+  checker.scalar("out.aux_loss_single_softmax", balance.loss(cache.routing));
+
+  Gradients gradients(moe);
+  gradients.check(checker, "router.weight", kRouter);
+  checker.reals("g." + kGate, join(gradients, "gate", false, in));
+  checker.reals("g." + kUp, join(gradients, "up", false, in));
+  checker.reals("g." + kDown, join(gradients, "down", true, in));
+  gradients.finish(checker);
+}
+
+}  // namespace weir::golden

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The families of cases. A new one is a file beside this one, and a line in each half of this one.
+#pragma once
+
+#include "golden/case_file.hpp"
+#include "golden/checker.hpp"
+
+namespace weir::golden {
+
+/// Rebuilds the case from its configuration, inputs and weights, and compares all it has in it.
+/// \throws std::exception  if the file contradicts itself, or asks weir for what it refuses.
+/// \throws UnknownCase     if it is a variant that is not known.
+using CheckCase = void(CaseFile& file, Checker& checker);
+
+CheckCase check_mixtral_block;
+CheckCase check_dbrx_ffn;
+CheckCase check_switch_top1;
+
+struct Family {
+  int number;
+  const char* what;
+  CheckCase* check;
+};
+
+inline constexpr Family kFamilies[] = {
+    {1, "Mixtral, OLMoE and Qwen2-MoE layers", check_mixtral_block},
+    {2, "DBRX layer", check_dbrx_ffn},
+    {3, "Switch layer", check_switch_top1},
+};
+
+}  // namespace weir::golden

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What the cases of one MoE layer have in common.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <weir/core/layer.hpp>
+#include <weir/moe/report.hpp>
+#include <weir/moe/routing.hpp>
+
+#include "golden/case_file.hpp"
+#include "golden/checker.hpp"
+
+namespace weir::golden {
+
+/// in.x and in.cotangent, [batch, seq, d_model] in the file; and how many of what there are.
+struct MoeInputs {
+  explicit MoeInputs(CaseFile& file)
+      : batch(file.size("batch")),
+        seq(file.size("seq")),
+        d_model(file.size("d_model")),
+        d_ff(file.size("d_ff")),
+        experts(file.size("n_experts")),
+        x(file.matrix("in.x", {batch, seq, d_model})),
+        cotangent(file.matrix("in.cotangent", {batch, seq, d_model})),
+        sequences(Sequences::uniform(batch, seq)) {}
+
+  Pass pass() const { return {.training = true, .sequences = &sequences}; }
+
+  Index batch, seq, d_model, d_ff, experts;
+  Matrix<double> x, cotangent;  ///< [tokens, d_model]
+  Sequences sequences;
+};
+
+/// The weight w.`name`, which has to be [rows, cols].
+inline Matrix<double> weight(CaseFile& file, const std::string& name, Index rows, Index cols) {
+  return file.matrix("w." + name, {rows, cols});
+}
+
+/// Runs `layer` forward and backward, and compares
+///
+///     out.y, g.x and out.loss = sum(y * cotangent) + the auxiliary losses of the layer
+template <PassLayer L>
+void check_layer(Checker& checker, L& layer, const MoeInputs& in, typename L::Cache& cache) {
+  const Matrix<double> y = layer.forward(in.x, in.pass(), cache);
+  checker.reals("out.y", y);
+  checker.scalar("out.loss", y.cwiseProduct(in.cotangent).sum() + cache.aux_loss);
+  checker.reals("g.x", layer.backward(in.cotangent, cache));
+}
+
+/// The weight of each expert for each token, [tokens, experts]; zero where it is not chosen, or
+/// dropped.
+inline Matrix<double> dense_weights(const Routing<double>& routing) {
+  Matrix<double> dense = Matrix<double>::Zero(routing.tokens(), routing.experts());
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      const auto i = static_cast<std::size_t>(a);
+      if (routing.kept[i] != 0) dense(t, routing.expert[i]) = routing.weight[i];
+    }
+  }
+  return dense;
+}
+
+/// Compares out.topk_idx and out.topk_weight, [tokens, k] each. The order within a token is the
+/// reference's own affair: weir's choice is put into it first.
+inline void check_top_k(Checker& checker, CaseFile& file, const Routing<double>& routing) {
+  constexpr std::int64_t kNotChosen = -1;
+  std::vector<std::int64_t> order;
+  if (file.has("out.topk_idx")) order = file.integers("out.topk_idx");
+  const Index tokens = routing.tokens();
+  const Index k = tokens > 0 ? routing.assignments() / tokens : 0;
+  if (static_cast<Index>(order.size()) != routing.assignments()) {
+    checker.integers("out.topk_idx", {routing.expert.begin(), routing.expert.end()});
+    checker.reals("out.topk_weight",
+                  Eigen::Map<const Matrix<double>>(routing.weight.data(), tokens, k));
+    return;
+  }
+  std::vector<std::int64_t> expert(order.size(), kNotChosen);
+  Matrix<double> weights =
+      Matrix<double>::Constant(tokens, k, std::numeric_limits<double>::quiet_NaN());
+  for (Index t = 0; t < tokens; ++t) {
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      const auto ours = static_cast<std::size_t>(a);
+      for (Index r = 0; r < k; ++r) {
+        const auto theirs = static_cast<std::size_t>(t * k + r);
+        if (order[theirs] != routing.expert[ours] || expert[theirs] != kNotChosen) continue;
+        expert[theirs] = routing.expert[ours];
+        weights(t, r) = routing.weight[ours];
+        break;
+      }
+    }
+  }
+  checker.integers("out.topk_idx", expert);
+  checker.reals("out.topk_weight", weights);
+}
+
+/// Compares what a top-k router without capacity decided: out.router_logits, router_probs,
+/// topk_idx, topk_weight, combine_dense and tokens_per_expert.
+inline void check_routing(Checker& checker, CaseFile& file, const Routing<double>& routing) {
+  checker.reals("out.router_logits", routing.logits);
+  checker.reals("out.router_probs", routing.probabilities);
+  check_top_k(checker, file, routing);
+  checker.reals("out.combine_dense", dense_weights(routing));
+  const MoEReport report = report_of(routing);
+  checker.integers("out.tokens_per_expert", {report.load.begin(), report.load.end()});
+}
+
+}  // namespace weir::golden

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: MIT
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/model/block.hpp>
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/linear.hpp>
+#include <weir/nn/rms_norm.hpp>
+
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+
+using namespace weir;
+
+namespace {
+
+constexpr Index kModel = 4;
+
+GroupedQueryAttention<double> attention(Rng& rng) {
+  return {{.d_model = kModel, .heads = 2, .kv_heads = 1}, rng};
+}
+
+auto mixture(Rng& rng) {
+  return MoELayer(LinearRouter<double>(kModel, 3, rng, {.init_scale = 1.0}),
+                  SoftmaxTopK<double>{.k = 2}, Dropless{}, GluBank<double>(3, kModel, 5, rng, 1.0),
+                  SwitchLoss<double>{.coefficient = 0.3}, ZLoss<double>{.coefficient = 0.1});
+}
+
+// Attention, a mixture, and a dense network behind it.
+Block<double> three_branches(std::uint64_t seed) {
+  Rng rng(seed);
+  const RmsNorm<double> norm(kModel);
+  return Block<double>({{"attention", norm, attention(rng)},
+                        {"moe", norm, mixture(rng)},
+                        {"mlp", norm, Glu<double>(kModel, 6, rng)}});
+}
+
+Block<double> of_linear(Linear<double> linear, const std::string& name = "linear") {
+  return Block<double>({{name, RmsNorm<double>(kModel), std::move(linear)}});
+}
+
+}  // namespace
+
+static_assert(PassLayer<Block<double>>);
+
+TEST_CASE("Block adds one branch after the other to its input", "[model][block]") {
+  Rng rng(1);
+  RmsNorm<double> norm_a(kModel);
+  RmsNorm<double> norm_b(kModel);
+  norm_b.weight().value *= 3.0;
+  const Linear<double> a(kModel, kModel, rng);
+  const Linear<double> b(kModel, kModel, rng);
+  const Block<double> block({{"a", norm_a, a}, {"b", norm_b, b}});
+  const Matrix<double> x = test::random_matrix(5, kModel, 2);
+
+  const Matrix<double> between = x + a.forward(norm_a.forward(x));
+  const Matrix<double> expected = between + b.forward(norm_b.forward(between));
+  CHECK(block.forward(x) == expected);
+  Block<double>::Cache cache;
+  CHECK(block.forward(x, cache) == expected);
+  CHECK(cache.aux_loss == 0.0);
+}
+
+TEST_CASE("Block's gradients agree with finite differences", "[model][block][gradient]") {
+  Block<double> block = three_branches(3);
+  const std::vector<std::uint8_t> mask = {1, 1, 1, 0, 1, 1, 1};
+  const Sequences sequences({4, 3});
+  const Pass pass{.sequences = &sequences, .mask = mask, .aux_scale = 0.7};
+  test::check_gradients(block, test::random_matrix(7, kModel, 4), pass);
+}
+
+TEST_CASE("Block's auxiliary loss is that of its branches together", "[model][block]") {
+  Rng rng(5);
+  const RmsNorm<double> norm(kModel);
+  Block<double> block({{"first", norm, mixture(rng)}, {"second", norm, mixture(rng)}});
+  Block<double>::Cache cache;
+  block.forward(test::random_matrix(6, kModel, 6), cache);
+  const double first = cache.branches[0].layer.aux_loss;
+  const double second = cache.branches[1].layer.aux_loss;
+  CHECK(first > 0.0);
+  CHECK(second > 0.0);
+  CHECK(cache.aux_loss == first + second);
+  block.forward(test::random_matrix(6, kModel, 6), cache);
+  CHECK(cache.aux_loss == first + second);
+}
+
+TEST_CASE("Block names its parameters by branch", "[model][block]") {
+  Block<double> block = three_branches(7);
+  std::vector<std::string> names;
+  for (const auto& [name, parameter] : parameters(block)) names.push_back(name);
+  const std::vector<std::string> expected = {"attention_norm.weight",
+                                             "attention.query",
+                                             "attention.key",
+                                             "attention.value",
+                                             "attention.output",
+                                             "moe_norm.weight",
+                                             "moe.router.weight",
+                                             "moe.experts.0.gate",
+                                             "moe.experts.0.up",
+                                             "moe.experts.0.down",
+                                             "moe.experts.1.gate",
+                                             "moe.experts.1.up",
+                                             "moe.experts.1.down",
+                                             "moe.experts.2.gate",
+                                             "moe.experts.2.up",
+                                             "moe.experts.2.down",
+                                             "mlp_norm.weight",
+                                             "mlp.gate",
+                                             "mlp.up",
+                                             "mlp.down"};
+  CHECK(names == expected);
+}
+
+TEST_CASE("pre_norm_block is attention and a feed-forward network", "[model][block]") {
+  Rng rng(8);
+  const RmsNorm<double> norm(kModel);
+  const GroupedQueryAttention<double> attend = attention(rng);
+  const Glu<double> glu(kModel, 6, rng);
+  const Block<double> block = pre_norm_block<double>(norm, attend, norm, glu, "mlp");
+  const Block<double> expected({{"attention", norm, attend}, {"mlp", norm, glu}});
+  REQUIRE(block.branches().size() == 2);
+  CHECK(block.branches()[0].name == "attention");
+  CHECK(block.branches()[1].name == "mlp");
+  const Matrix<double> x = test::random_matrix(5, kModel, 9);
+  CHECK(block.forward(x) == expected.forward(x));
+}
+
+TEST_CASE("Block decodes in pieces what it computes at once", "[model][block]") {
+  const Block<double> block = three_branches(10);
+  const Matrix<double> x = test::random_matrix(6, kModel, 11);
+  const Matrix<double> expected = block.forward(x);
+  const auto piece = GENERATE(as<Index>{}, 1, 2, 6);
+  Block<double>::State state;
+  Block<double>::Cache cache;
+  for (Index t = 0; t < 6; t += piece) {
+    const Matrix<double> y = block.decode(x.middleRows(t, piece), state, cache);
+    CHECK(test::relative_error(y, expected.middleRows(t, piece)) <= 1e-12);
+  }
+}
+
+TEST_CASE("Block lets the balancing rules of its branches act", "[model][block]") {
+  Rng rng(12);
+  Block<double> block(
+      {{"moe", RmsNorm<double>(kModel),
+        MoELayer(LinearRouter<double>(kModel, 3, rng), SigmoidTopK<double>(3, {.k = 1}), Dropless{},
+                 GluBank<double>(3, kModel, 5, rng), BiasBalance<double>(0.5))}});
+  const auto kept = buffers(block);
+  REQUIRE(kept.size() == 1);
+  CHECK(kept[0].name == "moe.selector.bias");
+  Block<double>::Cache cache;
+  block.forward(test::random_matrix(1, kModel, 13), cache);
+  block.backward(Matrix<double>::Ones(1, kModel), cache);
+  block.update();
+  CHECK(kept[0].buffer->value.cwiseAbs() == Matrix<double>::Constant(1, 3, 0.5));
+}
+
+TEST_CASE("Block takes zero tokens and one", "[model][block]") {
+  Block<double> block = three_branches(14);
+  const auto tokens = GENERATE(as<Index>{}, 0, 1);
+  const Matrix<double> x = test::random_matrix(tokens, kModel, 15);
+  Block<double>::Cache cache;
+  Block<double>::State state;
+  CHECK(block.forward(x).rows() == tokens);
+  CHECK(block.decode(x, state, cache).rows() == tokens);
+  const Matrix<double>& y = block.forward(x, cache);
+  CHECK(y.rows() == tokens);
+  CHECK(y.cols() == kModel);
+  const Matrix<double>& dx = block.backward(x, cache);
+  CHECK(dx.rows() == tokens);
+  CHECK(dx.cols() == kModel);
+}
+
+TEST_CASE("Block wants branches of different names", "[model][block]") {
+  CHECK(test::message_of<ConfigError>([] { Block<double>(std::vector<Branch<double>>{}); }) ==
+        "Block: branches = 0, expected >= 1");
+  Rng rng(16);
+  const RmsNorm<double> norm(kModel);
+  const Linear<double> linear(kModel, kModel, rng);
+  CHECK(test::message_of<ConfigError>([&] {
+          Block<double>({{"a", norm, linear}, {"mlp", norm, linear}, {"mlp", norm, linear}});
+        }) == "Block: branches 1 and 2 are both named 'mlp', expected different names");
+}
+
+TEST_CASE("Block says what is wrong with shapes and order", "[model][block]") {
+  Rng rng(17);
+  Block<double> block = of_linear(Linear<double>(kModel, kModel, rng));
+  Block<double>::Cache cache;
+  const Matrix<double> x = test::random_matrix(3, kModel, 18);
+  const auto backward = [&](const Matrix<double>& dy) {
+    return [&block, &cache, dy] { block.backward(dy, cache); };
+  };
+  constexpr auto kEmpty = "Block::backward: the cache is empty, expected a forward pass before";
+
+  CHECK(test::message_of<StateError>(backward(x)) == kEmpty);
+  block.forward(x, cache);
+  CHECK(test::message_of<ShapeError>(backward(x.topRows(2))) ==
+        "Block::backward: dy is [2, 4], expected [3, 4]");
+  CHECK(test::message_of<ShapeError>(backward(x.leftCols(2))) ==
+        "Block::backward: dy is [3, 2], expected [3, 4]");
+  CHECK(parameters(block)[1].parameter->grad.size() == 0);
+
+  Block<double>::State state;
+  block.decode(x, state, cache);
+  CHECK(test::message_of<StateError>(backward(x)) == kEmpty);
+
+  const Block<double> narrow = of_linear(Linear<double>(kModel, 3, rng), "narrow");
+  CHECK(test::message_of<ShapeError>([&] { narrow.forward(x); }) ==
+        "Block::forward: narrow is [3, 3], expected [3, 4]");
+  CHECK(test::message_of<ShapeError>([&] { narrow.decode(x, state, cache); }) ==
+        "Block::decode: narrow is [3, 3], expected [3, 4]");
+}
+
+TEST_CASE("A failed forward pass of a block is no base for backward", "[model][block]") {
+  Block<double> block = three_branches(19);
+  Block<double>::Cache cache;
+  const Matrix<double> x = test::random_matrix(3, kModel, 20);
+  block.forward(x, cache);
+  Matrix<double> bad = x;
+  bad(1, 1) = std::numeric_limits<double>::quiet_NaN();
+  CHECK_THROWS_AS(block.forward(bad, cache), NonFiniteError);
+  CHECK_THROWS_AS(block.backward(x, cache), StateError);
+  CHECK(block.forward(x, cache) == block.forward(x));
+  CHECK(block.backward(x, cache).allFinite());
+}

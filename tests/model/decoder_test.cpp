@@ -1,0 +1,537 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/nn/cross_entropy.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/rms_norm.hpp>
+#include <weir/optim/adamw.hpp>
+#include <weir/optim/clip.hpp>
+
+#include "support/allocations.hpp"
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+
+using namespace weir;
+
+namespace {
+
+struct Sizes {
+  bool tied = false;
+  Index vocab = 7;
+  Index d_model = 8;
+  Index d_hidden = 6;
+  Index experts = 3;
+};
+
+// Two layers: a dense one, then a mixture of experts. Weights are large, so that nothing is nearly
+// linear, and the auxiliary losses count.
+template <class T>
+Decoder<T> make_decoder(const Sizes& sizes, std::uint64_t seed = 1) {
+  Rng rng(seed);
+  const Index d = sizes.d_model;
+  const auto attention = [&] {
+    return GroupedQueryAttention<T>({.d_model = d, .heads = 2, .kv_heads = 1}, rng);
+  };
+  const auto norm = [&] {
+    RmsNorm<T> rms(d);
+    rms.weight().value += normal_init<T>(1, d, 0.1, rng);
+    return rms;
+  };
+  std::vector<Block<T>> layers;
+  layers.push_back(pre_norm_block<T>(norm(), attention(), norm(),
+                                     Glu<T>(d, sizes.d_hidden, rng, {.init_scale = 1.0}), "mlp"));
+  layers.push_back(pre_norm_block<T>(
+      norm(), attention(), norm(),
+      MoELayer(LinearRouter<T>(d, sizes.experts, rng, {.init_scale = 1.0}), SoftmaxTopK<T>{.k = 2},
+               Dropless{}, GluBank<T>(sizes.experts, d, sizes.d_hidden, rng, 1.0),
+               SwitchLoss<T>{.coefficient = T(0.1), .scope = Scope::kSequence},
+               ZLoss<T>{.coefficient = T(0.01)}),
+      "moe"));
+  std::optional<Linear<T>> head;
+  if (!sizes.tied) head.emplace(d, sizes.vocab, rng);
+  return {Embedding<T>(sizes.vocab, d, rng, 0.5), std::move(layers), norm(), std::move(head)};
+}
+
+std::vector<Index> random_ids(Index count, Index vocab, std::uint64_t seed) {
+  Rng rng(seed);
+  std::vector<Index> ids(static_cast<std::size_t>(count));
+  for (Index& id : ids) id = rng.below(vocab);
+  return ids;
+}
+
+// What a training step needs beside the model, and keeps.
+template <class T>
+struct Training {
+  CrossEntropy<T> loss = {};
+  typename Decoder<T>::Cache cache = {};
+  typename CrossEntropy<T>::Cache loss_cache = {};
+
+  // Accumulates the gradients; returns the objective, auxiliary losses included.
+  T accumulate(Decoder<T>& model, std::span<const Index> ids, std::span<const Index> targets,
+               const Pass& pass = {}, Index tokens = 0) {
+    const T objective = evaluate(model, ids, targets, pass, tokens);
+    model.backward(loss.backward(loss_cache), cache);
+    return objective;
+  }
+
+  T evaluate(const Decoder<T>& model, std::span<const Index> ids, std::span<const Index> targets,
+             const Pass& pass = {}, Index tokens = 0) {
+    const Matrix<T>& logits = model.forward(ids, pass, cache);
+    return loss.forward(logits, targets, loss_cache, tokens) + cache.aux_loss;
+  }
+};
+
+std::vector<std::string> names_of(Decoder<double> model) {
+  std::vector<std::string> names;
+  for (const auto& [name, parameter] : parameters(model)) names.push_back(name);
+  return names;
+}
+
+}  // namespace
+
+TEST_CASE("Decoder is embedding, blocks, norm and head", "[model][decoder]") {
+  const auto tied = GENERATE(false, true);
+  Rng rng(2);
+  const Embedding<double> embedding(7, 8, rng, 1.0);
+  const Block<double> first({{"mlp", RmsNorm<double>(8), Glu<double>(8, 6, rng)}});
+  const Block<double> second({{"mlp", RmsNorm<double>(8), Glu<double>(8, 5, rng)}});
+  RmsNorm<double> norm(8);
+  norm.weight().value *= 2.0;
+  const Linear<double> head(8, 7, rng);
+  const Decoder<double> model(embedding, {first, second}, norm,
+                              tied ? std::nullopt : std::optional(head));
+  const std::vector<Index> ids = {3, 0, 6, 3};
+
+  const Matrix<double> hidden = norm.forward(second.forward(first.forward(embedding.forward(ids))));
+  const Matrix<double> expected =
+      tied ? hidden * embedding.weight().value.transpose() : head.forward(hidden);
+  CHECK(test::relative_error(model.forward(ids), expected) <= 1e-14);
+  CHECK(model.tied() == tied);
+  CHECK(model.vocab() == 7);
+  CHECK(model.d_model() == 8);
+}
+
+TEST_CASE("Decoder's gradients agree with finite differences", "[model][decoder][gradient]") {
+  const auto tied = GENERATE(false, true);
+  Decoder<double> model = make_decoder<double>({.tied = tied});
+  const std::vector<Index> ids = {3, 0, 6, 3, 1, 5, 2, 2, 4};
+  const std::vector<Index> targets = {0, 6, 3, 1, -100, 2, 2, -100, 0};
+  const Sequences sequences({5, 4});
+  const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 1, 1, 1, 0, 1};
+  const Pass pass{.sequences = &sequences, .mask = mask, .aux_scale = 0.8};
+
+  Training<double> training;
+  training.accumulate(model, ids, targets, pass);
+  CHECK(training.cache.aux_loss > 0.01);
+  for (auto& [name, parameter] : parameters(model)) {
+    INFO("parameter " << name);
+    const Matrix<double> analytic = parameter->gradient();
+    const Matrix<double> numeric = test::numeric_gradient(
+        parameter->value, [&] { return Training<double>().evaluate(model, ids, targets, pass); });
+    CHECK(numeric.norm() > 1e-6);
+    CHECK(test::relative_error(analytic, numeric) <= 1e-6);
+  }
+}
+
+TEST_CASE("Decoder names its parameters", "[model][decoder]") {
+  std::vector<std::string> expected = {
+      "embedding.weight",
+      "layers.0.attention_norm.weight",
+      "layers.0.attention.query",
+      "layers.0.attention.key",
+      "layers.0.attention.value",
+      "layers.0.attention.output",
+      "layers.0.mlp_norm.weight",
+      "layers.0.mlp.gate",
+      "layers.0.mlp.up",
+      "layers.0.mlp.down",
+      "layers.1.attention_norm.weight",
+      "layers.1.attention.query",
+      "layers.1.attention.key",
+      "layers.1.attention.value",
+      "layers.1.attention.output",
+      "layers.1.moe_norm.weight",
+      "layers.1.moe.router.weight",
+      "layers.1.moe.experts.0.gate",
+      "layers.1.moe.experts.0.up",
+      "layers.1.moe.experts.0.down",
+      "layers.1.moe.experts.1.gate",
+      "layers.1.moe.experts.1.up",
+      "layers.1.moe.experts.1.down",
+      "norm.weight",
+  };
+  CHECK(names_of(make_decoder<double>({.tied = true, .experts = 2})) == expected);
+  expected.emplace_back("head.weight");
+  CHECK(names_of(make_decoder<double>({.tied = false, .experts = 2})) == expected);
+}
+
+TEMPLATE_TEST_CASE("Decoder decodes in pieces what it computes at once", "[model][decoder]", double,
+                   float) {
+  using T = TestType;
+  const double tolerance = std::is_same_v<T, double> ? 1e-12 : 1e-5;
+  const auto tied = GENERATE(false, true);
+  const auto pieces = GENERATE(std::vector<Index>{12},                 // prefill
+                               std::vector<Index>(12, 1),              // token by token
+                               std::vector<Index>{5, 1, 1, 4, 1},      // in chunks
+                               std::vector<Index>{0, 7, 0, 0, 1, 4});  // some of them empty
+  const Decoder<T> model = make_decoder<T>({.tied = tied});
+  const std::vector<Index> ids = random_ids(12, 7, 3);
+  const Matrix<T> expected = model.forward(ids);
+
+  typename Decoder<T>::State state;
+  typename Decoder<T>::State last_state;
+  typename Decoder<T>::Cache cache;
+  std::span<const Index> rest = ids;
+  for (const Index piece : pieces) {
+    const auto next = rest.first(static_cast<std::size_t>(piece));
+    rest = rest.subspan(next.size());
+    const Matrix<T> logits = model.decode(next, state, cache);
+    CHECK(test::relative_error(logits, expected.middleRows(state.length - piece, piece)) <=
+          tolerance);
+    const Matrix<T> last = model.decode(next, last_state, cache, true);
+    REQUIRE(last.rows() == (piece > 0 ? 1 : 0));
+    CHECK(test::relative_error(last, logits.bottomRows(last.rows())) <= tolerance);
+  }
+  CHECK(state.length == 12);
+  CHECK(last_state.length == 12);
+}
+
+TEST_CASE("Decoder sees nothing of later tokens or other sequences", "[model][decoder]") {
+  const Decoder<double> model = make_decoder<double>({});
+  const std::vector<Index> ids = random_ids(9, 7, 4);
+  const Sequences sequences({4, 5});
+  const Matrix<double> packed = model.forward(ids, {.sequences = &sequences});
+  const std::span<const Index> all = ids;
+  CHECK(test::relative_error(packed.topRows(4), model.forward(all.first(4))) <= 1e-12);
+  CHECK(test::relative_error(packed.bottomRows(5), model.forward(all.last(5))) <= 1e-12);
+  CHECK(test::relative_error(packed.topRows(2), model.forward(all.first(2))) <= 1e-12);
+}
+
+TEST_CASE("Padding changes nothing for the tokens before it", "[model][decoder]") {
+  Decoder<double> model = make_decoder<double>({});
+  const std::vector<Index> ids = random_ids(5, 7, 5);
+  const std::vector<Index> targets = random_ids(5, 7, 6);
+  Training<double> training;
+  const double objective = training.accumulate(model, ids, targets);
+  std::vector<Matrix<double>> expected;
+  for (auto& [name, parameter] : parameters(model)) expected.push_back(parameter->gradient());
+
+  std::vector<Index> padded = ids;
+  padded.insert(padded.end(), {6, 6, 6});
+  std::vector<Index> padded_targets = targets;
+  padded_targets.insert(padded_targets.end(), 3, -100);
+  const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 1, 0, 0, 0};
+  zero_gradients(model);
+  CHECK(training.accumulate(model, padded, padded_targets, {.mask = mask}) == Approx(objective));
+  std::size_t i = 0;
+  for (auto& [name, parameter] : parameters(model)) {
+    INFO("parameter " << name);
+    CHECK(test::relative_error(parameter->gradient(), expected[i++]) <= 1e-12);
+  }
+}
+
+TEST_CASE("A copy of a decoder's state continues on its own", "[model][decoder]") {
+  const Decoder<double> model = make_decoder<double>({});
+  const std::vector<Index> prompt = random_ids(5, 7, 7);
+  const auto continued = [&](std::vector<Index> with) {
+    with.insert(with.begin(), prompt.begin(), prompt.end());
+    return Matrix<double>(model.forward(with).bottomRows(1));
+  };
+  Decoder<double>::State state;
+  Decoder<double>::Cache cache;
+  model.decode(prompt, state, cache);
+  Decoder<double>::State copy = state;
+
+  const std::vector<Index> one = {3};
+  const std::vector<Index> other = {5};
+  CHECK(test::relative_error(model.decode(one, state, cache), continued({3})) <= 1e-12);
+  CHECK(test::relative_error(model.decode(other, copy, cache), continued({5})) <= 1e-12);
+  CHECK(test::relative_error(model.decode(other, state, cache), continued({3, 5})) <= 1e-12);
+  CHECK(test::relative_error(model.decode(one, copy, cache), continued({5, 3})) <= 1e-12);
+  CHECK(copy.length == 7);
+}
+
+TEST_CASE("A copy of a decoder is trained on its own", "[model][decoder]") {
+  const Decoder<double> model = make_decoder<double>({});
+  const std::vector<Index> ids = random_ids(6, 7, 8);
+  const Matrix<double> logits = model.forward(ids);
+  Decoder<double> copy = model;
+  CHECK(copy.forward(ids) == logits);
+  for (auto& [name, parameter] : parameters(copy)) parameter->value *= 1.5;
+  CHECK(copy.forward(ids) != logits);
+  CHECK(model.forward(ids) == logits);
+}
+
+TEST_CASE("Micro-batches add up to the batch, auxiliary losses included", "[model][decoder]") {
+  const auto tied = GENERATE(false, true);
+  Decoder<double> model = make_decoder<double>({.tied = tied});
+  const std::vector<Index> ids = random_ids(12, 7, 9);
+  std::vector<Index> targets = random_ids(12, 7, 10);
+  targets[1] = targets[2] = targets[9] = -100;  // Not in proportion to the sequences.
+  const Sequences all({4, 4, 4});
+  Training<double> training;
+  const double objective = training.accumulate(model, ids, targets, {.sequences = &all});
+  const double aux_loss = training.cache.aux_loss;
+  std::vector<Matrix<double>> expected;
+  for (auto& [name, parameter] : parameters(model)) expected.push_back(parameter->gradient());
+
+  zero_gradients(model);
+  double sum = 0.0;
+  double aux_sum = 0.0;
+  const auto add_micro_batch = [&](std::size_t begin, const Sequences& sequences) {
+    const auto count = static_cast<std::size_t>(sequences.tokens());
+    const Pass pass{.sequences = &sequences,
+                    .aux_scale = static_cast<double>(sequences.count()) / 3.0};
+    sum += training.accumulate(model, std::span(ids).subspan(begin, count),
+                               std::span(targets).subspan(begin, count), pass, 9);
+    aux_sum += training.cache.aux_loss;
+  };
+  add_micro_batch(0, Sequences({4}));
+  add_micro_batch(4, Sequences({4, 4}));
+  CHECK(sum == Approx(objective).epsilon(1e-12));
+  CHECK(aux_sum == Approx(aux_loss).epsilon(1e-12));
+  std::size_t i = 0;
+  for (auto& [name, parameter] : parameters(model)) {
+    INFO("parameter " << name);
+    CHECK(test::relative_error(parameter->gradient(), expected[i++]) <= 1e-12);
+  }
+}
+
+TEST_CASE("Ten steps of training are the same to the bit on one thread and on two",
+          "[model][decoder]") {
+  const Sizes sizes{.tied = true, .vocab = 96, .d_model = 64, .d_hidden = 48, .experts = 4};
+  const std::vector<Index> ids = random_ids(160, 96, 11);
+  const std::vector<Index> targets = random_ids(160, 96, 12);
+  const Sequences sequences({100, 60});
+  const auto train = [&] {
+    Decoder<float> model = make_decoder<float>(sizes);
+    AdamW<float> optimizer(parameters(model));
+    Training<float> training;
+    for (int step = 0; step < 10; ++step) {
+      training.accumulate(model, ids, targets, {.training = true, .sequences = &sequences});
+      clip_global_norm(parameters(model), 1.0);
+      optimizer.step();
+      model.update();
+    }
+    return model;
+  };
+  Decoder<float> one = train();
+#ifdef _OPENMP
+  set_threads(2);
+#endif
+  Decoder<float> two = train();
+  const Matrix<float> logits = two.forward(ids);
+  set_threads(1);
+
+  const auto expected = parameters(one);
+  const auto actual = parameters(two);
+  REQUIRE(actual.size() == expected.size());
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    INFO("parameter " << actual[i].name);
+    CHECK(actual[i].parameter->value == expected[i].parameter->value);
+  }
+  CHECK(logits == one.forward(ids));
+}
+
+TEST_CASE("A training step allocates nothing once it has run before", "[model][decoder]") {
+  const auto tied = GENERATE(false, true);
+  Decoder<float> model = make_decoder<float>({.tied = tied});
+  const std::vector<Index> ids = random_ids(18, 7, 18);
+  const std::vector<Index> targets = random_ids(18, 7, 19);
+  const Sequences sequences({10, 8});
+  const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  const auto named = parameters(model);
+  for (const auto& [name, parameter] : named) parameter->gradient();
+  AdamW<float> optimizer(named, {.learning_rate = 1e-5});
+  Training<float> training;
+  const auto step = [&] {
+    const Pass pass{.training = true, .sequences = &sequences, .mask = mask};
+    training.accumulate(model, ids, targets, pass);
+    clip_global_norm(named, 1.0);
+    optimizer.step();
+    model.update();
+  };
+  step();
+  step();
+  CHECK(test::count_allocations(step) == 0);
+}
+
+TEST_CASE("Training a decoder lowers the loss", "[model][decoder]") {
+  const auto tied = GENERATE(false, true);
+  Decoder<float> model = make_decoder<float>({.tied = tied});
+  // Each token follows from the one before it.
+  std::vector<Index> ids;
+  for (Index t = 0; t < 33; ++t) ids.push_back(t * t % 7);
+  const std::span<const Index> inputs = std::span(ids).first(32);
+  const std::span<const Index> targets = std::span(ids).last(32);
+  AdamW<float> optimizer(parameters(model), {.learning_rate = 1e-2});
+  Training<float> training;
+  const float before = training.evaluate(model, inputs, targets);
+  for (int step = 0; step < 10; ++step) {
+    training.accumulate(model, inputs, targets);
+    clip_global_norm(parameters(model), 1.0);
+    optimizer.step();
+    model.update();
+  }
+  CHECK(training.evaluate(model, inputs, targets) < 0.7F * before);
+}
+
+TEST_CASE("Decoder lets balancing rules act", "[model][decoder]") {
+  Rng rng(13);
+  std::vector<Block<double>> layers;
+  layers.push_back(Block<double>(
+      {{"moe", RmsNorm<double>(8),
+        MoELayer(LinearRouter<double>(8, 3, rng), SigmoidTopK<double>(3, {.k = 1}), Dropless{},
+                 GluBank<double>(3, 8, 5, rng), BiasBalance<double>(0.5))}}));
+  Decoder<double> model(Embedding<double>(7, 8, rng), std::move(layers), RmsNorm<double>(8));
+  const auto kept = buffers(model);
+  REQUIRE(kept.size() == 1);
+  CHECK(kept[0].name == "layers.0.moe.selector.bias");
+  Decoder<double>::Cache cache;
+  const std::vector<Index> ids = {4};
+  const Matrix<double> d_logits = model.forward(ids, {}, cache);
+  model.backward(d_logits, cache);
+  model.update();
+  CHECK(kept[0].buffer->value.cwiseAbs() == Matrix<double>::Constant(1, 3, 0.5));
+}
+
+TEST_CASE("Decoder reports on its mixtures by name", "[model][decoder]") {
+  const Decoder<double> model = make_decoder<double>({});
+  Decoder<double>::Cache cache;
+  CHECK(model.reports(cache).empty());
+  const std::vector<Index> ids = random_ids(6, 7, 14);
+  const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 0, 0};
+  model.forward(ids, {.mask = mask, .aux_scale = 0.5}, cache);
+  const std::vector<NamedReport> reports = model.reports(cache);
+  REQUIRE(reports.size() == 1);
+  CHECK(reports[0].name == "layers.1.moe");
+  const MoEReport& report = reports[0].report;
+  CHECK(report.tokens == 4);
+  CHECK(report.assignments == 8);
+  CHECK(report.dropped == 0);
+  REQUIRE(report.losses.size() == 2);
+  CHECK(report.losses[0].first == "switch");
+  CHECK(report.losses[1].first == "z");
+  CHECK(0.5 * (report.losses[0].second + report.losses[1].second) == Approx(cache.aux_loss));
+}
+
+TEST_CASE("Decoder works on zero tokens and on one", "[model][decoder]") {
+  const auto tied = GENERATE(false, true);
+  const auto tokens = GENERATE(as<Index>{}, 0, 1);
+  Decoder<double> model = make_decoder<double>({.tied = tied});
+  const std::vector<Index> ids = random_ids(tokens, 7, 15);
+  Training<double> training;
+  CHECK(std::isfinite(training.accumulate(model, ids, ids)));
+  CHECK(training.cache.embedding.y.rows() == tokens);
+  const Matrix<double> logits = model.forward(ids);
+  CHECK(logits.rows() == tokens);
+  CHECK(logits.cols() == 7);
+  for (auto& [name, parameter] : parameters(model)) {
+    INFO("parameter " << name);
+    CHECK(parameter->gradient().allFinite());
+    if (tokens == 0) CHECK(parameter->gradient().isZero(0.0));
+  }
+}
+
+TEST_CASE("Decoder without layers is a bigram model", "[model][decoder]") {
+  Rng rng(16);
+  const Decoder<double> model(Embedding<double>(7, 8, rng, 1.0), {}, RmsNorm<double>(8));
+  const Matrix<double> logits = model.forward(std::vector<Index>{2, 5, 2});
+  CHECK(logits.row(0) == logits.row(2));
+}
+
+TEST_CASE("Decoder says what does not fit", "[model][decoder]") {
+  Rng rng(17);
+  const auto with_head = [&](Index d_in, Index d_out) {
+    return test::message_of<ConfigError>([&] {
+      Decoder<double>(Embedding<double>(7, 8, rng), {}, RmsNorm<double>(8),
+                      Linear<double>(d_in, d_out, rng));
+    });
+  };
+  CHECK(with_head(8, 6) == "Decoder: the head is [6, 8], expected [7, 8] as the embedding");
+  CHECK(with_head(5, 7) == "Decoder: the head is [7, 5], expected [7, 8] as the embedding");
+
+  const Decoder<double> model = make_decoder<double>({});
+  const std::vector<Index> ids = {1, 2, 3};
+  const std::vector<std::uint8_t> mask = {1, 1};
+  const Sequences sequences({2, 2});
+  CHECK(test::message_of<ShapeError>([&] { model.forward(ids, {.mask = mask}); }) ==
+        "Decoder::forward: pass.mask has 2 entries, expected 3 (one per token)");
+  CHECK(test::message_of<ShapeError>([&] { model.forward(ids, {.sequences = &sequences}); }) ==
+        "Decoder::forward: pass.sequences cover 4 tokens, expected 3");
+}
+
+TEST_CASE("Decoder refuses backward without forward or of another shape", "[model][decoder]") {
+  const auto tied = GENERATE(false, true);
+  Decoder<double> model = make_decoder<double>({.tied = tied});
+  Decoder<double>::Cache cache;
+  Decoder<double>::State state;
+  const std::vector<Index> ids = {1, 2, 3};
+  const auto backward = [&](Index rows, Index cols) {
+    return
+        [&model, &cache, rows, cols] { model.backward(Matrix<double>::Zero(rows, cols), cache); };
+  };
+  constexpr auto kEmpty = "Decoder::backward: the cache is empty, expected a forward pass before";
+  CHECK(test::message_of<StateError>(backward(3, 7)) == kEmpty);
+  model.forward(ids, {}, cache);
+  CHECK(test::message_of<ShapeError>(backward(2, 7)) ==
+        "Decoder::backward: d_logits is [2, 7], expected [3, 7]");
+  CHECK(test::message_of<ShapeError>(backward(3, 8)) ==
+        "Decoder::backward: d_logits is [3, 8], expected [3, 7]");
+  for (const auto& [name, parameter] : parameters(model)) CHECK(parameter->grad.size() == 0);
+  CHECK(test::message_of<StateError>(backward(3, 7)) == "no exception");
+  model.decode(ids, state, cache);
+  CHECK(test::message_of<StateError>(backward(3, 7)) == kEmpty);
+}
+
+TEST_CASE("A failed pass leaves model, state and cache usable", "[model][decoder]") {
+  Decoder<double> model = make_decoder<double>({});
+  Decoder<double>::Cache cache;
+  Decoder<double>::State state;
+  const std::vector<Index> ids = {1, 2, 3};
+  const std::vector<Index> bad = {1, 7};
+  const Matrix<double> logits = model.forward(ids, {}, cache);
+  constexpr auto kMessage = "Embedding::forward: ids[1] = 7, expected 0 <= id < 7";
+
+  CHECK(test::message_of<ConfigError>([&] { model.forward(bad, {}, cache); }) == kMessage);
+  CHECK_THROWS_AS(model.backward(logits, cache), StateError);
+  CHECK(model.forward(ids, {}, cache) == logits);
+  model.backward(logits, cache);
+
+  model.decode(ids, state, cache);
+  CHECK(test::message_of<ConfigError>([&] { model.decode(bad, state, cache); }) == kMessage);
+  CHECK(state.length == 3);
+  const std::vector<Index> next = {4};
+  const std::vector<Index> all = {1, 2, 3, 4};
+  CHECK(test::relative_error(model.decode(next, state, cache), model.forward(all).bottomRows(1)) <=
+        1e-12);
+
+  // NaN in a weight: the router notices.
+  Parameter<double>& weight = *parameters(model)[0].parameter;
+  const double saved = weight.value(2, 0);
+  weight.value(2, 0) = std::numeric_limits<double>::quiet_NaN();
+  CHECK_THROWS_AS(model.forward(ids, {}, cache), NonFiniteError);
+  CHECK_THROWS_AS(model.backward(logits, cache), StateError);
+  weight.value(2, 0) = saved;
+  CHECK(model.forward(ids, {}, cache) == logits);
+}

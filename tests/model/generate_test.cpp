@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/model/generate.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/nn/rms_norm.hpp>
+
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+using namespace weir;
+
+namespace {
+
+using Ids = std::vector<Index>;
+
+constexpr Sampling kGreedy{.temperature = 0.0};
+
+Decoder<double> make_decoder() {
+  Rng rng(1);
+  const RmsNorm<double> norm(8);
+  std::vector<Block<double>> layers;
+  for (int layer = 0; layer < 2; ++layer) {
+    layers.push_back(pre_norm_block<double>(
+        norm, GroupedQueryAttention<double>({.d_model = 8, .heads = 2, .kv_heads = 1}, rng), norm,
+        MoELayer(LinearRouter<double>(8, 3, rng, {.init_scale = 1.0}), SoftmaxTopK<double>{.k = 2},
+                 Dropless{}, GluBank<double>(3, 8, 6, rng, 1.0)),
+        "moe"));
+  }
+  return {Embedding<double>(11, 8, rng, 0.5), std::move(layers), norm, Linear<double>(8, 11, rng)};
+}
+
+// What generate has to yield: the whole sequence is computed anew for each token.
+Ids generate_slowly(const Decoder<double>& model, Ids ids, Index count, const Sampling& sampling,
+                    Rng rng) {
+  const auto prompt = static_cast<std::ptrdiff_t>(ids.size());
+  Sampler<double> sampler;
+  for (Index i = 0; i < count; ++i) {
+    ids.push_back(sampler.sample(model.forward(ids).bottomRows(1), sampling, rng));
+  }
+  return {ids.begin() + prompt, ids.end()};
+}
+
+Ids operator+(Ids a, const Ids& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+}  // namespace
+
+TEST_CASE("generate draws what the whole sequence would give", "[model][generate]") {
+  const auto sampling =
+      GENERATE(kGreedy, Sampling{}, Sampling{.temperature = 1.5, .top_k = 6, .top_p = 0.9});
+  const Decoder<double> model = make_decoder();
+  const auto prompt = GENERATE(Ids{4}, Ids{0, 9, 3, 3, 7});
+  Rng rng(2);
+  CHECK(generate(model, prompt, 12, sampling, rng) ==
+        generate_slowly(model, prompt, 12, sampling, Rng(2)));
+  CHECK(rng.position() == (sampling.temperature == 0.0 ? 0U : 12U));
+}
+
+TEST_CASE("generate continues a conversation", "[model][generate]") {
+  const Decoder<double> model = make_decoder();
+  const Ids first = {1, 2, 3};
+  const Ids second = {8, 5};
+  Rng rng(3);
+  Decoder<double>::State state;
+  const Ids answer = generate(model, first, 4, {}, rng, state);
+  CHECK(answer == generate_slowly(model, first, 4, {}, Rng(3)));
+  CHECK(state.length == 7);
+
+  Decoder<double>::State other = state;
+  Rng other_rng = rng;
+  const Ids all = first + answer + second;
+  CHECK(generate(model, second, 5, {}, rng, state) ==
+        generate_slowly(model, all, 5, {}, other_rng));
+  CHECK(state.length == 14);
+
+  // A copied state goes on from the same place.
+  CHECK(generate(model, second, 5, kGreedy, other_rng, other) ==
+        generate_slowly(model, all, 5, kGreedy, other_rng));
+}
+
+TEST_CASE("generate hands out each token as it comes, and stops when told", "[model][generate]") {
+  const Decoder<double> model = make_decoder();
+  const Ids prompt = {6, 1};
+  Rng rng(4);
+  const Ids expected = generate(model, prompt, 9, {}, rng);
+  REQUIRE(expected.size() == 9);
+
+  Ids seen;
+  Rng again(4);
+  const Ids all = generate(model, prompt, 9, {}, again, [&](Index token) {
+    seen.push_back(token);
+    return true;
+  });
+  CHECK(all == expected);
+  CHECK(seen == expected);
+
+  // The token that ends it is in the result and in the state.
+  seen.clear();
+  Rng stopped(4);
+  Decoder<double>::State state;
+  const Ids three = generate(model, prompt, 9, {}, stopped, state, [&](Index token) {
+    seen.push_back(token);
+    return seen.size() < 3;
+  });
+  CHECK(three == Ids(expected.begin(), expected.begin() + 3));
+  CHECK(seen == three);
+  CHECK(stopped.position() == 3);
+  CHECK(state.length == 5);
+  const Ids more = {2};
+  CHECK(generate(model, more, 3, kGreedy, rng, state) ==
+        generate_slowly(model, prompt + three + more, 3, kGreedy, rng));
+}
+
+TEST_CASE("generate of no tokens adds the prompt to the state", "[model][generate]") {
+  const Decoder<double> model = make_decoder();
+  const Ids first = {1, 2, 3};
+  const Ids second = {4};
+  Rng rng(5);
+  CHECK(generate(model, first, 0, {}, rng).empty());
+  Decoder<double>::State state;
+  CHECK(generate(model, first, 0, {}, rng, state).empty());
+  CHECK(state.length == 3);
+  CHECK(rng.position() == 0);
+  CHECK(generate(model, second, 4, kGreedy, rng, state) ==
+        generate_slowly(model, first + second, 4, kGreedy, rng));
+}
+
+TEST_CASE("generate works in float", "[model][generate]") {
+  Rng rng(6);
+  const Decoder<float> model(Embedding<float>(11, 8, rng, 0.5), {}, RmsNorm<float>(8));
+  const Ids tokens = generate(model, Ids{3}, 20, {}, rng);
+  CHECK(tokens.size() == 20);
+  for (const Index token : tokens) CHECK((token >= 0 && token < 11));
+}
+
+TEST_CASE("generate refuses misuse before it changes anything", "[model][generate]") {
+  const Decoder<double> model = make_decoder();
+  Rng rng(7);
+  Decoder<double>::State state;
+  generate(model, Ids{1, 2}, 0, {}, rng, state);
+  const auto message = [&](const Ids& prompt, Index count, const Sampling& sampling) {
+    return test::message_of<ConfigError>(
+        [&] { generate(model, prompt, count, sampling, rng, state); });
+  };
+  CHECK(message({}, 3, {}) == "generate: prompt is empty, expected at least one token");
+  CHECK(message({3}, -1, {}) == "generate: count = -1, expected >= 0");
+  CHECK(message({3, 11}, 3, {}) == "Embedding::forward: ids[1] = 11, expected 0 <= id < 11");
+  CHECK(message({3}, 3, {.temperature = -1.0}) == "Sampling: temperature = -1, expected >= 0");
+  CHECK(message({3}, 0, {.top_p = 2.0}) == "Sampling: top_p = 2, expected in [0, 1]");
+  CHECK(test::message_of<ConfigError>([&] { generate(model, Ids{}, 3, {}, rng); }) ==
+        "generate: prompt is empty, expected at least one token");
+  CHECK(state.length == 2);
+  CHECK(rng.position() == 0);
+  CHECK(generate(model, Ids{3}, 4, kGreedy, rng, state) ==
+        generate_slowly(model, {1, 2, 3}, 4, kGreedy, rng));
+}
+
+TEST_CASE("generate does not draw from NaN", "[model][generate]") {
+  Rng rng(8);
+  Matrix<double> table = test::random_matrix(5, 4, 9);
+  table(2, 1) = std::numeric_limits<double>::quiet_NaN();
+  const Decoder<double> model(Embedding<double>(table), {}, RmsNorm<double>(4));
+  CHECK_THROWS_AS(generate(model, Ids{2}, 1, {}, rng), NonFiniteError);
+}

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <vector>
+
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/capacity/fixed_capacity.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/report.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+
+using namespace weir;
+
+static_assert(BalancingRule<BiasBalance<float>, float>);
+static_assert(!BalancingLoss<BiasBalance<float>, float>);
+static_assert(BiasedSelector<SigmoidTopK<float>>);
+static_assert(!BiasedSelector<SoftmaxTopK<float>>);
+
+namespace {
+
+Routing<double> route(const SigmoidTopK<double>& selector, const Matrix<double>& logits,
+                      const Pass& pass = {}) {
+  Routing<double> routing;
+  selector.select(logits, pass, routing);
+  return routing;
+}
+
+/// One token per entry, whose best expert is that entry.
+Matrix<double> choices(const std::vector<Index>& experts) {
+  Matrix<double> logits = Matrix<double>::Zero(static_cast<Index>(experts.size()), 4);
+  for (Index t = 0; t < logits.rows(); ++t) logits(t, experts[static_cast<std::size_t>(t)]) = 1.0;
+  return logits;
+}
+
+Matrix<double> row(double a, double b, double c, double d) {
+  Matrix<double> m(1, 4);
+  m << a, b, c, d;
+  return m;
+}
+
+auto small_layer(Index k) {
+  Rng rng(3);
+  return MoELayer(LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}),
+                  SigmoidTopK<double>(4, {.k = k}), Dropless{}, GluBank<double>(4, 3, 2, rng),
+                  BiasBalance<double>(0.5));
+}
+
+}  // namespace
+
+TEST_CASE("BiasBalance moves the bias by the sign of what an expert lacks",
+          "[moe][balance][bias_balance]") {
+  // Load (3, 2, 2, 1), mean 2.
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer(0.25);
+  balancer.observe(route(selector, choices({0, 1, 2, 0, 1, 2, 0, 3})));
+  CHECK(balancer.load() == RowVector<double>(row(3, 2, 2, 1)));
+
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-0.25, 0.0, 0.0, 0.25));
+
+  SECTION("and starts counting anew") {
+    CHECK(balancer.load().isZero(0.0));
+    balancer.update(selector);
+    CHECK(selector.selection_bias().value == row(-0.25, 0.0, 0.0, 0.25));
+  }
+  SECTION("by a rate that a schedule may change") {
+    balancer.set_rate(0.0);
+    balancer.observe(route(selector, choices({0, 0})));
+    balancer.update(selector);
+    CHECK(selector.selection_bias().value == row(-0.25, 0.0, 0.0, 0.25));
+    CHECK(balancer.rate() == 0.0);
+  }
+}
+
+TEST_CASE("BiasBalance adds up micro-batches", "[moe][balance][bias_balance]") {
+  // Each would move the bias another way: (2, 0, 0, 0), then (0, 2, 2, 1).
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer(1.0);
+  balancer.observe(route(selector, choices({0, 0})));
+  balancer.observe(route(selector, choices({1, 1, 2, 2, 3})));
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-1, -1, -1, 1));
+}
+
+TEST_CASE("BiasBalance without anything counted leaves the bias", "[moe][balance][bias_balance]") {
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer(1.0);
+  balancer.update(selector);
+  CHECK(balancer.load().size() == 0);
+  balancer.observe(route(selector, Matrix<double>(0, 4)));
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value.isZero(0.0));
+}
+
+TEST_CASE("BiasBalance counts what is dropped and not what is padding",
+          "[moe][balance][bias_balance]") {
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer;
+  const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 0};
+  Routing<double> routing = route(selector, choices({0, 1, 0, 2, 3}), {.mask = mask});
+  FixedCapacity{1}.apply(routing);
+  balancer.observe(routing);
+  CHECK(balancer.load() == RowVector<double>(row(2, 0, 1, 0)));
+}
+
+TEST_CASE("Only backward passes count for BiasBalance", "[moe][balance][bias_balance]") {
+  auto moe = small_layer(2);
+  const Matrix<double> x = test::random_matrix(5, 3, 1);
+  decltype(moe)::Cache cache;
+  moe.forward(x, cache);
+  moe.forward(x, {.training = true}, cache);
+  CHECK(moe.balancer<0>().load().size() == 0);
+  CHECK(cache.aux_loss == 0.0);
+
+  moe.backward(Matrix<double>::Ones(5, 3), cache);
+  CHECK(moe.balancer<0>().load().sum() == 10.0);
+  moe.forward(x, cache);
+  moe.backward(Matrix<double>::Ones(5, 3), cache);
+  CHECK(moe.balancer<0>().load().sum() == 20.0);
+
+  const RowVector<double> lack = 5.0 - moe.balancer<0>().load().array();
+  moe.update();
+  const Matrix<double>& bias = moe.selector().selection_bias().value;
+  CHECK(bias == Matrix<double>(0.5 * lack.array().sign()));
+  CHECK(bias.cwiseAbs().sum() > 0.0);
+}
+
+TEST_CASE("The bias changes neither weights nor gradients", "[moe][balance][bias_balance]") {
+  // With k = experts nothing is left to choose: only an expert's place in the list may change.
+  auto plain = small_layer(4);
+  auto biased = small_layer(4);
+  biased.selector().selection_bias().value << 0.3, -2.0, 0.0, 1.0;
+  const Matrix<double> x = test::random_matrix(5, 3, 1);
+  const Matrix<double> dy = test::random_matrix(5, 3, 2);
+  decltype(plain)::Cache plain_cache;
+  decltype(plain)::Cache biased_cache;
+
+  CHECK(test::relative_error(biased.forward(x, biased_cache), plain.forward(x, plain_cache)) <
+        1e-14);
+  CHECK(test::relative_error(biased.backward(dy, biased_cache), plain.backward(dy, plain_cache)) <
+        1e-14);
+  const auto expected = parameters(plain);
+  const auto actual = parameters(biased);
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    INFO(expected[i].name);
+    CHECK(test::relative_error(actual[i].parameter->grad, expected[i].parameter->grad) < 1e-14);
+  }
+}
+
+TEST_CASE("BiasBalance levels a skewed router", "[moe][balance][bias_balance]") {
+  Matrix<double> logits = 0.5 * test::random_matrix(256, 8, 7);
+  logits.rowwise() += RowVector<double>::LinSpaced(8, 1.0, -1.0);
+  SigmoidTopK<double> selector(8, {.k = 2});
+  BiasBalance<double> balancer(0.01);
+
+  CHECK(report_of(route(selector, logits)).imbalance() > 2.0);
+  for (int step = 0; step < 100; ++step) {
+    balancer.observe(route(selector, logits));
+    balancer.update(selector);
+  }
+  CHECK(report_of(route(selector, logits)).imbalance() < 1.2);
+}
+
+TEST_CASE("BiasBalance refuses a negative rate", "[moe][balance][bias_balance]") {
+  const std::string message = "BiasBalance: rate = -1, expected >= 0";
+  CHECK(test::message_of<ConfigError>([] { BiasBalance<float>(-1.0F); }) == message);
+  BiasBalance<float> balancer;
+  CHECK(test::message_of<ConfigError>([&] { balancer.set_rate(-1.0F); }) == message);
+  CHECK(balancer.rate() == 0.001F);
+}

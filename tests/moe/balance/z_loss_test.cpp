@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <vector>
+
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+
+using namespace weir;
+
+static_assert(BalancingLoss<ZLoss<float>, float>);
+static_assert(!BalancingRule<ZLoss<float>, float>);
+
+namespace {
+
+template <class Selector>
+Routing<double> route(const Selector& selector, const Matrix<double>& logits,
+                      const Pass& pass = {}) {
+  Routing<double> routing;
+  selector.select(logits, pass, routing);
+  return routing;
+}
+
+Routing<double> route(const Matrix<double>& logits, const Pass& pass = {}) {
+  return route(SoftmaxTopK<double>{1}, logits, pass);
+}
+
+/// d(loss)/d(logits), through `selector`.
+template <class Selector>
+Matrix<double> logit_gradient(const Selector& selector, const ZLoss<double>& balancer,
+                              const Routing<double>& routing) {
+  RoutingGradient<double> gradient;
+  gradient.reset(routing);
+  balancer.add_gradient(routing, gradient);
+  selector.backward(routing, gradient);
+  return gradient.logits;
+}
+
+}  // namespace
+
+TEST_CASE("ZLoss matches a case worked out by hand", "[moe][balance][z_loss]") {
+  // log(1 + 1) = ln 2 and log(3 + 1) = 2 ln 2: mean of squares 5/2 (ln 2)^2.
+  Matrix<double> logits(2, 2);
+  logits << 0.0, 0.0, std::log(3.0), 0.0;
+  CHECK(ZLoss<double>{0.5}.loss(route(logits)) == Approx(1.25 * std::log(2.0) * std::log(2.0)));
+}
+
+TEST_CASE("ZLoss of a router of zeros is (ln experts)^2", "[moe][balance][z_loss]") {
+  const auto experts = GENERATE(as<Index>{}, 1, 8, 37);
+  const double log_experts = std::log(static_cast<double>(experts));
+  CHECK(ZLoss<double>{1.0}.loss(route(Matrix<double>::Zero(3, experts))) ==
+        Approx(log_experts * log_experts));
+}
+
+TEST_CASE("ZLoss is moved by a shift that leaves the routing alone", "[moe][balance][z_loss]") {
+  const Matrix<double> logits = test::random_matrix(1, 5, 1);
+  const Matrix<double> shifted = logits.array() + 3.0;
+  const ZLoss<double> balancer{1.0};
+  const Routing<double> before = route(logits);
+  const Routing<double> after = route(shifted);
+  CHECK(test::relative_error(after.probabilities, before.probabilities) < 1e-14);
+  CHECK(std::sqrt(balancer.loss(after)) == Approx(std::sqrt(balancer.loss(before)) + 3.0));
+}
+
+TEST_CASE("ZLoss does not overflow", "[moe][balance][z_loss]") {
+  Matrix<double> logits(1, 3);
+  logits << 5000.0, 4000.0, -5000.0;
+  CHECK(ZLoss<double>{1.0}.loss(route(logits)) == Approx(25e6));
+  const Matrix<double> gradient =
+      logit_gradient(SoftmaxTopK<double>{1}, ZLoss<double>{1.0}, route(logits));
+  CHECK(gradient(0, 0) == Approx(1e4));
+  CHECK(gradient.rightCols(2).isZero(1e-300));
+}
+
+TEST_CASE("ZLoss does not see padding", "[moe][balance][z_loss]") {
+  const Matrix<double> logits = test::random_matrix(3, 4, 2);
+  Matrix<double> padded = Matrix<double>::Constant(5, 4, NAN);
+  padded.topRows(2) = logits.topRows(2);
+  padded.row(3) = logits.row(2);
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 0};
+  const ZLoss<double> balancer{0.3};
+  const SoftmaxTopK<double> selector{1};
+  const Routing<double> routing = route(padded, {.mask = mask});
+
+  CHECK(balancer.loss(routing) == balancer.loss(route(logits)));
+  const Matrix<double> expected = logit_gradient(selector, balancer, route(logits));
+  const Matrix<double> actual = logit_gradient(selector, balancer, routing);
+  CHECK(test::relative_error(actual.topRows(2), expected.topRows(2)) < 1e-14);
+  CHECK(test::relative_error(actual.row(3), expected.row(2)) < 1e-14);
+  CHECK(actual.row(2).isZero(0.0));
+  CHECK(actual.row(4).isZero(0.0));
+}
+
+TEST_CASE("ZLoss is zero without real tokens", "[moe][balance][z_loss]") {
+  const SoftmaxTopK<double> selector{1};
+  const std::vector<std::uint8_t> mask = {0, 0};
+  const Routing<double> none = route(Matrix<double>(0, 4));
+  CHECK(ZLoss<double>{}.loss(none) == 0.0);
+  CHECK(logit_gradient(selector, {}, none).rows() == 0);
+
+  const Routing<double> padding = route(Matrix<double>::Ones(2, 4), {.mask = mask});
+  CHECK(ZLoss<double>{}.loss(padding) == 0.0);
+  CHECK(logit_gradient(selector, {}, padding).isZero(0.0));
+}
+
+TEST_CASE("ZLoss gradient agrees with finite differences", "[moe][balance][z_loss][gradient]") {
+  Matrix<double> logits = test::random_matrix(7, 5, 3);
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
+  const Pass pass{.mask = mask};
+  const ZLoss<double> balancer{0.5};
+  const auto check = [&](const auto& selector) {
+    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
+    const Matrix<double> analytic =
+        logit_gradient(selector, balancer, route(selector, logits, pass));
+    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+  };
+  check(SoftmaxTopK<double>{2});
+  check(SigmoidTopK<double>(5, {.k = 2}));
+}
+
+TEST_CASE("ZLoss refuses a negative coefficient", "[moe][balance][z_loss]") {
+  CHECK(test::message_of<ConfigError>([] { ZLoss<float>{-0.5F}.check(); }) ==
+        "ZLoss: coefficient = -0.5, expected >= 0");
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <vector>
+
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/capacity/fixed_capacity.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+
+using namespace weir;
+
+static_assert(ExpertBank<MlpBank<float>>);
+static_assert(ExpertBank<MlpBank<double, Gelu>>);
+
+namespace {
+
+using Matrices = std::vector<Matrix<double>>;
+
+Matrices random_matrices(Index count, Index rows, Index cols, std::uint64_t seed) {
+  Matrices matrices;
+  for (Index e = 0; e < count; ++e) {
+    matrices.push_back(test::random_matrix(rows, cols, seed + static_cast<std::uint64_t>(e)));
+  }
+  return matrices;
+}
+
+/// y_t = sum over the kept assignments of t, one number at a time.
+Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing,
+                         const Matrices& in, const Matrices& out, const Matrices& in_bias,
+                         const Matrices& out_bias) {
+  Matrix<double> y = Matrix<double>::Zero(x.rows(), out[0].rows());
+  for (Index t = 0; t < x.rows(); ++t) {
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      const auto i = static_cast<std::size_t>(a);
+      if (routing.kept[i] == 0) continue;
+      const auto e = static_cast<std::size_t>(routing.expert[i]);
+      for (Index o = 0; o < y.cols(); ++o) {
+        double sum = out_bias.empty() ? 0.0 : out_bias[e](0, o);
+        for (Index h = 0; h < in[e].rows(); ++h) {
+          double z = in_bias.empty() ? 0.0 : in_bias[e](0, h);
+          for (Index j = 0; j < x.cols(); ++j) z += x(t, j) * in[e](h, j);
+          sum += std::max(z, 0.0) * out[e](o, h);
+        }
+        y(t, o) += routing.weight[i] * sum;
+      }
+    }
+  }
+  return y;
+}
+
+}  // namespace
+
+TEST_CASE("MlpBank is the weighted sum of its experts, token by token", "[moe][experts][mlp_bank]") {
+  const auto d_out = GENERATE(as<Index>{}, 5, 3);
+  const auto bias = GENERATE(false, true);
+  const Matrices in = random_matrices(4, 7, 5, 10);
+  const Matrices out = random_matrices(4, d_out, 7, 20);
+  const Matrices in_bias = bias ? random_matrices(4, 1, 7, 30) : Matrices{};
+  const Matrices out_bias = bias ? random_matrices(4, 1, d_out, 40) : Matrices{};
+  const MlpBank<double> bank(in, out, in_bias, out_bias);
+  CHECK(bank.experts() == 4);
+  CHECK(bank.d_in() == 5);
+  CHECK(bank.d_hidden() == 7);
+  CHECK(bank.d_out() == d_out);
+
+  const Matrix<double> x = test::random_matrix(9, 5, 1);
+  const std::vector<std::uint8_t> mask = {1, 1, 1, 0, 1, 1, 1, 1, 0};
+  Routing<double> routing;
+  SoftmaxTopK<double>{2}.select(test::random_matrix(9, 4, 2), {.mask = mask}, routing);
+  if (GENERATE(false, true)) FixedCapacity{2}.apply(routing);
+  Dispatch<double> dispatch;
+  dispatch.build(routing);
+  MlpBank<double>::Cache cache;
+  const Matrix<double>& y = bank.forward(x, dispatch, cache);
+  CHECK(test::relative_error(y, reference(x, routing, in, out, in_bias, out_bias)) < 1e-14);
+  CHECK(y.row(3).isZero(0.0));
+}
+
+TEST_CASE("MlpBank gradients agree with finite differences", "[moe][experts][mlp_bank][gradient]") {
+  const auto bias = GENERATE(false, true);
+  Rng rng(5);
+  const auto check = [&]<class Act>(Act) {
+    MoELayer moe(
+        LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2}, Dropless{},
+        MlpBank<double, Act>(random_matrices(3, 5, 4, 10), random_matrices(3, 3, 5, 20),
+                             bias ? random_matrices(3, 1, 5, 30) : Matrices{},
+                             bias ? random_matrices(3, 1, 3, 40) : Matrices{}));
+    test::check_gradients(moe, test::random_matrix(6, 4, 3));
+  };
+  check(Relu{});
+  check(Gelu{});
+}
+
+TEST_CASE("MlpBank leaves experts without tokens alone", "[moe][experts][mlp_bank]") {
+  Rng rng(1);
+  MlpBank<double> bank(3, 4, 5, rng, {.bias = true});
+  Routing<double> routing;
+  Matrix<double> logits = Matrix<double>::Zero(2, 3);
+  logits.col(1).setOnes();
+  SoftmaxTopK<double>{1}.select(logits, {}, routing);
+  Dispatch<double> dispatch;
+  dispatch.build(routing);
+  MlpBank<double>::Cache cache;
+  bank.forward(test::random_matrix(2, 4, 1), dispatch, cache);
+  std::vector<double> d_weight(2);
+  bank.backward(test::random_matrix(2, 4, 2), dispatch, d_weight, cache);
+
+  for (const auto& [name, parameter] : parameters(bank)) {
+    INFO(name);
+    CHECK((parameter->grad.size() > 0) == (name[0] == '1'));
+  }
+}
+
+TEST_CASE("MlpBank takes no tokens", "[moe][experts][mlp_bank]") {
+  Rng rng(1);
+  MlpBank<double> bank(3, 4, 5, rng, {.bias = true});
+  Routing<double> routing;
+  SoftmaxTopK<double>{2}.select(Matrix<double>(0, 3), {}, routing);
+  Dispatch<double> dispatch;
+  dispatch.build(routing);
+  MlpBank<double>::Cache cache;
+  const Matrix<double>& y = bank.forward(Matrix<double>(0, 4), dispatch, cache);
+  CHECK(y.rows() == 0);
+  CHECK(y.cols() == 4);
+  CHECK(bank.backward(Matrix<double>(0, 4), dispatch, {}, cache).cols() == 4);
+}
+
+TEST_CASE("MlpBank names its weights; its biases start at zero", "[moe][experts][mlp_bank]") {
+  Rng rng(1);
+  MlpBank<double> plain(2, 4, 5, rng);
+  const auto weights = parameters(plain);
+  REQUIRE(weights.size() == 4);
+  CHECK(weights[0].name == "0.in");
+  CHECK(weights[3].name == "1.out");
+
+  MlpBank<double> biased(2, 4, 5, rng, {.bias = true});
+  const auto all = parameters(biased);
+  REQUIRE(all.size() == 8);
+  CHECK(all[5].name == "1.in_bias");
+  CHECK(all[7].name == "1.out_bias");
+  CHECK(all[5].parameter->value == Matrix<double>::Zero(1, 5));
+  CHECK(all[7].parameter->value == Matrix<double>::Zero(1, 4));
+}
+
+TEST_CASE("MlpBank says what is wrong with its arguments", "[moe][experts][mlp_bank]") {
+  Rng rng(1);
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(0, 4, 5, rng); }) ==
+        "MlpBank: experts = 0, expected >= 1");
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(2, 0, 5, rng); }) ==
+        "MlpBank: d_model = 0, expected >= 1");
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(2, 4, -1, rng); }) ==
+        "MlpBank: d_hidden = -1, expected >= 1");
+
+  const Matrices in = random_matrices(2, 5, 4, 1);
+  const Matrices out = random_matrices(2, 4, 5, 1);
+  const Matrices in_bias = random_matrices(2, 1, 5, 1);
+  const Matrices out_bias = random_matrices(2, 1, 4, 1);
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(Matrices{}, {}); }) ==
+        "MlpBank: 0 in, 0 out, 0 in_bias and 0 out_bias weights, expected one of each per expert, "
+        "or no biases");
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(in, out, in_bias); }) ==
+        "MlpBank: 2 in, 2 out, 2 in_bias and 0 out_bias weights, expected one of each per expert, "
+        "or no biases");
+  CHECK(test::message_of<ShapeError>([&] { MlpBank<double>({in[0], out[0]}, out); }) ==
+        "MlpBank: in[1] is [4, 5], expected [5, 4]");
+  CHECK(test::message_of<ShapeError>([&] { MlpBank<double>(in, {out[0], in[0]}); }) ==
+        "MlpBank: out[1] is [5, 4], expected [4, 5]");
+  CHECK(test::message_of<ShapeError>([&] { MlpBank<double>(in, out, out_bias, out_bias); }) ==
+        "MlpBank: in_bias[0] is [1, 4], expected [1, 5]");
+  CHECK(test::message_of<ShapeError>([&] { MlpBank<double>(in, out, in_bias, in_bias); }) ==
+        "MlpBank: out_bias[0] is [1, 5], expected [1, 4]");
+}

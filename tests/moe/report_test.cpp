@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <vector>
+
+#include <weir/moe/capacity/fixed_capacity.hpp>
+#include <weir/moe/report.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+using namespace weir;
+
+TEST_CASE("A report counts load, drops and entropy", "[moe][report]") {
+  // Choices {0, 1}, {0, 1}, padding, {0, 2}. With one place an expert, the second token loses both
+  // of its experts and the last one its first.
+  Matrix<double> logits(4, 3);
+  logits << 2, 1, 0, 2, 1, 0, NAN, NAN, NAN, 2, 0, 1;
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1};
+  Routing<double> routing;
+  SoftmaxTopK<double>{2}.select(logits, {.mask = mask}, routing);
+  FixedCapacity{1}.apply(routing);
+
+  const MoEReport report = report_of(routing);
+  CHECK(report.tokens == 3);
+  CHECK(report.assignments == 6);
+  CHECK(report.dropped == 3);
+  CHECK(report.dropped_tokens == 1);
+  CHECK(report.load == std::vector<Index>{3, 2, 1});
+  CHECK(report.kept == std::vector<Index>{1, 1, 1});
+  CHECK(report.drop_rate() == 0.5);
+  CHECK(report.imbalance() == 1.5);  // 3 of 6, of 3 experts.
+  CHECK(report.losses.empty());
+
+  // All real tokens have the probabilities exp(2), exp(1), 1 over their sum, in some order.
+  const double sum = std::exp(2.0) + std::exp(1.0) + 1.0;
+  CHECK(report.entropy == Approx(std::log(sum) - (2.0 * std::exp(2.0) + std::exp(1.0)) / sum));
+}
+
+TEST_CASE("Entropy is ln experts for an undecided router and zero for a sure one",
+          "[moe][report]") {
+  Routing<float> routing;
+  SoftmaxTopK<float>{1}.select(Matrix<float>::Constant(3, 8, 0.5F), {}, routing);
+  CHECK(report_of(routing).entropy == Approx(std::log(8.0)));
+  CHECK(report_of(routing).imbalance() == 8.0);  // Ties: all to expert 0.
+
+  Matrix<float> sure = Matrix<float>::Zero(2, 3);
+  sure.col(1).setConstant(1000.0F);
+  SoftmaxTopK<float>{1}.select(sure, {}, routing);
+  CHECK(report_of(routing).entropy == 0.0);
+}
+
+TEST_CASE("A report of nothing is level and undropped", "[moe][report]") {
+  const auto check = [](const MoEReport& report) {
+    CHECK(report.tokens == 0);
+    CHECK(report.assignments == 0);
+    CHECK(report.dropped_tokens == 0);
+    CHECK(report.entropy == 0.0);
+    CHECK(report.drop_rate() == 0.0);
+    CHECK(report.imbalance() == 1.0);
+  };
+  check(report_of(Routing<double>{}));
+  Routing<double> routing;
+  SoftmaxTopK<double>{1}.select(Matrix<double>(0, 3), {}, routing);
+  check(report_of(routing));
+  CHECK(report_of(routing).load == std::vector<Index>{0, 0, 0});
+}

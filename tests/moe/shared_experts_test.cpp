@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <vector>
+
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/shared_experts.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/linear.hpp>
+
+#include "support/allocations.hpp"
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+
+using namespace weir;
+
+namespace {
+
+auto mixture() {
+  Rng rng(3);
+  return MoELayer(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}),
+                  SigmoidTopK<double>(3, {.k = 2}), Dropless{},
+                  GluBank<double>(3, 4, 5, rng, 1.0), SwitchLoss<double>{0.3},
+                  BiasBalance<double>(0.25));
+}
+
+Glu<double> shared_network(Index d_hidden = 6) {
+  Rng rng(4);
+  return {4, d_hidden, rng};
+}
+
+Linear<double> gate() { return Linear<double>(test::random_matrix(1, 4, 5)); }
+
+using Moe = decltype(mixture());
+using Both = SharedExperts<Moe, Glu<double>>;
+
+static_assert(PassLayer<Both>);
+
+}  // namespace
+
+TEST_CASE("SharedExperts adds the shared network to the mixture", "[moe][shared_experts]") {
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  const Matrix<double> routed = mixture().forward(x);
+  const Matrix<double> shared = shared_network().forward(x);
+  CHECK(Both(mixture(), shared_network()).forward(x) == routed + shared);
+
+  Matrix<double> expected = routed;
+  for (Index t = 0; t < 5; ++t) {
+    const double z = x.row(t).dot(gate().weight().value.row(0));
+    expected.row(t) += shared.row(t) / (1.0 + std::exp(-z));
+  }
+  CHECK(test::relative_error(Both(mixture(), shared_network(), gate()).forward(x), expected) <
+        1e-14);
+}
+
+TEST_CASE("Two shared experts are one of twice the width", "[moe][shared_experts]") {
+  const Glu<double> wide = shared_network(6);
+  const auto half = [&](Index begin) {
+    return Glu<double>(wide.gate().value.middleRows(begin, 3), wide.up().value.middleRows(begin, 3),
+                       wide.down().value.middleCols(begin, 3));
+  };
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  const SharedExperts first(mixture(), half(0));
+  const SharedExperts both(first, half(3));
+  CHECK(test::relative_error(both.forward(x), Both(mixture(), wide).forward(x)) < 1e-14);
+}
+
+TEST_CASE("SharedExperts gradients agree with finite differences",
+          "[moe][shared_experts][gradient]") {
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1};
+  const Pass pass{.training = true, .mask = mask, .aux_scale = 0.7};
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  Both plain(mixture(), shared_network());
+  test::check_gradients(plain, x, pass);
+  Both gated(mixture(), shared_network(), gate());
+  test::check_gradients(gated, x, pass);
+}
+
+TEST_CASE("SharedExperts passes on what belongs to the mixture", "[moe][shared_experts]") {
+  Both layer(mixture(), shared_network(), gate());
+  Moe alone = mixture();
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  Both::Cache cache;
+  Moe::Cache alone_cache;
+  layer.forward(x, {.aux_scale = 0.5}, cache);
+  alone.forward(x, {.aux_scale = 0.5}, alone_cache);
+  CHECK(cache.aux_loss == alone_cache.aux_loss);
+  CHECK(cache.aux_loss > 0.0);
+  CHECK(layer.report(cache).load == alone.report(alone_cache).load);
+
+  layer.backward(x, cache);
+  alone.backward(x, alone_cache);
+  layer.update();
+  alone.update();
+  CHECK(layer.moe().selector().selection_bias().value ==
+        alone.selector().selection_bias().value);
+  CHECK(!alone.selector().selection_bias().value.isZero(0.0));
+}
+
+TEST_CASE("SharedExperts names its members after the mixture's", "[moe][shared_experts]") {
+  Both layer(mixture(), shared_network(), gate());
+  CHECK(layer.d_model() == 4);
+  const auto all = parameters(layer);
+  REQUIRE(all.size() == 1 + 9 + 3 + 1);
+  CHECK(all[0].name == "router.weight");
+  CHECK(all[1].name == "experts.0.gate");
+  CHECK(all[10].name == "shared.gate");
+  CHECK(all[13].name == "shared_gate.weight");
+  REQUIRE(buffers(layer).size() == 1);
+  CHECK(buffers(layer)[0].name == "selector.bias");
+
+  Both plain(mixture(), shared_network());
+  CHECK(parameters(plain).size() == 13);
+}
+
+TEST_CASE("SharedExperts takes no tokens", "[moe][shared_experts]") {
+  Both layer(mixture(), shared_network(), gate());
+  Both::Cache cache;
+  const Matrix<double>& y = layer.forward(Matrix<double>(0, 4), cache);
+  CHECK(y.rows() == 0);
+  CHECK(y.cols() == 4);
+  CHECK(layer.backward(Matrix<double>(0, 4), cache).cols() == 4);
+}
+
+TEST_CASE("SharedExperts allocates nothing once warm", "[moe][shared_experts]") {
+  Both layer(mixture(), shared_network(), gate());
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  Both::Cache cache;
+  const auto step = [&] {
+    layer.forward(x, cache);
+    layer.backward(x, cache);
+  };
+  step();
+  step();
+  CHECK(test::count_allocations(step) == 0);
+}
+
+TEST_CASE("SharedExperts says what is wrong with its arguments", "[moe][shared_experts]") {
+  Rng rng(1);
+  CHECK(test::message_of<ConfigError>([&] {
+          Both(mixture(), shared_network(), Linear<double>(4, 2, rng));
+        }) == "SharedExperts: the gate is [2, 4], expected [1, 4]");
+  CHECK(test::message_of<ConfigError>([&] {
+          Both(mixture(), shared_network(), Linear<double>(3, 1, rng));
+        }) == "SharedExperts: the gate is [1, 3], expected [1, 4]");
+
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  const SharedExperts narrow(mixture(), Linear<double>(4, 3, rng));
+  CHECK(test::message_of<ShapeError>([&] { narrow.forward(x); }) ==
+        "SharedExperts::forward: the shared experts' output is [5, 3], expected [5, 4]");
+
+  Both layer(mixture(), shared_network());
+  Both::Cache cache;
+  CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
+        "MoELayer::backward: the cache is empty, expected a forward pass before");
+  layer.forward(x, cache);
+  CHECK(test::message_of<ShapeError>([&] { layer.backward(x.topRows(2), cache); }) ==
+        "MoELayer::backward: dy is [2, 4], expected [5, 4]");
+}

@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <weir/optim/adamw.hpp>
+
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+using namespace weir;
+
+namespace {
+
+Matrix<double> column(std::vector<double> values) {
+  return Eigen::Map<Matrix<double>>(values.data(), static_cast<Index>(values.size()), 1);
+}
+
+// The paper's algorithm 2, one number at a time.
+struct ScalarAdamW {
+  AdamW<double>::Config config;
+  double m = 0.0;
+  double v = 0.0;
+  int t = 0;
+
+  double step(double w, double g) {
+    ++t;
+    m = config.beta1 * m + (1.0 - config.beta1) * g;
+    v = config.beta2 * v + (1.0 - config.beta2) * g * g;
+    const double m_hat = m / (1.0 - std::pow(config.beta1, t));
+    const double v_hat = v / (1.0 - std::pow(config.beta2, t));
+    return w - config.learning_rate *
+                   (m_hat / (std::sqrt(v_hat) + config.epsilon) + config.weight_decay * w);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("AdamW takes two steps worked out by hand", "[optim][adamw][golden]") {
+  // learning_rate = weight_decay = 0.1, beta1 = 0.9, beta2 = 0.99, epsilon next to nothing.
+  // Step 1, g = (1, -2): m' = g, v' = g^2, so each moves by 0.1 against its sign after the decay
+  // by 1 %:  0.99 - 0.1 = 0.89  and  -1.98 + 0.1 = -1.88.
+  // Step 2, g = (-1, 2): m = (0.09 - 0.1, -0.18 + 0.2) = (-0.01, 0.02), over 0.19 is
+  // (-1/19, 2/19); v' = (1, 4) as before. So m' / sqrt(v') = (-1/19, 1/19).
+  Parameter<double> w{column({1.0, -2.0})};
+  AdamW<double> optimizer(
+      {{"w", &w}},
+      {.learning_rate = 0.1, .beta1 = 0.9, .beta2 = 0.99, .epsilon = 1e-14, .weight_decay = 0.1});
+  w.gradient() = column({1.0, -2.0});
+  optimizer.step();
+  CHECK(test::relative_error(w.value, column({0.89, -1.88})) <= 1e-12);
+
+  w.gradient() = column({-1.0, 2.0});
+  optimizer.step();
+  const double first = 0.99 * 0.89 + 0.1 / 19.0;
+  const double second = -0.99 * 1.88 - 0.1 / 19.0;
+  CHECK(test::relative_error(w.value, column({first, second})) <= 1e-12);
+}
+
+TEST_CASE("AdamW reproduces ten steps computed to 40 digits", "[optim][adamw][golden]") {
+  // loss = ||w - target||^2 / 2 from w = (1, -2, 1/2), target = (1/4, 1, 1/2), learning rate 0.05,
+  // the defaults otherwise; recorded from algorithm 2 in multi-precision arithmetic (mpmath).
+  const std::vector<double> losses = {4.78125,
+                                      4.5633156259533333,
+                                      4.3536471546777013,
+                                      4.1506918992850135,
+                                      3.9562497867834894,
+                                      3.7690698045956709,
+                                      3.5891024251343328,
+                                      3.4167014432824381,
+                                      3.2518170397752711,
+                                      3.0940064257591929};
+  const Matrix<double> target = column({0.25, 1.0, 0.5});
+  Parameter<double> w{column({1.0, -2.0, 0.5})};
+  AdamW<double> optimizer({{"w", &w}}, {.learning_rate = 0.05});
+  for (const double loss : losses) {
+    w.gradient() = w.value - target;
+    CHECK(w.grad.squaredNorm() / 2.0 == Approx(loss).epsilon(1e-12));
+    optimizer.step();
+  }
+  const Matrix<double> last =
+      column({0.47718991192718038, -1.4154019158363271, 0.51454165045453699});
+  CHECK(test::relative_error(w.value, last) <= 1e-12);
+  CHECK(optimizer.steps() == 10);
+}
+
+TEST_CASE("AdamW agrees with a scalar loop across block boundaries", "[optim][adamw]") {
+  const AdamW<double>::Config config{.learning_rate = 0.03, .weight_decay = 0.2};
+  Parameter<double> large{test::random_matrix(37, 41, 1)};  // three blocks, the last one short
+  Parameter<double> small{test::random_matrix(2, 3, 2)};
+  Matrix<double> expected = large.value;
+  std::vector<ScalarAdamW> scalars(static_cast<std::size_t>(large.value.size()), {config});
+  AdamW<double> optimizer({{"small", &small}, {"large", &large}}, config);
+  for (std::uint64_t step = 0; step < 4; ++step) {
+    const Matrix<double> g = test::random_matrix(37, 41, 10 + step);
+    large.gradient() += 0.25 * g;  // as two micro-batches do
+    large.gradient() += 0.75 * g;
+    small.gradient().setOnes();
+    for (std::size_t i = 0; i < scalars.size(); ++i) {
+      double& w = expected.data()[i];
+      w = scalars[i].step(w, g.data()[i]);
+    }
+    optimizer.step();
+    CHECK(test::relative_error(large.value, expected) <= 1e-12);
+    CHECK(large.grad.isZero(0.0));
+    CHECK(small.grad.isZero(0.0));
+  }
+}
+
+TEST_CASE("AdamW decay is decoupled from the gradient", "[optim][adamw]") {
+  Parameter<double> decaying{column({4.0, -8.0})};
+  Parameter<double> steady{column({4.0, -8.0})};
+  const AdamW<double>::Config config{.learning_rate = 0.5, .weight_decay = 0.25};
+
+  SECTION("a zero gradient shrinks the value by learning_rate * weight_decay") {
+    AdamW<double> optimizer({{"w", &decaying}}, config);
+    decaying.gradient().setZero();
+    optimizer.step();
+    CHECK(decaying.value == column({3.5, -7.0}));
+  }
+  SECTION("the moments do not see it") {
+    AdamW<double> with({{"w", &decaying}}, config);
+    AdamW<double> without({{"w", &steady}}, {.learning_rate = 0.5, .weight_decay = 0.0});
+    for (int step = 0; step < 3; ++step) {
+      decaying.gradient() = column({1.0, 2.0});
+      steady.gradient() = column({1.0, 2.0});
+      with.step();
+      without.step();
+    }
+    CHECK(with.moments()[0].moments->first == without.moments()[0].moments->first);
+    CHECK(with.moments()[0].moments->second == without.moments()[0].moments->second);
+  }
+}
+
+TEST_CASE("AdamW spares vectors from decay unless told otherwise", "[optim][adamw]") {
+  const bool decay_vectors = GENERATE(false, true);
+  Parameter<double> bias{Matrix<double>::Constant(1, 3, 2.0)};
+  AdamW<double> optimizer(
+      {{"bias", &bias}},
+      {.learning_rate = 0.5, .weight_decay = 0.5, .decay_vectors = decay_vectors});
+  bias.gradient().setZero();
+  optimizer.step();
+  CHECK(bias.value == Matrix<double>::Constant(1, 3, decay_vectors ? 1.5 : 2.0));
+}
+
+TEST_CASE("AdamW leaves frozen and unused parameters alone", "[optim][adamw]") {
+  const Matrix<double> start = column({1.0, 2.0});
+  Parameter<double> frozen{start};
+  Parameter<double> unused{start};
+  Parameter<double> trained{start};
+  AdamW<double> optimizer({{"frozen", &frozen}, {"unused", &unused}, {"trained", &trained}});
+  const auto moments = optimizer.moments();
+  frozen.frozen = true;
+  for (int step = 0; step < 3; ++step) {
+    frozen.gradient().setOnes();
+    trained.gradient().setOnes();
+    optimizer.step();
+  }
+
+  CHECK(frozen.value == start);
+  CHECK(frozen.grad.isZero(0.0));
+  CHECK(moments[0].name == "frozen");
+  CHECK(moments[0].moments->first.size() == 0);
+  CHECK(unused.value == start);
+  CHECK(unused.grad.size() == 0);
+  CHECK(moments[1].moments->steps == 0);
+  CHECK(trained.value != start);
+  CHECK(moments[2].moments->steps == 3);
+
+  // Used for the first time, a parameter moves as far as if training began here.
+  frozen.frozen = false;
+  frozen.gradient().setOnes();
+  unused.gradient().setOnes();
+  optimizer.step();
+  Parameter<double> fresh{start};
+  AdamW<double> beginner({{"fresh", &fresh}});
+  fresh.gradient().setOnes();
+  beginner.step();
+  CHECK(frozen.value == fresh.value);
+  CHECK(unused.value == fresh.value);
+  CHECK(optimizer.steps() == 4);
+}
+
+TEST_CASE("AdamW descends a quadratic to its minimum", "[optim][adamw]") {
+  const Matrix<float> target = test::random_matrix<float>(5, 7, 3);
+  const Matrix<float> curvature = test::random_matrix<float>(5, 7, 4).cwiseAbs().array() + 0.1F;
+  Parameter<float> w{Matrix<float>::Zero(5, 7)};
+  AdamW<float> optimizer({{"w", &w}}, {.weight_decay = 0.0});
+  for (int step = 0; step < 600; ++step) {
+    w.gradient() = curvature.cwiseProduct(w.value - target);
+    optimizer.set_learning_rate(0.05 * std::exp(-0.01 * step));
+    optimizer.step();
+  }
+  CHECK(test::relative_error(w.value, target) <= 1e-3);
+}
+
+TEST_CASE("AdamW takes the learning rate of the moment", "[optim][adamw]") {
+  Parameter<double> w{column({1.0, 1.0})};
+  AdamW<double> optimizer({{"w", &w}}, {.epsilon = 1e-14, .weight_decay = 0.0});
+  CHECK(optimizer.learning_rate() == 1e-3);
+  optimizer.set_learning_rate(0.25);
+  CHECK(optimizer.config().learning_rate == 0.25);
+  w.gradient().setOnes();
+  optimizer.step();
+  CHECK(test::relative_error(w.value, column({0.75, 0.75})) <= 1e-12);
+}
+
+TEST_CASE("AdamW continues from saved moments bit for bit", "[optim][adamw]") {
+  const auto train = [](AdamW<float>& optimizer, Parameter<float>& w, std::uint64_t seed) {
+    w.gradient() = test::random_matrix<float>(9, 70, seed);
+    optimizer.step();
+  };
+  Parameter<float> w{test::random_matrix<float>(9, 70, 5)};
+  AdamW<float> optimizer({{"w", &w}});
+  for (std::uint64_t seed = 0; seed < 3; ++seed) train(optimizer, w, seed);
+
+  Parameter<float> copy = w;
+  AdamW<float> resumed({{"w", &copy}});
+  *resumed.moments()[0].moments = *optimizer.moments()[0].moments;
+  resumed.set_steps(optimizer.steps());
+  for (std::uint64_t seed = 3; seed < 6; ++seed) {
+    train(optimizer, w, seed);
+    train(resumed, copy, seed);
+  }
+  CHECK(w.value == copy.value);
+  CHECK(resumed.steps() == 6);
+}
+
+TEST_CASE("AdamW gives the same bits for any number of threads and any order", "[optim][adamw]") {
+  const std::vector<Index> rows = {1, 300, 1, 7, 1, 64};
+  const auto train = [&](int thread_count, bool backwards) {
+    std::vector<Parameter<float>> weights;
+    for (const Index r : rows) {
+      weights.push_back({test::random_matrix<float>(r, 131, static_cast<std::uint64_t>(r))});
+    }
+    std::vector<NamedParameter<float>> named;
+    for (Parameter<float>& w : weights) named.push_back({"w" + std::to_string(named.size()), &w});
+    if (backwards) std::reverse(named.begin(), named.end());
+    AdamW<float> optimizer(named, {.learning_rate = 0.01});
+    set_threads(thread_count);
+    for (std::uint64_t step = 0; step < 3; ++step) {
+      for (Parameter<float>& w : weights) {
+        w.gradient() = test::random_matrix<float>(w.value.rows(), 131, step);
+      }
+      optimizer.step();
+    }
+    set_threads(1);
+    std::vector<Matrix<float>> values;
+    for (const Parameter<float>& w : weights) values.push_back(w.value);
+    return values;
+  };
+  const auto expected = train(1, false);
+  CHECK(train(std::min(2, hardware_threads()), false) == expected);
+  CHECK(train(1, true) == expected);
+}
+
+TEST_CASE("AdamW has nothing to do without parameters", "[optim][adamw]") {
+  Parameter<float> empty{Matrix<float>(0, 4)};
+  AdamW<float> none({});
+  AdamW<float> of_nothing({{"empty", &empty}});
+  none.step();
+  of_nothing.step();
+  CHECK(none.steps() == 1);
+  CHECK(none.moments().empty());
+}
+
+TEST_CASE("AdamW refuses impossible settings", "[optim][adamw]") {
+  Parameter<float> w{Matrix<float>::Zero(2, 3)};
+  const auto message = [&](const AdamW<float>::Config& config) {
+    return test::message_of<ConfigError>([&] { AdamW<float>({{"w", &w}}, config); });
+  };
+  CHECK(message({.learning_rate = -1.0}) == "AdamW: learning_rate = -1, expected finite and >= 0");
+  CHECK(message({.beta1 = 1.0}) == "AdamW: beta1 = 1, expected in [0, 1)");
+  CHECK(message({.beta2 = -0.5}) == "AdamW: beta2 = -0.5, expected in [0, 1)");
+  CHECK(message({.epsilon = 0.0}) == "AdamW: epsilon = 0, expected > 0");
+  CHECK(message({.weight_decay = HUGE_VAL}) ==
+        "AdamW: weight_decay = inf, expected finite and >= 0");
+  CHECK(
+      test::message_of<ConfigError>([&] {
+        AdamW<float>({{"embedding", &w}, {"head", &w}});
+      }) ==
+      "AdamW: parameters has embedding and head, which are the same parameter, expected each once");
+
+  AdamW<float> optimizer({{"w", &w}});
+  CHECK(test::message_of<ConfigError>([&] { optimizer.set_learning_rate(-0.1); }) ==
+        "AdamW::set_learning_rate: learning_rate = -0.1, expected finite and >= 0");
+  CHECK(test::message_of<ConfigError>([&] { optimizer.set_steps(-1); }) ==
+        "AdamW::set_steps: steps = -1, expected >= 0");
+  CHECK(optimizer.learning_rate() == 1e-3);
+}
+
+TEST_CASE("AdamW refuses shapes that changed, before it changes anything", "[optim][adamw]") {
+  Parameter<float> first{Matrix<float>::Zero(2, 3)};
+  Parameter<float> second{Matrix<float>::Zero(2, 3)};
+  AdamW<float> optimizer({{"first", &first}, {"second", &second}});
+  first.gradient().setOnes();
+
+  SECTION("a gradient") {
+    second.grad.setZero(3, 2);
+    CHECK(test::message_of<ShapeError>([&] { optimizer.step(); }) ==
+          "AdamW::step: gradient of second is [3, 2], expected [2, 3]");
+  }
+  SECTION("a parameter") {
+    second.value.setZero(4, 3);
+    CHECK(test::message_of<StateError>([&] { optimizer.step(); }) ==
+          "AdamW::step: second is [4, 3], but was [2, 3] when the optimizer was made");
+  }
+  SECTION("moments") {
+    optimizer.moments()[1].moments->second.setZero(1, 1);
+    CHECK(test::message_of<ShapeError>([&] { optimizer.step(); }) ==
+          "AdamW::step: second moment of second is [1, 1], expected [2, 3]");
+  }
+  CHECK(first.value.isZero(0.0));
+  CHECK(first.grad == Matrix<float>::Ones(2, 3));
+  CHECK(optimizer.moments()[0].moments->steps == 0);
+  CHECK(optimizer.steps() == 0);
+}

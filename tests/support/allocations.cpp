@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+#include "support/allocations.hpp"
+
+#include <atomic>
+#include <cerrno>
+#include <cstdlib>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define WEIR_SANITIZED
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) || \
+    __has_feature(memory_sanitizer)
+#define WEIR_SANITIZED
+#endif
+#endif
+
+#if defined(__GLIBC__) && !defined(WEIR_SANITIZED)
+#define WEIR_COUNTS_ALLOCATIONS
+#endif
+
+namespace {
+constinit std::atomic<long> allocations{0};
+}  // namespace
+
+namespace weir::test {
+
+bool allocations_are_counted() {
+#ifdef WEIR_COUNTS_ALLOCATIONS
+  return true;
+#else
+  return false;
+#endif
+}
+
+long allocations_so_far() { return allocations.load(); }
+
+}  // namespace weir::test
+
+#ifdef WEIR_COUNTS_ALLOCATIONS
+// A program's own malloc takes the place of the C library's, for all of its libraries too; glibc
+// offers its own under another name. Blocks are freed by glibc's `free`.
+// NOLINTBEGIN(bugprone-reserved-identifier,cert-dcl37-c,readability-identifier-naming)
+extern "C" {
+void* __libc_malloc(std::size_t size);
+void* __libc_calloc(std::size_t count, std::size_t size);
+void* __libc_realloc(void* block, std::size_t size);
+void* __libc_memalign(std::size_t alignment, std::size_t size);
+
+void* malloc(std::size_t size) noexcept {
+  ++allocations;
+  return __libc_malloc(size);
+}
+
+void* calloc(std::size_t count, std::size_t size) noexcept {
+  ++allocations;
+  return __libc_calloc(count, size);
+}
+
+void* realloc(void* block, std::size_t size) noexcept {
+  ++allocations;
+  return __libc_realloc(block, size);
+}
+
+void* memalign(std::size_t alignment, std::size_t size) noexcept {
+  ++allocations;
+  return __libc_memalign(alignment, size);
+}
+
+void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
+  ++allocations;
+  return __libc_memalign(alignment, size);
+}
+
+int posix_memalign(void** block, std::size_t alignment, std::size_t size) noexcept {
+  ++allocations;
+  void* const memory = __libc_memalign(alignment, size);
+  if (memory == nullptr) return ENOMEM;
+  *block = memory;
+  return 0;
+}
+}
+// NOLINTEND(bugprone-reserved-identifier,cert-dcl37-c,readability-identifier-naming)
+#endif
