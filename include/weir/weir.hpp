@@ -13,6 +13,7 @@
 #include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/sequences.hpp>
+#include <weir/core/thread_pool.hpp>
 #include <weir/core/types.hpp>
 
 #include <weir/ops/activation.hpp>
@@ -62,6 +63,7 @@
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
 #include <weir/model/decoder.hpp>
+#include <weir/model/generate.hpp>
 #include <weir/model/interleave.hpp>
 #include <weir/model/sampling.hpp>
 

@@ -3,7 +3,7 @@
 /// What odr_a.cpp asks of odr_b.cpp.
 #pragma once
 
-/// Where the other translation unit's copy of an inline function lives: everywhere the same.
+/// Where the other translation unit finds the pool of threads: there is one for the whole program.
 const void* address_in_b();
 
 /// Sets, in the other translation unit, the number of threads.

@@ -6,7 +6,7 @@
 #include "odr.hpp"
 
 int main() {
-  if (address_in_b() != &weir::detail::thread_setting()) return 1;
+  if (address_in_b() != &weir::detail::ThreadPool::instance()) return 1;
   set_threads_in_b(weir::hardware_threads());
   if (weir::threads() != weir::hardware_threads()) return 2;
   weir::set_threads(1);

@@ -4,7 +4,7 @@
 #include "odr.hpp"
 
 const void* address_in_b() {
-  return &weir::detail::thread_setting();
+  return &weir::detail::ThreadPool::instance();
 }
 
 void set_threads_in_b(int count) {

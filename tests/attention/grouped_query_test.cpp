@@ -360,9 +360,7 @@ TEST_CASE("GroupedQueryAttention gives the same bits on any number of threads",
     return results;
   };
   const auto one = run();
-#ifdef _OPENMP
   set_threads(2);
-#endif
   const auto two = run();
   set_threads(1);
 

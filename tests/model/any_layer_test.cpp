@@ -118,6 +118,9 @@ using Mixture = decltype(mixture(0));
 }  // namespace
 
 static_assert(PassLayer<AnyLayer<double>>);
+static_assert(DecodingLayer<AnyLayer<double>>);
+static_assert(DecodingLayer<Counting>);
+static_assert(!DecodingLayer<Square>);
 static_assert(PassLayer<AnyLayer<float>>);
 static_assert(std::is_nothrow_move_constructible_v<AnyLayer<double>>);
 static_assert(!std::constructible_from<AnyLayer<float>, Square>, "another scalar");

@@ -52,9 +52,30 @@ Block<double> of_linear(Linear<double> linear, const std::string& name = "linear
   return Block<double>({{name, RmsNorm<double>(kModel), std::move(linear)}});
 }
 
+// The identity, but zero for padding.
+struct Masking {
+  using Scalar = double;
+  struct Cache {};
+
+  Matrix<double> forward(MatrixIn<double> x) const { return x; }
+  Matrix<double> forward(MatrixIn<double> x, Cache& /*cache*/) const { return x; }
+  Matrix<double> forward(MatrixIn<double> x, const Pass& pass, Cache& /*cache*/) const {
+    Matrix<double> y = x;
+    for (Index t = 0; t < x.rows(); ++t) {
+      if (pass.is_padding(t)) y.row(t).setZero();
+    }
+    return y;
+  }
+  Matrix<double> backward(MatrixIn<double> dy, Cache& /*cache*/) { return dy; }
+
+  template <class Self, class Visit>
+  static void visit(Self& /*self*/, Visit& /*visit*/) {}
+};
+
 }  // namespace
 
 static_assert(PassLayer<Block<double>>);
+static_assert(DecodingLayer<Block<double>>);
 
 TEST_CASE("Block adds one branch after the other to its input", "[model][block]") {
   Rng rng(1);
@@ -72,6 +93,21 @@ TEST_CASE("Block adds one branch after the other to its input", "[model][block]"
   Block<double>::Cache cache;
   CHECK(block.forward(x, cache) == expected);
   CHECK(cache.aux_loss == 0.0);
+}
+
+TEST_CASE("Block hands the pass to norms and layers", "[model][block]") {
+  Rng rng(21);
+  const Linear<double> linear(kModel, kModel, rng);
+  const std::vector<std::uint8_t> mask = {1, 0, 1};
+  const Matrix<double> x = test::random_matrix(3, kModel, 22);
+  const Block<double> blocks[] = {Block<double>({{"norm", Masking(), linear}}),
+                                  Block<double>({{"layer", linear, Masking()}})};
+  for (const Block<double>& block : blocks) {
+    Block<double>::Cache cache;
+    const Matrix<double> y = block.forward(x, {.mask = mask}, cache);
+    CHECK(y.row(1) == x.row(1));
+    CHECK(y.row(0) == (x + linear.forward(x)).row(0));
+  }
 }
 
 TEST_CASE("Block's gradients agree with finite differences", "[model][block][gradient]") {
@@ -231,7 +267,8 @@ TEST_CASE("A failed forward pass of a block is no base for backward", "[model][b
   Matrix<double> bad = x;
   bad(1, 1) = std::numeric_limits<double>::quiet_NaN();
   CHECK_THROWS_AS(block.forward(bad, cache), NonFiniteError);
-  CHECK_THROWS_AS(block.backward(x, cache), StateError);
+  CHECK(test::message_of<StateError>([&] { block.backward(x, cache); }) ==
+        "Block::backward: the cache is empty, expected a forward pass before");
   CHECK(block.forward(x, cache) == block.forward(x));
   CHECK(block.backward(x, cache).allFinite());
 }

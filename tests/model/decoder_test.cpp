@@ -336,9 +336,7 @@ TEST_CASE("Ten steps of training are the same to the bit on one thread and on tw
     return model;
   };
   Decoder<float> one = train();
-#ifdef _OPENMP
   set_threads(2);
-#endif
   Decoder<float> two = train();
   const Matrix<float> logits = two.forward(ids);
   set_threads(1);
@@ -371,7 +369,7 @@ TEST_CASE("A training step allocates nothing once it has run before", "[model][d
     optimizer.step();
     model.update();
   };
-  step();
+  CHECK((test::count_allocations(step) > 0 || !test::allocations_are_counted()));
   step();
   CHECK(test::count_allocations(step) == 0);
 }

@@ -312,9 +312,8 @@ TEST_CASE("gather, combine and their derivatives refuse matrices that do not fit
         "combine: y is [5, 2], expected [4, 3]");
   CHECK(message([&] { combine<double>(wrong, dispatch, of_tokens); }) ==
         "combine: packed is [5, 2], expected [7, 2]");
-  CHECK(message([&] {
-          combine_backward<double>(wrong, of_slots, dispatch, of_slots, d_weight);
-        }) == "combine_backward: dy is [5, 2], expected [4, 3]");
+  CHECK(message([&] { combine_backward<double>(wrong, of_slots, dispatch, of_slots, d_weight); }) ==
+        "combine_backward: dy is [5, 2], expected [4, 3]");
   CHECK(message([&] {
           combine_backward<double>(of_tokens, wrong, dispatch, of_slots, d_weight);
         }) == "combine_backward: packed is [5, 2], expected [7, 2]");

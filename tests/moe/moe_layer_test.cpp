@@ -81,7 +81,9 @@ auto layer(Selector selector, Capacity capacity, Bank bank) {
   return MoELayer(router(), selector, capacity, std::move(bank), kSwitchLoss, kZLoss);
 }
 
-auto simple_layer() { return layer(SoftmaxTopK<double>{2}, Dropless{}, glu_bank()); }
+auto simple_layer() {
+  return layer(SoftmaxTopK<double>{2}, Dropless{}, glu_bank());
+}
 
 /// The gradient of every parameter, in order.
 template <class L>
@@ -103,7 +105,8 @@ struct OneThreadAgain {
 
 }  // namespace
 
-static_assert(PassLayer<MoELayer<LinearRouter<float>, SoftmaxTopK<float>, Dropless, GluBank<float>>>);
+static_assert(
+    PassLayer<MoELayer<LinearRouter<float>, SoftmaxTopK<float>, Dropless, GluBank<float>>>);
 
 // --- Derivatives --------------------------------------------------------------------------------
 
@@ -141,8 +144,7 @@ void check_composition(const Router& router, const Selector& selector, const Cap
                        const Bank& bank) {
   using Moe = MoELayer<Router, Selector, Capacity, Bank, SwitchLoss<double>, ZLoss<double>,
                        ImportanceLoss<double>>;
-  SameDraws<Moe> layer{
-      Moe(router, selector, capacity, bank, kSwitchLoss, kZLoss, kImportanceLoss)};
+  SameDraws<Moe> layer{Moe(router, selector, capacity, bank, kSwitchLoss, kZLoss, kImportanceLoss)};
   const Sequences sequences({3, 0, 4});
   const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 0, 1, 1};
   test::check_gradients(
@@ -184,7 +186,9 @@ void check_selectors(const Router& router) {
 }  // namespace
 
 TEST_CASE("MoELayer gradients agree with finite differences", "[moe][moe_layer][gradient]") {
-  SECTION("with each selector and capacity") { check_selectors(router()); }
+  SECTION("with each selector and capacity") {
+    check_selectors(router());
+  }
   SECTION("with each selector and capacity, and jitter") {
     check_selectors(JitterRouter(router(), 0.1));
   }
@@ -370,7 +374,6 @@ TEST_CASE("One batch has the gradients of its micro-batches", "[moe][moe_layer]"
 
 // --- Threads and memory -------------------------------------------------------------------------
 
-#ifdef _OPENMP
 TEST_CASE("MoELayer gives the same bits with two threads as with one", "[moe][moe_layer]") {
   constexpr Index kTokens = 333;
   constexpr Index kWide = 96;
@@ -413,7 +416,6 @@ TEST_CASE("MoELayer gives the same bits with two threads as with one", "[moe][mo
                  FixedCapacity{.capacity = 150, .on_drop = OnDrop::kPass},
                  AnyBank(experts, kWide, kWide)));
 }
-#endif
 
 TEST_CASE("The counter of allocations counts", "[moe][moe_layer]") {
   if (!test::allocations_are_counted()) return;
@@ -653,14 +655,13 @@ TEST_CASE("MoELayer refuses logits that are not finite and stays usable", "[moe]
   moe.backward(x, cache);
 }
 
-TEST_CASE("MoELayer passes dropped tokens through experts' widths that match only",
+TEST_CASE("Passing dropped tokens through needs a bank that keeps their width",
           "[moe][moe_layer]") {
   Rng rng(1);
   std::vector<Linear<double>> experts;
   for (Index e = 0; e < kExperts; ++e) experts.emplace_back(kModel, 2, rng);
   MoELayer moe(router(), SoftmaxTopK<double>{1},
-               FixedCapacity{.capacity = 1, .on_drop = OnDrop::kPass},
-               AnyBank(experts, kModel, 2));
+               FixedCapacity{.capacity = 1, .on_drop = OnDrop::kPass}, AnyBank(experts, kModel, 2));
   const Matrix<double> x = test::random_matrix(5, kModel, 1);
   CHECK(test::message_of<ConfigError>([&] { moe.forward(x); }) ==
         "MoELayer::forward: the bank yields 2 features, expected 4 where dropped tokens are passed "

@@ -12,24 +12,24 @@
 using namespace weir;
 
 TEST_CASE("A report counts load, drops and entropy", "[moe][report]") {
-  // Choices {0, 1}, {0, 1}, padding, {0, 2}. With one place an expert, the second token loses both
-  // of its experts and the last one its first.
-  Matrix<double> logits(4, 3);
-  logits << 2, 1, 0, 2, 1, 0, NAN, NAN, NAN, 2, 0, 1;
-  const std::vector<std::uint8_t> mask = {1, 1, 0, 1};
+  // Choices {0, 1}, {0, 1}, padding, {0, 2}, {0, 1}. With one place an expert, the second and the
+  // last token lose both of their experts, the fourth its first.
+  Matrix<double> logits(5, 3);
+  logits << 2, 1, 0, 2, 1, 0, NAN, NAN, NAN, 2, 0, 1, 2, 1, 0;
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1};
   Routing<double> routing;
   SoftmaxTopK<double>{2}.select(logits, {.mask = mask}, routing);
   FixedCapacity{1}.apply(routing);
 
   const MoEReport report = report_of(routing);
-  CHECK(report.tokens == 3);
-  CHECK(report.assignments == 6);
-  CHECK(report.dropped == 3);
-  CHECK(report.dropped_tokens == 1);
-  CHECK(report.load == std::vector<Index>{3, 2, 1});
+  CHECK(report.tokens == 4);
+  CHECK(report.assignments == 8);
+  CHECK(report.dropped == 5);
+  CHECK(report.dropped_tokens == 2);
+  CHECK(report.load == std::vector<Index>{4, 3, 1});
   CHECK(report.kept == std::vector<Index>{1, 1, 1});
-  CHECK(report.drop_rate() == 0.5);
-  CHECK(report.imbalance() == 1.5);  // 3 of 6, of 3 experts.
+  CHECK(report.drop_rate() == 0.625);
+  CHECK(report.imbalance() == 1.5);  // 4 of 8, of 3 experts.
   CHECK(report.losses.empty());
 
   // All real tokens have the probabilities exp(2), exp(1), 1 over their sum, in some order.

@@ -24,9 +24,8 @@ namespace {
 auto mixture() {
   Rng rng(3);
   return MoELayer(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}),
-                  SigmoidTopK<double>(3, {.k = 2}), Dropless{},
-                  GluBank<double>(3, 4, 5, rng, 1.0), SwitchLoss<double>{0.3},
-                  BiasBalance<double>(0.25));
+                  SigmoidTopK<double>(3, {.k = 2}), Dropless{}, GluBank<double>(3, 4, 5, rng, 1.0),
+                  SwitchLoss<double>{0.3}, BiasBalance<double>(0.25));
 }
 
 Glu<double> shared_network(Index d_hidden = 6) {
@@ -34,7 +33,9 @@ Glu<double> shared_network(Index d_hidden = 6) {
   return {4, d_hidden, rng};
 }
 
-Linear<double> gate() { return Linear<double>(test::random_matrix(1, 4, 5)); }
+Linear<double> gate() {
+  return Linear<double>(test::random_matrix(1, 4, 5));
+}
 
 using Moe = decltype(mixture());
 using Both = SharedExperts<Moe, Glu<double>>;
@@ -97,8 +98,7 @@ TEST_CASE("SharedExperts passes on what belongs to the mixture", "[moe][shared_e
   alone.backward(x, alone_cache);
   layer.update();
   alone.update();
-  CHECK(layer.moe().selector().selection_bias().value ==
-        alone.selector().selection_bias().value);
+  CHECK(layer.moe().selector().selection_bias().value == alone.selector().selection_bias().value);
   CHECK(!alone.selector().selection_bias().value.isZero(0.0));
 }
 

@@ -152,9 +152,7 @@ TEST_CASE("Rope gives the same bits on any number of threads", "[ops][rope][para
   for (Index t = 0; t < 300; ++t) positions.push_back(7 * t);
   const Matrix<double> x = test::random_matrix(300, 128, 9);
   const Matrix<double> one = rotated(rope, x, positions);
-#ifdef _OPENMP
   set_threads(2);
-#endif
   const Matrix<double> two = rotated(rope, x, positions);
   set_threads(1);
   CHECK(one == two);

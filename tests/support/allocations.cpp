@@ -32,7 +32,9 @@ bool allocations_are_counted() {
 #endif
 }
 
-long allocations_so_far() { return allocations.load(); }
+long allocations_so_far() {
+  return allocations.load();
+}
 
 }  // namespace weir::test
 

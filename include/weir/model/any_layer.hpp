@@ -19,6 +19,15 @@
 
 namespace weir {
 
+/// A layer whose output for a token depends on the tokens before it. `decode` continues the
+/// sequence that `state`, which begins as `State{}`, has seen so far.
+template <class L>
+concept DecodingLayer = Layer<L> && std::default_initializable<typename L::State> &&
+    requires(const L& layer, MatrixIn<typename L::Scalar> x, typename L::State& state,
+             typename L::Cache& cache) {
+  { layer.decode(x, state, cache) } -> std::convertible_to<const Matrix<typename L::Scalar>&>;
+};
+
 /// Holds any Layer by value: a norm, an attention, a feed-forward network, a mixture of experts, or
 /// a user's own. Copying it copies the layer; one that was moved from may only be assigned to or
 /// destroyed. What the layer can do beyond the concept is passed on where it has it, and is
@@ -149,9 +158,7 @@ class AnyLayer {
     }
 
     const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const override {
-      if constexpr (requires(typename L::State & kept, typename L::Cache & c) {
-                      layer.decode(x, kept, c);
-                    }) {
+      if constexpr (DecodingLayer<L>) {
         if (!state.own.has_value()) state.own.template emplace<typename L::State>();
         auto* kept = std::any_cast<typename L::State>(&state.own);
         if (kept == nullptr) {

@@ -35,9 +35,9 @@ std::vector<Index> generate(const Decoder<T>& model, std::span<const Index> prom
                             const std::function<bool(Index)>& on_token = {}) {
   if (prompt.empty()) fail<ConfigError>("generate: prompt is empty, expected at least one token");
   expect_at_least<Index>("generate", "count", count, 0);
-  Sampler<T> sampler;
-  sampler.distribution(Matrix<T>::Zero(1, 1), sampling);  // Refuses bad settings before any work.
+  sampling.check();
 
+  Sampler<T> sampler;
   typename Decoder<T>::Cache cache;
   const Matrix<T>* logits = &model.decode(prompt, state, cache, true);
   std::vector<Index> tokens;

@@ -32,6 +32,15 @@ struct Sampling {
   double temperature = 1.0;  ///< 0 is greedy: the most probable token, always.
   Index top_k = 0;           ///< 0 keeps all tokens, as does anything above the vocabulary's size.
   double top_p = 1.0;        ///< In [0, 1]; 1 keeps all tokens, 0 the most probable one.
+
+  /// \throws ConfigError  if a setting is out of range.
+  void check() const {
+    expect_at_least("Sampling", "temperature", temperature, 0.0);
+    expect_at_least<Index>("Sampling", "top_k", top_k, 0);
+    if (!(top_p >= 0.0 && top_p <= 1.0)) {
+      fail<ConfigError>("Sampling: top_p = ", top_p, ", expected in [0, 1]");
+    }
+  }
 };
 
 /// Draws tokens. Kept between calls, it allocates nothing once it has seen the vocabulary; settings
@@ -75,21 +84,13 @@ class Sampler {
   }
 
  private:
-  static void check(std::string_view where, MatrixIn<T> logits, const Sampling& sampling) {
-    expect_at_least("Sampling", "temperature", sampling.temperature, 0.0);
-    expect_at_least<Index>("Sampling", "top_k", sampling.top_k, 0);
-    if (!(sampling.top_p >= 0.0 && sampling.top_p <= 1.0)) {
-      fail<ConfigError>("Sampling: top_p = ", sampling.top_p, ", expected in [0, 1]");
-    }
-    if (logits.rows() != 1 || logits.cols() == 0) {
-      fail<ShapeError>(where, ": logits is ", shape_of(logits), ", expected [1, vocabulary]");
-    }
-  }
-
   // Fills `kept_` with the tokens that may be drawn, and `weights_` with numbers proportional to
   // their probabilities.
   void choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling) {
-    check(where, logits, sampling);
+    sampling.check();
+    if (logits.rows() != 1 || logits.cols() == 0) {
+      fail<ShapeError>(where, ": logits is ", shape_of(logits), ", expected [1, vocabulary]");
+    }
     keep_allowed(where, logits);
     const T* z = logits.data();
     const auto allowed = static_cast<Index>(kept_.size());

@@ -27,18 +27,18 @@ enum class Scope {
 template <class T>
 struct Routing {
   Matrix<T> logits;         ///< [tokens, experts], from the router.
-  Matrix<T> probabilities;  ///< [tokens, experts], what balancers take for the router's belief: each
-                            ///< row sums to 1. Zero for padding.
+  Matrix<T> probabilities;  ///< [tokens, experts], what balancers take for the router's belief:
+                            ///< each row sums to 1. Zero for padding.
 
   std::vector<Index> offsets = {0};  ///< [tokens + 1], into the lists below.
-  std::vector<Index> expert;        ///< One per assignment.
-  std::vector<T> weight;            ///< What the expert's output is multiplied by.
-  std::vector<std::uint8_t> kept;   ///< 0 where the capacity was exceeded: the expert is not run.
+  std::vector<Index> expert;         ///< One per assignment.
+  std::vector<T> weight;             ///< What the expert's output is multiplied by.
+  std::vector<std::uint8_t> kept;    ///< 0 where the capacity was exceeded: the expert is not run.
 
-  std::vector<std::uint8_t> mask;   ///< As in Pass: 0 for padding; empty if there is none.
-  Sequences sequences;              ///< As in Pass; one sequence if the pass names none.
-  bool training = false;            ///< As in Pass.
-  bool pass_dropped = false;        ///< A dropped assignment yields weight * x instead of zero.
+  std::vector<std::uint8_t> mask;  ///< As in Pass: 0 for padding; empty if there is none.
+  Sequences sequences;             ///< As in Pass; one sequence if the pass names none.
+  bool training = false;           ///< As in Pass.
+  bool pass_dropped = false;       ///< A dropped assignment yields weight * x instead of zero.
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
   mutable RowVector<T> scratch[2];  ///< For balancers, during one call; contents unspecified.

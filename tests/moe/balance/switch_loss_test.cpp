@@ -101,8 +101,7 @@ TEST_CASE("SwitchLoss of sequences is the mean over those that are not empty",
 
   const double first = batch.loss(route(selector, logits.topRows(2)));
   const double third = batch.loss(route(selector, logits.middleRows(3, 4)));
-  const Routing<double> routing =
-      route(selector, logits, {.sequences = &sequences, .mask = mask});
+  const Routing<double> routing = route(selector, logits, {.sequences = &sequences, .mask = mask});
   CHECK(sequence.loss(routing) == Approx((first + third) / 2.0));
   CHECK(batch.loss(routing) != Approx((first + third) / 2.0));
 

@@ -145,8 +145,7 @@ TEST_CASE("CapacityFactor drops nothing of a balanced dense routing", "[moe][cap
   CHECK(kept_of(policy, select(logits.topRows(1), 1)) == Kept{1});
 }
 
-TEST_CASE("CapacityFactor never exceeds C and never drops without need",
-          "[moe][capacity_factor]") {
+TEST_CASE("CapacityFactor never exceeds C and never drops without need", "[moe][capacity_factor]") {
   Rng rng(2);
   for (int trial = 0; trial < 300; ++trial) {
     const Index experts = 1 + rng.below(6);

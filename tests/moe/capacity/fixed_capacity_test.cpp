@@ -79,7 +79,8 @@ TEST_CASE("FixedCapacity does not count padding", "[moe][fixed_capacity]") {
 }
 
 TEST_CASE("FixedCapacity follows its order", "[moe][fixed_capacity]") {
-  // Experts (1, 0), (0, 1): who gets expert 0, the second choice of token 0 or the first of token 1?
+  // Experts (1, 0), (0, 1): who gets expert 0, the second choice of token 0 or the first of token
+  // 1?
   Matrix<double> logits(2, 2);
   logits << 0.0, 1.0, 3.0, 0.0;
   const Routing<double> routing = select(logits, 2);

@@ -184,7 +184,7 @@ TEST_CASE("AnyBank says what is wrong with its arguments", "[moe][experts][any_b
   Dispatch<double> dispatch;
   dispatch.build(route(Matrix<double>::Zero(3, 1), 1));
   AnyBank<Scale>::Cache cache;
-  CHECK(test::message_of<ShapeError>(
-            [&] { bank.forward(test::random_matrix(3, 4, 1), dispatch, cache); }) ==
-        "AnyBank::forward: an expert's output is [3, 4], expected [3, 5]");
+  CHECK(test::message_of<ShapeError>([&] {
+          bank.forward(test::random_matrix(3, 4, 1), dispatch, cache);
+        }) == "AnyBank::forward: an expert's output is [3, 4], expected [3, 5]");
 }

@@ -30,7 +30,9 @@ Matrices random_matrices(Index count, Index rows, Index cols, std::uint64_t seed
   return matrices;
 }
 
-double silu(double z) { return z / (1.0 + std::exp(-z)); }
+double silu(double z) {
+  return z / (1.0 + std::exp(-z));
+}
 
 /// y_t = sum over the kept assignments of t, one number at a time.
 Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing,
@@ -59,7 +61,8 @@ Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing
 
 }  // namespace
 
-TEST_CASE("GluBank is the weighted sum of its experts, token by token", "[moe][experts][glu_bank]") {
+TEST_CASE("GluBank is the weighted sum of its experts, token by token",
+          "[moe][experts][glu_bank]") {
   const auto d_out = GENERATE(as<Index>{}, 5, 3);
   const Matrices gate = random_matrices(4, 7, 5, 10);
   const Matrices up = random_matrices(4, 7, 5, 20);
@@ -165,10 +168,12 @@ TEST_CASE("GluBank says what is wrong with its arguments", "[moe][experts][glu_b
         "GluBank: 0 gate, 0 up and 0 down weights, expected one of each per expert");
   CHECK(test::message_of<ConfigError>([&] { GluBank<double>(in, in, {out[0]}); }) ==
         "GluBank: 2 gate, 2 up and 1 down weights, expected one of each per expert");
-  CHECK(test::message_of<ShapeError>([&] { GluBank<double>({in[0], out[0]}, in, out); }) ==
-        "GluBank: gate[1] is [4, 5], expected [5, 4]");
+  CHECK(test::message_of<ShapeError>([&] {
+          GluBank<double>({in[0], out[0]}, in, out);
+        }) == "GluBank: gate[1] is [4, 5], expected [5, 4]");
   CHECK(test::message_of<ShapeError>([&] { GluBank<double>(in, out, out); }) ==
         "GluBank: up[0] is [4, 5], expected [5, 4]");
-  CHECK(test::message_of<ShapeError>([&] { GluBank<double>(in, in, {out[0], in[0]}); }) ==
-        "GluBank: down[1] is [5, 4], expected [4, 5]");
+  CHECK(test::message_of<ShapeError>([&] {
+          GluBank<double>(in, in, {out[0], in[0]});
+        }) == "GluBank: down[1] is [5, 4], expected [4, 5]");
 }

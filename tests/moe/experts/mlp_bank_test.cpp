@@ -56,7 +56,8 @@ Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing
 
 }  // namespace
 
-TEST_CASE("MlpBank is the weighted sum of its experts, token by token", "[moe][experts][mlp_bank]") {
+TEST_CASE("MlpBank is the weighted sum of its experts, token by token",
+          "[moe][experts][mlp_bank]") {
   const auto d_out = GENERATE(as<Index>{}, 5, 3);
   const auto bias = GENERATE(false, true);
   const Matrices in = random_matrices(4, 7, 5, 10);
@@ -86,11 +87,11 @@ TEST_CASE("MlpBank gradients agree with finite differences", "[moe][experts][mlp
   const auto bias = GENERATE(false, true);
   Rng rng(5);
   const auto check = [&]<class Act>(Act) {
-    MoELayer moe(
-        LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2}, Dropless{},
-        MlpBank<double, Act>(random_matrices(3, 5, 4, 10), random_matrices(3, 3, 5, 20),
-                             bias ? random_matrices(3, 1, 5, 30) : Matrices{},
-                             bias ? random_matrices(3, 1, 3, 40) : Matrices{}));
+    MoELayer moe(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2},
+                 Dropless{},
+                 MlpBank<double, Act>(random_matrices(3, 5, 4, 10), random_matrices(3, 3, 5, 20),
+                                      bias ? random_matrices(3, 1, 5, 30) : Matrices{},
+                                      bias ? random_matrices(3, 1, 3, 40) : Matrices{}));
     test::check_gradients(moe, test::random_matrix(6, 4, 3));
   };
   check(Relu{});
@@ -167,10 +168,12 @@ TEST_CASE("MlpBank says what is wrong with its arguments", "[moe][experts][mlp_b
   CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(in, out, in_bias); }) ==
         "MlpBank: 2 in, 2 out, 2 in_bias and 0 out_bias weights, expected one of each per expert, "
         "or no biases");
-  CHECK(test::message_of<ShapeError>([&] { MlpBank<double>({in[0], out[0]}, out); }) ==
-        "MlpBank: in[1] is [4, 5], expected [5, 4]");
-  CHECK(test::message_of<ShapeError>([&] { MlpBank<double>(in, {out[0], in[0]}); }) ==
-        "MlpBank: out[1] is [5, 4], expected [4, 5]");
+  CHECK(test::message_of<ShapeError>([&] {
+          MlpBank<double>({in[0], out[0]}, out);
+        }) == "MlpBank: in[1] is [4, 5], expected [5, 4]");
+  CHECK(test::message_of<ShapeError>([&] {
+          MlpBank<double>(in, {out[0], in[0]});
+        }) == "MlpBank: out[1] is [5, 4], expected [4, 5]");
   CHECK(test::message_of<ShapeError>([&] { MlpBank<double>(in, out, out_bias, out_bias); }) ==
         "MlpBank: in_bias[0] is [1, 4], expected [1, 5]");
   CHECK(test::message_of<ShapeError>([&] { MlpBank<double>(in, out, in_bias, in_bias); }) ==

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
+#include <cmath>
+#include <cstdint>
 #include <limits>
-#include <utility>
 
 #include <weir/core/parallel.hpp>
 #include <weir/moe/capacity/dropless.hpp>

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <weir/core/parallel.hpp>
@@ -227,7 +228,8 @@ TEST_CASE("Selector gradients agree with finite differences", "[moe][selector][g
       const Routing<double> moved = select(selector, logits, pass);
       REQUIRE(moved.expert == routing.expert);  // Else the logits are too close to a tie.
       return (weights ? objective.weights.cwiseProduct(weights_of(moved)).sum() : 0.0) +
-             (probabilities ? objective.probabilities.cwiseProduct(moved.probabilities).sum() : 0.0);
+             (probabilities ? objective.probabilities.cwiseProduct(moved.probabilities).sum()
+                            : 0.0);
     };
     const Matrix<double> numeric =
         test::numeric_gradient(logits, [&] { return value(true, true); });
@@ -274,8 +276,7 @@ TEST_CASE("Selectors refuse logits that are not finite", "[moe][selector]") {
     return test::message_of<NonFiniteError>([&] { selector.select(logits, {}, routing); });
   };
   const SoftmaxTopK<double> softmax;
-  CHECK(message(softmax, with(nan)) ==
-        "SoftmaxTopK: logits[2, 4] = nan, expected a finite number");
+  CHECK(message(softmax, with(nan)) == "SoftmaxTopK: logits[2, 4] = nan, expected a finite number");
   CHECK(message(softmax, with(-inf)) ==
         "SoftmaxTopK: logits[2, 4] = -inf, expected a finite number");
   CHECK(message(TopKSoftmax<double>{}, with(inf)) ==

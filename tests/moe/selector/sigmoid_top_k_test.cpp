@@ -156,7 +156,6 @@ TEST_CASE("SigmoidTopK names the setting that is out of range", "[moe][selector]
 
   selector.selection_bias().value.setZero(1, 4);
   selector.selection_bias().value(0, 3) = std::numeric_limits<double>::quiet_NaN();
-  CHECK(test::message_of<NonFiniteError>([&] {
-          select(selector, Matrix<double>::Zero(2, 4));
-        }) == "SigmoidTopK: bias[3] = nan, expected a finite number");
+  CHECK(test::message_of<NonFiniteError>([&] { select(selector, Matrix<double>::Zero(2, 4)); }) ==
+        "SigmoidTopK: bias[3] = nan, expected a finite number");
 }

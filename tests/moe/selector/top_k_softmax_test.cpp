@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include <weir/moe/selector/top_k_softmax.hpp>

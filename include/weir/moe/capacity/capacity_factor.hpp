@@ -51,8 +51,8 @@ struct CapacityFactor {
 
   /// C for `count` tokens or, with count_k, assignments; a factor never makes it more than `count`.
   Index capacity(Index count, Index experts, bool training) const {
-    const double exact = (training ? train : evaluate) * static_cast<double>(count) /
-                         static_cast<double>(experts);
+    const double exact =
+        (training ? train : evaluate) * static_cast<double>(count) / static_cast<double>(experts);
     const double rounded = rounding == Rounding::kDown ? std::floor(exact)
                            : rounding == Rounding::kUp ? std::ceil(exact)
                                                        : std::nearbyint(exact);
@@ -77,8 +77,7 @@ struct CapacityFactor {
  private:
   static void check_factor(std::string_view name, double factor) {
     if (!(factor > 0.0 && std::isfinite(factor))) {
-      fail<ConfigError>("CapacityFactor: ", name, " = ", factor,
-                        ", expected a finite number > 0");
+      fail<ConfigError>("CapacityFactor: ", name, " = ", factor, ", expected a finite number > 0");
     }
   }
 };

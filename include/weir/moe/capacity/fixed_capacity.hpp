@@ -10,8 +10,8 @@
 namespace weir {
 
 /// Each expert takes at most `capacity` assignments of each group that `scope` names. With
-/// token-major order, and with rank-major order for k = 1, an earlier token never depends on a later
-/// one: causal.
+/// token-major order, and with rank-major order for k = 1, an earlier token never depends on a
+/// later one: causal.
 struct FixedCapacity {
   Index capacity = 64;
   DropOrder order = DropOrder::kRankMajor;
