@@ -17,6 +17,7 @@
 #include <weir/core/types.hpp>
 
 #include <weir/ops/activation.hpp>
+#include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
 #include <weir/ops/rope.hpp>
 #include <weir/ops/softmax.hpp>

@@ -11,7 +11,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
-#include <weir/ops/activation.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 

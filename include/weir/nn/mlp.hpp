@@ -12,6 +12,7 @@
 #include <weir/core/types.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/activation.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 

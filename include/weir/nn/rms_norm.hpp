@@ -10,7 +10,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
-#include <weir/ops/activation.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 

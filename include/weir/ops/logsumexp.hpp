@@ -7,7 +7,7 @@
 #include <limits>
 
 #include <weir/core/types.hpp>
-#include <weir/ops/activation.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 

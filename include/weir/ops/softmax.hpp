@@ -8,6 +8,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
+#include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
 
 namespace weir {

@@ -16,6 +16,7 @@
 #include <weir/moe/dispatch.hpp>
 #include <weir/nn/mlp.hpp>
 #include <weir/ops/activation.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 

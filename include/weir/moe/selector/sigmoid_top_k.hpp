@@ -9,7 +9,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/moe/routing.hpp>
-#include <weir/ops/activation.hpp>
+#include <weir/ops/lanes.hpp>
 #include <weir/ops/top_k.hpp>
 
 namespace weir {
