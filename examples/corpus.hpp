@@ -19,7 +19,8 @@ struct Corpus {
 
 /// The regular files among `paths` and, recursively, in the folders among them, sorted by name.
 /// From each file the last 5 % are set aside for validation.
-/// \throws std::runtime_error  if a path does not exist, a file cannot be read, or there is no text.
+/// \throws std::runtime_error  if a path does not exist, a file cannot be read, or there is no
+/// text.
 inline Corpus read_corpus(const std::vector<std::string>& paths) {
   namespace fs = std::filesystem;
   std::vector<fs::path> files;

@@ -104,8 +104,7 @@ void train(const std::string& title, Balancers... balancers) {
   weir::MoELayer moe(DistanceRouter(kModel, kExperts, rng), weir::SoftmaxTopK<float>{.k = 1},
                      weir::Dropless{}, weir::MlpBank<float>(kExperts, kModel, 32, rng),
                      balancers...);
-  weir::AdamW<float> optimizer(weir::parameters(moe),
-                               {.learning_rate = 1e-2, .weight_decay = 0.0});
+  weir::AdamW<float> optimizer(weir::parameters(moe), {.learning_rate = 1e-2, .weight_decay = 0.0});
 
   const weir::RowVector<float> trap = weir::normal_init<float>(1, kModel, 1.0, rng);
   weir::Matrix<float> x = weir::normal_init<float>(512, kModel, 0.5, rng);

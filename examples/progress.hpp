@@ -3,13 +3,12 @@
 /// Progress of a long run on a terminal, or line by line where there is none.
 #pragma once
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <iostream>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 /// "#####-----" with `done` of `all` in it.

@@ -2,11 +2,14 @@
 // Trains a byte-level decoder with mixtures of experts on text, compares it with byte models of
 // order 0 to 2 fitted on the same text, and lets it write. Without options it learns from the C++
 // headers it was itself compiled from. `train_lm --help` lists the options.
+#include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <fstream>
 #include <iostream>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <span>
 #include <string>
@@ -36,9 +39,6 @@
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
 #include <weir/optim/schedule.hpp>
-
-#include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 
 #include "byte_baseline.hpp"
 #include "corpus.hpp"
@@ -312,8 +312,8 @@ class Trainer {
         corpus_(corpus),
         rng_(options.seed),
         model_(make_model(options, rng_)),
-        optimizer_(weir::parameters(model_), {.learning_rate = options.learning_rate,
-                                              .weight_decay = options.weight_decay}),
+        optimizer_(weir::parameters(model_),
+                   {.learning_rate = options.learning_rate, .weight_decay = options.weight_decay}),
         schedule_{.peak = options.learning_rate,
                   .warmup_steps = std::min(options.warmup, options.steps - 1),
                   .total_steps = options.steps,
@@ -429,17 +429,24 @@ void print_loads(const std::vector<weir::NamedReport>& reports) {
   }
 }
 
-/// Lets the model continue the prompt, as far as the context it was trained on reaches at a time.
+/// Lets the model continue the prompt. Whenever the text fills the context it was trained on, it
+/// goes on from the latter half.
 void write_sample(const Options& options, const weir::Decoder<float>& model) {
   std::vector<Index> prompt;
   for (const char c : options.prompt) prompt.push_back(static_cast<unsigned char>(c));
   weir::Rng rng(options.seed);
   std::cout << "\nsample (the prompt comes first)\n----\n" << options.prompt;
-  weir::generate(model, std::span<const Index>(prompt), options.generate, options.sampling, rng,
-                 [](Index token) {
-                   std::cout << static_cast<char>(token) << std::flush;
-                   return true;
-                 });
+  for (Index left = options.generate; left > 0;) {
+    const Index kept = std::min(static_cast<Index>(prompt.size()), (options.context + 1) / 2);
+    prompt.erase(prompt.begin(), prompt.end() - kept);
+    const std::vector<Index> more =
+        weir::generate(model, std::span<const Index>(prompt),
+                       std::clamp<Index>(options.context - kept, 1, left), options.sampling, rng);
+    for (const Index token : more) std::cout << static_cast<char>(token);
+    std::cout << std::flush;
+    prompt.insert(prompt.end(), more.begin(), more.end());
+    left -= static_cast<Index>(more.size());
+  }
   std::cout << "\n----\n";
 }
 
@@ -498,12 +505,12 @@ void run(Options options) {
     const auto [load, dropped] = total_load(trainer.reports());
     if (validate) validation = trainer.validate();
 
-    std::string line = "[" + bar(static_cast<double>(step + 1), static_cast<double>(options.steps),
-                                 24) +
+    std::string line = "[" +
+                       bar(static_cast<double>(step + 1), static_cast<double>(options.steps), 24) +
                        "] " + std::to_string(step + 1) + "/" + std::to_string(options.steps) +
                        "  loss " + fixed(smooth_loss, 3) + "  validation " +
-                       (validation.bits > 0.0 ? fixed(validation.bits, 3) : "-") +
-                       " bits/byte  " + fixed(rate / 1000.0, 1) + "k tokens/s";
+                       (validation.bits > 0.0 ? fixed(validation.bits, 3) : "-") + " bits/byte  " +
+                       fixed(rate / 1000.0, 1) + "k tokens/s";
     if (!options.dense) {
       line += "  dropped " + fixed(100.0 * dropped, 1) + " %  load " + spark_line(load);
     }

@@ -76,7 +76,7 @@ Matrix<double> join(Gradients& gradients, const std::string& member, bool transp
   return fused;
 }
 
-/// DBRX divides by any norm of the chosen probabilities, or by none.
+/// DBRX divides by a norm of at least 1 of the chosen probabilities, or by none.
 SoftmaxTopK<double> selector_of(CaseFile& file) {
   SoftmaxTopK<double> selector{.k = file.size("top_k")};
   const std::optional<double> norm = file.optional_number("moe_normalize_expert_weights");

@@ -3,8 +3,8 @@
 /// Inputs for tests and ways to compare results.
 #pragma once
 
-#include <cstdint>
 #include <cmath>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <string>

@@ -49,7 +49,8 @@ std::string shape_of(const M& m) {
   return text.str();
 }
 
-/// \throws ShapeError   unless `m`, the argument `name` of `where`, is [any number of tokens, cols].
+/// \throws ShapeError   unless `m`, the argument `name` of `where`, is [any number of tokens,
+/// cols].
 template <class M>
 void expect_columns(std::string_view where, std::string_view name, const M& m, Index cols) {
   if (m.cols() != cols) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <concepts>
+#include <utility>
 
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
@@ -38,9 +39,8 @@ concept Layer = std::floating_point<typename L::Scalar> &&
 
 /// A layer whose forward pass looks at the circumstances.
 template <class L>
-concept PassLayer = Layer<L> &&
-    requires(const L& layer, MatrixIn<typename L::Scalar> x, const Pass& pass,
-             typename L::Cache& cache) {
+concept PassLayer = Layer<L> && requires(const L& layer, MatrixIn<typename L::Scalar> x,
+                                         const Pass& pass, typename L::Cache& cache) {
   layer.forward(x, pass, cache);
 };
 
@@ -53,6 +53,18 @@ decltype(auto) apply(const L& layer, MatrixIn<typename L::Scalar> x, const Pass&
   } else {
     return layer.forward(x, cache);
   }
+}
+
+/// The result of a layer as something that stays: one by reference lives in the layer's cache, one
+/// by value is moved to `place`.
+template <class T>
+const Matrix<T>& keep(Matrix<T>& /*place*/, const Matrix<T>& result) {
+  return result;
+}
+template <class T>
+const Matrix<T>& keep(Matrix<T>& place, Matrix<T>&& result) {
+  place = std::move(result);
+  return place;
 }
 
 }  // namespace weir

@@ -22,7 +22,9 @@ inline int hardware_threads() {
 }
 
 /// How many threads weir uses: 1 until `set_threads` is called.
-inline int threads() { return detail::ThreadPool::instance().size(); }
+inline int threads() {
+  return detail::ThreadPool::instance().size();
+}
 
 /// Lets weir use `count` threads from now on, in every call of every layer: starts count - 1 of
 /// them, which sleep between calls. Results do not depend on it, to the last bit.
@@ -58,9 +60,8 @@ template <class Body>
 void parallel_rows(Index rows, Index row_cost, Body&& body) {
   constexpr Index kWorthwhile = 16384;
   const Index chunk = std::max<Index>(1, kWorthwhile / std::max<Index>(1, row_cost));
-  parallel_for((rows + chunk - 1) / chunk, [&](Index i) {
-    body(i * chunk, std::min(rows, (i + 1) * chunk));
-  });
+  parallel_for((rows + chunk - 1) / chunk,
+               [&](Index i) { body(i * chunk, std::min(rows, (i + 1) * chunk)); });
 }
 
 }  // namespace weir

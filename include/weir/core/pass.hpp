@@ -44,8 +44,8 @@ struct Pass {
                        " (one per token)");
     }
     if (sequences != nullptr && sequences->tokens() != tokens) {
-      fail<ShapeError>(where, ": pass.sequences cover ", sequences->tokens(),
-                       " tokens, expected ", tokens);
+      fail<ShapeError>(where, ": pass.sequences cover ", sequences->tokens(), " tokens, expected ",
+                       tokens);
     }
   }
 };

@@ -9,9 +9,9 @@
 
 namespace weir {
 
-/// A matrix whose number of rows changes from pass to pass, as the tokens of an expert do: memory is
-/// allocated only when it grows beyond anything seen before. (Eigen's own matrices allocate at each
-/// change of size.)
+/// A matrix whose number of rows changes from pass to pass, as the tokens of an expert do: memory
+/// is allocated only when it grows beyond anything seen before. (Eigen's own matrices allocate at
+/// each change of size.)
 template <class T>
 class Scratch {
  public:

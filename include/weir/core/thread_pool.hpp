@@ -53,8 +53,8 @@ class ThreadPool {
   }
 
   /// Runs `call(body, i)` for each i in [0, count). Returns false, having done nothing, where there
-  /// are no other threads to share with: they are busy with another caller's loop, or this is one of
-  /// them.
+  /// are no other threads to share with: they are busy with another caller's loop, or this is one
+  /// of them.
   bool run(std::uint32_t count, void* body, void (*call)(void*, Index)) {
     if (inside()) return false;
     std::unique_lock lock(mutex_, std::try_to_lock);

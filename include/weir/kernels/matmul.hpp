@@ -21,8 +21,8 @@ namespace weir {
 ///
 ///     out[i, j] = sum_p a[i, p] b[p, j]           (added to out[i, j] if `accumulate`)
 ///
-/// with a[i, p] at `a + i * a_row + p * a_col`, b[p, j] at `b + p * b_row + j * b_col` and out[i, j]
-/// at `out + i * out_row + j`. `out` must not overlap the operands.
+/// with a[i, p] at `a + i * a_row + p * a_col`, b[p, j] at `b + p * b_row + j * b_col` and out[i,
+/// j] at `out + i * out_row + j`. `out` must not overlap the operands.
 template <class T>
 struct Product {
   Index m, n, k;
@@ -237,11 +237,17 @@ struct Tiling {
   }
 
   template <class T>
-  Index down(const Product<T>& p) const { return (p.m + rows - 1) / rows; }
+  Index down(const Product<T>& p) const {
+    return (p.m + rows - 1) / rows;
+  }
   template <class T>
-  Index across(const Product<T>& p) const { return (p.n + cols - 1) / cols; }
+  Index across(const Product<T>& p) const {
+    return (p.n + cols - 1) / cols;
+  }
   template <class T>
-  Index tasks(const Product<T>& p) const { return down(p) * across(p); }
+  Index tasks(const Product<T>& p) const {
+    return down(p) * across(p);
+  }
 };
 
 }  // namespace kernels
@@ -294,22 +300,23 @@ void multiply(std::span<const Product<T>> products) {
 /// The product out (+)= a b^T, for example tokens [m, k] times a weight [n, k].
 template <class T>
 Product<T> product_nt(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> out, bool accumulate = false) {
-  return {a.rows(), b.rows(), a.cols(), a.data(), a.outerStride(), 1, b.data(),
-          1, b.outerStride(), out.data(), out.outerStride(), accumulate};
+  return {a.rows(), b.rows(), a.cols(),        a.data(),   a.outerStride(),   1,
+          b.data(), 1,        b.outerStride(), out.data(), out.outerStride(), accumulate};
 }
 
 /// The product out (+)= a b, for example a gradient [m, k] times a weight [k, n].
 template <class T>
 Product<T> product_nn(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> out, bool accumulate = false) {
-  return {a.rows(), b.cols(), a.cols(), a.data(), a.outerStride(), 1, b.data(),
-          b.outerStride(), 1, out.data(), out.outerStride(), accumulate};
+  return {a.rows(), b.cols(),        a.cols(), a.data(),   a.outerStride(),   1,
+          b.data(), b.outerStride(), 1,        out.data(), out.outerStride(), accumulate};
 }
 
 /// The product out (+)= a^T b, for example a gradient [k, m] times tokens [k, n].
 template <class T>
 Product<T> product_tn(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> out, bool accumulate = false) {
-  return {a.cols(), b.cols(), a.rows(), a.data(), 1, a.outerStride(), b.data(),
-          b.outerStride(), 1, out.data(), out.outerStride(), accumulate};
+  return {a.cols(), b.cols(),        a.rows(),          a.data(),
+          1,        a.outerStride(), b.data(),          b.outerStride(),
+          1,        out.data(),      out.outerStride(), accumulate};
 }
 
 /// out = a b^T; a [m, k], b [n, k], out [m, n].

@@ -204,13 +204,6 @@ class AnyLayer {
       }
     }
 
-    /// A result by reference lives in the layer's cache already; one by value is put in `place`.
-    static const Matrix<T>& keep(Matrix<T>& /*place*/, const Matrix<T>& result) { return result; }
-    static const Matrix<T>& keep(Matrix<T>& place, Matrix<T>&& result) {
-      place = std::move(result);
-      return place;
-    }
-
     L layer;
   };
 

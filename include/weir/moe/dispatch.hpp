@@ -119,7 +119,10 @@ void combine(MatrixIn<T> packed, const Dispatch<T>& dispatch, MatrixOut<T> y) {
 
 /// The derivative of `combine`: d_packed[s] = weight[s] * dy[token], and
 /// d_weight[assignment of s] = dy[token] . packed[s]. Dropped assignments have no slot: theirs is
-/// left alone. \param dy        [tokens, d]. \param packed    [slots, d], as given to `combine`.
+/// left alone.
+///
+/// \param dy        [tokens, d].
+/// \param packed    [slots, d], as given to `combine`.
 /// \param d_packed  [slots, d].
 /// \param d_weight  [assignments].
 /// \throws ShapeError   if the shapes do not fit.

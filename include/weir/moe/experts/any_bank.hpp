@@ -18,6 +18,9 @@ namespace weir {
 
 /// A bank made of a vector of layers [tokens, d_in] -> [tokens, d_out], each run on the rows of its
 /// expert. For experts of different kinds or sizes, let `Expert` be an AnyLayer.
+///
+/// An expert's cache follows the number of its tokens: where its matrices are Eigen's, memory is
+/// allocated whenever that number changes. GluBank and MlpBank do without.
 template <Layer Expert>
 class AnyBank {
  public:

@@ -28,6 +28,7 @@ class JitterRouter {
     typename Inner::Cache inner;
     Matrix<T> jitter;  ///< u; empty if the last pass drew none.
     Matrix<T> x, dx;
+    Matrix<T> logits;  ///< Where the inner router returns its own by value.
   };
 
   /// \throws ConfigError  unless 0 <= epsilon < 1.
@@ -46,7 +47,7 @@ class JitterRouter {
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     if (!pass.training || epsilon_ == 0.0) {
       cache.jitter.resize(0, 0);
-      return apply(inner_, x, pass, cache.inner);
+      return keep(cache.logits, apply(inner_, x, pass, cache.inner));
     }
     expect_columns("JitterRouter::forward", "x", x, d_model());
     if (pass.rng == nullptr) {
@@ -64,11 +65,11 @@ class JitterRouter {
         }
       }
     });
-    return apply(inner_, cache.x, pass, cache.inner);
+    return keep(cache.logits, apply(inner_, cache.x, pass, cache.inner));
   }
 
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
-    const Matrix<T>& dx = inner_.backward(d_logits, cache.inner);
+    const Matrix<T>& dx = keep(cache.dx, inner_.backward(d_logits, cache.inner));
     if (cache.jitter.size() == 0) return dx;
     cache.dx = dx.cwiseProduct(cache.jitter);
     return cache.dx;

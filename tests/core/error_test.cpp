@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <stdexcept>
+
+#include <weir/core/error.hpp>
+
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+using namespace weir;
+
+TEST_CASE("Errors are of the standard kinds", "[core][error]") {
+  CHECK_THROWS_AS(fail<ShapeError>("x"), std::invalid_argument);
+  CHECK_THROWS_AS(fail<ConfigError>("x"), std::invalid_argument);
+  CHECK_THROWS_AS(fail<NonFiniteError>("x"), std::domain_error);
+  CHECK_THROWS_AS(fail<StateError>("x"), std::logic_error);
+}
+
+TEST_CASE("Messages name place, parameter, value and expectation", "[core][error]") {
+  const Matrix<float> m(3, 5);
+  CHECK(shape_of(m) == "[3, 5]");
+  CHECK(test::message_of<ConfigError>([] { fail<ConfigError>("k = ", 3, ", ", 0.5); }) ==
+        "k = 3, 0.5");
+  CHECK(test::message_of<ShapeError>([&] { expect_columns("F", "x", m, 4); }) ==
+        "F: x is [3, 5], expected [tokens, 4]");
+  CHECK(test::message_of<ShapeError>([&] { expect_shape("F", "x", m, 3, 4); }) ==
+        "F: x is [3, 5], expected [3, 4]");
+  CHECK(test::message_of<ShapeError>([&] { expect_shape("F", "x", m, 2, 5); }) ==
+        "F: x is [3, 5], expected [2, 5]");
+  CHECK(test::message_of<ConfigError>([] { expect_at_least("F", "k", 0, 1); }) ==
+        "F: k = 0, expected >= 1");
+  CHECK(test::message_of<ConfigError>([] { expect_positive("F", "scale", -0.5); }) ==
+        "F: scale = -0.5, expected > 0");
+  expect_columns("F", "x", m, 5);
+  expect_shape("F", "x", m, 3, 5);
+  expect_at_least("F", "k", 1, 1);
+  expect_positive("F", "scale", 0.5);
+}
+
+TEST_CASE("A NaN is neither positive nor at least anything", "[core][error]") {
+  CHECK_THROWS_AS(expect_positive("F", "scale", std::nan("")), ConfigError);
+  CHECK_THROWS_AS(expect_at_least("F", "scale", std::nan(""), 0.0), ConfigError);
+}
