@@ -155,10 +155,13 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
       ->check(CLI::PositiveNumber);
 
   const auto writing = [&app](const std::string& name, auto& value, const std::string& help) {
-    app.add_option(name, value, help)->capture_default_str()->group("Writing");
+    return app.add_option(name, value, help)->capture_default_str()->group("Writing");
   };
-  writing("--prompt", options.prompt, "What the model continues");
-  writing("--generate", options.generate, "Bytes to write");
+  writing("--prompt", options.prompt, "What the model continues")
+      ->check([](const std::string& prompt) {
+        return std::string(prompt.empty() ? "at least one byte is needed" : "");
+      });
+  writing("--generate", options.generate, "Bytes to write")->check(CLI::NonNegativeNumber);
   writing("--temperature", options.sampling.temperature, "0 always takes the likeliest byte");
   writing("--sample-top-k", options.sampling.top_k, "Draw from so many bytes (0: all)");
   writing("--sample-top-p", options.sampling.top_p, "Draw from the likeliest bytes of this mass");
@@ -459,6 +462,7 @@ void run(Options options) {
       folders.erase(0, end == std::string::npos ? end : end + 1);
     }
   }
+  options.sampling.check();  // Not only after the training.
   weir::set_threads(options.threads);
   const Corpus corpus = read_corpus(options.text);
   if (static_cast<Index>(corpus.validation.size()) < options.context + 2) {

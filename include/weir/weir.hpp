@@ -25,6 +25,7 @@
 
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/simd.hpp>
+#include <weir/kernels/thread_space.hpp>
 
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/nn/embedding.hpp>

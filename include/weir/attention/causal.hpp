@@ -9,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <span>
 #include <vector>
 
@@ -18,17 +17,18 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/kernels/thread_space.hpp>
 
 namespace weir {
 
 /// How the columns of queries, keys and values divide into heads. Query head h reads the keys and
 /// values of head h / (heads / kv_heads) (Ainslie et al. 2023, arXiv:2305.13245).
 struct AttentionHeads {
-  Index heads;      ///< of the queries; a multiple of kv_heads
-  Index kv_heads;   ///< of the keys and values
-  Index head_dim;   ///< numbers in a query and in a key
-  Index value_dim;  ///< numbers in a value
-  double scale;     ///< of the product of a query and a key, such as 1 / sqrt(head_dim)
+  Index heads = 0;      ///< of the queries; a multiple of kv_heads
+  Index kv_heads = 0;   ///< of the keys and values
+  Index head_dim = 0;   ///< numbers in a query and in a key
+  Index value_dim = 0;  ///< numbers in a value
+  double scale = 1.0;   ///< of the product of a query and a key, such as 1 / sqrt(head_dim)
 
   Index group() const { return heads / kv_heads; }
 };
@@ -41,47 +41,6 @@ struct AttentionSpan {
 
   Index first_position() const { return keys - queries; }
 };
-
-namespace detail {
-
-/// A thread's space for the blocks it works on, aligned to cache lines; grows and never shrinks.
-template <class T>
-class BlockSpace {
- public:
-  static BlockSpace& of_this_thread() {
-    thread_local BlockSpace space;
-    return space;
-  }
-
-  /// Makes room for `count` numbers in all and starts handing them out from the front.
-  void reserve(Index count) {
-    constexpr std::size_t kAlign = 64;
-    const auto size = static_cast<std::size_t>(count);
-    if (storage_.size() < size + kAlign / sizeof(T)) storage_.resize(size + kAlign / sizeof(T));
-    void* start = storage_.data();
-    std::size_t space = storage_.size() * sizeof(T);
-    next_ = static_cast<T*>(std::align(kAlign, size * sizeof(T), start, space));
-  }
-
-  /// The next `count` numbers, contents unspecified.
-  T* take(Index count) {
-    T* const taken = next_;
-    next_ += count;
-    return taken;
-  }
-
-  /// The next `count` numbers, zero.
-  T* take_zeros(Index count) {
-    std::fill_n(next_, count, T(0));
-    return take(count);
-  }
-
- private:
-  std::vector<T> storage_;
-  T* next_ = nullptr;
-};
-
-}  // namespace detail
 
 /// For each query head h with queries q, and the keys k and values v of its group:
 ///
@@ -385,7 +344,7 @@ struct CausalAttention {
     const Index dim = shape.head_dim;
     const Index value_dim = shape.value_dim;
 
-    auto& space = detail::BlockSpace<T>::of_this_thread();
+    auto& space = kernels::ThreadSpace<T, CausalAttention>::of_this_thread();
     space.reserve(kBlock * (dim + value_dim) + kRowBlock * kStrip);
     T* const right = space.take(kBlock * dim);
     T* const sums = space.take_zeros(kBlock * value_dim);
@@ -462,7 +421,7 @@ struct CausalAttention {
     std::fill_n(top, shape.heads, std::numeric_limits<T>::lowest());
     std::fill_n(sums, shape.heads * value_dim, T(0));
 
-    auto& space = detail::BlockSpace<T>::of_this_thread();
+    auto& space = kernels::ThreadSpace<T, CausalAttention>::of_this_thread();
     space.reserve(shape.heads * kFewRows);
     T* const scores = space.take(shape.heads * kFewRows);
     const T* const query = q.data() + (s.query_begin + task.query) * q.outerStride();
@@ -564,7 +523,7 @@ struct CausalAttention {
     const Index value_dim = shape.value_dim;
     const auto scale = static_cast<T>(shape.scale);
 
-    auto& space = detail::BlockSpace<T>::of_this_thread();
+    auto& space = kernels::ThreadSpace<T, CausalAttention>::of_this_thread();
     space.reserve(kBlock * (2 * dim + value_dim) + 2 * kRowBlock * kStrip);
     T* const right = space.take(kBlock * dim);
     T* const d_right = space.take(kBlock * value_dim);
@@ -615,7 +574,7 @@ struct CausalAttention {
     const Index value_dim = shape.value_dim;
     const auto scale = static_cast<T>(shape.scale);
 
-    auto& space = detail::BlockSpace<T>::of_this_thread();
+    auto& space = kernels::ThreadSpace<T, CausalAttention>::of_this_thread();
     space.reserve(2 * kBlock * (dim + value_dim) + 2 * kRowBlock * kStrip);
     T* const right = space.take(kBlock * dim);
     T* const value_right = space.take(kBlock * value_dim);

@@ -6,14 +6,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <span>
-#include <vector>
 
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/simd.hpp>
+#include <weir/kernels/thread_space.hpp>
 
 namespace weir {
 
@@ -25,13 +24,13 @@ namespace weir {
 /// j] at `out + i * out_row + j`. `out` must not overlap the operands.
 template <class T>
 struct Product {
-  Index m, n, k;
-  const T* a;
-  Index a_row, a_col;
-  const T* b;
-  Index b_row, b_col;
-  T* out;
-  Index out_row;
+  Index m = 0, n = 0, k = 0;
+  const T* a = nullptr;
+  Index a_row = 0, a_col = 0;
+  const T* b = nullptr;
+  Index b_row = 0, b_col = 0;
+  T* out = nullptr;
+  Index out_row = 0;
   bool accumulate = false;
 };
 
@@ -49,30 +48,6 @@ struct Block {
 inline constexpr Index kTileRows = 192;
 inline constexpr Index kTileCols = 512;
 inline constexpr Index kDepth = 256;
-
-/// A thread's packing space, aligned to cache lines and allocated at its first product.
-template <class T>
-struct PackSpace {
-  static constexpr std::size_t kAlign = 64;
-  static constexpr Index kSizeA = kTileRows * kDepth;
-  static constexpr Index kSizeB = kTileCols * kDepth;
-
-  PackSpace() : storage(static_cast<std::size_t>(kSizeA + kSizeB) + kAlign / sizeof(T)) {
-    void* start = storage.data();
-    std::size_t space = storage.size() * sizeof(T);
-    a = static_cast<T*>(std::align(kAlign, (kSizeA + kSizeB) * sizeof(T), start, space));
-    b = a + kSizeA;
-  }
-
-  static PackSpace& of_this_thread() {
-    thread_local PackSpace space;
-    return space;
-  }
-
-  std::vector<T> storage;
-  T* a = nullptr;
-  T* b = nullptr;
-};
 
 /// Copies [count, depth] into strips of `width` rows, depth-major inside a strip:
 /// `to[strip][p][i]`; the last strip is filled up with zeros.
@@ -164,7 +139,11 @@ void multiply_rows(Index count, const T* a, const T* b, Index depth, T* out, Ind
 template <class T>
 void multiply_tile(const Product<T>& p, Index row, Index rows, Index col, Index cols) {
   using B = Block<T>;
-  PackSpace<T>& space = PackSpace<T>::of_this_thread();
+  // Of one size for all products, so that it is allocated once.
+  auto& space = ThreadSpace<T, Product<T>>::of_this_thread();
+  space.reserve((kTileRows + kTileCols) * kDepth);
+  T* const packed_a = space.take(kTileRows * kDepth);
+  T* const packed_b = space.take(kTileCols * kDepth);
   T* tile = p.out + row * p.out_row + col;
   if (p.k == 0 && !p.accumulate) {
     for (Index i = 0; i < rows; ++i) std::fill_n(tile + i * p.out_row, cols, T(0));
@@ -172,13 +151,13 @@ void multiply_tile(const Product<T>& p, Index row, Index rows, Index col, Index 
   for (Index depth0 = 0; depth0 < p.k; depth0 += kDepth) {
     const Index depth = std::min(kDepth, p.k - depth0);
     const bool accumulate = p.accumulate || depth0 > 0;
-    pack<B::kRows>(p.a + row * p.a_row + depth0 * p.a_col, p.a_row, p.a_col, rows, depth, space.a);
-    pack<B::kCols>(p.b + depth0 * p.b_row + col * p.b_col, p.b_col, p.b_row, cols, depth, space.b);
+    pack<B::kRows>(p.a + row * p.a_row + depth0 * p.a_col, p.a_row, p.a_col, rows, depth, packed_a);
+    pack<B::kCols>(p.b + depth0 * p.b_row + col * p.b_col, p.b_col, p.b_row, cols, depth, packed_b);
     for (Index j = 0; j < cols; j += B::kCols) {
-      const T* b = space.b + j * depth;
+      const T* b = packed_b + j * depth;
       const Index width = std::min(B::kCols, cols - j);
       for (Index i = 0; i < rows; i += B::kRows) {
-        const T* a = space.a + i * depth;
+        const T* a = packed_a + i * depth;
         const Index height = std::min(B::kRows, rows - i);
         T* out = tile + i * p.out_row + j;
         if (width == B::kCols) {

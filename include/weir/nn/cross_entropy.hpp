@@ -78,7 +78,7 @@ struct CrossEntropy {
       nll += loss;
       squares += z * z;
     }
-    const double divisor = static_cast<double>(std::max<Index>(1, cache.tokens));
+    const auto divisor = static_cast<double>(std::max<Index>(1, cache.tokens));
     cache.nll = static_cast<T>(nll / divisor);
     cache.z_loss = static_cast<T>(z_loss * squares / divisor);
     cache.filled = true;

@@ -74,8 +74,9 @@ class RmsNorm {
   /// \throws StateError   if the cache has seen no forward pass.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    if (cache.y.cols() != d_model())
+    if (cache.y.cols() != d_model()) {
       fail<StateError>("RmsNorm::backward: no forward pass before it");
+    }
     expect_shape("RmsNorm::backward", "dy", dy, cache.x.rows(), d_model());
     cache.dx.resize(dy.rows(), d_model());
     const Matrix<T>& x = cache.x;

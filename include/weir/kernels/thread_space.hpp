@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Working space of a thread for the block it computes.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include <weir/core/types.hpp>
+
+namespace weir::kernels {
+
+/// A thread's space for the blocks it works on, aligned to cache lines; grows and never shrinks.
+/// `User` keeps apart those whose blocks are in use at the same time.
+template <class T, class User>
+class ThreadSpace {
+ public:
+  static ThreadSpace& of_this_thread() {
+    thread_local ThreadSpace space;
+    return space;
+  }
+
+  /// Makes room for `count` numbers in all and starts handing them out from the front.
+  void reserve(Index count) {
+    constexpr std::size_t kAlign = 64;
+    const auto size = static_cast<std::size_t>(count);
+    if (storage_.size() < size + kAlign / sizeof(T)) storage_.resize(size + kAlign / sizeof(T));
+    void* start = storage_.data();
+    std::size_t space = storage_.size() * sizeof(T);
+    next_ = static_cast<T*>(std::align(kAlign, size * sizeof(T), start, space));
+  }
+
+  /// The next `count` numbers, contents unspecified.
+  T* take(Index count) {
+    T* const taken = next_;
+    next_ += count;
+    return taken;
+  }
+
+  /// The next `count` numbers, zero.
+  T* take_zeros(Index count) {
+    std::fill_n(next_, count, T(0));
+    return take(count);
+  }
+
+ private:
+  std::vector<T> storage_;
+  T* next_ = nullptr;
+};
+
+}  // namespace weir::kernels
