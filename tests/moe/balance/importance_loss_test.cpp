@@ -10,32 +10,16 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
+using test::logit_gradient;
+using test::route;
 
 static_assert(BalancingLoss<ImportanceLoss<float>, float>);
 static_assert(!BalancingRule<ImportanceLoss<float>, float>);
 
 namespace {
-
-template <class Selector>
-Routing<double> route(const Selector& selector, const Matrix<double>& logits,
-                      const Pass& pass = {}) {
-  Routing<double> routing;
-  selector.select(logits, pass, routing);
-  return routing;
-}
-
-/// d(loss)/d(logits), through `selector`.
-template <class Selector>
-Matrix<double> logit_gradient(const Selector& selector, const ImportanceLoss<double>& balancer,
-                              const Routing<double>& routing) {
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  balancer.add_gradient(routing, gradient);
-  selector.backward(routing, gradient);
-  return gradient.logits;
-}
 
 /// Softmax rows (2, 1, 1)/4 and twice (1, 2, 1)/4.
 Matrix<double> three_tokens() {

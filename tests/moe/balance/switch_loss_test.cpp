@@ -10,34 +10,14 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
+using test::logit_gradient;
+using test::route;
 
 static_assert(BalancingLoss<SwitchLoss<float>, float>);
 static_assert(!BalancingRule<SwitchLoss<float>, float>);
-
-namespace {
-
-template <class Selector>
-Routing<double> route(const Selector& selector, const Matrix<double>& logits,
-                      const Pass& pass = {}) {
-  Routing<double> routing;
-  selector.select(logits, pass, routing);
-  return routing;
-}
-
-/// d(loss)/d(logits), through `selector`.
-template <class Selector>
-Matrix<double> logit_gradient(const Selector& selector, const SwitchLoss<double>& balancer,
-                              const Routing<double>& routing) {
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  balancer.add_gradient(routing, gradient);
-  selector.backward(routing, gradient);
-  return gradient.logits;
-}
-
-}  // namespace
 
 TEST_CASE("SwitchLoss at uniform load is what its fraction says", "[moe][balance][switch_loss]") {
   const auto k = GENERATE(as<Index>{}, 1, 2, 4);

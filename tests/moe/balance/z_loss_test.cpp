@@ -9,35 +9,18 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
+using test::logit_gradient;
 
 static_assert(BalancingLoss<ZLoss<float>, float>);
 static_assert(!BalancingRule<ZLoss<float>, float>);
 
 namespace {
 
-template <class Selector>
-Routing<double> route(const Selector& selector, const Matrix<double>& logits,
-                      const Pass& pass = {}) {
-  Routing<double> routing;
-  selector.select(logits, pass, routing);
-  return routing;
-}
-
 Routing<double> route(const Matrix<double>& logits, const Pass& pass = {}) {
-  return route(SoftmaxTopK<double>{1}, logits, pass);
-}
-
-/// d(loss)/d(logits), through `selector`.
-template <class Selector>
-Matrix<double> logit_gradient(const Selector& selector, const ZLoss<double>& balancer,
-                              const Routing<double>& routing) {
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  balancer.add_gradient(routing, gradient);
-  selector.backward(routing, gradient);
-  return gradient.logits;
+  return test::route(SoftmaxTopK<double>{1}, logits, pass);
 }
 
 }  // namespace
@@ -100,11 +83,11 @@ TEST_CASE("ZLoss is zero without real tokens", "[moe][balance][z_loss]") {
   const std::vector<std::uint8_t> mask = {0, 0};
   const Routing<double> none = route(Matrix<double>(0, 4));
   CHECK(ZLoss<double>{}.loss(none) == 0.0);
-  CHECK(logit_gradient(selector, {}, none).rows() == 0);
+  CHECK(logit_gradient(selector, ZLoss<double>{}, none).rows() == 0);
 
   const Routing<double> padding = route(Matrix<double>::Ones(2, 4), {.mask = mask});
   CHECK(ZLoss<double>{}.loss(padding) == 0.0);
-  CHECK(logit_gradient(selector, {}, padding).isZero(0.0));
+  CHECK(logit_gradient(selector, ZLoss<double>{}, padding).isZero(0.0));
 }
 
 TEST_CASE("ZLoss gradient agrees with finite differences", "[moe][balance][z_loss][gradient]") {
@@ -113,9 +96,9 @@ TEST_CASE("ZLoss gradient agrees with finite differences", "[moe][balance][z_los
   const Pass pass{.mask = mask};
   const ZLoss<double> balancer{0.5};
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
+    const auto loss = [&] { return balancer.loss(test::route(selector, logits, pass)); };
     const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
+        logit_gradient(selector, balancer, test::route(selector, logits, pass));
     CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
   };
   check(SoftmaxTopK<double>{2});

@@ -12,6 +12,7 @@
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
 
@@ -22,9 +23,7 @@ namespace {
 using Kept = std::vector<std::uint8_t>;
 
 Routing<double> select(const Matrix<double>& logits, Index k, const Pass& pass = {}) {
-  Routing<double> routing;
-  TopKSoftmax<double>{k}.select(logits, pass, routing);
-  return routing;
+  return test::route(TopKSoftmax<double>{k}, logits, pass);
 }
 
 /// `tokens` tokens that all choose experts 0, 1, ... in this order.

@@ -9,6 +9,7 @@
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
 
@@ -19,9 +20,7 @@ namespace {
 using Kept = std::vector<std::uint8_t>;
 
 Routing<double> select(const Matrix<double>& logits, Index k, const Pass& pass = {}) {
-  Routing<double> routing;
-  TopKSoftmax<double>{k}.select(logits, pass, routing);
-  return routing;
+  return test::route(TopKSoftmax<double>{k}, logits, pass);
 }
 
 Kept kept_of(const FixedCapacity& policy, Routing<double> routing) {
