@@ -70,7 +70,7 @@ struct Options {
   Index k = 2;
   Index shared = 0;
   weir::Interleave interleave = {.stride = 2};
-  std::string selector = "softmax-top-k";
+  std::string selector = "top-k-softmax";
   double capacity_factor = 0.0;
   double balance = 0.01;
   double z_loss = 0.001;

@@ -31,7 +31,7 @@ CaseFile small_case() {
               R"("w.a":{"dtype":"F64","shape":[1,2],"data_offsets":[48,64]},)"
               R"("g.a":{"dtype":"F64","shape":[1,2],"data_offsets":[64,80]}})",
               bytes_of<double>({1.0, 2.0, -4.0, 0.0}) + bytes_of<std::int64_t>({5, 6}) +
-                  bytes_of<double>({1.0, 1.0, 0.0, 0.0}))));
+                  bytes_of<double>({1.0, 1.0}) + bytes_of<double>({0.0, 0.0}))));
 }
 
 /// The failures that `action` makes of a checker with tolerance 1e-9.
