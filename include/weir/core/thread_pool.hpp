@@ -19,8 +19,8 @@ namespace weir::detail {
 ///
 /// The caller waits for iterations, not for threads: a thread that the system keeps from running
 /// costs nothing but its help, so that a busy machine slows a program down by its share and no
-/// more. (Measured on two cores with other work on them: a training step under OpenMP, whose
-/// barriers wait for every thread, took eight times as long as on one thread.)
+/// more. (OpenMP's barriers wait for every thread: with other work on the machine, training on two
+/// threads ran at about a third of this pool's speed.)
 class ThreadPool {
  public:
   static ThreadPool& instance() {
