@@ -13,6 +13,7 @@
 #include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/sequences.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/core/thread_pool.hpp>
 #include <weir/core/types.hpp>
 
@@ -23,7 +24,11 @@
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/top_k.hpp>
 
+#include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/kernels/panel.hpp>
+#include <weir/kernels/register_block.hpp>
+#include <weir/kernels/schedule.hpp>
 #include <weir/kernels/simd.hpp>
 #include <weir/kernels/thread_space.hpp>
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include <weir/core/types.hpp>
 
@@ -47,6 +48,40 @@ struct Simd {
       for (Index lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
     }
     return part[0];
+  }
+
+  /// to[j * to_row + i] = from[i * from_row + j] for a square of `kLanes` rows and columns.
+  static void transpose(const T* from, Index from_row, T* to, Index to_row) {
+    Vector rows[kLanes];
+    for (Index i = 0; i < kLanes; ++i) rows[i] = load(from + i * from_row);
+    exchange<1>(rows);
+    for (Index i = 0; i < kLanes; ++i) store(rows[i], to + i * to_row);
+  }
+
+ private:
+  /// Swaps the off-diagonal quarters of all squares of 2 * `half` rows and columns, then those of
+  /// the larger ones.
+  template <Index half>
+  static void exchange(Vector (&rows)[kLanes]) {
+    if constexpr (half < kLanes) {
+#pragma GCC unroll 16
+      for (Index i = 0; i < kLanes; ++i) {
+        if ((i & half) == 0) exchange_pair<half>(rows[i], rows[i + half], Lanes{});
+      }
+      exchange<2 * half>(rows);
+    }
+  }
+
+  using Lanes = std::make_integer_sequence<int, static_cast<int>(kLanes)>;
+
+  template <Index half, int... lane>
+  static void exchange_pair(Vector& upper, Vector& lower, std::integer_sequence<int, lane...>) {
+    constexpr int kHalf = static_cast<int>(half);
+    constexpr int kSecond = static_cast<int>(kLanes);
+    const Vector a = upper;
+    const Vector b = lower;
+    upper = __builtin_shufflevector(a, b, ((lane & kHalf) == 0 ? lane : kSecond + lane - kHalf)...);
+    lower = __builtin_shufflevector(a, b, ((lane & kHalf) == 0 ? lane + kHalf : kSecond + lane)...);
   }
 };
 

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Panels: operands arranged for the innermost loop, and the product of rows with one panel.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include <weir/core/types.hpp>
+#include <weir/kernels/register_block.hpp>
+#include <weir/kernels/schedule.hpp>
+#include <weir/kernels/thread_space.hpp>
+
+namespace weir::kernels {
+
+/// Copies [count, depth], count <= width, depth-major: `to[p * to_row + i]`; the places from
+/// `count` to `width` are filled with zeros.
+template <Index width, class T>
+void pack_strip(const T* from, Index stride, Index depth_stride, Index count, Index depth, T* to,
+                Index to_row = width) {
+  constexpr Index kLanes = Simd<T>::kLanes;
+  if (stride == 1) {
+    for (Index p = 0; p < depth; ++p) {
+      const T* row = from + p * depth_stride;
+      T* out = to + p * to_row;
+      if (count == width) {
+        std::memcpy(out, row, width * sizeof(T));
+      } else {
+        for (Index i = 0; i < width; ++i) out[i] = i < count ? row[i] : T(0);
+      }
+    }
+    return;
+  }
+  Index done = 0;
+  if constexpr (width % kLanes == 0) {
+    if (count == width && depth_stride == 1) {
+      for (; done + kLanes <= depth; done += kLanes) {
+        for (Index i = 0; i < width; i += kLanes) {
+          Simd<T>::transpose(from + i * stride + done, stride, to + done * to_row + i, to_row);
+        }
+      }
+    }
+  }
+  // In blocks of depth, so that both sides stay in L1.
+  constexpr Index kStep = 16;
+  for (; done < depth; done += kStep) {
+    const Index end = std::min(depth, done + kStep);
+    for (Index i = 0; i < width; ++i) {
+      if (i < count) {
+        const T* source = from + i * stride;
+        for (Index p = done; p < end; ++p) to[p * to_row + i] = source[p * depth_stride];
+      } else {
+        for (Index p = done; p < end; ++p) to[p * to_row + i] = T(0);
+      }
+    }
+  }
+}
+
+/// Copies [count, depth] into strips of `width` rows, depth-major inside a strip:
+/// `to[strip][p][i]`; the last strip is filled up with zeros.
+template <Index width, class T>
+void pack(const T* from, Index stride, Index depth_stride, Index count, Index depth, T* to) {
+  for (Index i = 0; i < count; i += width) {
+    pack_strip<width>(from + i * stride, stride, depth_stride, std::min(width, count - i), depth,
+                      to);
+    to += width * depth;
+  }
+}
+
+/// How many steps of a panel are multiplied before the next ones are touched: what stays in L2
+/// while all rows pass by.
+inline constexpr Index kSlice = 512;
+
+/// The rows of a left operand: row i, step s at `at + i * row + s * step`.
+template <class Arithmetic>
+struct LeftRows {
+  const typename Arithmetic::Left* at = nullptr;
+  Index row = 0, step = 0;
+};
+
+/// A panel that lies packed in memory, with the one that will be multiplied next.
+template <class Arithmetic>
+struct PackedPanel {
+  using Right = typename Arithmetic::Right;
+  static constexpr Index kRow = Block<typename Arithmetic::Sum>::kCols * Arithmetic::kDepth;
+
+  const Right* panel = nullptr;
+  const Right* next = nullptr;  ///< Null if nothing is known of it.
+  Index steps = 0;
+
+  const Right* slice(Index first, Index /*count*/) const { return panel + first * kRow; }
+
+  /// What tile `tile` of `tiles` over the slice [first, first + count) should read ahead: its share
+  /// of the following slice, line by line.
+  ReadAhead ahead(Index first, Index count, Index tile, Index tiles) const {
+    const Right* following = first + count < steps ? panel + (first + count) * kRow : next;
+    if (following == nullptr) return {reinterpret_cast<const char*>(panel), 0, 0};
+    const Index bytes = kRow * static_cast<Index>(sizeof(Right));
+    const Index near = (bytes + tiles - 1) / tiles;
+    return {reinterpret_cast<const char*>(following) + tile * count * near, near,
+            ReadAhead::kGroup * near};
+  }
+};
+
+/// A panel that is packed from a matrix slice by slice, into `space` [kSlice, kCols]: element
+/// [p, j] at `from + p * depth_stride + j * stride`.
+template <class T>
+struct StridedPanel {
+  static constexpr Index kCols = Block<T>::kCols;
+
+  const T* from = nullptr;
+  Index stride = 0, depth_stride = 0;
+  Index cols = 0;
+  Index steps = 0;
+  T* space = nullptr;
+  const T* next = nullptr;  ///< Where the panel that will be multiplied next begins, or null.
+
+  const T* slice(Index first, Index count) const {
+    pack_strip<kCols>(from + first * depth_stride, stride, depth_stride, cols, count, space);
+    return space;
+  }
+
+  ReadAhead ahead(Index first, Index count, Index tile, Index /*tiles*/) const {
+    const T* following = first + count < steps ? from + (first + count) * depth_stride : next;
+    if (following == nullptr) return {reinterpret_cast<const char*>(space), 0, 0};
+    return ahead_of(following, stride, depth_stride, tile, space);
+  }
+
+  /// Tile by tile, a quarter or so of what has to be read.
+  static ReadAhead ahead_of(const T* following, Index stride, Index depth_stride, Index tile,
+                            const T* idle) {
+    constexpr Index kLine = 64 / static_cast<Index>(sizeof(T));
+    constexpr Index kSize = static_cast<Index>(sizeof(T));
+    const Index group = ReadAhead::kGroup;
+    if (stride == 1 && tile * kLine < kCols) {
+      const Index near = depth_stride * kSize;
+      return {reinterpret_cast<const char*>(following + tile * kLine), near, group * near};
+    }
+    if (stride != 1 && tile * group < kCols) {
+      return {reinterpret_cast<const char*>(following + tile * group * stride), stride * kSize,
+              group * depth_stride * kSize};
+    }
+    return {reinterpret_cast<const char*>(idle), 0, 0};
+  }
+};
+
+/// What to read ahead while one tile of sums that are added to memory is computed: the next tile.
+template <class T>
+ReadAhead ahead_of_sums(const T* next, Index row, Index steps) {
+  constexpr Index kSize = static_cast<Index>(sizeof(T));
+  const Index groups = (steps + ReadAhead::kGroup - 1) / ReadAhead::kGroup;
+  return {reinterpret_cast<const char*>(next), row * kSize, Block<T>::kCols * kSize / groups};
+}
+
+/// c[0..rows, 0..kCols] (+)= rows of the left operand times a panel of `steps` steps.
+template <class Arithmetic, class Panel>
+void multiply_panel(LeftRows<Arithmetic> left, Index rows, Index steps, const Panel& panel,
+                    typename Arithmetic::Sum* c, Index c_row, bool accumulate) {
+  if (steps == 0 && !accumulate) {
+    constexpr Index kCols = Block<typename Arithmetic::Sum>::kCols;
+    for (Index i = 0; i < rows; ++i) std::fill_n(c + i * c_row, kCols, typename Arithmetic::Sum(0));
+  }
+  const Index tiles = (rows + Arithmetic::kRows - 1) / Arithmetic::kRows;
+  for (Index first = 0; first < steps; first += kSlice) {
+    const Index count = std::min(kSlice, steps - first);
+    const typename Arithmetic::Right* b = panel.slice(first, count);
+    for (Index tile = 0; tile < tiles; ++tile) {
+      const Index row = rows * tile / tiles;
+      const Index end = rows * (tile + 1) / tiles;
+      const ReadAhead ahead = accumulate && first == 0 && end < rows
+                                  ? ahead_of_sums(c + end * c_row, c_row, count)
+                                  : panel.ahead(first, count, tile, tiles);
+      multiply_rows<Arithmetic>(end - row, left.at + row * left.row + first * left.step, left.row,
+                                left.step, b, count, c + row * c_row, c_row,
+                                accumulate || first > 0, ahead);
+    }
+  }
+}
+
+/// How the product of one group of rows with one right operand is cut into pieces: each is a range
+/// of rows times a panel. A piece's number counts panels first, then rows.
+struct Cut {
+  Index total_rows = 0, rows = 1, panels = 0;  ///< `rows` of a piece; the last may have fewer.
+
+  /// The most rows that are multiplied with a panel while it stays in L2.
+  static constexpr Index kMostRows = 512;
+
+  /// Pieces of about equal size, of at most `most_rows` rows.
+  static Cut of(Index total_rows, Index panels, Index most_rows = kMostRows) {
+    const Index groups = std::max<Index>(1, (total_rows + most_rows - 1) / most_rows);
+    return {total_rows, std::max<Index>(1, (total_rows + groups - 1) / groups), panels};
+  }
+
+  /// `panel_cost`: the numbers of a panel.
+  Pieces pieces(Index panel_cost) const {
+    constexpr Index kReading =
+        8;  // Reading a panel takes about as long as multiplying as many rows.
+    return {(total_rows + rows - 1) / rows * panels, std::max(kReading, rows) * panel_cost};
+  }
+};
+
+/// Pieces `begin` to `end` of a product.
+///
+/// \param panel_of  `panel_of(j, followed)` gives panel j, `followed` telling whether panel j + 1
+///                  will be multiplied after it.
+/// \param store     `store(row, rows, j, compute)` has to call `compute(c, c_row, accumulate)` once
+///                  for where rows `row` to `row + rows` of panel j shall go; all kCols columns of
+///                  c are written.
+template <class Arithmetic, class PanelOf, class Store>
+void multiply_pieces(const Cut& cut, LeftRows<Arithmetic> left, Index steps, Index begin, Index end,
+                     PanelOf&& panel_of, Store&& store) {
+  for (Index piece = begin; piece < end; ++piece) {
+    const Index row = piece / cut.panels * cut.rows;
+    const Index rows = std::min(cut.rows, cut.total_rows - row);
+    const Index j = piece % cut.panels;
+    const auto panel = panel_of(j, piece + 1 < end && j + 1 < cut.panels);
+    const LeftRows<Arithmetic> from = {left.at + row * left.row, left.row, left.step};
+    store(row, rows, j, [&](typename Arithmetic::Sum* c, Index c_row, bool accumulate) {
+      multiply_panel<Arithmetic>(from, rows, steps, panel, c, c_row, accumulate);
+    });
+  }
+}
+
+/// Where a product goes that is a matrix: `cols` columns, added to what is there if `accumulate`.
+/// To be the `store` of `multiply_pieces`.
+template <class T>
+struct ToMatrix {
+  T* out = nullptr;
+  Index out_row = 0;
+  Index cols = 0;
+  bool accumulate = false;
+
+  template <class Compute>
+  void operator()(Index row, Index rows, Index j, Compute&& compute) const {
+    constexpr Index kCols = Block<T>::kCols;
+    const Index width = std::min(kCols, cols - j * kCols);
+    T* const to = out + row * out_row + j * kCols;
+    if (width == kCols) return compute(to, out_row, accumulate);
+    auto& space = ThreadSpace<T, ToMatrix>::of_this_thread();
+    space.reserve(Cut::kMostRows * kCols);
+    T* const edge = space.take(Cut::kMostRows * kCols);
+    compute(edge, kCols, false);
+    for (Index i = 0; i < rows; ++i) {
+      for (Index c = 0; c < width; ++c) {
+        T& target = to[i * out_row + c];
+        target = (accumulate ? target : T(0)) + edge[i * kCols + c];
+      }
+    }
+  }
+};
+
+}  // namespace weir::kernels

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The innermost loop of all matrix products: a few rows times one panel of columns.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include <weir/core/types.hpp>
+#include <weir/kernels/bfloat16.hpp>
+#include <weir/kernels/simd.hpp>
+
+namespace weir::kernels {
+
+/// A panel is `kCols` columns of a right operand, row after row of depth: what the innermost loop
+/// reads from front to back. It is as wide as `kVectors` registers.
+template <class T>
+struct Block {
+  static constexpr Index kVectors = kVectorRegisters == 32 ? 4 : 2;
+  static constexpr Index kRows = 6;
+  static constexpr Index kCols = kVectors * Simd<T>::kLanes;
+};
+
+/// How numbers are multiplied: numbers of type T as they are.
+template <class T>
+struct Native {
+  using Left = T;
+  using Right = T;
+  using Sum = T;
+  using Vector = typename Simd<T>::Vector;
+  using Column = Vector;
+  using Factor = T;
+  static constexpr Index kDepth =
+      1;  ///< Of a step: how many rows of the panel are multiplied at once.
+  static constexpr Index kRows = Block<T>::kRows;
+
+  static Column column(const Right* b) { return Simd<T>::load(b); }
+  static Factor factor(const Left* a) { return *a; }
+  static void multiply_add(Vector& sum, const Factor& a, const Column& b) { sum += a * b; }
+};
+
+/// Two bfloat16 weights of a column in one 32-bit lane, the first in the lower half.
+namespace detail {
+
+inline std::uint32_t load_pair(const BFloat16* from) {
+  std::uint32_t pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return pair;
+}
+
+}  // namespace detail
+
+/// bfloat16 weights that are widened to float, exactly, and multiplied with floats.
+struct WidenedBFloat16 {
+  using Left = float;
+  using Right = BFloat16;
+  using Sum = float;
+  using Vector = Simd<float>::Vector;
+  struct Column {
+    Vector first, second;
+  };
+  struct Factor {
+    float first, second;
+  };
+  static constexpr Index kDepth = 2;
+  static constexpr Index kRows = 4;  ///< Twice as many registers hold the columns.
+
+  static Column column(const Right* b) {
+    typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));  // NOLINT
+    Bits pairs;
+    std::memcpy(&pairs, b, sizeof pairs);
+    return {std::bit_cast<Vector>(pairs << 16U), std::bit_cast<Vector>(pairs & 0xffff0000U)};
+  }
+  static Factor factor(const Left* a) { return {a[0], a[1]}; }
+  static void multiply_add(Vector& sum, const Factor& a, const Column& b) {
+    sum += a.first * b.first;
+    sum += a.second * b.second;
+  }
+};
+
+#if defined(__AVX512BF16__)
+/// bfloat16 weights times bfloat16 tokens, by the processor's own instruction.
+struct PairedBFloat16 {
+  using Left = BFloat16;
+  using Right = BFloat16;
+  using Sum = float;
+  using Vector = Simd<float>::Vector;
+  using Column = __m512i;
+  using Factor = __m512i;
+  static constexpr Index kDepth = 2;
+  static constexpr Index kRows = Block<float>::kRows;
+
+  static Column column(const Right* b) { return _mm512_loadu_si512(b); }
+  static Factor factor(const Left* a) {
+    return _mm512_set1_epi32(static_cast<int>(detail::load_pair(a)));
+  }
+  static void multiply_add(Vector& sum, const Factor& a, const Column& b) {
+    sum = std::bit_cast<Vector>(_mm512_dpbf16_ps(
+        std::bit_cast<__m512>(sum), std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b)));
+  }
+};
+using BFloat16Arithmetic = PairedBFloat16;
+#else
+using BFloat16Arithmetic = WidenedBFloat16;
+#endif
+
+/// Where to read ahead while a block is computed: one cache line a step, `near` bytes from one to
+/// the next, `far` bytes from one group of `kGroup` steps to the next.
+struct ReadAhead {
+  static constexpr Index kGroup = 16;
+  const char* at = nullptr;
+  Index near = 0;
+  Index far = 0;
+};
+
+/// c[0..rows, 0..kCols] (+)= a times one panel.
+///
+/// \param a        a[i, step] at `a + i * a_row + step * a_step`.
+/// \param b        The panel from the first step on.
+/// \param steps    How many times Arithmetic::kDepth rows of the panel are multiplied.
+template <class Arithmetic, Index rows>
+void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_step,
+                    const typename Arithmetic::Right* b, Index steps, typename Arithmetic::Sum* c,
+                    Index c_row, bool accumulate, ReadAhead ahead) {
+  using S = Simd<typename Arithmetic::Sum>;
+  constexpr Index kVectors = Block<typename Arithmetic::Sum>::kVectors;
+  constexpr Index kColumn = S::kLanes * Arithmetic::kDepth;
+  typename S::Vector sum[rows][kVectors];
+  if (accumulate) {
+#pragma GCC unroll 8
+    for (Index i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+      for (Index j = 0; j < kVectors; ++j) sum[i][j] = S::load(c + i * c_row + j * S::kLanes);
+    }
+  } else {
+#pragma GCC unroll 8
+    for (Index i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+      for (Index j = 0; j < kVectors; ++j) sum[i][j] = typename S::Vector{};
+    }
+  }
+  while (steps > 0) {
+    const Index group = std::min(steps, ReadAhead::kGroup);
+    steps -= group;
+    const char* line = ahead.at;
+    ahead.at += ahead.far;
+#pragma GCC unroll 1
+    for (Index step = 0; step < group; ++step) {
+      __builtin_prefetch(line, 0, 2);
+      line += ahead.near;
+      typename Arithmetic::Column column[kVectors];
+#pragma GCC unroll 8
+      for (Index j = 0; j < kVectors; ++j) column[j] = Arithmetic::column(b + j * kColumn);
+      b += kVectors * kColumn;
+#pragma GCC unroll 8
+      for (Index i = 0; i < rows; ++i) {
+        const typename Arithmetic::Factor factor = Arithmetic::factor(a + i * a_row);
+#pragma GCC unroll 8
+        for (Index j = 0; j < kVectors; ++j) Arithmetic::multiply_add(sum[i][j], factor, column[j]);
+      }
+      a += a_step;
+    }
+  }
+#pragma GCC unroll 8
+  for (Index i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+    for (Index j = 0; j < kVectors; ++j) S::store(sum[i][j], c + i * c_row + j * S::kLanes);
+  }
+}
+
+/// `multiply_block` for a number of rows known at run time, 1 to Arithmetic::kRows.
+template <class Arithmetic, Index rows = Arithmetic::kRows>
+void multiply_rows(Index count, const typename Arithmetic::Left* a, Index a_row, Index a_step,
+                   const typename Arithmetic::Right* b, Index steps, typename Arithmetic::Sum* c,
+                   Index c_row, bool accumulate, ReadAhead ahead) {
+  if constexpr (rows > 1) {
+    if (count < rows) {
+      return multiply_rows<Arithmetic, rows - 1>(count, a, a_row, a_step, b, steps, c, c_row,
+                                                 accumulate, ahead);
+    }
+  }
+  multiply_block<Arithmetic, rows>(a, a_row, a_step, b, steps, c, c_row, accumulate, ahead);
+}
+
+/// The same with the rows packed as `pack<Block<T>::kRows>` does.
+template <class T>
+void multiply_rows(Index count, const T* a, const T* b, Index depth, T* c, Index c_row,
+                   bool accumulate) {
+  multiply_rows<Native<T>>(count, a, 1, Block<T>::kRows, b, depth, c, c_row, accumulate,
+                           ReadAhead{reinterpret_cast<const char*>(b), 0, 0});
+}
+
+}  // namespace weir::kernels
