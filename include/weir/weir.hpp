@@ -4,6 +4,7 @@
 #pragma once
 
 // clang-format off
+#include <weir/core/aligned.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
@@ -26,11 +27,14 @@
 
 #include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/kernels/packed_product.hpp>
+#include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/register_block.hpp>
 #include <weir/kernels/schedule.hpp>
 #include <weir/kernels/simd.hpp>
 #include <weir/kernels/thread_space.hpp>
+#include <weir/kernels/weight.hpp>
 
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/nn/embedding.hpp>
@@ -38,6 +42,7 @@
 #include <weir/nn/layer_norm.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/nn/mlp.hpp>
+#include <weir/nn/packed_glu.hpp>
 #include <weir/nn/rms_norm.hpp>
 
 #include <weir/moe/balance/bias_balance.hpp>

@@ -22,8 +22,10 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/kernels/weight.hpp>
 #include <weir/ops/rope.hpp>
 
 namespace weir {
@@ -77,10 +79,10 @@ class GroupedQueryAttention {
   GroupedQueryAttention(const Config& config, Rng& rng)
       : config_(checked(config)),
         rope_(config_.head_dim, config_.rope_theta, config_.rope_layout),
-        query_{switch_init<T>(query_width(), config_.d_model, rng, 1.0)},
-        key_{switch_init<T>(kv_width(), config_.d_model, rng, 1.0)},
-        value_{switch_init<T>(kv_width(), config_.d_model, rng, 1.0)},
-        output_{switch_init<T>(config_.d_model, query_width(), rng, 1.0)} {
+        query_(switch_init<T>(query_width(), config_.d_model, rng, 1.0)),
+        key_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
+        value_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
+        output_(switch_init<T>(config_.d_model, query_width(), rng, 1.0)) {
     if (config_.bias) {
       query_bias_.value.setZero(1, query_width());
       key_bias_.value.setZero(1, kv_width());
@@ -92,14 +94,22 @@ class GroupedQueryAttention {
   /// With head_dim filled in.
   const Config& config() const { return config_; }
 
-  Parameter<T>& query() { return query_; }  ///< [heads * head_dim, d_model]
-  const Parameter<T>& query() const { return query_; }
-  Parameter<T>& key() { return key_; }  ///< [kv_heads * head_dim, d_model]
-  const Parameter<T>& key() const { return key_; }
-  Parameter<T>& value() { return value_; }  ///< [kv_heads * head_dim, d_model]
-  const Parameter<T>& value() const { return value_; }
-  Parameter<T>& output() { return output_; }  ///< [d_model, heads * head_dim]
-  const Parameter<T>& output() const { return output_; }
+  /// The weights; empty where they are stored for inference.
+  Parameter<T>& query() { return query_.parameter(); }  ///< [heads * head_dim, d_model]
+  const Parameter<T>& query() const { return query_.parameter(); }
+  Parameter<T>& key() { return key_.parameter(); }  ///< [kv_heads * head_dim, d_model]
+  const Parameter<T>& key() const { return key_.parameter(); }
+  Parameter<T>& value() { return value_.parameter(); }  ///< [kv_heads * head_dim, d_model]
+  const Parameter<T>& value() const { return value_.parameter(); }
+  Parameter<T>& output() { return output_.parameter(); }  ///< [d_model, heads * head_dim]
+  const Parameter<T>& output() const { return output_.parameter(); }
+
+  /// See `weir::set_storage`; biases stay parameters.
+  void set_storage(Storage storage) {
+    for (kernels::Weight<T>* weight : {&query_, &key_, &value_, &output_}) {
+      weight->set_storage(storage);
+    }
+  }
 
   /// \param x  [tokens, d_model], one sequence.
   /// \return   [tokens, d_model].
@@ -139,9 +149,11 @@ class GroupedQueryAttention {
   /// Adds to the gradients of the parameters.
   /// \param dy  [tokens, d_model], the gradient of what `forward` returned last.
   /// \return    The gradient of its x.
-  /// \throws StateError   unless the cache comes from `forward`.
+  /// \throws StateError   unless the cache comes from `forward`, or if the weights are stored for
+  ///                      inference.
   /// \throws ShapeError   if dy is not shaped like the output.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    expect_trainable("GroupedQueryAttention::backward", query_.storage());
     if (!cache.recorded) {
       fail<StateError>("GroupedQueryAttention::backward: the cache holds no forward pass");
     }
@@ -153,17 +165,17 @@ class GroupedQueryAttention {
     cache.dv.resize(tokens, kv_width());
     cache.dx.resize(tokens, config_.d_model);
 
-    multiply_nn<T>(dy, output_.value, cache.d_context);
-    multiply_tn<T>(dy, cache.context, output_.gradient(), true);
+    multiply_nn<T>(dy, output().value, cache.d_context);
+    multiply_tn<T>(dy, cache.context, output().gradient(), true);
     core(cache, cache.k, cache.v)
         .backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv, cache.attention);
     rope_.template rotate_back<T>(cache.dq, cache.angles);
     rope_.template rotate_back<T>(cache.dk, cache.angles);
 
     const std::array<Product<T>, 3> weights = {
-        product_tn<T>(cache.dq, cache.x, query_.gradient(), true),
-        product_tn<T>(cache.dk, cache.x, key_.gradient(), true),
-        product_tn<T>(cache.dv, cache.x, value_.gradient(), true)};
+        product_tn<T>(cache.dq, cache.x, query().gradient(), true),
+        product_tn<T>(cache.dk, cache.x, key().gradient(), true),
+        product_tn<T>(cache.dv, cache.x, value().gradient(), true)};
     multiply<T>(weights);
     if (config_.bias) {
       add_column_sums(cache.dq, query_bias_);
@@ -171,9 +183,9 @@ class GroupedQueryAttention {
       add_column_sums(cache.dv, value_bias_);
       add_column_sums(dy, output_bias_);
     }
-    multiply_nn<T>(cache.dq, query_.value, cache.dx);
-    multiply_nn<T>(cache.dk, key_.value, cache.dx, true);
-    multiply_nn<T>(cache.dv, value_.value, cache.dx, true);
+    multiply_nn<T>(cache.dq, query().value, cache.dx);
+    multiply_nn<T>(cache.dk, key().value, cache.dx, true);
+    multiply_nn<T>(cache.dv, value().value, cache.dx, true);
     return cache.dx;
   }
 
@@ -202,10 +214,12 @@ class GroupedQueryAttention {
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    visit("query", self.query_);
-    visit("key", self.key_);
-    visit("value", self.value_);
-    visit("output", self.output_);
+    if (self.query_.storage() == Storage::kTrainable) {
+      visit("query", self.query());
+      visit("key", self.key());
+      visit("value", self.value());
+      visit("output", self.output());
+    }
     if (self.config_.bias) {
       visit("query_bias", self.query_bias_);
       visit("key_bias", self.key_bias_);
@@ -249,10 +263,8 @@ class GroupedQueryAttention {
     cache.q.resize(tokens, query_width());
     cache.k.resize(tokens, kv_width());
     cache.v.resize(tokens, kv_width());
-    const std::array<Product<T>, 3> products = {product_nt<T>(cache.x, query_.value, cache.q),
-                                                product_nt<T>(cache.x, key_.value, cache.k),
-                                                product_nt<T>(cache.x, value_.value, cache.v)};
-    multiply<T>(products);
+    kernels::multiply_weights<T, 3>(cache.x,
+                                    {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
     if (config_.bias) {
       cache.q.rowwise() += query_bias_.value.row(0);
       cache.k.rowwise() += key_bias_.value.row(0);
@@ -283,7 +295,7 @@ class GroupedQueryAttention {
     cache.context.resize(cache.q.rows(), query_width());
     cache.y.resize(cache.q.rows(), config_.d_model);
     core(cache, keys, values).forward(cache.context, cache.attention);
-    multiply_nt<T>(cache.context, output_.value, cache.y);
+    kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
     if (config_.bias) cache.y.rowwise() += output_bias_.value.row(0);
   }
 
@@ -299,7 +311,7 @@ class GroupedQueryAttention {
 
   Config config_;
   Rope rope_;
-  Parameter<T> query_, key_, value_, output_;
+  kernels::Weight<T> query_, key_, value_, output_;
   Parameter<T> query_bias_ = {}, key_bias_ = {}, value_bias_ = {}, output_bias_ = {};
 };
 

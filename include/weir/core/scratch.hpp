@@ -3,8 +3,7 @@
 /// Workspace inside a cache that grows and never shrinks.
 #pragma once
 
-#include <vector>
-
+#include <weir/core/aligned.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -20,11 +19,17 @@ class Scratch {
 
   /// Makes it [rows, cols], contents unspecified.
   Map reshape(Index rows, Index cols) {
+    reserve(rows * cols);
     rows_ = rows;
     cols_ = cols;
-    const auto size = static_cast<std::size_t>(rows * cols);
-    if (storage_.size() < size) storage_.resize(size);
     return view();
+  }
+
+  /// Room for `count` numbers, contents unspecified, for those who lay them out themselves.
+  T* reserve(Index count) {
+    const auto size = static_cast<std::size_t>(count);
+    if (storage_.size() < size) storage_.resize(size);
+    return storage_.data();
   }
 
   Map view() { return {storage_.data(), rows_, cols_}; }
@@ -36,7 +41,7 @@ class Scratch {
   const T* data() const { return storage_.data(); }
 
  private:
-  std::vector<T> storage_;
+  AlignedVector<T> storage_;
   Index rows_ = 0;
   Index cols_ = 0;
 };

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include <weir/core/error.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 
@@ -19,13 +20,22 @@ enum class Storage {
   /// Arranged once, for inference: forward passes are faster, above all with few tokens. The layer
   /// has no parameters and cannot be trained.
   kPacked,
-  /// As `kPacked`, but rounded to bfloat16 (8 bits of significand): half the memory, and up to twice
-  /// the speed. Products are summed in float. Where the processor multiplies bfloat16 numbers itself
+  /// As `kPacked`, but rounded to bfloat16 (8 bits of significand): half the memory, and up to
+  /// twice
+  /// the speed. Products are summed in float. Where the processor multiplies bfloat16 numbers
+  /// itself
   /// (AVX512_BF16), tokens are rounded to bfloat16 as well on their way into a product; elsewhere
   /// the weights are widened exactly and multiplied in float. A layer in double, whose purpose is
   /// checking, keeps the rounded weights as doubles.
   kBfloat16,
 };
+
+/// \throws StateError   unless `storage` is kTrainable; `who` is the function that needs that.
+inline void expect_trainable(std::string_view who, Storage storage) {
+  if (storage != Storage::kTrainable) {
+    fail<StateError>(who, ": the weights are stored for inference, expected Storage::kTrainable");
+  }
+}
 
 namespace detail {
 
@@ -48,7 +58,7 @@ class StorageSetter {
   void operator()(std::string_view /*name*/, Layer& layer) {
     if constexpr (requires { layer.set_storage(storage_); }) {
       layer.set_storage(storage_);
-    } else {
+    } else if constexpr (requires { Layer::visit(layer, *this); }) {
       Layer::visit(layer, *this);
     }
   }

@@ -5,6 +5,11 @@
 
 #include <bit>
 #include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 #include <weir/core/types.hpp>
 
@@ -30,9 +35,17 @@ struct BFloat16 {
   }
 };
 
-/// to[i] = from[i], rounded, for i in [0, count).
+/// to[i] = from[i], rounded, for i in [0, count). Numbers below the normal range may become zero.
 inline void round_to_bfloat16(Index count, const float* from, BFloat16* to) {
-  for (Index i = 0; i < count; ++i) to[i] = BFloat16(from[i]);
+  Index i = 0;
+#if defined(__AVX512BF16__)
+  constexpr Index kLanes = 16;
+  for (; i + kLanes <= count; i += kLanes) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(from + i));
+    std::memcpy(&to[i].bits, &rounded, sizeof rounded);
+  }
+#endif
+  for (; i < count; ++i) to[i] = BFloat16(from[i]);
 }
 
 }  // namespace weir::kernels

@@ -106,18 +106,12 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
 /// pieces of all of them: one expert with most of the tokens keeps every core busy.
 template <class T>
 void multiply(std::span<const Product<T>> products) {
-  constexpr Index kEnoughPieces = 8;  // For each thread.
-  constexpr Index kFewestRows = 48;
   constexpr Index kCols = kernels::Block<T>::kCols;
-
-  Index most_rows = kernels::Cut::kMostRows;
-  const auto count_pieces = [&] {
-    Index count = 0;
-    for (const Product<T>& p : products) count += kernels::cut(p, most_rows).pieces(1).count;
-    return count;
-  };
-  while (most_rows > kFewestRows && count_pieces() < kEnoughPieces * threads()) most_rows /= 2;
-
+  const Index most_rows = kernels::most_rows_for_threads([&](Index rows) {
+    Index pieces = 0;
+    for (const Product<T>& p : products) pieces += kernels::cut(p, rows).pieces(1).count;
+    return pieces;
+  });
   const auto product = [&](Index i) -> const Product<T>& {
     return products[static_cast<std::size_t>(i)];
   };

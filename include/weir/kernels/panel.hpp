@@ -69,7 +69,7 @@ void pack(const T* from, Index stride, Index depth_stride, Index count, Index de
 
 /// How many steps of a panel are multiplied before the next ones are touched: what stays in L2
 /// while all rows pass by.
-inline constexpr Index kSlice = 512;
+inline constexpr Index kSlice = 1024;
 
 /// The rows of a left operand: row i, step s at `at + i * row + s * step`.
 template <class Arithmetic>
@@ -94,7 +94,7 @@ struct PackedPanel {
   /// of the following slice, line by line.
   ReadAhead ahead(Index first, Index count, Index tile, Index tiles) const {
     const Right* following = first + count < steps ? panel + (first + count) * kRow : next;
-    if (following == nullptr) return {reinterpret_cast<const char*>(panel), 0, 0};
+    if (following == nullptr) return {reinterpret_cast<const char*>(panel)};
     const Index bytes = kRow * static_cast<Index>(sizeof(Right));
     const Index near = (bytes + tiles - 1) / tiles;
     return {reinterpret_cast<const char*>(following) + tile * count * near, near,
@@ -122,7 +122,7 @@ struct StridedPanel {
 
   ReadAhead ahead(Index first, Index count, Index tile, Index /*tiles*/) const {
     const T* following = first + count < steps ? from + (first + count) * depth_stride : next;
-    if (following == nullptr) return {reinterpret_cast<const char*>(space), 0, 0};
+    if (following == nullptr) return {reinterpret_cast<const char*>(space)};
     return ahead_of(following, stride, depth_stride, tile, space);
   }
 
@@ -140,7 +140,7 @@ struct StridedPanel {
       return {reinterpret_cast<const char*>(following + tile * group * stride), stride * kSize,
               group * depth_stride * kSize};
     }
-    return {reinterpret_cast<const char*>(idle), 0, 0};
+    return {reinterpret_cast<const char*>(idle)};
   }
 };
 
@@ -150,6 +150,19 @@ ReadAhead ahead_of_sums(const T* next, Index row, Index steps) {
   constexpr Index kSize = static_cast<Index>(sizeof(T));
   const Index groups = (steps + ReadAhead::kGroup - 1) / ReadAhead::kGroup;
   return {reinterpret_cast<const char*>(next), row * kSize, Block<T>::kCols * kSize / groups};
+}
+
+/// What to read besides: with many tiles the rows of the next one, with few the line beside the one
+/// that is read ahead anyway, so that few tiles suffice to read all of the next slice.
+template <class Arithmetic>
+ReadAhead also_ahead(LeftRows<Arithmetic> left, const typename Arithmetic::Left* next,
+                     ReadAhead ahead, Index tiles) {
+  constexpr Index kLine = 64;
+  constexpr Index kSize = static_cast<Index>(sizeof(typename Arithmetic::Left));
+  if (tiles < 4) return {ahead.at + kLine, ahead.near, ahead.far};
+  if (left.step != Arithmetic::kDepth) return {ahead.at};
+  return {reinterpret_cast<const char*>(next), left.row * kSize,
+          ReadAhead::kGroup * left.step * kSize};
 }
 
 /// c[0..rows, 0..kCols] (+)= rows of the left operand times a panel of `steps` steps.
@@ -170,9 +183,10 @@ void multiply_panel(LeftRows<Arithmetic> left, Index rows, Index steps, const Pa
       const ReadAhead ahead = accumulate && first == 0 && end < rows
                                   ? ahead_of_sums(c + end * c_row, c_row, count)
                                   : panel.ahead(first, count, tile, tiles);
-      multiply_rows<Arithmetic>(end - row, left.at + row * left.row + first * left.step, left.row,
-                                left.step, b, count, c + row * c_row, c_row,
-                                accumulate || first > 0, ahead);
+      const auto* const a = left.at + row * left.row + first * left.step;
+      multiply_rows<Arithmetic>(end - row, a, left.row, left.step, b, count, c + row * c_row, c_row,
+                                accumulate || first > 0, ahead,
+                                also_ahead(left, a + (end - row) * left.row, ahead, tiles));
     }
   }
 }
@@ -198,6 +212,17 @@ struct Cut {
     return {(total_rows + rows - 1) / rows * panels, std::max(kReading, rows) * panel_cost};
   }
 };
+
+/// The most rows a piece should have for every thread to get enough pieces;
+/// `pieces_with(most_rows)` counts those there would be.
+template <class PiecesWith>
+Index most_rows_for_threads(PiecesWith&& pieces_with) {
+  constexpr Index kEnough = 8;  // For each thread.
+  constexpr Index kFewestRows = 48;
+  Index most_rows = Cut::kMostRows;
+  while (most_rows > kFewestRows && pieces_with(most_rows) < kEnough * threads()) most_rows /= 2;
+  return most_rows;
+}
 
 /// Pieces `begin` to `end` of a product.
 ///

@@ -110,7 +110,7 @@ using BFloat16Arithmetic = PairedBFloat16;
 using BFloat16Arithmetic = WidenedBFloat16;
 #endif
 
-/// Where to read ahead while a block is computed: one cache line a step, `near` bytes from one to
+/// Cache lines to fetch while a block is computed, one in each step: `near` bytes from one step to
 /// the next, `far` bytes from one group of `kGroup` steps to the next.
 struct ReadAhead {
   static constexpr Index kGroup = 16;
@@ -127,7 +127,7 @@ struct ReadAhead {
 template <class Arithmetic, Index rows>
 void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_step,
                     const typename Arithmetic::Right* b, Index steps, typename Arithmetic::Sum* c,
-                    Index c_row, bool accumulate, ReadAhead ahead) {
+                    Index c_row, bool accumulate, ReadAhead ahead, ReadAhead also) {
   using S = Simd<typename Arithmetic::Sum>;
   constexpr Index kVectors = Block<typename Arithmetic::Sum>::kVectors;
   constexpr Index kColumn = S::kLanes * Arithmetic::kDepth;
@@ -149,11 +149,15 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
     const Index group = std::min(steps, ReadAhead::kGroup);
     steps -= group;
     const char* line = ahead.at;
+    const char* other = also.at;
     ahead.at += ahead.far;
+    also.at += also.far;
 #pragma GCC unroll 1
     for (Index step = 0; step < group; ++step) {
       __builtin_prefetch(line, 0, 2);
+      __builtin_prefetch(other, 0, 2);
       line += ahead.near;
+      other += also.near;
       typename Arithmetic::Column column[kVectors];
 #pragma GCC unroll 8
       for (Index j = 0; j < kVectors; ++j) column[j] = Arithmetic::column(b + j * kColumn);
@@ -178,14 +182,14 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
 template <class Arithmetic, Index rows = Arithmetic::kRows>
 void multiply_rows(Index count, const typename Arithmetic::Left* a, Index a_row, Index a_step,
                    const typename Arithmetic::Right* b, Index steps, typename Arithmetic::Sum* c,
-                   Index c_row, bool accumulate, ReadAhead ahead) {
+                   Index c_row, bool accumulate, ReadAhead ahead, ReadAhead also) {
   if constexpr (rows > 1) {
     if (count < rows) {
       return multiply_rows<Arithmetic, rows - 1>(count, a, a_row, a_step, b, steps, c, c_row,
-                                                 accumulate, ahead);
+                                                 accumulate, ahead, also);
     }
   }
-  multiply_block<Arithmetic, rows>(a, a_row, a_step, b, steps, c, c_row, accumulate, ahead);
+  multiply_block<Arithmetic, rows>(a, a_row, a_step, b, steps, c, c_row, accumulate, ahead, also);
 }
 
 /// The same with the rows packed as `pack<Block<T>::kRows>` does.
@@ -193,7 +197,8 @@ template <class T>
 void multiply_rows(Index count, const T* a, const T* b, Index depth, T* c, Index c_row,
                    bool accumulate) {
   multiply_rows<Native<T>>(count, a, 1, Block<T>::kRows, b, depth, c, c_row, accumulate,
-                           ReadAhead{reinterpret_cast<const char*>(b), 0, 0});
+                           ReadAhead{reinterpret_cast<const char*>(b)},
+                           ReadAhead{reinterpret_cast<const char*>(b)});
 }
 
 }  // namespace weir::kernels

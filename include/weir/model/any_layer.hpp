@@ -14,6 +14,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/report.hpp>
 
@@ -93,6 +94,9 @@ class AnyLayer {
   /// See MoELayer::update.
   void update() { self_->update(); }
 
+  /// See `weir::set_storage`.
+  void set_storage(Storage storage) { self_->set_storage(storage); }
+
   /// See MoELayer::report; nothing if the layer makes none, or has not run with this cache.
   std::optional<MoEReport> report(const Cache& cache) const { return self_->report(cache); }
 
@@ -123,6 +127,7 @@ class AnyLayer {
     virtual const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) = 0;
     virtual const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const = 0;
     virtual void update() = 0;
+    virtual void set_storage(Storage storage) = 0;
     virtual std::optional<MoEReport> report(const Cache& cache) const = 0;
     virtual void visit(Collector<T>& visit) = 0;
   };
@@ -178,6 +183,8 @@ class AnyLayer {
     void update() override {
       if constexpr (requires { layer.update(); }) layer.update();
     }
+
+    void set_storage(Storage storage) override { weir::set_storage(layer, storage); }
 
     std::optional<MoEReport> report(const Cache& cache) const override {
       if constexpr (requires(const typename L::Cache& c) {

@@ -15,6 +15,7 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/kernels/packed_product.hpp>
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
 #include <weir/moe/report.hpp>
@@ -107,6 +108,8 @@ class Decoder {
     if (head_) {
       d = &head_->backward(d_logits, cache.head);
     } else {
+      expect_trainable("Decoder::backward",
+                       tied_head_.empty() ? Storage::kTrainable : Storage::kPacked);
       cache.d_hidden.resize(d_logits.rows(), d_model());
       multiply_nn<T>(d_logits, embedding_.weight().value, cache.d_hidden);
       multiply_tn<T>(d_logits, cache.hidden, embedding_.weight().gradient(), true);
@@ -156,10 +159,21 @@ class Decoder {
     return reports;
   }
 
+  /// See `weir::set_storage`. A tied head is stored beside the embedding, which then is no
+  /// parameter either.
+  void set_storage(Storage storage) {
+    for (Block<T>& layer : layers_) weir::set_storage(layer, storage);
+    norm_.set_storage(storage);
+    if (head_) return head_->set_storage(storage);
+    tied_head_ = storage == Storage::kTrainable
+                     ? kernels::PackedWeight<T>()
+                     : kernels::PackedWeight<T>(embedding_.weight().value, storage);
+  }
+
   /// Parameters `embedding.*`, `layers.N.*`, `norm.*` and, unless tied, `head.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    visit("embedding", self.embedding_);
+    if (self.tied_head_.empty()) visit("embedding", self.embedding_);
     visit("layers", self.layers_);
     visit("norm", self.norm_);
     if (self.head_) visit("head", *self.head_);
@@ -187,7 +201,12 @@ class Decoder {
     if (head_) return head_->forward(normed, cache.head);
     cache.hidden = normed;
     cache.logits.resize(rows, vocab());
-    multiply_nt<T>(cache.hidden, embedding_.weight().value, cache.logits);
+    if (tied_head_.empty()) {
+      multiply_nt<T>(cache.hidden, embedding_.weight().value, cache.logits);
+    } else {
+      const kernels::PackedTo<T> to = {&tied_head_, 0, rows, cache.logits.data(), vocab()};
+      kernels::multiply_packed<T>(cache.hidden, {&to, 1});
+    }
     return cache.logits;
   }
 
@@ -195,6 +214,7 @@ class Decoder {
   std::vector<Block<T>> layers_;
   AnyLayer<T> norm_;
   std::optional<Linear<T>> head_;
+  kernels::PackedWeight<T> tied_head_;  // Empty unless the head is tied and stored for inference.
 };
 
 }  // namespace weir

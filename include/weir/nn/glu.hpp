@@ -4,13 +4,16 @@
 #pragma once
 
 #include <concepts>
+#include <optional>
 #include <utility>
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
 #include <weir/ops/lanes.hpp>
 
@@ -68,6 +71,7 @@ class Glu {
   struct Cache {
     Matrix<T> x, gate, up, h, y;
     Matrix<T> dh, d_gate, d_up, dx;
+    PackedGluCache<T> packed;
   };
 
   /// Weights from `switch_init`.
@@ -93,9 +97,14 @@ class Glu {
   /// \throws ShapeError   if x does not have d_model columns.
   Matrix<T> forward(MatrixIn<T> x) const {
     expect_columns("Glu::forward", "x", x, d_model());
+    Matrix<T> y(x.rows(), d_model());
+    if (packed_) {
+      PackedGluCache<T> cache;
+      run_packed(x, cache, y);
+      return y;
+    }
     Matrix<T> gate(x.rows(), d_hidden());
     Matrix<T> up(x.rows(), d_hidden());
-    Matrix<T> y(x.rows(), d_model());
     run(x, gate, up, gate, y);
     return y;
   }
@@ -103,6 +112,11 @@ class Glu {
   /// The same, keeping what `backward` needs.
   const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
     expect_columns("Glu::forward", "x", x, d_model());
+    if (packed_) {
+      cache.y.resize(x.rows(), d_model());
+      run_packed(x, cache.packed, cache.y);
+      return cache.y;
+    }
     cache.x = x;
     cache.gate.resize(x.rows(), d_hidden());
     cache.up.resize(x.rows(), d_hidden());
@@ -115,9 +129,11 @@ class Glu {
   /// Adds to the gradients of gate, up and down.
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws StateError   if the cache has seen no forward pass, or if the weights are stored for
+  ///                      inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    expect_trainable("Glu::backward", storage_);
     if (cache.y.cols() != d_model()) fail<StateError>("Glu::backward: no forward pass before it");
     expect_shape("Glu::backward", "dy", dy, cache.x.rows(), d_model());
     cache.dh.resize(dy.rows(), d_hidden());
@@ -137,9 +153,22 @@ class Glu {
     return cache.dx;
   }
 
-  Index d_model() const { return gate_.value.cols(); }
-  Index d_hidden() const { return gate_.value.rows(); }
+  /// See `weir::set_storage`.
+  void set_storage(Storage storage) {
+    if (storage == storage_) return;
+    if (packed_) packed_->unpack(gate_.value, up_.value, down_.value);
+    packed_.reset();
+    if (storage != Storage::kTrainable) {
+      packed_.emplace(gate_.value, up_.value, down_.value, storage);
+      gate_ = up_ = down_ = {};
+    }
+    storage_ = storage;
+  }
 
+  Index d_model() const { return packed_ ? packed_->gate_up.cols() : gate_.value.cols(); }
+  Index d_hidden() const { return packed_ ? packed_->gate_up.rows() : gate_.value.rows(); }
+
+  /// Empty if the weights are stored for inference; likewise `up` and `down`.
   const Parameter<T>& gate() const { return gate_; }
   Parameter<T>& gate() { return gate_; }
   const Parameter<T>& up() const { return up_; }
@@ -149,6 +178,7 @@ class Glu {
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
+    if (self.packed_) return;
     visit("gate", self.gate_);
     visit("up", self.up_);
     visit("down", self.down_);
@@ -164,8 +194,19 @@ class Glu {
     multiply_nt<T>(h, down_.value, y);
   }
 
+  void run_packed(MatrixIn<T> x, PackedGluCache<T>& cache, MatrixOut<T> y) const {
+    packed_glu_forward<Act, T>(
+        x.rows(), [&](Index t) { return &x.coeffRef(t, 0); }, 1,
+        [&](Index) -> PackedGluGroup<T> {
+          return {&*packed_, 0, x.rows()};
+        },
+        cache, y);
+  }
+
   Parameter<T> gate_, up_;  // [d_hidden, d_model]
   Parameter<T> down_;       // [d_model, d_hidden]
+  std::optional<PackedGlu<T>> packed_;
+  Storage storage_ = Storage::kTrainable;
 };
 
 }  // namespace weir

@@ -9,16 +9,19 @@
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/kernels/weight.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
 
 /// y = x W^T + b; x [tokens, in], W [out, in], b [1, out] or empty for none, y [tokens, out].
 template <class T>
-void linear_forward(MatrixIn<T> x, const Matrix<T>& weight, const Matrix<T>& bias, MatrixOut<T> y) {
-  multiply_nt<T>(x, weight, y);
+void linear_forward(MatrixIn<T> x, const kernels::Weight<T>& weight, const Matrix<T>& bias,
+                    MatrixOut<T> y) {
+  kernels::multiply_weights<T, 1>(x, {{{weight, y}}});
   if (bias.size() == 0) return;
   parallel_pieces(y.rows(), y.cols(), 1, [&](Index t, Index col, Index count) {
     const auto add = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; };
@@ -30,10 +33,10 @@ void linear_forward(MatrixIn<T> x, const Matrix<T>& weight, const Matrix<T>& bia
 ///
 ///     dW += dy^T x,   db += sum_t dy[t],   dx = dy W
 template <class T>
-void linear_backward(MatrixIn<T> dy, MatrixIn<T> x, Parameter<T>& weight, Parameter<T>& bias,
+void linear_backward(MatrixIn<T> dy, MatrixIn<T> x, kernels::Weight<T>& weight, Parameter<T>& bias,
                      MatrixOut<T> dx) {
-  const Product<T> products[] = {product_nn<T>(dy, weight.value, dx),
-                                 product_tn<T>(dy, x, weight.gradient(), true)};
+  const Product<T> products[] = {product_nn<T>(dy, weight.parameter().value, dx),
+                                 product_tn<T>(dy, x, weight.parameter().gradient(), true)};
   multiply<T>(products);
   if (bias.value.size() == 0) return;
   add_over_rows<T>(
@@ -62,14 +65,14 @@ class Linear {
   Linear(Index d_in, Index d_out, Rng& rng, LinearConfig config = {}) {
     expect_positive("Linear", "d_in", d_in);
     expect_positive("Linear", "d_out", d_out);
-    weight_.value = switch_init<T>(d_out, d_in, rng, config.init_scale);
+    weight_ = kernels::Weight<T>(switch_init<T>(d_out, d_in, rng, config.init_scale));
     if (config.bias) bias_.value.setZero(1, d_out);
   }
 
   /// Takes over a weight [d_out, d_in] and, unless empty, a bias [1, d_out].
   /// \throws ShapeError   if the bias does not fit the weight.
   explicit Linear(Matrix<T> weight, Matrix<T> bias = {})
-      : weight_{std::move(weight)}, bias_{std::move(bias)} {
+      : weight_(std::move(weight)), bias_{std::move(bias)} {
     if (has_bias()) expect_shape("Linear", "bias", bias_.value, 1, d_out());
   }
 
@@ -79,7 +82,7 @@ class Linear {
   Matrix<T> forward(MatrixIn<T> x) const {
     expect_columns("Linear::forward", "x", x, d_in());
     Matrix<T> y(x.rows(), d_out());
-    linear_forward<T>(x, weight_.value, bias_.value, y);
+    linear_forward<T>(x, weight_, bias_.value, y);
     return y;
   }
 
@@ -88,16 +91,18 @@ class Linear {
     expect_columns("Linear::forward", "x", x, d_in());
     cache.x = x;
     cache.y.resize(x.rows(), d_out());
-    linear_forward<T>(x, weight_.value, bias_.value, cache.y);
+    linear_forward<T>(x, weight_, bias_.value, cache.y);
     return cache.y;
   }
 
   /// Adds to the gradients of weight and bias.
   /// \param dy       [tokens, d_out], of the last forward pass.
   /// \return         dL/dx, [tokens, d_in].
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws StateError   if the cache has seen no forward pass, or if the weight is stored for
+  ///                      inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    expect_trainable("Linear::backward", weight_.storage());
     if (cache.y.cols() != d_out()) fail<StateError>("Linear::backward: no forward pass before it");
     expect_shape("Linear::backward", "dy", dy, cache.x.rows(), d_out());
     cache.dx.resize(dy.rows(), d_in());
@@ -105,24 +110,28 @@ class Linear {
     return cache.dx;
   }
 
-  Index d_in() const { return weight_.value.cols(); }
-  Index d_out() const { return weight_.value.rows(); }
+  /// See `weir::set_storage`; the bias stays a parameter.
+  void set_storage(Storage storage) { weight_.set_storage(storage); }
+
+  Index d_in() const { return weight_.cols(); }
+  Index d_out() const { return weight_.rows(); }
   bool has_bias() const { return bias_.value.size() != 0; }
 
-  const Parameter<T>& weight() const { return weight_; }
-  Parameter<T>& weight() { return weight_; }
+  /// Empty if it is stored for inference.
+  const Parameter<T>& weight() const { return weight_.parameter(); }
+  Parameter<T>& weight() { return weight_.parameter(); }
   /// Empty if there is none.
   const Parameter<T>& bias() const { return bias_; }
   Parameter<T>& bias() { return bias_; }
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    visit("weight", self.weight_);
+    if (self.weight_.storage() == Storage::kTrainable) visit("weight", self.weight_.parameter());
     if (self.has_bias()) visit("bias", self.bias_);
   }
 
  private:
-  Parameter<T> weight_;
+  kernels::Weight<T> weight_;
   Parameter<T> bias_;
 };
 

@@ -62,8 +62,8 @@ class Mlp {
   Mlp(Index d_model, Index d_hidden, Rng& rng, MlpConfig config = {}) {
     expect_positive("Mlp", "d_model", d_model);
     expect_positive("Mlp", "d_hidden", d_hidden);
-    in_.value = switch_init<T>(d_hidden, d_model, rng, config.init_scale);
-    out_.value = switch_init<T>(d_model, d_hidden, rng, config.init_scale);
+    in_ = kernels::Weight<T>(switch_init<T>(d_hidden, d_model, rng, config.init_scale));
+    out_ = kernels::Weight<T>(switch_init<T>(d_model, d_hidden, rng, config.init_scale));
     if (config.bias) {
       in_bias_.value.setZero(1, d_hidden);
       out_bias_.value.setZero(1, d_model);
@@ -74,11 +74,11 @@ class Mlp {
   /// [1, d_hidden] and [1, d_model].
   /// \throws ShapeError   if they do not fit each other.
   Mlp(Matrix<T> in, Matrix<T> out, Matrix<T> in_bias = {}, Matrix<T> out_bias = {})
-      : in_{std::move(in)},
+      : in_(std::move(in)),
         in_bias_{std::move(in_bias)},
-        out_{std::move(out)},
+        out_(std::move(out)),
         out_bias_{std::move(out_bias)} {
-    expect_shape("Mlp", "out", out_.value, d_model(), d_hidden());
+    expect_shape("Mlp", "out", out_.parameter().value, d_model(), d_hidden());
     if (in_bias_.value.size() != 0) expect_shape("Mlp", "in_bias", in_bias_.value, 1, d_hidden());
     if (out_bias_.value.size() != 0) expect_shape("Mlp", "out_bias", out_bias_.value, 1, d_model());
   }
@@ -108,9 +108,11 @@ class Mlp {
   /// Adds to the gradients of weights and biases.
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws StateError   if the cache has seen no forward pass, or if the weights are stored for
+  ///                      inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    expect_trainable("Mlp::backward", in_.storage());
     if (cache.y.cols() != d_model()) fail<StateError>("Mlp::backward: no forward pass before it");
     expect_shape("Mlp::backward", "dy", dy, cache.x.rows(), d_model());
     cache.dh.resize(dy.rows(), d_hidden());
@@ -122,36 +124,46 @@ class Mlp {
     return cache.dx;
   }
 
-  Index d_model() const { return in_.value.cols(); }
-  Index d_hidden() const { return in_.value.rows(); }
+  /// See `weir::set_storage`; biases stay parameters.
+  void set_storage(Storage storage) {
+    in_.set_storage(storage);
+    out_.set_storage(storage);
+  }
 
-  const Parameter<T>& in() const { return in_; }
-  Parameter<T>& in() { return in_; }
+  Index d_model() const { return in_.cols(); }
+  Index d_hidden() const { return in_.rows(); }
+
+  /// Empty if the weights are stored for inference; likewise `out`.
+  const Parameter<T>& in() const { return in_.parameter(); }
+  Parameter<T>& in() { return in_.parameter(); }
   /// Empty if there is none; likewise `out_bias`.
   const Parameter<T>& in_bias() const { return in_bias_; }
   Parameter<T>& in_bias() { return in_bias_; }
-  const Parameter<T>& out() const { return out_; }
-  Parameter<T>& out() { return out_; }
+  const Parameter<T>& out() const { return out_.parameter(); }
+  Parameter<T>& out() { return out_.parameter(); }
   const Parameter<T>& out_bias() const { return out_bias_; }
   Parameter<T>& out_bias() { return out_bias_; }
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    visit("in", self.in_);
+    const bool trainable = self.in_.storage() == Storage::kTrainable;
+    if (trainable) visit("in", self.in());
     if (self.in_bias_.value.size() != 0) visit("in_bias", self.in_bias_);
-    visit("out", self.out_);
+    if (trainable) visit("out", self.out());
     if (self.out_bias_.value.size() != 0) visit("out_bias", self.out_bias_);
   }
 
  private:
   void run(MatrixIn<T> x, MatrixOut<T> z, MatrixOut<T> h, MatrixOut<T> y) const {
-    linear_forward<T>(x, in_.value, in_bias_.value, z);
+    linear_forward<T>(x, in_, in_bias_.value, z);
     activation_forward<Act, T>(z, h);
-    linear_forward<T>(h, out_.value, out_bias_.value, y);
+    linear_forward<T>(h, out_, out_bias_.value, y);
   }
 
-  Parameter<T> in_, in_bias_;    // [d_hidden, d_model], [1, d_hidden] or empty
-  Parameter<T> out_, out_bias_;  // [d_model, d_hidden], [1, d_model] or empty
+  kernels::Weight<T> in_;   // [d_hidden, d_model]
+  Parameter<T> in_bias_;    // [1, d_hidden] or empty
+  kernels::Weight<T> out_;  // [d_model, d_hidden]
+  Parameter<T> out_bias_;   // [1, d_model] or empty
 };
 
 }  // namespace weir

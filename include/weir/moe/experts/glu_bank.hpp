@@ -12,9 +12,11 @@
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/nn/glu.hpp>
+#include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
 
 namespace weir {
@@ -25,6 +27,8 @@ namespace weir {
 ///
 /// with Wg_e, Wu_e [d_hidden, d_model] and Wd_e [d_model, d_hidden], computed for all experts at
 /// once on the packed slots. (Shazeer 2020, arXiv:2002.05202; SwiGLU with act = SiLU.)
+///
+/// Trainable unless `set_storage` says otherwise.
 template <std::floating_point T, Activation Act = Silu>
 class GluBank {
  public:
@@ -34,12 +38,14 @@ class GluBank {
     Scratch<T> x, gate, up, hidden, out;                 ///< [slots, .], from forward
     Scratch<T> d_out, d_hidden, d_gate, d_up, d_packed;  ///< [slots, .], from backward
     Matrix<T> y, dx;                                     ///< [tokens, d_model]
+    PackedGluCache<T> packed;
     std::vector<Product<T>> products;
   };
 
   /// Initialised like Switch's experts, with the fan-in of one expert.
   /// \throws ConfigError  if a size is below 1.
-  GluBank(Index experts, Index d_model, Index d_hidden, Rng& rng, double init_scale = 0.1) {
+  GluBank(Index experts, Index d_model, Index d_hidden, Rng& rng, double init_scale = 0.1)
+      : d_in_(d_model), d_hidden_(d_hidden), d_out_(d_model) {
     expect_at_least<Index>("GluBank", "experts", experts, 1);
     expect_at_least<Index>("GluBank", "d_model", d_model, 1);
     expect_at_least<Index>("GluBank", "d_hidden", d_hidden, 1);
@@ -64,6 +70,9 @@ class GluBank {
       expect_shape("GluBank", "up" + which, up[e], gate[0].rows(), gate[0].cols());
       expect_shape("GluBank", "down" + which, down[e], down[0].rows(), gate[0].rows());
     }
+    d_in_ = gate[0].cols();
+    d_hidden_ = gate[0].rows();
+    d_out_ = down[0].rows();
     for (std::size_t e = 0; e < gate.size(); ++e) {
       gate_.push_back({std::move(gate[e])});
       up_.push_back({std::move(up[e])});
@@ -72,38 +81,26 @@ class GluBank {
   }
 
   const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
-    const Index slots = dispatch.slots();
-    gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
-    auto gate = cache.gate.reshape(slots, d_hidden());
-    auto up = cache.up.reshape(slots, d_hidden());
-    auto hidden = cache.hidden.reshape(slots, d_hidden());
-    auto out = cache.out.reshape(slots, d_out());
-
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      const auto x_e = cache.x.view().middleRows(begin, rows);
-      cache.products.push_back(product_nt<T>(x_e, gate_[e].value, gate.middleRows(begin, rows)));
-      cache.products.push_back(product_nt<T>(x_e, up_[e].value, up.middleRows(begin, rows)));
-    });
-    multiply<T>(cache.products);
-
-    glu_forward<Act, T>(gate, up, hidden);
-
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      cache.products.push_back(product_nt<T>(hidden.middleRows(begin, rows), down_[e].value,
-                                             out.middleRows(begin, rows)));
-    });
-    multiply<T>(cache.products);
-
+    if (storage_ == Storage::kTrainable) {
+      forward_trainable(x, dispatch, cache);
+    } else {
+      packed_glu_forward<Act, T>(
+          dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); }, experts(),
+          [&](Index e) -> PackedGluGroup<T> {
+            return {&packed_[static_cast<std::size_t>(e)], dispatch.begin(e), dispatch.rows(e)};
+          },
+          cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
+    }
     cache.y.resize(x.rows(), d_out());
-    combine<T>(out, dispatch, cache.y);
+    combine<T>(cache.out.view(), dispatch, cache.y);
     return cache.y;
   }
 
   /// The gradients of experts without tokens are left alone.
+  /// \throws StateError   if the weights are stored for inference.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache) {
+    expect_trainable("GluBank::backward", storage_);
     const Index slots = dispatch.slots();
     auto d_out_packed = cache.d_out.reshape(slots, d_out());
     auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
@@ -148,8 +145,30 @@ class GluBank {
     return cache.dx;
   }
 
+  /// See `weir::set_storage`.
+  void set_storage(Storage storage) {
+    if (storage == storage_) return;
+    for (std::size_t e = 0; e < gate_.size(); ++e) {
+      if (storage_ != Storage::kTrainable) {
+        packed_[e].unpack(gate_[e].value, up_[e].value, down_[e].value);
+        if (storage != Storage::kTrainable) {
+          packed_[e] = {gate_[e].value, up_[e].value, down_[e].value, storage};
+        }
+      } else {
+        packed_.emplace_back(gate_[e].value, up_[e].value, down_[e].value, storage);
+      }
+      if (storage != Storage::kTrainable) gate_[e] = up_[e] = down_[e] = {};
+    }
+    if (storage == Storage::kTrainable) packed_.clear();
+    storage_ = storage;
+  }
+
+  Storage storage() const { return storage_; }
+
+  /// No parameters where the weights are stored for inference.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
+    if (self.storage_ != Storage::kTrainable) return;
     for (std::size_t e = 0; e < self.gate_.size(); ++e) {
       const std::string expert = std::to_string(e);
       visit(expert + ".gate", self.gate_[e]);
@@ -159,12 +178,41 @@ class GluBank {
   }
 
   Index experts() const { return static_cast<Index>(gate_.size()); }
-  Index d_in() const { return gate_[0].value.cols(); }
-  Index d_hidden() const { return gate_[0].value.rows(); }
-  Index d_out() const { return down_[0].value.rows(); }
+  Index d_in() const { return d_in_; }
+  Index d_hidden() const { return d_hidden_; }
+  Index d_out() const { return d_out_; }
 
  private:
+  void forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+    const Index slots = dispatch.slots();
+    gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
+    auto gate = cache.gate.reshape(slots, d_hidden());
+    auto up = cache.up.reshape(slots, d_hidden());
+    auto hidden = cache.hidden.reshape(slots, d_hidden());
+    auto out = cache.out.reshape(slots, d_out());
+
+    cache.products.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      const auto x_e = cache.x.view().middleRows(begin, rows);
+      cache.products.push_back(product_nt<T>(x_e, gate_[e].value, gate.middleRows(begin, rows)));
+      cache.products.push_back(product_nt<T>(x_e, up_[e].value, up.middleRows(begin, rows)));
+    });
+    multiply<T>(cache.products);
+
+    glu_forward<Act, T>(gate, up, hidden);
+
+    cache.products.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      cache.products.push_back(product_nt<T>(hidden.middleRows(begin, rows), down_[e].value,
+                                             out.middleRows(begin, rows)));
+    });
+    multiply<T>(cache.products);
+  }
+
   std::vector<Parameter<T>> gate_, up_, down_;
+  std::vector<PackedGlu<T>> packed_;  // One per expert, or none.
+  Storage storage_ = Storage::kTrainable;
+  Index d_in_ = 0, d_hidden_ = 0, d_out_ = 0;
 };
 
 }  // namespace weir

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Products of rows with packed weights, many at once.
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <type_traits>
+
+#include <weir/core/parallel.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/packed_weight.hpp>
+#include <weir/kernels/panel.hpp>
+#include <weir/kernels/schedule.hpp>
+#include <weir/kernels/thread_space.hpp>
+
+namespace weir::kernels {
+
+/// A group of rows that is multiplied with one packed weight.
+template <class Arithmetic>
+struct PackedProduct {
+  const typename Arithmetic::Left* left = nullptr;  ///< As `arrange_rows` leaves them.
+  Index rows = 0;
+  const PackedWeight<typename Arithmetic::Sum>* weight = nullptr;
+};
+
+/// How far one arranged row is from the next.
+template <class Arithmetic>
+Index row_length(Index cols) {
+  return (cols + Arithmetic::kDepth - 1) / Arithmetic::kDepth * Arithmetic::kDepth;
+}
+
+/// to[i] = the `cols` numbers at `row_of(i)`, rounded if the arithmetic wants that, and filled up
+/// with zeros to `row_length`.
+template <class Arithmetic, class RowOf>
+void arrange_rows(Index rows, Index cols, RowOf&& row_of, typename Arithmetic::Left* to) {
+  using Left = typename Arithmetic::Left;
+  const Index length = row_length<Arithmetic>(cols);
+  parallel_rows(rows, cols, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      Left* const row = to + i * length;
+      if constexpr (std::is_same_v<Left, BFloat16>) {
+        round_to_bfloat16(cols, row_of(i), row);
+      } else {
+        std::copy_n(row_of(i), cols, row);
+      }
+      std::fill(row + cols, row + length, Left());
+    }
+  });
+}
+
+/// Computes `count` products: `product_of(i)` is number i, whose parts go to `store(i, row, rows,
+/// j, compute)`, see `multiply_pieces`. All threads share the pieces of all products.
+template <class Arithmetic, class ProductOf, class Store>
+void multiply_packed(Index count, ProductOf&& product_of, Store&& store) {
+  const Index most_rows = most_rows_for_threads([&](Index rows) {
+    Index pieces = 0;
+    for (Index i = 0; i < count; ++i) {
+      const PackedProduct<Arithmetic> p = product_of(i);
+      pieces += Cut::of(p.rows, p.weight->panels(), rows).pieces(1).count;
+    }
+    return pieces;
+  });
+  const auto cut_of = [&](const PackedProduct<Arithmetic>& p) {
+    return Cut::of(p.rows, p.weight->panels(), most_rows);
+  };
+  parallel_pieces_of(
+      count,
+      [&](Index i) {
+        const PackedProduct<Arithmetic> p = product_of(i);
+        return cut_of(p).pieces(p.weight->steps() * Block<typename Arithmetic::Sum>::kCols);
+      },
+      [&](Index i, Index begin, Index end) {
+        const PackedProduct<Arithmetic> p = product_of(i);
+        const LeftRows<Arithmetic> left = {p.left, row_length<Arithmetic>(p.weight->cols()),
+                                           Arithmetic::kDepth};
+        multiply_pieces<Arithmetic>(
+            cut_of(p), left, p.weight->steps(), begin, end,
+            [&](Index j, bool followed) {
+              return p.weight->template panel<Arithmetic>(j, followed);
+            },
+            [&](Index row, Index rows, Index j, auto&& compute) {
+              store(i, row, rows, j, compute);
+            });
+      });
+}
+
+/// A product of the rows `first` to `first + rows` with a packed weight, which goes to `out` [rows,
+/// rows of the weight], or is added to it.
+template <class T>
+struct PackedTo {
+  const PackedWeight<T>* weight = nullptr;
+  Index first = 0, rows = 0;
+  T* out = nullptr;
+  Index out_row = 0;
+  bool accumulate = false;
+};
+
+/// out_i (+)= x_i W_i^T for groups of the rows of x and several packed weights, all in the same
+/// storage and as wide as x.
+template <class T>
+void multiply_packed(MatrixIn<T> x, std::span<const PackedTo<T>> products) {
+  if (products.empty()) return;
+  products[0].weight->with_arithmetic([&](auto arithmetic) {
+    using Arithmetic = decltype(arithmetic);
+    using Left = typename Arithmetic::Left;
+    const auto product = [&](Index i) -> const PackedTo<T>& {
+      return products[static_cast<std::size_t>(i)];
+    };
+    const Index length = row_length<Arithmetic>(x.cols());
+    auto& space = ThreadSpace<Left, PackedWeight<T>>::of_this_thread();
+    space.reserve(x.rows() * length);
+    Left* const left = space.take(x.rows() * length);
+    arrange_rows<Arithmetic>(
+        x.rows(), x.cols(), [&](Index i) { return x.data() + i * x.outerStride(); }, left);
+    multiply_packed<Arithmetic>(
+        static_cast<Index>(products.size()),
+        [&](Index i) -> PackedProduct<Arithmetic> {
+          return {left + product(i).first * length, product(i).rows, product(i).weight};
+        },
+        [&](Index i, Index row, Index rows, Index j, auto&& compute) {
+          const PackedTo<T>& p = product(i);
+          const ToMatrix<T> to = {p.out, p.out_row, p.weight->rows(), p.accumulate};
+          to(row, rows, j, compute);
+        });
+  });
+}
+
+}  // namespace weir::kernels

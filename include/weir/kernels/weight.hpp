@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// A weight matrix of a layer, in whichever storage it is kept.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include <weir/core/parameter.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/kernels/packed_product.hpp>
+#include <weir/kernels/packed_weight.hpp>
+
+namespace weir::kernels {
+
+/// A weight [out, in]: a parameter, or packed for inference.
+template <class T>
+class Weight {
+ public:
+  Weight() = default;
+  explicit Weight(Matrix<T> value) : parameter_{std::move(value)} {}
+
+  Index rows() const { return packed_.empty() ? parameter_.value.rows() : packed_.rows(); }
+  Index cols() const { return packed_.empty() ? parameter_.value.cols() : packed_.cols(); }
+
+  /// Empty unless the storage is kTrainable.
+  Parameter<T>& parameter() { return parameter_; }
+  const Parameter<T>& parameter() const { return parameter_; }
+
+  const PackedWeight<T>& packed() const { return packed_; }
+
+  Storage storage() const { return storage_; }
+
+  void set_storage(Storage storage) {
+    if (storage == storage_ || rows() == 0) return;
+    if (storage_ != Storage::kTrainable) packed_.unpack(parameter_.value);
+    packed_ = {};
+    if (storage != Storage::kTrainable) {
+      packed_ = {parameter_.value, storage};
+      parameter_ = {};
+    }
+    storage_ = storage;
+  }
+
+ private:
+  Parameter<T> parameter_;
+  PackedWeight<T> packed_;
+  Storage storage_ = Storage::kTrainable;
+};
+
+/// A product with a weight: out [rows of x, rows of the weight].
+template <class T>
+struct WeightProduct {
+  const Weight<T>* weight = nullptr;
+  T* out = nullptr;
+  Index out_row = 0;
+
+  WeightProduct(const Weight<T>& w, MatrixOut<T> to)
+      : weight(&w), out(to.data()), out_row(to.outerStride()) {}
+};
+
+/// out_i = x W_i^T for several weights, all in the same storage and as wide as x.
+template <class T, std::size_t count>
+void multiply_weights(MatrixIn<T> x, const std::array<WeightProduct<T>, count>& products) {
+  if (products[0].weight->storage() == Storage::kTrainable) {
+    std::array<Product<T>, count> plain;
+    for (std::size_t i = 0; i < count; ++i) {
+      const Matrix<T>& w = products[i].weight->parameter().value;
+      plain[i] = {x.rows(), w.rows(), x.cols(), x.data(),        x.outerStride(),    1,
+                  w.data(), 1,        w.cols(), products[i].out, products[i].out_row};
+    }
+    return multiply<T>(plain);
+  }
+  std::array<PackedTo<T>, count> packed;
+  for (std::size_t i = 0; i < count; ++i) {
+    packed[i] = {&products[i].weight->packed(), 0, x.rows(), products[i].out, products[i].out_row};
+  }
+  multiply_packed<T>(x, packed);
+}
+
+}  // namespace weir::kernels
