@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include <weir/core/types.hpp>
 #include <weir/kernels/register_block.hpp>
@@ -224,6 +225,57 @@ Index most_rows_for_threads(PiecesWith&& pieces_with) {
   return most_rows;
 }
 
+/// Gives the sums of one panel, [rows, kCols], to where `store` wants them.
+template <class Sum, class Store>
+void store_sums(const Sum* sums, Index row, Index rows, Index j, Store&& store) {
+  constexpr Index kCols = Block<Sum>::kCols;
+  store(row, rows, j, [&](Sum* c, Index c_row, bool accumulate) {
+    for (Index i = 0; i < rows; ++i) {
+      for (Index col = 0; col < kCols; ++col) {
+        Sum& to = c[i * c_row + col];
+        to = accumulate ? to + sums[i * kCols + col] : sums[i * kCols + col];
+      }
+    }
+  });
+}
+
+/// Up to three rows times several of the `remaining` packed panels from `panel` on, side by side,
+/// since a core that waits for memory gets more from it by reading at several places. Returns how
+/// many panels that were; none with more rows.
+template <class Arithmetic, class Store>
+Index multiply_side_by_side(LeftRows<Arithmetic> left, Index row, Index rows,
+                            const PackedPanel<Arithmetic>& panel, Index j, Index remaining,
+                            Store&& store) {
+  using Sum = typename Arithmetic::Sum;
+  constexpr Index kCols = Block<Sum>::kCols;
+  constexpr Index kMostSums = 6;
+  Sum sums[kMostSums * kCols];
+  const auto multiply = [&]<Index kRows, Index kStreams>(std::integral_constant<Index, kRows>,
+                                                         std::integral_constant<Index, kStreams>) {
+    static_assert(kRows * kStreams <= kMostSums);
+    multiply_streams<Arithmetic, kRows, kStreams>(left.at, left.row, left.step, panel.panel,
+                                                  panel.steps * PackedPanel<Arithmetic>::kRow,
+                                                  panel.steps, sums);
+    return kStreams;
+  };
+  constexpr std::integral_constant<Index, 1> kOne;
+  constexpr std::integral_constant<Index, 2> kTwo;
+  constexpr std::integral_constant<Index, 3> kThree;
+  constexpr std::integral_constant<Index, 4> kFour;
+  Index done = 0;
+  if (rows == 1 && remaining >= 4) {
+    done = multiply(kOne, kFour);
+  } else if (rows == 1 && remaining >= 2) {
+    done = multiply(kOne, kTwo);
+  } else if (rows == 2 && remaining >= 2) {
+    done = multiply(kTwo, kTwo);
+  } else if (rows == 3 && remaining >= 2) {
+    done = multiply(kThree, kTwo);
+  }
+  for (Index s = 0; s < done; ++s) store_sums(sums + s * rows * kCols, row, rows, j + s, store);
+  return done;
+}
+
 /// Pieces `begin` to `end` of a product.
 ///
 /// \param panel_of  `panel_of(j, followed)` gives panel j, `followed` telling whether panel j + 1
@@ -234,12 +286,21 @@ Index most_rows_for_threads(PiecesWith&& pieces_with) {
 template <class Arithmetic, class PanelOf, class Store>
 void multiply_pieces(const Cut& cut, LeftRows<Arithmetic> left, Index steps, Index begin, Index end,
                      PanelOf&& panel_of, Store&& store) {
-  for (Index piece = begin; piece < end; ++piece) {
+  Index piece = begin;
+  while (piece < end) {
     const Index row = piece / cut.panels * cut.rows;
     const Index rows = std::min(cut.rows, cut.total_rows - row);
     const Index j = piece % cut.panels;
-    const auto panel = panel_of(j, piece + 1 < end && j + 1 < cut.panels);
+    const Index remaining = std::min(end - piece, cut.panels - j);
+    const auto panel = panel_of(j, remaining > 1);
     const LeftRows<Arithmetic> from = {left.at + row * left.row, left.row, left.step};
+    if constexpr (std::is_same_v<std::remove_cvref_t<decltype(panel)>, PackedPanel<Arithmetic>>) {
+      const Index done =
+          multiply_side_by_side<Arithmetic>(from, row, rows, panel, j, remaining, store);
+      piece += done;
+      if (done > 0) continue;
+    }
+    ++piece;
     store(row, rows, j, [&](typename Arithmetic::Sum* c, Index c_row, bool accumulate) {
       multiply_panel<Arithmetic>(from, rows, steps, panel, c, c_row, accumulate);
     });

@@ -178,6 +178,46 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
   }
 }
 
+/// `multiply_block` for few rows and `streams` panels side by side, the next one `panel_size`
+/// numbers on: a core that waits for memory gets more from it by reading at several places. The
+/// sums of panel s go to `c + s * rows * kCols`.
+template <class Arithmetic, Index rows, Index streams>
+void multiply_streams(const typename Arithmetic::Left* a, Index a_row, Index a_step,
+                      const typename Arithmetic::Right* b, Index panel_size, Index steps,
+                      typename Arithmetic::Sum* c) {
+  using S = Simd<typename Arithmetic::Sum>;
+  constexpr Index kVectors = Block<typename Arithmetic::Sum>::kVectors;
+  constexpr Index kColumn = S::kLanes * Arithmetic::kDepth;
+  typename S::Vector sum[streams][rows][kVectors] = {};
+#pragma GCC unroll 1
+  for (Index step = 0; step < steps; ++step) {
+#pragma GCC unroll 8
+    for (Index s = 0; s < streams; ++s) {
+#pragma GCC unroll 8
+      for (Index j = 0; j < kVectors; ++j) {
+        const typename Arithmetic::Column column =
+            Arithmetic::column(b + s * panel_size + j * kColumn);
+#pragma GCC unroll 8
+        for (Index i = 0; i < rows; ++i) {
+          Arithmetic::multiply_add(sum[s][i][j], Arithmetic::factor(a + i * a_row), column);
+        }
+      }
+    }
+    b += kVectors * kColumn;
+    a += a_step;
+  }
+#pragma GCC unroll 8
+  for (Index s = 0; s < streams; ++s) {
+#pragma GCC unroll 8
+    for (Index i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+      for (Index j = 0; j < kVectors; ++j) {
+        S::store(sum[s][i][j], c + ((s * rows + i) * kVectors + j) * S::kLanes);
+      }
+    }
+  }
+}
+
 /// `multiply_block` for a number of rows known at run time, 1 to Arithmetic::kRows.
 template <class Arithmetic, Index rows = Arithmetic::kRows>
 void multiply_rows(Index count, const typename Arithmetic::Left* a, Index a_row, Index a_step,

@@ -23,11 +23,18 @@ template <class PiecesOf, class Body>
 void parallel_pieces_of(Index groups, PiecesOf&& pieces_of, Body&& body) {
   constexpr Index kWorthwhile = 100'000;  // Multiply-adds below which waking a thread costs more.
   constexpr Index kTasksPerThread = 16;
+  constexpr Index kPiecesPerTask = 4;  // So that a thread can do several side by side.
   Index total = 0;
-  for (Index g = 0; g < groups; ++g) total += pieces_of(g).count * pieces_of(g).cost;
+  Index count = 0;
+  for (Index g = 0; g < groups; ++g) {
+    const Pieces pieces = pieces_of(g);
+    total += pieces.count * pieces.cost;
+    count += pieces.count;
+  }
   if (total == 0) return;
-  const Index tasks =
-      threads() == 1 ? 1 : std::clamp<Index>(total / kWorthwhile, 1, kTasksPerThread * threads());
+  const Index most_tasks = std::min<Index>(kTasksPerThread * threads(),
+                                           std::max<Index>(threads(), count / kPiecesPerTask));
+  const Index tasks = threads() == 1 ? 1 : std::clamp<Index>(total / kWorthwhile, 1, most_tasks);
   parallel_for(tasks, [&](Index task) {
     // This task has the pieces that begin in [from, to) on the line of all work.
     const Index from = total / tasks * task + std::min(task, total % tasks);
