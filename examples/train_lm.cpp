@@ -17,6 +17,7 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/generate.hpp>
 #include <weir/model/interleave.hpp>
@@ -434,7 +435,8 @@ void print_loads(const std::vector<weir::NamedReport>& reports) {
 
 /// Lets the model continue the prompt. Whenever the text fills the context it was trained on, it
 /// goes on from the latter half.
-void write_sample(const Options& options, const weir::Decoder<float>& model) {
+void write_sample(const Options& options, weir::Decoder<float>& model) {
+  weir::set_storage(model, weir::Storage::kPacked);  // from here on for inference only
   std::vector<Index> prompt;
   for (const char c : options.prompt) prompt.push_back(static_cast<unsigned char>(c));
   weir::Rng rng(options.seed);

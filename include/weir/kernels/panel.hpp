@@ -70,7 +70,7 @@ void pack(const T* from, Index stride, Index depth_stride, Index count, Index de
 
 /// How many steps of a panel are multiplied before the next ones are touched: what stays in L2
 /// while all rows pass by.
-inline constexpr Index kSlice = 1024;
+inline constexpr Index kSlice = 512;
 
 /// The rows of a left operand: row i, step s at `at + i * row + s * step`.
 template <class Arithmetic>
