@@ -147,6 +147,25 @@ TEMPLATE_TEST_CASE("Mixtures compute the same in every storage", "[moe][storage]
   }
 }
 
+TEST_CASE("Banks stored for inference have the same bits for any number of threads",
+          "[moe][storage][parallel]") {
+  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
+  // Experts with one to three tokens among them, and many panels.
+  const auto tokens = GENERATE(as<Index>{}, 1, 2, 3, 40);
+  const Matrix<float> x = test::random_matrix<float>(tokens, 160, 1);
+  const auto check = [&](auto moe) {
+    set_storage(moe, storage);
+    const Matrix<float> one = moe.forward(x);
+    for (const int count : {2, 3}) {
+      const test::Threads threads(count);
+      CHECK(moe.forward(x) == one);
+    }
+  };
+  Rng rng(7);
+  check(mixture(GluBank<float>(3, 160, 1000, rng, 1.0), 1));
+  check(mixture(MlpBank<float>(3, 160, 1000, rng, {.bias = true, .init_scale = 1.0}), 1));
+}
+
 TEST_CASE("A bank of layers stores those", "[moe][storage]") {
   Rng rng(3);
   auto moe =

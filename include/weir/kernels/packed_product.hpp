@@ -86,17 +86,16 @@ void multiply_packed(Index count, ProductOf&& product_of, Store&& store) {
 }
 
 /// A product of the rows `first` to `first + rows` with a packed weight, which goes to `out` [rows,
-/// rows of the weight], or is added to it.
+/// rows of the weight].
 template <class T>
 struct PackedTo {
   const PackedWeight<T>* weight = nullptr;
   Index first = 0, rows = 0;
   T* out = nullptr;
   Index out_row = 0;
-  bool accumulate = false;
 };
 
-/// out_i (+)= x_i W_i^T for groups of the rows of x and several packed weights, all in the same
+/// out_i = x_i W_i^T for groups of the rows of x and several packed weights, all in the same
 /// storage and as wide as x.
 template <class T>
 void multiply_packed(MatrixIn<T> x, std::span<const PackedTo<T>> products) {
@@ -120,7 +119,7 @@ void multiply_packed(MatrixIn<T> x, std::span<const PackedTo<T>> products) {
         },
         [&](Index i, Index row, Index rows, Index j, auto&& compute) {
           const PackedTo<T>& p = product(i);
-          const ToMatrix<T> to = {p.out, p.out_row, p.weight->rows(), p.accumulate};
+          const ToMatrix<T> to = {p.out, p.out_row, p.weight->rows()};
           to(row, rows, j, compute);
         });
   });

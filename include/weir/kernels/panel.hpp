@@ -208,8 +208,7 @@ struct Cut {
 
   /// `panel_cost`: the numbers of a panel.
   Pieces pieces(Index panel_cost) const {
-    constexpr Index kReading =
-        8;  // Reading a panel takes about as long as multiplying as many rows.
+    constexpr Index kReading = 8;  // Rows that are multiplied while a panel is read.
     return {(total_rows + rows - 1) / rows * panels, std::max(kReading, rows) * panel_cost};
   }
 };
@@ -223,20 +222,6 @@ Index most_rows_for_threads(PiecesWith&& pieces_with) {
   Index most_rows = Cut::kMostRows;
   while (most_rows > kFewestRows && pieces_with(most_rows) < kEnough * threads()) most_rows /= 2;
   return most_rows;
-}
-
-/// Gives the sums of one panel, [rows, kCols], to where `store` wants them.
-template <class Sum, class Store>
-void store_sums(const Sum* sums, Index row, Index rows, Index j, Store&& store) {
-  constexpr Index kCols = Block<Sum>::kCols;
-  store(row, rows, j, [&](Sum* c, Index c_row, bool accumulate) {
-    for (Index i = 0; i < rows; ++i) {
-      for (Index col = 0; col < kCols; ++col) {
-        Sum& to = c[i * c_row + col];
-        to = accumulate ? to + sums[i * kCols + col] : sums[i * kCols + col];
-      }
-    }
-  });
 }
 
 /// Up to three rows times several of the `remaining` packed panels from `panel` on, side by side,
@@ -272,7 +257,13 @@ Index multiply_side_by_side(LeftRows<Arithmetic> left, Index row, Index rows,
   } else if (rows == 3 && remaining >= 2) {
     done = multiply(kThree, kTwo);
   }
-  for (Index s = 0; s < done; ++s) store_sums(sums + s * rows * kCols, row, rows, j + s, store);
+  for (Index s = 0; s < done; ++s) {
+    store(row, rows, j + s, [&](Sum* c, Index c_row, bool /*accumulate*/) {
+      for (Index i = 0; i < rows; ++i) {
+        std::copy_n(sums + (s * rows + i) * kCols, kCols, c + i * c_row);
+      }
+    });
+  }
   return done;
 }
 
@@ -282,7 +273,8 @@ Index multiply_side_by_side(LeftRows<Arithmetic> left, Index row, Index rows,
 ///                  will be multiplied after it.
 /// \param store     `store(row, rows, j, compute)` has to call `compute(c, c_row, accumulate)` once
 ///                  for where rows `row` to `row + rows` of panel j shall go; all kCols columns of
-///                  c are written.
+///                  c are written. `accumulate` is not for packed panels, since sums that begin in
+///                  different places would have different bits.
 template <class Arithmetic, class PanelOf, class Store>
 void multiply_pieces(const Cut& cut, LeftRows<Arithmetic> left, Index steps, Index begin, Index end,
                      PanelOf&& panel_of, Store&& store) {

@@ -160,17 +160,20 @@ class MlpBank {
     cache.packed.clear();
     dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
       auto y_e = y.middleRows(begin, rows);
-      if (!bias.empty()) y_e.rowwise() = bias[e].value.row(0);
       if (weight[e].storage() == Storage::kTrainable) {
+        if (!bias.empty()) y_e.rowwise() = bias[e].value.row(0);
         cache.products.push_back(product_nt<T>(x.middleRows(begin, rows),
                                                weight[e].parameter().value, y_e, !bias.empty()));
       } else {
-        cache.packed.push_back(
-            {&weight[e].packed(), begin, rows, y_e.data(), y.outerStride(), !bias.empty()});
+        cache.packed.push_back({&weight[e].packed(), begin, rows, y_e.data(), y.outerStride()});
       }
     });
     multiply<T>(cache.products);
     kernels::multiply_packed<T>(x, cache.packed);
+    if (cache.packed.empty() || bias.empty()) return;
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      y.middleRows(begin, rows).rowwise() += bias[e].value.row(0);
+    });
   }
 
   /// The derivative of `multiply_all`: dx_e = dy_e W_e, and the gradients of W_e and b_e.
