@@ -25,7 +25,7 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
-#include <weir/kernels/simd.hpp>
+#include <weir/ops/lanes.hpp>
 
 #include "support/clock.hpp"
 
@@ -60,7 +60,7 @@ double total_rate(double seconds, Chunk&& chunk) {
   return std::accumulate(rate.begin(), rate.end(), 0.0);
 }
 
-using Vector = kernels::Simd<float>::Vector;
+using Vector = Lanes<float>;
 
 /// Enough independent sums to keep two units busy whose results take four cycles or five, and few
 /// enough to stay in registers beside two operands.
@@ -85,7 +85,7 @@ inline double multiply_add(Index /*thread*/) {
 #pragma GCC unroll 32
   for (int i = 1; i < kSums; ++i) sum[0] += sum[i];
   benchmark::DoNotOptimize(sum[0]);
-  return 2.0 * kSums * kRepeats * static_cast<double>(kernels::Simd<float>::kLanes);
+  return 2.0 * kSums * kRepeats * static_cast<double>(kLanes<float>);
 }
 
 #if defined(__AVX512BF16__)
@@ -137,15 +137,14 @@ class Stream {
       if (position + kStep * kSteps > share) position = 0;
       const float* from = memory_.get() + thread * share * streams + position;
       position += kStep * kSteps;
-      constexpr Index kVectors = kStep / kernels::Simd<float>::kLanes;
+      constexpr Index kVectors = kStep / kLanes<float>;
       Vector sum[streams] = {};
       for (Index step = 0; step < kSteps; ++step, from += kStep) {
 #pragma GCC unroll 8
         for (Index s = 0; s < streams; ++s) {
 #pragma GCC unroll 16
           for (Index i = 0; i < kVectors; ++i) {
-            sum[s] +=
-                kernels::Simd<float>::load(from + s * share + i * kernels::Simd<float>::kLanes);
+            sum[s] += load_lanes<float>(from + s * share + i * kLanes<float>);
           }
         }
       }

@@ -13,7 +13,7 @@
 #include <benchmark/benchmark.h>
 
 #include <weir/core/parallel.hpp>
-#include <weir/kernels/simd.hpp>
+#include <weir/ops/lanes.hpp>
 
 #include "support/clock.hpp"
 #include "support/limits.hpp"
@@ -37,7 +37,7 @@ inline void add_machine_context() {
   constexpr double kSeconds = 0.01;
   constexpr double kGiga = 1e-9;
   benchmark::AddCustomContext("cpu", cpu_model());
-  benchmark::AddCustomContext("vectors", std::to_string(8 * kernels::kVectorBytes) + " bits");
+  benchmark::AddCustomContext("vectors", std::to_string(8 * sizeof(Lanes<float>)) + " bits");
   const auto add = [](std::string_view name, std::string_view unit, auto measure) {
     std::vector<double> values;
     for (int i = 0; i < kRounds; ++i) values.push_back(kGiga * measure());

@@ -19,11 +19,14 @@
 #include <weir/core/types.hpp>
 
 #include <weir/ops/activation.hpp>
+#include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
+#include <weir/ops/normal.hpp>
 #include <weir/ops/rope.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/top_k.hpp>
+#include <weir/ops/trigonometry.hpp>
 
 #include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/matmul.hpp>
@@ -32,8 +35,8 @@
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/register_block.hpp>
 #include <weir/kernels/schedule.hpp>
-#include <weir/kernels/simd.hpp>
 #include <weir/kernels/thread_space.hpp>
+#include <weir/kernels/transpose.hpp>
 #include <weir/kernels/weight.hpp>
 
 #include <weir/nn/cross_entropy.hpp>

@@ -16,8 +16,12 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
-#include <weir/kernels/matmul.hpp>
+#include <weir/kernels/panel.hpp>
+#include <weir/kernels/register_block.hpp>
 #include <weir/kernels/thread_space.hpp>
+#include <weir/kernels/transpose.hpp>
+#include <weir/ops/exp.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -63,8 +67,9 @@ struct CausalAttention {
     struct Task {
       Index span, first;
     };
-    /// The rows of every head as left operands of block products.
-    struct Packed {
+    /// The rows of each head by themselves, one behind the other. Read column by column from the
+    /// matrix, whose rows lie a power of two apart, they would push each other out of L1.
+    struct Apart {
       Scratch<T> storage;
       Index height = 0;
 
@@ -79,10 +84,8 @@ struct CausalAttention {
     std::vector<Task> tasks;
     std::vector<FewTask> few_tasks;
     Scratch<T> partial;  ///< A few-task's sums over its keys: [total | largest score | values].
-    std::vector<Index> query_base, key_base;  ///< Where each span begins in the packed operands.
-    Scratch<T> dot;                           ///< d_out . out, [heads, queries].
-    Packed k_rows, k_cols, v_rows, v_cols;
-    Packed q_rows, q_cols, d_out_rows, d_out_cols;
+    Scratch<T> dot;      ///< d_out . out, [heads, queries].
+    Apart q, k, v, d_out;
   };
 
   AttentionHeads shape;
@@ -111,12 +114,9 @@ struct CausalAttention {
         }
       }
     }
-    lay_out(cache);
-    pack_keys(cache, Form::kRows, k, shape.head_dim, cache.k_rows, true);
-    pack_keys(cache, Form::kCols, v, shape.value_dim, cache.v_cols, true);
+    if (!cache.tasks.empty()) set_apart(v, shape.kv_heads, shape.value_dim, cache.v);
     run(cache.tasks, shape.heads, [&](const auto& task, Index head) {
-      forward_block(span(task.span), cache.key_base[index(task.span)], task.first, head, out,
-                    cache);
+      forward_block(span(task.span), task.first, head, out, cache);
     });
     const auto few = static_cast<Index>(cache.few_tasks.size());
     auto partial = cache.partial.reshape(few, shape.heads * (2 + shape.value_dim));
@@ -134,23 +134,18 @@ struct CausalAttention {
   /// \param d_out  [queries, heads * value_dim]
   void backward(MatrixIn<T> out, MatrixIn<T> d_out, MatrixOut<T> dq, MatrixOut<T> dk,
                 MatrixOut<T> dv, Cache& cache) const {
-    lay_out(cache);
-    pack_keys(cache, Form::kRows, k, shape.head_dim, cache.k_rows, false);
-    pack_keys(cache, Form::kCols, k, shape.head_dim, cache.k_cols, false);
-    pack_keys(cache, Form::kRows, v, shape.value_dim, cache.v_rows, false);
-    pack_queries(cache, Form::kRows, q, shape.head_dim, cache.q_rows);
-    pack_queries(cache, Form::kCols, q, shape.head_dim, cache.q_cols);
-    pack_queries(cache, Form::kRows, d_out, shape.value_dim, cache.d_out_rows);
-    pack_queries(cache, Form::kCols, d_out, shape.value_dim, cache.d_out_cols);
+    set_apart(q, shape.heads, shape.head_dim, cache.q);
+    set_apart(k, shape.kv_heads, shape.head_dim, cache.k);
+    set_apart(d_out, shape.heads, shape.value_dim, cache.d_out);
 
     auto dot = cache.dot.reshape(shape.heads, q.rows());
     const Index width = shape.value_dim;
+    const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
     parallel_rows(q.rows(), 2 * out.cols(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         for (Index head = 0; head < shape.heads; ++head) {
-          dot(head, i) = out.row(i)
-                             .segment(head * width, width)
-                             .dot(d_out.row(i).segment(head * width, width));
+          dot(head, i) = sum_lanes<T>(width, product, &out.coeffRef(i, head * width),
+                                      &d_out.coeffRef(i, head * width));
         }
       }
     });
@@ -162,8 +157,7 @@ struct CausalAttention {
       }
     }
     run(cache.tasks, shape.heads, [&](const auto& task, Index head) {
-      backward_queries(span(task.span), cache.key_base[index(task.span)], task.first, head, d_out,
-                       dq, cache);
+      backward_queries(span(task.span), task.first, head, d_out, dq, cache);
     });
     cache.tasks.clear();
     for (Index s = 0; s < span_count(); ++s) {
@@ -172,8 +166,7 @@ struct CausalAttention {
       }
     }
     run(cache.tasks, shape.kv_heads, [&](const auto& task, Index kv_head) {
-      backward_keys(span(task.span), cache.query_base[index(task.span)], task.first, kv_head, dk,
-                    dv, cache);
+      backward_keys(span(task.span), task.first, kv_head, dk, dv, cache);
     });
   }
 
@@ -182,29 +175,22 @@ struct CausalAttention {
   // works on whole vectors of a strip's columns, and the strip is, as it lies, the right operand of
   // the product with the values. One side of the attention matrix is "rows", cut in blocks of
   // kRowBlock; the other is "columns", cut in blocks of kBlock, which are a few strips.
-  static constexpr Index kHeight = kernels::Block<T>::kRows;
   static constexpr Index kStrip = kernels::Block<T>::kCols;
+  static constexpr Index kVectors = kStrip / kLanes<T>;
   static constexpr Index kBlock = 64;
   static constexpr Index kRowBlock = 96;
   // A few queries are computed one by one, their keys in chunks of kChunk for parallelism, and
   // those in pieces of kFewRows that stay in L1.
   static constexpr Index kChunk = 256;
   static constexpr Index kFewRows = 32;
-  static_assert(kBlock % kStrip == 0 && kRowBlock % kHeight == 0);
+  static_assert(kBlock % kStrip == 0 && kFewRows % kLanes<T> == 0);
 
-  using Strip = Eigen::Array<T, kStrip, 1>;
-  using StripMap = Eigen::Map<Strip>;
-  using ConstStripMap = Eigen::Map<const Strip>;
-  using RowMap = Eigen::Map<Eigen::Array<T, 1, Eigen::Dynamic>>;
-  using ConstRowMap = Eigen::Map<const Eigen::Array<T, 1, Eigen::Dynamic>>;
+  using Arithmetic = kernels::Native<T>;
+  using Left = kernels::LeftRows<Arithmetic>;
   using Task = typename Cache::Task;
-  using Packed = typename Cache::Packed;
-
-  /// How the rows of a head lie in memory as left operand: as they are or transposed.
-  enum class Form { kRows, kCols };
+  using Apart = typename Cache::Apart;
 
   static std::size_t index(Index i) { return static_cast<std::size_t>(i); }
-  static Index round_up(Index n) { return (n + kHeight - 1) / kHeight * kHeight; }
   static Index strips(Index columns) { return (columns + kStrip - 1) / kStrip; }
   static Index last_block(Index n) { return n == 0 ? -1 : (n - 1) / kBlock * kBlock; }
 
@@ -244,54 +230,28 @@ struct CausalAttention {
         [&](Index i) { body(tasks[index(i / head_count)], i % head_count); });
   }
 
-  /// Gives each span its place in the packed operands.
-  void lay_out(Cache& cache) const {
-    cache.query_base.assign(1, 0);
-    cache.key_base.assign(1, 0);
-    for (const AttentionSpan& s : spans) {
-      cache.query_base.push_back(cache.query_base.back() + round_up(s.queries));
-      cache.key_base.push_back(cache.key_base.back() + round_up(s.keys));
-    }
+  /// Copies the heads of `from`, each `dim` wide.
+  static void set_apart(MatrixIn<T> from, Index head_count, Index dim, Apart& to) {
+    to.height = from.rows();
+    to.storage.reshape(head_count * from.rows(), dim);
+    parallel_rows(from.rows(), from.cols(), [&](Index begin, Index end) {
+      for (Index head = 0; head < head_count; ++head) {
+        for (Index row = begin; row < end; ++row) {
+          std::copy_n(&from.coeffRef(row, head * dim), dim, to.at(head, row));
+        }
+      }
+    });
   }
 
-  void pack_keys(Cache& cache, Form form, MatrixIn<T> from, Index dim, Packed& to,
-                 bool skip_few) const {
-    to.height = cache.key_base.back();
-    to.storage.reshape(shape.kv_heads * to.height, round_up(dim));
-    for (Index s = 0; s < span_count(); ++s) {
-      if (skip_few && is_few(span(s))) continue;
-      pack_span(form, from, span(s).key_begin, span(s).keys, cache.key_base[index(s)],
-                shape.kv_heads, dim, to);
-    }
+  /// Rows of one head from `row` on, as they are and transposed, as left operands.
+  static Left rows_of(MatrixIn<T> from, Index row, Index head, Index dim) {
+    return {&from.coeffRef(row, head * dim), from.outerStride(), 1};
   }
-
-  void pack_queries(Cache& cache, Form form, MatrixIn<T> from, Index dim, Packed& to) const {
-    to.height = cache.query_base.back();
-    to.storage.reshape(shape.heads * to.height, round_up(dim));
-    for (Index s = 0; s < span_count(); ++s) {
-      pack_span(form, from, span(s).query_begin, span(s).queries, cache.query_base[index(s)],
-                shape.heads, dim, to);
-    }
+  static Left rows_of(Apart& from, Index row, Index head) {
+    return {from.at(head, row), from.storage.cols(), 1};
   }
-
-  static void pack_span(Form form, MatrixIn<T> from, Index begin, Index rows, Index base,
-                        Index head_count, Index dim, Packed& to) {
-    parallel_rows(head_count * ((rows + kRowBlock - 1) / kRowBlock), kRowBlock * dim,
-                  [&](Index first, Index last) {
-                    for (Index i = first; i < last; ++i) {
-                      const Index row = i / head_count * kRowBlock;
-                      const Index head = i % head_count;
-                      const Index count = std::min(kRowBlock, rows - row);
-                      const T* source =
-                          from.data() + (begin + row) * from.outerStride() + head * dim;
-                      T* target = to.at(head, base + row);
-                      if (form == Form::kRows) {
-                        kernels::pack<kHeight>(source, from.outerStride(), 1, count, dim, target);
-                      } else {
-                        kernels::pack<kHeight>(source, 1, from.outerStride(), dim, count, target);
-                      }
-                    }
-                  });
+  static Left columns_of(Apart& from, Index row, Index head) {
+    return {from.at(head, row), 1, from.storage.cols()};
   }
 
   /// Packs `count` (at most kBlock) rows of one head as the columns of right operands, one
@@ -300,28 +260,42 @@ struct CausalAttention {
                            T factor, T* to) {
     kernels::pack<kStrip>(from.data() + row * from.outerStride() + head * dim, from.outerStride(),
                           1, count, dim, to);
-    const Index size = strips(count) * kStrip * dim;
-    if (factor != T(1)) Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>(to, size) *= factor;
+    if (factor != T(1)) scale(to, strips(count) * kStrip * dim, factor);
   }
 
-  /// The inverse for results: writes `factor` times the strips to `count` rows of one head.
-  static void unpack_columns(const T* from, T factor, Index row, Index count, Index head, Index dim,
+  /// The inverse for results: multiplies the strips by `factor` and writes them to `count` rows of
+  /// one head.
+  static void unpack_columns(T* from, T factor, Index row, Index count, Index head, Index dim,
                              MatrixOut<T>& to) {
-    for (Index i = 0; i < count; ++i) {
-      const T* column = from + i / kStrip * kStrip * dim + i % kStrip;
-      T* target = to.data() + (row + i) * to.outerStride() + head * dim;
-      for (Index d = 0; d < dim; ++d) target[d] = factor * column[d * kStrip];
+    if (factor != T(1)) scale(from, strips(count) * kStrip * dim, factor);
+    for (Index i = 0; i < count; i += kLanes<T>) {
+      const T* const columns = from + i / kStrip * kStrip * dim + i % kStrip;
+      const Index lanes = std::min(kLanes<T>, count - i);
+      T* const target = &to(row + i, head * dim);
+      Index d = 0;
+      if (lanes == kLanes<T>) {
+        for (; d + kLanes<T> <= dim; d += kLanes<T>) {
+          kernels::transpose<T>(columns + d * kStrip, kStrip, target + d, to.outerStride());
+        }
+      }
+      for (; d < dim; ++d) {
+        for (Index lane = 0; lane < lanes; ++lane) {
+          target[lane * to.outerStride() + d] = columns[d * kStrip + lane];
+        }
+      }
     }
+  }
+
+  static void scale(T* numbers, Index count, T factor) {
+    const auto times = [factor](const Lanes<T>& x) -> Lanes<T> { return factor * x; };
+    map_lanes<T>(count, times, numbers, numbers);
   }
 
   /// out [rows, kStrip] (+)= left [rows, depth] * right [depth, kStrip].
-  /// \param capacity  The depth that left was packed with.
-  static void multiply_strip(const T* left, Index rows, Index capacity, const T* right, Index depth,
-                             T* out, bool accumulate) {
-    for (Index i = 0; i < rows; i += kHeight) {
-      kernels::multiply_rows(std::min(kHeight, rows - i), left + i * capacity, right, depth,
-                             out + i * kStrip, kStrip, accumulate);
-    }
+  static void multiply_strip(const Left& left, Index rows, const T* right, Index depth, T* out,
+                             bool accumulate) {
+    const kernels::PackedPanel<Arithmetic> panel = {right, nullptr, depth};
+    kernels::multiply_panel<Arithmetic>(left, rows, depth, panel, out, kStrip, accumulate);
   }
 
   /// Sets the scores, [rows, kStrip] of keys by queries, that must not count to `value`.
@@ -336,7 +310,7 @@ struct CausalAttention {
     }
   }
 
-  void forward_block(const AttentionSpan& s, Index base, Index first, Index head, MatrixOut<T>& out,
+  void forward_block(const AttentionSpan& s, Index first, Index head, MatrixOut<T>& out,
                      Cache& cache) const {
     const Index queries = std::min(kBlock, s.queries - first);
     const Index first_position = s.first_position() + first;
@@ -345,47 +319,32 @@ struct CausalAttention {
     const Index value_dim = shape.value_dim;
 
     auto& space = kernels::ThreadSpace<T, CausalAttention>::of_this_thread();
-    space.reserve(kBlock * (dim + value_dim) + kRowBlock * kStrip);
+    space.reserve(kBlock * (dim + value_dim + 2) + kRowBlock * kStrip);
     T* const right = space.take(kBlock * dim);
     T* const sums = space.take_zeros(kBlock * value_dim);
     T* const scores = space.take(kRowBlock * kStrip);
+    T* const top = space.take(kBlock);  // The largest score so far.
+    T* const total = space.take_zeros(kBlock);
+    std::fill_n(top, kBlock, std::numeric_limits<T>::lowest());
     pack_columns(q, s.query_begin + first, queries, head, dim, static_cast<T>(shape.scale), right);
 
-    Eigen::Array<T, kBlock, 1> top;  // the largest score so far
-    top.setConstant(std::numeric_limits<T>::lowest());
-    Eigen::Array<T, kBlock, 1> total = Eigen::Array<T, kBlock, 1>::Zero();
     for (Index row = 0; row < first_position + queries; row += kRowBlock) {
       const Index capacity = std::min(kRowBlock, s.keys - row);
       const bool padding = any_padding(s.key_begin + row, s.key_begin + row + capacity);
       for (Index strip = 0; strip < strips(queries); ++strip) {
-        const Index position = first_position + strip * kStrip;
+        const Index column = strip * kStrip;
+        const Index position = first_position + column;
         const Index rows = std::min(capacity, position + kStrip - row);
         if (rows <= 0) continue;
-        multiply_strip(cache.k_rows.at(kv_head, base + row), rows, dim,
-                       right + strip * kStrip * dim, dim, scores, false);
-        const bool hidden = padding || row + rows - 1 > position;
-        if (hidden) {
+        multiply_strip(rows_of(k, s.key_begin + row, kv_head, dim), rows, right + column * dim, dim,
+                       scores, false);
+        if (padding || row + rows - 1 > position) {
           hide(s, row, rows, position, -std::numeric_limits<T>::infinity(), scores);
         }
-        T* const sum = sums + strip * kStrip * value_dim;
-        StripMap old_top(top.data() + strip * kStrip);
-        Strip new_top = old_top;
-        for (Index r = 0; r < rows; ++r) new_top = new_top.max(StripMap(scores + r * kStrip));
-        StripMap strip_total(total.data() + strip * kStrip);
-        if ((new_top != old_top).any()) {
-          const Strip shrink = (old_top - new_top).exp();
-          strip_total *= shrink;
-          for (Index d = 0; d < value_dim; ++d) StripMap(sum + d * kStrip) *= shrink;
-          old_top = new_top;
-        }
-        for (Index r = 0; r < rows; ++r) {
-          StripMap p(scores + r * kStrip);
-          p = (p - new_top).exp();
-        }
-        if (hidden) hide(s, row, rows, position, T(0), scores);  // Eigen's exp(-inf) is not zero.
-        for (Index r = 0; r < rows; ++r) strip_total += StripMap(scores + r * kStrip);
-        multiply_strip(cache.v_cols.at(kv_head, base + row), value_dim, capacity, scores, rows, sum,
-                       true);
+        T* const sum = sums + column * value_dim;
+        soften(rows, scores, top + column, total + column, sum);
+        multiply_strip(columns_of(cache.v, s.key_begin + row, kv_head), value_dim, scores, rows,
+                       sum, true);
       }
     }
 
@@ -394,12 +353,50 @@ struct CausalAttention {
       total[i] = total[i] == T(0) ? T(0) : T(1) / total[i];
     }
     for (Index strip = 0; strip < strips(queries); ++strip) {
-      const Strip factor = total.template segment<kStrip>(strip * kStrip);
-      for (Index d = 0; d < value_dim; ++d) {
-        StripMap(sums + (strip * value_dim + d) * kStrip) *= factor;
+      for (Index vector = 0; vector < kStrip; vector += kLanes<T>) {
+        const Lanes<T> factor = load_lanes<T>(total + strip * kStrip + vector);
+        for (Index d = 0; d < value_dim; ++d) {
+          T* const sum = sums + (strip * value_dim + d) * kStrip + vector;
+          store_lanes<T>(load_lanes<T>(sum) * factor, sum);
+        }
       }
     }
     unpack_columns(sums, T(1), s.query_begin + first, queries, head, value_dim, out);
+  }
+
+  /// Turns scores [rows, kStrip] into exp(score - top), `top` being raised to the largest of its
+  /// column, and adds them to `total`. What was summed for a smaller top is brought to the new one.
+  void soften(Index rows, T* scores, T* top, T* total, T* sum) const {
+    Lanes<T> new_top[kVectors];
+    for (Index j = 0; j < kVectors; ++j) new_top[j] = load_lanes<T>(top + j * kLanes<T>);
+    for (Index r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (Index j = 0; j < kVectors; ++j) {
+        const Lanes<T> score = load_lanes<T>(scores + r * kStrip + j * kLanes<T>);
+        new_top[j] = max_lanes<T>(new_top[j], score);
+      }
+    }
+    for (Index j = 0; j < kVectors; ++j) {
+      T* const column = scores + j * kLanes<T>;
+      T* const of_total = total + j * kLanes<T>;
+      const Lanes<T> old_top = load_lanes<T>(top + j * kLanes<T>);
+      Lanes<T> sum_of_column = load_lanes<T>(of_total);
+      if (any_lane<T>(new_top[j] != old_top)) {
+        store_lanes<T>(new_top[j], top + j * kLanes<T>);
+        const Lanes<T> shrink = exp_lanes<T>(old_top - new_top[j]);
+        sum_of_column *= shrink;
+        for (Index d = 0; d < shape.value_dim; ++d) {
+          T* const s = sum + d * kStrip + j * kLanes<T>;
+          store_lanes<T>(load_lanes<T>(s) * shrink, s);
+        }
+      }
+      for (Index r = 0; r < rows; ++r) {
+        const Lanes<T> p = exp_lanes<T>(load_lanes<T>(column + r * kStrip) - new_top[j]);
+        store_lanes<T>(p, column + r * kStrip);
+        sum_of_column += p;
+      }
+      store_lanes<T>(sum_of_column, of_total);
+    }
   }
 
   void finish(T total, T top, Index head, Index query, Scratch<T>& logsumexp) const {
@@ -428,65 +425,116 @@ struct CausalAttention {
     for (Index row = task.first; row < end; row += kFewRows) {
       const Index rows = std::min(kFewRows, end - row);
       const Index key = s.key_begin + row;
-      for (Index r = 0; r < rows; ++r) {
-        const T* const key_row = k.data() + (key + r) * k.outerStride();
-        for (Index head = 0; head < shape.heads; ++head) {
-          scores[head * kFewRows + r] =
-              inner_product(query + head * dim, key_row + head / shape.group() * dim, dim);
+      const bool padding = any_padding(key, key + rows);
+      // Keys for all heads, then values for all: a group's share of both would not fit in L1.
+      for (Index head = 0; head < shape.heads; ++head) {
+        const T* const of_head = &k.coeffRef(key, head / shape.group() * dim);
+        for (Index r = 0; r < rows; r += kLanes<T>) {
+          const Index count = std::min(kLanes<T>, rows - r);
+          const Lanes<T> products = inner_products(
+              query + head * dim, of_head + r * k.outerStride(), k.outerStride(), count, dim);
+          store_lanes<T>(static_cast<T>(shape.scale) * products, scores + head * kFewRows + r);
         }
       }
-      const bool padding = any_padding(key, key + rows);
-      const auto hide_padding = [&](T* p, T value) {
-        for (Index r = 0; r < rows; ++r) {
-          if (is_padding(key + r)) p[r] = value;
-        }
-      };
       for (Index head = 0; head < shape.heads; ++head) {
-        RowMap p(scores + head * kFewRows, rows);
-        p *= static_cast<T>(shape.scale);
-        if (padding) hide_padding(p.data(), -std::numeric_limits<T>::infinity());
-        const T new_top = std::max(top[head], p.maxCoeff());
-        const T shrink = std::exp(top[head] - new_top);
-        top[head] = new_top;
-        p = (p - new_top).exp();
-        if (padding) hide_padding(p.data(), T(0));
-        total[head] = total[head] * shrink + p.sum();
-        T* const sum = sums + head * value_dim;
-        if (shrink != T(1)) RowMap(sum, value_dim) *= shrink;
-        add_values(p.data(), v.data() + key * v.outerStride() + head / shape.group() * value_dim,
-                   rows, sum);
+        T* const p = scores + head * kFewRows;
+        // What is beyond the keys is hidden too, so that softmax works on whole vectors.
+        std::fill(p + rows, p + kFewRows, -std::numeric_limits<T>::infinity());
+        for (Index r = 0; padding && r < rows; ++r) {
+          if (is_padding(key + r)) p[r] = -std::numeric_limits<T>::infinity();
+        }
+        const T old_top = top[head];
+        top[head] = std::max(old_top, max_of(p, kFewRows));
+        const auto exp = [top = top[head]](const Lanes<T>& x) -> Lanes<T> {
+          return exp_lanes<T>(x - top);
+        };
+        map_lanes<T>(kFewRows, exp, p, p);
+        if (top[head] != old_top) {
+          const T shrink = std::exp(old_top - top[head]);
+          total[head] *= shrink;
+          scale(sums + head * value_dim, value_dim, shrink);
+        }
+        const auto same = [](const Lanes<T>& x) -> Lanes<T> { return x; };
+        total[head] += sum_lanes<T>(kFewRows, same, p);
+      }
+      for (Index head = 0; head < shape.heads; ++head) {
+        add_values(scores + head * kFewRows, &v.coeffRef(key, head / shape.group() * value_dim),
+                   rows, sums + head * value_dim);
       }
     }
   }
 
-  static T inner_product(const T* a, const T* b, Index n) {
-    T sum = T(0);
+  /// The products of one query and `count` <= kLanes keys.
+  static Lanes<T> inner_products(const T* query, const T* key, Index stride, Index count,
+                                 Index dim) {
+    Lanes<T> sums[kLanes<T>];
     Index i = 0;
-    if (n >= kStrip) {
-      Strip strip_sum = ConstStripMap(a) * ConstStripMap(b);
-      for (i = kStrip; i + kStrip <= n; i += kStrip) {
-        strip_sum += ConstStripMap(a + i) * ConstStripMap(b + i);
-      }
-      sum = strip_sum.sum();
+    for (; i + 4 <= count; i += 4)
+      inner_products<4>(query, key + i * stride, stride, dim, sums + i);
+    for (; i < count; ++i) inner_products<1>(query, key + i * stride, stride, dim, sums + i);
+    for (; i < kLanes<T>; ++i) sums[i] = Lanes<T>{};
+    return sums_of<T>(sums);
+  }
+
+  /// The lanes of the products of one query and as many keys.
+  template <int keys>
+  static void inner_products(const T* query, const T* key, Index stride, Index dim,
+                             Lanes<T>* sums) {
+    Lanes<T> sum[keys] = {};
+    Index d = 0;
+    for (; d + kLanes<T> <= dim; d += kLanes<T>) {
+      const Lanes<T> part = load_lanes<T>(query + d);
+#pragma GCC unroll 4
+      for (Index i = 0; i < keys; ++i) sum[i] += part * load_lanes<T>(key + i * stride + d);
     }
-    if (i < n) sum += (ConstRowMap(a + i, n - i) * ConstRowMap(b + i, n - i)).sum();
-    return sum;
+    if (d < dim) {
+      const Lanes<T> part = load_lanes<T>(query + d, dim - d);
+#pragma GCC unroll 4
+      for (Index i = 0; i < keys; ++i)
+        sum[i] += part * load_lanes<T>(key + i * stride + d, dim - d);
+    }
+#pragma GCC unroll 4
+    for (Index i = 0; i < keys; ++i) sums[i] = sum[i];
   }
 
   /// sum += p [rows] * values [rows, value_dim], which has the stride of v.
   void add_values(const T* p, const T* values, Index rows, T* sum) const {
+    const Index stride = v.outerStride();
     Index d = 0;
-    for (; d + kStrip <= shape.value_dim; d += kStrip) {
-      Strip strip_sum = ConstStripMap(sum + d);
-      for (Index r = 0; r < rows; ++r) {
-        strip_sum += p[r] * ConstStripMap(values + r * v.outerStride() + d);
-      }
-      StripMap(sum + d) = strip_sum;
+    for (; d + 4 * kLanes<T> <= shape.value_dim; d += 4 * kLanes<T>) {
+      add_values<4>(p, values + d, stride, rows, kLanes<T>, sum + d);
     }
-    const Index rest = shape.value_dim - d;
-    if (rest == 0) return;
-    for (Index r = 0; r < rows; ++r) {
-      RowMap(sum + d, rest) += p[r] * ConstRowMap(values + r * v.outerStride() + d, rest);
+    for (; d < shape.value_dim; d += kLanes<T>) {
+      const Index lanes = std::min(kLanes<T>, shape.value_dim - d);
+      add_values<1>(p, values + d, stride, rows, lanes, sum + d);
+    }
+  }
+
+  /// `blocks` blocks of kLanes columns, of the last one `lanes` lanes.
+  template <int blocks>
+  static void add_values(const T* p, const T* values, Index stride, Index rows, Index lanes,
+                         T* sum) {
+    Lanes<T> even[blocks] = {};  // Two sums, neither of which waits for the other.
+    Lanes<T> odd[blocks] = {};
+    Index r = 0;
+    for (; r + 1 < rows; r += 2) {
+      const T* const first = values + r * stride;
+      const T* const second = first + stride;
+#pragma GCC unroll 4
+      for (Index j = 0; j < blocks; ++j) {
+        even[j] += p[r] * load_lanes<T>(first + j * kLanes<T>, lanes);
+        odd[j] += p[r + 1] * load_lanes<T>(second + j * kLanes<T>, lanes);
+      }
+    }
+    if (r < rows) {
+      for (Index j = 0; j < blocks; ++j) {
+        even[j] += p[r] * load_lanes<T>(values + r * stride + j * kLanes<T>, lanes);
+      }
+    }
+#pragma GCC unroll 4
+    for (Index j = 0; j < blocks; ++j) {
+      T* const to = sum + j * kLanes<T>;
+      store_lanes<T>(load_lanes<T>(to, lanes) + (even[j] + odd[j]), to, lanes);
     }
   }
 
@@ -514,8 +562,8 @@ struct CausalAttention {
   /// dq of one block of queries of one head:
   ///
   ///     ds_ij = p_ij (d_out_i . v_j - d_out_i . out_i),    dq_i = scale * sum_j ds_ij k_j
-  void backward_queries(const AttentionSpan& s, Index base, Index first, Index head,
-                        MatrixIn<T> d_out, MatrixOut<T>& dq, Cache& cache) const {
+  void backward_queries(const AttentionSpan& s, Index first, Index head, MatrixIn<T> d_out,
+                        MatrixOut<T>& dq, Cache& cache) const {
     const Index queries = std::min(kBlock, s.queries - first);
     const Index first_position = s.first_position() + first;
     const Index kv_head = head / shape.group();
@@ -524,7 +572,7 @@ struct CausalAttention {
     const auto scale = static_cast<T>(shape.scale);
 
     auto& space = kernels::ThreadSpace<T, CausalAttention>::of_this_thread();
-    space.reserve(kBlock * (2 * dim + value_dim) + 2 * kRowBlock * kStrip);
+    space.reserve(kBlock * (2 * dim + value_dim + 2) + 2 * kRowBlock * kStrip);
     T* const right = space.take(kBlock * dim);
     T* const d_right = space.take(kBlock * value_dim);
     T* const sums = space.take_zeros(kBlock * dim);
@@ -533,12 +581,10 @@ struct CausalAttention {
     pack_columns(q, s.query_begin + first, queries, head, dim, scale, right);
     pack_columns(d_out, s.query_begin + first, queries, head, value_dim, T(1), d_right);
 
-    Eigen::Array<T, kBlock, 1> logsumexp = Eigen::Array<T, kBlock, 1>::Zero();
-    Eigen::Array<T, kBlock, 1> dot = Eigen::Array<T, kBlock, 1>::Zero();
-    for (Index i = 0; i < queries; ++i) {
-      logsumexp[i] = cache.logsumexp.view()(head, s.query_begin + first + i);
-      dot[i] = cache.dot.view()(head, s.query_begin + first + i);
-    }
+    T* const logsumexp = space.take_zeros(kBlock);
+    T* const dot = space.take_zeros(kBlock);
+    std::copy_n(&cache.logsumexp.view()(head, s.query_begin + first), queries, logsumexp);
+    std::copy_n(&cache.dot.view()(head, s.query_begin + first), queries, dot);
     for (Index row = 0; row < first_position + queries; row += kRowBlock) {
       const Index capacity = std::min(kRowBlock, s.keys - row);
       const bool padding = any_padding(s.key_begin + row, s.key_begin + row + capacity);
@@ -546,19 +592,23 @@ struct CausalAttention {
         const Index position = first_position + strip * kStrip;
         const Index rows = std::min(capacity, position + kStrip - row);
         if (rows <= 0) continue;
-        multiply_strip(cache.k_rows.at(kv_head, base + row), rows, dim,
-                       right + strip * kStrip * dim, dim, scores, false);
-        multiply_strip(cache.v_rows.at(kv_head, base + row), rows, value_dim,
-                       d_right + strip * kStrip * value_dim, value_dim, d_p, false);
-        const Strip strip_logsumexp = logsumexp.template segment<kStrip>(strip * kStrip);
-        const Strip strip_dot = dot.template segment<kStrip>(strip * kStrip);
-        for (Index r = 0; r < rows; ++r) {
-          StripMap ds(scores + r * kStrip);
-          ds = (ds - strip_logsumexp).exp() * (StripMap(d_p + r * kStrip) - strip_dot);
+        const Index column = strip * kStrip;
+        multiply_strip(rows_of(cache.k, s.key_begin + row, kv_head), rows, right + column * dim,
+                       dim, scores, false);
+        multiply_strip(rows_of(v, s.key_begin + row, kv_head, value_dim), rows,
+                       d_right + column * value_dim, value_dim, d_p, false);
+        for (Index j = 0; j < kStrip; j += kLanes<T>) {
+          const Lanes<T> lse = load_lanes<T>(logsumexp + column + j);
+          const Lanes<T> along_out = load_lanes<T>(dot + column + j);
+          for (Index r = 0; r < rows; ++r) {
+            T* const ds = scores + r * kStrip + j;
+            const Lanes<T> p = exp_lanes<T>(load_lanes<T>(ds) - lse);
+            store_lanes<T>(p * (load_lanes<T>(d_p + r * kStrip + j) - along_out), ds);
+          }
         }
         if (padding || row + rows - 1 > position) hide(s, row, rows, position, T(0), scores);
-        multiply_strip(cache.k_cols.at(kv_head, base + row), dim, capacity, scores, rows,
-                       sums + strip * kStrip * dim, true);
+        multiply_strip(columns_of(cache.k, s.key_begin + row, kv_head), dim, scores, rows,
+                       sums + column * dim, true);
       }
     }
     unpack_columns(sums, scale, s.query_begin + first, queries, head, dim, dq);
@@ -567,8 +617,8 @@ struct CausalAttention {
   /// dk and dv of one block of keys of one key head, from the queries of all heads of its group:
   ///
   ///     dv_j = sum_i p_ij d_out_i,    dk_j = scale * sum_i ds_ij q_i
-  void backward_keys(const AttentionSpan& s, Index base, Index first, Index kv_head,
-                     MatrixOut<T>& dk, MatrixOut<T>& dv, Cache& cache) const {
+  void backward_keys(const AttentionSpan& s, Index first, Index kv_head, MatrixOut<T>& dk,
+                     MatrixOut<T>& dv, Cache& cache) const {
     const Index keys = std::min(kBlock, s.keys - first);
     const Index dim = shape.head_dim;
     const Index value_dim = shape.value_dim;
@@ -596,29 +646,34 @@ struct CausalAttention {
         for (Index strip = 0; strip < strips(keys); ++strip) {
           const Index key = first + strip * kStrip;
           // Rows above this one see no key of the strip.
-          const Index skip = std::max<Index>(0, key - position) / kHeight * kHeight;
+          const Index skip = std::max<Index>(0, key - position);
           const Index rows = capacity - skip;
           if (rows <= 0) continue;
-          multiply_strip(cache.q_rows.at(head, base + row) + skip * dim, rows, dim,
-                         right + strip * kStrip * dim, dim, scores, false);
-          multiply_strip(cache.d_out_rows.at(head, base + row) + skip * value_dim, rows, value_dim,
+          const Index query = s.query_begin + row + skip;
+          T* const dk_sum = dk_sums + strip * kStrip * dim;
+          T* const dv_sum = dv_sums + strip * kStrip * value_dim;
+          multiply_strip(rows_of(cache.q, query, head), rows, right + strip * kStrip * dim, dim,
+                         scores, false);
+          multiply_strip(rows_of(cache.d_out, query, head), rows,
                          value_right + strip * kStrip * value_dim, value_dim, d_p, false);
           for (Index r = 0; r < rows; ++r) {
-            StripMap p(scores + r * kStrip);
-            StripMap ds(d_p + r * kStrip);
-            p = (p - logsumexp[row + skip + r]).exp();
-            ds = p * (ds - dot[row + skip + r]);
+#pragma GCC unroll 4
+            for (Index j = 0; j < kStrip; j += kLanes<T>) {
+              T* const p = scores + r * kStrip + j;
+              T* const ds = d_p + r * kStrip + j;
+              const Lanes<T> share = exp_lanes<T>(load_lanes<T>(p) - logsumexp[row + skip + r]);
+              store_lanes<T>(share, p);
+              store_lanes<T>(share * (load_lanes<T>(ds) - dot[row + skip + r]), ds);
+            }
             const Index visible = position + skip + r - key + 1;
             if (visible < kStrip) {
-              const Index hidden = kStrip - std::max<Index>(0, visible);
-              std::fill_n(scores + (r + 1) * kStrip - hidden, hidden, T(0));
-              std::fill_n(d_p + (r + 1) * kStrip - hidden, hidden, T(0));
+              std::fill_n(scores + r * kStrip + visible, kStrip - visible, T(0));
+              std::fill_n(d_p + r * kStrip + visible, kStrip - visible, T(0));
             }
           }
-          multiply_strip(cache.d_out_cols.at(head, base + row) + skip * kHeight, value_dim,
-                         capacity, scores, rows, dv_sums + strip * kStrip * value_dim, true);
-          multiply_strip(cache.q_cols.at(head, base + row) + skip * kHeight, dim, capacity, d_p,
-                         rows, dk_sums + strip * kStrip * dim, true);
+          multiply_strip(columns_of(cache.d_out, query, head), value_dim, scores, rows, dv_sum,
+                         true);
+          multiply_strip(columns_of(cache.q, query, head), dim, d_p, rows, dk_sum, true);
         }
       }
     }

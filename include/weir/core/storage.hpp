@@ -21,12 +21,10 @@ enum class Storage {
   /// has no parameters and cannot be trained.
   kPacked,
   /// As `kPacked`, but rounded to bfloat16 (8 bits of significand): half the memory, and up to
-  /// twice
-  /// the speed. Products are summed in float. Where the processor multiplies bfloat16 numbers
-  /// itself
-  /// (AVX512_BF16), tokens are rounded to bfloat16 as well on their way into a product; elsewhere
-  /// the weights are widened exactly and multiplied in float. A layer in double, whose purpose is
-  /// checking, keeps the rounded weights as doubles.
+  /// twice the speed. Products are summed in float. Where the processor multiplies bfloat16 numbers
+  /// itself (AVX512_BF16), tokens are rounded to bfloat16 as well on their way into a product;
+  /// elsewhere the weights are widened exactly and multiplied in float. A layer in double, whose
+  /// purpose is checking, keeps the rounded weights as doubles.
   kBfloat16,
 };
 
@@ -71,8 +69,8 @@ class StorageSetter {
 
 /// Stores the weights of `layer` and of all layers in it as `storage` says; layers that have no
 /// large weights stay as they are. From `kPacked` and back, every bit is kept; from `kBfloat16` the
-/// rounded values come back. Names and gradients of parameters return with `kTrainable`, the
-/// gradients as zero.
+/// rounded values come back. With `kTrainable` the parameters return, without gradients until the
+/// next backward pass.
 ///
 ///     set_storage(decoder, Storage::kBfloat16);   // after loading or training, before inference
 ///

@@ -11,8 +11,8 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/schedule.hpp>
-#include <weir/kernels/simd.hpp>
 #include <weir/kernels/thread_space.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -40,22 +40,10 @@ namespace kernels {
 /// k: dot products, each element of b read once.
 template <class T>
 void multiply_few_rows(const Product<T>& p, Index col, Index cols) {
-  using S = Simd<T>;
-  constexpr Index kStreams = 4;
-  const Index whole = p.k / (kStreams * S::kLanes) * (kStreams * S::kLanes);
+  const auto product = [](const Lanes<T>& x, const Lanes<T>& y) -> Lanes<T> { return x * y; };
   for (Index i = 0; i < p.m; ++i) {
-    const T* a = p.a + i * p.a_row;
     for (Index j = col; j < col + cols; ++j) {
-      const T* b = p.b + j * p.b_col;
-      typename S::Vector sum[kStreams] = {};
-      for (Index q = 0; q < whole; q += kStreams * S::kLanes) {
-#pragma GCC unroll 4
-        for (Index s = 0; s < kStreams; ++s) {
-          sum[s] += S::load(a + q + s * S::kLanes) * S::load(b + q + s * S::kLanes);
-        }
-      }
-      T total = S::sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-      for (Index q = whole; q < p.k; ++q) total += a[q] * b[q];
+      const T total = sum_lanes<T>(p.k, product, p.a + i * p.a_row, p.b + j * p.b_col);
       T& target = p.out[i * p.out_row + j];
       target = p.accumulate ? target + total : total;
     }

@@ -11,6 +11,7 @@
 #include <weir/kernels/register_block.hpp>
 #include <weir/kernels/schedule.hpp>
 #include <weir/kernels/thread_space.hpp>
+#include <weir/kernels/transpose.hpp>
 
 namespace weir::kernels {
 
@@ -19,7 +20,7 @@ namespace weir::kernels {
 template <Index width, class T>
 void pack_strip(const T* from, Index stride, Index depth_stride, Index count, Index depth, T* to,
                 Index to_row = width) {
-  constexpr Index kLanes = Simd<T>::kLanes;
+  constexpr Index kSide = kLanes<T>;
   if (stride == 1) {
     for (Index p = 0; p < depth; ++p) {
       const T* row = from + p * depth_stride;
@@ -33,11 +34,11 @@ void pack_strip(const T* from, Index stride, Index depth_stride, Index count, In
     return;
   }
   Index done = 0;
-  if constexpr (width % kLanes == 0) {
+  if constexpr (width % kSide == 0) {
     if (count == width && depth_stride == 1) {
-      for (; done + kLanes <= depth; done += kLanes) {
-        for (Index i = 0; i < width; i += kLanes) {
-          Simd<T>::transpose(from + i * stride + done, stride, to + done * to_row + i, to_row);
+      for (; done + kSide <= depth; done += kSide) {
+        for (Index i = 0; i < width; i += kSide) {
+          transpose<T>(from + i * stride + done, stride, to + done * to_row + i, to_row);
         }
       }
     }

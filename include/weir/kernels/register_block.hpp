@@ -14,9 +14,15 @@
 
 #include <weir/core/types.hpp>
 #include <weir/kernels/bfloat16.hpp>
-#include <weir/kernels/simd.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir::kernels {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kVectorRegisters = 32;
+#else
+inline constexpr int kVectorRegisters = 16;
+#endif
 
 /// A panel is `kCols` columns of a right operand, row after row of depth: what the innermost loop
 /// reads from front to back. It is as wide as `kVectors` registers.
@@ -24,7 +30,7 @@ template <class T>
 struct Block {
   static constexpr Index kVectors = kVectorRegisters == 32 ? 4 : 2;
   static constexpr Index kRows = 6;
-  static constexpr Index kCols = kVectors * Simd<T>::kLanes;
+  static constexpr Index kCols = kVectors * kLanes<T>;
 };
 
 /// How numbers are multiplied: numbers of type T as they are.
@@ -33,21 +39,21 @@ struct Native {
   using Left = T;
   using Right = T;
   using Sum = T;
-  using Vector = typename Simd<T>::Vector;
+  using Vector = Lanes<T>;
   using Column = Vector;
   using Factor = T;
-  static constexpr Index kDepth =
-      1;  ///< Of a step: how many rows of the panel are multiplied at once.
+  /// How many rows of the panel are multiplied in one step.
+  static constexpr Index kDepth = 1;
   static constexpr Index kRows = Block<T>::kRows;
 
-  static Column column(const Right* b) { return Simd<T>::load(b); }
+  static Column column(const Right* b) { return load_lanes<T>(b); }
   static Factor factor(const Left* a) { return *a; }
   static void multiply_add(Vector& sum, const Factor& a, const Column& b) { sum += a * b; }
 };
 
-/// Two bfloat16 weights of a column in one 32-bit lane, the first in the lower half.
 namespace detail {
 
+/// Two bfloat16 weights of a column in one 32-bit lane, the first in the lower half.
 inline std::uint32_t load_pair(const BFloat16* from) {
   std::uint32_t pair;
   std::memcpy(&pair, from, sizeof pair);
@@ -61,7 +67,7 @@ struct WidenedBFloat16 {
   using Left = float;
   using Right = BFloat16;
   using Sum = float;
-  using Vector = Simd<float>::Vector;
+  using Vector = Lanes<float>;
   struct Column {
     Vector first, second;
   };
@@ -72,7 +78,7 @@ struct WidenedBFloat16 {
   static constexpr Index kRows = 4;  ///< Twice as many registers hold the columns.
 
   static Column column(const Right* b) {
-    typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));  // NOLINT
+    typedef std::uint32_t Bits __attribute__((vector_size(sizeof(Vector))));  // NOLINT
     Bits pairs;
     std::memcpy(&pairs, b, sizeof pairs);
     return {std::bit_cast<Vector>(pairs << 16U), std::bit_cast<Vector>(pairs & 0xffff0000U)};
@@ -90,7 +96,7 @@ struct PairedBFloat16 {
   using Left = BFloat16;
   using Right = BFloat16;
   using Sum = float;
-  using Vector = Simd<float>::Vector;
+  using Vector = Lanes<float>;
   using Column = __m512i;
   using Factor = __m512i;
   static constexpr Index kDepth = 2;
@@ -128,21 +134,22 @@ template <class Arithmetic, Index rows>
 void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_step,
                     const typename Arithmetic::Right* b, Index steps, typename Arithmetic::Sum* c,
                     Index c_row, bool accumulate, ReadAhead ahead, ReadAhead also) {
-  using S = Simd<typename Arithmetic::Sum>;
-  constexpr Index kVectors = Block<typename Arithmetic::Sum>::kVectors;
-  constexpr Index kColumn = S::kLanes * Arithmetic::kDepth;
-  typename S::Vector sum[rows][kVectors];
+  using Sum = typename Arithmetic::Sum;
+  constexpr Index kVectors = Block<Sum>::kVectors;
+  constexpr Index kColumn = kLanes<Sum> * Arithmetic::kDepth;
+  Lanes<Sum> sum[rows][kVectors];
   if (accumulate) {
 #pragma GCC unroll 8
     for (Index i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-      for (Index j = 0; j < kVectors; ++j) sum[i][j] = S::load(c + i * c_row + j * S::kLanes);
+      for (Index j = 0; j < kVectors; ++j)
+        sum[i][j] = load_lanes<Sum>(c + i * c_row + j * kLanes<Sum>);
     }
   } else {
 #pragma GCC unroll 8
     for (Index i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-      for (Index j = 0; j < kVectors; ++j) sum[i][j] = typename S::Vector{};
+      for (Index j = 0; j < kVectors; ++j) sum[i][j] = Lanes<Sum>{};
     }
   }
   while (steps > 0) {
@@ -174,7 +181,8 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
 #pragma GCC unroll 8
   for (Index i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-    for (Index j = 0; j < kVectors; ++j) S::store(sum[i][j], c + i * c_row + j * S::kLanes);
+    for (Index j = 0; j < kVectors; ++j)
+      store_lanes<Sum>(sum[i][j], c + i * c_row + j * kLanes<Sum>);
   }
 }
 
@@ -185,10 +193,10 @@ template <class Arithmetic, Index rows, Index streams>
 void multiply_streams(const typename Arithmetic::Left* a, Index a_row, Index a_step,
                       const typename Arithmetic::Right* b, Index panel_size, Index steps,
                       typename Arithmetic::Sum* c) {
-  using S = Simd<typename Arithmetic::Sum>;
-  constexpr Index kVectors = Block<typename Arithmetic::Sum>::kVectors;
-  constexpr Index kColumn = S::kLanes * Arithmetic::kDepth;
-  typename S::Vector sum[streams][rows][kVectors] = {};
+  using Sum = typename Arithmetic::Sum;
+  constexpr Index kVectors = Block<Sum>::kVectors;
+  constexpr Index kColumn = kLanes<Sum> * Arithmetic::kDepth;
+  Lanes<Sum> sum[streams][rows][kVectors] = {};
 #pragma GCC unroll 1
   for (Index step = 0; step < steps; ++step) {
 #pragma GCC unroll 8
@@ -212,7 +220,7 @@ void multiply_streams(const typename Arithmetic::Left* a, Index a_row, Index a_s
     for (Index i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (Index j = 0; j < kVectors; ++j) {
-        S::store(sum[s][i][j], c + ((s * rows + i) * kVectors + j) * S::kLanes);
+        store_lanes<Sum>(sum[s][i][j], c + ((s * rows + i) * kVectors + j) * kLanes<Sum>);
       }
     }
   }

@@ -3,6 +3,7 @@
 /// The kept assignments sorted by expert, and the moves between token order and expert order.
 #pragma once
 
+#include <algorithm>
 #include <span>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -88,6 +90,29 @@ class Dispatch {
   std::vector<T> weight_;
 };
 
+namespace detail {
+
+/// y[t] = sum over the slots s of t of weight(s) * packed[s], one after the other.
+template <class T, class Weight>
+void add_up_slots(MatrixIn<T> packed, const Dispatch<T>& dispatch, Weight&& weight,
+                  MatrixOut<T>& y) {
+  parallel_rows(dispatch.tokens(), 2 * y.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      const std::span<const Index> slots = dispatch.slots_of(t);
+      for (Index col = 0; col < y.cols(); col += kLanes<T>) {
+        const Index count = std::min(kLanes<T>, y.cols() - col);
+        Lanes<T> sum{};
+        for (const Index s : slots) {
+          sum += weight(s) * load_lanes<T>(&packed.coeffRef(s, col), count);
+        }
+        store_lanes<T>(sum, &y(t, col), count);
+      }
+    }
+  });
+}
+
+}  // namespace detail
+
 /// packed[slot] = x[token of slot].
 /// \param x       [tokens, d].
 /// \param packed  [slots, d].
@@ -97,7 +122,9 @@ void gather(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> packed) {
   expect_shape("gather", "x", x, dispatch.tokens(), x.cols());
   expect_shape("gather", "packed", packed, dispatch.slots(), x.cols());
   parallel_rows(dispatch.slots(), x.cols(), [&](Index begin, Index end) {
-    for (Index s = begin; s < end; ++s) packed.row(s) = x.row(dispatch.token(s));
+    for (Index s = begin; s < end; ++s) {
+      std::copy_n(&x.coeffRef(dispatch.token(s), 0), x.cols(), &packed(s, 0));
+    }
   });
 }
 
@@ -109,12 +136,8 @@ template <class T>
 void combine(MatrixIn<T> packed, const Dispatch<T>& dispatch, MatrixOut<T> y) {
   expect_shape("combine", "packed", packed, dispatch.slots(), packed.cols());
   expect_shape("combine", "y", y, dispatch.tokens(), packed.cols());
-  parallel_rows(dispatch.tokens(), 2 * y.cols(), [&](Index begin, Index end) {
-    for (Index t = begin; t < end; ++t) {
-      y.row(t).setZero();
-      for (const Index s : dispatch.slots_of(t)) y.row(t) += dispatch.weight(s) * packed.row(s);
-    }
-  });
+  const auto weight = [&](Index s) { return dispatch.weight(s); };
+  detail::add_up_slots<T>(packed, dispatch, weight, y);
 }
 
 /// The derivative of `combine`: d_packed[s] = weight[s] * dy[token], and
@@ -138,9 +161,14 @@ void combine_backward(MatrixIn<T> dy, MatrixIn<T> packed, const Dispatch<T>& dis
   }
   parallel_rows(dispatch.slots(), 3 * dy.cols(), [&](Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {
-      const auto gradient = dy.row(dispatch.token(s));
-      d_packed.row(s) = dispatch.weight(s) * gradient;
-      d_weight[static_cast<std::size_t>(dispatch.assignment(s))] = gradient.dot(packed.row(s));
+      const T* const gradient = &dy.coeffRef(dispatch.token(s), 0);
+      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+      d_weight[static_cast<std::size_t>(dispatch.assignment(s))] =
+          sum_lanes<T>(dy.cols(), product, gradient, &packed.coeffRef(s, 0));
+      const auto weighted = [weight = dispatch.weight(s)](const Lanes<T>& g) -> Lanes<T> {
+        return weight * g;
+      };
+      map_lanes<T>(dy.cols(), weighted, &d_packed(s, 0), gradient);
     }
   });
 }
@@ -153,12 +181,8 @@ template <class T>
 void gather_backward(MatrixIn<T> d_packed, const Dispatch<T>& dispatch, MatrixOut<T> dx) {
   expect_shape("gather_backward", "d_packed", d_packed, dispatch.slots(), d_packed.cols());
   expect_shape("gather_backward", "dx", dx, dispatch.tokens(), d_packed.cols());
-  parallel_rows(dispatch.tokens(), 2 * dx.cols(), [&](Index begin, Index end) {
-    for (Index t = begin; t < end; ++t) {
-      dx.row(t).setZero();
-      for (const Index s : dispatch.slots_of(t)) dx.row(t) += d_packed.row(s);
-    }
-  });
+  const auto one = [](Index) { return T(1); };
+  detail::add_up_slots<T>(d_packed, dispatch, one, dx);
 }
 
 }  // namespace weir

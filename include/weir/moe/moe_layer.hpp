@@ -17,6 +17,7 @@
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -108,7 +109,7 @@ class MoELayer {
       selector_.select(apply(router_, x, pass, cache.router), pass, cache.routing);
     } else {
       // Padding may hold anything, and 0 * NaN would spoil the gradient of the router's weight.
-      cache.x = x;
+      copy_rows<T>(x, cache.x);
       for (Index t = 0; t < x.rows(); ++t) {
         if (pass.is_padding(t)) cache.x.row(t).setZero();
       }
@@ -130,8 +131,8 @@ class MoELayer {
     cache.filled = true;
     if (!cache.routing.pass_dropped) return y;
 
-    cache.x = x;
-    cache.y = y;
+    copy_rows<T>(x, cache.x);
+    copy_rows<T>(y, cache.y);
     for_each_dropped(cache.routing, [&](Index t, std::size_t a) {
       cache.y.row(t) += cache.routing.weight[a] * x.row(t);
     });
@@ -164,17 +165,21 @@ class MoELayer {
 
     cache.d_weight.assign(routing.expert.size(), T(0));
     const std::span<T> d_weight = cache.d_weight;
-    cache.dx = bank_.backward(dy, cache.dispatch, d_weight, cache.bank);
+    const Matrix<T>& d_experts = bank_.backward(dy, cache.dispatch, d_weight, cache.bank);
     if (routing.pass_dropped) {
-      for_each_dropped(routing, [&](Index t, std::size_t a) {
-        d_weight[a] = dy.row(t).dot(cache.x.row(t));
-        cache.dx.row(t) += routing.weight[a] * dy.row(t);
-      });
+      for_each_dropped(
+          routing, [&](Index t, std::size_t a) { d_weight[a] = dy.row(t).dot(cache.x.row(t)); });
     }
     cache.gradient.weights +=
         Eigen::Map<const RowVector<T>>(d_weight.data(), routing.assignments());
     selector_.backward(routing, cache.gradient);
-    cache.dx += router_.backward(cache.gradient.logits, cache.router);
+    cache.dx.resize(dy.rows(), d_model());
+    add_rows<T>(d_experts, router_.backward(cache.gradient.logits, cache.router), cache.dx);
+    if (routing.pass_dropped) {
+      for_each_dropped(routing, [&](Index t, std::size_t a) {
+        cache.dx.row(t) += routing.weight[a] * dy.row(t);
+      });
+    }
     return cache.dx;
   }
 

@@ -5,10 +5,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
@@ -59,10 +61,21 @@ MoEReport report_of(const Routing<T>& routing) {
       served = served || routing.kept[i] != 0;
     }
     report.dropped_tokens += served ? 0 : 1;
-    for (const T p : routing.probabilities.row(t)) {
-      if (p > T(0)) report.entropy -= static_cast<double>(p) * std::log(static_cast<double>(p));
-    }
   }
+  std::vector<double> entropy(static_cast<std::size_t>(routing.tokens()), 0.0);
+  constexpr Index kCostOfLogarithm = 32;
+  parallel_rows(routing.tokens(), kCostOfLogarithm * routing.experts(),
+                [&](Index begin, Index end) {
+                  for (Index t = begin; t < end; ++t) {
+                    if (routing.is_padding(t)) continue;
+                    for (const T p : routing.probabilities.row(t)) {
+                      if (!(p > T(0))) continue;
+                      entropy[static_cast<std::size_t>(t)] -=
+                          static_cast<double>(p) * std::log(static_cast<double>(p));
+                    }
+                  }
+                });
+  report.entropy = std::accumulate(entropy.begin(), entropy.end(), 0.0);
   if (report.tokens > 0) report.entropy /= static_cast<double>(report.tokens);
   return report;
 }

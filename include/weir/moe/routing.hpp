@@ -4,14 +4,17 @@
 /// balancers look at.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <string_view>
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -42,6 +45,7 @@ struct Routing {
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
   mutable RowVector<T> scratch[2];  ///< For balancers, during one call; contents unspecified.
+  mutable RowVector<T> per_token;   ///< Likewise, for one number per token.
 
   Index tokens() const { return logits.rows(); }
   Index experts() const { return logits.cols(); }
@@ -85,16 +89,8 @@ struct Routing {
   /// \throws ShapeError      if the pass does not fit the tokens.
   void begin(std::string_view who, MatrixIn<T> router_logits, const Pass& pass) {
     pass.check(who, router_logits.rows());
-    for (Index t = 0; t < router_logits.rows(); ++t) {
-      if (pass.is_padding(t) || router_logits.row(t).allFinite()) continue;
-      for (Index e = 0; e < router_logits.cols(); ++e) {
-        if (!std::isfinite(router_logits(t, e))) {
-          fail<NonFiniteError>(who, ": logits[", t, ", ", e, "] = ", router_logits(t, e),
-                               ", expected a finite number");
-        }
-      }
-    }
-    logits = router_logits;
+    expect_finite(who, router_logits, pass);
+    copy_rows<T>(router_logits, logits);
     probabilities.resize(logits.rows(), logits.cols());
     mask.assign(pass.mask.begin(), pass.mask.end());
     if (pass.sequences != nullptr) {
@@ -121,6 +117,30 @@ struct Routing {
     expert.assign(count, 0);
     weight.assign(count, T(0));
     kept.assign(count, 1);
+  }
+
+ private:
+  static void expect_finite(std::string_view who, MatrixIn<T> logits, const Pass& pass) {
+    std::atomic<bool> finite = true;
+    parallel_rows(logits.rows(), logits.cols(), [&](Index begin, Index end) {
+      const auto zero = [](const Lanes<T>& z) -> Lanes<T> {
+        return z - z;
+      };  // NaN where not finite.
+      for (Index t = begin; t < end; ++t) {
+        if (pass.is_padding(t)) continue;
+        if (sum_lanes<T>(logits.cols(), zero, &logits.coeffRef(t, 0)) != T(0)) finite = false;
+      }
+    });
+    if (finite) return;
+    for (Index t = 0; t < logits.rows(); ++t) {
+      if (pass.is_padding(t)) continue;
+      for (Index e = 0; e < logits.cols(); ++e) {
+        if (!std::isfinite(logits(t, e))) {
+          fail<NonFiniteError>(who, ": logits[", t, ", ", e, "] = ", logits(t, e),
+                               ", expected a finite number");
+        }
+      }
+    }
   }
 };
 

@@ -3,6 +3,7 @@
 /// Experts that every token visits, beside the routed ones: DeepSeekMoE, Qwen2-MoE.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <utility>
@@ -10,6 +11,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/nn/linear.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -64,24 +66,30 @@ class SharedExperts {
     cache.aux_loss = cache.moe.aux_loss;
     cache.y.resize(routed.rows(), routed.cols());
     if (!gate_) {
-      cache.y = routed + shared;
+      add_rows<T>(routed, shared, cache.y);
       return cache.y;
     }
     cache.open =
         gate_->forward(x, cache.gate).unaryExpr([](T z) { return T(1) / (T(1) + std::exp(-z)); });
-    parallel_rows(x.rows(), 2 * x.cols(), [&](Index begin, Index end) {
+    cache.shared_out.resize(shared.rows(), shared.cols());
+    parallel_rows(x.rows(), 3 * x.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        cache.y.row(t) = routed.row(t) + cache.open(t, 0) * shared.row(t);
+        const auto add = [open = cache.open(t, 0)](const Lanes<T>& a,
+                                                   const Lanes<T>& b) -> Lanes<T> {
+          return a + open * b;
+        };
+        map_lanes<T>(routed.cols(), add, &cache.y(t, 0), &routed(t, 0), &shared(t, 0));
+        std::copy_n(&shared(t, 0), shared.cols(), &cache.shared_out(t, 0));
       }
     });
-    cache.shared_out = shared;
     return cache.y;
   }
 
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    cache.dx = moe_.backward(dy, cache.moe);
+    const Matrix<T>& d_routed = moe_.backward(dy, cache.moe);
+    cache.dx.resize(d_routed.rows(), d_routed.cols());
     if (!gate_) {
-      cache.dx += shared_.backward(dy, cache.shared);
+      add_rows<T>(d_routed, shared_.backward(dy, cache.shared), cache.dx);
       return cache.dx;
     }
     cache.d_gate.resize(dy.rows(), 1);
@@ -89,12 +97,16 @@ class SharedExperts {
     parallel_rows(dy.rows(), 4 * dy.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const T open = cache.open(t, 0);
-        cache.d_gate(t, 0) = dy.row(t).dot(cache.shared_out.row(t)) * open * (T(1) - open);
-        cache.d_shared.row(t) = open * dy.row(t);
+        const T* const d = &dy.coeffRef(t, 0);
+        const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+        cache.d_gate(t, 0) =
+            sum_lanes<T>(dy.cols(), product, d, &cache.shared_out(t, 0)) * open * (T(1) - open);
+        const auto scale = [open](const Lanes<T>& g) -> Lanes<T> { return open * g; };
+        map_lanes<T>(dy.cols(), scale, &cache.d_shared(t, 0), d);
       }
     });
-    cache.dx += shared_.backward(cache.d_shared, cache.shared);
-    cache.dx += gate_->backward(cache.d_gate, cache.gate);
+    add_rows<T>(d_routed, shared_.backward(cache.d_shared, cache.shared), cache.dx);
+    add_rows<T>(cache.dx, gate_->backward(cache.d_gate, cache.gate), cache.dx);
     return cache.dx;
   }
 

@@ -11,6 +11,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
+#include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
 
@@ -53,14 +54,15 @@ struct CrossEntropy {
             Index tokens = 0) const {
     cache.tokens = check(logits, targets, tokens);
     cache.filled = false;
-    cache.logits = logits;
+    cache.logits.resize(logits.rows(), logits.cols());
     cache.targets.assign(targets.begin(), targets.end());
     cache.log_normalizer.resize(targets.size());
     parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const auto i = static_cast<std::size_t>(t);
-        if (targets[i] == ignore_index) continue;
-        cache.log_normalizer[i] = logsumexp(&logits.coeffRef(t, 0), logits.cols());
+        if (targets[i] == ignore_index) continue;  // Nobody reads the row.
+        std::copy_n(&logits.coeffRef(t, 0), logits.cols(), &cache.logits(t, 0));
+        cache.log_normalizer[i] = logsumexp(&cache.logits(t, 0), logits.cols());
       }
     });
 

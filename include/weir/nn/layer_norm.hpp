@@ -9,6 +9,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
 
@@ -35,6 +36,7 @@ class LayerNorm {
     Matrix<T> normal;       ///< [tokens, d_model]: (x - mean) / sqrt(var + epsilon).
     Matrix<T> inverse_std;  ///< [tokens, 1].
     Matrix<T> y, dx;
+    Scratch<T> d_parameters;  ///< Of runs of tokens, [., 2 d_model]: of the weight, of the bias.
   };
 
   /// The weight starts at one, the bias at zero.
@@ -91,33 +93,32 @@ class LayerNorm {
     }
     expect_shape("LayerNorm::backward", "dy", dy, cache.y.rows(), d_model());
     cache.dx.resize(dy.rows(), d_model());
-    const Matrix<T>& normal = cache.normal;
-    const T* g = weight_.value.data();
-    parallel_rows(dy.rows(), 6 * d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        const auto pair = [](const Lanes<T>& d, const Lanes<T>& w) -> Lanes<T> { return d * w; };
-        const auto triple = [](const Lanes<T>& d, const Lanes<T>& w,
-                               const Lanes<T>& n) -> Lanes<T> { return d * w * n; };
-        const T inverse_std = cache.inverse_std(t, 0);
-        const auto d = static_cast<T>(d_model());
-        const T mean = sum_lanes<T>(d_model(), pair, &dy.coeffRef(t, 0), g) / d;
-        const T along = sum_lanes<T>(d_model(), triple, &dy.coeffRef(t, 0), g, &normal(t, 0)) / d;
-        const auto f = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& n) -> Lanes<T> {
-          return inverse_std * (dv * w - mean - along * n);
-        };
-        map_lanes<T>(d_model(), f, &cache.dx(t, 0), &dy.coeffRef(t, 0), g, &normal(t, 0));
-      }
-    });
-    const auto d_weight = [&](Index t, Index col, Index count) -> Lanes<T> {
-      return load_lanes<T>(&dy.coeffRef(t, col), count) * load_lanes<T>(&normal(t, col), count);
-    };
-    add_over_rows<T>(dy.rows(), d_model(), weight_.gradient().data(), d_weight);
-    if (has_bias()) {
-      const auto d_bias = [&](Index t, Index col, Index count) {
-        return load_lanes<T>(&dy.coeffRef(t, col), count);
+    const T* const g = weight_.value.data();
+    sum_runs_of_rows<T>(dy.rows(), 2 * d_model(), cache.d_parameters, [&](Index t, T* sums) {
+      const T* const d = &dy.coeffRef(t, 0);
+      const T* const normal = &cache.normal(t, 0);
+      const T inverse_std = cache.inverse_std(t, 0);
+      const auto pair = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+      const auto triple = [](const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) -> Lanes<T> {
+        return a * b * c;
       };
-      add_over_rows<T>(dy.rows(), d_model(), bias_.gradient().data(), d_bias);
-    }
+      const auto columns = static_cast<T>(d_model());
+      const T mean = sum_lanes<T>(d_model(), pair, d, g) / columns;
+      const T along = sum_lanes<T>(d_model(), triple, d, g, normal) / columns;
+      const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& n) -> Lanes<T> {
+        return inverse_std * (dv * w - mean - along * n);
+      };
+      map_lanes<T>(d_model(), to_x, &cache.dx(t, 0), d, g, normal);
+      const auto to_weight = [](const Lanes<T>& sum, const Lanes<T>& dv,
+                                const Lanes<T>& n) -> Lanes<T> { return sum + dv * n; };
+      map_lanes<T>(d_model(), to_weight, sums, sums, d, normal);
+      T* const d_bias = sums + d_model();
+      const auto add = [](const Lanes<T>& sum, const Lanes<T>& dv) -> Lanes<T> { return sum + dv; };
+      map_lanes<T>(d_model(), add, d_bias, d_bias, d);
+    });
+    const auto sums = cache.d_parameters.view();
+    add_rows_to<T>(sums.leftCols(d_model()), weight_.gradient().data());
+    if (has_bias()) add_rows_to<T>(sums.rightCols(d_model()), bias_.gradient().data());
     return cache.dx;
   }
 
@@ -143,7 +144,7 @@ class LayerNorm {
     const auto d = static_cast<T>(d_model());
     const auto same = [](const Lanes<T>& v) -> Lanes<T> { return v; };
     const T mean = sum_lanes<T>(d_model(), same, x) / d;
-    const auto square = [mean](const Lanes<T>& v) -> Lanes<T> { return (v - mean).square(); };
+    const auto square = [mean](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * (v - mean); };
     const T variance = sum_lanes<T>(d_model(), square, x) / d;
     const T inverse_std = T(1) / std::sqrt(variance + static_cast<T>(epsilon_));
     const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * inverse_std; };

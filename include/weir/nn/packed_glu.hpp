@@ -52,8 +52,9 @@ struct PackedGluCache {
 ///
 /// \param rows      How many rows there are in all.
 /// \param row_of    `row_of(i)` is where row i of x lies: gathered on the way.
-/// \param group_of  `group_of(g)` is the PackedGluGroup g of `groups`, all of one storage and
-/// shape. \param out       [rows, outputs].
+/// \param group_of  `group_of(g)` is the PackedGluGroup g of `groups`; their networks have one
+///                  storage and one shape.
+/// \param out       [rows, outputs].
 template <Activation Act, class T, class RowOf, class GroupOf>
 void packed_glu_forward(Index rows, RowOf&& row_of, Index groups, GroupOf&& group_of,
                         PackedGluCache<T>& cache, MatrixOut<T> out) {

@@ -3,12 +3,14 @@
 /// Root mean square layer normalization (Zhang & Sennrich 2019, arXiv:1910.07467).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
 
@@ -27,6 +29,7 @@ class RmsNorm {
   struct Cache {
     Matrix<T> x, y, dx;
     Matrix<T> inverse_rms;  ///< [tokens, 1].
+    Scratch<T> d_weight;    ///< Of runs of tokens.
   };
 
   /// The weight starts at one.
@@ -53,13 +56,15 @@ class RmsNorm {
   /// The same, keeping what `backward` needs.
   const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
     expect_columns("RmsNorm::forward", "x", x, d_model());
-    cache.x = x;
+    cache.x.resize(x.rows(), d_model());
     cache.y.resize(x.rows(), d_model());
     cache.inverse_rms.resize(x.rows(), 1);
-    parallel_rows(x.rows(), 2 * d_model(), [&](Index begin, Index end) {
+    parallel_rows(x.rows(), 3 * d_model(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        cache.inverse_rms(t, 0) = inverse_rms(&x.coeffRef(t, 0));
-        scale_row(&x.coeffRef(t, 0), cache.inverse_rms(t, 0), &cache.y(t, 0));
+        const T* const row = &x.coeffRef(t, 0);
+        std::copy_n(row, d_model(), &cache.x(t, 0));
+        cache.inverse_rms(t, 0) = inverse_rms(row);
+        scale_row(row, cache.inverse_rms(t, 0), &cache.y(t, 0));
       }
     });
     return cache.y;
@@ -79,26 +84,25 @@ class RmsNorm {
     }
     expect_shape("RmsNorm::backward", "dy", dy, cache.x.rows(), d_model());
     cache.dx.resize(dy.rows(), d_model());
-    const Matrix<T>& x = cache.x;
-    const T* g = weight_.value.data();
-    parallel_rows(dy.rows(), 4 * d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        const T r = cache.inverse_rms(t, 0);
-        const auto triple = [](const Lanes<T>& a, const Lanes<T>& b,
-                               const Lanes<T>& c) -> Lanes<T> { return a * b * c; };
-        const T sum = sum_lanes<T>(d_model(), triple, &dy.coeffRef(t, 0), g, &x.coeffRef(t, 0));
-        const T along_x = r * r * sum / static_cast<T>(d_model());
-        const auto f = [=](const Lanes<T>& d, const Lanes<T>& w, const Lanes<T>& v) -> Lanes<T> {
-          return r * (d * w - along_x * v);
-        };
-        map_lanes<T>(d_model(), f, &cache.dx(t, 0), &dy.coeffRef(t, 0), g, &x.coeffRef(t, 0));
-      }
+    const T* const g = weight_.value.data();
+    sum_runs_of_rows<T>(dy.rows(), d_model(), cache.d_weight, [&](Index t, T* d_weight) {
+      const T* const d = &dy.coeffRef(t, 0);
+      const T* const x = &cache.x(t, 0);
+      const T r = cache.inverse_rms(t, 0);
+      const auto triple = [](const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) -> Lanes<T> {
+        return a * b * c;
+      };
+      const T along_x =
+          r * r * sum_lanes<T>(d_model(), triple, d, g, x) / static_cast<T>(d_model());
+      const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& v) -> Lanes<T> {
+        return r * (dv * w - along_x * v);
+      };
+      map_lanes<T>(d_model(), to_x, &cache.dx(t, 0), d, g, x);
+      const auto to_weight = [=](const Lanes<T>& sum, const Lanes<T>& dv,
+                                 const Lanes<T>& v) -> Lanes<T> { return sum + dv * v * r; };
+      map_lanes<T>(d_model(), to_weight, d_weight, d_weight, d, x);
     });
-    const auto d_weight = [&](Index t, Index col, Index count) -> Lanes<T> {
-      return load_lanes<T>(&dy.coeffRef(t, col), count) *
-             load_lanes<T>(&x.coeffRef(t, col), count) * cache.inverse_rms(t, 0);
-    };
-    add_over_rows<T>(dy.rows(), d_model(), weight_.gradient().data(), d_weight);
+    add_rows_to<T>(cache.d_weight.view(), weight_.gradient().data());
     return cache.dx;
   }
 

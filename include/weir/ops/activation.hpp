@@ -3,13 +3,14 @@
 /// Elementwise functions of activations, with their derivatives.
 #pragma once
 
-#include <cmath>
 #include <concepts>
 #include <numbers>
 #include <string_view>
 
 #include <weir/core/types.hpp>
+#include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/normal.hpp>
 
 namespace weir {
 
@@ -41,10 +42,10 @@ struct Relu {
 
   template <class T>
   static void derivative(Index count, const T* z, T* da) {
-    for (Index i = 0; i < count; ++i) {
-      const T x = z[i];
-      da[i] = x > T(0) ? T(1) : (x <= T(0) ? T(0) : x);
-    }
+    const auto f = [](const Lanes<T>& x) -> Lanes<T> {
+      return x > T(0) ? Lanes<T>{} + T(1) : (x <= T(0) ? Lanes<T>{} : x);
+    };
+    map_lanes<T>(count, f, da, z);
   }
 };
 
@@ -54,7 +55,10 @@ struct SquaredRelu {
 
   template <class T>
   static void value(Index count, const T* z, T* a) {
-    const auto f = [](const Lanes<T>& x) -> Lanes<T> { return rectify_lanes<T>(x).square(); };
+    const auto f = [](const Lanes<T>& x) -> Lanes<T> {
+      const Lanes<T> positive = rectify_lanes<T>(x);
+      return positive * positive;
+    };
     map_lanes<T>(count, f, a, z);
   }
 
@@ -92,26 +96,19 @@ struct Gelu {
 
   template <class T>
   static void value(Index count, const T* z, T* a) {
-    for (Index i = 0; i < count; ++i) a[i] = z[i] * normal_cdf(z[i]);
+    const auto f = [](const Lanes<double>& x) -> Lanes<double> {
+      return x * normal_lanes<T>(x).cdf;
+    };
+    map_as_double<T>(count, f, a, z);
   }
 
   template <class T>
   static void derivative(Index count, const T* z, T* da) {
-    const auto f = [](const Lanes<T>& x) -> Lanes<T> {
-      Lanes<T> cdf;
-      for (Index lane = 0; lane < kLanes<T>; ++lane) cdf[lane] = normal_cdf(x[lane]);
-      return cdf + kDensityAtZero<T> * x * exp_lanes<T>(T(-0.5) * x * x);
+    const auto f = [](const Lanes<double>& x) -> Lanes<double> {
+      const NormalLanes normal = normal_lanes<T>(x);
+      return normal.cdf + x * normal.density;
     };
-    map_lanes<T>(count, f, da, z);
-  }
-
- private:
-  template <class T>
-  static constexpr T kDensityAtZero = std::numbers::inv_sqrtpi_v<T> / std::numbers::sqrt2_v<T>;
-
-  template <class T>
-  static T normal_cdf(T z) {
-    return T(0.5) * std::erfc(-z / std::numbers::sqrt2_v<T>);
+    map_as_double<T>(count, f, da, z);
   }
 };
 

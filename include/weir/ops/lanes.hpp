@@ -5,40 +5,270 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <weir/core/parallel.hpp>
+#include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
 
-/// As many numbers as the widest vector register holds. Eigen treats the ends of an unaligned array
-/// with other code than its middle, which rounds differently; in blocks of fixed size an element
-/// gets the same bits wherever it lies in memory.
+namespace detail {
+
+#if defined(__AVX512F__)
+inline constexpr int kLaneBytes = 64;
+#elif defined(__AVX__)
+inline constexpr int kLaneBytes = 32;
+#else
+inline constexpr int kLaneBytes = 16;
+#endif
+
+/// A register of numbers of type T, one of integers of the same size, and half a register.
 template <class T>
-using Lanes = Eigen::Array<T, 64 / sizeof(T), 1>;
+struct Register {
+  using Integer = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+  typedef T Lanes __attribute__((vector_size(kLaneBytes)));       // NOLINT(modernize-use-using)
+  typedef Integer Bits __attribute__((vector_size(kLaneBytes)));  // NOLINT(modernize-use-using)
+  typedef T Half __attribute__((vector_size(kLaneBytes / 2)));    // NOLINT(modernize-use-using)
+};
+
+}  // namespace detail
+
+/// As many numbers as a vector register holds, in the compiler's vector extension: operators work
+/// on all of them, also between `Lanes<T>` and `T`; `a < b ? c : d` chooses lane by lane; `v[i]` is
+/// one lane, `Lanes<T>{}` zeros. An element gets the same bits wherever it lies in memory, which
+/// Eigen's expressions, treating the ends of an unaligned array with other code than its middle, do
+/// not promise.
+template <class T>
+using Lanes = typename detail::Register<T>::Lanes;
+
+/// Integers of the size of T, as many as `Lanes<T>` has numbers.
+template <class T>
+using LaneBits = typename detail::Register<T>::Bits;
 
 /// How many numbers a block of lanes has.
 template <class T>
-inline constexpr Index kLanes = Lanes<T>::SizeAtCompileTime;
+inline constexpr Index kLanes = detail::kLaneBytes / static_cast<Index>(sizeof(T));
 
-/// The `count` <= kLanes numbers from `from` on, followed by zeros.
+/// The kLanes numbers from `from` on, anywhere in memory.
 template <class T>
-Lanes<T> load_lanes(const T* from, Index count) {
-  if (count >= kLanes<T>) return Eigen::Map<const Lanes<T>>(from);
-  Lanes<T> lanes = Lanes<T>::Zero();
-  for (Index i = 0; i < count; ++i) lanes[i] = from[i];
+Lanes<T> load_lanes(const T* from) {
+  Lanes<T> lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
   return lanes;
+}
+
+/// All lanes to `to`.
+template <class T>
+void store_lanes(const Lanes<T>& lanes, T* to) {
+  std::memcpy(to, &lanes, sizeof lanes);
+}
+
+#if defined(__AVX512F__)
+namespace detail {
+
+template <class T>
+auto first_of(Index count) {
+  using Mask = std::conditional_t<sizeof(T) == 8, __mmask8, __mmask16>;
+  return static_cast<Mask>((1U << static_cast<unsigned>(count)) - 1U);
+}
+
+inline Lanes<float> load_part(const float* from, Index count, const Lanes<float>& rest) {
+  return _mm512_mask_loadu_ps(rest, first_of<float>(count), from);
+}
+inline Lanes<double> load_part(const double* from, Index count, const Lanes<double>& rest) {
+  return _mm512_mask_loadu_pd(rest, first_of<double>(count), from);
+}
+inline void store_part(const Lanes<float>& lanes, float* to, Index count) {
+  _mm512_mask_storeu_ps(to, first_of<float>(count), lanes);
+}
+inline void store_part(const Lanes<double>& lanes, double* to, Index count) {
+  _mm512_mask_storeu_pd(to, first_of<double>(count), lanes);
+}
+
+}  // namespace detail
+#else
+namespace detail {
+
+/// Copies `count` < kLanes numbers in pieces of fixed size, which the compiler makes moves of.
+template <class T>
+void copy_part(const T* from, Index count, T* to) {
+#pragma GCC unroll 8
+  for (Index piece = kLanes<T> / 2; piece > 0; piece /= 2) {
+    if ((count & piece) == 0) continue;
+    std::memcpy(to, from, static_cast<std::size_t>(piece) * sizeof(T));
+    from += piece;
+    to += piece;
+  }
+}
+
+template <class T>
+Lanes<T> load_part(const T* from, Index count, const Lanes<T>& rest) {
+  T part[kLanes<T>];
+  store_lanes<T>(rest, part);
+  copy_part(from, count, part);
+  return load_lanes<T>(part);
+}
+
+template <class T>
+void store_part(const Lanes<T>& lanes, T* to, Index count) {
+  T part[kLanes<T>];
+  store_lanes<T>(lanes, part);
+  copy_part(part, count, to);
+}
+
+}  // namespace detail
+#endif
+
+/// The `count` <= kLanes numbers from `from` on, in the other lanes those of `rest`.
+template <class T>
+Lanes<T> load_lanes(const T* from, Index count, const Lanes<T>& rest = Lanes<T>{}) {
+  return count >= kLanes<T> ? load_lanes<T>(from) : detail::load_part(from, count, rest);
 }
 
 /// The first `count` <= kLanes lanes to `to`.
 template <class T>
 void store_lanes(const Lanes<T>& lanes, T* to, Index count) {
   if (count >= kLanes<T>) {
-    Eigen::Map<Lanes<T>>{to} = lanes;
+    store_lanes<T>(lanes, to);
   } else {
-    for (Index i = 0; i < count; ++i) to[i] = lanes[i];
+    detail::store_part(lanes, to, count);
   }
+}
+
+/// 0, 1, 2, ...
+template <class T>
+LaneBits<T> lane_numbers() {
+  LaneBits<T> numbers{};
+#pragma GCC unroll 64
+  for (int lane = 0; lane < static_cast<int>(kLanes<T>); ++lane) numbers[lane] = lane;
+  return numbers;
+}
+
+/// `lanes`, with zeros from lane `count` on.
+template <class T>
+Lanes<T> first_lanes(const Lanes<T>& lanes, Index count) {
+  const auto end = static_cast<typename detail::Register<T>::Integer>(count);
+  return lane_numbers<T>() < end ? lanes : Lanes<T>{};
+}
+
+/// The larger of two numbers in each lane; `a` where one of them is NaN.
+template <class T>
+Lanes<T> max_lanes(const Lanes<T>& a, const Lanes<T>& b) {
+  return b > a ? b : a;
+}
+
+/// max(x, 0); a NaN stays a NaN.
+template <class T>
+Lanes<T> rectify_lanes(const Lanes<T>& x) {
+  return x < T(0) ? Lanes<T>{} : x;
+}
+
+namespace detail {
+
+template <class T, int... lane>
+std::pair<Lanes<T>, Lanes<T>> unzip(const Lanes<T>& a, const Lanes<T>& b,
+                                    std::integer_sequence<int, lane...>) {
+  return {__builtin_shufflevector(a, b, (2 * lane)...),
+          __builtin_shufflevector(a, b, (2 * lane + 1)...)};
+}
+
+template <class T, int... lane>
+std::pair<Lanes<T>, Lanes<T>> zip(const Lanes<T>& a, const Lanes<T>& b,
+                                  std::integer_sequence<int, lane...>) {
+  constexpr int kCount = static_cast<int>(kLanes<T>);
+  return {__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * kCount)...),
+          __builtin_shufflevector(a, b, ((kCount + lane) / 2 + lane % 2 * kCount)...)};
+}
+
+}  // namespace detail
+
+/// Of 2 kLanes numbers those with an even index, and those with an odd one.
+template <class T>
+auto unzip(const Lanes<T>& a, const Lanes<T>& b) {
+  return detail::unzip<T>(a, b, std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
+}
+
+/// The inverse: a[0], b[0], a[1], b[1] and so on.
+template <class T>
+auto zip(const Lanes<T>& a, const Lanes<T>& b) {
+  return detail::zip<T>(a, b, std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
+}
+
+namespace detail {
+
+/// Each lane combined with the one `half` lanes away, then with the one half of that away, and so
+/// on: in the end every lane has the result of all.
+template <int half, class V, class F, int... lane>
+V fold(const V& v, F&& f, std::integer_sequence<int, lane...> lanes) {
+  if constexpr (half == 0) {
+    return v;
+  } else {
+    return fold<half / 2>(f(v, __builtin_shufflevector(v, v, (lane ^ half)...)), f, lanes);
+  }
+}
+
+}  // namespace detail
+
+/// Folds the lanes of `Lanes<T>` or `LaneBits<T>` into one number by `f`, which works on vectors.
+template <class T, class V, class F>
+auto fold_lanes(const V& lanes, F&& f) {
+  constexpr int kCount = static_cast<int>(kLanes<T>);
+  return detail::fold<kCount / 2>(lanes, f, std::make_integer_sequence<int, kCount>{})[0];
+}
+
+/// The sum of the lanes.
+template <class T>
+T sum_of(const Lanes<T>& lanes) {
+  return fold_lanes<T>(lanes,
+                       [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; });
+}
+
+/// The sum of each of kLanes<T> blocks of lanes, which it spoils.
+template <class T>
+Lanes<T> sums_of(Lanes<T> (&blocks)[kLanes<T>]) {
+  // Two blocks become one, which has the sums of the pairs of both.
+#pragma GCC unroll 4
+  for (Index count = kLanes<T> / 2; count > 0; count /= 2) {
+#pragma GCC unroll 8
+    for (Index i = 0; i < count; ++i) {
+      const auto [even, odd] = unzip<T>(blocks[2 * i], blocks[2 * i + 1]);
+      blocks[i] = even + odd;
+    }
+  }
+  return blocks[0];
+}
+
+/// Whether a comparison holds in any lane.
+template <class T>
+bool any_lane(const LaneBits<T>& holds) {
+  const auto either = [](const LaneBits<T>& a, const LaneBits<T>& b) -> LaneBits<T> {
+    return a | b;
+  };
+  return fold_lanes<T>(holds, either) != 0;
+}
+
+/// The largest lane; unspecified if one is NaN.
+template <class T>
+T max_of(const Lanes<T>& lanes) {
+  return fold_lanes<T>(lanes, max_lanes<T>);
+}
+
+/// c[0] + c[1] x + c[2] x^2 + ...
+template <class T, std::size_t n>
+[[gnu::always_inline]] inline Lanes<T> polynomial(const Lanes<T>& x, const T (&c)[n]) {
+  Lanes<T> sum = Lanes<T>{} + c[n - 1];
+#pragma GCC unroll 32
+  for (std::size_t i = n - 1; i > 0; --i) sum = sum * x + c[i - 1];
+  return sum;
 }
 
 /// out[i] = f(in[i]...) for i in [0, count), `f` being given and returning `Lanes<T>`. `out` may be
@@ -47,25 +277,86 @@ template <class T, class F, class... In>
 void map_lanes(Index count, F&& f, T* out, const In*... in) {
   Index i = 0;
   for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    store_lanes<T>(f(load_lanes<T>(in + i, kLanes<T>)...), out + i, kLanes<T>);
+    store_lanes<T>(f(load_lanes<T>(in + i)...), out + i);
   }
   if (i < count) store_lanes<T>(f(load_lanes<T>(in + i, count - i)...), out + i, count - i);
 }
 
+/// The `count` <= kLanes<double> numbers from `from` on as doubles, followed by zeros.
+template <class T>
+Lanes<double> load_as_double(const T* from, Index count) {
+  if constexpr (std::is_same_v<T, double>) {
+    return load_lanes<double>(from, count);
+  } else {
+    typename detail::Register<T>::Half half{};
+    if (count >= kLanes<double>) {
+      std::memcpy(&half, from, sizeof half);
+    } else {
+      for (Index lane = 0; lane < count; ++lane) half[lane] = from[lane];
+    }
+    return __builtin_convertvector(half, Lanes<double>);
+  }
+}
+
+/// The first `count` <= kLanes<double> lanes to `to`, rounded.
+template <class T>
+void store_rounded(const Lanes<double>& lanes, T* to, Index count) {
+  if constexpr (std::is_same_v<T, double>) {
+    store_lanes<double>(lanes, to, count);
+  } else {
+    using Half = typename detail::Register<T>::Half;
+    const Half half = __builtin_convertvector(lanes, Half);
+    if (count >= kLanes<double>) {
+      std::memcpy(to, &half, sizeof half);
+    } else {
+      for (Index lane = 0; lane < count; ++lane) to[lane] = half[lane];
+    }
+  }
+}
+
+/// `map_lanes` of numbers of type T that are computed with as doubles.
+template <class T, class F>
+void map_as_double(Index count, F&& f, T* out, const T* in) {
+  Index i = 0;
+  for (; i + kLanes<double> <= count; i += kLanes<double>) {
+    store_rounded<T>(f(load_as_double<T>(in + i, kLanes<double>)), out + i, kLanes<double>);
+  }
+  if (i < count) store_rounded<T>(f(load_as_double<T>(in + i, count - i)), out + i, count - i);
+}
+
 /// The sum of f(in[i]...) for i in [0, count), in an order that depends on `count` alone.
 template <class T, class F, class... In>
-T sum_lanes(Index count, F&& f, const T* first, const In*... in) {
-  Lanes<T> sum = Lanes<T>::Zero();
+T sum_lanes(Index count, F&& f, const In*... in) {
+  constexpr Index kSums = 4;  // As many as are under way at once, one waiting for none.
+  Lanes<T> sum[kSums] = {};
   Index i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    sum += f(load_lanes<T>(first + i, kLanes<T>), load_lanes<T>(in + i, kLanes<T>)...);
+  for (; i + kSums * kLanes<T> <= count; i += kSums * kLanes<T>) {
+#pragma GCC unroll 4
+    for (Index s = 0; s < kSums; ++s) sum[s] += f(load_lanes<T>(in + i + s * kLanes<T>)...);
   }
+  for (; i + kLanes<T> <= count; i += kLanes<T>) sum[0] += f(load_lanes<T>(in + i)...);
   if (i < count) {
-    const Lanes<T> last =
-        f(load_lanes<T>(first + i, count - i), load_lanes<T>(in + i, count - i)...);
-    for (Index lane = 0; lane < count - i; ++lane) sum[lane] += last[lane];
+    sum[1] += first_lanes<T>(f(load_lanes<T>(in + i, count - i)...), count - i);
   }
-  return sum.sum();
+  return sum_of<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+/// The largest of `count` numbers; -inf if there are none. NaNs are passed over.
+template <class T>
+T max_of(const T* values, Index count) {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  Lanes<T> best = Lanes<T>{} + kLowest;
+  Lanes<T> second = best;
+  Index i = 0;
+  for (; i + 2 * kLanes<T> <= count; i += 2 * kLanes<T>) {
+    best = max_lanes<T>(best, load_lanes<T>(values + i));
+    second = max_lanes<T>(second, load_lanes<T>(values + i + kLanes<T>));
+  }
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    best = max_lanes<T>(best, load_lanes<T>(values + i));
+  }
+  if (i < count) second = max_lanes<T>(second, load_lanes<T>(values + i, count - i, second));
+  return max_of<T>(max_lanes<T>(best, second));
 }
 
 /// Calls `body(row, col, count)` for pieces of at most 1024 columns that cover [rows, cols], on all
@@ -83,17 +374,34 @@ void parallel_pieces(Index rows, Index cols, Index cost, Body&& body) {
   });
 }
 
+/// `to` = `from`, on all threads; `to` is resized.
+template <class T>
+void copy_rows(MatrixIn<T> from, Matrix<T>& to) {
+  to.resize(from.rows(), from.cols());
+  parallel_pieces(from.rows(), from.cols(), 1, [&](Index t, Index col, Index count) {
+    std::copy_n(&from.coeffRef(t, col), count, &to(t, col));
+  });
+}
+
+/// sum = a + b, on all threads; `sum` has their shape and may be one of them.
+template <class T>
+void add_rows(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> sum) {
+  parallel_pieces(a.rows(), a.cols(), 1, [&](Index t, Index col, Index count) {
+    const auto add = [](const Lanes<T>& x, const Lanes<T>& y) -> Lanes<T> { return x + y; };
+    map_lanes<T>(count, add, &sum(t, col), &a.coeffRef(t, col), &b.coeffRef(t, col));
+  });
+}
+
 /// out[j] += sum_t f(t, j, count) for j in [0, cols), `f` giving the `count` lanes from column j on
 /// of row t: the gradient of what all rows share. Threads divide the columns, rows are added from
 /// the first to the last.
 template <class T, class F>
 void add_over_rows(Index rows, Index cols, T* out, F&& f) {
-  constexpr Index kBlocks = 4;  // Side by side, so that whole cache lines are read.
+  constexpr Index kBlocks = 8;  // Side by side, so that whole cache lines are read.
   constexpr Index kWidth = kBlocks * kLanes<T>;
   parallel_rows((cols + kWidth - 1) / kWidth, rows * kWidth, [&](Index begin, Index end) {
     for (Index first = begin * kWidth; first < std::min(cols, end * kWidth); first += kWidth) {
-      Lanes<T> sum[kBlocks];
-      for (Lanes<T>& lanes : sum) lanes.setZero();
+      Lanes<T> sum[kBlocks] = {};
       for (Index t = 0; t < rows; ++t) {
         for (Index b = 0; b < kBlocks; ++b) {
           const Index col = first + b * kLanes<T>;
@@ -110,25 +418,30 @@ void add_over_rows(Index rows, Index cols, T* out, F&& f) {
   });
 }
 
-/// max(x, 0); a NaN stays a NaN.
+/// out[j] += sum_t rows[t, j], from the first row to the last.
 template <class T>
-Lanes<T> rectify_lanes(const Lanes<T>& x) {
-  Lanes<T> y;
-  for (Index i = 0; i < kLanes<T>; ++i) y[i] = x[i] < T(0) ? T(0) : x[i];
-  return y;
+void add_rows_to(MatrixIn<T> rows, T* out) {
+  const auto row = [&](Index t, Index col, Index count) -> Lanes<T> {
+    return load_lanes<T>(&rows.coeffRef(t, col), count);
+  };
+  add_over_rows<T>(rows.rows(), rows.cols(), out, row);
 }
 
-/// exp(x), but exactly zero where it would be below the normal numbers, also for x = -inf. (Eigen's
-/// vector code stops at the edge of what a number can hold.)
-template <class T>
-Lanes<T> exp_lanes(const Lanes<T>& x) {
-  return rectify_lanes<T>(x.exp() - std::numeric_limits<T>::min());
-}
-
-/// 1 / (1 + exp(-x)).
-template <class T>
-Lanes<T> sigmoid_lanes(const Lanes<T>& x) {
-  return (T(1) + exp_lanes<T>(-x)).inverse();
+/// Sums over rows that are read for another purpose as well: `body(t, sums)` adds to `sums` [width]
+/// what row t contributes. Runs of rows, which do not depend on the number of threads, have sums of
+/// their own, each the work of one thread: the rows of `sums`, for `add_rows_to` to add up.
+template <class T, class Body>
+void sum_runs_of_rows(Index rows, Index width, Scratch<T>& sums, Body&& body) {
+  constexpr Index kMostRuns = 64;
+  constexpr Index kFewestRows = 16;
+  const Index run = std::max(kFewestRows, (rows + kMostRuns - 1) / kMostRuns);
+  auto of_runs = sums.reshape((rows + run - 1) / run, width);
+  parallel_rows(of_runs.rows(), run * width, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      of_runs.row(i).setZero();
+      for (Index t = i * run; t < std::min(rows, (i + 1) * run); ++t) body(t, &of_runs(i, 0));
+    }
+  });
 }
 
 }  // namespace weir

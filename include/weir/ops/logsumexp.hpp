@@ -7,22 +7,10 @@
 #include <limits>
 
 #include <weir/core/types.hpp>
+#include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
-
-/// The largest of `count` numbers; -inf if there are none.
-template <class T>
-T max_of(const T* values, Index count) {
-  Lanes<T> best = Lanes<T>::Constant(-std::numeric_limits<T>::infinity());
-  Index i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    best = best.max(load_lanes<T>(values + i, kLanes<T>));
-  }
-  T top = best.maxCoeff();
-  for (; i < count; ++i) top = values[i] > top ? values[i] : top;
-  return top;
-}
 
 /// log(sum_i exp(values[i])), shifted by the maximum so that no exponential overflows. -inf for no
 /// values, or none above -inf; NaN where a value is NaN.

@@ -3,6 +3,7 @@
 /// Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 15).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <span>
 #include <string_view>
@@ -12,6 +13,8 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
+#include <weir/ops/lanes.hpp>
+#include <weir/ops/trigonometry.hpp>
 
 namespace weir {
 
@@ -58,15 +61,19 @@ class Rope {
   /// \param positions  One per token.
   template <class T>
   void tabulate(std::span<const Index> positions, Scratch<T>& table) const {
-    constexpr Index kCostOfSine = 64;
+    constexpr Index kCostOfSine = 8;
     auto rows = table.reshape(static_cast<Index>(positions.size()), head_dim());
     parallel_rows(rows.rows(), kCostOfSine * head_dim(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const auto position = static_cast<double>(positions[static_cast<std::size_t>(t)]);
-        for (Index i = 0; i < pairs(); ++i) {
-          const double angle = position * frequencies_[static_cast<std::size_t>(i)];
-          rows(t, i) = static_cast<T>(std::cos(angle));
-          rows(t, pairs() + i) = static_cast<T>(std::sin(angle));
+        T* const cosines = &rows(t, 0);
+        T* const sines = cosines + pairs();
+        for (Index i = 0; i < pairs(); i += kLanes<double>) {
+          const Index count = std::min(kLanes<double>, pairs() - i);
+          const SineCosine of_angle =
+              sine_cosine_lanes(position * load_lanes<double>(frequencies_.data() + i, count));
+          store_rounded<T>(of_angle.cosine, cosines + i, count);
+          store_rounded<T>(of_angle.sine, sines + i, count);
         }
       }
     });
@@ -116,27 +123,39 @@ class Rope {
                        ", expected a multiple of head_dim = ", head_dim(), " columns");
     }
     expect_shape(where, "table of angles", table, x.rows(), head_dim());
-    const bool half_split = layout_ == RopeLayout::kHalfSplit;
-    const Index step = half_split ? 1 : 2;           // from a pair to the next
-    const Index partner = half_split ? pairs() : 1;  // from a pair's first number to its second
     parallel_rows(x.rows(), 4 * x.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const T* cosines = table.data() + t * head_dim();
-        const T* sines = cosines + pairs();
-        T* row = x.data() + t * x.outerStride();
         for (Index head = 0; head < x.cols(); head += head_dim()) {
-          for (Index i = 0; i < pairs(); ++i) {
-            T& first = row[head + i * step];
-            T& second = row[head + i * step + partner];
-            const T a = first;
-            const T b = second;
-            const T sine = direction * sines[i];
-            first = a * cosines[i] - b * sine;
-            second = b * cosines[i] + a * sine;
-          }
+          turn_head(&x(t, head), cosines, cosines + pairs(), direction);
         }
       }
     });
+  }
+
+  template <class T>
+  void turn_head(T* head, const T* cosines, const T* sines, T direction) const {
+    for (Index i = 0; i < pairs(); i += kLanes<T>) {
+      const Index count = std::min(kLanes<T>, pairs() - i);
+      const Lanes<T> cosine = load_lanes<T>(cosines + i, count);
+      const Lanes<T> sine = direction * load_lanes<T>(sines + i, count);
+      if (layout_ == RopeLayout::kHalfSplit) {
+        const Lanes<T> a = load_lanes<T>(head + i, count);
+        const Lanes<T> b = load_lanes<T>(head + pairs() + i, count);
+        store_lanes<T>(a * cosine - b * sine, head + i, count);
+        store_lanes<T>(b * cosine + a * sine, head + pairs() + i, count);
+      } else {
+        T* const lower = head + 2 * i;
+        const Index in_lower = std::min(kLanes<T>, 2 * count);
+        T* const upper = lower + in_lower;
+        const Index in_upper = 2 * count - in_lower;
+        const auto [a, b] =
+            unzip<T>(load_lanes<T>(lower, in_lower), load_lanes<T>(upper, in_upper));
+        const auto [first, second] = zip<T>(a * cosine - b * sine, b * cosine + a * sine);
+        store_lanes<T>(first, lower, in_lower);
+        store_lanes<T>(second, upper, in_upper);
+      }
+    }
   }
 
   RopeLayout layout_;

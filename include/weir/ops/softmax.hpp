@@ -3,13 +3,11 @@
 /// Softmax over the columns of each row, and its derivative.
 #pragma once
 
-#include <algorithm>
-
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
+#include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
-#include <weir/ops/logsumexp.hpp>
 
 namespace weir {
 
@@ -24,20 +22,12 @@ namespace weir {
 template <class T>
 void softmax_row(const T* logits, Index count, T* p) {
   const T top = max_of(logits, count);
-  Lanes<T> sum = Lanes<T>::Zero();
-  for (Index i = 0; i < count; i += kLanes<T>) {
-    const Index lanes = std::min(kLanes<T>, count - i);
-    const Lanes<T> e = exp_lanes<T>(load_lanes<T>(logits + i, lanes) - top);
-    store_lanes<T>(e, p + i, lanes);
-    if (lanes == kLanes<T>) {
-      sum += e;
-    } else {
-      for (Index lane = 0; lane < lanes; ++lane) sum[lane] += e[lane];
-    }
-  }
-  const T scale = T(1) / sum.sum();
-  map_lanes<T>(
-      count, [scale](const Lanes<T>& e) -> Lanes<T> { return scale * e; }, p, p);
+  const auto exp = [top](const Lanes<T>& z) -> Lanes<T> { return exp_lanes<T>(z - top); };
+  map_lanes<T>(count, exp, p, logits);
+  const auto same = [](const Lanes<T>& e) -> Lanes<T> { return e; };
+  const T scale = T(1) / sum_lanes<T>(count, same, p);
+  const auto share = [scale](const Lanes<T>& e) -> Lanes<T> { return scale * e; };
+  map_lanes<T>(count, share, p, p);
 }
 
 /// Softmax of each row of [tokens, n]; `p` has the shape of `logits` and may be the same matrix.

@@ -5,36 +5,74 @@
 
 #include <algorithm>
 #include <cassert>
+#include <limits>
 
 #include <weir/core/types.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
-/// Writes the indices of the k largest values to `chosen`, the largest first; of equal values the
-/// one with the lowest index comes first. Allocates nothing.
-///
-/// \param values   Without NaN; -inf is a value like others.
-/// \param k        0 <= k <= count.
+namespace detail {
+
+/// One after the other into a sorted list: for few numbers.
 template <class T>
-void top_k(const T* values, Index count, Index k, Index* chosen) {
-  assert(0 <= k && k <= count);
-  constexpr Index kInsertionPays = 16;
-  if (k == 0) return;
-  if (k <= kInsertionPays) {
-    T least = values[0];  // The value of the last one chosen.
-    for (Index i = 0; i < count; ++i) {
-      const T value = values[i];
-      if (i >= k && !(value > least)) continue;
-      Index place = std::min(i, k - 1);
-      for (; place > 0 && value > values[chosen[place - 1]]; --place) {
-        chosen[place] = chosen[place - 1];
-      }
-      chosen[place] = i;
-      least = values[chosen[std::min(i, k - 1)]];
+void top_k_by_insertion(const T* values, Index count, Index k, Index* chosen) {
+  T least = values[0];  // The value of the last one chosen.
+  for (Index i = 0; i < count; ++i) {
+    const T value = values[i];
+    if (i >= k && !(value > least)) continue;
+    Index place = std::min(i, k - 1);
+    for (; place > 0 && value > values[chosen[place - 1]]; --place) {
+      chosen[place] = chosen[place - 1];
     }
-    return;
+    chosen[place] = i;
+    least = values[chosen[std::min(i, k - 1)]];
   }
-  // A heap of those chosen so far with the last of them on top.
+}
+
+/// The place of the largest of `count` numbers, of equal ones the first; NaNs are passed over.
+/// \param count    A multiple of kLanes<T>, not all of the numbers being NaN.
+template <class T>
+Index place_of_largest(const T* values, Index count) {
+  using Integer = typename Register<T>::Integer;
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  Lanes<T> best = Lanes<T>{} + kLowest;
+  LaneBits<T> place = LaneBits<T>{} + std::numeric_limits<Integer>::max();
+  LaneBits<T> here = lane_numbers<T>();
+  for (Index i = 0; i < count; i += kLanes<T>) {
+    const Lanes<T> candidate = load_lanes<T>(values + i);
+    place = candidate > best ? here : place;
+    best = max_lanes<T>(best, candidate);
+    here += static_cast<Integer>(kLanes<T>);
+  }
+  const T top = max_of<T>(best);
+  if (top == kLowest) return std::find(values, values + count, kLowest) - values;
+  place = best == top ? place : LaneBits<T>{} + std::numeric_limits<Integer>::max();
+  const auto smaller = [](const LaneBits<T>& a, const LaneBits<T>& b) -> LaneBits<T> {
+    return a < b ? a : b;
+  };
+  return fold_lanes<T>(place, smaller);
+}
+
+/// How many numbers `top_k_by_search` has room for.
+inline constexpr Index kSearched = 1024;
+
+/// A search for the largest of what is left, again and again.
+template <class T>
+void top_k_by_search(const T* values, Index count, Index k, Index* chosen) {
+  T left[kSearched];
+  const Index padded = (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  std::copy_n(values, count, left);
+  std::fill(left + count, left + padded, std::numeric_limits<T>::quiet_NaN());
+  for (Index i = 0; i < k; ++i) {
+    chosen[i] = place_of_largest(left, padded);
+    left[chosen[i]] = std::numeric_limits<T>::quiet_NaN();
+  }
+}
+
+/// With a heap of those chosen so far, the last of them on top.
+template <class T>
+void top_k_by_heap(const T* values, Index count, Index k, Index* chosen) {
   const auto before = [values](Index a, Index b) {
     return values[a] > values[b] || (values[a] == values[b] && a < b);
   };
@@ -48,6 +86,27 @@ void top_k(const T* values, Index count, Index k, Index* chosen) {
     std::push_heap(chosen, end, before);
   }
   std::sort_heap(chosen, end, before);
+}
+
+}  // namespace detail
+
+/// Writes the indices of the k largest values to `chosen`, the largest first; of equal values the
+/// one with the lowest index comes first. Allocates nothing.
+///
+/// \param values   Without NaN; -inf is a value like others.
+/// \param k        0 <= k <= count.
+template <class T>
+void top_k(const T* values, Index count, Index k, Index* chosen) {
+  assert(0 <= k && k <= count);
+  constexpr Index kFew = 8;
+  if (k == 0) return;
+  if (count <= kFew) {
+    detail::top_k_by_insertion(values, count, k, chosen);
+  } else if (count <= detail::kSearched && k <= 128) {
+    detail::top_k_by_search(values, count, k, chosen);
+  } else {
+    detail::top_k_by_heap(values, count, k, chosen);
+  }
 }
 
 }  // namespace weir

@@ -6,7 +6,10 @@
 #include <concepts>
 #include <string_view>
 
+#include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/ops/exp.hpp>
+#include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
 
 namespace weir {
@@ -31,24 +34,42 @@ struct ZLoss {
   T loss(const Routing<T>& routing) const {
     const Index tokens = routing.real_tokens();
     if (tokens == 0) return T(0);
+    RowVector<T>& squares = routing.per_token;
+    squares.resize(routing.tokens());
+    for_each_real_token(routing, [&](Index t) {
+      const T lse = logsumexp(&routing.logits(t, 0), routing.experts());
+      squares[t] = lse * lse;
+    });
     T sum = T(0);
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      if (routing.is_padding(t)) continue;
-      const T lse = logsumexp(routing.logits.row(t).data(), routing.experts());
-      sum += lse * lse;
-    }
+    for (Index t = 0; t < routing.tokens(); ++t) sum += routing.is_padding(t) ? T(0) : squares[t];
     return coefficient * sum / static_cast<T>(tokens);
   }
 
   /// Adds d(loss)/d(logits).
   void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
     const Index tokens = routing.real_tokens();
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      if (routing.is_padding(t)) continue;
-      const T lse = logsumexp(routing.logits.row(t).data(), routing.experts());
+    for_each_real_token(routing, [&](Index t) {
+      const T* const z = &routing.logits(t, 0);
+      T* const dz = &gradient.logits(t, 0);
+      const T lse = logsumexp(z, routing.experts());
       const T factor = T(2) * coefficient * lse / static_cast<T>(tokens);
-      gradient.logits.row(t).array() += factor * (routing.logits.row(t).array() - lse).exp();
-    }
+      const auto add = [=](const Lanes<T>& d, const Lanes<T>& logit) -> Lanes<T> {
+        return d + factor * exp_lanes<T>(logit - lse);
+      };
+      map_lanes<T>(routing.experts(), add, dz, dz, z);
+    });
+  }
+
+ private:
+  /// Calls `body(t)` on all threads.
+  template <class Body>
+  static void for_each_real_token(const Routing<T>& routing, Body&& body) {
+    constexpr Index kCost = 8;  // Of an exponential and what goes with it.
+    parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        if (!routing.is_padding(t)) body(t);
+      }
+    });
   }
 };
 

@@ -32,6 +32,48 @@ enum class OnDrop {
   kPass,  ///< weight * x, as if the expert were the identity (Hugging Face's Switch until 2025).
 };
 
+namespace detail {
+
+/// Keeps of the assignments `first` to `last` the `capacity` of each expert that weigh most, of
+/// equal ones the first.
+template <class T>
+void keep_largest(Routing<T>& routing, Index first, Index last, Index capacity) {
+  const auto experts = static_cast<std::size_t>(routing.experts());
+  const auto for_each_kept = [&](auto&& body) {
+    for (Index a = first; a < last; ++a) {
+      const auto i = static_cast<std::size_t>(a);
+      if (routing.kept[i] != 0) body(a, static_cast<std::size_t>(routing.expert[i]));
+    }
+  };
+  // The kept assignments expert by expert; before them, where those of each expert end.
+  std::vector<Index>& work = routing.workspace;
+  work.assign(experts + 1, 0);
+  for_each_kept([&](Index, std::size_t e) { ++work[e + 1]; });
+  for (std::size_t e = 0; e < experts; ++e) work[e + 1] += work[e];
+  work.resize(experts + 1 + static_cast<std::size_t>(work[experts]));
+  Index* const lists = work.data() + experts + 1;
+  for_each_kept([&](Index a, std::size_t e) { lists[work[e]++] = a; });
+
+  const auto before = [&](Index a, Index b) {
+    const T weight_a = routing.weight[static_cast<std::size_t>(a)];
+    const T weight_b = routing.weight[static_cast<std::size_t>(b)];
+    return weight_a != weight_b ? weight_a > weight_b : a < b;
+  };
+  Index begin = 0;
+  for (std::size_t e = 0; e < experts; ++e) {
+    const Index end = work[e];
+    if (end - begin > capacity) {
+      std::nth_element(lists + begin, lists + begin + capacity, lists + end, before);
+      for (Index i = begin + capacity; i < end; ++i) {
+        routing.kept[static_cast<std::size_t>(lists[i])] = 0;
+      }
+    }
+    begin = end;
+  }
+}
+
+}  // namespace detail
+
 /// Clears `kept` of the assignments of the tokens `begin` to `end` beyond the first `capacity` of
 /// each expert, in the given order. Assignments that are not kept already take no place.
 template <class T>
@@ -69,15 +111,8 @@ void drop_overflow(Routing<T>& routing, Index begin, Index end, Index capacity, 
       break;
     }
     case DropOrder::kProbability: {
-      const Index first = routing.first(begin);
-      const Index last = routing.offsets[static_cast<std::size_t>(end)];
-      for (Index a = first; a < last; ++a) work.push_back(a);
-      std::sort(work.begin() + static_cast<Index>(experts), work.end(), [&](Index a, Index b) {
-        const T weight_a = routing.weight[static_cast<std::size_t>(a)];
-        const T weight_b = routing.weight[static_cast<std::size_t>(b)];
-        return weight_a != weight_b ? weight_a > weight_b : a < b;
-      });
-      for (std::size_t i = experts; i < work.size(); ++i) admit(work[i]);
+      detail::keep_largest(routing, routing.first(begin),
+                           routing.offsets[static_cast<std::size_t>(end)], capacity);
       break;
     }
   }

@@ -8,6 +8,7 @@
 
 #include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -71,7 +72,11 @@ class JitterRouter {
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
     const Matrix<T>& dx = keep(cache.dx, inner_.backward(d_logits, cache.inner));
     if (cache.jitter.size() == 0) return dx;
-    cache.dx = dx.cwiseProduct(cache.jitter);
+    cache.dx.resize(dx.rows(), dx.cols());
+    parallel_pieces(dx.rows(), dx.cols(), 1, [&](Index t, Index col, Index count) {
+      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+      map_lanes<T>(count, product, &cache.dx(t, col), &dx(t, col), &cache.jitter(t, col));
+    });
     return cache.dx;
   }
 

@@ -9,6 +9,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/top_k.hpp>
 
@@ -83,15 +84,17 @@ class SigmoidTopK {
         const auto biased_score = [](const Lanes<T>& x, const Lanes<T>& b) -> Lanes<T> {
           return sigmoid_lanes<T>(x) + b;
         };
+        const auto score_of = [](const Lanes<T>& x) -> Lanes<T> { return sigmoid_lanes<T>(x); };
         map_lanes<T>(experts, biased_score, p, z, bias_.value.data());
         top_k(p, experts, config_.k, chosen);
 
-        map_lanes<T>(experts, sigmoid_lanes<T>, p, z);
+        map_lanes<T>(experts, score_of, p, z);
         const T factor = static_cast<T>(config_.scale) / divisor(p, T(1), chosen);
         for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
-        const T total = total_score(z, experts);
-        map_lanes<T>(
-            experts, [total](const Lanes<T>& score) -> Lanes<T> { return score / total; }, p, p);
+        const auto same = [](const Lanes<T>& score) -> Lanes<T> { return score; };
+        const T total = sum_lanes<T>(experts, same, p) + kTiny;
+        const auto share = [total](const Lanes<T>& score) -> Lanes<T> { return score / total; };
+        map_lanes<T>(experts, share, p, p);
       }
     });
   }
@@ -150,7 +153,8 @@ class SigmoidTopK {
 
   /// What the probabilities are divided by.
   static T total_score(const T* z, Index experts) {
-    return sum_lanes<T>(experts, sigmoid_lanes<T>, z) + kTiny;
+    const auto score_of = [](const Lanes<T>& x) -> Lanes<T> { return sigmoid_lanes<T>(x); };
+    return sum_lanes<T>(experts, score_of, z) + kTiny;
   }
 
   /// What the chosen scores are divided by; `shares` times `total` are the scores.

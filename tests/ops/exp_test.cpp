@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <weir/core/random.hpp>
+#include <weir/ops/exp.hpp>
+
+#include "support/catch.hpp"
+
+using namespace weir;
+
+namespace {
+
+template <class T>
+T exp_of(T x) {
+  return exp_lanes<T>(Lanes<T>{} + x)[0];
+}
+
+/// |a - exact| in units of the last place that the exact value has in T.
+template <class T>
+double error_in_units(T a, long double exact) {
+  const T rounded = std::abs(static_cast<T>(exact));
+  const T unit = std::nextafter(rounded, std::numeric_limits<T>::infinity()) - rounded;
+  return static_cast<double>(std::abs(static_cast<long double>(a) - exact) /
+                             static_cast<long double>(unit));
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("exp_lanes is exact to 1.5 units in the last place", "[ops][exp]", float,
+                   double) {
+  using T = TestType;
+  const auto lowest = static_cast<T>(std::log(2.0 * std::numeric_limits<T>::min()));
+  const auto highest = static_cast<T>(std::log(std::numeric_limits<T>::max()) * 0.9999999);
+  Rng rng(1);
+  double worst = 0.0;
+  for (int i = 0; i < 40000; ++i) {
+    const auto share = static_cast<T>(rng.uniform());
+    const T x = i % 2 == 0 ? lowest + share * (highest - lowest) : T(4) * share - T(2);
+    worst = std::max(worst, error_in_units(exp_of(x), std::exp(static_cast<long double>(x))));
+  }
+  CHECK(worst <= 1.5);
+}
+
+TEMPLATE_TEST_CASE("exp_lanes at the ends of the number line", "[ops][exp]", float, double) {
+  using T = TestType;
+  const T infinity = std::numeric_limits<T>::infinity();
+  CHECK(exp_of(T(0)) == T(1));
+  CHECK(exp_of(-T(0)) == T(1));
+  CHECK(exp_of(infinity) == infinity);
+  CHECK(exp_of(std::numeric_limits<T>::max()) == infinity);
+  CHECK(exp_of(-infinity) == T(0));
+  CHECK(exp_of(std::numeric_limits<T>::lowest()) == T(0));
+  CHECK(exp_of(std::log(std::numeric_limits<T>::min()) - T(0.5)) == T(0));
+  CHECK(exp_of(std::log(std::numeric_limits<T>::min()) + T(0.5)) > T(0));
+  CHECK(exp_of(std::log(std::numeric_limits<T>::max()) - T(0.01)) < infinity);
+  CHECK(std::isnan(exp_of(std::numeric_limits<T>::quiet_NaN())));
+}
+
+TEMPLATE_TEST_CASE("sigmoid_lanes is 1 / (1 + exp(-x)) and saturates", "[ops][exp]", float,
+                   double) {
+  using T = TestType;
+  const auto sigmoid = [](T x) { return sigmoid_lanes<T>(Lanes<T>{} + x)[0]; };
+  for (T x = T(-30); x <= T(30); x += T(0.37)) {
+    const long double exact = 1.0L / (1.0L + std::exp(-static_cast<long double>(x)));
+    REQUIRE(error_in_units(sigmoid(x), exact) <= 3.0);
+  }
+  CHECK(sigmoid(T(0)) == T(0.5));
+  CHECK(sigmoid(std::numeric_limits<T>::infinity()) == T(1));
+  CHECK(sigmoid(-std::numeric_limits<T>::infinity()) == T(0));
+  CHECK(std::isnan(sigmoid(std::numeric_limits<T>::quiet_NaN())));
+}
