@@ -25,6 +25,7 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/register_block.hpp>
 #include <weir/ops/lanes.hpp>
 
 #include "support/clock.hpp"
