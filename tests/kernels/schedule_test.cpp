@@ -57,6 +57,29 @@ TEST_CASE("Each piece of work is handed out once", "[kernels][schedule][parallel
   }
 }
 
+TEST_CASE("Pieces that are better done together are not parted", "[kernels][schedule][parallel]") {
+  const test::Threads threads(2);
+  const Pieces pieces = {.count = 223, .cost = 1'000'000, .together = 4};
+  std::mutex mutex;
+  int calls = 0;
+  Index covered = 0;
+  kernels::parallel_pieces_of(
+      1, [&](Index) { return pieces; },
+      [&](Index /*group*/, Index begin, Index end) {
+        const std::scoped_lock lock(mutex);
+        ++calls;
+        covered += end - begin;
+        CHECK(begin % 4 == 0);
+        CHECK((end % 4 == 0 || end == pieces.count));
+      });
+  CHECK(covered == pieces.count);
+  CHECK(calls >= 8);
+
+  // Unless there would be too few parts for all threads.
+  CHECK(visits({{.count = 2, .cost = 1'000'000, .together = 4}}, &calls)[0] ==
+        std::vector<int>{1, 1});
+}
+
 TEST_CASE("A large group is cut into many ranges", "[kernels][schedule][parallel]") {
   const test::Threads threads(2);
   int calls = 0;

@@ -196,6 +196,10 @@ void multiply_panel(LeftRows<Arithmetic> left, Index rows, Index steps, const Pa
 /// How the product of one group of rows with one right operand is cut into pieces: each is a range
 /// of rows times a panel. A piece's number counts panels first, then rows.
 struct Cut {
+  /// So few rows are multiplied with several packed panels at once.
+  static constexpr Index kMostRowsSideBySide = 3;
+  static constexpr Index kMostSideBySide = 4;
+
   Index total_rows = 0, rows = 1, panels = 0;  ///< `rows` of a piece; the last may have fewer.
 
   /// The most rows that are multiplied with a panel while it stays in L2.
@@ -210,7 +214,8 @@ struct Cut {
   /// `panel_cost`: the numbers of a panel.
   Pieces pieces(Index panel_cost) const {
     constexpr Index kReading = 8;  // Rows that are multiplied while a panel is read.
-    return {(total_rows + rows - 1) / rows * panels, std::max(kReading, rows) * panel_cost};
+    return {(total_rows + rows - 1) / rows * panels, std::max(kReading, rows) * panel_cost,
+            rows <= kMostRowsSideBySide ? kMostSideBySide : 1};
   }
 };
 

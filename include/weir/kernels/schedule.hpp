@@ -10,10 +10,12 @@
 
 namespace weir::kernels {
 
-/// A group's pieces of work, all of one cost (in multiply-adds).
+/// A group's pieces of work, all of one cost (in multiply-adds), of which `together` in a row are
+/// better done by one thread.
 struct Pieces {
   Index count = 0;
   Index cost = 0;
+  Index together = 1;
 };
 
 /// Calls `body(group, begin, end)` such that each piece of each group is in exactly one of the
@@ -44,9 +46,10 @@ void parallel_pieces_of(Index groups, PiecesOf&& pieces_of, Body&& body) {
       const Pieces pieces = pieces_of(g);
       const Index end = start + pieces.count * pieces.cost;
       if (end > from && pieces.cost > 0) {
+        const Index step = count >= tasks * pieces.together ? pieces.together : 1;
         const auto first_from = [&](Index position) {
-          return std::clamp<Index>((position - start + pieces.cost - 1) / pieces.cost, 0,
-                                   pieces.count);
+          const Index steps = (position - start + step * pieces.cost - 1) / (step * pieces.cost);
+          return std::clamp<Index>(step * steps, 0, pieces.count);
         };
         const Index first = from <= start ? 0 : first_from(from);
         const Index last = first_from(to);
