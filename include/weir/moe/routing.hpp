@@ -42,10 +42,14 @@ struct Routing {
   Sequences sequences;             ///< As in Pass; one sequence if the pass names none.
   bool training = false;           ///< As in Pass.
   bool pass_dropped = false;       ///< A dropped assignment yields weight * x instead of zero.
+  Rng* rng = nullptr;              ///< As in Pass: lives until the forward call returns.
+
+  std::vector<T> selector_weight;  ///< The selector's weights, where a capacity policy has put
+                                   ///< others in their place (RenormaliseKept); else empty.
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
   mutable RowVector<T> scratch[2];  ///< For balancers, during one call; contents unspecified.
-  mutable RowVector<T> per_token;   ///< Likewise, for one number per token.
+  mutable RowVector<T> per_token;   ///< Likewise, and for capacity policies: a number per token.
 
   Index tokens() const { return logits.rows(); }
   Index experts() const { return logits.cols(); }
@@ -83,6 +87,16 @@ struct Routing {
     }
   }
 
+  /// Where `who` has its random numbers from.
+  /// \throws ConfigError  if the pass came without a generator.
+  Rng& generator(std::string_view who) const {
+    if (rng == nullptr) {
+      fail<ConfigError>(who, ": pass.rng = null, expected a generator",
+                        training ? " in training" : "");
+    }
+    return *rng;
+  }
+
   /// Starts a new routing from the router's `logits`: no assignments yet.
   /// \param who      The selector's name, for messages.
   /// \throws NonFiniteError  if a logit of a real token is NaN or infinite.
@@ -101,6 +115,8 @@ struct Routing {
     }
     training = pass.training;
     pass_dropped = false;
+    rng = pass.rng;
+    selector_weight.clear();
     offsets.assign(static_cast<std::size_t>(tokens()) + 1, 0);
     expert.clear();
     weight.clear();
