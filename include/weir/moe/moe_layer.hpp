@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <weir/core/layer.hpp>
+#include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/report.hpp>
@@ -172,7 +173,7 @@ class MoELayer {
     }
     cache.gradient.weights +=
         Eigen::Map<const RowVector<T>>(d_weight.data(), routing.assignments());
-    selector_.backward(routing, cache.gradient);
+    select_backward(selector_, cache.routing, cache.gradient);
     cache.dx.resize(dy.rows(), d_model());
     add_rows<T>(d_experts, router_.backward(cache.gradient.logits, cache.router), cache.dx);
     if (routing.pass_dropped) {

@@ -44,8 +44,9 @@ struct Routing {
   bool pass_dropped = false;       ///< A dropped assignment yields weight * x instead of zero.
   Rng* rng = nullptr;              ///< As in Pass: lives until the forward call returns.
 
-  std::vector<T> selector_weight;  ///< The selector's weights, where a capacity policy has put
-                                   ///< others in their place (RenormaliseKept); else empty.
+  T renormalised_to = T(0);        ///< What the weights that a token kept have been made to sum to;
+                                   ///< 0: they are the selector's (see RenormaliseKept).
+  std::vector<T> selector_weight;  ///< The selector's weights where `weight` holds others.
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
   mutable RowVector<T> scratch[2];  ///< For balancers, during one call; contents unspecified.
@@ -116,7 +117,7 @@ struct Routing {
     training = pass.training;
     pass_dropped = false;
     rng = pass.rng;
-    selector_weight.clear();
+    renormalised_to = T(0);
     offsets.assign(static_cast<std::size_t>(tokens()) + 1, 0);
     expert.clear();
     weight.clear();
