@@ -77,6 +77,22 @@ class RenormaliseKept {
     });
   }
 
+  /// What the inner policy learns from, where it learns.
+  template <class T>
+  void observe(const Routing<T>& routing) requires requires(Inner& inner) {
+    inner.observe(routing);
+  }
+  { inner_.observe(routing); }
+
+  void update() requires requires(Inner& inner) { inner.update(); }
+  { inner_.update(); }
+
+  /// The buffers of the inner policy, under its own names.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
+  }
+
   Inner& inner() { return inner_; }
   const Inner& inner() const { return inner_; }
   double scale() const { return scale_; }
