@@ -49,6 +49,7 @@ struct Routing {
   std::vector<T> selector_weight;  ///< The selector's weights where `weight` holds others.
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
+  RowVector<T> per_assignment;      ///< Likewise.
   mutable RowVector<T> scratch[2];  ///< For balancers, during one call; contents unspecified.
   mutable RowVector<T> per_token;   ///< Likewise, and for capacity policies: a number per token.
 
