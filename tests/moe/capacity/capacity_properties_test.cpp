@@ -19,6 +19,7 @@
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
@@ -204,6 +205,34 @@ TEST_CASE("No expert keeps more than its capacity, or less than it could",
       }
     }
   }
+}
+
+TEST_CASE("A capacity policy that has seen a routing of this size allocates nothing",
+          "[moe][capacity][properties]") {
+  if (!test::allocations_are_counted()) return;
+  const Matrix<double> logits = test::random_matrix(60, 6, 4);
+  const Sequences sequences = Sequences::uniform(3, 20);
+  Rng rng(5);
+  const Pass pass{.training = true, .sequences = &sequences, .rng = &rng};
+  const RankPolicy selector(SoftmaxTopK<double>{.k = 3});
+  Routing<double> routing;
+  const auto check = [&](auto&& policy) {
+    const auto run = [&] {
+      selector.select(logits, pass, routing);
+      policy.apply(routing);
+      if constexpr (requires { policy.observe(routing); }) policy.observe(routing);
+    };
+    run();
+    for (int again = 0; again < 4; ++again) CHECK(test::count_allocations(run) == 0);
+  };
+  for (int order = 0; order < 6; ++order) {
+    check(CapacityFactor{
+        .train = 0.7, .order = static_cast<DropOrder>(order), .scope = Scope::kSequence});
+    check(FixedCapacity{.capacity = 3, .order = static_cast<DropOrder>(order), .group_size = 7});
+  }
+  check(DynamicCapacity{.factor = -0.5});
+  check(AdaptiveCapacity<double>());
+  check(RenormaliseKept(DeviceCapacity{.devices = 3, .factor = 0.7}));
 }
 
 TEST_CASE("Weights sum to what the convention says, before and after a drop",

@@ -156,9 +156,10 @@ TEST_CASE("RenormaliseKept gradients agree with finite differences",
 
 TEST_CASE("RenormaliseKept has a constant divisor below epsilon",
           "[moe][capacity][renormalise_kept][gradient]") {
-  // Logits so far apart that the third expert, the only one kept, weighs exp(-50).
+  // Logits so far apart that the third expert, the only one kept, weighs some exp(-37), a third of
+  // epsilon.
   Matrix<double> logits(1, 3);
-  logits << 0.0, -1.0, -50.0;
+  logits << 0.0, -1.0, -37.0;
   const SoftmaxTopK<double> raw{.k = 3};
   const auto routed = [&] {
     Routing<double> routing = test::route(raw, logits);
@@ -172,7 +173,7 @@ TEST_CASE("RenormaliseKept has a constant divisor below epsilon",
   gradient.weights[2] = 1.0;
   select_backward(raw, routing, gradient);
   const Matrix<double> numeric = test::numeric_gradient(logits, [&] { return routed().weight[2]; });
-  CHECK(numeric.norm() > 1e-7);
+  CHECK(numeric.norm() > 0.1);
   CHECK(test::relative_error(gradient.logits, numeric) < 1e-6);
 }
 

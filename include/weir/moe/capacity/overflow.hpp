@@ -67,6 +67,7 @@ void drop_last(Routing<T>& routing, Index first, Index last, Index bins, const B
   // The kept assignments bin by bin; before them, where those of each bin end.
   const auto count = static_cast<std::size_t>(bins);
   std::vector<Index>& work = routing.workspace;
+  work.reserve(count + 1 + static_cast<std::size_t>(last - first));
   work.assign(count + 1, 0);
   for_each_kept([&](Index, std::size_t bin) { ++work[bin + 1]; });
   for (std::size_t bin = 0; bin < count; ++bin) work[bin + 1] += work[bin];
