@@ -196,6 +196,9 @@ TEST_CASE("RankPolicy names the setting that is wrong", "[moe][selector][rank_po
         "RankPolicy: evaluate_threshold[1] = -0.5, expected a finite number >= 0");
   CHECK(test::message_of<ConfigError>([] { kept_of({}, three_tokens(), 2, {.training = true}); }) ==
         "RankPolicy: pass.rng = null, expected a generator in training");
+  CHECK(test::message_of<ConfigError>([] {
+          kept_of(always(RankRule::kRandom), three_tokens(), 2);
+        }) == "RankPolicy: pass.rng = null, expected a generator");
   CHECK(test::message_of<ConfigError>([] { kept_of({}, three_tokens(), 4); }) ==
         "TopKSoftmax: k = 4, expected 1 <= k <= experts = 3");
 }

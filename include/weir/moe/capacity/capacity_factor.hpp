@@ -27,7 +27,7 @@ enum class Rounding {
 ///
 /// assignments. T is the number of real tokens in the group that `scope` and `group_size` name,
 /// T * k their number of assignments. What is dropped yields zero (see OnDrop), and its weight is
-/// not given to the token's other experts.
+/// not given to the token's other experts, but by RenormaliseKept.
 ///
 /// (Fedus et al. 2021, arXiv:2101.03961, eq. 3; Lepikhin et al. 2020, arXiv:2006.16668, section
 /// 2.2.) Because C depends on T, no drop order makes an earlier token independent of the number of

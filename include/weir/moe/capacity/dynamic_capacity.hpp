@@ -24,7 +24,7 @@ namespace weir {
 ///
 /// rounded up to a multiple of `alignment`. T is the number of real tokens of the group, k the
 /// largest number of experts one of them has. Assignments that are not kept already are not load.
-/// (Hwang et al. 2022, arXiv:2206.03382, section 4.1; Tutel's extract_critical, which drops in
+/// (Hwang et al. 2022, arXiv:2206.03382; Tutel's extract_critical, which drops in
 /// rank-major or batch-prioritised order.)
 ///
 /// The alignment matters where every expert is padded to its capacity, as it is in Tutel. Here only

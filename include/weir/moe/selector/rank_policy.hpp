@@ -46,19 +46,19 @@ struct RankPolicyConfig {
 ///     s_r > tau_r                         kThreshold
 ///     s_r > u * max(tau_r, 1e-9)          kRandom
 ///
-/// A rejected assignment is one that is not kept: it takes no place in an expert, the balancers
-/// count it, and a capacity policy that passes dropped tokens on passes this one as well. Its
-/// weight is not given to the token's other experts: the weights of a token with renormalised
-/// weights then sum to less than 1 (Mesh TensorFlow, ST-MoE). To renormalise after the drop, as
-/// NLLB may, see RenormaliseKept.
+/// A rejected assignment is one that is not kept: it takes no place in an expert. Balancers count
+/// it, and so does a CapacityFactor that reckons C from assignments; where dropped ones are passed
+/// on (OnDrop::kPass), it is passed on, too. Its weight is not given to the token's other experts:
+/// the weights of a token with renormalised weights then sum to less than 1 (Mesh TensorFlow,
+/// ST-MoE). To renormalise after the drop, as NLLB may, see RenormaliseKept.
 ///
 /// What a token keeps depends on no other token: causal. Which is rejected is constant to the
 /// derivative; the weights have the gradient that the inner selector gives them.
 ///
 /// The rules with tau = 0.2 in training and evaluation: Mesh TensorFlow, which draws in evaluation
-/// too unless told otherwise; ST-MoE (Zoph et al. 2022, arXiv:2202.08906) with a threshold for each
-/// rank. GShard (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1) and FastMoE keep the second
-/// expert if 2 g_2 > u: kRandom with a threshold of 1/2.
+/// too unless told otherwise, and ST-MoE (Zoph et al. 2022, arXiv:2202.08906), in st-moe-pytorch
+/// with a threshold for each rank. GShard (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1) and
+/// FastMoE keep the second expert if 2 g_2 > u: kRandom with a threshold of 1/2.
 template <class Inner>
 class RankPolicy {
  public:
