@@ -16,6 +16,8 @@ using CheckCase = void(CaseFile& file, Checker& checker);
 CheckCase check_mixtral_block;
 CheckCase check_dbrx_ffn;
 CheckCase check_switch_top1;
+CheckCase check_st_moe_top2;
+CheckCase check_megatron_dropping;
 
 struct Family {
   int number;
@@ -27,6 +29,8 @@ inline constexpr Family kFamilies[] = {
     {1, "Mixtral, OLMoE and Qwen2-MoE layers", check_mixtral_block},
     {2, "DBRX layer", check_dbrx_ffn},
     {3, "Switch layer", check_switch_top1},
+    {7, "ST-MoE layer", check_st_moe_top2},
+    {8, "Megatron-Core token dropping", check_megatron_dropping},
 };
 
 }  // namespace weir::golden

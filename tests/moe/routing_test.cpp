@@ -132,6 +132,19 @@ TEST_CASE("Routing refuses a pass that does not fit", "[moe][routing]") {
   CHECK(routing.tokens() == 0);
 }
 
+TEST_CASE("Routing hands on the generator of its pass", "[moe][routing]") {
+  Rng rng(1);
+  Routing<double> routing;
+  routing.begin("Test", test::random_matrix(3, 4, 7), {.training = true, .rng = &rng});
+  CHECK(&routing.generator("Someone") == &rng);
+  routing.begin("Test", test::random_matrix(3, 4, 7), {.training = true});
+  CHECK(test::message_of<ConfigError>([&] { routing.generator("Someone"); }) ==
+        "Someone: pass.rng = null, expected a generator in training");
+  routing.begin("Test", test::random_matrix(3, 4, 7), {});
+  CHECK(test::message_of<ConfigError>([&] { routing.generator("Someone"); }) ==
+        "Someone: pass.rng = null, expected a generator");
+}
+
 TEST_CASE("RoutingGradient is reset to zeros of the routing's shapes", "[moe][routing]") {
   Routing<double> routing;
   routing.begin("Test", test::random_matrix(3, 4, 8), {});

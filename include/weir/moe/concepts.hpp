@@ -36,7 +36,8 @@ concept Selector = requires(const S& selector, MatrixIn<T> logits, const Pass& p
 };
 
 /// Bounds how many tokens an expert takes: clears `kept` of the assignments beyond, and never
-/// reorders.
+/// reorders. One that learns from the load has `observe(routing)`, called once for each backward
+/// pass, and `update()`, called by MoELayer::update; its buffers are visited.
 template <class C, class T>
 concept CapacityPolicy = requires(const C& capacity, Routing<T>& routing) {
   capacity.check();

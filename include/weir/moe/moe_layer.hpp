@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <weir/core/layer.hpp>
+#include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/report.hpp>
@@ -162,6 +163,7 @@ class MoELayer {
         balancer.observe(routing);
       }
     });
+    if constexpr (requires { capacity_.observe(routing); }) capacity_.observe(routing);
 
     cache.d_weight.assign(routing.expert.size(), T(0));
     const std::span<T> d_weight = cache.d_weight;
@@ -172,7 +174,7 @@ class MoELayer {
     }
     cache.gradient.weights +=
         Eigen::Map<const RowVector<T>>(d_weight.data(), routing.assignments());
-    selector_.backward(routing, cache.gradient);
+    select_backward(selector_, cache.routing, cache.gradient);
     cache.dx.resize(dy.rows(), d_model());
     add_rows<T>(d_experts, router_.backward(cache.gradient.logits, cache.router), cache.dx);
     if (routing.pass_dropped) {
@@ -183,8 +185,10 @@ class MoELayer {
     return cache.dx;
   }
 
-  /// Lets the balancing rules act, once after each optimizer step.
+  /// Lets the balancing rules, and a capacity policy that adapts, act: once after each optimizer
+  /// step.
   void update() {
+    if constexpr (requires { capacity_.update(); }) capacity_.update();
     for_each_balancer([&](auto& balancer) {
       using Rule = std::remove_cvref_t<decltype(balancer)>;
       if constexpr (BalancingRule<Rule, T>) {
@@ -209,11 +213,12 @@ class MoELayer {
     return report;
   }
 
-  /// Parameters `router.*` and `experts.*`; buffers `selector.*`.
+  /// Parameters `router.*` and `experts.*`; buffers `selector.*` and `capacity.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("router", self.router_);
     if constexpr (requires { S::visit(self.selector_, visit); }) visit("selector", self.selector_);
+    if constexpr (requires { C::visit(self.capacity_, visit); }) visit("capacity", self.capacity_);
     visit("experts", self.bank_);
   }
 

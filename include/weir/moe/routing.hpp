@@ -42,10 +42,16 @@ struct Routing {
   Sequences sequences;             ///< As in Pass; one sequence if the pass names none.
   bool training = false;           ///< As in Pass.
   bool pass_dropped = false;       ///< A dropped assignment yields weight * x instead of zero.
+  Rng* rng = nullptr;              ///< As in Pass: lives until the forward call returns.
+
+  T renormalised_to = T(0);        ///< What the weights that a token kept have been made to sum to;
+                                   ///< 0: they are the selector's (see RenormaliseKept).
+  std::vector<T> selector_weight;  ///< The selector's weights where `weight` holds others.
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
+  RowVector<T> per_assignment;      ///< Likewise.
   mutable RowVector<T> scratch[2];  ///< For balancers, during one call; contents unspecified.
-  mutable RowVector<T> per_token;   ///< Likewise, for one number per token.
+  mutable RowVector<T> per_token;   ///< Likewise, and for capacity policies: a number per token.
 
   Index tokens() const { return logits.rows(); }
   Index experts() const { return logits.cols(); }
@@ -83,6 +89,16 @@ struct Routing {
     }
   }
 
+  /// Where `who` has its random numbers from.
+  /// \throws ConfigError  if the pass came without a generator.
+  Rng& generator(std::string_view who) const {
+    if (rng == nullptr) {
+      fail<ConfigError>(who, ": pass.rng = null, expected a generator",
+                        training ? " in training" : "");
+    }
+    return *rng;
+  }
+
   /// Starts a new routing from the router's `logits`: no assignments yet.
   /// \param who      The selector's name, for messages.
   /// \throws NonFiniteError  if a logit of a real token is NaN or infinite.
@@ -101,6 +117,8 @@ struct Routing {
     }
     training = pass.training;
     pass_dropped = false;
+    rng = pass.rng;
+    renormalised_to = T(0);
     offsets.assign(static_cast<std::size_t>(tokens()) + 1, 0);
     expert.clear();
     weight.clear();

@@ -117,6 +117,17 @@ TEST_CASE("CapacityFactor counts per batch or per sequence", "[moe][capacity_fac
   CHECK(kept_of(policy, routing) == Kept{1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0});
 }
 
+TEST_CASE("CapacityFactor counts per group of rows, padding included", "[moe][capacity_factor]") {
+  // Groups of 4, 4 and 2 rows with 3, 4 and 2 real tokens.
+  const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  Pass pass;
+  pass.mask = mask;
+  const Routing<double> routing = select(crowd(10, 2), 1, pass);
+  const CapacityFactor policy{
+      .evaluate = 1.0, .rounding = Rounding::kDown, .minimum = 0, .group_size = 4};
+  CHECK(kept_of(policy, routing) == Kept{1, 0, 0, 1, 1, 0, 0, 1, 0});
+}
+
 TEST_CASE("CapacityFactor follows its order", "[moe][capacity_factor]") {
   // Experts (1, 0), (0, 1), (0, 2), (2, 0) with C = 2: expert 0 is wanted four times.
   Matrix<double> logits(4, 3);
@@ -157,6 +168,7 @@ TEST_CASE("CapacityFactor never exceeds C and never drops without need", "[moe][
     pass.sequences = &lengths;
     pass.mask = mask;
     pass.training = rng.uniform() < 0.5;
+    pass.rng = &rng;
     Routing<float> routing;
     SigmoidTopK<float>(experts, {.k = k})
         .select(normal_init<float>(tokens, experts, 1.0, rng), pass, routing);
@@ -166,7 +178,7 @@ TEST_CASE("CapacityFactor never exceeds C and never drops without need", "[moe][
                                 .count_k = rng.uniform() < 0.5,
                                 .rounding = static_cast<Rounding>(rng.below(3)),
                                 .minimum = rng.below(3),
-                                .order = static_cast<DropOrder>(rng.below(3)),
+                                .order = static_cast<DropOrder>(rng.below(6)),
                                 .scope = static_cast<Scope>(rng.below(2))};
     const Routing<float> chosen = routing;
     policy.apply(routing);
@@ -231,5 +243,6 @@ TEST_CASE("CapacityFactor names the setting that is out of range", "[moe][capaci
   CHECK(message({.evaluate = -1.5}) ==
         "CapacityFactor: evaluate = -1.5, expected a finite number > 0");
   CHECK(message({.minimum = -1}) == "CapacityFactor: minimum = -1, expected >= 0");
+  CHECK(message({.group_size = -4}) == "CapacityFactor: group_size = -4, expected >= 0");
   CHECK(message({.minimum = 0}) == "no exception");
 }

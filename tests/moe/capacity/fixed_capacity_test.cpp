@@ -52,6 +52,27 @@ int acausal_trials(const FixedCapacity& policy, Index k) {
   return changed;
 }
 
+/// The same for a random order in training, with the same draws before and after.
+int acausal_random_trials(Index k) {
+  const FixedCapacity policy{.capacity = 2, .order = DropOrder::kRandom};
+  Rng rng(2);
+  int changed = 0;
+  for (int trial = 0; trial < 200; ++trial) {
+    const Index earlier = 6;
+    Matrix<double> logits = normal_init<double>(10, 4, 1.0, rng);
+    const auto kept = [&] {
+      Rng draws(static_cast<std::uint64_t>(trial));
+      return kept_of(policy, select(logits, k, {.training = true, .rng = &draws}));
+    };
+    const Kept before = kept();
+    logits.bottomRows(10 - earlier) = normal_init<double>(10 - earlier, 4, 1.0, rng);
+    const Kept after = kept();
+    const bool same = std::equal(before.begin(), before.begin() + earlier * k, after.begin());
+    changed += same ? 0 : 1;
+  }
+  return changed;
+}
+
 }  // namespace
 
 TEST_CASE("FixedCapacity keeps the first `capacity` of each expert", "[moe][fixed_capacity]") {
@@ -68,6 +89,13 @@ TEST_CASE("FixedCapacity counts per sequence or per batch", "[moe][fixed_capacit
   const Routing<double> routing = select(crowd(5), 1, pass);
   CHECK(kept_of({.capacity = 1}, routing) == Kept{1, 0, 0, 1, 0});
   CHECK(kept_of({.capacity = 1, .scope = Scope::kBatch}, routing) == Kept{1, 0, 0, 0, 0});
+}
+
+TEST_CASE("FixedCapacity counts per group of rows", "[moe][fixed_capacity]") {
+  const Routing<double> routing = select(crowd(5), 1);
+  CHECK(kept_of({.capacity = 1, .group_size = 2}, routing) == Kept{1, 0, 1, 0, 1});
+  CHECK(kept_of({.capacity = 1, .group_size = 3}, routing) == Kept{1, 0, 0, 1, 0});
+  CHECK(kept_of({.capacity = 1, .group_size = 5}, routing) == Kept{1, 0, 0, 0, 0});
 }
 
 TEST_CASE("FixedCapacity does not count padding", "[moe][fixed_capacity]") {
@@ -91,6 +119,11 @@ TEST_CASE("FixedCapacity follows its order", "[moe][fixed_capacity]") {
 TEST_CASE("FixedCapacity is as causal as it says", "[moe][fixed_capacity]") {
   const FixedCapacity rank_major{.capacity = 2, .order = DropOrder::kRankMajor};
   const FixedCapacity token_major{.capacity = 2, .order = DropOrder::kTokenMajor};
+  for (const Index k : {1, 2}) {
+    CHECK(acausal_trials({.capacity = 2, .order = DropOrder::kBatchPrioritised}, k) > 0);
+    CHECK(acausal_trials({.capacity = 2, .order = DropOrder::kBatchPrioritisedSum}, k) > 0);
+    CHECK(acausal_random_trials(k) > 0);
+  }
   const FixedCapacity probability{.capacity = 2, .order = DropOrder::kProbability};
   CHECK(acausal_trials(token_major, 1) == 0);
   CHECK(acausal_trials(token_major, 2) == 0);
@@ -125,5 +158,7 @@ TEST_CASE("FixedCapacity names the setting that is out of range", "[moe][fixed_c
         "FixedCapacity: capacity = 0, expected >= 1");
   CHECK(test::message_of<ConfigError>([&] { FixedCapacity{.capacity = -2}.check(); }) ==
         "FixedCapacity: capacity = -2, expected >= 1");
+  CHECK(test::message_of<ConfigError>([&] { FixedCapacity{.group_size = -1}.apply(routing); }) ==
+        "FixedCapacity: group_size = -1, expected >= 0");
   CHECK(routing.kept == Kept(3, 1));
 }

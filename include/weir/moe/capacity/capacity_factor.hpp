@@ -25,9 +25,9 @@ enum class Rounding {
 ///     C = max(minimum, round(factor * T * k / experts))      count_k, as Megatron-Core, DeepSpeed
 ///     C = max(minimum, round(factor * T / experts))          otherwise, as Switch, Mesh TensorFlow
 ///
-/// assignments. T is the number of real tokens in the group that `scope` names, T * k their number
-/// of assignments. What is dropped yields zero (see OnDrop), and its weight is not given to the
-/// token's other experts.
+/// assignments. T is the number of real tokens in the group that `scope` and `group_size` name,
+/// T * k their number of assignments. What is dropped yields zero (see OnDrop), and its weight is
+/// not given to the token's other experts, but by RenormaliseKept.
 ///
 /// (Fedus et al. 2021, arXiv:2101.03961, eq. 3; Lepikhin et al. 2020, arXiv:2006.16668, section
 /// 2.2.) Because C depends on T, no drop order makes an earlier token independent of the number of
@@ -41,12 +41,15 @@ struct CapacityFactor {
   DropOrder order = DropOrder::kRankMajor;
   Scope scope = Scope::kBatch;
   OnDrop on_drop = OnDrop::kZero;
+  Index group_size = 0;  ///< Rows that share a capacity; 0: all of the scope (see
+                         ///< for_each_capacity_group). ST-MoE: 4096 of the batch.
 
-  /// \throws ConfigError  unless both factors are finite and > 0 and minimum >= 0.
+  /// \throws ConfigError  unless both factors are finite and > 0, minimum >= 0 and group_size >= 0.
   void check() const {
     check_factor("train", train);
     check_factor("evaluate", evaluate);
     expect_at_least<Index>("CapacityFactor", "minimum", minimum, 0);
+    expect_at_least<Index>("CapacityFactor", "group_size", group_size, 0);
   }
 
   /// C for `count` tokens or, with count_k, assignments; a factor never makes it more than `count`.
@@ -60,12 +63,12 @@ struct CapacityFactor {
     return std::max(minimum, static_cast<Index>(std::min(rounded, static_cast<double>(count))));
   }
 
-  /// \throws ConfigError  as `check`.
+  /// \throws ConfigError  as `check`; if a random order has no pass.rng in training.
   template <class T>
   void apply(Routing<T>& routing) const {
     check();
     routing.pass_dropped = on_drop == OnDrop::kPass;
-    routing.for_each_group(scope, [&](Index begin, Index end) {
+    for_each_capacity_group(routing, scope, group_size, [&](Index begin, Index end) {
       const Index assignments =
           routing.offsets[static_cast<std::size_t>(end)] - routing.first(begin);
       const Index count = count_k ? assignments : routing.real_tokens(begin, end);

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Whether a token's second and further experts are worth their place: GShard, Mesh TensorFlow,
+/// ST-MoE, FastMoE, NLLB.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/routing.hpp>
+
+namespace weir {
+
+/// Which assignments of rank 2 and beyond RankPolicy keeps.
+enum class RankRule {
+  kAll,        ///< All.
+  kNone,       ///< None: the token goes to its first expert only.
+  kThreshold,  ///< Those with a share above the threshold.
+  kRandom,     ///< Those with a share above u * threshold, u ~ U[0, 1) drawn for each: the chance
+               ///< is share / threshold, at most 1. Needs `pass.rng`.
+};
+
+/// Settings of RankPolicy. The thresholds are those of rank 2, 3, ...; the last one holds for all
+/// ranks beyond, too.
+struct RankPolicyConfig {
+  RankRule train = RankRule::kRandom;
+  RankRule evaluate = RankRule::kThreshold;
+  std::vector<double> train_threshold = {0.2};
+  std::vector<double> evaluate_threshold = {0.2};
+  bool of_weight = false;  ///< The share is the weight itself, not its part of the token's weights.
+};
+
+/// Any selector, some of whose second and further choices are rejected before a capacity sees them.
+/// Rank 1 always stays. The share of the assignment of rank r is
+///
+///     s_r = g_r / sum_j g_j       j over all ranks of the token
+///     s_r = g_r                   with of_weight, as NLLB, which decides on raw probabilities
+///
+/// and with the threshold tau_r it stays if
+///
+///     s_r > tau_r                         kThreshold
+///     s_r > u * max(tau_r, 1e-9)          kRandom
+///
+/// A rejected assignment is one that is not kept: it takes no place in an expert. Balancers count
+/// it, and so does a CapacityFactor that reckons C from assignments; where dropped ones are passed
+/// on (OnDrop::kPass), it is passed on, too. Its weight is not given to the token's other experts:
+/// the weights of a token with renormalised weights then sum to less than 1 (Mesh TensorFlow,
+/// ST-MoE). To renormalise after the drop, as NLLB may, see RenormaliseKept.
+///
+/// What a token keeps depends on no other token: causal. Which is rejected is constant to the
+/// derivative; the weights have the gradient that the inner selector gives them.
+///
+/// The rules with tau = 0.2 in training and evaluation: Mesh TensorFlow, which draws in evaluation
+/// too unless told otherwise, and ST-MoE (Zoph et al. 2022, arXiv:2202.08906), in st-moe-pytorch
+/// with a threshold for each rank. GShard (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1) and
+/// FastMoE keep the second expert if 2 g_2 > u: kRandom with a threshold of 1/2.
+template <class Inner>
+class RankPolicy {
+ public:
+  using Scalar = typename Inner::Scalar;
+  using T = Scalar;
+
+  /// \throws ConfigError  unless there are thresholds, all of them finite and >= 0.
+  explicit RankPolicy(Inner inner, RankPolicyConfig config = {})
+      : inner_(std::move(inner)), config_(std::move(config)) {
+    check_settings();
+  }
+
+  /// \throws ConfigError  as the inner selector.
+  void check(Index experts) const { inner_.check(experts); }
+
+  /// \param logits   [tokens, experts]
+  /// \throws ConfigError     as the inner selector; if a random rule has no pass.rng.
+  /// \throws NonFiniteError  as the inner selector.
+  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+    inner_.select(logits, pass, routing);
+    if (rule(pass.training) != RankRule::kRandom) {
+      return reject(routing, [](Index) { return 0.0; });
+    }
+    const Rng draws = routing.generator("RankPolicy").split();
+    reject(routing,
+           [&](Index a) { return unit_interval(draws.at(static_cast<std::uint64_t>(a))); });
+  }
+
+  /// Clears `kept` of what the rule rejects in a routing of the inner selector.
+  /// \param draw     `draw(a)` is u of the assignment a, for a random rule.
+  template <class Draw>
+  void reject(Routing<T>& routing, Draw&& draw) const {
+    const RankRule active = rule(routing.training);
+    if (active == RankRule::kAll) return;
+    const std::vector<double>& thresholds =
+        routing.training ? config_.train_threshold : config_.evaluate_threshold;
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      const Index first = routing.first(t);
+      const Index last = routing.last(t);
+      double total = 1.0;
+      if (!config_.of_weight) {
+        total = 0.0;
+        for (Index a = first; a < last; ++a) total += weight_of(routing, a);
+      }
+      for (Index a = first + 1; a < last; ++a) {
+        const auto rank = std::min(static_cast<std::size_t>(a - first), thresholds.size()) - 1;
+        const double threshold = active == RankRule::kThreshold
+                                     ? thresholds[rank]
+                                     : draw(a) * std::max(thresholds[rank], kLeastThreshold);
+        const bool keep = active != RankRule::kNone && weight_of(routing, a) > threshold * total;
+        if (!keep) routing.kept[static_cast<std::size_t>(a)] = 0;
+      }
+    }
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+    inner_.backward(routing, gradient);
+  }
+
+  /// The buffers of the inner selector, under its own names.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
+  }
+
+  /// Of the inner selector, where it has one, for BiasBalance.
+  auto& selection_bias() requires requires(Inner& inner) { inner.selection_bias(); }
+  { return inner_.selection_bias(); }
+
+  Inner& inner() { return inner_; }
+  const Inner& inner() const { return inner_; }
+  const RankPolicyConfig& config() const { return config_; }
+
+ private:
+  static constexpr double kLeastThreshold = 1e-9;
+
+  RankRule rule(bool training) const { return training ? config_.train : config_.evaluate; }
+
+  static double weight_of(const Routing<T>& routing, Index assignment) {
+    return static_cast<double>(routing.weight[static_cast<std::size_t>(assignment)]);
+  }
+
+  void check_settings() const {
+    check_thresholds("train_threshold", config_.train_threshold);
+    check_thresholds("evaluate_threshold", config_.evaluate_threshold);
+  }
+
+  static void check_thresholds(const std::string& name, const std::vector<double>& thresholds) {
+    if (thresholds.empty()) {
+      fail<ConfigError>("RankPolicy: ", name, " is empty, expected one of rank 2 at least");
+    }
+    for (std::size_t i = 0; i < thresholds.size(); ++i) {
+      if (!(thresholds[i] >= 0.0 && std::isfinite(thresholds[i]))) {
+        fail<ConfigError>("RankPolicy: ", name, "[", i, "] = ", thresholds[i],
+                          ", expected a finite number >= 0");
+      }
+    }
+  }
+
+  Inner inner_;
+  RankPolicyConfig config_;
+};
+
+}  // namespace weir

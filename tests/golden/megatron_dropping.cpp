@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: MIT
+// What Megatron-Core does to a routing when the router is done: drop tokens by probability or by
+// position, and move the expert bias.
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/report.hpp>
+#include <weir/moe/routing.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+
+#include "golden/families.hpp"
+#include "golden/moe_case.hpp"
+
+namespace weir::golden {
+namespace {
+
+using Integers = std::vector<std::int64_t>;
+
+/// The routing that sends each token to the experts that have a 1 in `map`, with the weights of
+/// `probs`; both [tokens, experts].
+Routing<double> routing_of(const Matrix<double>& probs, const Integers& map) {
+  Routing<double> routing;
+  routing.begin("Golden", Matrix<double>::Zero(probs.rows(), probs.cols()), {.training = true});
+  routing.probabilities = probs;
+  for (Index t = 0; t < probs.rows(); ++t) {
+    for (Index e = 0; e < probs.cols(); ++e) {
+      if (map[static_cast<std::size_t>(t * probs.cols() + e)] == 0) continue;
+      routing.expert.push_back(e);
+      routing.weight.push_back(probs(t, e));
+      routing.kept.push_back(1);
+    }
+    routing.offsets[static_cast<std::size_t>(t) + 1] = routing.assignments();
+  }
+  return routing;
+}
+
+/// 1 where a token is with an expert, [tokens, experts].
+Integers kept_map(const Routing<double>& routing) {
+  Integers map(static_cast<std::size_t>(routing.tokens() * routing.experts()), 0);
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      const auto i = static_cast<std::size_t>(a);
+      map[static_cast<std::size_t>(t * routing.experts() + routing.expert[i])] = routing.kept[i];
+    }
+  }
+  return map;
+}
+
+/// Compares the map `name` of the file with that of `routing` plus the file's own fillers, which
+/// have to bring expert e to `rows(e)` tokens. weir has no fillers, and which they are is not
+/// defined.
+template <class Rows>
+void check_padded_map(Checker& checker, CaseFile& file, const std::string& name,
+                      const Routing<double>& routing, Rows&& rows) {
+  const Index experts = routing.experts();
+  Integers filled = file.integers(name, {routing.tokens(), experts});
+  const Integers ours = kept_map(routing);
+  std::vector<Index> count(static_cast<std::size_t>(experts), 0);
+  for (std::size_t i = 0; i < ours.size(); ++i) {
+    count[i % count.size()] += filled[i];
+    if (ours[i] != 0) filled[i] = 1;
+  }
+  for (Index e = 0; e < experts; ++e) {
+    const Index expected = rows(e);
+    if (count[static_cast<std::size_t>(e)] != expected) {
+      checker.failure(name, "expert " + std::to_string(e) + " has not " + std::to_string(expected));
+    }
+  }
+  checker.integers(name, filled);
+}
+
+void check_drop(Checker& checker, CaseFile& file, const std::string& name, DropOrder order,
+                Routing<double> routing, const Matrix<double>& cotangent) {
+  const CapacityFactor policy{.train = file.number("capacity_factor"),
+                              .rounding = Rounding::kUp,
+                              .minimum = 0,
+                              .order = order};
+  const Index capacity = policy.capacity(routing.assignments(), routing.experts(), true);
+  if (capacity != file.size("capacity")) {
+    checker.failure("cfg.capacity", "weir has " + std::to_string(capacity));
+  }
+  policy.apply(routing);
+  const Matrix<double> weights = dense_weights(routing);
+  checker.reals("out." + name + ".probs", weights);
+  checker.integers("out." + name + ".map", kept_map(routing));
+  checker.reals("out." + name + "_pad.probs", weights);
+  check_padded_map(checker, file, "out." + name + "_pad.map", routing,
+                   [&](Index) { return capacity; });
+
+  // The weights of what is kept are passed on as they are.
+  Routing<double> slopes = routing;
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      const auto i = static_cast<std::size_t>(a);
+      slopes.weight[i] = cotangent(t, routing.expert[i]);
+    }
+  }
+  checker.reals("g_" + name + ".probs", dense_weights(slopes));
+}
+
+/// The bias after one step in which the experts had in.tokens_per_expert.
+void check_bias_update(Checker& checker, CaseFile& file, Index experts) {
+  SigmoidTopK<double> selector(experts);
+  selector.selection_bias().value = file.matrix("in.expert_bias", {experts});
+  const Integers load = file.integers("in.tokens_per_expert", {experts});
+  Integers map;
+  for (std::size_t e = 0; e < load.size(); ++e) {
+    for (std::int64_t i = 0; i < load[e]; ++i) {
+      map.resize(map.size() + load.size(), 0);
+      map[map.size() - load.size() + e] = 1;
+    }
+  }
+  const auto tokens = static_cast<Index>(map.size() / load.size());
+  BiasBalance<double> balance(file.number("expert_bias_update_rate"));
+  balance.observe(routing_of(Matrix<double>::Zero(tokens, experts), map));
+  balance.update(selector);
+  checker.reals("out.updated_expert_bias", selector.selection_bias().value);
+}
+
+}  // namespace
+
+void check_megatron_dropping(CaseFile& file, Checker& checker) {
+  if (file.name() != "08_megatron_dropping") {
+    fail<UnknownCase>(file.path(), ": case '", file.name(), "' is not known");
+  }
+  const Index tokens = file.size("n_tokens");
+  const Index experts = file.size("n_experts");
+  const Routing<double> routing = routing_of(file.matrix("in.probs", {tokens, experts}),
+                                             file.integers("in.routing_map", {tokens, experts}));
+  if (routing.assignments() != tokens * file.size("top_k")) {
+    checker.failure("in.routing_map", "is not that of a top-k");
+  }
+  const Matrix<double> cotangent = file.matrix("in.cotangent", {tokens, experts});
+  check_drop(checker, file, "drop_probs", DropOrder::kProbability, routing, cotangent);
+  checker.section("by position, as a stable top-k has it");
+  check_drop(checker, file, "drop_position", DropOrder::kTokenMajor, routing, cotangent);
+  check_bias_update(checker, file, experts);
+
+  const MoEReport report = report_of(routing);
+  check_padded_map(checker, file, "out.pad_routing_map_multiple4", routing,
+                   [&](Index e) { return (report.load[static_cast<std::size_t>(e)] + 3) / 4 * 4; });
+
+  checker.section("not checked: Sinkhorn and quantile balancing");
+  for (const char* name :
+       {"in.logits", "in.qb_beta", "out.qb_indices", "out.qb_new_beta", "out.sinkhorn",
+        "out.sinkhorn_route_k1.scores", "out.sinkhorn_route_k1.map", "out.sinkhorn_route_k2.scores",
+        "out.sinkhorn_route_k2.map"}) {
+    file.tensor(name);
+  }
+}
+
+}  // namespace weir::golden

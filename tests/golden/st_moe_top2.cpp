@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: MIT
+// The MoE layer of st-moe-pytorch: top-2 gates, the second expert rejected at random by its share,
+// a capacity per sequence, and GEGLU experts.
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/core/parameter.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/experts/any_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/report.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/rank_policy.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/nn/linear.hpp>
+#include <weir/ops/activation.hpp>
+
+#include "golden/families.hpp"
+#include "golden/moe_case.hpp"
+
+namespace weir::golden {
+namespace {
+
+using Real = Matrix<double>;
+
+const std::string kExpert =
+    "Linear(d,2h,bias) -> chunk(x,gate) -> gelu_exact(gate)*x*mult_bias -> Linear(h,d,bias)";
+
+/// (Gelu(b) * a * m) Wo^T + bo with (a, b) = x Wi^T + bi, cut in the middle.
+class GegluExpert {
+ public:
+  using Scalar = double;
+
+  struct Cache {
+    Linear<double>::Cache in, out;
+    Real activated, slope, hidden, d_in;
+  };
+
+  GegluExpert(Linear<double> in, Real mult_bias, Linear<double> out)
+      : in_(std::move(in)), mult_bias_{std::move(mult_bias)}, out_(std::move(out)) {}
+
+  Real forward(MatrixIn<double> x) const {
+    Cache cache;
+    return forward(x, cache);
+  }
+
+  const Real& forward(MatrixIn<double> x, Cache& cache) const {
+    const Index hidden = mult_bias_.value.cols();
+    const Real& in = in_.forward(x, cache.in);
+    const Real gate = in.rightCols(hidden);
+    cache.activated.resize(in.rows(), hidden);
+    cache.slope.resize(in.rows(), hidden);
+    Gelu::value(gate.size(), gate.data(), cache.activated.data());
+    Gelu::derivative(gate.size(), gate.data(), cache.slope.data());
+    cache.hidden =
+        cache.activated.cwiseProduct(in.leftCols(hidden)) * mult_bias_.value.row(0).asDiagonal();
+    return out_.forward(cache.hidden, cache.out);
+  }
+
+  const Real& backward(MatrixIn<double> dy, Cache& cache) {
+    const Index hidden = mult_bias_.value.cols();
+    const Real& d_hidden = out_.backward(dy, cache.out);
+    const Real x = cache.in.y.leftCols(hidden);
+    const Real d_product = d_hidden * mult_bias_.value.row(0).asDiagonal();
+    mult_bias_.gradient() += d_hidden.cwiseProduct(cache.activated).cwiseProduct(x).colwise().sum();
+    cache.d_in.resize(dy.rows(), 2 * hidden);
+    cache.d_in.leftCols(hidden) = d_product.cwiseProduct(cache.activated);
+    cache.d_in.rightCols(hidden) = d_product.cwiseProduct(x).cwiseProduct(cache.slope);
+    return in_.backward(cache.d_in, cache.in);
+  }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("net.0", self.in_);
+    visit("net.1.mult_bias", self.mult_bias_);
+    visit("net.2", self.out_);
+  }
+
+ private:
+  Linear<double> in_;
+  Parameter<double> mult_bias_;
+  Linear<double> out_;
+};
+
+/// A bank whose weights have, beside their own gradient, that of a factor 1 in front of the
+/// experts' input: dL/dg_te += dL/d(input of e) . x_t. This is the code's
+/// straight_through_dispatch_tensor; it is in none of the papers, and weir has no such thing.
+class StraightThroughBank {
+ public:
+  using Scalar = double;
+  using Cache = AnyBank<GegluExpert>::Cache;
+
+  StraightThroughBank(AnyBank<GegluExpert> bank, bool straight_through)
+      : bank_(std::move(bank)), straight_through_(straight_through) {}
+
+  const Real& forward(MatrixIn<double> x, const Dispatch<double>& dispatch, Cache& cache) const {
+    return bank_.forward(x, dispatch, cache);
+  }
+
+  const Real& backward(MatrixIn<double> dy, const Dispatch<double>& dispatch,
+                       std::span<double> d_weight, Cache& cache) {
+    const Real& dx = bank_.backward(dy, dispatch, d_weight, cache);
+    for (Index slot = 0; straight_through_ && slot < dispatch.slots(); ++slot) {
+      d_weight[static_cast<std::size_t>(dispatch.assignment(slot))] +=
+          cache.d_packed.view().row(slot).dot(cache.x.view().row(slot));
+    }
+    return dx;
+  }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    AnyBank<GegluExpert>::visit(self.bank_, visit);
+  }
+
+  Index experts() const { return bank_.experts(); }
+  Index d_in() const { return bank_.d_in(); }
+  Index d_out() const { return bank_.d_out(); }
+
+ private:
+  AnyBank<GegluExpert> bank_;
+  bool straight_through_;
+};
+
+/// A RankPolicy with the file's draws, [ranks, tokens].
+struct DrawnPolicy {
+  using Scalar = double;
+
+  RankPolicy<SoftmaxTopK<double>> policy;
+  std::vector<double> uniform;
+
+  void check(Index experts) const { policy.check(experts); }
+
+  void select(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing) const {
+    policy.inner().select(logits, pass, routing);
+    const Index k = policy.inner().k;
+    policy.reject(routing, [&](Index a) {
+      return uniform[static_cast<std::size_t>(a % k * routing.tokens() + a / k)];
+    });
+  }
+
+  void backward(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
+    policy.backward(routing, gradient);
+  }
+};
+
+/// The Switch loss of each sequence over the first choices that were kept. The paper counts all
+/// first choices; this code's mask of them is the one that its capacity has thinned out.
+struct KeptFirstChoiceLoss {
+  SwitchLoss<double> loss_of;
+
+  double loss(const Routing<double>& routing) const {
+    return loss_of.loss(kept_first_choices(routing));
+  }
+
+  void add_gradient(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
+    loss_of.add_gradient(kept_first_choices(routing), gradient);
+  }
+
+ private:
+  static Routing<double> kept_first_choices(const Routing<double>& routing) {
+    Routing<double> first = routing;
+    first.expert.clear();
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      const auto a = static_cast<std::size_t>(routing.first(t));
+      if (routing.kept[a] != 0) first.expert.push_back(routing.expert[a]);
+      first.offsets[static_cast<std::size_t>(t) + 1] = first.assignments();
+    }
+    return first;
+  }
+};
+
+std::string expert_prefix(Index expert) {
+  return "experts.experts." + std::to_string(expert) + ".";
+}
+
+AnyBank<GegluExpert> read_bank(CaseFile& file, Index experts, Index d_model, Index d_ff) {
+  std::vector<GegluExpert> bank;
+  for (Index e = 0; e < experts; ++e) {
+    const std::string net = expert_prefix(e) + "net.";
+    bank.emplace_back(Linear<double>(weight(file, net + "0.weight", 2 * d_ff, d_model),
+                                     file.matrix("w." + net + "0.bias", {2 * d_ff})),
+                      file.matrix("w." + net + "1.mult_bias", {d_ff}),
+                      Linear<double>(weight(file, net + "2.weight", d_model, d_ff),
+                                     file.matrix("w." + net + "2.bias", {d_model})));
+  }
+  return {std::move(bank), d_model, d_model};
+}
+
+/// The weight of each token's places in each expert, [tokens * experts, capacity]: first choices
+/// have taken theirs before second ones.
+Real placed_weights(const Routing<double>& routing, Index k, Index capacity) {
+  Real placed = Real::Zero(routing.tokens() * routing.experts(), capacity);
+  routing.for_each_group(Scope::kSequence, [&](Index begin, Index end) {
+    std::vector<Index> taken(static_cast<std::size_t>(routing.experts()), 0);
+    for (Index r = 0; r < k; ++r) {
+      for (Index t = begin; t < end; ++t) {
+        const auto a = static_cast<std::size_t>(routing.first(t) + r);
+        if (routing.kept[a] == 0) continue;
+        const Index e = routing.expert[a];
+        placed(t * routing.experts() + e, taken[static_cast<std::size_t>(e)]++) = routing.weight[a];
+      }
+    }
+  });
+  return placed;
+}
+
+}  // namespace
+
+void check_st_moe_top2(CaseFile& file, Checker& checker) {
+  if (file.text("expert") != kExpert || file.text("mode") != "train") {
+    fail<UnknownCase>(file.path(), ": cfg.expert = ", file.text("expert"),
+                      ", cfg.mode = ", file.text("mode"), ", not known here");
+  }
+  const Index k = file.size("top_n");
+  const Index experts = file.size("n_experts");
+  const Index d_model = file.size("d_model");
+  const Index batch = file.size("batch");
+  const Index seq = file.size("seq");
+  const Index d_ff = file.size("expert_hidden");
+  const Real x = file.matrix("in.x", {batch, seq, d_model});
+  const Real cotangent = file.matrix("in.cotangent", {batch, seq, d_model});
+  const Real uniform = file.matrix("in.uniform", {k, batch, seq});
+  const Sequences sequences = Sequences::uniform(batch, seq);
+  const CapacityFactor capacity{.train = file.number("capacity_factor"),
+                                .count_k = false,
+                                .rounding = Rounding::kDown,
+                                .minimum = 4,
+                                .scope = Scope::kSequence};
+  const bool straight_through = file.flag("straight_through_dispatch");
+  checker.section(straight_through
+                      ? "balancing loss after the drop, straight-through gradient: this code's own"
+                      : "balancing loss after the drop: this code's own");
+
+  SwitchLoss<double> balance{file.number("balance_loss_coef"), LoadFraction::kOfTokens,
+                             Scope::kSequence};
+  ZLoss<double> z{file.number("router_z_loss_coef")};
+  MoELayer layer(LinearRouter<double>(weight(file, "gate.to_gates.weight", experts, d_model)),
+                 DrawnPolicy{RankPolicy(SoftmaxTopK<double>{.k = k, .renormalise = true},
+                                        {.train_threshold = {file.number("threshold")}}),
+                             {uniform.data(), uniform.data() + uniform.size()}},
+                 capacity,
+                 StraightThroughBank(read_bank(file, experts, d_model, d_ff), straight_through),
+                 KeptFirstChoiceLoss{balance}, z);
+  decltype(layer)::Cache cache;
+  const Real y = layer.forward(x, {.training = true, .sequences = &sequences}, cache);
+  checker.reals("out.y", y);
+  checker.scalar("out.loss", y.cwiseProduct(cotangent).sum() + cache.aux_loss);
+  checker.reals("g.x", layer.backward(cotangent, cache));
+
+  const Routing<double>& routing = cache.routing;
+  const Index places = capacity.capacity(seq, experts, true);
+  checker.reals("out.router_logits", routing.logits);
+  checker.integers("out.topk_idx", {routing.expert.begin(), routing.expert.end()});
+  checker.reals("out.combine_dense", dense_weights(routing));
+  if (places != file.size("expert_capacity")) {
+    checker.failure("cfg.expert_capacity", "weir has " + std::to_string(places));
+  }
+  checker.reals("out.combine_tensor", placed_weights(routing, k, places));
+  const MoEReport report = layer.report(cache);
+  checker.integers("out.tokens_kept_per_expert", {report.kept.begin(), report.kept.end()});
+
+  // The file has the single losses unscaled, and their sum scaled.
+  checker.scalar("out.aux_loss", cache.aux_loss);
+  balance.coefficient = 1.0;
+  z.coefficient = 1.0;
+  checker.scalar("out.balance_loss", KeptFirstChoiceLoss{balance}.loss(routing));
+  checker.scalar("out.z_loss", z.loss(routing));
+
+  Gradients gradients(layer);
+  gradients.check(checker, "router.weight", "gate.to_gates.weight");
+  for (Index e = 0; e < experts; ++e) {
+    for (const char* name :
+         {"net.0.weight", "net.0.bias", "net.1.mult_bias", "net.2.weight", "net.2.bias"}) {
+      gradients.check(checker, "experts." + std::to_string(e) + "." + name,
+                      expert_prefix(e) + name);
+    }
+  }
+  gradients.finish(checker);
+}
+
+}  // namespace weir::golden
