@@ -60,6 +60,11 @@ TEST_CASE("A pass says what does not fit the tokens", "[core][pass]") {
   const Pass masked{.mask = mask};
   CHECK(test::message_of<ShapeError>([&] { masked.check("MoELayer::forward", 3); }) ==
         "MoELayer::forward: pass.mask has 2 entries, expected 3 (one per token)");
+  const std::vector<Index> ids = {7, 8};
+  const Pass named{.token_ids = ids};
+  named.check("here", 2);
+  CHECK(test::message_of<ShapeError>([&] { named.check("MoELayer::forward", 3); }) ==
+        "MoELayer::forward: pass.token_ids has 2 entries, expected 3 (one per token)");
   const Sequences sequences({2, 3});
   const Pass packed{.sequences = &sequences};
   packed.check("here", 5);

@@ -18,6 +18,7 @@ CheckCase check_dbrx_ffn;
 CheckCase check_switch_top1;
 CheckCase check_st_moe_top2;
 CheckCase check_megatron_dropping;
+CheckCase check_noisy_top_k;
 
 struct Family {
   int number;
@@ -31,6 +32,7 @@ inline constexpr Family kFamilies[] = {
     {3, "Switch layer", check_switch_top1},
     {7, "ST-MoE layer", check_st_moe_top2},
     {8, "Megatron-Core token dropping", check_megatron_dropping},
+    {6, "Shazeer's noisy top-k layer", check_noisy_top_k},
 };
 
 }  // namespace weir::golden

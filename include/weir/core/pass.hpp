@@ -26,6 +26,9 @@ struct Pass {
   /// no one. Empty: every token is real.
   std::span<const std::uint8_t> mask = {};
 
+  /// The id of each token, for what routes by it. Empty: not known. Decoder::forward gives its own.
+  std::span<const Index> token_ids = {};
+
   /// Where random decisions come from. Only mechanisms that draw need it, and they say so.
   Rng* rng = nullptr;
 
@@ -37,11 +40,15 @@ struct Pass {
     return !mask.empty() && mask[static_cast<std::size_t>(token)] == 0;
   }
 
-  /// \throws ShapeError   if mask or sequences do not cover exactly `tokens` rows.
+  /// \throws ShapeError   if mask, token_ids or sequences do not cover exactly `tokens` rows.
   void check(std::string_view where, Index tokens) const {
     if (!mask.empty() && static_cast<Index>(mask.size()) != tokens) {
       fail<ShapeError>(where, ": pass.mask has ", mask.size(), " entries, expected ", tokens,
                        " (one per token)");
+    }
+    if (!token_ids.empty() && static_cast<Index>(token_ids.size()) != tokens) {
+      fail<ShapeError>(where, ": pass.token_ids has ", token_ids.size(), " entries, expected ",
+                       tokens, " (one per token)");
     }
     if (sequences != nullptr && sequences->tokens() != tokens) {
       fail<ShapeError>(where, ": pass.sequences cover ", sequences->tokens(), " tokens, expected ",

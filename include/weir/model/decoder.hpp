@@ -87,9 +87,11 @@ class Decoder {
   const Matrix<T>& forward(std::span<const Index> ids, const Pass& pass, Cache& cache) const {
     pass.check("Decoder::forward", static_cast<Index>(ids.size()));
     cache.filled = false;
+    Pass own = pass;
+    if (own.token_ids.empty()) own.token_ids = ids;
     const Matrix<T>& logits =
         run(ids, cache, false, [&](std::size_t l, MatrixIn<T> x) -> const Matrix<T>& {
-          return layers_[l].forward(x, pass, cache.layers[l]);
+          return layers_[l].forward(x, own, cache.layers[l]);
         });
     cache.filled = true;
     return logits;

@@ -20,6 +20,21 @@ concept Router = Layer<R> && requires(const R& router) {
   { router.experts() } -> std::convertible_to<Index>;
 };
 
+/// A router that adds noise to its logits, and lets balancers know of it.
+///
+///     void annotate(const Cache&, Routing<T>&) const;      sets clean_logits, noise_std and noisy,
+///                                            if the last pass drew noise
+///     void receive(const RoutingGradient<T>&, Cache&) const;      takes the gradients of those
+///     two,
+///                                            before `backward` is given that of the logits
+template <class R>
+concept AnnotatingRouter = requires(const R& router, typename R::Cache& cache,
+                                    Routing<typename R::Scalar>& routing,
+                                    const RoutingGradient<typename R::Scalar>& gradient) {
+  router.annotate(cache, routing);
+  router.receive(gradient, cache);
+};
+
 /// Turns logits into a routing, and gradients of its weights and probabilities back into gradients
 /// of the logits.
 ///

@@ -116,6 +116,7 @@ class MoELayer {
       }
       selector_.select(apply(router_, cache.x, pass, cache.router), pass, cache.routing);
     }
+    if constexpr (AnnotatingRouter<R>) router_.annotate(cache.router, cache.routing);
     capacity_.apply(cache.routing);
     if (cache.routing.pass_dropped && bank_.d_out() != d_model()) {
       fail<ConfigError>("MoELayer::forward: the bank yields ", bank_.d_out(),
@@ -157,6 +158,10 @@ class MoELayer {
       cache.gradient.logits *= cache.aux_scale;
       cache.gradient.probabilities *= cache.aux_scale;
       cache.gradient.weights *= cache.aux_scale;
+      if (routing.noisy) {
+        cache.gradient.clean_logits *= cache.aux_scale;
+        cache.gradient.noise_std *= cache.aux_scale;
+      }
     }
     for_each_balancer([&](auto& balancer) {
       if constexpr (BalancingRule<std::remove_cvref_t<decltype(balancer)>, T>) {
@@ -175,6 +180,7 @@ class MoELayer {
     cache.gradient.weights +=
         Eigen::Map<const RowVector<T>>(d_weight.data(), routing.assignments());
     select_backward(selector_, cache.routing, cache.gradient);
+    if constexpr (AnnotatingRouter<R>) router_.receive(cache.gradient, cache.router);
     cache.dx.resize(dy.rows(), d_model());
     add_rows<T>(d_experts, router_.backward(cache.gradient.logits, cache.router), cache.dx);
     if (routing.pass_dropped) {

@@ -32,6 +32,9 @@ struct Routing {
   Matrix<T> logits;         ///< [tokens, experts], from the router.
   Matrix<T> probabilities;  ///< [tokens, experts], what balancers take for the router's belief:
                             ///< each row sums to 1. Zero for padding.
+  Matrix<T> clean_logits;   ///< [tokens, experts], the logits without noise, and
+  Matrix<T> noise_std;      ///< the noise's standard deviation: where `noisy`, else unspecified.
+  bool noisy = false;       ///< The router drew noise in this pass, and says which (`annotate`).
 
   std::vector<Index> offsets = {0};  ///< [tokens + 1], into the lists below.
   std::vector<Index> expert;         ///< One per assignment.
@@ -116,6 +119,7 @@ struct Routing {
       sequences.append(tokens());
     }
     training = pass.training;
+    noisy = false;
     pass_dropped = false;
     rng = pass.rng;
     renormalised_to = T(0);
@@ -170,12 +174,17 @@ struct RoutingGradient {
   Matrix<T> logits;         ///< [tokens, experts]
   Matrix<T> probabilities;  ///< [tokens, experts]
   RowVector<T> weights;     ///< [assignments]
+  Matrix<T> clean_logits;   ///< [tokens, experts] where the routing is noisy, else unspecified;
+  Matrix<T> noise_std;      ///< likewise.
 
   /// Zeros of the shapes of `routing`.
   void reset(const Routing<T>& routing) {
     logits.setZero(routing.tokens(), routing.experts());
     probabilities.setZero(routing.tokens(), routing.experts());
     weights.setZero(routing.assignments());
+    if (!routing.noisy) return;
+    clean_logits.setZero(routing.tokens(), routing.experts());
+    noise_std.setZero(routing.tokens(), routing.experts());
   }
 };
 

@@ -10,6 +10,7 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/jitter_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
 #include "support/catch.hpp"
@@ -20,6 +21,8 @@ using namespace weir;
 
 static_assert(Router<JitterRouter<LinearRouter<float>>>);
 static_assert(PassLayer<JitterRouter<LinearRouter<float>>>);
+static_assert(AnnotatingRouter<JitterRouter<NoisyRouter<float>>>);
+static_assert(!AnnotatingRouter<JitterRouter<LinearRouter<float>>>);
 
 namespace {
 

@@ -8,6 +8,7 @@
 
 #include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
@@ -78,6 +79,14 @@ class JitterRouter {
       map_lanes<T>(count, product, &cache.dx(t, col), &dx(t, col), &cache.jitter(t, col));
     });
     return cache.dx;
+  }
+
+  void annotate(const Cache& cache, Routing<T>& routing) const requires AnnotatingRouter<Inner> {
+    inner_.annotate(cache.inner, routing);
+  }
+  void receive(const RoutingGradient<T>& gradient,
+               Cache& cache) const requires AnnotatingRouter<Inner> {
+    inner_.receive(gradient, cache.inner);
   }
 
   template <class Self, class Visit>

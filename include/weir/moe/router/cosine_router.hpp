@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Routing on the hypersphere: cosines between a projection of the token and expert embeddings (Chi
+/// et al. 2022, arXiv:2204.09179).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <utility>
+
+#include <weir/core/error.hpp>
+#include <weir/core/init.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/nn/linear.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir {
+
+/// Settings of CosineRouter; the defaults are Tutel's.
+struct CosineRouterConfig {
+  Index d_projection = 256;
+  bool bias = true;  ///< Of the projection; the paper has none.
+  double temperature = 0.5;
+  double least_temperature = 0.01;
+};
+
+/// The logits are cosines over a learned temperature:
+///
+///     u_t = W x_t (+ b),    logits_te = u_t . v_e / (|u_t| |v_e| tau)
+///     1/tau = min(exp(s), 1 / least_temperature)
+///
+/// W [d_projection, d_model], v_e row e of the embedding [experts, d_projection]. Low dimensions
+/// and unit vectors keep tokens from gathering around the experts' embeddings. A vector of norm
+/// below 1e-12 has cosine zero and no gradient; where the temperature is at its bound, s has none.
+/// (Chi et al. 2022, arXiv:2204.09179, section 3; exp(s), bound and initial values as in Tutel's
+/// gates/cosine_top.py.)
+template <std::floating_point T>
+class CosineRouter {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    typename Linear<T>::Cache projection;
+    Matrix<T> u, v;               ///< Unit vectors, or zero.
+    RowVector<T> u_norm, v_norm;  ///< Norms before; zero where the vector counts as zero.
+    Matrix<T> logits;
+    Matrix<T> d_cosine, du, dv;
+    bool filled = false;
+  };
+
+  /// W from switch_init with scale 1, the embedding from N(0, 0.01^2).
+  /// \throws ConfigError  if a size is below 1, or unless 0 < least_temperature <= temperature.
+  CosineRouter(Index d_model, Index experts, Rng& rng, CosineRouterConfig config = {})
+      : projection_(initial(d_model, experts, rng, config)), config_(config) {
+    embedding_.value = normal_init<T>(experts, config.d_projection, 0.01, rng);
+    log_scale_.value.setConstant(1, 1, static_cast<T>(-std::log(config.temperature)));
+  }
+
+  Matrix<T> forward(MatrixIn<T> x) const {
+    Cache cache;
+    return forward(x, cache);
+  }
+
+  /// \param x        [tokens, d_model]
+  /// \return         [tokens, experts]
+  /// \throws ShapeError   if x does not have d_model columns.
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
+    expect_columns("CosineRouter::forward", "x", x, d_model());
+    cache.filled = false;
+    normalise(projection_.forward(x, cache.projection), cache.u, cache.u_norm);
+    normalise(embedding_.value, cache.v, cache.v_norm);
+    cache.logits.resize(x.rows(), experts());
+    multiply_nt<T>(cache.u, cache.v, cache.logits);
+    cache.logits *= scale();
+    cache.filled = true;
+    return cache.logits;
+  }
+
+  /// \param d_logits  [tokens, experts], of the last forward pass.
+  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws ShapeError   if d_logits does not have the shape of the logits.
+  const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
+    if (!cache.filled) fail<StateError>("CosineRouter::backward: no forward pass before it");
+    expect_shape("CosineRouter::backward", "d_logits", d_logits, cache.logits.rows(), experts());
+    Matrix<T>& d_log_scale = log_scale_.gradient();
+    if (!bounded()) {
+      double sum = 0.0;  // d logits / d s = logits.
+      for (Index t = 0; t < d_logits.rows(); ++t) {
+        for (Index e = 0; e < experts(); ++e) {
+          sum += static_cast<double>(d_logits(t, e)) * static_cast<double>(cache.logits(t, e));
+        }
+      }
+      d_log_scale(0, 0) += static_cast<T>(sum);
+    }
+    cache.d_cosine = d_logits;
+    cache.d_cosine *= scale();
+    cache.du.resize(cache.u.rows(), cache.u.cols());
+    cache.dv.resize(cache.v.rows(), cache.v.cols());
+    const Product<T> products[] = {product_nn<T>(cache.d_cosine, cache.v, cache.du),
+                                   product_tn<T>(cache.d_cosine, cache.u, cache.dv)};
+    multiply<T>(products);
+    through_norm(cache.u, cache.u_norm, cache.du);
+    through_norm(cache.v, cache.v_norm, cache.dv);
+    embedding_.gradient() += cache.dv;
+    return projection_.backward(cache.du, cache.projection);
+  }
+
+  /// Parameters `projection.*`, `embedding` and `log_scale` (s, [1, 1]).
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("projection", self.projection_);
+    visit("embedding", self.embedding_);
+    visit("log_scale", self.log_scale_);
+  }
+
+  Index d_model() const { return projection_.d_in(); }
+  Index experts() const { return embedding_.value.rows(); }
+
+  /// tau
+  double temperature() const { return 1.0 / static_cast<double>(scale()); }
+
+  Linear<T>& projection() { return projection_; }
+  Parameter<T>& embedding() { return embedding_; }
+  Parameter<T>& log_scale() { return log_scale_; }
+
+ private:
+  static Linear<T> initial(Index d_model, Index experts, Rng& rng,
+                           const CosineRouterConfig& config) {
+    expect_at_least<Index>("CosineRouter", "d_model", d_model, 1);
+    expect_at_least<Index>("CosineRouter", "experts", experts, 1);
+    expect_at_least<Index>("CosineRouter", "d_projection", config.d_projection, 1);
+    expect_positive("CosineRouter", "least_temperature", config.least_temperature);
+    expect_at_least("CosineRouter", "temperature", config.temperature, config.least_temperature);
+    return Linear<T>(d_model, config.d_projection, rng, {config.bias, 1.0});
+  }
+
+  bool bounded() const {
+    return static_cast<double>(log_scale_.value(0, 0)) > -std::log(config_.least_temperature);
+  }
+  T scale() const {
+    return bounded() ? static_cast<T>(1.0 / config_.least_temperature)
+                     : std::exp(log_scale_.value(0, 0));
+  }
+
+  static void normalise(MatrixIn<T> rows, Matrix<T>& unit, RowVector<T>& norm) {
+    constexpr T kLeast = T(1e-12);
+    unit.resize(rows.rows(), rows.cols());
+    norm.resize(rows.rows());
+    parallel_rows(rows.rows(), 4 * rows.cols(), [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) {
+        const T* row = &rows.coeffRef(i, 0);
+        const auto product = [](const Lanes<T>& a) -> Lanes<T> { return a * a; };
+        norm[i] = std::sqrt(sum_lanes<T>(rows.cols(), product, row));
+        if (norm[i] < kLeast) norm[i] = T(0);
+        const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
+        const auto scaled = [factor](const Lanes<T>& a) -> Lanes<T> { return factor * a; };
+        map_lanes<T>(rows.cols(), scaled, &unit(i, 0), row);
+      }
+    });
+  }
+
+  /// d(u / |u|): du <- (du - (du . unit) unit) / norm.
+  static void through_norm(const Matrix<T>& unit, const RowVector<T>& norm, Matrix<T>& d) {
+    parallel_rows(d.rows(), 4 * d.cols(), [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) {
+        const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+        const T along = sum_lanes<T>(d.cols(), product, &d(i, 0), &unit(i, 0));
+        const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
+        const auto f = [=](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
+          return factor * (a - along * b);
+        };
+        map_lanes<T>(d.cols(), f, &d(i, 0), &d(i, 0), &unit(i, 0));
+      }
+    });
+  }
+
+  Linear<T> projection_;
+  CosineRouterConfig config_;
+  Parameter<T> embedding_, log_scale_;
+};
+
+}  // namespace weir

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The router of noisy top-k gating: a second projection says how much noise the logits get.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <utility>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/moe/router/noise.hpp>
+#include <weir/moe/routing.hpp>
+
+namespace weir {
+
+/// Settings of NoisyRouter.
+struct NoisyRouterConfig {
+  double min_std = 0.01;  ///< Added to the noise's standard deviation.
+};
+
+/// In training the logits are
+///
+///     H = C + eps * std,    C = x W_g^T,    std = softplus(x W_n^T) + min_std,    eps ~ N(0, 1)
+///
+/// elementwise, one draw per token and expert; otherwise they are C. W_g and W_n are [experts,
+/// d_model]. Followed by TopKSoftmax this is the gate of Shazeer et al. 2017 (arXiv:1701.06538, eq.
+/// 3-5; the paper has no min_std, tensor2tensor has 0.01). Noise lets experts that are not chosen
+/// be tried: without it, weights that start at zero send every token to the same experts.
+///
+/// Balancers are told C and std in training, and may return gradients of them: LoadLoss does. eps
+/// is constant to the derivative. Without noise W_n has no gradient.
+///
+/// \tparam Noise   What eps is drawn from.
+template <std::floating_point T, class Noise = NormalNoise>
+requires NoiseSource<Noise, T>
+class NoisyRouter {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    Matrix<T> x;
+    Matrix<T> clean, logits;       ///< C and H; without noise H is not computed.
+    Matrix<T> raw;                 ///< x W_n^T
+    Matrix<T> noise, std;          ///< eps and std
+    Matrix<T> d_clean, d_raw, dx;  ///< Gradients, those of balancers first.
+    bool noisy = false;            ///< The last pass drew noise.
+    bool received = false;         ///< d_clean and d_raw hold gradients of C and std.
+    bool filled = false;
+  };
+
+  /// Both weights start at zero, as in the paper (appendix A).
+  /// \throws ConfigError  if a size is below 1 or min_std not positive.
+  NoisyRouter(Index d_model, Index experts, NoisyRouterConfig config = {}, Noise noise = {})
+      : config_(config), noise_(std::move(noise)) {
+    expect_at_least<Index>("NoisyRouter", "d_model", d_model, 1);
+    expect_at_least<Index>("NoisyRouter", "experts", experts, 1);
+    expect_positive("NoisyRouter", "min_std", config.min_std);
+    weight_.value.setZero(experts, d_model);
+    noise_weight_.value.setZero(experts, d_model);
+  }
+
+  /// \param weight        W_g [experts, d_model]
+  /// \param noise_weight  W_n, of the same shape.
+  /// \throws ShapeError   if the shapes differ.
+  /// \throws ConfigError  if min_std is not positive.
+  NoisyRouter(Matrix<T> weight, Matrix<T> noise_weight, NoisyRouterConfig config = {},
+              Noise noise = {})
+      : NoisyRouter(weight.cols(), weight.rows(), config, std::move(noise)) {
+    expect_shape("NoisyRouter", "noise_weight", noise_weight, experts(), d_model());
+    weight_.value = std::move(weight);
+    noise_weight_.value = std::move(noise_weight);
+  }
+
+  Matrix<T> forward(MatrixIn<T> x) const {
+    Cache cache;
+    return forward(x, cache);
+  }
+
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
+
+  /// \param x        [tokens, d_model]
+  /// \return         [tokens, experts]
+  /// \throws ShapeError   if x does not have d_model columns.
+  /// \throws ConfigError  if pass.training without a pass.rng.
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    expect_columns("NoisyRouter::forward", "x", x, d_model());
+    cache.filled = false;
+    cache.noisy = pass.training;
+    if (cache.noisy) {
+      cache.noise.resize(x.rows(), experts());
+      noise_.fill(pass, MatrixOut<T>(cache.noise));
+    }
+    cache.x = x;
+    cache.clean.resize(x.rows(), experts());
+    cache.received = false;
+    cache.filled = true;
+    if (!cache.noisy) {
+      multiply_nt<T>(x, weight_.value, cache.clean);
+      return cache.clean;
+    }
+    cache.raw.resize(x.rows(), experts());
+    cache.std.resize(x.rows(), experts());
+    cache.logits.resize(x.rows(), experts());
+    const Product<T> products[] = {product_nt<T>(x, weight_.value, cache.clean),
+                                   product_nt<T>(x, noise_weight_.value, cache.raw)};
+    multiply<T>(products);
+    for_each_element(cache, [&](Index i) {
+      const T raw = cache.raw.data()[i];
+      const T softplus = std::max(raw, T(0)) + std::log1p(std::exp(-std::abs(raw)));
+      cache.std.data()[i] = softplus + static_cast<T>(config_.min_std);
+      cache.logits.data()[i] = cache.clean.data()[i] + cache.noise.data()[i] * cache.std.data()[i];
+    });
+    return cache.logits;
+  }
+
+  /// Tells the routing C and std, if the last pass drew noise.
+  void annotate(const Cache& cache, Routing<T>& routing) const {
+    routing.noisy = cache.noisy;
+    if (!cache.noisy) return;
+    routing.clean_logits = cache.clean;
+    routing.noise_std = cache.std;
+  }
+
+  /// Takes the gradients with respect to C and std, which the next `backward` includes.
+  void receive(const RoutingGradient<T>& gradient, Cache& cache) const {
+    cache.received = cache.noisy;
+    if (!cache.received) return;
+    cache.d_clean = gradient.clean_logits;
+    cache.d_raw = gradient.noise_std;
+  }
+
+  /// \param d_logits  dL/dH [tokens, experts], of the last forward pass.
+  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws ShapeError   if d_logits does not have the shape of the logits.
+  const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
+    if (!cache.filled) fail<StateError>("NoisyRouter::backward: no forward pass before it");
+    expect_shape("NoisyRouter::backward", "d_logits", d_logits, cache.clean.rows(), experts());
+    cache.dx.resize(d_logits.rows(), d_model());
+    if (!cache.noisy) {
+      const Product<T> products[] = {product_nn<T>(d_logits, weight_.value, cache.dx),
+                                     product_tn<T>(d_logits, cache.x, weight_.gradient(), true)};
+      multiply<T>(products);
+      return cache.dx;
+    }
+    if (!cache.received) {
+      cache.d_clean.setZero(d_logits.rows(), experts());
+      cache.d_raw.setZero(d_logits.rows(), experts());
+    }
+    cache.received = false;
+    cache.d_clean += d_logits;
+    cache.d_raw += d_logits.cwiseProduct(cache.noise);
+    for_each_element(
+        cache, [&](Index i) { cache.d_raw.data()[i] /= T(1) + std::exp(-cache.raw.data()[i]); });
+    const Product<T> products[] = {
+        product_nn<T>(cache.d_clean, weight_.value, cache.dx),
+        product_tn<T>(cache.d_clean, cache.x, weight_.gradient(), true),
+        product_tn<T>(cache.d_raw, cache.x, noise_weight_.gradient(), true)};
+    multiply<T>(products);
+    multiply_nn<T>(cache.d_raw, noise_weight_.value, cache.dx, true);
+    return cache.dx;
+  }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("weight", self.weight_);
+    visit("noise_weight", self.noise_weight_);
+  }
+
+  Index d_model() const { return weight_.value.cols(); }
+  Index experts() const { return weight_.value.rows(); }
+
+  /// W_g
+  Parameter<T>& weight() { return weight_; }
+  const Parameter<T>& weight() const { return weight_; }
+  /// W_n
+  Parameter<T>& noise_weight() { return noise_weight_; }
+  const Parameter<T>& noise_weight() const { return noise_weight_; }
+
+ private:
+  template <class Body>
+  static void for_each_element(const Cache& cache, Body&& body) {
+    parallel_rows(cache.raw.size(), 32, [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) body(i);
+    });
+  }
+
+  NoisyRouterConfig config_;
+  Noise noise_;
+  Parameter<T> weight_, noise_weight_;
+};
+
+}  // namespace weir

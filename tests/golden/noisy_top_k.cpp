@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: MIT
+// The layer of Shazeer et al. 2017 with noisy top-k gating and the importance and load losses, as a
+// port to PyTorch has it: in the paper's form, and in that of a later version.
+#include <cmath>
+#include <numbers>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <weir/moe/balance/importance_loss.hpp>
+#include <weir/moe/balance/load_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/noisy_router.hpp>
+#include <weir/moe/selector/top_k_softmax.hpp>
+#include <weir/ops/softmax.hpp>
+#include <weir/ops/top_k.hpp>
+
+#include "golden/families.hpp"
+#include "golden/moe_case.hpp"
+
+namespace weir::golden {
+namespace {
+
+/// The noise that the reference drew.
+struct RecordedNoise {
+  Matrix<double> values;
+
+  template <class T>
+  void fill(const Pass& /*pass*/, MatrixOut<T> noise) const {
+    noise = values;
+  }
+};
+
+struct Inputs {
+  explicit Inputs(CaseFile& file)
+      : tokens(file.size("batch_tokens")),
+        d_model(file.size("d_model")),
+        hidden(file.size("hidden")),
+        out(file.size("out")),
+        experts(file.size("n_experts")),
+        k(file.size("top_k")),
+        coefficient(file.number("loss_coef")),
+        x(file.matrix("in.x", {tokens, d_model})),
+        cotangent(file.matrix("in.cotangent", {tokens, out})) {
+    const std::string mode = file.text("mode");
+    if (mode != "train" && mode != "eval") fail<UnknownCase>(file.path(), ": cfg.mode = ", mode);
+    training = mode == "train";
+    if (training) noise.values = file.matrix("in.noise", {tokens, experts});
+  }
+
+  Index tokens, d_model, hidden, out, experts, k;
+  double coefficient;
+  Matrix<double> x, cotangent;
+  bool training = false;
+  RecordedNoise noise;
+};
+
+NoisyRouter<double, RecordedNoise> read_router(CaseFile& file, const Inputs& in) {
+  const Matrix<double> gate = weight(file, "w_gate", in.d_model, in.experts);
+  const Matrix<double> noise = weight(file, "w_noise", in.d_model, in.experts);
+  return {gate.transpose(), noise.transpose(),
+          NoisyRouterConfig{.min_std = file.number("noise_epsilon")}, in.noise};
+}
+
+std::string expert_weight(Index expert, const std::string& member) {
+  return "experts." + std::to_string(expert) + "." + member;
+}
+
+MlpBank<double> read_bank(CaseFile& file, const Inputs& in) {
+  std::vector<Matrix<double>> first, second, first_bias, second_bias;
+  for (Index e = 0; e < in.experts; ++e) {
+    const auto bias = [&](const std::string& name, Index size) {
+      const Matrix<double> column = file.matrix("w." + expert_weight(e, name), {size});
+      return Matrix<double>(Eigen::Map<const Matrix<double>>(column.data(), 1, size));
+    };
+    first.push_back(weight(file, expert_weight(e, "fc1.weight"), in.hidden, in.d_model));
+    second.push_back(weight(file, expert_weight(e, "fc2.weight"), in.out, in.hidden));
+    first_bias.push_back(bias("fc1.bias", in.hidden));
+    second_bias.push_back(bias("fc2.bias", in.out));
+  }
+  return {std::move(first), std::move(second), std::move(first_bias), std::move(second_bias)};
+}
+
+/// The weights of the later version: g_e = p_e / (sum_{j in S} p_j + 1e-6), p the softmax over all
+/// experts.
+struct LaterGate {
+  using Scalar = double;
+
+  Index k = 2;
+
+  void check(Index /*experts*/) const {}
+
+  void select(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing) const {
+    routing.begin("LaterGate", logits, pass);
+    routing.assign_each(k);
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      double* p = routing.probabilities.row(t).data();
+      Index* chosen = routing.expert.data() + routing.first(t);
+      softmax_row(routing.logits.row(t).data(), routing.experts(), p);
+      top_k(p, routing.experts(), k, chosen);
+      const double sum = sum_of(p, chosen);
+      for (Index i = 0; i < k; ++i) {
+        routing.weight[static_cast<std::size_t>(routing.first(t) + i)] = p[chosen[i]] / sum;
+      }
+    }
+  }
+
+  void backward(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      const double* p = routing.probabilities.row(t).data();
+      const Index* chosen = routing.expert.data() + routing.first(t);
+      const double* d_weight = gradient.weights.data() + routing.first(t);
+      double* dp = gradient.probabilities.row(t).data();
+      const double sum = sum_of(p, chosen);
+      double inner = 0.0;
+      for (Index i = 0; i < k; ++i) inner += d_weight[i] * p[chosen[i]] / sum;
+      for (Index i = 0; i < k; ++i) dp[chosen[i]] += (d_weight[i] - inner) / sum;
+      add_softmax_backward_row(p, dp, routing.experts(), gradient.logits.row(t).data());
+    }
+  }
+
+ private:
+  double sum_of(const double* p, const Index* chosen) const {
+    double sum = 1e-6;
+    for (Index i = 0; i < k; ++i) sum += p[chosen[i]];
+    return sum;
+  }
+};
+
+/// The load of the later version, which compares logits with thresholds that are probabilities.
+struct LaterLoad {
+  double coefficient = 0.1;
+
+  double loss(const Routing<double>& routing) const {
+    return coefficient * squared_variation<double>(load(routing), Variance::kSample);
+  }
+
+  void add_gradient(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
+    if (!routing.noisy) return;
+    RowVector<double> d_load;
+    squared_variation<double>(load(routing), Variance::kSample, &d_load);
+    for_each(routing, [&](Index t, Index e, Index rival, double z, double std) {
+      const double density =
+          std::exp(-0.5 * z * z) * std::numbers::inv_sqrtpi / std::numbers::sqrt2;
+      const double d = coefficient * d_load[e] * density / std;
+      gradient.clean_logits(t, e) += d;
+      gradient.noise_std(t, e) -= d * z;
+      gradient.probabilities(t, rival) -= d;
+    });
+  }
+
+  static RowVector<double> load(const Routing<double>& routing) {
+    RowVector<double> load = RowVector<double>::Zero(routing.experts());
+    if (!routing.noisy) {
+      routing.add_load(0, routing.tokens(), load);
+    } else {
+      for_each(routing, [&](Index /*t*/, Index e, Index /*rival*/, double z, double /*std*/) {
+        load[e] += 0.5 * std::erfc(-z / std::numbers::sqrt2);
+      });
+    }
+    return load;
+  }
+
+ private:
+  template <class Body>
+  static void for_each(const Routing<double>& routing, Body&& body) {
+    std::vector<Index> order(static_cast<std::size_t>(routing.experts()));
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      const double* p = routing.probabilities.row(t).data();
+      const auto k = static_cast<std::size_t>(routing.last(t) - routing.first(t));
+      top_k(p, routing.experts(), routing.experts(), order.data());
+      for (Index e = 0; e < routing.experts(); ++e) {
+        const Index rival = routing.logits(t, e) > p[order[k]] ? order[k] : order[k - 1];
+        const double std = routing.noise_std(t, e);
+        body(t, e, rival, (routing.clean_logits(t, e) - p[rival]) / std, std);
+      }
+    }
+  }
+};
+
+template <class Selector, class Load>
+void check(CaseFile& file, Checker& checker, const Inputs& in, Selector selector, Load balancer) {
+  MoELayer layer(read_router(file, in), std::move(selector), Dropless{}, read_bank(file, in),
+                 ImportanceLoss<double>{in.coefficient, Variance::kSample}, std::move(balancer));
+  typename decltype(layer)::Cache cache;
+  const Matrix<double> y = layer.forward(in.x, {.training = in.training}, cache);
+  checker.reals("out.y", y);
+  checker.scalar("out.loss", y.cwiseProduct(in.cotangent).sum() + cache.aux_loss);
+  checker.scalar("out.aux_loss", cache.aux_loss);
+  checker.reals("g.x", layer.backward(in.cotangent, cache));
+
+  const Routing<double>& routing = cache.routing;
+  const auto column = [](const RowVector<double>& row) { return Matrix<double>(row); };
+  RowVector<double> importance, load, paper;
+  ImportanceLoss<double>::importance(routing, importance);
+  LoadLoss<double>::load(routing, paper);
+  if constexpr (std::is_same_v<Load, LaterLoad>) {
+    load = LaterLoad::load(routing);
+  } else {
+    load = paper;
+  }
+  checker.reals("out.gates", dense_weights(routing));
+  checker.reals("out.importance", column(importance));
+  checker.reals("out.load", column(load));
+  checker.scalar("out.cv2_importance", squared_variation<double>(importance, Variance::kSample));
+  checker.scalar("out.cv2_load", squared_variation<double>(load, Variance::kSample));
+  checker.reals("out.clean_logits", layer.router().forward(in.x));
+  if (in.training) {
+    checker.reals("out.noise_stddev", routing.noise_std);
+    checker.reals("out.noisy_logits", routing.logits);
+    checker.reals("out.load_paper", column(paper));
+  }
+
+  Gradients gradients(layer);
+  checker.reals("g.w_gate", gradients.take("router.weight").transpose());
+  checker.reals("g.w_noise", gradients.take("router.noise_weight").transpose());
+  for (Index e = 0; e < in.experts; ++e) {
+    const std::string prefix = "experts." + std::to_string(e) + ".";
+    gradients.check(checker, prefix + "in", expert_weight(e, "fc1.weight"));
+    gradients.check(checker, prefix + "out", expert_weight(e, "fc2.weight"));
+    gradients.check(checker, prefix + "in_bias", expert_weight(e, "fc1.bias"));
+    gradients.check(checker, prefix + "out_bias", expert_weight(e, "fc2.bias"));
+  }
+  gradients.finish(checker);
+}
+
+}  // namespace
+
+void check_noisy_top_k(CaseFile& file, Checker& checker) {
+  file.expect_activation("relu");
+  const Inputs in(file);
+  if (file.text("version") != "head") {
+    return check(file, checker, in, TopKSoftmax<double>{in.k},
+                 LoadLoss<double>{in.coefficient, Variance::kSample});
+  }
+  checker.section(
+      "with this version's weights, softmax over all and 1e-6 in the divisor, and its load, "
+      "whose thresholds are probabilities; out.load_paper with weir's LoadLoss");
+  check(file, checker, in, LaterGate{in.k}, LaterLoad{in.coefficient});
+}
+
+}  // namespace weir::golden
