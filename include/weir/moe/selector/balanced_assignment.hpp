@@ -32,6 +32,7 @@ namespace weir {
 /// of the best one; a smaller epsilon takes more bids. The choice is constant to the derivative,
 /// which reaches the logits through the weight and through the probabilities (softmax(z)).
 ///
+/// No expert can be forbidden to a token in training, as no level assignment might be left.
 /// Not causal in training: a later token can put out an earlier one. Causal in evaluation.
 ///
 /// (Lewis et al. 2021, arXiv:2103.16716, eq. 1-4; Bertsekas 1992, "Auction algorithms for network
@@ -146,6 +147,12 @@ struct BalancedAssignment {
       if (routing.is_padding(t)) continue;
       smallest = std::min(smallest, routing.logits.row(t).minCoeff());
       largest = std::max(largest, routing.logits.row(t).maxCoeff());
+    }
+    if (!std::isfinite(smallest)) {
+      fail<ConfigError>(
+          "BalancedAssignment: a logit is ", smallest,
+          ", expected finite logits in training: a forbidden expert may leave no level "
+          "assignment");
     }
     const T range = largest > smallest ? largest - smallest : T(1);
     const T least_raise = static_cast<T>(epsilon) * range;
