@@ -8,6 +8,7 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -167,4 +168,21 @@ TEST_CASE("BalancedAssignment says what is wrong with its settings",
   CHECK(message(0.0) == "BalancedAssignment: epsilon = 0, expected 1e-6 <= epsilon <= 1");
   CHECK(message(std::nan("")) ==
         "BalancedAssignment: epsilon = nan, expected 1e-6 <= epsilon <= 1");
+}
+
+TEST_CASE("BalancedAssignment allocates nothing the second time",
+          "[moe][selector][balanced_assignment]") {
+  if (!test::allocations_are_counted()) return;
+  const BalancedAssignment<double> selector{};
+  const Matrix<double> logits = test::random_matrix(37, 5, 31);
+  const Pass pass{.training = true};
+  Routing<double> routing;
+  RoutingGradient<double> gradient;
+  const auto step = [&] {
+    selector.select(logits, pass, routing);
+    gradient.reset(routing);
+    selector.backward(routing, gradient);
+  };
+  step();
+  CHECK(test::count_allocations(step) == 0);
 }

@@ -13,6 +13,7 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -269,4 +270,21 @@ TEST_CASE("ExpertChoice says what is wrong with its settings", "[moe][selector][
   logits(1, 2) = std::nan("");
   CHECK(test::message_of<NonFiniteError>([&] { route(ExpertChoice<double>{}, logits); }) ==
         "ExpertChoice: logits[1, 2] = nan, expected a finite number");
+}
+
+TEST_CASE("ExpertChoice allocates nothing the second time", "[moe][selector][expert_choice]") {
+  if (!test::allocations_are_counted()) return;
+  const auto over = GENERATE(ScoresOver::kExperts, ScoresOver::kTokens);
+  const ExpertChoice<double> selector{.over = over};
+  const Matrix<double> logits = test::random_matrix(37, 5, 31);
+  const Pass pass{.training = true};
+  Routing<double> routing;
+  RoutingGradient<double> gradient;
+  const auto step = [&] {
+    selector.select(logits, pass, routing);
+    gradient.reset(routing);
+    selector.backward(routing, gradient);
+  };
+  step();
+  CHECK(test::count_allocations(step) == 0);
 }

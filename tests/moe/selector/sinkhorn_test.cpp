@@ -8,6 +8,7 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -204,4 +205,20 @@ TEST_CASE("Sinkhorn says what is wrong with its settings", "[moe][selector][sink
   CHECK(message({.k = 5}) == "Sinkhorn: k = 5, expected 1 <= k <= experts = 4");
   CHECK(message({.tolerance = 0.0}) == "Sinkhorn: tolerance = 0, expected > 0");
   CHECK(message({.iterations = 0}) == "Sinkhorn: iterations = 0, expected >= 1");
+}
+
+TEST_CASE("Sinkhorn allocates nothing the second time", "[moe][selector][sinkhorn]") {
+  if (!test::allocations_are_counted()) return;
+  const Sinkhorn<double> selector{.k = 2};
+  const Matrix<double> logits = test::random_matrix(37, 5, 31);
+  const Pass pass{.training = true};
+  Routing<double> routing;
+  RoutingGradient<double> gradient;
+  const auto step = [&] {
+    selector.select(logits, pass, routing);
+    gradient.reset(routing);
+    selector.backward(routing, gradient);
+  };
+  step();
+  CHECK(test::count_allocations(step) == 0);
 }
