@@ -8,7 +8,6 @@
 #include <cmath>
 #include <concepts>
 #include <limits>
-#include <utility>
 
 #include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>

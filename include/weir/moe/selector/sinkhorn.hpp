@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <concepts>
-#include <limits>
 #include <utility>
 
 #include <weir/core/parallel.hpp>
