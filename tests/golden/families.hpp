@@ -19,6 +19,7 @@ CheckCase check_switch_top1;
 CheckCase check_st_moe_top2;
 CheckCase check_megatron_dropping;
 CheckCase check_noisy_top_k;
+CheckCase check_expert_choice;
 
 struct Family {
   int number;
@@ -33,6 +34,7 @@ inline constexpr Family kFamilies[] = {
     {7, "ST-MoE layer", check_st_moe_top2},
     {8, "Megatron-Core token dropping", check_megatron_dropping},
     {6, "Shazeer's noisy top-k layer", check_noisy_top_k},
+    {15, "Expert-choice layer", check_expert_choice},
 };
 
 }  // namespace weir::golden

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Every expert gets the same number of tokens, by a linear assignment: BASE layers (Lewis et al.
+/// 2021, arXiv:2103.16716).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <limits>
+
+#include <weir/core/parallel.hpp>
+#include <weir/moe/routing.hpp>
+#include <weir/ops/softmax.hpp>
+#include <weir/ops/top_k.hpp>
+
+namespace weir {
+
+/// One expert a_t for each token, with the weight sigmoid(z_ta). In training
+///
+///     maximise sum_t z_ta   subject to   each expert having T / experts tokens
+///
+/// (rounded down or up where that is no integer), T being the number of real tokens of the batch;
+/// in evaluation a_t is the expert of the largest logit, the lowest index among equal ones.
+///
+/// The assignment is found by an auction: a token bids for the place it likes best at the prices of
+/// the moment, and puts out the token that had it. Its total is within
+///
+///     (T + experts) * epsilon * (largest logit - smallest logit)
+///
+/// of the best one; a smaller epsilon takes more bids. The choice is constant to the derivative,
+/// which reaches the logits through the weight and through the probabilities (softmax(z)).
+///
+/// No expert can be forbidden to a token in training, as no level assignment might be left.
+/// Not causal in training: a later token can put out an earlier one. Causal in evaluation.
+///
+/// (Lewis et al. 2021, arXiv:2103.16716, eq. 1-4; Bertsekas 1992, "Auction algorithms for network
+/// flow problems".)
+template <std::floating_point T>
+struct BalancedAssignment {
+  using Scalar = T;
+
+  double epsilon = 1e-3;
+
+  /// \throws ConfigError  unless 1e-6 <= epsilon <= 1.
+  void check(Index /*experts*/) const {
+    if (!(epsilon >= 1e-6 && epsilon <= 1.0)) {
+      fail<ConfigError>("BalancedAssignment: epsilon = ", epsilon,
+                        ", expected 1e-6 <= epsilon <= 1");
+    }
+  }
+
+  /// \param logits   [tokens, experts]
+  /// \throws NonFiniteError  if a logit of a real token is not finite.
+  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+    check(logits.cols());
+    routing.begin("BalancedAssignment", logits, pass);
+    routing.assign_each(1);
+    if (pass.training) auction(routing);
+    const Index experts = routing.experts();
+    parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        if (routing.is_padding(t)) {
+          routing.probabilities.row(t).setZero();
+          continue;
+        }
+        const T* const z = routing.logits.row(t).data();
+        const auto a = static_cast<std::size_t>(routing.first(t));
+        if (!pass.training) top_k(z, experts, 1, &routing.expert[a]);
+        softmax_row(z, experts, routing.probabilities.row(t).data());
+        routing.weight[a] = T(1) / (T(1) + std::exp(-z[routing.expert[a]]));
+      }
+    });
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+    const Index experts = routing.experts();
+    parallel_rows(routing.tokens(), 8 * experts, [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        if (routing.is_padding(t)) continue;
+        const auto a = static_cast<std::size_t>(routing.first(t));
+        const T w = routing.weight[a];
+        T* const dz = gradient.logits.row(t).data();
+        dz[routing.expert[a]] += w * (T(1) - w) * gradient.weights[routing.first(t)];
+        add_softmax_backward_row(routing.probabilities.row(t).data(),
+                                 gradient.probabilities.row(t).data(), experts, dz);
+      }
+    });
+  }
+
+ private:
+  static constexpr Index kFree = -1;
+
+  /// The places of an expert: those it has to fill, or the one more it may have. A heap, the
+  /// cheapest first.
+  struct Places {
+    T* price;
+    Index* owner;
+    Index count;
+
+    /// The second lowest price; infinite if there is but one place.
+    T second() const {
+      T result = std::numeric_limits<T>::infinity();
+      for (Index i = 1; i < std::min(count, Index(3)); ++i) result = std::min(result, price[i]);
+      return result;
+    }
+
+    /// Gives the cheapest place to `token` for `bid`; who had it.
+    Index sell(Index token, T bid) const {
+      const Index before = owner[0];
+      Index i = 0;
+      for (Index child = 1; child < count; child = 2 * i + 1) {
+        if (child + 1 < count && price[child + 1] < price[child]) ++child;
+        if (!(price[child] < bid)) break;
+        price[i] = price[child];
+        owner[i] = owner[child];
+        i = child;
+      }
+      price[i] = bid;
+      owner[i] = token;
+      return before;
+    }
+  };
+
+  /// Where T does not divide evenly, each expert has one place more than it has to fill, for which
+  /// tokens contend with as many nobodies as are to stay empty.
+  void auction(Routing<T>& routing) const {
+    const Index experts = routing.experts();
+    const Index tokens = routing.tokens();
+    const Index real = routing.real_tokens();
+    if (real == 0) return;
+    const Index full = real / experts;
+    const Index more = real % experts == 0 ? 0 : 1;
+    const Index places = experts * (full + more);
+    routing.scratch[0].setZero(places);
+    routing.workspace.assign(static_cast<std::size_t>(places), kFree);
+    const auto places_of = [&](Index e, bool extra) {
+      const Index first = extra ? experts * full + e : e * full;
+      return Places{routing.scratch[0].data() + first, routing.workspace.data() + first,
+                    extra ? more : full};
+    };
+
+    T smallest = std::numeric_limits<T>::infinity();
+    T largest = -smallest;
+    for (Index t = 0; t < tokens; ++t) {
+      if (routing.is_padding(t)) continue;
+      smallest = std::min(smallest, routing.logits.row(t).minCoeff());
+      largest = std::max(largest, routing.logits.row(t).maxCoeff());
+    }
+    if (!std::isfinite(smallest)) {
+      fail<ConfigError>(
+          "BalancedAssignment: a logit is ", smallest,
+          ", expected finite logits in training: a forbidden expert may leave no level "
+          "assignment");
+    }
+    const T range = largest > smallest ? largest - smallest : T(1);
+    const T least_raise = static_cast<T>(epsilon) * range;
+
+    const auto bid = [&](Index token) {
+      const bool nobody = token >= tokens;
+      T best = -std::numeric_limits<T>::infinity();
+      T next = best;
+      Places wanted{};
+      for (Index e = 0; e < experts; ++e) {
+        const T value = nobody ? T(0) : routing.logits(token, e);
+        for (const bool extra : {false, true}) {
+          const Places offer = places_of(e, extra);
+          if (offer.count == 0 || (nobody && !extra)) continue;
+          const T gain = value - offer.price[0];
+          if (gain > best) {
+            next = std::max(best, value - offer.second());
+            best = gain;
+            wanted = offer;
+          } else {
+            next = std::max(next, gain);
+          }
+        }
+      }
+      const T raise = (std::isfinite(next) ? best - next : T(0)) + least_raise;
+      const T up = std::nextafter(wanted.price[0], std::numeric_limits<T>::infinity());
+      return wanted.sell(token, std::max(wanted.price[0] + raise, up));
+    };
+    const auto seat = [&](Index token) {
+      while (token != kFree) token = bid(token);
+    };
+    for (Index t = 0; t < tokens; ++t) {
+      if (!routing.is_padding(t)) seat(t);
+    }
+    for (Index i = 0; i < places - real; ++i) seat(tokens + i);
+
+    for (Index e = 0; e < experts; ++e) {
+      for (const bool extra : {false, true}) {
+        const Places seats = places_of(e, extra);
+        for (Index i = 0; i < seats.count; ++i) {
+          if (seats.owner[i] >= tokens) continue;
+          routing.expert[static_cast<std::size_t>(routing.first(seats.owner[i]))] = e;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace weir
