@@ -16,6 +16,8 @@ using CheckCase = void(CaseFile& file, Checker& checker);
 CheckCase check_mixtral_block;
 CheckCase check_dbrx_ffn;
 CheckCase check_switch_top1;
+CheckCase check_megatron_losses;
+CheckCase check_other_aux_losses;
 
 struct Family {
   int number;
@@ -27,6 +29,8 @@ inline constexpr Family kFamilies[] = {
     {1, "Mixtral, OLMoE and Qwen2-MoE layers", check_mixtral_block},
     {2, "DBRX layer", check_dbrx_ffn},
     {3, "Switch layer", check_switch_top1},
+    {8, "Megatron-Core losses", check_megatron_losses},
+    {16, "Tutel and MegaBlocks losses", check_other_aux_losses},
 };
 
 }  // namespace weir::golden
