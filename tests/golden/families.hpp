@@ -20,6 +20,8 @@ CheckCase check_st_moe_top2;
 CheckCase check_megatron_dropping;
 CheckCase check_noisy_top_k;
 CheckCase check_expert_choice;
+CheckCase check_megatron_losses;
+CheckCase check_other_aux_losses;
 
 struct Family {
   int number;
@@ -35,6 +37,8 @@ inline constexpr Family kFamilies[] = {
     {8, "Megatron-Core token dropping", check_megatron_dropping},
     {6, "Shazeer's noisy top-k layer", check_noisy_top_k},
     {15, "Expert-choice layer", check_expert_choice},
+    {8, "Megatron-Core losses", check_megatron_losses},
+    {16, "Tutel and MegaBlocks losses", check_other_aux_losses},
 };
 
 }  // namespace weir::golden

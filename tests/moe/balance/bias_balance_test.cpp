@@ -88,6 +88,53 @@ TEST_CASE("BiasBalance adds up micro-batches", "[moe][balance][bias_balance]") {
   CHECK(selector.selection_bias().value == row(-1, -1, -1, 1));
 }
 
+TEST_CASE("BiasBalance may move the bias in proportion to what an expert lacks",
+          "[moe][balance][bias_balance]") {
+  // Load (4, 2, 2, 0), mean 2: (2 - c) / 2 = (-1, 0, 0, 1).
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer(0.25, {.rule = BiasRule::kProportional});
+  balancer.observe(route(selector, choices({0, 0, 1, 2, 0, 1, 2, 0})));
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-0.25, 0.0, 0.0, 0.25));
+  balancer.add_load(RowVector<double>(row(3, 2, 2, 1)));
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-0.375, 0.0, 0.0, 0.375));
+}
+
+TEST_CASE("BiasBalance shifts the bias to mean zero if asked to", "[moe][balance][bias_balance]") {
+  // Load (5, 1, 1, 1), mean 2: by the sign (-1, 1, 1, 1), whose mean is 1/2.
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer(1.0, {.recentre = true});
+  balancer.observe(route(selector, choices({0, 1, 2, 3, 0, 0, 0, 0})));
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-1.5, 0.5, 0.5, 0.5));
+}
+
+TEST_CASE("A frozen BiasBalance leaves the bias and forgets", "[moe][balance][bias_balance]") {
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer(1.0);
+  balancer.set_frozen(true);
+  CHECK(balancer.frozen());
+  balancer.observe(route(selector, choices({0, 0})));
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value.isZero(0.0));
+  balancer.set_frozen(false);
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value.isZero(0.0));
+}
+
+TEST_CASE("BiasBalance adds the counts of other ranks", "[moe][balance][bias_balance]") {
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer(1.0);
+  balancer.observe(route(selector, choices({0, 0})));
+  balancer.add_load(RowVector<double>(row(0, 2, 2, 1)));
+  CHECK(test::message_of<ShapeError>([&] { balancer.add_load(RowVector<double>::Zero(3)); }) ==
+        "BiasBalance::add_load: load is [1, 3], expected [1, 4]");
+  CHECK(balancer.load() == RowVector<double>(row(2, 2, 2, 1)));
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-1, -1, -1, 1));
+}
+
 TEST_CASE("BiasBalance without anything counted leaves the bias", "[moe][balance][bias_balance]") {
   SigmoidTopK<double> selector(4, {.k = 1});
   BiasBalance<double> balancer(1.0);

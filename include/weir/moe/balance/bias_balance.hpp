@@ -18,10 +18,26 @@ concept BiasedSelector = requires(S& selector) {
   { selector.selection_bias() } -> std::same_as<Buffer<typename S::Scalar>&>;
 };
 
+/// By how much BiasBalance moves a bias.
+enum class BiasRule {
+  kSign,          ///< rate * sign(mean - c_e): algorithm 1 of the paper, DeepSeek-V3.
+  kProportional,  ///< rate * (mean - c_e) / mean: the paper's variant that moves by the error,
+                  ///< which is divided by the mean here, so that the rate does not depend on the
+                  ///< batch.
+};
+
+/// Settings of BiasBalance.
+struct BiasBalanceConfig {
+  BiasRule rule = BiasRule::kSign;
+  bool recentre = false;  ///< Shift the bias to mean zero after each move, as torchtitan does; the
+                          ///< choice of experts does not depend on it.
+};
+
 /// After each optimizer step, raises the selection bias of the experts that got too little and
 /// lowers that of those that got too much:
 ///
-///     b_e += rate * sign(mean_j c_j - c_e)
+///     b_e += rate * sign(mean_j c_j - c_e)            or, see BiasRule
+///     b_e += rate * (mean_j c_j - c_e) / mean_j c_j
 ///
 /// c_e counts the assignments to expert e, dropped or not and without padding, in all backward
 /// passes since the last update: micro-batches of one step add up, and a forward pass that is run
@@ -32,34 +48,62 @@ class BiasBalance {
   static constexpr std::string_view kName = "bias";
 
   /// \throws ConfigError  if rate < 0.
-  explicit BiasBalance(T rate = T(0.001)) : rate_(rate) { check(); }
+  explicit BiasBalance(T rate = T(0.001), BiasBalanceConfig config = {})
+      : rate_(rate), config_(config) {
+    check();
+  }
 
   void check() const { expect_at_least("BiasBalance", "rate", rate_, T(0)); }
 
   void observe(const Routing<T>& routing) {
     if (load_.size() != routing.experts()) load_.setZero(routing.experts());
-    routing.add_load(0, routing.tokens(), load_);
+    RowVector<T>& count = routing.scratch[0];
+    count.setZero(routing.experts());
+    routing.add_load(0, routing.tokens(), count);
+    load_ += count.template cast<double>();
   }
 
-  /// Moves the bias and starts counting anew; without anything counted it stays.
+  /// Adds what other ranks counted: the load is that of the global batch.
+  /// \param load      [experts]
+  /// \throws ShapeError   if passes before it were of another number of experts.
+  void add_load(const RowVector<double>& load) {
+    if (load_.size() == 0) load_.setZero(load.size());
+    expect_shape("BiasBalance::add_load", "load", load, 1, load_.size());
+    load_ += load;
+  }
+
+  /// Moves the bias and starts counting anew; without anything counted, or frozen, it stays.
   template <BiasedSelector S>
   void update(S& selector) {
-    if (load_.size() == 0) return;
-    const T mean = load_.sum() / static_cast<T>(load_.size());
-    Matrix<T>& bias = selector.selection_bias().value;
-    for (Index e = 0; e < load_.size(); ++e) {
-      const T lack = mean - load_[e];
-      bias(0, e) += lack > T(0) ? rate_ : lack < T(0) ? -rate_ : T(0);
+    const double mean = load_.size() > 0 ? load_.sum() / static_cast<double>(load_.size()) : 0.0;
+    if (mean > 0.0 && !frozen_) {
+      Matrix<T>& bias = selector.selection_bias().value;
+      for (Index e = 0; e < load_.size(); ++e) {
+        const double lack = mean - load_[e];
+        if (config_.rule == BiasRule::kProportional) {
+          bias(0, e) += rate_ * static_cast<T>(lack / mean);
+        } else {
+          bias(0, e) += lack > 0.0 ? rate_ : lack < 0.0 ? -rate_ : T(0);
+        }
+      }
+      if (config_.recentre) bias.array() -= bias.mean();
     }
     load_.setZero();
   }
 
+  /// A frozen bias stays as it is, and what is counted is forgotten at each update.
+  void set_frozen(bool frozen) { frozen_ = frozen; }
+  bool frozen() const { return frozen_; }
+
   /// What has been counted since the last update; empty before the first pass.
-  const RowVector<T>& load() const { return load_; }
+  const RowVector<double>& load() const { return load_; }
+
+  const BiasBalanceConfig& config() const { return config_; }
 
   T rate() const { return rate_; }
 
-  /// For a schedule; DeepSeek-V3 ends its training with 0.
+  /// For a schedule, set before `update`: `balancer.set_rate(schedule(step))`. DeepSeek-V3 ends its
+  /// training with 0.
   void set_rate(T rate) {
     expect_at_least("BiasBalance", "rate", rate, T(0));
     rate_ = rate;
@@ -67,7 +111,9 @@ class BiasBalance {
 
  private:
   T rate_;
-  RowVector<T> load_;
+  BiasBalanceConfig config_;
+  bool frozen_ = false;
+  RowVector<double> load_;
 };
 
 }  // namespace weir

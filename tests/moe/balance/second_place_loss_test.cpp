@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <vector>
+
+#include <weir/moe/balance/second_place_loss.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+#include "support/routing.hpp"
+
+using namespace weir;
+using test::logit_gradient;
+using test::route;
+
+static_assert(BalancingLoss<SecondPlaceLoss<float>, float>);
+
+TEST_CASE("SecondPlaceLoss matches a routing worked out by hand",
+          "[moe][balance][second_place_loss]") {
+  // Softmax rows (3, 2, 1)/6 and (1, 3, 2)/6: firsts 0 and 1, seconds 1 and 2. Without the first
+  // the rows are (0, 2, 1)/3 and (1, 0, 2)/3: 3 / 4 * (1 * 2/3 + 1 * (1/3 + 2/3)) = 5/4.
+  Matrix<double> logits(2, 3);
+  logits << std::log(3.0), std::log(2.0), 0.0, 0.0, std::log(3.0), std::log(2.0);
+  const auto k = GENERATE(as<Index>{}, 1, 2, 3);
+  CHECK(SecondPlaceLoss<double>{0.5}.loss(route(SoftmaxTopK<double>{k}, logits)) ==
+        Approx(0.5 * 5.0 / 4.0));
+}
+
+TEST_CASE("SecondPlaceLoss is zero with one expert and without real tokens",
+          "[moe][balance][second_place_loss]") {
+  const SecondPlaceLoss<double> balancer{1.0};
+  const SoftmaxTopK<double> selector{1};
+  const std::vector<std::uint8_t> mask = {0, 0};
+  const Routing<double> one = route(selector, Matrix<double>::Ones(2, 1));
+  CHECK(balancer.loss(one) == 0.0);
+  CHECK(logit_gradient(selector, balancer, one).isZero(0.0));
+  CHECK(balancer.loss(route(selector, Matrix<double>(0, 4))) == 0.0);
+  const Routing<double> padding = route(selector, Matrix<double>::Ones(2, 4), {.mask = mask});
+  CHECK(balancer.loss(padding) == 0.0);
+  CHECK(logit_gradient(selector, balancer, padding).isZero(0.0));
+}
+
+TEST_CASE("SecondPlaceLoss gradient agrees with finite differences",
+          "[moe][balance][second_place_loss][gradient]") {
+  Matrix<double> logits = test::random_matrix(7, 5, 5);
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
+  const Pass pass{.mask = mask};
+  const SecondPlaceLoss<double> balancer{0.5};
+  const auto check = [&](const auto& selector) {
+    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
+    const Matrix<double> analytic =
+        logit_gradient(selector, balancer, route(selector, logits, pass));
+    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+  };
+  check(SoftmaxTopK<double>{2});
+  check(SigmoidTopK<double>(5, {.k = 1}));
+}
+
+TEST_CASE("SecondPlaceLoss refuses a negative coefficient", "[moe][balance][second_place_loss]") {
+  CHECK(test::message_of<ConfigError>([] { SecondPlaceLoss<float>{-1.0F}.check(); }) ==
+        "SecondPlaceLoss: coefficient = -1, expected >= 0");
+}
