@@ -16,6 +16,7 @@ using CheckCase = void(CaseFile& file, Checker& checker);
 CheckCase check_mixtral_block;
 CheckCase check_dbrx_ffn;
 CheckCase check_switch_top1;
+CheckCase check_gpt_oss;
 
 struct Family {
   int number;
@@ -27,6 +28,7 @@ inline constexpr Family kFamilies[] = {
     {1, "Mixtral, OLMoE and Qwen2-MoE layers", check_mixtral_block},
     {2, "DBRX layer", check_dbrx_ffn},
     {3, "Switch layer", check_switch_top1},
+    {17, "gpt-oss layer", check_gpt_oss},
 };
 
 }  // namespace weir::golden
