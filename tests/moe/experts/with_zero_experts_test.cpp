@@ -222,7 +222,6 @@ TEST_CASE("WithZeroExperts gives the same bits for any number of threads and all
 
 TEST_CASE("WithZeroExperts says what is wrong with its arguments",
           "[moe][experts][with_zero_experts]") {
-  Rng rng(1);
   CHECK(test::message_of<ConfigError>([&] { with({.zero = -1}); }) ==
         "WithZeroExperts: zero = -1, expected >= 0");
   CHECK(test::message_of<ConfigError>([&] { with({.identity = -2}); }) ==
