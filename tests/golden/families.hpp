@@ -22,6 +22,7 @@ CheckCase check_noisy_top_k;
 CheckCase check_expert_choice;
 CheckCase check_megatron_losses;
 CheckCase check_other_aux_losses;
+CheckCase check_gpt_oss;
 
 struct Family {
   int number;
@@ -39,6 +40,7 @@ inline constexpr Family kFamilies[] = {
     {15, "Expert-choice layer", check_expert_choice},
     {8, "Megatron-Core losses", check_megatron_losses},
     {16, "Tutel and MegaBlocks losses", check_other_aux_losses},
+    {17, "gpt-oss layer", check_gpt_oss},
 };
 
 }  // namespace weir::golden

@@ -59,6 +59,24 @@ TEST_CASE("SharedExperts adds the shared network to the mixture", "[moe][shared_
         1e-14);
 }
 
+TEST_CASE("SharedExperts blends with the weights it is given", "[moe][shared_experts]") {
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  const Matrix<double> routed = mixture().forward(x);
+  const Matrix<double> shared = shared_network().forward(x);
+  // k = 2: the mean of two routed experts and the shared one.
+  const Both blend(mixture(), shared_network(), SharedExpertsConfig::weighted_sum(2));
+  CHECK(blend.config().routed_weight == Approx(2.0 / 3.0));
+  CHECK(test::relative_error(blend.forward(x), (2.0 * routed + shared) / 3.0) < 1e-14);
+
+  Matrix<double> expected = 0.5 * routed;
+  for (Index t = 0; t < 5; ++t) {
+    const double z = x.row(t).dot(gate().weight().value.row(0));
+    expected.row(t) += 2.0 * shared.row(t) / (1.0 + std::exp(-z));
+  }
+  CHECK(test::relative_error(Both(mixture(), shared_network(), gate(), {0.5, 2.0}).forward(x),
+                             expected) < 1e-14);
+}
+
 TEST_CASE("Two shared experts are one of twice the width", "[moe][shared_experts]") {
   const Glu<double> wide = shared_network(6);
   const auto half = [&](Index begin) {
@@ -80,6 +98,10 @@ TEST_CASE("SharedExperts gradients agree with finite differences",
   test::check_gradients(plain, x, pass);
   Both gated(mixture(), shared_network(), gate());
   test::check_gradients(gated, x, pass);
+  Both blend(mixture(), shared_network(), SharedExpertsConfig::weighted_sum(2));
+  test::check_gradients(blend, x, pass);
+  Both gated_blend(mixture(), shared_network(), gate(), {0.5, 2.0});
+  test::check_gradients(gated_blend, x, pass);
 }
 
 TEST_CASE("SharedExperts passes on what belongs to the mixture", "[moe][shared_experts]") {
@@ -128,7 +150,9 @@ TEST_CASE("SharedExperts takes no tokens", "[moe][shared_experts]") {
 }
 
 TEST_CASE("SharedExperts allocates nothing once warm", "[moe][shared_experts]") {
-  Both layer(mixture(), shared_network(), gate());
+  const bool gated = GENERATE(false, true);
+  Both layer = gated ? Both(mixture(), shared_network(), gate(), {0.5, 2.0})
+                     : Both(mixture(), shared_network(), SharedExpertsConfig{0.5, 2.0});
   const Matrix<double> x = test::random_matrix(5, 4, 1);
   Both::Cache cache;
   const auto step = [&] {
@@ -148,6 +172,15 @@ TEST_CASE("SharedExperts says what is wrong with its arguments", "[moe][shared_e
   CHECK(test::message_of<ConfigError>([&] {
           Both(mixture(), shared_network(), Linear<double>(3, 1, rng));
         }) == "SharedExperts: the gate is [1, 3], expected [1, 4]");
+
+  CHECK(test::message_of<ConfigError>([&] { SharedExpertsConfig::weighted_sum(0); }) ==
+        "SharedExpertsConfig::weighted_sum: k = 0, expected >= 1");
+  CHECK(test::message_of<ConfigError>([&] {
+          Both(mixture(), shared_network(), SharedExpertsConfig{.shared_weight = HUGE_VAL});
+        }) == "SharedExperts: shared_weight = inf, expected a finite number");
+  CHECK(test::message_of<ConfigError>([&] {
+          Both(mixture(), shared_network(), gate(), {.routed_weight = -HUGE_VAL});
+        }) == "SharedExperts: routed_weight = -inf, expected a finite number");
 
   const Matrix<double> x = test::random_matrix(5, 4, 1);
   const SharedExperts narrow(mixture(), Linear<double>(4, 3, rng));

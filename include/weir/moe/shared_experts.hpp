@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include <weir/core/layer.hpp>
@@ -15,13 +16,48 @@
 
 namespace weir {
 
+/// Settings of SharedExperts: what the terms of the sum are multiplied by.
+struct SharedExpertsConfig {
+  double routed_weight = 1.0;
+  double shared_weight = 1.0;
+
+  /// The mean of k routed experts, whose weights sum to 1, and the shared one:
+  ///
+  ///     y = k / (k + 1) moe(x) + 1 / (k + 1) shared(x)
+  ///
+  /// (MegaBlocks, `shared_expert_weighted_sum`.)
+  /// \throws ConfigError  if k is below 1.
+  static SharedExpertsConfig weighted_sum(Index k) {
+    expect_at_least<Index>("SharedExpertsConfig::weighted_sum", "k", k, 1);
+    const auto count = static_cast<double>(k);
+    return {count / (count + 1.0), 1.0 / (count + 1.0)};
+  }
+
+  /// \throws ConfigError  unless both weights are finite.
+  void check() const {
+    check_weight("routed_weight", routed_weight);
+    check_weight("shared_weight", shared_weight);
+  }
+
+  /// Whether both terms are taken as they are.
+  bool is_plain_sum() const { return routed_weight == 1.0 && shared_weight == 1.0; }
+
+ private:
+  static void check_weight(std::string_view name, double weight) {
+    if (!std::isfinite(weight)) {
+      fail<ConfigError>("SharedExperts: ", name, " = ", weight, ", expected a finite number");
+    }
+  }
+};
+
 /// A mixture of experts `Moe` with a dense network `Shared` beside it:
 ///
 ///     y = moe(x) + shared(x)                       DeepSeekMoE
 ///     y = moe(x) + sigmoid(x w_s^T) shared(x)      with a gate, w_s [1, d_model]: Qwen2-MoE
 ///
 /// n shared experts of width f are one network of width n f: exactly their sum.
-/// (Dai et al. 2024, arXiv:2401.06066, eq. 9-11.)
+/// (Dai et al. 2024, arXiv:2401.06066, eq. 9-11.) Both terms may have a constant factor, see
+/// SharedExpertsConfig.
 template <PassLayer Moe, Layer Shared>
 class SharedExperts {
  public:
@@ -34,16 +70,21 @@ class SharedExperts {
     typename Linear<T>::Cache gate;
     Matrix<T> open;        ///< [tokens, 1], the gate after its sigmoid.
     Matrix<T> shared_out;  ///< [tokens, d_model], kept where there is a gate.
-    Matrix<T> y, dx, d_shared, d_gate;
+    Matrix<T> y, dx, d_routed, d_shared, d_gate;
     T aux_loss = T(0);  ///< That of the mixture.
   };
 
-  SharedExperts(Moe moe, Shared shared) : moe_(std::move(moe)), shared_(std::move(shared)) {}
+  /// \throws ConfigError  unless the weights are finite.
+  SharedExperts(Moe moe, Shared shared, SharedExpertsConfig config = {})
+      : config_(config), moe_(std::move(moe)), shared_(std::move(shared)) {
+    config_.check();
+  }
 
   /// \param gate     A linear map d_model -> 1, the logit of the gate.
-  /// \throws ConfigError  if it has another shape.
-  SharedExperts(Moe moe, Shared shared, Linear<T> gate)
-      : moe_(std::move(moe)), shared_(std::move(shared)), gate_(std::move(gate)) {
+  /// \throws ConfigError  if it has another shape, or unless the weights are finite.
+  SharedExperts(Moe moe, Shared shared, Linear<T> gate, SharedExpertsConfig config = {})
+      : SharedExperts(std::move(moe), std::move(shared), config) {
+    gate_.emplace(std::move(gate));
     if (gate_->d_in() != moe_.d_model() || gate_->d_out() != 1) {
       fail<ConfigError>("SharedExperts: the gate is [", gate_->d_out(), ", ", gate_->d_in(),
                         "], expected [1, ", moe_.d_model(), "]");
@@ -65,8 +106,19 @@ class SharedExperts {
                  routed.cols());
     cache.aux_loss = cache.moe.aux_loss;
     cache.y.resize(routed.rows(), routed.cols());
+    const T routed_weight = static_cast<T>(config_.routed_weight);
+    const T shared_weight = static_cast<T>(config_.shared_weight);
     if (!gate_) {
-      add_rows<T>(routed, shared, cache.y);
+      if (config_.is_plain_sum()) {
+        add_rows<T>(routed, shared, cache.y);
+        return cache.y;
+      }
+      parallel_pieces(routed.rows(), routed.cols(), 3, [&](Index t, Index col, Index count) {
+        const auto blend = [=](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
+          return routed_weight * a + shared_weight * b;
+        };
+        map_lanes<T>(count, blend, &cache.y(t, col), &routed(t, col), &shared(t, col));
+      });
       return cache.y;
     }
     cache.open =
@@ -74,9 +126,9 @@ class SharedExperts {
     cache.shared_out.resize(shared.rows(), shared.cols());
     parallel_rows(x.rows(), 3 * x.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const auto add = [open = cache.open(t, 0)](const Lanes<T>& a,
-                                                   const Lanes<T>& b) -> Lanes<T> {
-          return a + open * b;
+        const auto add = [=, open = shared_weight * cache.open(t, 0)](
+                             const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
+          return routed_weight * a + open * b;
         };
         map_lanes<T>(routed.cols(), add, &cache.y(t, 0), &routed(t, 0), &shared(t, 0));
         std::copy_n(&shared(t, 0), shared.cols(), &cache.shared_out(t, 0));
@@ -86,10 +138,20 @@ class SharedExperts {
   }
 
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    const Matrix<T>& d_routed = moe_.backward(dy, cache.moe);
+    const T routed_weight = static_cast<T>(config_.routed_weight);
+    const T shared_weight = static_cast<T>(config_.shared_weight);
+    const bool plain_routed = routed_weight == T(1);
+    if (!plain_routed) scale_rows(routed_weight, dy, cache.d_routed);
+    const Matrix<T>& d_routed =
+        plain_routed ? moe_.backward(dy, cache.moe) : moe_.backward(cache.d_routed, cache.moe);
     cache.dx.resize(d_routed.rows(), d_routed.cols());
     if (!gate_) {
-      add_rows<T>(d_routed, shared_.backward(dy, cache.shared), cache.dx);
+      const bool plain_shared = shared_weight == T(1);
+      if (!plain_shared) scale_rows(shared_weight, dy, cache.d_shared);
+      add_rows<T>(d_routed,
+                  plain_shared ? shared_.backward(dy, cache.shared)
+                               : shared_.backward(cache.d_shared, cache.shared),
+                  cache.dx);
       return cache.dx;
     }
     cache.d_gate.resize(dy.rows(), 1);
@@ -99,9 +161,12 @@ class SharedExperts {
         const T open = cache.open(t, 0);
         const T* const d = &dy.coeffRef(t, 0);
         const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-        cache.d_gate(t, 0) =
-            sum_lanes<T>(dy.cols(), product, d, &cache.shared_out(t, 0)) * open * (T(1) - open);
-        const auto scale = [open](const Lanes<T>& g) -> Lanes<T> { return open * g; };
+        cache.d_gate(t, 0) = shared_weight *
+                             sum_lanes<T>(dy.cols(), product, d, &cache.shared_out(t, 0)) * open *
+                             (T(1) - open);
+        const auto scale = [factor = shared_weight * open](const Lanes<T>& g) -> Lanes<T> {
+          return factor * g;
+        };
         map_lanes<T>(dy.cols(), scale, &cache.d_shared(t, 0), d);
       }
     });
@@ -127,6 +192,7 @@ class SharedExperts {
   }
 
   Index d_model() const { return moe_.d_model(); }
+  const SharedExpertsConfig& config() const { return config_; }
 
   Moe& moe() { return moe_; }
   const Moe& moe() const { return moe_; }
@@ -134,6 +200,16 @@ class SharedExperts {
   const Shared& shared() const { return shared_; }
 
  private:
+  /// to = factor * from.
+  static void scale_rows(T factor, MatrixIn<T> from, Matrix<T>& to) {
+    to.resize(from.rows(), from.cols());
+    parallel_pieces(from.rows(), from.cols(), 1, [&](Index t, Index col, Index count) {
+      const auto scale = [factor](const Lanes<T>& v) -> Lanes<T> { return factor * v; };
+      map_lanes<T>(count, scale, &to(t, col), &from.coeffRef(t, col));
+    });
+  }
+
+  SharedExpertsConfig config_;
   Moe moe_;
   Shared shared_;
   std::optional<Linear<T>> gate_;

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Experts that are gated networks with clamped pre-activations and biases: gpt-oss.
+#pragma once
+
+#include <cmath>
+#include <concepts>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/init.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/moe/dispatch.hpp>
+#include <weir/moe/experts/expert_linear.hpp>
+#include <weir/ops/exp.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir {
+
+/// Settings of ClampedGluBank.
+struct ClampedGluBankConfig {
+  double alpha = 1.702;     ///< Slope of the sigmoid: x sigmoid(1.702 x) is close to GELU.
+  double limit = 7.0;       ///< Where pre-activations are cut.
+  double init_scale = 0.1;  ///< Of switch_init.
+
+  /// \throws ConfigError  unless alpha and limit are finite and > 0.
+  void check() const {
+    expect_finite_and_positive("alpha", alpha);
+    expect_finite_and_positive("limit", limit);
+  }
+
+ private:
+  static void expect_finite_and_positive(std::string_view name, double value) {
+    if (!(value > 0.0 && std::isfinite(value))) {
+      fail<ConfigError>("ClampedGluBank: ", name, " = ", value, ", expected a finite number > 0");
+    }
+  }
+};
+
+/// The weights of a ClampedGluBank, one of each per expert.
+template <class T>
+struct ClampedGluWeights {
+  std::vector<Matrix<T>> gate, up;            ///< [d_hidden, d_model]
+  std::vector<Matrix<T>> gate_bias, up_bias;  ///< [1, d_hidden]
+  std::vector<Matrix<T>> down;                ///< [d_out, d_hidden]
+  std::vector<Matrix<T>> down_bias;           ///< [1, d_out]
+};
+
+/// `experts` networks
+///
+///     g = min(x Wg_e^T + bg_e, limit)
+///     u = max(-limit, min(x Wu_e^T + bu_e, limit))
+///     E_e(x) = (g sigmoid(alpha g) (u + 1)) Wd_e^T + bd_e
+///
+/// with Wg_e, Wu_e [d_hidden, d_model] and Wd_e [d_model, d_hidden], computed for all experts at
+/// once on the packed slots. Where a pre-activation is cut, its derivative is zero; at the limit
+/// itself it is one. The bias bd_e is multiplied by the token's weight like the rest of E_e.
+/// (OpenAI 2025, arXiv:2508.10925; GptOssExperts of Hugging Face's transformers, which keeps gate
+/// and up as the even and odd columns of one matrix.)
+template <std::floating_point T>
+class ClampedGluBank {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    Scratch<T> x, gate, up, hidden, out;                 ///< [slots, .], from forward
+    Scratch<T> d_out, d_hidden, d_gate, d_up, d_packed;  ///< [slots, .], from backward
+    Matrix<T> y, dx;                                     ///< [tokens, .]
+    typename ExpertLinear<T>::Workspace workspace;
+  };
+
+  /// Initialised like Switch's experts, with the fan-in of one expert; biases zero.
+  /// \throws ConfigError  if a size is below 1, or if a setting is out of range.
+  ClampedGluBank(Index experts, Index d_model, Index d_hidden, Rng& rng,
+                 ClampedGluBankConfig config = {})
+      : config_(config) {
+    config_.check();
+    expect_at_least<Index>("ClampedGluBank", "experts", experts, 1);
+    expect_at_least<Index>("ClampedGluBank", "d_model", d_model, 1);
+    expect_at_least<Index>("ClampedGluBank", "d_hidden", d_hidden, 1);
+    const auto initial = [&](Index rows, Index cols) {
+      return switch_init<T>(rows, cols, rng, config.init_scale);
+    };
+    for (Index e = 0; e < experts; ++e) {
+      gate_.add(initial(d_hidden, d_model), Matrix<T>::Zero(1, d_hidden));
+      up_.add(initial(d_hidden, d_model), Matrix<T>::Zero(1, d_hidden));
+      down_.add(initial(d_model, d_hidden), Matrix<T>::Zero(1, d_model));
+    }
+  }
+
+  /// From existing weights.
+  /// \throws ConfigError  without experts, with different numbers of weights, or if a setting is
+  ///                      out of range.
+  /// \throws ShapeError   if a weight's shape does not fit the others.
+  explicit ClampedGluBank(ClampedGluWeights<T> weights, ClampedGluBankConfig config = {})
+      : config_(config) {
+    config_.check();
+    auto& [gate, up, gate_bias, up_bias, down, down_bias] = weights;
+    const std::size_t experts = gate.size();
+    if (experts == 0 || up.size() != experts || gate_bias.size() != experts ||
+        up_bias.size() != experts || down.size() != experts || down_bias.size() != experts) {
+      fail<ConfigError>("ClampedGluBank: ", experts, " gate, ", up.size(), " up, ",
+                        gate_bias.size(), " gate_bias, ", up_bias.size(), " up_bias, ", down.size(),
+                        " down and ", down_bias.size(),
+                        " down_bias weights, expected one of each per expert");
+    }
+    const Index d_hidden = gate[0].rows();
+    const Index d_out = down[0].rows();
+    for (std::size_t e = 0; e < experts; ++e) {
+      const std::string which = "[" + std::to_string(e) + "]";
+      expect_shape("ClampedGluBank", "gate" + which, gate[e], d_hidden, gate[0].cols());
+      expect_shape("ClampedGluBank", "up" + which, up[e], d_hidden, gate[0].cols());
+      expect_shape("ClampedGluBank", "gate_bias" + which, gate_bias[e], 1, d_hidden);
+      expect_shape("ClampedGluBank", "up_bias" + which, up_bias[e], 1, d_hidden);
+      expect_shape("ClampedGluBank", "down" + which, down[e], d_out, d_hidden);
+      expect_shape("ClampedGluBank", "down_bias" + which, down_bias[e], 1, d_out);
+    }
+    for (std::size_t e = 0; e < experts; ++e) {
+      gate_.add(std::move(gate[e]), std::move(gate_bias[e]));
+      up_.add(std::move(up[e]), std::move(up_bias[e]));
+      down_.add(std::move(down[e]), std::move(down_bias[e]));
+    }
+  }
+
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+    const Index slots = dispatch.slots();
+    auto packed = cache.x.reshape(slots, d_in());
+    auto gate = cache.gate.reshape(slots, d_hidden());
+    auto up = cache.up.reshape(slots, d_hidden());
+    auto hidden = cache.hidden.reshape(slots, d_hidden());
+    auto out = cache.out.reshape(slots, d_out());
+    gather<T>(x, dispatch, packed);
+    gate_.forward(packed, dispatch, gate, cache.workspace);
+    up_.forward(packed, dispatch, up, cache.workspace);
+    activate(gate, up, hidden);
+    down_.forward(hidden, dispatch, out, cache.workspace);
+    cache.y.resize(x.rows(), d_out());
+    combine<T>(out, dispatch, cache.y);
+    return cache.y;
+  }
+
+  /// The gradients of experts without tokens are left alone.
+  /// \throws StateError   if the weights are stored for inference.
+  const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
+                            Cache& cache) {
+    expect_trainable("ClampedGluBank::backward", storage());
+    const Index slots = dispatch.slots();
+    auto d_out_packed = cache.d_out.reshape(slots, d_out());
+    auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
+    auto d_gate = cache.d_gate.reshape(slots, d_hidden());
+    auto d_up = cache.d_up.reshape(slots, d_hidden());
+    auto d_packed = cache.d_packed.reshape(slots, d_in());
+    combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
+    down_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
+                   cache.workspace);
+    activate_backward(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
+    gate_.backward(d_gate, cache.x.view(), dispatch, d_packed, false, cache.workspace);
+    up_.backward(d_up, cache.x.view(), dispatch, d_packed, true, cache.workspace);
+    cache.dx.resize(dy.rows(), d_in());
+    gather_backward<T>(d_packed, dispatch, cache.dx);
+    return cache.dx;
+  }
+
+  /// See `weir::set_storage`; biases stay parameters.
+  void set_storage(Storage storage) {
+    gate_.set_storage(storage);
+    up_.set_storage(storage);
+    down_.set_storage(storage);
+  }
+
+  Storage storage() const { return gate_.storage(); }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    for (std::size_t e = 0; e < static_cast<std::size_t>(self.experts()); ++e) {
+      ExpertLinear<T>::visit(self.gate_, e, "gate", visit);
+      ExpertLinear<T>::visit(self.up_, e, "up", visit);
+      ExpertLinear<T>::visit(self.down_, e, "down", visit);
+    }
+  }
+
+  Index experts() const { return gate_.experts(); }
+  Index d_in() const { return gate_.d_in(); }
+  Index d_hidden() const { return gate_.d_out(); }
+  Index d_out() const { return down_.d_out(); }
+  const ClampedGluBankConfig& config() const { return config_; }
+
+ private:
+  static constexpr Index kCost = 16;
+
+  void activate(MatrixIn<T> gate, MatrixIn<T> up, MatrixOut<T> hidden) const {
+    const T alpha = static_cast<T>(config_.alpha);
+    const T limit = static_cast<T>(config_.limit);
+    parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index s, Index col, Index count) {
+      const auto f = [=](const Lanes<T>& z, const Lanes<T>& v) -> Lanes<T> {
+        const Lanes<T> g = below(z, limit);
+        return g * sigmoid_lanes<T>(alpha * g) * (above(below(v, limit), -limit) + T(1));
+      };
+      map_lanes<T>(count, f, &hidden(s, col), &gate.coeffRef(s, col), &up.coeffRef(s, col));
+    });
+  }
+
+  /// With q = sigmoid(alpha g): d_gate = dh (u + 1) q (1 + alpha g (1 - q)), d_up = dh g q.
+  void activate_backward(MatrixIn<T> gate, MatrixIn<T> up, MatrixIn<T> dh, MatrixOut<T> d_gate,
+                         MatrixOut<T> d_up) const {
+    const T alpha = static_cast<T>(config_.alpha);
+    const T limit = static_cast<T>(config_.limit);
+    parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index s, Index col, Index count) {
+      const auto of_gate = [=](const Lanes<T>& z, const Lanes<T>& v,
+                               const Lanes<T>& d) -> Lanes<T> {
+        const Lanes<T> q = sigmoid_lanes<T>(alpha * z);
+        const Lanes<T> u = above(below(v, limit), -limit);
+        const Lanes<T> inside = d * (u + T(1)) * q * (T(1) + alpha * z * (T(1) - q));
+        return z > limit ? Lanes<T>{} : inside;
+      };
+      const auto of_up = [=](const Lanes<T>& z, const Lanes<T>& v, const Lanes<T>& d) -> Lanes<T> {
+        const Lanes<T> g = below(z, limit);
+        const Lanes<T> inside = d * g * sigmoid_lanes<T>(alpha * g);
+        const Lanes<T> not_above = v > limit ? Lanes<T>{} : inside;
+        return v < -limit ? Lanes<T>{} : not_above;
+      };
+      const T* const z = &gate.coeffRef(s, col);
+      const T* const v = &up.coeffRef(s, col);
+      const T* const d = &dh.coeffRef(s, col);
+      map_lanes<T>(count, of_gate, &d_gate(s, col), z, v, d);
+      map_lanes<T>(count, of_up, &d_up(s, col), z, v, d);
+    });
+  }
+
+  /// min(x, limit) and max(x, limit); a NaN stays a NaN.
+  static Lanes<T> below(const Lanes<T>& x, T limit) { return x > limit ? Lanes<T>{} + limit : x; }
+  static Lanes<T> above(const Lanes<T>& x, T limit) { return x < limit ? Lanes<T>{} + limit : x; }
+
+  ClampedGluBankConfig config_;
+  ExpertLinear<T> gate_, up_, down_;
+};
+
+}  // namespace weir

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// A linear map for each expert, applied to the packed slots: what banks of experts are made of.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/kernels/packed_product.hpp>
+#include <weir/kernels/weight.hpp>
+#include <weir/moe/dispatch.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir {
+
+/// y_s = x_s W_e^T + b_e for each slot s of each expert e, W_e [d_out, d_in] and b_e [1, d_out].
+template <class T>
+class ExpertLinear {
+ public:
+  struct Workspace {
+    std::vector<Product<T>> products;
+    std::vector<kernels::PackedTo<T>> packed;
+  };
+
+  ExpertLinear() = default;
+
+  void add(Matrix<T> weight, Matrix<T> bias) {
+    weight_.emplace_back(std::move(weight));
+    bias_.push_back({std::move(bias)});
+  }
+
+  /// \param x        [slots, d_in]
+  /// \param y        [slots, d_out]
+  void forward(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> y,
+               Workspace& workspace) const {
+    workspace.products.clear();
+    workspace.packed.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      auto y_e = y.middleRows(begin, rows);
+      if (weight_[e].storage() == Storage::kTrainable) {
+        workspace.products.push_back(
+            product_nt<T>(x.middleRows(begin, rows), weight_[e].parameter().value, y_e));
+      } else {
+        workspace.packed.push_back(
+            {&weight_[e].packed(), begin, rows, y_e.data(), y.outerStride()});
+      }
+    });
+    multiply<T>(workspace.products);
+    kernels::multiply_packed<T>(x, workspace.packed);
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      const T* const bias = bias_[e].value.data();
+      parallel_pieces(rows, y.cols(), 1, [&](Index r, Index col, Index count) {
+        const auto add = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; };
+        map_lanes<T>(count, add, &y(begin + r, col), &y(begin + r, col), bias + col);
+      });
+    });
+  }
+
+  /// dx = dy W, or added to it; adds to the gradients of W and b. Those of experts without slots
+  /// are left alone.
+  /// \param dy       [slots, d_out]
+  /// \param x        [slots, d_in], as given to `forward`.
+  /// \param dx       [slots, d_in]
+  void backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> dx,
+                bool accumulate, Workspace& workspace) {
+    workspace.products.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      const auto dy_e = dy.middleRows(begin, rows);
+      Parameter<T>& weight = weight_[e].parameter();
+      workspace.products.push_back(
+          product_nn<T>(dy_e, weight.value, dx.middleRows(begin, rows), accumulate));
+      workspace.products.push_back(
+          product_tn<T>(dy_e, x.middleRows(begin, rows), weight.gradient(), true));
+      add_over_rows<T>(rows, dy.cols(), bias_[e].gradient().data(),
+                       [&](Index r, Index col, Index count) -> Lanes<T> {
+                         return load_lanes<T>(&dy.coeffRef(begin + r, col), count);
+                       });
+    });
+    multiply<T>(workspace.products);
+  }
+
+  /// See `weir::set_storage`; biases stay parameters.
+  void set_storage(Storage storage) {
+    for (kernels::Weight<T>& weight : weight_) weight.set_storage(storage);
+  }
+
+  Storage storage() const { return weight_[0].storage(); }
+
+  /// Members `name` and `name_bias` of expert `e`, under the name of the expert.
+  template <class Self, class Visit>
+  static void visit(Self& self, std::size_t e, const std::string& name, Visit& visit) {
+    const std::string full = std::to_string(e) + "." + name;
+    if (self.weight_[e].storage() == Storage::kTrainable) visit(full, self.weight_[e].parameter());
+    visit(full + "_bias", self.bias_[e]);
+  }
+
+  Index experts() const { return static_cast<Index>(weight_.size()); }
+  Index d_in() const { return weight_[0].cols(); }
+  Index d_out() const { return weight_[0].rows(); }
+
+ private:
+  std::vector<kernels::Weight<T>> weight_;
+  std::vector<Parameter<T>> bias_;
+};
+
+}  // namespace weir

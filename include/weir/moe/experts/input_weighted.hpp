@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Experts whose input is weighted, not their output: Llama 4.
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <weir/core/parallel.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/dispatch.hpp>
+#include <weir/moe/routing.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir {
+
+/// A bank that multiplies what an expert takes by the weight, where other banks multiply what it
+/// yields:
+///
+///     y_t = sum_{e in S_t, kept} E_e(g_te x_t)
+///
+/// Experts are not linear, so the two differ. With one expert per token, g_te = sigmoid(logit) and
+/// a shared expert, which takes x_t as it is, this is the layer of Llama 4 (SigmoidTopK with k = 1,
+/// not renormalised, and SharedExperts). Experts without biases yield zero for a weight of zero.
+/// (Meta 2025, Llama4TextMoe of Hugging Face's transformers; Megatron-LM's
+/// moe_apply_probs_on_input.)
+template <ExpertBank Bank>
+class InputWeighted {
+ public:
+  using Scalar = typename Bank::Scalar;
+  using T = Scalar;
+
+  /// The bank inside sees one token per assignment, with a weight of one.
+  struct Cache {
+    typename Bank::Cache bank;
+    Routing<T> routing;
+    Dispatch<T> dispatch;
+    Matrix<T> x;               ///< [tokens, d_in]
+    Scratch<T> weighted, d_y;  ///< [assignments, .]; rows of dropped ones are unspecified.
+    std::vector<T> d_weight;   ///< Of the weights that are one.
+    Matrix<T> y, dx;           ///< [tokens, .]
+  };
+
+  explicit InputWeighted(Bank bank) : bank_(std::move(bank)) {}
+
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+    expect_shape("InputWeighted::forward", "x", x, dispatch.tokens(), d_in());
+    copy_rows<T>(x, cache.x);
+    auto weighted = cache.weighted.reshape(dispatch.assignments(), d_in());
+    parallel_rows(dispatch.slots(), 2 * d_in(), [&](Index begin, Index end) {
+      for (Index s = begin; s < end; ++s) {
+        const auto scale = [weight = dispatch.weight(s)](const Lanes<T>& v) -> Lanes<T> {
+          return weight * v;
+        };
+        map_lanes<T>(d_in(), scale, &weighted(dispatch.assignment(s), 0),
+                     &x.coeffRef(dispatch.token(s), 0));
+      }
+    });
+    divide(dispatch, cache);
+    const Matrix<T>& out = bank_.forward(weighted, cache.dispatch, cache.bank);
+    cache.y.resize(x.rows(), d_out());
+    const auto one = [](Index) { return T(1); };
+    add_up(out, dispatch, one, cache.y);
+    return cache.y;
+  }
+
+  /// With dv_a = dL/d(g_te x_t) of assignment a: dx_t = sum_a g_te dv_a, d_weight[a] = dv_a . x_t.
+  const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
+                            Cache& cache) {
+    auto d_y = cache.d_y.reshape(dispatch.assignments(), d_out());
+    parallel_rows(dispatch.slots(), d_out(), [&](Index begin, Index end) {
+      for (Index s = begin; s < end; ++s) {
+        std::copy_n(&dy.coeffRef(dispatch.token(s), 0), d_out(), &d_y(dispatch.assignment(s), 0));
+      }
+    });
+    cache.d_weight.resize(static_cast<std::size_t>(dispatch.assignments()));
+    const Matrix<T>& d_weighted = bank_.backward(d_y, cache.dispatch, cache.d_weight, cache.bank);
+
+    parallel_rows(dispatch.slots(), 2 * d_in(), [&](Index begin, Index end) {
+      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+      for (Index s = begin; s < end; ++s) {
+        const Index a = dispatch.assignment(s);
+        d_weight[static_cast<std::size_t>(a)] =
+            sum_lanes<T>(d_in(), product, &d_weighted(a, 0), &cache.x(dispatch.token(s), 0));
+      }
+    });
+    cache.dx.resize(dy.rows(), d_in());
+    const auto weight = [&](Index s) { return dispatch.weight(s); };
+    add_up(d_weighted, dispatch, weight, cache.dx);
+    return cache.dx;
+  }
+
+  /// See `weir::set_storage`.
+  void set_storage(Storage storage) { weir::set_storage(bank_, storage); }
+
+  /// The members of the bank inside, under its names.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    Bank::visit(self.bank_, visit);
+  }
+
+  Index experts() const { return bank_.experts(); }
+  Index d_in() const { return bank_.d_in(); }
+  Index d_out() const { return bank_.d_out(); }
+
+  Bank& bank() { return bank_; }
+  const Bank& bank() const { return bank_; }
+
+ private:
+  /// The dispatch of the bank inside: each kept assignment a token of its own.
+  static void divide(const Dispatch<T>& dispatch, Cache& cache) {
+    Routing<T>& inner = cache.routing;
+    const auto assignments = static_cast<std::size_t>(dispatch.assignments());
+    inner.logits.resize(dispatch.assignments(), dispatch.experts());
+    inner.offsets.resize(assignments + 1);
+    for (std::size_t a = 0; a <= assignments; ++a) inner.offsets[a] = static_cast<Index>(a);
+    inner.expert.assign(assignments, 0);
+    inner.weight.assign(assignments, T(1));
+    inner.kept.assign(assignments, 0);
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      for (Index s = begin; s < begin + rows; ++s) {
+        const auto a = static_cast<std::size_t>(dispatch.assignment(s));
+        inner.expert[a] = static_cast<Index>(e);
+        inner.kept[a] = 1;
+      }
+    });
+    cache.dispatch.build(inner);
+  }
+
+  /// sum[t] = sum over the slots s of t of weight(s) * rows[assignment of s].
+  template <class Weight>
+  static void add_up(MatrixIn<T> rows, const Dispatch<T>& dispatch, Weight&& weight,
+                     MatrixOut<T> sum) {
+    parallel_rows(dispatch.tokens(), 2 * sum.cols(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        sum.row(t).setZero();
+        for (const Index s : dispatch.slots_of(t)) {
+          const auto add = [w = weight(s)](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
+            return a + w * b;
+          };
+          map_lanes<T>(sum.cols(), add, &sum(t, 0), &sum(t, 0),
+                       &rows.coeffRef(dispatch.assignment(s), 0));
+        }
+      }
+    });
+  }
+
+  Bank bank_;
+};
+
+}  // namespace weir

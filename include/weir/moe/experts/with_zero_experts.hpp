@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Experts that compute nothing, or next to nothing, behind those of a bank: MoE++, LongCat-Flash.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/core/init.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/dispatch.hpp>
+#include <weir/moe/routing.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir {
+
+/// How many experts of each kind stand behind those of the bank, in this order.
+struct ZeroExpertsConfig {
+  Index zero = 0;      ///< E(x) = 0
+  Index identity = 0;  ///< E(x) = x; LongCat-Flash has these alone.
+  Index constant = 0;  ///< E(x) = a_1 x + a_2 v
+};
+
+/// The experts of `Bank`, and zero-computation experts behind them, which tokens choose like others
+/// and which cost nothing or little: a token that needs less computation gets less.
+///
+///     E(x) = 0                                                    zero
+///     E(x) = x                                                    identity (copy)
+///     E(x) = a_1 x + a_2 v,  [a_1, a_2] = softmax(W_c x)          constant
+///
+/// W_c [2, d_model] and v [1, d_model] of each constant expert are trained, everything has its
+/// exact gradient, and the weight of a zero expert has the gradient zero.
+/// (Jin et al. 2024, arXiv:2410.07348, eq. 3-5; identity alone: Meituan 2025, arXiv:2509.01322.)
+template <ExpertBank Bank>
+class WithZeroExperts {
+ public:
+  using Scalar = typename Bank::Scalar;
+  using T = Scalar;
+
+  struct Cache {
+    typename Bank::Cache bank;
+    Routing<T> routing;              ///< What of the routing is for the bank.
+    Dispatch<T> dispatch;            ///< Likewise.
+    std::vector<Index> expert;       ///< Of each slot of the bank.
+    std::vector<Index> assignment;   ///< Of each of the bank's, in the whole routing.
+    std::vector<T> d_weight;         ///< Of the bank's assignments.
+    Matrix<T> x;                     ///< [tokens, d_model]
+    Scratch<T> share;                ///< [slots of constant experts, 2], a_1 and a_2.
+    Scratch<T> d_logit, d_constant;  ///< [slots of constant experts, 1], dL/d(W_c x)_1 and w a_2.
+    Matrix<T> y, dx;
+  };
+
+  /// W_c from `switch_init` and v from N(0, 1), as the authors' code.
+  /// \throws ConfigError  if a number is negative, or if identity or constant experts stand behind
+  ///                      a bank that changes the width.
+  WithZeroExperts(Bank bank, ZeroExpertsConfig config, Rng& rng)
+      : bank_(std::move(bank)), config_(config) {
+    check();
+    for (Index e = 0; e < config_.constant; ++e) {
+      mix_.push_back({switch_init<T>(2, d_in(), rng, 1.0)});
+      constant_.push_back({normal_init<T>(1, d_in(), 1.0, rng)});
+    }
+  }
+
+  /// From existing weights, one of each per constant expert.
+  /// \param mix       W_c, [2, d_model]
+  /// \param constant  v, [1, d_model]
+  /// \throws ConfigError  as above, or if there are not as many weights as constant experts.
+  /// \throws ShapeError   if a weight has another shape.
+  explicit WithZeroExperts(Bank bank, ZeroExpertsConfig config, std::vector<Matrix<T>> mix = {},
+                           std::vector<Matrix<T>> constant = {})
+      : bank_(std::move(bank)), config_(config) {
+    check();
+    const auto count = static_cast<std::size_t>(config_.constant);
+    if (mix.size() != count || constant.size() != count) {
+      fail<ConfigError>("WithZeroExperts: ", mix.size(), " mix and ", constant.size(),
+                        " constant weights, expected ", count,
+                        " of each (one per constant expert)");
+    }
+    for (std::size_t e = 0; e < count; ++e) {
+      const std::string which = "[" + std::to_string(e) + "]";
+      expect_shape("WithZeroExperts", "mix" + which, mix[e], 2, d_in());
+      expect_shape("WithZeroExperts", "constant" + which, constant[e], 1, d_in());
+    }
+    for (std::size_t e = 0; e < count; ++e) {
+      mix_.push_back({std::move(mix[e])});
+      constant_.push_back({std::move(constant[e])});
+    }
+  }
+
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+    expect_shape("WithZeroExperts::forward", "x", x, dispatch.tokens(), d_in());
+    separate(dispatch, cache);
+    copy_rows<T>(x, cache.x);
+    copy_rows<T>(bank_.forward(x, cache.dispatch, cache.bank), cache.y);
+
+    const Index first = dispatch.begin(first_constant());
+    auto share = cache.share.reshape(dispatch.slots() - first, 2);
+    for_each_constant(dispatch, [&](std::size_t e, Index begin, Index rows) {
+      const T* const mix = mix_[e].value.data();
+      parallel_rows(rows, 4 * d_in(), [&](Index from, Index to) {
+        for (Index s = begin + from; s < begin + to; ++s) {
+          // The softmax of two is a sigmoid of their difference.
+          const T difference =
+              dot(mix, cache, dispatch.token(s)) - dot(mix + d_in(), cache, dispatch.token(s));
+          share(s - first, 0) = T(1) / (T(1) + std::exp(-difference));
+          share(s - first, 1) = T(1) / (T(1) + std::exp(difference));
+        }
+      });
+    });
+    for_each_cheap_slot(dispatch, [&](Index t, Index s) {
+      const T weight = dispatch.weight(s);
+      if (s < first) {
+        add(weight, &cache.x(t, 0), &cache.y(t, 0));
+      } else {
+        const Parameter<T>& constant = constant_[expert_of(dispatch, s)];
+        add(weight * share(s - first, 0), &cache.x(t, 0), &cache.y(t, 0));
+        add(weight * share(s - first, 1), constant.value.data(), &cache.y(t, 0));
+      }
+    });
+    return cache.y;
+  }
+
+  /// With h = dy . x, c = dy . v, and w the weight of a constant expert:
+  ///
+  ///     dw = a_1 h + a_2 c,   dz = w a_1 a_2 (h - c),   dx += w a_1 dy + dz (W_c1 - W_c2)
+  ///     dW_c1 += dz x,   dW_c2 -= dz x,   dv += w a_2 dy
+  const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
+                            Cache& cache) {
+    cache.d_weight.assign(cache.assignment.size(), T(0));
+    copy_rows<T>(bank_.backward(dy, cache.dispatch, cache.d_weight, cache.bank), cache.dx);
+    for (std::size_t a = 0; a < cache.assignment.size(); ++a) {
+      d_weight[static_cast<std::size_t>(cache.assignment[a])] = cache.d_weight[a];
+    }
+    for (Index s = dispatch.begin(bank_.experts()); s < dispatch.begin(first_identity()); ++s) {
+      d_weight[static_cast<std::size_t>(dispatch.assignment(s))] = T(0);
+    }
+
+    const Index first = dispatch.begin(first_constant());
+    const auto share = cache.share.view();
+    auto d_logit = cache.d_logit.reshape(dispatch.slots() - first, 1);
+    auto d_constant = cache.d_constant.reshape(dispatch.slots() - first, 1);
+    for_each_cheap_slot(dispatch, [&](Index t, Index s) {
+      const T* const d = &dy.coeffRef(t, 0);
+      const T weight = dispatch.weight(s);
+      T& dw = d_weight[static_cast<std::size_t>(dispatch.assignment(s))];
+      const T along_x = dot(d, cache, t);
+      if (s < first) {
+        dw = along_x;
+        add(weight, d, &cache.dx(t, 0));
+        return;
+      }
+      const Index i = s - first;
+      const std::size_t e = expert_of(dispatch, s);
+      const T along_constant = dot(d, constant_[e].value.data());
+      dw = share(i, 0) * along_x + share(i, 1) * along_constant;
+      d_logit(i, 0) = weight * share(i, 0) * share(i, 1) * (along_x - along_constant);
+      d_constant(i, 0) = weight * share(i, 1);
+      add(weight * share(i, 0), d, &cache.dx(t, 0));
+      add(d_logit(i, 0), mix_[e].value.data(), &cache.dx(t, 0));
+      add(-d_logit(i, 0), mix_[e].value.data() + d_in(), &cache.dx(t, 0));
+    });
+    for_each_constant(dispatch, [&](std::size_t e, Index begin, Index rows) {
+      const auto of_x = [&](T sign) {
+        return [&, sign](Index r, Index col, Index count) -> Lanes<T> {
+          const T factor = sign * d_logit(begin + r - first, 0);
+          return factor * load_lanes<T>(&cache.x(dispatch.token(begin + r), col), count);
+        };
+      };
+      T* const d_mix = mix_[e].gradient().data();
+      add_over_rows<T>(rows, d_in(), d_mix, of_x(T(1)));
+      add_over_rows<T>(rows, d_in(), d_mix + d_in(), of_x(T(-1)));
+      add_over_rows<T>(rows, d_in(), constant_[e].gradient().data(),
+                       [&](Index r, Index col, Index count) -> Lanes<T> {
+                         const T factor = d_constant(begin + r - first, 0);
+                         const T* const d = &dy.coeffRef(dispatch.token(begin + r), col);
+                         return factor * load_lanes<T>(d, count);
+                       });
+    });
+    return cache.dx;
+  }
+
+  /// Stores the weights of the bank, see `weir::set_storage`; those of constant experts stay
+  /// parameters.
+  void set_storage(Storage storage) { weir::set_storage(bank_, storage); }
+
+  /// The members of the bank under its names, and `e.mix` and `e.constant` of constant experts.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    Bank::visit(self.bank_, visit);
+    for (std::size_t e = 0; e < self.mix_.size(); ++e) {
+      const std::string name = std::to_string(self.first_constant() + static_cast<Index>(e));
+      visit(name + ".mix", self.mix_[e]);
+      visit(name + ".constant", self.constant_[e]);
+    }
+  }
+
+  /// Those of the bank and those behind.
+  Index experts() const { return first_constant() + config_.constant; }
+  Index d_in() const { return bank_.d_in(); }
+  Index d_out() const { return bank_.d_out(); }
+
+  const ZeroExpertsConfig& config() const { return config_; }
+  Bank& bank() { return bank_; }
+  const Bank& bank() const { return bank_; }
+
+ private:
+  void check() const {
+    expect_at_least<Index>("WithZeroExperts", "zero", config_.zero, 0);
+    expect_at_least<Index>("WithZeroExperts", "identity", config_.identity, 0);
+    expect_at_least<Index>("WithZeroExperts", "constant", config_.constant, 0);
+    if (config_.identity + config_.constant > 0 && d_in() != d_out()) {
+      fail<ConfigError>("WithZeroExperts: the bank yields ", d_out(), " features, expected ",
+                        d_in(), " beside identity and constant experts");
+    }
+  }
+
+  Index first_identity() const { return bank_.experts() + config_.zero; }
+  Index first_constant() const { return first_identity() + config_.identity; }
+
+  /// Sorts out what is for the bank. Slots are in the order of experts: its slots come first.
+  void separate(const Dispatch<T>& dispatch, Cache& cache) const {
+    const Index own = dispatch.begin(bank_.experts());
+    cache.expert.resize(static_cast<std::size_t>(own));
+    for (Index e = 0; e < bank_.experts(); ++e) {
+      std::fill(cache.expert.begin() + dispatch.begin(e), cache.expert.begin() + dispatch.end(e),
+                e);
+    }
+    Routing<T>& inner = cache.routing;
+    inner.logits.resize(dispatch.tokens(), bank_.experts());
+    inner.offsets.assign(1, 0);
+    inner.expert.clear();
+    inner.weight.clear();
+    cache.assignment.clear();
+    for (Index t = 0; t < dispatch.tokens(); ++t) {
+      for (const Index s : dispatch.slots_of(t)) {
+        if (s >= own) continue;
+        inner.expert.push_back(cache.expert[static_cast<std::size_t>(s)]);
+        inner.weight.push_back(dispatch.weight(s));
+        cache.assignment.push_back(dispatch.assignment(s));
+      }
+      inner.offsets.push_back(inner.assignments());
+    }
+    inner.kept.assign(inner.expert.size(), 1);
+    cache.dispatch.build(inner);
+  }
+
+  /// Calls `body(e, first slot, slots)` for each constant expert that has any, counted from 0.
+  template <class Body>
+  void for_each_constant(const Dispatch<T>& dispatch, Body&& body) const {
+    for (Index e = 0; e < config_.constant; ++e) {
+      const Index expert = first_constant() + e;
+      if (dispatch.rows(expert) == 0) continue;
+      body(static_cast<std::size_t>(e), dispatch.begin(expert), dispatch.rows(expert));
+    }
+  }
+
+  /// Calls `body(token, slot)` for each slot of identity and constant experts, the tokens divided
+  /// among threads.
+  template <class Body>
+  void for_each_cheap_slot(const Dispatch<T>& dispatch, Body&& body) const {
+    const Index first = dispatch.begin(first_identity());
+    parallel_rows(dispatch.tokens(), 8 * d_in(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        for (const Index s : dispatch.slots_of(t)) {
+          if (s >= first) body(t, s);
+        }
+      }
+    });
+  }
+
+  /// Which constant expert, counted from 0, has the slot.
+  std::size_t expert_of(const Dispatch<T>& dispatch, Index slot) const {
+    Index e = first_constant();
+    while (slot >= dispatch.end(e)) ++e;
+    return static_cast<std::size_t>(e - first_constant());
+  }
+
+  T dot(const T* a, const T* b) const {
+    const auto product = [](const Lanes<T>& u, const Lanes<T>& v) -> Lanes<T> { return u * v; };
+    return sum_lanes<T>(d_in(), product, a, b);
+  }
+  T dot(const T* a, const Cache& cache, Index t) const { return dot(a, &cache.x(t, 0)); }
+
+  /// sum += factor * row.
+  void add(T factor, const T* row, T* sum) const {
+    const auto f = [factor](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
+      return a + factor * b;
+    };
+    map_lanes<T>(d_in(), f, sum, sum, row);
+  }
+
+  Bank bank_;
+  ZeroExpertsConfig config_;
+  std::vector<Parameter<T>> mix_, constant_;
+};
+
+}  // namespace weir
