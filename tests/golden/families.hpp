@@ -16,6 +16,9 @@ using CheckCase = void(CaseFile& file, Checker& checker);
 CheckCase check_mixtral_block;
 CheckCase check_dbrx_ffn;
 CheckCase check_switch_top1;
+CheckCase check_deepseek_v2_moe;
+CheckCase check_deepseek_v3_moe;
+CheckCase check_megatron;
 
 struct Family {
   int number;
@@ -27,6 +30,9 @@ inline constexpr Family kFamilies[] = {
     {1, "Mixtral, OLMoE and Qwen2-MoE layers", check_mixtral_block},
     {2, "DBRX layer", check_dbrx_ffn},
     {3, "Switch layer", check_switch_top1},
+    {4, "DeepSeek-V2 layer", check_deepseek_v2_moe},
+    {5, "DeepSeek-V3 layer", check_deepseek_v3_moe},
+    {8, "Megatron-Core routing", check_megatron},
 };
 
 }  // namespace weir::golden
