@@ -94,11 +94,17 @@
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
+#include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/rank_policy.hpp>
+#include <weir/moe/selector/relu_routing.hpp>
+#include <weir/moe/selector/score_function.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/threshold.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
+#include <weir/moe/selector/top_p.hpp>
+#include <weir/moe/selector/variable_choice.hpp>
 #include <weir/moe/shared_experts.hpp>
 #include <weir/moe/soft_moe.hpp>
 

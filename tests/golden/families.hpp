@@ -17,12 +17,13 @@ CheckCase check_mixtral_block;
 CheckCase check_dbrx_ffn;
 CheckCase check_switch_top1;
 CheckCase check_st_moe_top2;
-CheckCase check_megatron_dropping;
 CheckCase check_noisy_top_k;
 CheckCase check_expert_choice;
-CheckCase check_megatron_losses;
 CheckCase check_other_aux_losses;
 CheckCase check_gpt_oss;
+CheckCase check_deepseek_v2_moe;
+CheckCase check_deepseek_v3_moe;
+CheckCase check_megatron;
 
 struct Family {
   int number;
@@ -34,11 +35,12 @@ inline constexpr Family kFamilies[] = {
     {1, "Mixtral, OLMoE and Qwen2-MoE layers", check_mixtral_block},
     {2, "DBRX layer", check_dbrx_ffn},
     {3, "Switch layer", check_switch_top1},
-    {7, "ST-MoE layer", check_st_moe_top2},
-    {8, "Megatron-Core token dropping", check_megatron_dropping},
+    {4, "DeepSeek-V2 layer", check_deepseek_v2_moe},
+    {5, "DeepSeek-V3 layer", check_deepseek_v3_moe},
     {6, "Shazeer's noisy top-k layer", check_noisy_top_k},
+    {7, "ST-MoE layer", check_st_moe_top2},
+    {8, "Megatron-Core's routing, dropping and losses", check_megatron},
     {15, "Expert-choice layer", check_expert_choice},
-    {8, "Megatron-Core losses", check_megatron_losses},
     {16, "Tutel and MegaBlocks losses", check_other_aux_losses},
     {17, "gpt-oss layer", check_gpt_oss},
 };

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 // The auxiliary losses of Megatron-Core, each by itself, and their gradients.
-#include <cmath>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -11,43 +10,10 @@
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 
-#include "golden/families.hpp"
+#include "golden/megatron.hpp"
 
 namespace weir::golden {
 namespace {
-
-/// Scores sqrt(log(1 + exp(z))) with probabilities s_e / (sum_j s_j + 1e-20).
-struct SqrtSoftplus {
-  Index k;
-
-  static double score(double z) { return std::sqrt(std::log1p(std::exp(z))); }
-
-  void check(Index /*experts*/) const {}
-
-  void select(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing) const {
-    // The order of these scores is that of the logits, and so is that of the softmax.
-    SoftmaxTopK<double>{.k = k}.select(logits, pass, routing);
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      for (Index e = 0; e < routing.experts(); ++e) {
-        routing.probabilities(t, e) = score(routing.logits(t, e));
-      }
-      routing.probabilities.row(t) /= routing.probabilities.row(t).sum() + 1e-20;
-    }
-  }
-
-  static void backward(const Routing<double>& routing, RoutingGradient<double>& gradient) {
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      double total = 1e-20;
-      for (const double z : routing.logits.row(t)) total += score(z);
-      const double mean = gradient.probabilities.row(t).dot(routing.probabilities.row(t));
-      for (Index e = 0; e < routing.experts(); ++e) {
-        const double z = routing.logits(t, e);
-        const double d_score = (gradient.probabilities(t, e) - mean) / total;
-        gradient.logits(t, e) += d_score / (2.0 * score(z) * (1.0 + std::exp(-z)));
-      }
-    }
-  }
-};
 
 /// Token s * batch + b of the file, as token b * seq + s; or the other way about.
 Matrix<double> transposed(const Matrix<double>& rows, Index outer, Index inner) {
@@ -106,7 +72,10 @@ void check_megatron_losses(CaseFile& file, Checker& checker) {
   const SoftmaxTopK<double> softmax{.k = k};
   check_scores(file, checker, softmax, "softmax");
   check_scores(file, checker, SigmoidTopK<double>(file.size("n_experts"), {.k = k}), "sigmoid");
-  check_scores(file, checker, SqrtSoftplus{k}, "sqrtsoftplus");
+  check_scores(
+      file, checker,
+      SigmoidTopK<double>(file.size("n_experts"), {.k = k, .score = ScoreFunction::kSqrtSoftplus}),
+      "sqrtsoftplus");
 
   const ZLoss<double> z_loss{file.number("z_coef")};
   const Matrix<double> logits = file.matrix("in.logits");

@@ -45,6 +45,10 @@ void for_each_selector(Index experts, Index k, Body&& body) {
   SigmoidTopK<T> biased(experts, {.k = k});
   biased.selection_bias().value = T(0.3) * test::random_matrix<T>(1, experts, 99);
   run("sigmoid, biased", biased);
+  run("sqrt-softplus", SigmoidTopK<T>(experts, {.k = k, .score = ScoreFunction::kSqrtSoftplus}));
+  run("sqrt-softplus, raw",
+      SigmoidTopK<T>(experts,
+                     {.k = k, .renormalise = false, .score = ScoreFunction::kSqrtSoftplus}));
 }
 
 template <class S>

@@ -125,6 +125,25 @@ TEST_CASE("SigmoidTopK of all experts weighs like its probabilities",
   }
 }
 
+TEST_CASE("SigmoidTopK takes the square root of a softplus", "[moe][selector][sigmoid_top_k]") {
+  // log(1 + exp(z)) is 4, 1 and 9 for these logits: scores 2, 1, 3.
+  Matrix<double> logits(1, 3);
+  logits << std::log(std::expm1(4.0)), std::log(std::expm1(1.0)), std::log(std::expm1(9.0));
+  const SigmoidTopK<double> selector(3, {.k = 2, .score = ScoreFunction::kSqrtSoftplus});
+  const Routing<double> routing = select(selector, logits);
+  CHECK(routing.expert == std::vector<Index>{2, 0});
+  CHECK(routing.weight[0] == Approx(0.6));
+  CHECK(routing.weight[1] == Approx(0.4));
+  CHECK(routing.probabilities(0, 1) == Approx(1.0 / 6.0));
+
+  // Raw: ds/dz = (1 - exp(-s^2)) / (2 s).
+  const SigmoidTopK<double> raw(
+      3, {.k = 1, .renormalise = false, .score = ScoreFunction::kSqrtSoftplus});
+  RowVector<double> expected(3);
+  expected << 0.0, 0.0, -std::expm1(-9.0) / 6.0;
+  CHECK(test::relative_error(gradient_of_first(raw, logits), expected) <= 1e-12);
+}
+
 TEST_CASE("SigmoidTopK's bias is a buffer", "[moe][selector][sigmoid_top_k]") {
   SigmoidTopK<double> selector(4);
   CHECK(parameters(selector).empty());

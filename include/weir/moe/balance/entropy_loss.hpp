@@ -15,14 +15,15 @@ namespace weir {
 /// How sure the router is of a token, and how level it is over all of them:
 ///
 ///     loss = token * H_token + mean * H_mean
-///     H_token = -1/T sum_t sum_e p_te ln p_te,    H_mean = -sum_e P_e ln P_e,    P_e = 1/T sum_t
-///     p_te
+///     H_token = -1/T sum_t sum_e p_te ln p_te
+///     H_mean  = -sum_e P_e ln P_e,    P_e = 1/T sum_t p_te
 ///
 /// over the T real tokens; zero if there are none, and 0 ln 0 = 0. Either coefficient may have
-/// either sign. H_mean - H_token is the mutual information of token and expert: ModuleFormer's
-/// loss, its negative, is `EntropyLoss::mutual_information` (Shen et al. 2023, arXiv:2306.04640; of
-/// task and expert: Chen et al. 2022, arXiv:2212.08066). H_token is a mean over tokens; H_mean is
-/// not, so that each micro-batch is levelled by itself.
+/// either sign. H_token alone is the dynamic loss that keeps TopP from choosing every expert (Huang
+/// et al. 2024, arXiv:2403.07652, eq. 7). H_mean - H_token is the mutual information of token and
+/// expert: ModuleFormer's loss, its negative, is `EntropyLoss::mutual_information` (Shen et al.
+/// 2023, arXiv:2306.04640; of task and expert: Chen et al. 2022, arXiv:2212.08066). H_token is a
+/// mean over tokens; H_mean is not, so that each micro-batch is levelled by itself.
 ///
 /// A probability of zero gets no gradient: the softmax would let none through.
 template <std::floating_point T>

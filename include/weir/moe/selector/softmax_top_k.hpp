@@ -8,6 +8,7 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/group_limit.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/top_k.hpp>
 
@@ -19,10 +20,10 @@ namespace weir {
 ///     g_e = scale * p_e / (sum_{j in S} p_j^norm)^(1/norm)     renormalised
 ///
 /// Equal probabilities: the lowest index first. The choice is constant to the derivative.
-/// Raw: Switch (Fedus et al. 2021, arXiv:2101.03961, eq. 1-2), Grok-1, OLMoE; with a scale:
-/// DeepSeek-V2 (arXiv:2405.04434). Renormalised: GShard (Lepikhin et al. 2020, arXiv:2006.16668),
-/// Qwen3-MoE, and DBRX, whose norm is a setting. With k = 1 and renormalisation the weight is
-/// constant, so that the task's loss does not reach the router.
+/// Raw: Switch (Fedus et al. 2021, arXiv:2101.03961, eq. 1-2), Grok-1, OLMoE; with a scale and a
+/// group limit: DeepSeek-V2 (arXiv:2405.04434). Renormalised: GShard (Lepikhin et al. 2020,
+/// arXiv:2006.16668), Qwen3-MoE, and DBRX, whose norm is a setting. With k = 1 and renormalisation
+/// the weight is constant, so that the task's loss does not reach the router.
 template <std::floating_point T>
 struct SoftmaxTopK {
   using Scalar = T;
@@ -30,15 +31,17 @@ struct SoftmaxTopK {
   Index k = 2;
   bool renormalise = false;
   double scale = 1.0;
-  double norm = 1.0;  ///< Of the renormalisation.
+  double norm = 1.0;       ///< Of the renormalisation.
+  GroupLimit groups = {};  ///< By the probabilities.
 
-  /// \throws ConfigError  unless 1 <= k <= experts, scale > 0 and norm >= 1.
+  /// \throws ConfigError  unless 1 <= k <= experts, scale > 0, norm >= 1 and the groups fit.
   void check(Index experts) const {
     if (k < 1 || k > experts) {
       fail<ConfigError>("SoftmaxTopK: k = ", k, ", expected 1 <= k <= experts = ", experts);
     }
     expect_positive("SoftmaxTopK", "scale", scale);
     expect_at_least("SoftmaxTopK", "norm", norm, 1.0);
+    groups.check("SoftmaxTopK", experts, k);
   }
 
   /// \param logits   [tokens, experts]
@@ -58,7 +61,7 @@ struct SoftmaxTopK {
         softmax_row(routing.logits.row(t).data(), experts, p);
         Index* chosen = routing.expert.data() + routing.first(t);
         T* weight = routing.weight.data() + routing.first(t);
-        top_k(p, experts, k, chosen);
+        top_k(groups.candidates(p, experts), experts, k, chosen);
         const T factor = static_cast<T>(scale) / divisor(p, chosen);
         for (Index i = 0; i < k; ++i) weight[i] = factor * p[chosen[i]];
       }

@@ -7,6 +7,7 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/group_limit.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/top_k.hpp>
 
@@ -27,13 +28,15 @@ struct TopKSoftmax {
 
   Index k = 2;
   double scale = 1.0;
+  GroupLimit groups = {};  ///< By the logits, as in Megatron-Core.
 
-  /// \throws ConfigError  unless 1 <= k <= experts and scale > 0.
+  /// \throws ConfigError  unless 1 <= k <= experts, scale > 0 and the groups fit.
   void check(Index experts) const {
     if (k < 1 || k > experts) {
       fail<ConfigError>("TopKSoftmax: k = ", k, ", expected 1 <= k <= experts = ", experts);
     }
     expect_positive("TopKSoftmax", "scale", scale);
+    groups.check("TopKSoftmax", experts, k);
   }
 
   /// \param logits   [tokens, experts]
@@ -53,7 +56,7 @@ struct TopKSoftmax {
         Index* chosen = routing.expert.data() + routing.first(t);
         T* weight = routing.weight.data() + routing.first(t);
         softmax_row(z, experts, routing.probabilities.row(t).data());
-        top_k(z, experts, k, chosen);
+        top_k(groups.candidates(z, experts), experts, k, chosen);
         for (Index i = 0; i < k; ++i) weight[i] = z[chosen[i]];
         softmax_row(weight, k, weight);
         for (Index i = 0; i < k; ++i) weight[i] *= static_cast<T>(scale);

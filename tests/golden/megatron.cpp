@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT
+// Functions of Megatron-Core: here, its choice of experts and their weights.
+#include "golden/megatron.hpp"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/top_k_softmax.hpp>
+
+#include "golden/moe_case.hpp"
+
+namespace weir::golden {
+namespace {
+
+/// Compares one variant: weights and choice, [tokens, experts], and the gradient of
+/// sum(weights * in.cotangent) with respect to the logits.
+template <class S>
+void check_variant(Checker& checker, const std::string& name, const S& selector,
+                   const Matrix<double>& logits, const Matrix<double>& cotangent) {
+  Routing<double> routing;
+  selector.select(logits, {}, routing);
+  RoutingGradient<double> gradient;
+  gradient.reset(routing);
+  std::vector<std::int64_t> map(static_cast<std::size_t>(logits.size()), 0);
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      const Index expert = routing.expert[static_cast<std::size_t>(a)];
+      map[static_cast<std::size_t>(t * routing.experts() + expert)] = 1;
+      gradient.weights[a] = cotangent(t, expert);
+    }
+  }
+  selector.backward(routing, gradient);
+  checker.reals("out." + name + ".probs", dense_weights(routing));
+  checker.integers("out." + name + ".map", map);
+  checker.reals("g_" + name + ".logits", gradient.logits);
+}
+
+void check_routing_functions(CaseFile& file, Checker& checker) {
+  const Index tokens = file.size("n_tokens");
+  const Index experts = file.size("n_experts");
+  const Index k = file.size("top_k");
+  const double scale = file.number("scaling_factor");
+  const Index allowed = file.size("group_topk");
+  const GroupLimit groups = {
+      .count = file.size("num_groups"), .allowed = allowed, .summed = k / allowed};
+  const Matrix<double> logits = file.matrix("in.logits", {tokens, experts});
+  const Matrix<double> cotangent = file.matrix("in.cotangent", {tokens, experts});
+  const Matrix<double> bias = file.matrix("in.expert_bias", {experts});
+  const auto check = [&](const std::string& name, const auto& selector) {
+    check_variant(checker, name, selector, logits, cotangent);
+  };
+  const auto biased = [&](const SigmoidTopKConfig& config) {
+    SigmoidTopK<double> selector(experts, config);
+    selector.selection_bias().value = bias;
+    return selector;
+  };
+
+  check("post_softmax", TopKSoftmax<double>{.k = k});
+  check("pre_softmax", SoftmaxTopK<double>{.k = k});
+  check("pre_softmax_scaled", SoftmaxTopK<double>{.k = k, .scale = scale});
+  check("sigmoid", SigmoidTopK<double>(experts, {.k = k}));
+  check("sigmoid_bias_scaled", biased({.k = k, .scale = scale}));
+  check("sqrtsoftplus_bias", biased({.k = k, .score = ScoreFunction::kSqrtSoftplus}));
+  check("group_post_softmax", TopKSoftmax<double>{.k = k, .groups = groups});
+  check("group_pre_softmax_scaled", SoftmaxTopK<double>{.k = k, .scale = scale, .groups = groups});
+  check("group_sigmoid_bias_scaled", biased({.k = k, .scale = scale, .groups = groups}));
+}
+
+}  // namespace
+
+void check_megatron(CaseFile& file, Checker& checker) {
+  if (file.name() == "08_megatron_routing") return check_routing_functions(file, checker);
+  if (file.name() == "08_megatron_dropping") return check_megatron_dropping(file, checker);
+  if (file.name() == "08_megatron_losses") return check_megatron_losses(file, checker);
+  fail<UnknownCase>(file.path(), ": case '", file.name(), "' is not known");
+}
+
+}  // namespace weir::golden

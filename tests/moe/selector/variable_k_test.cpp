@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: MIT
+// TopP, Threshold and ReluRouting: what all selectors of a variable number of experts have to do,
+// and each one's own formula.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/selector/relu_routing.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/threshold.hpp>
+#include <weir/moe/selector/top_p.hpp>
+
+#include "support/allocations.hpp"
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+#include "support/matrices.hpp"
+#include "support/routing.hpp"
+#include "support/threads.hpp"
+
+using namespace weir;
+
+static_assert(Selector<TopP<float>, float>);
+static_assert(Selector<Threshold<float>, float>);
+static_assert(Selector<ReluRouting<float>, float>);
+
+namespace {
+
+template <class Body>
+void for_each_selector(Body&& body) {
+  body(TopP<double>{0.3});
+  body(TopP<double>{0.9});
+  body(Threshold<double>{.k = 4, .threshold = 0.5});
+  body(Threshold<double>{.k = 5, .k_min = 2, .threshold = 0.4, .renormalise = true, .scale = 2.5});
+  body(ReluRouting<double>{});
+}
+
+/// One token whose softmax is (0.1, 0.4, 0.2, 0.3).
+Matrix<double> tenths() {
+  Matrix<double> logits(1, 4);
+  logits << std::log(1.0), std::log(4.0), std::log(2.0), std::log(3.0);
+  return logits;
+}
+
+RoutingGradient<double> objective(const Routing<double>& routing) {
+  RoutingGradient<double> gradient;
+  gradient.reset(routing);
+  gradient.weights = test::random_matrix(1, routing.assignments(), 3);
+  gradient.probabilities = test::random_matrix(routing.tokens(), routing.experts(), 4);
+  return gradient;
+}
+
+}  // namespace
+
+TEST_CASE("TopP chooses as many as reach the threshold", "[moe][selector][top_p]") {
+  const auto chosen = [](double threshold) {
+    return test::route(TopP<double>{threshold}, tenths()).expert;
+  };
+  CHECK(chosen(0.01) == std::vector<Index>{1});
+  CHECK(chosen(0.39) == std::vector<Index>{1});
+  CHECK(chosen(0.41) == std::vector<Index>{1, 3});
+  CHECK(chosen(0.69) == std::vector<Index>{1, 3});
+  CHECK(chosen(0.71) == std::vector<Index>{1, 3, 2});
+  CHECK(chosen(1.0) == std::vector<Index>{1, 3, 2, 0});
+  // Exactly reached is enough: 1/4 + 1/4 of four equal ones, the lowest index first.
+  CHECK(test::route(TopP<double>{0.5}, Matrix<double>::Zero(1, 4)).expert ==
+        std::vector<Index>{0, 1});
+  const Routing<double> routing = test::route(TopP<double>{0.5}, tenths());
+  CHECK(routing.weight[0] == Approx(0.4));
+  CHECK(routing.weight[1] == Approx(0.3));
+
+  Matrix<double> certain(1, 3);
+  certain << 0.0, -1e4, -1e4;  // The others are exactly zero.
+  CHECK(test::route(TopP<double>{1.0}, certain).expert == std::vector<Index>{0});
+}
+
+TEST_CASE("TopP gives no token an expert more than it needs", "[moe][selector][top_p]") {
+  const double threshold = GENERATE(0.1, 0.4, 0.8);
+  const Routing<double> routing =
+      test::route(TopP<double>{threshold}, test::random_matrix(50, 13, 1));
+  for (Index t = 0; t < 50; ++t) {
+    double sum = 0.0;
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      CHECK(sum < threshold);
+      sum += routing.weight[static_cast<std::size_t>(a)];
+    }
+    CHECK(sum >= threshold);
+  }
+}
+
+TEST_CASE("Threshold drops what is far behind the best", "[moe][selector][threshold]") {
+  const auto chosen = [](Index k, Index k_min, double threshold) {
+    return test::route(Threshold<double>{.k = k, .k_min = k_min, .threshold = threshold}, tenths())
+        .expert;
+  };
+  CHECK(chosen(4, 1, 0.0) == std::vector<Index>{1, 3, 2, 0});
+  CHECK(chosen(4, 1, 0.4) == std::vector<Index>{1, 3, 2});  // 0.1 < 0.4 * 0.4 <= 0.2
+  CHECK(chosen(2, 1, 0.4) == std::vector<Index>{1, 3});
+  CHECK(chosen(4, 1, 0.6) == std::vector<Index>{1, 3});
+  CHECK(chosen(4, 1, 1.0) == std::vector<Index>{1});
+  CHECK(chosen(4, 3, 1.0) == std::vector<Index>{1, 3, 2});
+
+  const Routing<double> routing = test::route(
+      Threshold<double>{.k = 4, .threshold = 0.6, .renormalise = true, .scale = 7.0}, tenths());
+  CHECK(routing.weight[0] == Approx(4.0));
+  CHECK(routing.weight[1] == Approx(3.0));
+}
+
+TEST_CASE("Threshold zero is SoftmaxTopK", "[moe][selector][threshold]") {
+  const bool renormalise = GENERATE(false, true);
+  const Matrix<double> logits = test::random_matrix(20, 9, 2);
+  const Routing<double> a =
+      test::route(Threshold<double>{.k = 3, .threshold = 0.0, .renormalise = renormalise}, logits);
+  const Routing<double> b =
+      test::route(SoftmaxTopK<double>{.k = 3, .renormalise = renormalise}, logits);
+  CHECK(a.expert == b.expert);
+  CHECK(a.offsets == b.offsets);
+  for (std::size_t i = 0; i < a.weight.size(); ++i) CHECK(a.weight[i] == Approx(b.weight[i]));
+}
+
+TEST_CASE("ReluRouting chooses what is positive", "[moe][selector][relu_routing]") {
+  Matrix<double> logits(3, 4);
+  logits << 0.5, -1.0, 1.5, 0.0,  //
+      -1.0, -2.0, 0.0, -0.1,      //
+      1.0, 1.0, 3.0, 1.0;
+  const Routing<double> routing = test::route(ReluRouting<double>{}, logits);
+  CHECK(routing.offsets == std::vector<Index>{0, 2, 2, 6});
+  CHECK(routing.expert == std::vector<Index>{2, 0, 2, 0, 1, 3});
+  CHECK(routing.weight == std::vector<double>{1.5, 0.5, 3.0, 1.0, 1.0, 1.0});
+  CHECK(routing.probabilities(0, 2) == Approx(0.75));
+  CHECK(routing.probabilities.row(1).isZero(0.0));
+
+  RoutingGradient<double> gradient;
+  gradient.reset(routing);
+  gradient.weights << 1.0, 2.0, 3.0, 4.0, 5.0, 6.0;
+  ReluRouting<double>{}.backward(routing, gradient);
+  Matrix<double> expected(3, 4);
+  expected << 2.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 4.0, 5.0, 3.0, 6.0;
+  CHECK(gradient.logits == expected);
+}
+
+TEST_CASE("Selectors of variable k have gradients that agree with finite differences",
+          "[moe][selector][gradient]") {
+  Matrix<double> logits = test::random_matrix(7, 6, 5);
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
+  Pass pass;
+  pass.mask = mask;
+  for_each_selector([&](const auto& selector) {
+    const Routing<double> routing = test::route(selector, logits, pass);
+    CHECK(routing.first(2) == routing.last(2));
+    CHECK(routing.probabilities.row(2).isZero(0.0));
+    const RoutingGradient<double> c = objective(routing);
+    for (const bool weights : {true, false}) {
+      RoutingGradient<double> gradient = c;
+      if (weights) gradient.probabilities.setZero();
+      if (!weights) gradient.weights.setZero();
+      const RoutingGradient<double> wanted = gradient;
+      selector.backward(routing, gradient);
+      const Matrix<double> numeric = test::numeric_gradient(logits, [&] {
+        const Routing<double> moved = test::route(selector, logits, pass);
+        REQUIRE(moved.expert == routing.expert);
+        double value = wanted.probabilities.cwiseProduct(moved.probabilities).sum();
+        for (Index a = 0; a < moved.assignments(); ++a) {
+          value += wanted.weights[a] * moved.weight[static_cast<std::size_t>(a)];
+        }
+        return value;
+      });
+      CHECK(test::relative_error(gradient.logits, numeric) <= 1e-7);
+    }
+  });
+}
+
+TEST_CASE("Selectors of variable k take few tokens and few experts", "[moe][selector]") {
+  const Index tokens = GENERATE(0, 1);
+  const Matrix<double> logits = Matrix<double>::Constant(tokens, 1, 0.5);
+  const auto check = [&](const auto& selector) {
+    const Routing<double> routing = test::route(selector, logits);
+    CHECK(routing.assignments() == tokens);
+    CHECK(routing.offsets.size() == static_cast<std::size_t>(tokens) + 1);
+    RoutingGradient<double> gradient = objective(routing);
+    selector.backward(routing, gradient);
+    CHECK(gradient.logits.allFinite());
+  };
+  check(TopP<double>{});
+  check(Threshold<double>{.k = 1});
+  check(ReluRouting<double>{});
+}
+
+TEST_CASE("Selectors of variable k give the same bits on any number of threads",
+          "[moe][selector]") {
+  const Matrix<double> logits = test::random_matrix(600, 33, 6);
+  for_each_selector([&](const auto& selector) {
+    const Routing<double> serial = test::route(selector, logits);
+    RoutingGradient<double> a = objective(serial);
+    RoutingGradient<double> b = a;
+    selector.backward(serial, a);
+    const test::Threads threads(2);
+    const Routing<double> parallel = test::route(selector, logits);
+    selector.backward(parallel, b);
+    CHECK(serial.expert == parallel.expert);
+    CHECK(serial.weight == parallel.weight);
+    CHECK(serial.probabilities == parallel.probabilities);
+    CHECK(a.logits == b.logits);
+  });
+}
+
+TEST_CASE("Selectors of variable k need no memory the second time", "[moe][selector]") {
+  if (!test::allocations_are_counted()) return;
+  const Matrix<double> logits = test::random_matrix(20, 8, 7);
+  for_each_selector([&](const auto& selector) {
+    Routing<double> routing;
+    selector.select(logits, {}, routing);
+    CHECK(test::count_allocations([&] { selector.select(logits, {}, routing); }) == 0);
+  });
+}
+
+TEST_CASE("Selectors of variable k name what is out of range", "[moe][selector]") {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const auto message = [](const auto& selector) {
+    return test::message_of<ConfigError>([&] { test::route(selector, tenths()); });
+  };
+  CHECK(message(TopP<double>{0.0}) == "TopP: threshold = 0, expected 0 < threshold <= 1");
+  CHECK(message(TopP<double>{1.5}) == "TopP: threshold = 1.5, expected 0 < threshold <= 1");
+  CHECK(message(TopP<double>{nan}) == "TopP: threshold = nan, expected 0 < threshold <= 1");
+  CHECK(message(Threshold<double>{.k = 5}) == "Threshold: k = 5, expected 1 <= k <= experts = 4");
+  CHECK(message(Threshold<double>{.k_min = 3}) ==
+        "Threshold: k_min = 3, expected 1 <= k_min <= k = 2");
+  CHECK(message(Threshold<double>{.threshold = -1.0}) ==
+        "Threshold: threshold = -1, expected 0 <= threshold <= 1");
+  CHECK(message(Threshold<double>{.scale = 0.0}) == "Threshold: scale = 0, expected > 0");
+  CHECK(test::message_of<ConfigError>([] { ReluRouting<double>{}.check(0); }) ==
+        "ReluRouting: experts = 0, expected >= 1");
+  Matrix<double> bad = tenths();
+  bad(0, 2) = nan;
+  CHECK(test::message_of<NonFiniteError>([&] { test::route(TopP<double>{}, bad); }) ==
+        "TopP: logits[0, 2] = nan, expected a finite number");
+  CHECK(test::message_of<NonFiniteError>([&] { test::route(Threshold<double>{}, bad); }) ==
+        "Threshold: logits[0, 2] = nan, expected a finite number");
+  CHECK(test::message_of<NonFiniteError>([&] { test::route(ReluRouting<double>{}, bad); }) ==
+        "ReluRouting: logits[0, 2] = nan, expected a finite number");
+}
