@@ -90,6 +90,7 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noise.hpp>
 #include <weir/moe/router/noisy_router.hpp>
+#include <weir/moe/router/scaled_input_router.hpp>
 #include <weir/moe/router/temperature_router.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>

@@ -43,7 +43,9 @@ struct Setting {
   }
 
   Index tokens() const { return sequences.tokens(); }
-  Pass pass() { return {training, &sequences, mask, &draws}; }
+  Pass pass() {
+    return {.training = training, .sequences = &sequences, .mask = mask, .rng = &draws};
+  }
 
   Index experts, k;
   Sequences sequences;
