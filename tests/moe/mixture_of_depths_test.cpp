@@ -11,6 +11,7 @@
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/mixture_of_depths.hpp>
 #include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/hash_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/nn/glu.hpp>
@@ -149,6 +150,20 @@ TEST_CASE("MixtureOfDepths carries the losses of the layer inside",
                Dropless{}, GluBank<double>(3, 4, 5, rng, 1.0), SwitchLoss<double>{0.3}),
       test::random_matrix(1, 4, 7), {.capacity = 0.5, .predictor_loss = 0.1});
   test::check_gradients(layer, test::random_matrix(8, 4, 1), {.aux_scale = 0.7});
+}
+
+TEST_CASE("MixtureOfDepths tells the layer inside the ids of the chosen tokens",
+          "[moe][mixture_of_depths]") {
+  Rng rng(5);
+  const std::vector<Index> table = {0, 1, 2};
+  const MixtureOfDepths layer(MoELayer(HashRouter<double>(4, 3, table), SoftmaxTopK<double>{.k = 1},
+                                       Dropless{}, GluBank<double>(3, 4, 6, rng)),
+                              Matrix<double>(Matrix<double>::Identity(1, 4)), {.capacity = 0.5});
+  decltype(layer)::Cache cache;
+  const std::vector<Index> ids = {2, 0, 1, 1};
+  layer.forward(with_scores({3.0, 1.0, 2.0, 0.5}), {.token_ids = ids}, cache);
+  CHECK(cache.token == Tokens{0, 2});
+  CHECK(cache.inner.routing.expert == std::vector<Index>{2, 1});
 }
 
 TEST_CASE("MixtureOfDepths takes no tokens, none that is real and padding of any kind",

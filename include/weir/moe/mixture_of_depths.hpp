@@ -74,6 +74,7 @@ class MixtureOfDepths {
     Matrix<T> x;                               ///< [tokens, d_model]
     Matrix<T> score;                           ///< [tokens, 1]; zero for padding.
     std::vector<Index> token;                  ///< Of each chosen one, in order.
+    std::vector<Index> token_ids;              ///< Their ids, where the pass knows ids.
     std::vector<std::uint8_t> chosen;          ///< [tokens], 1 for the chosen.
     std::vector<std::uint8_t> real;            ///< [tokens], 0 for padding.
     Sequences sequences;                       ///< Of the chosen.
@@ -134,6 +135,13 @@ class MixtureOfDepths {
       Pass inner_pass = pass;
       inner_pass.sequences = &cache.sequences;
       inner_pass.mask = {};
+      if (!pass.token_ids.empty()) {
+        cache.token_ids.clear();
+        for (const Index t : cache.token) {
+          cache.token_ids.push_back(pass.token_ids[static_cast<std::size_t>(t)]);
+        }
+        inner_pass.token_ids = cache.token_ids;
+      }
       const Matrix<T>& out =
           keep<T>(cache.inner_place, apply(inner_, cache.chosen_x, inner_pass, cache.inner));
       expect_shape("MixtureOfDepths::forward", "the inner layer's output", out, count, d_model());
