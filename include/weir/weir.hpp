@@ -58,6 +58,7 @@
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
 #include <weir/moe/balance/priced_probability.hpp>
+#include <weir/moe/balance/relu_l1_loss.hpp>
 #include <weir/moe/balance/second_place_loss.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>

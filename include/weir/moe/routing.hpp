@@ -53,7 +53,7 @@ struct Routing {
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
   RowVector<T> per_assignment;      ///< Likewise.
-  mutable RowVector<T> scratch[2];  ///< For balancers, during one call; contents unspecified.
+  mutable RowVector<T> scratch[3];  ///< For balancers, during one call; contents unspecified.
   mutable RowVector<T> per_token;   ///< Likewise, and for capacity policies: a number per token.
 
   Index tokens() const { return logits.rows(); }

@@ -10,6 +10,7 @@
 #include <weir/moe/balance/global_batch_loss.hpp>
 #include <weir/moe/balance/gshard_loss.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
+#include <weir/moe/balance/second_place_loss.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/capacity/dropless.hpp>
@@ -18,6 +19,7 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
@@ -33,7 +35,7 @@ auto all_balancers() {
                   GShardLoss<double>{0.2}, ZLoss<double>{0.1}, ImportanceLoss<double>{0.4},
                   DeviceLoss<double>{ExpertGroups::uniform(4, 2), 0.6},
                   CommunicationLoss<double>{ExpertGroups::uniform(4, 2), 2, 0.7},
-                  EntropyLoss<double>{0.3, -0.2});
+                  EntropyLoss<double>{0.3, -0.2}, SecondPlaceLoss<double>{0.2});
 }
 
 struct Result {
@@ -90,4 +92,53 @@ TEST_CASE("A forward pass that is run again changes nothing", "[moe][balance][ac
   CHECK(actual.d_router == expected.d_router);
   CHECK(actual.global == expected.global);
   CHECK(actual.bias == expected.bias);
+}
+
+TEST_CASE("Balancers side by side allocate nothing in the steady state",
+          "[moe][balance][accounting]") {
+  if (!test::allocations_are_counted()) return;
+  auto moe = all_balancers();
+  decltype(moe)::Cache cache;
+  const Matrix<double> x = test::random_matrix(64, 3, 1);
+  const Matrix<double> dy = Matrix<double>::Zero(64, 3);
+  const auto pass = [&] {
+    moe.forward(x, cache);
+    moe.backward(dy, cache);
+    moe.update();
+  };
+  pass();
+  CHECK(test::count_allocations(pass) == 0);
+}
+
+TEST_CASE("Losses that are means over tokens or sequences add up over micro-batches",
+          "[moe][balance][accounting]") {
+  const auto layer = [] {
+    Rng rng(3);
+    return MoELayer(LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}),
+                    SigmoidTopK<double>(4, {.k = 2}), Dropless{}, GluBank<double>(4, 3, 2, rng),
+                    ZLoss<double>{0.1}, EntropyLoss<double>{0.3, 0.0},
+                    SwitchLoss<double>{.coefficient = 0.3, .scope = Scope::kSequence},
+                    GShardLoss<double>{.coefficient = 0.2, .scope = Scope::kSequence},
+                    DeviceLoss<double>{ExpertGroups::uniform(4, 2), 0.6},
+                    CommunicationLoss<double>{ExpertGroups::uniform(4, 2), 2, 0.7});
+  };
+  const Matrix<double> x = test::random_matrix(12, 3, 1);
+  auto whole = layer();
+  decltype(whole)::Cache cache;
+  const Sequences four = Sequences::uniform(4, 3);
+  whole.forward(x, {.sequences = &four}, cache);
+  whole.backward(Matrix<double>::Zero(12, 3), cache);
+  const double loss = cache.aux_loss;
+
+  auto parts = layer();
+  double sum = 0.0;
+  const Sequences two = Sequences::uniform(2, 3);
+  for (const Index first : {0, 6}) {
+    parts.forward(x.middleRows(first, 6), {.sequences = &two, .aux_scale = 0.5}, cache);
+    parts.backward(Matrix<double>::Zero(6, 3), cache);
+    sum += cache.aux_loss;
+  }
+  CHECK(sum == Approx(loss));
+  CHECK(test::relative_error(parts.router().weight().gradient(),
+                             whole.router().weight().gradient()) < 1e-13);
 }

@@ -63,7 +63,7 @@ struct CommunicationLoss {
   /// f'' of the device of each expert.
   auto traffic(const Routing<T>& routing) const {
     return [&routing, this](Index begin, Index end, Index tokens, RowVector<T>& f) {
-      RowVector<T>& sent = routing.per_token;
+      RowVector<T>& sent = routing.scratch[2];
       sent.setZero(devices.count());
       for (Index t = begin; t < end; ++t) {
         for (Index a = routing.first(t); a < routing.last(t); ++a) {

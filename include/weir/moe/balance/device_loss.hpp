@@ -54,7 +54,7 @@ struct DeviceLoss {
       f.setZero(routing.experts());
       routing.add_load(begin, end, f);
       f *= static_cast<T>(routing.experts()) / std::max(f.sum(), T(1));
-      RowVector<T>& of_device = routing.per_token;
+      RowVector<T>& of_device = routing.scratch[2];
       of_device.setZero(devices.count());
       for (Index e = 0; e < routing.experts(); ++e) of_device[devices.group_of(e)] += f[e];
       for (Index e = 0; e < routing.experts(); ++e) {
