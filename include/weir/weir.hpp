@@ -58,6 +58,7 @@
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
 #include <weir/moe/balance/priced_probability.hpp>
+#include <weir/moe/balance/quantile_balance.hpp>
 #include <weir/moe/balance/relu_l1_loss.hpp>
 #include <weir/moe/balance/second_place_loss.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
@@ -95,6 +96,7 @@
 #include <weir/moe/router/temperature_router.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
+#include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/rank_policy.hpp>

@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: MIT
 // What Megatron-Core does to a routing when the router is done: drop tokens by probability or by
-// position, and move the expert bias.
+// position, and move the expert bias; and its two ways of balancing without a loss, Sinkhorn and
+// quantiles.
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/quantile_balance.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/sinkhorn.hpp>
 
 #include "golden/megatron.hpp"
 #include "golden/moe_case.hpp"
@@ -120,6 +124,28 @@ void check_bias_update(Checker& checker, CaseFile& file, Index experts) {
   checker.reals("out.updated_expert_bias", selector.selection_bias().value);
 }
 
+/// Compares a routing by the plan: which experts, and their scores, [tokens, experts].
+void check_sinkhorn(Checker& checker, const std::string& name, const Matrix<double>& logits,
+                    Index k) {
+  Routing<double> routing;
+  Sinkhorn<double>{.k = k}.select(logits, {.training = true}, routing);
+  checker.reals(name + ".scores", dense_weights(routing));
+  checker.integers(name + ".map", kept_map(routing));
+}
+
+/// Compares the choice after the offsets in.qb_beta, and the offsets that follow from it.
+void check_quantile(Checker& checker, CaseFile& file, const Matrix<double>& logits) {
+  BiasedSoftmaxTopK<double> selector(logits.cols(), {.k = file.size("top_k")});
+  selector.selection_bias().value = -file.matrix("in.qb_beta", {logits.cols()});
+  Routing<double> routing;
+  selector.select(logits, {}, routing);
+  checker.integers("out.qb_indices", {routing.expert.begin(), routing.expert.end()});
+  QuantileBalance<double> balance({.recentre = false});
+  balance.observe(routing);
+  balance.update(selector);
+  checker.reals("out.qb_new_beta", -selector.selection_bias().value);
+}
+
 }  // namespace
 
 void check_megatron_dropping(CaseFile& file, Checker& checker) {
@@ -140,13 +166,11 @@ void check_megatron_dropping(CaseFile& file, Checker& checker) {
   check_padded_map(checker, file, "out.pad_routing_map_multiple4", routing,
                    [&](Index e) { return (report.load[static_cast<std::size_t>(e)] + 3) / 4 * 4; });
 
-  checker.section("not checked: Sinkhorn and quantile balancing");
-  for (const char* name :
-       {"in.logits", "in.qb_beta", "out.qb_indices", "out.qb_new_beta", "out.sinkhorn",
-        "out.sinkhorn_route_k1.scores", "out.sinkhorn_route_k1.map", "out.sinkhorn_route_k2.scores",
-        "out.sinkhorn_route_k2.map"}) {
-    file.tensor(name);
-  }
+  const Matrix<double> logits = file.matrix("in.logits", {tokens, experts});
+  checker.reals("out.sinkhorn", Sinkhorn<double>{}.plan(logits));
+  check_sinkhorn(checker, "out.sinkhorn_route_k1", logits, 1);
+  check_sinkhorn(checker, "out.sinkhorn_route_k2", logits, 2);
+  check_quantile(checker, file, logits);
 }
 
 }  // namespace weir::golden

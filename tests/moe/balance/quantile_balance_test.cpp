@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: MIT
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include <weir/moe/balance/quantile_balance.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/report.hpp>
+#include <weir/moe/selector/biased_softmax_top_k.hpp>
+
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+#include "support/matrices.hpp"
+#include "support/routing.hpp"
+#include "support/threads.hpp"
+
+using namespace weir;
+
+static_assert(Selector<BiasedSoftmaxTopK<float>, float>);
+static_assert(BiasedSelector<BiasedSoftmaxTopK<float>>);
+static_assert(BalancingRule<QuantileBalance<float>, float>);
+static_assert(!BalancingLoss<QuantileBalance<float>, float>);
+
+namespace {
+
+Matrix<double> logarithms(const Matrix<double>& p) {
+  return p.array().log();
+}
+
+}  // namespace
+
+TEST_CASE("BiasedSoftmaxTopK chooses by biased probabilities and weighs with those that are not",
+          "[moe][selector][biased_softmax_top_k]") {
+  Matrix<double> p(1, 4);
+  p << 0.1, 0.4, 0.3, 0.2;
+  BiasedSoftmaxTopK<double> selector(4, {.k = 2, .scale = 3.0});
+  CHECK(test::route(selector, logarithms(p)).expert == std::vector<Index>{1, 2});
+  selector.selection_bias().value << 0.35, 0.0, -0.2, 0.0;
+  const Routing<double> routing = test::route(selector, logarithms(p));
+  CHECK(routing.expert == std::vector<Index>{0, 1});
+  CHECK(routing.weight[0] == Approx(0.3));
+  CHECK(routing.weight[1] == Approx(1.2));
+  CHECK(test::relative_error(routing.probabilities, p) <= 1e-15);
+  selector.selection_bias().value << 0.3, 0.0, 0.1, 0.2;  // Ties: the lowest index first.
+  CHECK(test::route(selector, logarithms(p)).expert == std::vector<Index>{0, 1});
+}
+
+TEST_CASE("BiasedSoftmaxTopK has gradients that agree with finite differences",
+          "[moe][selector][biased_softmax_top_k][gradient]") {
+  Matrix<double> logits = test::random_matrix(6, 5, 1);
+  BiasedSoftmaxTopK<double> selector(5, {.k = 3, .scale = 1.7});
+  selector.selection_bias().value = 0.2 * test::random_matrix(1, 5, 2);
+  const Matrix<double> on_weights = test::random_matrix(1, 18, 3);
+  const Matrix<double> on_probabilities = test::random_matrix(6, 5, 4);
+  const auto value = [&] {
+    const Routing<double> routing = test::route(selector, logits);
+    double sum = routing.probabilities.cwiseProduct(on_probabilities).sum();
+    for (Index a = 0; a < 18; ++a) {
+      sum += on_weights(0, a) * routing.weight[static_cast<std::size_t>(a)];
+    }
+    return sum;
+  };
+  const Routing<double> routing = test::route(selector, logits);
+  RoutingGradient<double> gradient;
+  gradient.reset(routing);
+  gradient.weights = on_weights;
+  gradient.probabilities = on_probabilities;
+  selector.backward(routing, gradient);
+  CHECK(test::relative_error(gradient.logits, test::numeric_gradient(logits, value)) <= 1e-7);
+}
+
+TEST_CASE("BiasedSoftmaxTopK gives the same bits for any number of threads",
+          "[moe][selector][biased_softmax_top_k]") {
+  const Matrix<double> logits = test::random_matrix(900, 12, 5);
+  BiasedSoftmaxTopK<double> selector(12, {.k = 3});
+  selector.selection_bias().value = 0.1 * test::random_matrix(1, 12, 6);
+  const Routing<double> one = test::route(selector, logits);
+  const test::Threads threads(3);
+  const Routing<double> three = test::route(selector, logits);
+  CHECK(one.expert == three.expert);
+  CHECK(one.weight == three.weight);
+  CHECK(one.probabilities == three.probabilities);
+}
+
+TEST_CASE("BiasedSoftmaxTopK takes padding and no tokens, and says what is wrong",
+          "[moe][selector][biased_softmax_top_k]") {
+  BiasedSoftmaxTopK<double> selector(3, {.k = 2});
+  CHECK(test::route(selector, Matrix<double>(0, 3)).assignments() == 0);
+  Matrix<double> logits = Matrix<double>::Zero(2, 3);
+  logits(1, 0) = NAN;
+  const std::vector<std::uint8_t> mask = {1, 0};
+  const Routing<double> routing = test::route(selector, logits, {.mask = mask});
+  CHECK(routing.assignments() == 2);
+  CHECK(routing.probabilities.row(1).isZero());
+
+  CHECK(test::message_of<NonFiniteError>([&] { test::route(selector, logits); }) ==
+        "BiasedSoftmaxTopK: logits[1, 0] = nan, expected a finite number");
+  CHECK(test::message_of<ConfigError>([] { BiasedSoftmaxTopK<double>(3, {.k = 4}); }) ==
+        "BiasedSoftmaxTopK: k = 4, expected 1 <= k <= experts = 3");
+  CHECK(test::message_of<ConfigError>([] { BiasedSoftmaxTopK<double>(3, {.scale = 0.0}); }) ==
+        "BiasedSoftmaxTopK: scale = 0, expected > 0");
+  CHECK(test::message_of<ConfigError>([] { BiasedSoftmaxTopK<double>(0); }) ==
+        "BiasedSoftmaxTopK: experts = 0, expected >= 1");
+  CHECK(test::message_of<ConfigError>([&] { selector.check(5); }) ==
+        "BiasedSoftmaxTopK: the bias is [1, 3], expected [1, 5]");
+  selector.selection_bias().value(0, 1) = std::numeric_limits<double>::infinity();
+  CHECK(test::message_of<NonFiniteError>([&] { selector.check(3); }) ==
+        "BiasedSoftmaxTopK: bias[1] = inf, expected a finite number");
+}
+
+TEST_CASE("QuantileBalance matches offsets worked out by hand",
+          "[moe][balance][quantile_balance]") {
+  // k = 1: alpha is the second largest of each row, 0.3, 0.4, 0.2 and 0.45. A share is 4 / 2 = 2
+  // tokens, so local is the third largest of p - alpha.
+  Matrix<double> p(4, 2);
+  p << 0.7, 0.3, 0.6, 0.4, 0.8, 0.2, 0.55, 0.45;
+  BiasedSoftmaxTopK<double> selector(2, {.k = 1});
+  QuantileBalance<double> balance({.recentre = false});
+  balance.observe(test::route(selector, logarithms(p)));
+  balance.update(selector);
+  // Expert 0: 0.4, 0.2, 0.6, 0.1; expert 1: zeros.
+  CHECK(selector.selection_bias().value(0, 0) == Approx(-0.2));
+  CHECK(std::abs(selector.selection_bias().value(0, 1)) <= 1e-15);
+
+  // A moving average, recentred.
+  BiasedSoftmaxTopK<double> other(2, {.k = 1});
+  QuantileBalance<double> smooth({.momentum = 0.75});
+  smooth.observe(test::route(other, logarithms(p)));
+  smooth.update(other);
+  CHECK(other.selection_bias().value(0, 0) == Approx(-0.025));
+  CHECK(other.selection_bias().value(0, 1) == Approx(0.025));
+  smooth.update(other);  // Nothing counted.
+  CHECK(other.selection_bias().value(0, 0) == Approx(-0.025));
+}
+
+TEST_CASE("QuantileBalance levels the load of the tokens it saw",
+          "[moe][balance][quantile_balance]") {
+  const auto k = GENERATE(as<Index>{}, 1, 2);
+  Matrix<double> logits = test::random_matrix(128, 8, 7);
+  logits.col(3).array() += 3.0;
+  BiasedSoftmaxTopK<double> selector(8, {.k = k});
+  QuantileBalance<double> balance;
+  CHECK(report_of(test::route(selector, logits)).imbalance() > 3.5);
+  for (int step = 0; step < 30; ++step) {
+    balance.observe(test::route(selector, logits));
+    balance.update(selector);
+  }
+  CHECK(report_of(test::route(selector, logits)).imbalance() < 1.3);
+  CHECK(std::abs(selector.selection_bias().value.sum()) <= 1e-12);
+}
+
+TEST_CASE("To QuantileBalance, micro-batches are one batch and padding is nothing",
+          "[moe][balance][quantile_balance]") {
+  const Matrix<double> logits = test::random_matrix(12, 4, 8);
+  const auto bias_after = [&](auto&& observe) {
+    BiasedSoftmaxTopK<double> selector(4);
+    QuantileBalance<double> balance;
+    observe(balance, selector);
+    balance.update(selector);
+    return selector.selection_bias().value;
+  };
+  const Matrix<double> whole = bias_after(
+      [&](auto& balance, const auto& selector) { balance.observe(test::route(selector, logits)); });
+  CHECK(whole.norm() > 0.01);
+  CHECK(bias_after([&](auto& balance, const auto& selector) {
+          balance.observe(test::route(selector, logits.topRows(5)));
+          balance.observe(test::route(selector, logits.bottomRows(7)));
+        }) == whole);
+  CHECK(bias_after([&](auto& balance, const auto& selector) {
+          Matrix<double> padded = Matrix<double>::Constant(13, 4, NAN);
+          padded.topRows(12) = logits;
+          std::vector<std::uint8_t> mask(13, 1);
+          mask.back() = 0;
+          balance.observe(test::route(selector, padded, {.mask = mask}));
+        }) == whole);
+}
+
+TEST_CASE("QuantileBalance leaves the bias alone where there is nothing to balance",
+          "[moe][balance][quantile_balance]") {
+  BiasedSoftmaxTopK<double> all(3, {.k = 3});
+  QuantileBalance<double> balance;
+  balance.observe(test::route(all, test::random_matrix(4, 3, 9)));
+  balance.update(all);
+  balance.observe(test::route(all, Matrix<double>(0, 3)));
+  balance.update(all);
+  CHECK(all.selection_bias().value.isZero(0.0));
+  BiasedSoftmaxTopK<double> one(3, {.k = 1});
+  balance.observe(test::route(one, test::random_matrix(1, 3, 9)));  // The rank is 0 + 1.
+  balance.update(one);
+  CHECK(one.selection_bias().value.allFinite());
+}
+
+TEST_CASE("QuantileBalance names the setting that is out of range",
+          "[moe][balance][quantile_balance]") {
+  const auto message = [](double momentum) {
+    return test::message_of<ConfigError>([&] { QuantileBalance<double>({.momentum = momentum}); });
+  };
+  CHECK(message(1.0) == "QuantileBalance: momentum = 1, expected 0 <= momentum < 1");
+  CHECK(message(-0.5) == "QuantileBalance: momentum = -0.5, expected 0 <= momentum < 1");
+}
