@@ -102,6 +102,7 @@
 #include <weir/moe/selector/rank_policy.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/score_function.hpp>
+#include <weir/moe/selector/selection_bias.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>

@@ -9,14 +9,9 @@
 
 #include <weir/core/parameter.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/selection_bias.hpp>
 
 namespace weir {
-
-/// A selector with a bias that enters the choice of experts and nothing else.
-template <class S>
-concept BiasedSelector = requires(S& selector) {
-  { selector.selection_bias() } -> std::same_as<Buffer<typename S::Scalar>&>;
-};
 
 /// By how much BiasBalance moves a bias.
 enum class BiasRule {

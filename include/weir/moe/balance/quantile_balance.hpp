@@ -10,8 +10,8 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
-#include <weir/moe/balance/bias_balance.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/selection_bias.hpp>
 
 namespace weir {
 

@@ -3,13 +3,13 @@
 /// Softmax over all experts, then the k best after a selection bias.
 #pragma once
 
-#include <cmath>
 #include <concepts>
 
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/selection_bias.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/softmax.hpp>
@@ -51,16 +51,7 @@ class BiasedSoftmaxTopK {
                         ", expected 1 <= k <= experts = ", experts);
     }
     expect_positive("BiasedSoftmaxTopK", "scale", config_.scale);
-    if (bias_.value.rows() != 1 || bias_.value.cols() != experts) {
-      fail<ConfigError>("BiasedSoftmaxTopK: the bias is ", shape_of(bias_.value), ", expected [1, ",
-                        experts, "]");
-    }
-    for (Index e = 0; e < experts; ++e) {
-      if (!std::isfinite(bias_.value(0, e))) {
-        fail<NonFiniteError>("BiasedSoftmaxTopK: bias[", e, "] = ", bias_.value(0, e),
-                             ", expected a finite number");
-      }
-    }
+    expect_selection_bias("BiasedSoftmaxTopK", bias_, experts);
   }
 
   /// \param logits   [tokens, experts]

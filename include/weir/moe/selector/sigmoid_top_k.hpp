@@ -3,7 +3,6 @@
 /// Independent scores, of sigmoids as a rule, with a selection bias: the gate of DeepSeek-V3.
 #pragma once
 
-#include <cmath>
 #include <concepts>
 
 #include <weir/core/parallel.hpp>
@@ -11,6 +10,7 @@
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/score_function.hpp>
+#include <weir/moe/selector/selection_bias.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/top_k.hpp>
 
@@ -59,16 +59,7 @@ class SigmoidTopK {
     }
     expect_positive("SigmoidTopK", "scale", config_.scale);
     config_.groups.check("SigmoidTopK", experts, config_.k);
-    if (bias_.value.rows() != 1 || bias_.value.cols() != experts) {
-      fail<ConfigError>("SigmoidTopK: the bias is ", shape_of(bias_.value), ", expected [1, ",
-                        experts, "]");
-    }
-    for (Index e = 0; e < experts; ++e) {
-      if (!std::isfinite(bias_.value(0, e))) {
-        fail<NonFiniteError>("SigmoidTopK: bias[", e, "] = ", bias_.value(0, e),
-                             ", expected a finite number");
-      }
-    }
+    expect_selection_bias("SigmoidTopK", bias_, experts);
   }
 
   /// \param logits   [tokens, experts]
