@@ -106,6 +106,7 @@
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/sparse_mixer.hpp>
 #include <weir/moe/selector/threshold.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/moe/selector/top_p.hpp>
