@@ -221,3 +221,12 @@ TEST_CASE("BiasBalance refuses a negative rate", "[moe][balance][bias_balance]")
   CHECK(test::message_of<ConfigError>([&] { balancer.set_rate(-1.0F); }) == message);
   CHECK(balancer.rate() == 0.001F);
 }
+
+TEST_CASE("BiasBalance refuses a selector of other experts than it counted",
+          "[moe][balance][bias_balance]") {
+  BiasBalance<double> balance;
+  balance.add_load(RowVector<double>::Ones(4));
+  SigmoidTopK<double> selector(3);
+  CHECK(test::message_of<ConfigError>([&] { balance.update(selector); }) ==
+        "BiasBalance::update: the bias is [1, 3], expected [1, 4]");
+}

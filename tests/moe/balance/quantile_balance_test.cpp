@@ -7,7 +7,9 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -20,6 +22,13 @@ static_assert(Selector<BiasedSoftmaxTopK<float>, float>);
 static_assert(BiasedSelector<BiasedSoftmaxTopK<float>>);
 static_assert(BalancingRule<QuantileBalance<float>, float>);
 static_assert(!BalancingLoss<QuantileBalance<float>, float>);
+
+template <class S>
+concept QuantileBalanced = requires(QuantileBalance<float>& balance, S& selector) {
+  balance.update(selector);
+};
+static_assert(QuantileBalanced<BiasedSoftmaxTopK<float>>);
+static_assert(!QuantileBalanced<SigmoidTopK<float>>);  // Its bias is on scores, not on shares.
 
 namespace {
 
@@ -197,4 +206,24 @@ TEST_CASE("QuantileBalance names the setting that is out of range",
   };
   CHECK(message(1.0) == "QuantileBalance: momentum = 1, expected 0 <= momentum < 1");
   CHECK(message(-0.5) == "QuantileBalance: momentum = -0.5, expected 0 <= momentum < 1");
+  BiasedSoftmaxTopK<double> selector(3, {.k = 1});
+  QuantileBalance<double> balance;
+  balance.observe(test::route(selector, test::random_matrix(4, 3, 9)));
+  BiasedSoftmaxTopK<double> other(2, {.k = 1});
+  CHECK(test::message_of<ConfigError>([&] { balance.update(other); }) ==
+        "QuantileBalance::update: the bias is [1, 2], expected [1, 3]");
+}
+
+TEST_CASE("QuantileBalance allocates nothing in the steady state",
+          "[moe][balance][quantile_balance]") {
+  if (!test::allocations_are_counted()) return;
+  BiasedSoftmaxTopK<double> selector(4);
+  QuantileBalance<double> balance;
+  const Routing<double> routing = test::route(selector, test::random_matrix(20, 4, 9));
+  const auto step = [&] {
+    balance.observe(routing);
+    balance.update(selector);
+  };
+  step();
+  CHECK(test::count_allocations(step) == 0);
 }

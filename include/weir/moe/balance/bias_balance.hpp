@@ -68,10 +68,12 @@ class BiasBalance {
   }
 
   /// Moves the bias and starts counting anew; without anything counted, or frozen, it stays.
+  /// \throws ConfigError  if the selector is of another number of experts than what was counted.
   template <BiasedSelector S>
   void update(S& selector) {
     const double mean = load_.size() > 0 ? load_.sum() / static_cast<double>(load_.size()) : 0.0;
     if (mean > 0.0 && !frozen_) {
+      expect_selection_bias("BiasBalance::update", selector.selection_bias(), load_.size());
       Matrix<T>& bias = selector.selection_bias().value;
       for (Index e = 0; e < load_.size(); ++e) {
         const double lack = mean - load_[e];

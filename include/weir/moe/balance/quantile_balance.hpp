@@ -34,9 +34,10 @@ struct QuantileBalanceConfig {
 /// they are. Where T k is no multiple of experts, the rank is rounded down (Megatron-Core refuses).
 /// With k = experts, and where nothing was counted, beta stays. There is no loss.
 ///
-/// The scores are `routing.probabilities`: meant for BiasedSoftmaxTopK.
-/// (Megatron-Core, `qb_dual_update`, with recentre = false: the dual update of an optimal-transport
-/// problem.)
+/// The scores are `routing.probabilities`, to which the selector has to add its bias, as
+/// BiasedSoftmaxTopK does; others do not compile. k is the mean number of experts of a token,
+/// rounded down. Ranks are balanced each by itself. (Megatron-Core, `qb_dual_update`, with recentre
+/// = false: the dual update of an optimal-transport problem.)
 template <std::floating_point T>
 class QuantileBalance {
  public:
@@ -67,11 +68,13 @@ class QuantileBalance {
   }
 
   /// Moves the bias and starts counting anew.
+  /// \throws ConfigError  if the selector is of another number of experts than what was counted.
   template <BiasedSelector S>
-  void update(S& selector) {
+  requires(S::kBiasesProbabilities) void update(S& selector) {
     const Index tokens = experts_ > 0 ? static_cast<Index>(scores_.size()) / experts_ : 0;
     const Index k = tokens > 0 ? assignments_ / tokens : 0;
     if (tokens > 0 && k < experts_) {
+      expect_selection_bias("QuantileBalance::update", selector.selection_bias(), experts_);
       Matrix<T>& bias = selector.selection_bias().value;
       local_offsets(tokens, k, bias);
       const auto keep = static_cast<T>(config_.momentum);

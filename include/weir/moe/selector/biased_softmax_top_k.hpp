@@ -34,6 +34,7 @@ template <std::floating_point T>
 class BiasedSoftmaxTopK {
  public:
   using Scalar = T;
+  static constexpr bool kBiasesProbabilities = true;  ///< What the bias is added to.
 
   /// A bias of zeros.
   /// \throws ConfigError  unless 1 <= k <= experts and scale > 0.
