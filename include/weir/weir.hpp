@@ -73,6 +73,7 @@
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
+#include <weir/moe/expert_mask.hpp>
 #include <weir/moe/experts/any_bank.hpp>
 #include <weir/moe/experts/clamped_glu_bank.hpp>
 #include <weir/moe/experts/expert_linear.hpp>
@@ -95,12 +96,14 @@
 #include <weir/moe/router/scaled_input_router.hpp>
 #include <weir/moe/router/temperature_router.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/routing_trace.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/rank_policy.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
+#include <weir/moe/selector/replay.hpp>
 #include <weir/moe/selector/score_function.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>

@@ -29,6 +29,12 @@ struct Pass {
   /// The id of each token, for what routes by it. Empty: not known. Decoder::forward gives its own.
   std::span<const Index> token_ids = {};
 
+  /// Which experts tokens may go to, one byte each, 0 for a forbidden one: [experts], for all
+  /// tokens (experts that failed or are switched off), or [tokens * experts], token by token
+  /// (experts of a modality). Empty: all. See expert_mask.hpp; what becomes of it,
+  /// `Routing::begin`.
+  std::span<const std::uint8_t> allowed = {};
+
   /// Where random decisions come from. Only mechanisms that draw need it, and they say so.
   Rng* rng = nullptr;
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -76,6 +77,7 @@ class MixtureOfDepths {
     std::vector<Index> token;                  ///< Of each chosen one, in order.
     std::vector<Index> token_ids;              ///< Their ids, where the pass knows ids.
     std::vector<std::uint8_t> chosen;          ///< [tokens], 1 for the chosen.
+    std::vector<std::uint8_t> allowed;         ///< pass.allowed of the chosen.
     std::vector<std::uint8_t> real;            ///< [tokens], 0 for padding.
     Sequences sequences;                       ///< Of the chosen.
     Matrix<T> chosen_x, chosen_y, d_chosen_y;  ///< [chosen, d_model]
@@ -116,6 +118,7 @@ class MixtureOfDepths {
   /// \throws ShapeError      if x, pass.mask or pass.sequences do not fit, or if the inner layer
   ///                         yields another shape than it takes.
   /// \throws NonFiniteError  if the score of a real token is not finite.
+  /// \throws ConfigError     if pass.allowed is set and the inner layer has no `experts()`.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     expect_columns("MixtureOfDepths::forward", "x", x, d_model());
     pass.check("MixtureOfDepths::forward", x.rows());
@@ -142,6 +145,7 @@ class MixtureOfDepths {
         }
         inner_pass.token_ids = cache.token_ids;
       }
+      inner_pass.allowed = allowed_of_chosen(pass, cache);
       const Matrix<T>& out =
           keep<T>(cache.inner_place, apply(inner_, cache.chosen_x, inner_pass, cache.inner));
       expect_shape("MixtureOfDepths::forward", "the inner layer's output", out, count, d_model());
@@ -240,6 +244,26 @@ class MixtureOfDepths {
       return a + factor * b;
     };
     map_lanes<T>(d_model(), f, sum, sum, row);
+  }
+
+  /// pass.allowed for the inner layer, which has to tell its number of experts: else there is no
+  /// knowing whether it is for each token.
+  std::span<const std::uint8_t> allowed_of_chosen(const Pass& pass, Cache& cache) const {
+    if (pass.allowed.empty()) return {};
+    if constexpr (requires { inner_.experts(); }) {
+      const auto experts = static_cast<std::size_t>(inner_.experts());
+      if (pass.allowed.size() != experts * cache.chosen.size()) return pass.allowed;
+      cache.allowed.clear();
+      for (const Index t : cache.token) {
+        const auto row = pass.allowed.begin() + t * inner_.experts();
+        cache.allowed.insert(cache.allowed.end(), row, row + inner_.experts());
+      }
+      return cache.allowed;
+    } else {
+      fail<ConfigError>(
+          "MixtureOfDepths::forward: pass.allowed is set, expected none around a layer without "
+          "experts()");
+    }
   }
 
   void score(const Pass& pass, Cache& cache) const {

@@ -4,9 +4,11 @@
 /// balancers look at.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string_view>
 #include <vector>
 
@@ -14,7 +16,9 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
+#include <weir/moe/routing_trace.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/top_k.hpp>
 
 namespace weir {
 
@@ -29,7 +33,8 @@ enum class Scope {
 /// routing, none where it is padding.
 template <class T>
 struct Routing {
-  Matrix<T> logits;         ///< [tokens, experts], from the router.
+  Matrix<T> logits;  ///< [tokens, experts], from the router; -infinity where the pass forbids
+                     ///< the expert to the token.
   Matrix<T> probabilities;  ///< [tokens, experts], what balancers take for the router's belief:
                             ///< each row sums to 1. Zero for padding.
   Matrix<T> clean_logits;   ///< [tokens, experts], the logits without noise, and
@@ -44,12 +49,15 @@ struct Routing {
   std::vector<std::uint8_t> mask;  ///< As in Pass: 0 for padding; empty if there is none.
   Sequences sequences;             ///< As in Pass; one sequence if the pass names none.
   bool training = false;           ///< As in Pass.
+  bool restricted = false;         ///< The pass forbids experts: logits may be -infinity.
   bool pass_dropped = false;       ///< A dropped assignment yields weight * x instead of zero.
   Rng* rng = nullptr;              ///< As in Pass: lives until the forward call returns.
 
   T renormalised_to = T(0);        ///< What the weights that a token kept have been made to sum to;
                                    ///< 0: they are the selector's (see RenormaliseKept).
   std::vector<T> selector_weight;  ///< The selector's weights where `weight` holds others.
+
+  const RoutingTrace* imposed = nullptr;  ///< What `choose` takes instead; see Replay.
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
   RowVector<T> per_assignment;      ///< Likewise.
@@ -102,14 +110,52 @@ struct Routing {
     return *rng;
   }
 
+  bool is_forbidden(Index token, Index e) const {
+    return logits(token, e) == -std::numeric_limits<T>::infinity();
+  }
+
+  /// Makes the scores [experts] of forbidden experts -infinity, for a choice by other numbers than
+  /// the logits: one that lost all to underflow, or has a bias, must not be chosen either.
+  void forbid(Index token, T* scores) const {
+    if (!restricted) return;
+    for (Index e = 0; e < experts(); ++e) {
+      if (is_forbidden(token, e)) scores[e] = -std::numeric_limits<T>::infinity();
+    }
+  }
+
+  /// Makes the probabilities [experts] that `forbid` marked zero again.
+  void clear_forbidden(Index token, T* probabilities_of_token) const {
+    if (!restricted) return;
+    for (Index e = 0; e < experts(); ++e) {
+      if (is_forbidden(token, e)) probabilities_of_token[e] = T(0);
+    }
+  }
+
   /// Starts a new routing from the router's `logits`: no assignments yet.
+  ///
+  /// Where pass.allowed forbids an expert, the logit becomes -infinity, whatever the router made of
+  /// it. Every selector then gives the expert no assignment, the probability 0 and no gradient, so
+  /// that the token is routed as if the router had no such expert. Balancing losses still count all
+  /// experts, where their formulas have a number of them.
+  ///
   /// \param who      The selector's name, for messages.
-  /// \throws NonFiniteError  if a logit of a real token is NaN or infinite.
-  /// \throws ShapeError      if the pass does not fit the tokens.
-  void begin(std::string_view who, MatrixIn<T> router_logits, const Pass& pass) {
+  /// \param k        How many experts each token is to have; 0 if that is not fixed.
+  /// \throws ConfigError     if a real token is allowed fewer than k experts, or none.
+  /// \throws NonFiniteError  if a logit of a real token is NaN or infinite, where it is allowed.
+  /// \throws ShapeError      if the pass does not fit the tokens or the experts.
+  void begin(std::string_view who, MatrixIn<T> router_logits, const Pass& pass, Index k = 0) {
     pass.check(who, router_logits.rows());
+    expect_allowed_fits(who, router_logits, pass, k);
     expect_finite(who, router_logits, pass);
     copy_rows<T>(router_logits, logits);
+    restricted = !pass.allowed.empty();
+    if (restricted) {
+      for (Index t = 0; t < tokens(); ++t) {
+        for (Index e = 0; e < experts(); ++e) {
+          if (!is_allowed(pass, logits, t, e)) logits(t, e) = -std::numeric_limits<T>::infinity();
+        }
+      }
+    }
     probabilities.resize(logits.rows(), logits.cols());
     mask.assign(pass.mask.begin(), pass.mask.end());
     if (pass.sequences != nullptr) {
@@ -129,9 +175,27 @@ struct Routing {
     kept.clear();
   }
 
+  /// \throws ConfigError  if a selector gave a token an expert that is forbidden to it, since its
+  ///                      groups had no other.
+  void expect_allowed(std::string_view who) const {
+    if (!restricted) return;
+    for (Index t = 0; t < tokens(); ++t) {
+      Index forbidden = 0;
+      for (Index a = first(t); a < last(t); ++a) {
+        forbidden += is_forbidden(t, expert[static_cast<std::size_t>(a)]) ? 1 : 0;
+      }
+      if (forbidden == 0) continue;
+      const Index k = last(t) - first(t);
+      fail<ConfigError>(who, ": token ", t, " is allowed ", k - forbidden,
+                        " experts in its groups, expected at least k = ", k);
+    }
+  }
+
   /// Makes room for `k` kept assignments per real token, to be filled in at `first(t)` to
   /// `last(t)`.
+  /// \throws ConfigError  if another number of experts, or a forbidden one, is imposed on a token.
   void assign_each(Index k) {
+    if (imposed != nullptr) expect_imposed_fits(k);
     for (Index t = 0; t < tokens(); ++t) {
       offsets[static_cast<std::size_t>(t) + 1] = first(t) + (is_padding(t) ? 0 : k);
     }
@@ -141,7 +205,62 @@ struct Routing {
     kept.assign(count, 1);
   }
 
+  /// A token's k experts of the largest scores, as `top_k`; or those that are imposed, in the order
+  /// in which `top_k` would list them.
+  /// \param scores   [experts]
+  void choose(Index token, const T* scores, Index k, Index* chosen) const {
+    if (imposed == nullptr) return top_k(scores, experts(), k, chosen);
+    const auto before = [scores](Index a, Index b) {
+      return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+    };
+    for (Index i = 0; i < k; ++i) chosen[i] = imposed->expert(imposed->first(token) + i);
+    std::sort(chosen, chosen + k, before);
+  }
+
  private:
+  void expect_imposed_fits(Index k) const {
+    for (Index t = 0; t < tokens(); ++t) {
+      const Index count = imposed->last(t) - imposed->first(t);
+      if (is_padding(t) && count > 0) {
+        fail<ConfigError>("Replay: token ", t, " has ", count,
+                          " experts in the trace, expected none for padding");
+      }
+      if (!is_padding(t) && count != k) {
+        fail<ConfigError>("Replay: token ", t, " has ", count,
+                          " experts in the trace, expected k = ", k);
+      }
+      for (Index a = imposed->first(t); a < imposed->last(t); ++a) {
+        if (!is_forbidden(t, imposed->expert(a))) continue;
+        fail<ConfigError>("Replay: token ", t, " has expert ", imposed->expert(a),
+                          " in the trace, expected one that pass.allowed allows");
+      }
+    }
+  }
+
+  static bool is_allowed(const Pass& pass, MatrixIn<T> logits, Index t, Index e) {
+    const auto each = static_cast<std::size_t>(logits.cols());
+    const std::size_t row = pass.allowed.size() == each ? 0 : static_cast<std::size_t>(t) * each;
+    return pass.allowed.empty() || pass.allowed[row + static_cast<std::size_t>(e)] != 0;
+  }
+
+  static void expect_allowed_fits(std::string_view who, MatrixIn<T> logits, const Pass& pass,
+                                  Index k) {
+    if (pass.allowed.empty()) return;
+    const auto size = static_cast<Index>(pass.allowed.size());
+    if (size != logits.cols() && size != logits.size()) {
+      fail<ShapeError>(who, ": pass.allowed has ", size, " entries, expected ", logits.cols(),
+                       " (one per expert) or ", logits.size(), " (for each token)");
+    }
+    for (Index t = 0; t < logits.rows(); ++t) {
+      if (pass.is_padding(t)) continue;
+      Index allowed = 0;
+      for (Index e = 0; e < logits.cols(); ++e) allowed += is_allowed(pass, logits, t, e) ? 1 : 0;
+      if (allowed >= std::max(k, Index(1))) continue;
+      fail<ConfigError>(who, ": token ", t, " is allowed ", allowed, " of ", logits.cols(),
+                        " experts, expected at least ", k > 0 ? "k = " : "", std::max(k, Index(1)));
+    }
+  }
+
   static void expect_finite(std::string_view who, MatrixIn<T> logits, const Pass& pass) {
     std::atomic<bool> finite = true;
     parallel_rows(logits.rows(), logits.cols(), [&](Index begin, Index end) {
@@ -157,7 +276,7 @@ struct Routing {
     for (Index t = 0; t < logits.rows(); ++t) {
       if (pass.is_padding(t)) continue;
       for (Index e = 0; e < logits.cols(); ++e) {
-        if (!std::isfinite(logits(t, e))) {
+        if (!std::isfinite(logits(t, e)) && is_allowed(pass, logits, t, e)) {
           fail<NonFiniteError>(who, ": logits[", t, ", ", e, "] = ", logits(t, e),
                                ", expected a finite number");
         }

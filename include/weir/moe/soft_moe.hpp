@@ -95,10 +95,14 @@ class SoftMoe {
   /// \param x        [tokens, d_model]
   /// \return         [tokens, d_out of the bank]
   /// \throws ShapeError      if x, pass.mask or pass.sequences do not fit.
+  /// \throws ConfigError     if pass.allowed is set.
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     expect_columns("SoftMoe::forward", "x", x, d_model());
     pass.check("SoftMoe::forward", x.rows());
+    if (!pass.allowed.empty()) {
+      fail<ConfigError>("SoftMoe::forward: pass.allowed is set, expected none: slots mix tokens");
+    }
     cache.filled = false;
     cache.mask.assign(pass.mask.begin(), pass.mask.end());
     if (pass.sequences != nullptr) {

@@ -54,7 +54,7 @@ struct BalancedAssignment {
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
     check(logits.cols());
-    routing.begin("BalancedAssignment", logits, pass);
+    routing.begin("BalancedAssignment", logits, pass, 1);
     routing.assign_each(1);
     if (pass.training) auction(routing);
     const Index experts = routing.experts();

@@ -13,7 +13,6 @@
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/softmax.hpp>
-#include <weir/ops/top_k.hpp>
 
 namespace weir {
 
@@ -34,6 +33,7 @@ template <std::floating_point T>
 class BiasedSoftmaxTopK {
  public:
   using Scalar = T;
+  static constexpr bool kImposable = true;            ///< See Replay.
   static constexpr bool kBiasesProbabilities = true;  ///< What the bias is added to.
 
   /// A bias of zeros.
@@ -59,7 +59,7 @@ class BiasedSoftmaxTopK {
   /// \throws NonFiniteError  if a logit of a real token, or the bias, is not finite.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
     check(logits.cols());
-    routing.begin("BiasedSoftmaxTopK", logits, pass);
+    routing.begin("BiasedSoftmaxTopK", logits, pass, config_.k);
     routing.assign_each(config_.k);
     const Index experts = routing.experts();
     parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
@@ -74,7 +74,8 @@ class BiasedSoftmaxTopK {
         softmax_row(z, experts, p);
         const auto add = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; };
         map_lanes<T>(experts, add, p, p, bias_.value.data());
-        top_k(p, experts, config_.k, chosen);
+        routing.forbid(t, p);
+        routing.choose(t, p, config_.k, chosen);
         softmax_row(z, experts, p);
         T* const weight = routing.weight.data() + routing.first(t);
         for (Index i = 0; i < config_.k; ++i) {

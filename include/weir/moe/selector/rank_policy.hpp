@@ -64,6 +64,9 @@ class RankPolicy {
  public:
   using Scalar = typename Inner::Scalar;
   using T = Scalar;
+  static constexpr bool kBiasesProbabilities = requires {  // For QuantileBalance.
+    requires Inner::kBiasesProbabilities;
+  };
 
   /// \throws ConfigError  unless there are thresholds, all of them finite and >= 0.
   explicit RankPolicy(Inner inner, RankPolicyConfig config = {})

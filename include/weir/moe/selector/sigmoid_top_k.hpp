@@ -12,7 +12,6 @@
 #include <weir/moe/selector/score_function.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
 #include <weir/ops/lanes.hpp>
-#include <weir/ops/top_k.hpp>
 
 namespace weir {
 
@@ -41,6 +40,7 @@ template <std::floating_point T>
 class SigmoidTopK {
  public:
   using Scalar = T;
+  static constexpr bool kImposable = true;  ///< See Replay.
 
   /// A bias of zeros.
   /// \throws ConfigError  unless experts >= 1, 1 <= k <= experts, scale > 0 and the groups fit.
@@ -66,13 +66,14 @@ class SigmoidTopK {
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
     check(logits.cols());
-    routing.begin("SigmoidTopK", logits, pass);
+    routing.begin("SigmoidTopK", logits, pass, config_.k);
     routing.assign_each(config_.k);
     if (config_.score == ScoreFunction::kSqrtSoftplus) {
       select_by<detail::SqrtSoftplusScore>(routing);
     } else {
       select_by<detail::SigmoidScore>(routing);
     }
+    routing.expect_allowed("SigmoidTopK");
   }
 
   void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
@@ -117,7 +118,10 @@ class SigmoidTopK {
           return Score::template value<T>(x);
         };
         map_lanes<T>(experts, biased_score, p, z, bias_.value.data());
-        top_k(config_.groups.candidates(p, experts), experts, config_.k, chosen);
+        routing.forbid(t, p);
+        const T* const among =
+            routing.imposed != nullptr ? p : config_.groups.candidates(p, experts);
+        routing.choose(t, among, config_.k, chosen);
 
         map_lanes<T>(experts, score_of, p, z);
         const T factor = static_cast<T>(config_.scale) / divisor(p, T(1), chosen);

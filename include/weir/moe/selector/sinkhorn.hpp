@@ -12,7 +12,6 @@
 #include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/softmax.hpp>
-#include <weir/ops/top_k.hpp>
 
 namespace weir {
 
@@ -44,6 +43,7 @@ namespace weir {
 template <std::floating_point T>
 struct Sinkhorn {
   using Scalar = T;
+  static constexpr bool kImposable = true;  ///< See Replay.
 
   Index k = 1;
   double tolerance = 1e-4;
@@ -62,7 +62,7 @@ struct Sinkhorn {
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
     check(logits.cols());
-    routing.begin("Sinkhorn", logits, pass);
+    routing.begin("Sinkhorn", logits, pass, k);
     routing.assign_each(k);
     if (pass.training) balance(routing);
     const Index experts = routing.experts();
@@ -79,9 +79,9 @@ struct Sinkhorn {
         if (pass.training) {
           // A row of log pi, but for a constant: nothing that matters is lost to underflow.
           for (Index e = 0; e < experts; ++e) p[e] = z[e] + std::log(routing.scratch[0][e]);
-          top_k(p, experts, k, chosen);
+          routing.choose(t, p, k, chosen);
         } else {
-          top_k(z, experts, k, chosen);
+          routing.choose(t, z, k, chosen);
         }
         softmax_row(z, experts, p);
         for (Index i = 0; i < k; ++i) {
@@ -115,7 +115,7 @@ struct Sinkhorn {
   Matrix<T> plan(MatrixIn<T> logits, const Pass& pass = {}) const {
     check(logits.cols());
     Routing<T> routing;
-    routing.begin("Sinkhorn", logits, pass);
+    routing.begin("Sinkhorn", logits, pass, k);
     balance(routing);
     Matrix<T> pi = std::move(routing.probabilities);
     for (Index t = 0; t < pi.rows(); ++t) {
@@ -126,6 +126,19 @@ struct Sinkhorn {
 
  private:
   static constexpr double kEpsilon = 1e-8;
+
+  /// Starts d1: 1 for the experts that some token may go to, the number of which is returned; 0 for
+  /// the others, which the plan leaves out.
+  static Index reach(const Routing<T>& routing, RowVector<T>& d1) {
+    d1.setConstant(routing.experts(), routing.restricted ? T(0) : T(1));
+    for (Index t = 0; routing.restricted && t < routing.tokens(); ++t) {
+      if (routing.is_padding(t)) continue;
+      for (Index e = 0; e < routing.experts(); ++e) {
+        if (!routing.is_forbidden(t, e)) d1[e] = T(1);
+      }
+    }
+    return std::count(d1.begin(), d1.end(), T(1));
+  }
 
   /// Leaves d1 in scratch[0] and, each row being scaled to a largest entry of 1, K in
   /// probabilities and d0 in per_token. eps is scaled along: the plan stays the same.
@@ -148,7 +161,7 @@ struct Sinkhorn {
     RowVector<T>& d1 = routing.scratch[0];
     RowVector<T>& sum = routing.scratch[1];
     RowVector<T>& d0 = routing.per_token;
-    d1.setOnes(experts);
+    const Index reachable = reach(routing, d1);
     d0.setZero(tokens);
     const auto real = static_cast<T>(routing.real_tokens());
     if (real == T(0)) return;
@@ -164,11 +177,12 @@ struct Sinkhorn {
       for (Index t = 0; t < tokens; ++t) sum += d0[t] * kernel.row(t);
       T change = T(0);
       for (Index e = 0; e < experts; ++e) {
-        const T next = T(1) / (static_cast<T>(experts) * (sum[e] + static_cast<T>(kEpsilon)));
+        if (d1[e] == T(0)) continue;
+        const T next = T(1) / (static_cast<T>(reachable) * (sum[e] + static_cast<T>(kEpsilon)));
         change += std::abs(next - d1[e]);
         d1[e] = next;
       }
-      if (change / static_cast<T>(experts) <= static_cast<T>(tolerance)) return;
+      if (change / static_cast<T>(reachable) <= static_cast<T>(tolerance)) return;
     }
   }
 };

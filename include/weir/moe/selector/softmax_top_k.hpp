@@ -10,7 +10,6 @@
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/ops/softmax.hpp>
-#include <weir/ops/top_k.hpp>
 
 namespace weir {
 
@@ -27,6 +26,7 @@ namespace weir {
 template <std::floating_point T>
 struct SoftmaxTopK {
   using Scalar = T;
+  static constexpr bool kImposable = true;  ///< See Replay.
 
   Index k = 2;
   bool renormalise = false;
@@ -48,7 +48,7 @@ struct SoftmaxTopK {
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
     check(logits.cols());
-    routing.begin("SoftmaxTopK", logits, pass);
+    routing.begin("SoftmaxTopK", logits, pass, k);
     routing.assign_each(k);
     const Index experts = routing.experts();
     parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
@@ -61,11 +61,15 @@ struct SoftmaxTopK {
         softmax_row(routing.logits.row(t).data(), experts, p);
         Index* chosen = routing.expert.data() + routing.first(t);
         T* weight = routing.weight.data() + routing.first(t);
-        top_k(groups.candidates(p, experts), experts, k, chosen);
+        routing.forbid(t, p);
+        const T* const among = routing.imposed != nullptr ? p : groups.candidates(p, experts);
+        routing.choose(t, among, k, chosen);
+        routing.clear_forbidden(t, p);
         const T factor = static_cast<T>(scale) / divisor(p, chosen);
         for (Index i = 0; i < k; ++i) weight[i] = factor * p[chosen[i]];
       }
     });
+    routing.expect_allowed("SoftmaxTopK");
   }
 
   void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {

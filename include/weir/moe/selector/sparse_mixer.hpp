@@ -59,7 +59,7 @@ struct SparseMixer {
   /// \throws ConfigError     as `check`; in training without pass.rng.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
     check(logits.cols());
-    routing.begin("SparseMixer", logits, pass);
+    routing.begin("SparseMixer", logits, pass, kChosen);
     const Rng draws = pass.training ? routing.generator("SparseMixer").split() : Rng(0);
     routing.assign_each(kChosen);
     const Index experts = routing.experts();

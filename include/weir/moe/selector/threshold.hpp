@@ -51,12 +51,14 @@ struct Threshold {
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
     check(logits.cols());
-    routing.begin("Threshold", logits, pass);
+    routing.begin("Threshold", logits, pass, k);
     const Index experts = routing.experts();
     const auto choose = [&](Index t, Index* chosen) {
       T* p = routing.probabilities.row(t).data();
       softmax_row(routing.logits.row(t).data(), experts, p);
+      routing.forbid(t, p);
       top_k(p, experts, k, chosen);
+      routing.clear_forbidden(t, p);
       const T least = static_cast<T>(threshold) * p[chosen[0]];
       Index n = k_min;
       while (n < k && p[chosen[n]] >= least) ++n;  // They are sorted.

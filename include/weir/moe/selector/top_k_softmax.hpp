@@ -9,7 +9,6 @@
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/ops/softmax.hpp>
-#include <weir/ops/top_k.hpp>
 
 namespace weir {
 
@@ -25,6 +24,7 @@ namespace weir {
 template <std::floating_point T>
 struct TopKSoftmax {
   using Scalar = T;
+  static constexpr bool kImposable = true;  ///< See Replay.
 
   Index k = 2;
   double scale = 1.0;
@@ -43,7 +43,7 @@ struct TopKSoftmax {
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
     check(logits.cols());
-    routing.begin("TopKSoftmax", logits, pass);
+    routing.begin("TopKSoftmax", logits, pass, k);
     routing.assign_each(k);
     const Index experts = routing.experts();
     parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
@@ -56,12 +56,14 @@ struct TopKSoftmax {
         Index* chosen = routing.expert.data() + routing.first(t);
         T* weight = routing.weight.data() + routing.first(t);
         softmax_row(z, experts, routing.probabilities.row(t).data());
-        top_k(groups.candidates(z, experts), experts, k, chosen);
+        const T* const among = routing.imposed != nullptr ? z : groups.candidates(z, experts);
+        routing.choose(t, among, k, chosen);
         for (Index i = 0; i < k; ++i) weight[i] = z[chosen[i]];
         softmax_row(weight, k, weight);
         for (Index i = 0; i < k; ++i) weight[i] *= static_cast<T>(scale);
       }
     });
+    routing.expect_allowed("TopKSoftmax");
   }
 
   void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Which experts tokens may go to: masks for `Pass::allowed`.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+/// All experts but the failed ones, [experts]. One may be named twice.
+/// \throws ConfigError  unless experts >= 1 and 0 <= failed[i] < experts.
+inline std::vector<std::uint8_t> without(Index experts, std::span<const Index> failed) {
+  expect_at_least<Index>("without", "experts", experts, 1);
+  std::vector<std::uint8_t> allowed(static_cast<std::size_t>(experts), 1);
+  for (std::size_t i = 0; i < failed.size(); ++i) {
+    if (failed[i] < 0 || failed[i] >= experts) {
+      fail<ConfigError>("without: failed[", i, "] = ", failed[i],
+                        ", expected 0 <= failed < experts = ", experts);
+    }
+    allowed[static_cast<std::size_t>(failed[i])] = 0;
+  }
+  return allowed;
+}
+
+/// Modality-aware routing: the experts that the table has for the modality of each token,
+/// [tokens * experts]. (Lin et al. 2024, arXiv:2407.21770, MoMa: a group of experts for each
+/// modality; here groups may overlap.)
+/// \param modality  The modality of each token.
+/// \param table     [modalities * experts], modality by modality, 0 for a forbidden expert.
+/// \param mask      As Pass::mask: padding may have any modality and is allowed nothing.
+/// \throws ConfigError  unless experts >= 1 and the modalities of real tokens are in the table.
+/// \throws ShapeError   if the table is not a number of rows, or the mask not as long as
+/// `modality`.
+inline std::vector<std::uint8_t> modality_mask(std::span<const Index> modality,
+                                               std::span<const std::uint8_t> table, Index experts,
+                                               std::span<const std::uint8_t> mask = {}) {
+  expect_at_least<Index>("modality_mask", "experts", experts, 1);
+  const auto each = static_cast<std::size_t>(experts);
+  if (table.size() % each != 0) {
+    fail<ShapeError>("modality_mask: the table has ", table.size(),
+                     " entries, expected a multiple of experts = ", experts);
+  }
+  if (!mask.empty() && mask.size() != modality.size()) {
+    fail<ShapeError>("modality_mask: mask has ", mask.size(), " entries, expected ",
+                     modality.size(), " (one per token)");
+  }
+  const auto modalities = static_cast<Index>(table.size() / each);
+  std::vector<std::uint8_t> allowed;
+  allowed.reserve(modality.size() * each);
+  for (std::size_t t = 0; t < modality.size(); ++t) {
+    if (!mask.empty() && mask[t] == 0) {
+      allowed.insert(allowed.end(), each, 0);
+      continue;
+    }
+    if (modality[t] < 0 || modality[t] >= modalities) {
+      fail<ConfigError>("modality_mask: modality[", t, "] = ", modality[t],
+                        ", expected 0 <= modality < ", modalities, ", the rows of the table");
+    }
+    const auto row = table.subspan(static_cast<std::size_t>(modality[t]) * each, each);
+    allowed.insert(allowed.end(), row.begin(), row.end());
+  }
+  return allowed;
+}
+
+}  // namespace weir

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The choice of experts of one pass, kept to be looked at or replayed.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+template <class T>
+struct Routing;
+
+/// Which experts each token of a pass chose, and which of them were kept: a Routing without its
+/// numbers, whatever their type. Recorded from a layer's cache, or made from what another program
+/// recorded; see Replay.
+class RoutingTrace {
+ public:
+  /// Of no tokens and no experts.
+  RoutingTrace() = default;
+
+  /// \param offsets  [tokens + 1]; token t has the entries offsets[t] to offsets[t + 1] of the
+  ///                 others.
+  /// \param expert   One per assignment.
+  /// \param kept     Likewise, 0 for a dropped one. Empty: all are kept.
+  /// \throws ConfigError  unless experts >= 1, the offsets ascend from 0 to the number of
+  ///                      assignments, and each token's experts differ and are in range.
+  RoutingTrace(Index experts, std::vector<Index> offsets, std::vector<Index> expert,
+               std::vector<std::uint8_t> kept = {})
+      : experts_(experts),
+        offsets_(std::move(offsets)),
+        expert_(std::move(expert)),
+        kept_(std::move(kept)) {
+    if (kept_.empty()) kept_.assign(expert_.size(), 1);
+    check();
+  }
+
+  /// Of the routing of a pass. The capacity's drops are those at the time of the call. Allocates
+  /// only where there are more assignments than ever before.
+  template <class T>
+  void record(const Routing<T>& routing) {
+    experts_ = routing.experts();
+    offsets_.assign(routing.offsets.begin(), routing.offsets.end());
+    expert_.assign(routing.expert.begin(), routing.expert.end());
+    kept_.assign(routing.kept.begin(), routing.kept.end());
+  }
+
+  Index tokens() const { return static_cast<Index>(offsets_.size()) - 1; }
+  Index experts() const { return experts_; }
+  Index assignments() const { return static_cast<Index>(expert_.size()); }
+  Index first(Index token) const { return offsets_[static_cast<std::size_t>(token)]; }
+  Index last(Index token) const { return offsets_[static_cast<std::size_t>(token) + 1]; }
+  Index expert(Index assignment) const { return expert_[static_cast<std::size_t>(assignment)]; }
+  bool kept(Index assignment) const { return kept_[static_cast<std::size_t>(assignment)] != 0; }
+
+  const std::vector<Index>& offsets() const { return offsets_; }
+  const std::vector<Index>& experts_chosen() const { return expert_; }
+  const std::vector<std::uint8_t>& all_kept() const { return kept_; }
+
+  bool operator==(const RoutingTrace&) const = default;
+
+ private:
+  void check() const {
+    expect_at_least<Index>("RoutingTrace", "experts", experts_, 1);
+    if (offsets_.empty() || offsets_.front() != 0 || offsets_.back() != assignments() ||
+        !std::is_sorted(offsets_.begin(), offsets_.end())) {
+      fail<ConfigError>("RoutingTrace: the offsets do not ascend from 0 to the ", assignments(),
+                        " assignments");
+    }
+    if (kept_.size() != expert_.size()) {
+      fail<ConfigError>("RoutingTrace: kept has ", kept_.size(), " entries, expected ",
+                        assignments(), " (one per assignment)");
+    }
+    for (Index t = 0; t < tokens(); ++t) {
+      for (Index a = first(t); a < last(t); ++a) {
+        if (expert(a) < 0 || expert(a) >= experts_) {
+          fail<ConfigError>("RoutingTrace: token ", t, " has expert ", expert(a),
+                            ", expected 0 <= expert < experts = ", experts_);
+        }
+        const auto begin = expert_.begin() + first(t);
+        if (std::find(begin, expert_.begin() + a, expert(a)) != expert_.begin() + a) {
+          fail<ConfigError>("RoutingTrace: token ", t, " has expert ", expert(a),
+                            " twice, expected it once");
+        }
+      }
+    }
+  }
+
+  Index experts_ = 0;
+  std::vector<Index> offsets_ = {0};
+  std::vector<Index> expert_;
+  std::vector<std::uint8_t> kept_;
+};
+
+}  // namespace weir

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// A recorded choice of experts instead of the selector's own: routing replay.
+#pragma once
+
+#include <cmath>
+#include <concepts>
+#include <utility>
+
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/routing.hpp>
+#include <weir/moe/routing_trace.hpp>
+
+namespace weir {
+
+/// A selector that chooses its k experts through `Routing::choose`, and so takes an imposed choice.
+template <class S>
+concept ImposableSelector = requires {
+  requires S::kImposable;
+};
+
+/// Settings of Replay.
+struct ReplayConfig {
+  bool kept = true;  ///< What the trace dropped is dropped again, before a capacity sees it.
+};
+
+/// Any selector of the k best, on which the choice of another pass can be imposed: the experts are
+/// those of the trace, everything else is made of this pass's logits,
+///
+///     S_t = the trace's,    g_te, p_te = the inner selector's formulas for S_t and z_t
+///
+/// in the gradient, too. What the inner selector makes of all logits (the softmax, the
+/// probabilities of balancers) it still makes of all, as Megatron-Core does, so that a weight may
+/// be smaller than that of an expert that is not in S_t. Over TopKSoftmax, and SoftmaxTopK if
+/// renormalised, the weights are a softmax over the recorded experts alone: rollout routing replay,
+/// by which training uses the experts that generation, whose arithmetic differs, has used. The
+/// inner selector's group limit and bias have no say in S_t. Without a trace, Replay is its inner
+/// selector.
+///
+/// A token's experts are listed by what the inner selector would choose by, best first, whatever
+/// their order in the trace: a pass's own trace gives the same bits. What was dropped in the trace
+/// is dropped (ReplayConfig::kept); the layer's capacity policy comes after that, and may drop
+/// more. The choice is constant to the derivative. Causal if the trace is.
+///
+/// (Ma et al. 2025, arXiv:2510.11370; Megatron-Core, router_replay.py.)
+template <ImposableSelector Inner>
+class Replay {
+ public:
+  using Scalar = typename Inner::Scalar;
+  using T = Scalar;
+  static constexpr bool kBiasesProbabilities = requires {  // For QuantileBalance.
+    requires Inner::kBiasesProbabilities;
+  };
+
+  /// Without a trace.
+  explicit Replay(Inner inner, ReplayConfig config = {})
+      : inner_(std::move(inner)), config_(config) {}
+
+  /// Imposes the trace on all passes from now on.
+  void impose(RoutingTrace trace) {
+    trace_ = std::move(trace);
+    imposing_ = true;
+  }
+
+  /// Lets the inner selector choose again.
+  void release() { imposing_ = false; }
+
+  bool imposing() const { return imposing_; }
+
+  /// \throws ConfigError  as the inner selector.
+  void check(Index experts) const { inner_.check(experts); }
+
+  /// \param logits   [tokens, experts]
+  /// \throws ConfigError     as the inner selector; if a token does not have k experts in the
+  ///                         trace, padding none, or if pass.allowed forbids one of them.
+  /// \throws ShapeError      if the trace has another number of tokens or experts.
+  /// \throws NonFiniteError  as the inner selector; if it divides by the sum of a token's weights,
+  ///                         all of which are zero to rounding.
+  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+    if (!imposing_) return inner_.select(logits, pass, routing);
+    if (trace_.tokens() != logits.rows()) {
+      fail<ShapeError>("Replay: the trace has ", trace_.tokens(), " tokens, expected ",
+                       logits.rows());
+    }
+    if (trace_.experts() != logits.cols()) {
+      fail<ShapeError>("Replay: the trace has ", trace_.experts(), " experts, expected ",
+                       logits.cols());
+    }
+    {
+      const Imposed imposed(routing, trace_);
+      inner_.select(logits, pass, routing);
+    }
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      for (Index a = routing.first(t); a < routing.last(t); ++a) {
+        const auto i = static_cast<std::size_t>(a);
+        if (!std::isfinite(routing.weight[i])) {
+          fail<NonFiniteError>("Replay: the weight of token ", t, " for expert ", routing.expert[i],
+                               " is ", routing.weight[i], ", expected a finite number");
+        }
+        if (config_.kept && !kept(t, routing.expert[i])) routing.kept[i] = 0;
+      }
+    }
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+    inner_.backward(routing, gradient);
+  }
+
+  /// The buffers of the inner selector, under its own names. The trace is none.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
+  }
+
+  /// Of the inner selector, where it has one, for BiasBalance.
+  auto& selection_bias() requires requires(Inner& inner) { inner.selection_bias(); }
+  { return inner_.selection_bias(); }
+
+  const RoutingTrace& trace() const { return trace_; }
+  Inner& inner() { return inner_; }
+  const Inner& inner() const { return inner_; }
+  const ReplayConfig& config() const { return config_; }
+
+ private:
+  /// Imposes a trace on a routing for the duration of a scope.
+  class Imposed {
+   public:
+    Imposed(Routing<T>& routing, const RoutingTrace& trace) : routing_(routing) {
+      routing_.imposed = &trace;
+    }
+    Imposed(const Imposed&) = delete;
+    Imposed& operator=(const Imposed&) = delete;
+    ~Imposed() { routing_.imposed = nullptr; }
+
+   private:
+    Routing<T>& routing_;
+  };
+
+  bool kept(Index t, Index expert) const {
+    Index a = trace_.first(t);
+    while (trace_.expert(a) != expert) ++a;
+    return trace_.kept(a);
+  }
+
+  Inner inner_;
+  ReplayConfig config_;
+  RoutingTrace trace_;
+  bool imposing_ = false;
+};
+
+}  // namespace weir
