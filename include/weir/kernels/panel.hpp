@@ -93,10 +93,11 @@ struct PackedPanel {
   const Right* slice(Index first, Index /*count*/) const { return panel + first * kRow; }
 
   /// What tile `tile` of `tiles` over the slice [first, first + count) should read ahead: its share
-  /// of the following slice, line by line.
+  /// of the following slice, line by line. A single tile reads the panel once, front to back, and
+  /// leaves that to the processor, whose own reading ahead anything else would disturb.
   ReadAhead ahead(Index first, Index count, Index tile, Index tiles) const {
     const Right* following = first + count < steps ? panel + (first + count) * kRow : next;
-    if (following == nullptr) return {reinterpret_cast<const char*>(panel)};
+    if (following == nullptr || tiles == 1) return {reinterpret_cast<const char*>(panel)};
     const Index bytes = kRow * static_cast<Index>(sizeof(Right));
     const Index near = (bytes + tiles - 1) / tiles;
     return {reinterpret_cast<const char*>(following) + tile * count * near, near,
