@@ -30,7 +30,7 @@ inline double& row_seconds() {
 /// Calls `round()` until the time of the row is up, but not fewer times than a median wants.
 template <class Round>
 void repeat_rounds(Round&& round) {
-  constexpr int kFewest = 3;
+  constexpr int kFewest = 5;  // Of which two may be disturbed.
   constexpr int kMost = 100;
   const Clock::time_point begin = Clock::now();
   for (int i = 0; i < kMost && (i < kFewest || seconds_since(begin) < row_seconds()); ++i) round();
