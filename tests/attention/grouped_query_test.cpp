@@ -10,6 +10,8 @@
 #include <weir/attention/grouped_query.hpp>
 #include <weir/core/layer.hpp>
 
+#include "attention/grouped_query_reference.hpp"
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -23,80 +25,9 @@ namespace {
 
 using Gqa = GroupedQueryAttention<double>;
 
-/// A layer whose biases, if any, are not zero.
 template <class T = double>
-GroupedQueryAttention<T> make(const GroupedQueryConfig& config, std::uint64_t seed = 1) {
-  Rng rng(seed);
-  GroupedQueryAttention<T> layer(config, rng);
-  for (auto& [name, parameter] : parameters(layer)) {
-    if (name.ends_with("bias"))
-      parameter->value = normal_init<T>(1, parameter->value.cols(), 0.5, rng);
-  }
-  return layer;
-}
-
-/// `name` as the layer shows it to optimizers and checkpoints.
-template <class T>
-const Matrix<T>& weight(GroupedQueryAttention<T>& layer, const std::string& name) {
-  for (auto& [candidate, parameter] : parameters(layer)) {
-    if (candidate == name) return parameter->value;
-  }
-  throw std::out_of_range(name);
-}
-
-/// The definition, written out: for each query all its scores, then their softmax.
-Matrix<double> reference(Gqa& layer, const Matrix<double>& x, const Pass& pass = {}) {
-  const Gqa::Config& c = layer.config();
-  const Sequences all({x.rows()});
-  const Sequences& sequences = pass.sequences != nullptr ? *pass.sequences : all;
-  Matrix<double> q = x * weight(layer, "query").transpose();
-  Matrix<double> k = x * weight(layer, "key").transpose();
-  Matrix<double> v = x * weight(layer, "value").transpose();
-  if (c.bias) {
-    q.rowwise() += weight(layer, "query_bias").row(0);
-    k.rowwise() += weight(layer, "key_bias").row(0);
-    v.rowwise() += weight(layer, "value_bias").row(0);
-  }
-  const auto rotate = [&](Matrix<double>& m, Index t, double position) {
-    const Index half = c.head_dim / 2;
-    for (Index head = 0; head < m.cols(); head += c.head_dim) {
-      for (Index i = 0; i < half; ++i) {
-        const double angle =
-            position * std::pow(c.rope_theta, -static_cast<double>(i) / static_cast<double>(half));
-        const bool split = c.rope_layout == RopeLayout::kHalfSplit;
-        double& first = m(t, head + (split ? i : 2 * i));
-        double& second = m(t, head + (split ? i + half : 2 * i + 1));
-        const double a = first;
-        first = a * std::cos(angle) - second * std::sin(angle);
-        second = second * std::cos(angle) + a * std::sin(angle);
-      }
-    }
-  };
-  Matrix<double> context = Matrix<double>::Zero(x.rows(), q.cols());
-  for (Index s = 0; s < sequences.count(); ++s) {
-    for (Index t = sequences.begin(s); t < sequences.end(s); ++t) {
-      rotate(q, t, static_cast<double>(t - sequences.begin(s)));
-      rotate(k, t, static_cast<double>(t - sequences.begin(s)));
-      for (Index head = 0; head < c.heads; ++head) {
-        const Index shared = head / (c.heads / c.kv_heads);
-        double total = 0.0;
-        for (Index j = sequences.begin(s); j <= t; ++j) {
-          if (pass.is_padding(j)) continue;
-          const double score = q.row(t)
-                                   .segment(head * c.head_dim, c.head_dim)
-                                   .dot(k.row(j).segment(shared * c.head_dim, c.head_dim));
-          const double p = std::exp(score / std::sqrt(static_cast<double>(c.head_dim)));
-          total += p;
-          context.row(t).segment(head * c.head_dim, c.head_dim) +=
-              p * v.row(j).segment(shared * c.head_dim, c.head_dim);
-        }
-        if (total > 0.0) context.row(t).segment(head * c.head_dim, c.head_dim) /= total;
-      }
-    }
-  }
-  Matrix<double> y = context * weight(layer, "output").transpose();
-  if (c.bias) y.rowwise() += weight(layer, "output_bias").row(0);
-  return y;
+GroupedQueryAttention<T> make(const GroupedQueryConfig& config) {
+  return test::random_attention<T>(config);
 }
 
 }  // namespace
@@ -130,14 +61,15 @@ TEST_CASE("GroupedQueryAttention is the softmax attention of its definition",
                     .head_dim = 6,
                     .rope_theta = 100.0,
                     .rope_layout = layout,
-                    .bias = bias});
+                    .qkv_bias = bias,
+                    .output_bias = bias});
   Gqa::Cache cache;
 
   SECTION("one sequence, short or longer than two blocks of keys") {
     for (const Index tokens : {1, 2, 17, 64, 65, 97, 230}) {
       INFO("tokens " << tokens);
       const Matrix<double> x = test::random_matrix(tokens, 10, 2);
-      CHECK(test::relative_error(layer.forward(x), reference(layer, x)) <= 1e-13);
+      CHECK(test::relative_error(layer.forward(x), test::reference(layer, x)) <= 1e-13);
       CHECK(layer.forward(x, cache) == layer.forward(x));
     }
   }
@@ -146,10 +78,12 @@ TEST_CASE("GroupedQueryAttention is the softmax attention of its definition",
     const Matrix<double> x = test::random_matrix(sequences.tokens(), 10, 3);
     std::vector<std::uint8_t> mask(static_cast<std::size_t>(sequences.tokens()), 1);
     Pass pass{.sequences = &sequences};
-    CHECK(test::relative_error(layer.forward(x, pass, cache), reference(layer, x, pass)) <= 1e-13);
+    CHECK(test::relative_error(layer.forward(x, pass, cache), test::reference(layer, x, pass)) <=
+          1e-13);
     for (const std::size_t padding : {0U, 3U, 4U, 40U, 73U, 100U, 174U}) mask[padding] = 0;
     pass.mask = mask;
-    CHECK(test::relative_error(layer.forward(x, pass, cache), reference(layer, x, pass)) <= 1e-13);
+    CHECK(test::relative_error(layer.forward(x, pass, cache), test::reference(layer, x, pass)) <=
+          1e-13);
   }
 }
 
@@ -249,7 +183,8 @@ TEST_CASE("GroupedQueryAttention decodes what it would compute at once",
   const Index tokens = 220;
 
   SECTION("double") {
-    const Gqa layer = make({.d_model = 16, .heads = 4, .kv_heads = kv_heads, .bias = true});
+    const Gqa layer = make(
+        {.d_model = 16, .heads = 4, .kv_heads = kv_heads, .qkv_bias = true, .output_bias = true});
     const Matrix<double> x = test::random_matrix(tokens, 16, 10);
     const Matrix<double> whole = layer.forward(x);
     Gqa::State kv;
@@ -263,7 +198,8 @@ TEST_CASE("GroupedQueryAttention decodes what it would compute at once",
     CHECK(test::relative_error(y, whole) <= 1e-12);
   }
   SECTION("float") {
-    const auto layer = make<float>({.d_model = 16, .heads = 4, .kv_heads = kv_heads, .bias = true});
+    const auto layer = make<float>(
+        {.d_model = 16, .heads = 4, .kv_heads = kv_heads, .qkv_bias = true, .output_bias = true});
     const Matrix<float> x = test::random_matrix<float>(tokens, 16, 10);
     const Matrix<float> whole = layer.forward(x);
     GroupedQueryAttention<float>::State kv;
@@ -294,6 +230,57 @@ TEST_CASE("GroupedQueryAttention continues a copied and a shortened cache",
   CHECK(kv.length() == 20);
 }
 
+TEST_CASE("GroupedQueryAttention decodes several conversations as it does each alone",
+          "[attention][grouped_query]") {
+  const Gqa layer =
+      make({.d_model = 12, .heads = 4, .kv_heads = 2, .head_dim = 6, .qkv_bias = true});
+  constexpr std::size_t kCount = 4;
+  std::vector<Gqa::State> together(kCount);
+  std::vector<Gqa::State> alone(kCount);
+  std::vector<Gqa::State*> states;
+  for (Gqa::State& state : together) states.push_back(&state);
+  Gqa::Cache cache;
+  Gqa::Cache other;
+  std::uint64_t seed = 20;
+  for (const std::vector<Index>& lengths : std::vector<std::vector<Index>>{
+           {70, 3, 0, 1}, {1, 1, 1, 1}, {0, 0, 0, 0}, {1, 40, 2, 0}, {1, 1, 1, 1}}) {
+    const Sequences sequences(lengths);
+    const Matrix<double> x = test::random_matrix(sequences.tokens(), 12, seed++);
+    const Matrix<double> y = layer.decode(x, Pass{.sequences = &sequences}, states, cache);
+    REQUIRE(y.rows() == x.rows());
+    for (Index s = 0; s < sequences.count(); ++s) {
+      const Matrix<double> own = layer.decode(x.middleRows(sequences.begin(s), sequences.length(s)),
+                                              alone[static_cast<std::size_t>(s)], other);
+      CHECK(test::relative_error(y.middleRows(sequences.begin(s), sequences.length(s)), own) <=
+            1e-14);
+    }
+  }
+  for (std::size_t s = 0; s < kCount; ++s) {
+    CHECK(test::relative_error(together[s].keys(), alone[s].keys()) <= 1e-14);
+  }
+  const Sequences none;
+  CHECK(layer.decode(Matrix<double>(0, 12), Pass{.sequences = &none}, {}, cache).rows() == 0);
+}
+
+TEST_CASE("GroupedQueryAttention decodes several conversations without allocating",
+          "[attention][grouped_query][allocation]") {
+  const auto layer = make<float>({.d_model = 16, .heads = 4, .kv_heads = 2});
+  std::vector<GroupedQueryAttention<float>::State> of_conversation(3);
+  std::vector<GroupedQueryAttention<float>::State*> states;
+  for (auto& state : of_conversation) states.push_back(&state);
+  const Sequences sequences = Sequences::uniform(3, 1);
+  const Pass pass{.sequences = &sequences};
+  const Matrix<float> x = test::random_matrix<float>(3, 16, 22);
+  GroupedQueryAttention<float>::Cache cache;
+  layer.decode(x, pass, states, cache);
+  for (auto& state : of_conversation) state.reserve(40);
+  layer.decode(x, pass, states, cache);
+  const auto steps = [&] {
+    for (int step = 0; step < 30; ++step) layer.decode(x, pass, states, cache);
+  };
+  CHECK(test::count_allocations(steps) == 0);
+}
+
 TEST_CASE("GroupedQueryAttention gradients agree with finite differences",
           "[attention][grouped_query][gradient]") {
   const auto kv_heads = GENERATE(as<Index>{}, 1, 2, 4);
@@ -303,7 +290,8 @@ TEST_CASE("GroupedQueryAttention gradients agree with finite differences",
                     .kv_heads = kv_heads,
                     .head_dim = 4,
                     .rope_layout = layout,
-                    .bias = kv_heads == 2});
+                    .qkv_bias = kv_heads == 2,
+                    .output_bias = kv_heads != 1});
   SECTION("one sequence") {
     test::check_gradients(layer, test::random_matrix(7, 6, 12));
   }
@@ -318,7 +306,12 @@ TEST_CASE("GroupedQueryAttention gradients agree with finite differences",
 
 TEST_CASE("GroupedQueryAttention gradients are right across the borders of blocks",
           "[attention][grouped_query][gradient]") {
-  Gqa layer = make({.d_model = 2, .heads = 2, .kv_heads = 1, .head_dim = 2, .bias = true});
+  Gqa layer = make({.d_model = 2,
+                    .heads = 2,
+                    .kv_heads = 1,
+                    .head_dim = 2,
+                    .qkv_bias = true,
+                    .output_bias = true});
   const Sequences sequences({131, 20, 70});
   std::vector<std::uint8_t> mask(221, 1);
   for (const std::size_t padding : {0U, 62U, 96U, 97U, 130U, 153U}) mask[padding] = 0;
@@ -327,7 +320,8 @@ TEST_CASE("GroupedQueryAttention gradients are right across the borders of block
 }
 
 TEST_CASE("GroupedQueryAttention accumulates gradients", "[attention][grouped_query]") {
-  Gqa layer = make({.d_model = 4, .heads = 2, .kv_heads = 1, .bias = true});
+  Gqa layer =
+      make({.d_model = 4, .heads = 2, .kv_heads = 1, .qkv_bias = true, .output_bias = true});
   const Matrix<double> x = test::random_matrix(9, 4, 15);
   Gqa::Cache cache;
   layer.forward(x, cache);
@@ -344,7 +338,8 @@ TEST_CASE("GroupedQueryAttention accumulates gradients", "[attention][grouped_qu
 
 TEST_CASE("GroupedQueryAttention gives the same bits on any number of threads",
           "[attention][grouped_query][parallel]") {
-  auto layer = make<float>({.d_model = 32, .heads = 4, .kv_heads = 2, .bias = true});
+  auto layer = make<float>(
+      {.d_model = 32, .heads = 4, .kv_heads = 2, .qkv_bias = true, .output_bias = true});
   const Sequences sequences({150, 7, 90});
   const Matrix<float> x = test::random_matrix<float>(sequences.tokens(), 32, 16);
   const auto run = [&] {
@@ -383,7 +378,8 @@ TEST_CASE("GroupedQueryAttention gives the same bits with a cache that has been 
 }
 
 TEST_CASE("GroupedQueryAttention accepts no tokens", "[attention][grouped_query]") {
-  Gqa layer = make({.d_model = 4, .heads = 2, .kv_heads = 1, .bias = true});
+  Gqa layer =
+      make({.d_model = 4, .heads = 2, .kv_heads = 1, .qkv_bias = true, .output_bias = true});
   const Matrix<double> none(0, 4);
   Gqa::Cache cache;
   CHECK(test::relative_error(layer.forward(none, cache), none) == 0.0);
@@ -394,7 +390,12 @@ TEST_CASE("GroupedQueryAttention accepts no tokens", "[attention][grouped_query]
 }
 
 TEST_CASE("GroupedQueryAttention names its parameters", "[attention][grouped_query]") {
-  Gqa layer = make({.d_model = 12, .heads = 6, .kv_heads = 2, .head_dim = 4, .bias = true});
+  Gqa layer = make({.d_model = 12,
+                    .heads = 6,
+                    .kv_heads = 2,
+                    .head_dim = 4,
+                    .qkv_bias = true,
+                    .output_bias = true});
   std::vector<std::string> shapes;
   for (auto& [name, parameter] : parameters(layer)) {
     shapes.push_back(name + " " + shape_of(parameter->value));
@@ -458,4 +459,26 @@ TEST_CASE("GroupedQueryAttention says what is wrong", "[attention][grouped_query
   CHECK(test::message_of<ShapeError>([&] { layer.decode(x, kv, cache); }) ==
         "GroupedQueryAttention::decode: kv.keys is [3, 5], expected [3, 2]");
   CHECK(kv.length() == 3);
+
+  const auto decode = [&](const Pass& pass, const std::vector<Gqa::State*>& states) {
+    return test::message_of<StateError>([&] { layer.decode(x, pass, states, cache); });
+  };
+  const Sequences two({1, 2});
+  kv.clear();
+  CHECK(decode({.sequences = &two}, {&kv}) ==
+        "GroupedQueryAttention::decode: 1 states, expected 2 (one for each sequence)");
+  CHECK(decode({}, {}) ==
+        "GroupedQueryAttention::decode: 0 states, expected 1 (one for each sequence)");
+  CHECK(decode({.sequences = &two}, {&kv, nullptr}) ==
+        "GroupedQueryAttention::decode: states[1] is null");
+  CHECK(
+      decode({.sequences = &two}, {&kv, &kv}) ==
+      "GroupedQueryAttention::decode: states[0] and states[1] are the same, expected one for each "
+      "sequence");
+  const std::vector<std::uint8_t> padding = {1, 0, 1};
+  Gqa::State* const one[] = {&kv};
+  CHECK(
+      test::message_of<ConfigError>([&] { layer.decode(x, Pass{.mask = padding}, one, cache); }) ==
+      "GroupedQueryAttention::decode: token 1 is padding, expected none where tokens are kept");
+  CHECK(kv.empty());
 }

@@ -4,20 +4,25 @@
 /// (Ainslie et al. 2023, arXiv:2305.13245).
 #pragma once
 
+#include <algorithm>
 #include <array>
-#include <cmath>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include <weir/attention/causal.hpp>
+#include <weir/attention/clamp.hpp>
+#include <weir/attention/decode_states.hpp>
+#include <weir/attention/grouped_query_config.hpp>
 #include <weir/attention/kv_cache.hpp>
+#include <weir/attention/qk_norm.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
@@ -26,33 +31,27 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/ops/lanes.hpp>
 #include <weir/ops/rope.hpp>
 
 namespace weir {
 
-/// The numbers of a `GroupedQueryAttention`.
-struct GroupedQueryConfig {
-  Index d_model = 0;
-  Index heads = 0;
-  Index kv_heads = 0;  ///< Divides heads: `heads` is multi-head, 1 is multi-query attention.
-  Index head_dim = 0;  ///< Even; 0 stands for d_model / heads.
-  double rope_theta = 1e4;
-  RopeLayout rope_layout = RopeLayout::kHalfSplit;
-  bool bias = false;  ///< On all four projections.
-};
-
 /// Each token looks at the tokens before it in its sequence, and at itself:
 ///
 ///     q = rope(x Wq^T + bq),    k = rope(x Wk^T + bk),    v = x Wv^T + bv
-///     y = concat_h(softmax(q_h k_g^T / sqrt(head_dim)) v_g) Wo^T + bo,    g = h / (heads /
-///     kv_heads)
+///     y = concat_h(softmax(scale q_h k_g^T) v_g) Wo^T + bo,    g = h / (heads / kv_heads)
 ///
 /// The softmax runs over the keys of the same sequence up to the query's own position; positions
-/// begin at 0 in each sequence of the pass. Padding tokens are seen by no one. Their own rows are
-/// computed like any other; a query that sees no key, not even itself, gets zero from the attention
-/// (so y = bo) and passes no gradient through it. Padding still counts as a position.
+/// begin at 0 in each sequence of the pass. `GroupedQueryConfig` says what else there may be:
+/// windows, chunks, softcaps, sinks, norms, clamps.
+///
+/// Padding tokens are seen by no one. Their own rows are computed like any other; a query that sees
+/// no key, not even itself, gets zero from the attention (so y = bo) and passes no gradient through
+/// it. Padding still counts as a position.
 ///
 /// Memory is linear in the number of tokens: probabilities are never stored (see CausalAttention).
+/// With a window or chunks, so is time, and the state of decoding is bounded: it holds the keys
+/// that are still in sight, and 64 tokens can always be taken back.
 template <std::floating_point T>
 class GroupedQueryAttention {
  public:
@@ -63,31 +62,45 @@ class GroupedQueryAttention {
   struct Cache {
     bool recorded = false;  ///< Whether the last pass was a `forward`, which `backward` can follow.
     Matrix<T> x;
-    Matrix<T> q, k, v;  ///< Queries and keys after rotation.
+    Matrix<T> q, k, v;  ///< As attention gets them.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * head_dim].
     Matrix<T> y;
     Matrix<T> d_context, dq, dk, dv, dx;
+    typename HeadNorm<T>::Cache query_norm, key_norm;
+    Scratch<T> query_inverse, key_inverse;                                ///< See `HeadL2Norm`.
+    std::vector<std::uint8_t> query_outside, key_outside, value_outside;  ///< See `Clamp`.
     Scratch<T> angles;
     std::vector<Index> positions;
     std::vector<AttentionSpan> spans;
+    std::vector<KeyValueRows<T>> rows;
     std::vector<std::uint8_t> mask;
     typename CausalAttention<T>::Cache attention;
   };
 
-  /// Weights begin as `switch_init` with scale 1, biases as zero.
-  /// \throws ConfigError  if a size is below 1, head_dim is odd, or heads do not divide evenly.
+  /// Weights begin as `switch_init` with scale 1, biases and sinks as zero, norms as one.
+  /// \throws ConfigError  if the config is not sound, see `GroupedQueryConfig::checked`.
   GroupedQueryAttention(const Config& config, Rng& rng)
-      : config_(checked(config)),
-        rope_(config_.head_dim, config_.rope_theta, config_.rope_layout),
+      : config_(config.checked()),
         query_(switch_init<T>(query_width(), config_.d_model, rng, 1.0)),
         key_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
         value_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
         output_(switch_init<T>(config_.d_model, query_width(), rng, 1.0)) {
-    if (config_.bias) {
+    if (config_.qkv_bias) {
       query_bias_.value.setZero(1, query_width());
       key_bias_.value.setZero(1, kv_width());
       value_bias_.value.setZero(1, kv_width());
-      output_bias_.value.setZero(1, config_.d_model);
+    }
+    if (config_.output_bias) output_bias_.value.setZero(1, config_.d_model);
+    if (config_.sinks) sinks_.value.setZero(1, config_.heads);
+    if (config_.rope) {
+      rope_.emplace(config_.head_dim, config_.rope_theta, config_.rope_layout, config_.yarn);
+    }
+    if (config_.qk_norm == QkNorm::kFull) {
+      query_norm_.emplace(query_width(), config_.qk_norm_epsilon);
+      key_norm_.emplace(kv_width(), config_.qk_norm_epsilon);
+    } else if (config_.qk_norm == QkNorm::kPerHead) {
+      query_norm_.emplace(config_.head_dim, config_.qk_norm_epsilon);
+      key_norm_.emplace(config_.head_dim, config_.qk_norm_epsilon);
     }
   }
 
@@ -104,7 +117,7 @@ class GroupedQueryAttention {
   Parameter<T>& output() { return output_.parameter(); }  ///< [d_model, heads * head_dim]
   const Parameter<T>& output() const { return output_.parameter(); }
 
-  /// See `weir::set_storage`; biases stay parameters.
+  /// See `weir::set_storage`; biases, norms and sinks stay parameters.
   void set_storage(Storage storage) {
     for (kernels::Weight<T>* weight : {&query_, &key_, &value_, &output_}) {
       weight->set_storage(storage);
@@ -130,18 +143,11 @@ class GroupedQueryAttention {
     pass.check("GroupedQueryAttention::forward", x.rows());
     cache.x = x;
     cache.mask.assign(pass.mask.begin(), pass.mask.end());
-    cache.spans.clear();
-    if (pass.sequences == nullptr) {
-      cache.spans.push_back({0, x.rows(), 0, x.rows()});
-    } else {
-      for (Index s = 0; s < pass.sequences->count(); ++s) {
-        const Index begin = pass.sequences->begin(s);
-        const Index length = pass.sequences->length(s);
-        cache.spans.push_back({begin, length, begin, length});
-      }
-    }
+    fill_spans(pass, cache);
     project(cache);
-    attend(cache, cache.k, cache.v);
+    cache.context.resize(x.rows(), query_width());
+    core(cache).forward(cache.context, cache.attention);
+    project_out(cache);
     cache.recorded = true;
     return cache.y;
   }
@@ -167,22 +173,21 @@ class GroupedQueryAttention {
 
     multiply_nn<T>(dy, output().value, cache.d_context);
     multiply_tn<T>(dy, cache.context, output().gradient(), true);
-    core(cache, cache.k, cache.v)
-        .backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv, cache.attention);
-    rope_.template rotate_back<T>(cache.dq, cache.angles);
-    rope_.template rotate_back<T>(cache.dk, cache.angles);
+    core(cache).backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv,
+                         cache.attention, d_sinks());
+    prepare_backward(cache);
 
     const std::array<Product<T>, 3> weights = {
         product_tn<T>(cache.dq, cache.x, query().gradient(), true),
         product_tn<T>(cache.dk, cache.x, key().gradient(), true),
         product_tn<T>(cache.dv, cache.x, value().gradient(), true)};
     multiply<T>(weights);
-    if (config_.bias) {
-      add_column_sums(cache.dq, query_bias_);
-      add_column_sums(cache.dk, key_bias_);
-      add_column_sums(cache.dv, value_bias_);
-      add_column_sums(dy, output_bias_);
+    if (config_.qkv_bias) {
+      add_rows_to<T>(cache.dq, query_bias_.gradient().data());
+      add_rows_to<T>(cache.dk, key_bias_.gradient().data());
+      add_rows_to<T>(cache.dv, value_bias_.gradient().data());
     }
+    if (config_.output_bias) add_rows_to<T>(dy, output_bias_.gradient().data());
     multiply_nn<T>(cache.dq, query().value, cache.dx);
     multiply_nn<T>(cache.dk, key().value, cache.dx, true);
     multiply_nn<T>(cache.dv, value().value, cache.dx, true);
@@ -196,19 +201,49 @@ class GroupedQueryAttention {
   /// \return       [new tokens, d_model], to rounding what `forward` of the whole sequence gives.
   /// \throws ShapeError   if x does not have d_model columns, or kv is of another layer.
   const Matrix<T>& decode(MatrixIn<T> x, State& kv, Cache& cache) const {
-    expect_columns("GroupedQueryAttention::decode", "x", x, config_.d_model);
-    if (!kv.empty()) {
-      expect_shape("GroupedQueryAttention::decode", "kv.keys", kv.keys(), kv.length(), kv_width());
-      expect_shape("GroupedQueryAttention::decode", "kv.values", kv.values(), kv.length(),
-                   kv_width());
-    }
+    State* const states[] = {&kv};
+    return decode(x, Pass{}, states, cache);
+  }
+
+  /// Continues several sequences at once, each by any number of tokens.
+  /// \param x       [new tokens, d_model], those of all sequences one after the other.
+  /// \param pass    Its sequences say how the rows of x divide; without, there is one.
+  /// \param states  One for each sequence, all different.
+  /// \return        [new tokens, d_model], for each sequence to rounding what it gets alone.
+  /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
+  /// of
+  ///                      another layer.
+  /// \throws StateError   unless there is one state for each sequence.
+  /// \throws ConfigError  if a token is padding: a state holds none.
+  const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
+                          Cache& cache) const {
+    check_decode(x, pass, states);
     cache.recorded = false;
     cache.x = x;
     cache.mask.clear();
-    cache.spans.assign(1, {0, x.rows(), 0, kv.length() + x.rows()});
+    fill_spans(pass, cache);
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      State& kv = *states[s];
+      if (config_.window > 0 || config_.chunk > 0) {
+        const Index from = std::max<Index>(0, kv.length() - State::kSlack);
+        kv.forget(config_.shape().first_visible(from), from);
+      }
+      cache.spans[s].first_key = kv.first();
+      cache.spans[s].keys += kv.held();
+    }
     project(cache);
-    kv.append(cache.k, cache.v);
-    attend(cache, kv.keys(), kv.values());
+    cache.rows.clear();
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      const AttentionSpan& span = cache.spans[s];
+      State& kv = *states[s];
+      kv.append(cache.k.middleRows(span.query_begin, span.queries),
+                cache.v.middleRows(span.query_begin, span.queries));
+      cache.rows.push_back({kv.keys().data(), kv_width(), kv.values().data(), kv_width()});
+    }
+    cache.context.resize(x.rows(), query_width());
+    CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.rows, sinks())
+        .forward(cache.context, cache.attention);
+    project_out(cache);
     return cache.y;
   }
 
@@ -220,44 +255,63 @@ class GroupedQueryAttention {
       visit("value", self.value());
       visit("output", self.output());
     }
-    if (self.config_.bias) {
+    if (self.config_.qkv_bias) {
       visit("query_bias", self.query_bias_);
       visit("key_bias", self.key_bias_);
       visit("value_bias", self.value_bias_);
-      visit("output_bias", self.output_bias_);
     }
+    if (self.config_.output_bias) visit("output_bias", self.output_bias_);
+    if (self.query_norm_) {
+      visit("query_norm", self.query_norm_->weight());
+      visit("key_norm", self.key_norm_->weight());
+    }
+    if (self.config_.sinks) visit("sinks", self.sinks_);
   }
 
  private:
-  static Config checked(Config config) {
-    constexpr auto kWhere = "GroupedQueryAttention";
-    expect_at_least<Index>(kWhere, "d_model", config.d_model, 1);
-    expect_at_least<Index>(kWhere, "heads", config.heads, 1);
-    expect_at_least<Index>(kWhere, "kv_heads", config.kv_heads, 1);
-    expect_at_least<Index>(kWhere, "head_dim", config.head_dim, 0);
-    if (config.heads % config.kv_heads != 0) {
-      fail<ConfigError>(kWhere, ": kv_heads = ", config.kv_heads,
-                        ", expected a divisor of heads = ", config.heads);
-    }
-    if (config.head_dim == 0) {
-      if (config.d_model % config.heads != 0) {
-        fail<ConfigError>(kWhere, ": heads = ", config.heads,
-                          ", expected a divisor of d_model = ", config.d_model,
-                          " where head_dim is not given");
-      }
-      config.head_dim = config.d_model / config.heads;
-    }
-    if (config.head_dim % 2 != 0) {
-      fail<ConfigError>(kWhere, ": head_dim = ", config.head_dim, ", expected an even number");
-    }
-    expect_positive(kWhere, "rope_theta", config.rope_theta);
-    return config;
+  Index query_width() const { return config_.query_width(); }
+  Index kv_width() const { return config_.kv_width(); }
+
+  std::span<const T> sinks() const {
+    return {sinks_.value.data(), static_cast<std::size_t>(sinks_.value.size())};
+  }
+  std::span<T> d_sinks() {
+    if (!config_.sinks) return {};
+    return {sinks_.gradient().data(), static_cast<std::size_t>(config_.heads)};
   }
 
-  Index query_width() const { return config_.heads * config_.head_dim; }
-  Index kv_width() const { return config_.kv_heads * config_.head_dim; }
+  /// Each sequence of the pass with its own tokens as keys.
+  static void fill_spans(const Pass& pass, Cache& cache) {
+    cache.spans.clear();
+    if (pass.sequences == nullptr) {
+      cache.spans.push_back({0, cache.x.rows(), 0, cache.x.rows()});
+      return;
+    }
+    for (Index s = 0; s < pass.sequences->count(); ++s) {
+      const Index begin = pass.sequences->begin(s);
+      const Index length = pass.sequences->length(s);
+      cache.spans.push_back({begin, length, begin, length});
+    }
+  }
 
-  /// cache.x to cache.q, k and v, rotated to the positions that the spans give them.
+  void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const {
+    constexpr auto kWhere = "GroupedQueryAttention::decode";
+    expect_columns(kWhere, "x", x, config_.d_model);
+    pass.check(kWhere, x.rows());
+    expect_states<State>(kWhere, pass, states);
+    for (const State* kv : states) {
+      if (kv->empty()) continue;
+      expect_shape(kWhere, "kv.keys", kv->keys(), kv->held(), kv_width());
+      expect_shape(kWhere, "kv.values", kv->values(), kv->held(), kv_width());
+      const Index needed = config_.shape().first_visible(kv->length());
+      if (kv->first() > needed) {
+        fail<StateError>(kWhere, ": kv begins at position ", kv->first(), ", expected ", needed,
+                         " or before: it is of a layer with a smaller window");
+      }
+    }
+  }
+
+  /// cache.x to cache.q, k and v, at the positions that the spans give them.
   void project(Cache& cache) const {
     const Index tokens = cache.x.rows();
     cache.q.resize(tokens, query_width());
@@ -265,7 +319,7 @@ class GroupedQueryAttention {
     cache.v.resize(tokens, kv_width());
     kernels::multiply_weights<T, 3>(cache.x,
                                     {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
-    if (config_.bias) {
+    if (config_.qkv_bias) {
       cache.q.rowwise() += query_bias_.value.row(0);
       cache.k.rowwise() += key_bias_.value.row(0);
       cache.v.rowwise() += value_bias_.value.row(0);
@@ -275,44 +329,81 @@ class GroupedQueryAttention {
       const auto first = cache.positions.begin() + s.query_begin;
       std::iota(first, first + s.queries, s.first_position());
     }
-    rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
-    rope_.template rotate<T>(cache.q, cache.angles);
-    rope_.template rotate<T>(cache.k, cache.angles);
+    prepare(cache);
   }
 
-  CausalAttention<T> core(const Cache& cache, MatrixIn<T> keys, MatrixIn<T> values) const {
-    const double scale = 1.0 / std::sqrt(static_cast<double>(config_.head_dim));
-    return {{config_.heads, config_.kv_heads, config_.head_dim, config_.head_dim, scale},
-            cache.spans,
-            cache.mask,
-            cache.q,
-            keys,
-            values};
+  /// What happens to queries, keys and values between the projections and attention.
+  void prepare(Cache& cache) const {
+    if (config_.clip_qkv > 0.0) {
+      const Clamp<T> clamp = {static_cast<T>(config_.clip_qkv)};
+      clamp.forward(cache.q, cache.query_outside);
+      clamp.forward(cache.k, cache.key_outside);
+      clamp.forward(cache.v, cache.value_outside);
+    }
+    if (query_norm_) {
+      query_norm_->forward(cache.q, cache.query_norm);
+      key_norm_->forward(cache.k, cache.key_norm);
+    }
+    if (rope_) {
+      rope_->tabulate(std::span<const Index>(cache.positions), cache.angles);
+      rope_->template rotate<T>(cache.q, cache.angles);
+      rope_->template rotate<T>(cache.k, cache.angles);
+    }
+    if (config_.qk_norm == QkNorm::kL2) {
+      l2_norm().forward(cache.q, cache.query_inverse);
+      l2_norm().forward(cache.k, cache.key_inverse);
+    }
+    if (config_.temperature_scale > 0.0) temper(cache.positions, cache.q);
   }
 
-  /// cache.q to cache.y.
-  void attend(Cache& cache, MatrixIn<T> keys, MatrixIn<T> values) const {
-    cache.context.resize(cache.q.rows(), query_width());
-    cache.y.resize(cache.q.rows(), config_.d_model);
-    core(cache, keys, values).forward(cache.context, cache.attention);
+  /// The gradients of what `prepare` left to those of what it was given.
+  void prepare_backward(Cache& cache) {
+    if (config_.temperature_scale > 0.0) temper(cache.positions, cache.dq);
+    if (config_.qk_norm == QkNorm::kL2) {
+      l2_norm().backward(cache.q, cache.dq, cache.query_inverse);
+      l2_norm().backward(cache.k, cache.dk, cache.key_inverse);
+    }
+    if (rope_) {
+      rope_->template rotate_back<T>(cache.dq, cache.angles);
+      rope_->template rotate_back<T>(cache.dk, cache.angles);
+    }
+    if (query_norm_) {
+      query_norm_->backward(cache.dq, cache.query_norm);
+      key_norm_->backward(cache.dk, cache.key_norm);
+    }
+    if (config_.clip_qkv > 0.0) {
+      Clamp<T>::backward(cache.dq, cache.query_outside);
+      Clamp<T>::backward(cache.dk, cache.key_outside);
+      Clamp<T>::backward(cache.dv, cache.value_outside);
+    }
+  }
+
+  HeadL2Norm<T> l2_norm() const { return {config_.head_dim, config_.qk_norm_epsilon}; }
+
+  /// Multiplies each row by the temperature of its position.
+  void temper(const std::vector<Index>& positions, Matrix<T>& rows) const {
+    for (Index t = 0; t < rows.rows(); ++t) {
+      rows.row(t) *= static_cast<T>(config_.temperature(positions[static_cast<std::size_t>(t)]));
+    }
+  }
+
+  CausalAttention<T> core(const Cache& cache) const {
+    return {config_.shape(), cache.spans, cache.mask, cache.q, cache.k, cache.v, sinks()};
+  }
+
+  /// cache.context to cache.y.
+  void project_out(Cache& cache) const {
+    cache.y.resize(cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
-    if (config_.bias) cache.y.rowwise() += output_bias_.value.row(0);
-  }
-
-  /// Adds each column's sum, from the first token to the last, to the gradient of `bias`.
-  static void add_column_sums(MatrixIn<T> from, Parameter<T>& bias) {
-    Matrix<T>& grad = bias.gradient();
-    parallel_rows(from.cols(), from.rows(), [&](Index begin, Index end) {
-      for (Index t = 0; t < from.rows(); ++t) {
-        grad.row(0).segment(begin, end - begin) += from.row(t).segment(begin, end - begin);
-      }
-    });
+    if (config_.output_bias) cache.y.rowwise() += output_bias_.value.row(0);
   }
 
   Config config_;
-  Rope rope_;
+  std::optional<Rope> rope_;
   kernels::Weight<T> query_, key_, value_, output_;
   Parameter<T> query_bias_ = {}, key_bias_ = {}, value_bias_ = {}, output_bias_ = {};
+  Parameter<T> sinks_ = {};  // [1, heads]
+  std::optional<HeadNorm<T>> query_norm_, key_norm_;
 };
 
 }  // namespace weir
