@@ -753,20 +753,22 @@ TEST_CASE("LatentAttention says what is wrong with a call", "[attention][latent]
     layer.decode(x, pass, states, cache);
   };
   const Pass pass{.sequences = &sequences};
-  CHECK(test::message_of<ConfigError>([&] { decode({&state}, pass); }) ==
-        "LatentAttention::decode: 1 states, expected 2 (one per sequence)");
-  CHECK(test::message_of<ConfigError>([&] {
+  CHECK(test::message_of<StateError>([&] { decode({&state}, pass); }) ==
+        "LatentAttention::decode: 1 states, expected 2 (one for each sequence)");
+  CHECK(test::message_of<StateError>([&] {
           decode({&state, &other}, {});
-        }) == "LatentAttention::decode: 2 states, expected 1 (one per sequence)");
-  CHECK(test::message_of<ConfigError>([&] {
+        }) == "LatentAttention::decode: 2 states, expected 1 (one for each sequence)");
+  CHECK(test::message_of<StateError>([&] {
           decode({&state, nullptr}, pass);
-        }) == "LatentAttention::decode: a state is null");
-  CHECK(test::message_of<ConfigError>([&] {
+        }) == "LatentAttention::decode: states[1] is null");
+  CHECK(test::message_of<StateError>([&] {
           decode({&state, &state}, pass);
-        }) == "LatentAttention::decode: two sequences have the same state");
+        }) ==
+        "LatentAttention::decode: states[0] and states[1] are the same, expected one for each "
+        "sequence");
   mask = {1, 0, 1};
   CHECK(test::message_of<ConfigError>([&] { decode({&state}, {.mask = mask}); }) ==
-        "LatentAttention::decode: pass.mask has padding, expected none");
+        "LatentAttention::decode: token 1 is padding, expected none where tokens are kept");
   CHECK(state.empty());
   layer.backward(x, cache);  // What was refused has left the cache alone.
 

@@ -5,10 +5,8 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <concepts>
 #include <cstdint>
-#include <functional>
 #include <numeric>
 #include <optional>
 #include <span>
@@ -16,7 +14,10 @@
 #include <vector>
 
 #include <weir/attention/causal.hpp>
+#include <weir/attention/decode_states.hpp>
+#include <weir/attention/latent_absorbed.hpp>
 #include <weir/attention/latent_cache.hpp>
+#include <weir/attention/latent_config.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parallel.hpp>
@@ -26,35 +27,12 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
-#include <weir/kernels/head_blocks.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/nn/rms_norm.hpp>
 #include <weir/ops/rope.hpp>
 
 namespace weir {
-
-/// How `LatentAttention::decode` goes from latents to outputs. Results are equal but for rounding.
-enum class LatentDecoding {
-  kAbsorbed,  ///< Queries go down to the latents: no key or value is ever computed.
-  kExpanded,  ///< Keys and values of all tokens so far are computed, and forgotten again.
-  kCheaper,   ///< For each sequence what multiplies less: expanded for a prompt, absorbed after it.
-};
-
-/// The numbers of a `LatentAttention`.
-struct LatentConfig {
-  Index d_model = 0;
-  Index heads = 0;
-  Index q_rank = 0;     ///< Of the latents of queries; 0: queries come from x directly.
-  Index kv_rank = 0;    ///< Of the latents of keys and values.
-  Index nope_dim = 0;   ///< Numbers of a head's queries and keys that know no position.
-  Index rope_dim = 0;   ///< Even; numbers that are rotated to the position.
-  Index value_dim = 0;  ///< Numbers of a head's values.
-  double rope_theta = 1e4;
-  std::optional<Yarn> yarn = std::nullopt;
-  double norm_epsilon = 1e-6;
-  LatentDecoding decoding = LatentDecoding::kCheaper;
-};
 
 /// Causal self-attention whose keys and values of all heads are made from one short latent c per
 /// token, so that a latent and one key of position are all that decoding has to remember:
@@ -68,13 +46,7 @@ struct LatentConfig {
 /// with a Yarn, its `score_scale()`. Sequences, positions and padding are as in
 /// GroupedQueryAttention.
 ///
-/// **Absorbed.** Since q_nope_h . (W_uk_h c) = (W_uk_h^T q_nope_h) . c, and a sum of W_uv_h c is
-/// W_uv_h of the sum, decoding can compare queries with latents and add up latents, as one shared
-/// key and value head of kv_rank + rope_dim and kv_rank numbers:
-///
-///     out_h = (sum_j a_hj c_j) W_uv_h^T,    a_h = softmax(scale [q_nope_h W_uk_h | q_rope_h] [c |
-///     k_rope]^T)
-///
+/// Decoding may go another way to the same result, see LatentDecoding and LatentAbsorbed.
 /// Stored for inference, W_uk and W_uv are there twice, once for either way.
 template <std::floating_point T>
 class LatentAttention {
@@ -99,18 +71,7 @@ class LatentAttention {
     std::vector<AttentionSpan> spans;
     std::vector<std::uint8_t> mask;
     typename CausalAttention<T>::Cache attention;
-
-    /// The tokens that take the absorbed way, close together.
-    struct Absorbed {
-      std::vector<Index> rows;  ///< Which of the tokens they are.
-      Scratch<T> apart;         ///< The input of a product for each head, one head after the other.
-      Scratch<T> q;             ///< [rows, heads * (kv_rank + rope_dim)]
-      Scratch<T> latents;       ///< Weighted sums of latents, [rows, heads * kv_rank].
-      Scratch<T> context;       ///< [rows, heads * value_dim]
-      std::vector<Product<T>> products;
-    };
-    Absorbed absorbed;
-    std::vector<const State*> states;
+    typename LatentAbsorbed<T>::Cache absorbed;
   };
 
   /// Weights begin as `switch_init` with scale 1.
@@ -119,14 +80,13 @@ class LatentAttention {
       : config_(checked(config)),
         rope_(config_.rope_dim, config_.rope_theta, RopeLayout::kInterleaved, config_.yarn),
         kv_norm_(config_.kv_rank, config_.norm_epsilon),
-        query_(switch_init<T>(config_.heads * query_dim(),
+        query_(switch_init<T>(config_.heads * config_.query_dim(),
                               is_low_rank() ? config_.q_rank : config_.d_model, rng, 1.0)),
         kv_down_(switch_init<T>(config_.kv_rank + config_.rope_dim, config_.d_model, rng, 1.0)),
         key_up_(switch_init<T>(config_.heads * config_.nope_dim, config_.kv_rank, rng, 1.0)),
         value_up_(switch_init<T>(config_.heads * config_.value_dim, config_.kv_rank, rng, 1.0)),
         output_(switch_init<T>(config_.d_model, config_.heads * config_.value_dim, rng, 1.0)),
-        keys_of_heads_(config_.heads, kernels::HeadBlocks<T>::Side::kTransposed),
-        values_of_heads_(config_.heads, kernels::HeadBlocks<T>::Side::kRows) {
+        absorbed_(config_) {
     if (is_low_rank()) {
       query_down_ = kernels::Weight<T>(switch_init<T>(config_.q_rank, config_.d_model, rng, 1.0));
       query_norm_.emplace(config_.q_rank, config_.norm_epsilon);
@@ -134,12 +94,6 @@ class LatentAttention {
   }
 
   const Config& config() const { return config_; }
-
-  /// What the product of a query and a key is multiplied by.
-  double scale() const {
-    const double of_yarn = config_.yarn ? config_.yarn->score_scale() : 1.0;
-    return of_yarn / std::sqrt(static_cast<double>(query_dim()));
-  }
 
   /// See `weir::set_storage`; norms stay parameters.
   void set_storage(Storage storage) {
@@ -149,8 +103,7 @@ class LatentAttention {
       weight->set_storage(Storage::kTrainable);
     }
     if (config_.decoding != LatentDecoding::kExpanded) {
-      keys_of_heads_.set_storage(key_up_.parameter().value, storage);
-      values_of_heads_.set_storage(value_up_.parameter().value, storage);
+      absorbed_.set_storage(value_of(key_up_), value_of(value_up_), storage);
     }
     for (kernels::Weight<T>* weight :
          {&query_down_, &query_, &kv_down_, &key_up_, &value_up_, &output_}) {
@@ -177,11 +130,7 @@ class LatentAttention {
     pass.check("LatentAttention::forward", x.rows());
     cache.x = x;
     cache.mask.assign(pass.mask.begin(), pass.mask.end());
-    cache.spans.clear();
-    for (Index s = 0; s < sequences_of(pass); ++s) {
-      const auto [begin, length] = rows_of(pass, s, x.rows());
-      cache.spans.push_back({begin, length, begin, length});
-    }
+    fill_spans(pass, x.rows(), cache);
     project(x, cache);
     expand(cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache);
     cache.context.resize(x.rows(), config_.heads * config_.value_dim);
@@ -253,31 +202,37 @@ class LatentAttention {
   /// \return        [new tokens, d_model], to rounding what `forward` of the wholes gives.
   /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
   ///                      of another layer.
-  /// \throws ConfigError  unless there is one state, another one, for each sequence, or if the pass
-  ///                      has padding.
+  /// \throws StateError   unless there is one state for each sequence, all different.
+  /// \throws ConfigError  if a token is padding: a state holds none.
   const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
                           Cache& cache) const {
-    check_decode(x, pass, states, cache);
+    check_decode(x, pass, states);
     cache.recorded = false;
     cache.mask.clear();
-    cache.spans.clear();
-    for (Index s = 0; s < sequences_of(pass); ++s) {
-      const auto [begin, length] = rows_of(pass, s, x.rows());
-      cache.spans.push_back({begin, length, 0, state(states, s).length() + length});
+    fill_spans(pass, x.rows(), cache);
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      cache.spans[s].key_begin = 0;
+      cache.spans[s].keys += states[s]->length();
     }
     project(x, cache);
-    for (Index s = 0; s < sequences_of(pass); ++s) {
-      const auto [begin, length] = rows_of(pass, s, x.rows());
-      state(states, s).append(cache.kv_norm.y.middleRows(begin, length),
-                              cache.kv.rightCols(config_.rope_dim).middleRows(begin, length));
+    const auto rope_keys = cache.kv.rightCols(config_.rope_dim);
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      const AttentionSpan& span = cache.spans[s];
+      states[s]->append(cache.kv_norm.y.middleRows(span.query_begin, span.queries),
+                        rope_keys.middleRows(span.query_begin, span.queries));
     }
     cache.context.resize(x.rows(), config_.heads * config_.value_dim);
-    absorb(states, cache);
-    for (std::size_t s = 0; s < cache.spans.size(); ++s) {
-      if (is_absorbed(cache.spans[s])) continue;
-      expand(states[s]->latents(), states[s]->rope_keys(), cache);
-      expanded(cache, {&cache.spans[s], 1}).forward(cache.context, cache.attention);
+    cache.absorbed.clear();
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      if (is_absorbed(cache.spans[s])) {
+        cache.absorbed.add(cache.spans[s], *states[s]);
+      } else {
+        expand(states[s]->latents(), states[s]->rope_keys(), cache);
+        expanded(cache, {&cache.spans[s], 1}).forward(cache.context, cache.attention);
+      }
     }
+    absorbed_.attend(cache.q, value_of(key_up_), value_of(value_up_), cache.context,
+                     cache.absorbed);
     finish(cache);
     return cache.y;
   }
@@ -308,21 +263,8 @@ class LatentAttention {
   }
 
  private:
-  static Config checked(const Config& config) {
-    constexpr auto kWhere = "LatentAttention";
-    expect_at_least<Index>(kWhere, "d_model", config.d_model, 1);
-    expect_at_least<Index>(kWhere, "heads", config.heads, 1);
-    expect_at_least<Index>(kWhere, "q_rank", config.q_rank, 0);
-    expect_at_least<Index>(kWhere, "kv_rank", config.kv_rank, 1);
-    expect_at_least<Index>(kWhere, "nope_dim", config.nope_dim, 1);
-    expect_at_least<Index>(kWhere, "rope_dim", config.rope_dim, 2);
-    if (config.rope_dim % 2 != 0) {
-      fail<ConfigError>(kWhere, ": rope_dim = ", config.rope_dim, ", expected an even number");
-    }
-    expect_at_least<Index>(kWhere, "value_dim", config.value_dim, 1);
-    expect_positive(kWhere, "rope_theta", config.rope_theta);
-    expect_positive(kWhere, "norm_epsilon", config.norm_epsilon);
-    if (config.yarn) config.yarn->check(kWhere);
+  static const Config& checked(const Config& config) {
+    config.check("LatentAttention");
     return config;
   }
 
@@ -334,50 +276,38 @@ class LatentAttention {
   }
 
   bool is_low_rank() const { return config_.q_rank > 0; }
-  Index query_dim() const { return config_.nope_dim + config_.rope_dim; }
-  Rope::Part rotated_part() const { return {query_dim(), config_.nope_dim}; }
+  Rope::Part rotated_part() const { return {config_.query_dim(), config_.nope_dim}; }
 
-  static Index sequences_of(const Pass& pass) {
-    return pass.sequences == nullptr ? 1 : pass.sequences->count();
-  }
-  /// The first row, and the number of rows, of sequence s.
-  static std::pair<Index, Index> rows_of(const Pass& pass, Index s, Index tokens) {
-    if (pass.sequences == nullptr) return {0, tokens};
-    return {pass.sequences->begin(s), pass.sequences->length(s)};
-  }
-  static State& state(std::span<State* const> states, Index s) {
-    return *states[static_cast<std::size_t>(s)];
+  /// A span for each sequence of the pass, alone.
+  static void fill_spans(const Pass& pass, Index tokens, Cache& cache) {
+    cache.spans.clear();
+    if (pass.sequences == nullptr) {
+      cache.spans.push_back({0, tokens, 0, tokens});
+      return;
+    }
+    for (Index s = 0; s < pass.sequences->count(); ++s) {
+      const Index begin = pass.sequences->begin(s);
+      const Index length = pass.sequences->length(s);
+      cache.spans.push_back({begin, length, begin, length});
+    }
   }
 
-  void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
-                    Cache& cache) const {
+  void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const {
     constexpr auto kWhere = "LatentAttention::decode";
     expect_columns(kWhere, "x", x, config_.d_model);
     pass.check(kWhere, x.rows());
-    if (std::find(pass.mask.begin(), pass.mask.end(), 0) != pass.mask.end()) {
-      fail<ConfigError>(kWhere, ": pass.mask has padding, expected none");
-    }
-    if (static_cast<Index>(states.size()) != sequences_of(pass)) {
-      fail<ConfigError>(kWhere, ": ", states.size(), " states, expected ", sequences_of(pass),
-                        " (one per sequence)");
-    }
+    expect_states(kWhere, pass, states);
     for (const State* held : states) {
-      if (held == nullptr) fail<ConfigError>(kWhere, ": a state is null");
       if (held->empty()) continue;
       expect_shape(kWhere, "latents", held->latents(), held->length(), config_.kv_rank);
       expect_shape(kWhere, "rope_keys", held->rope_keys(), held->length(), config_.rope_dim);
-    }
-    cache.states.assign(states.begin(), states.end());
-    std::sort(cache.states.begin(), cache.states.end(), std::less<>());
-    if (std::adjacent_find(cache.states.begin(), cache.states.end()) != cache.states.end()) {
-      fail<ConfigError>(kWhere, ": two sequences have the same state");
     }
   }
 
   /// x to queries, and to latents and keys of positions, rotated to the positions of the spans.
   void project(MatrixIn<T> x, Cache& cache) const {
     const Index tokens = x.rows();
-    cache.q.resize(tokens, config_.heads * query_dim());
+    cache.q.resize(tokens, config_.heads * config_.query_dim());
     cache.kv.resize(tokens, config_.kv_rank + config_.rope_dim);
     if (is_low_rank()) {
       cache.query_down.resize(tokens, config_.q_rank);
@@ -408,11 +338,11 @@ class LatentAttention {
     auto key_nope = cache.key_nope.reshape(keys, config_.heads * nope);
     auto v = cache.v.reshape(keys, config_.heads * config_.value_dim);
     kernels::multiply_weights<T, 2>(latents, {{{key_up_, key_nope}, {value_up_, v}}});
-    auto k = cache.k.reshape(keys, config_.heads * query_dim());
+    auto k = cache.k.reshape(keys, config_.heads * config_.query_dim());
     parallel_rows(keys, k.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         for (Index h = 0; h < config_.heads; ++h) {
-          T* const to = &k(t, h * query_dim());
+          T* const to = &k(t, h * config_.query_dim());
           std::copy_n(&key_nope(t, h * nope), nope, to);
           std::copy_n(&rope_keys.coeffRef(t, 0), config_.rope_dim, to + nope);
         }
@@ -429,7 +359,7 @@ class LatentAttention {
       for (Index t = begin; t < end; ++t) {
         d_rope_key.row(t).setZero();
         for (Index h = 0; h < config_.heads; ++h) {
-          const T* const from = &cache.dk(t, h * query_dim());
+          const T* const from = &cache.dk(t, h * config_.query_dim());
           std::copy_n(from, nope, &cache.d_key_nope(t, h * nope));
           for (Index i = 0; i < config_.rope_dim; ++i) d_rope_key(t, i) += from[nope + i];
         }
@@ -438,7 +368,7 @@ class LatentAttention {
   }
 
   CausalAttention<T> expanded(const Cache& cache, std::span<const AttentionSpan> spans) const {
-    return {{config_.heads, config_.heads, query_dim(), config_.value_dim, scale()},
+    return {{config_.heads, config_.heads, config_.query_dim(), config_.value_dim, config_.scale()},
             spans,
             cache.mask,
             cache.q,
@@ -455,64 +385,8 @@ class LatentAttention {
     const Index up = (config_.nope_dim + config_.value_dim) * config_.kv_rank;
     const Index pairs = s.queries * (s.keys - s.queries) + s.queries * (s.queries + 1) / 2;
     const Index absorbed = s.queries * up + pairs * (2 * config_.kv_rank + config_.rope_dim);
-    const Index expanded = s.keys * up + pairs * (query_dim() + config_.value_dim);
+    const Index expanded = s.keys * up + pairs * (config_.query_dim() + config_.value_dim);
     return absorbed <= expanded;
-  }
-
-  /// Sets the rows of cache.context whose sequences take the absorbed way.
-  void absorb(std::span<State* const> states, Cache& cache) const {
-    typename Cache::Absorbed& own = cache.absorbed;
-    std::vector<Index>& rows = own.rows;
-    rows.clear();
-    for (const AttentionSpan& s : cache.spans) {
-      if (!is_absorbed(s)) continue;
-      for (Index i = 0; i < s.queries; ++i) rows.push_back(s.query_begin + i);
-    }
-    if (rows.empty()) return;
-    const auto count = static_cast<Index>(rows.size());
-    const auto row = [&](Index i) { return rows[static_cast<std::size_t>(i)]; };
-    const Index rank = config_.kv_rank;
-    const Index width = rank + config_.rope_dim;
-
-    auto q = own.q.reshape(count, config_.heads * width);
-    auto nope = own.apart.reshape(config_.heads * count, config_.nope_dim);
-    parallel_rows(count, cache.q.cols(), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) {
-        for (Index h = 0; h < config_.heads; ++h) {
-          const T* const from = &cache.q(row(i), h * query_dim());
-          std::copy_n(from, config_.nope_dim, &nope(h * count + i, 0));
-          std::copy_n(from + config_.nope_dim, config_.rope_dim, &q(i, h * width + rank));
-        }
-      }
-    });
-    keys_of_heads_.multiply(nope, value_of(key_up_), q, width, own.products);
-
-    auto latents = own.latents.reshape(count, config_.heads * rank);
-    Index begin = 0;
-    for (std::size_t s = 0; s < cache.spans.size(); ++s) {
-      if (!is_absorbed(cache.spans[s])) continue;
-      const AttentionSpan span = {begin, cache.spans[s].queries, 0, cache.spans[s].keys};
-      begin += span.queries;
-      const CausalAttention<T> attention = {{config_.heads, 1, width, rank, scale()},
-                                            {&span, 1},
-                                            cache.mask,
-                                            q,
-                                            states[s]->rows(),
-                                            states[s]->latents()};
-      attention.forward(latents, cache.attention);
-    }
-
-    auto sums = own.apart.reshape(config_.heads * count, rank);
-    parallel_rows(count, latents.cols(), [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i) {
-        for (Index h = 0; h < config_.heads; ++h) {
-          std::copy_n(&latents(i, h * rank), rank, &sums(h * count + i, 0));
-        }
-      }
-    });
-    auto context = own.context.reshape(count, config_.heads * config_.value_dim);
-    values_of_heads_.multiply(sums, value_of(value_up_), context, config_.value_dim, own.products);
-    for (Index i = 0; i < count; ++i) cache.context.row(row(i)) = context.row(i);
   }
 
   /// cache.context to cache.y.
@@ -526,7 +400,7 @@ class LatentAttention {
   std::optional<RmsNorm<T>> query_norm_;
   RmsNorm<T> kv_norm_;
   kernels::Weight<T> query_down_, query_, kv_down_, key_up_, value_up_, output_;
-  kernels::HeadBlocks<T> keys_of_heads_, values_of_heads_;
+  LatentAbsorbed<T> absorbed_;
 };
 
 }  // namespace weir
