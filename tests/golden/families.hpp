@@ -24,6 +24,7 @@ CheckCase check_gpt_oss;
 CheckCase check_deepseek_v2_moe;
 CheckCase check_deepseek_v3_moe;
 CheckCase check_megatron;
+CheckCase check_mla;
 
 struct Family {
   int number;
@@ -40,6 +41,7 @@ inline constexpr Family kFamilies[] = {
     {6, "Shazeer's noisy top-k layer", check_noisy_top_k},
     {7, "ST-MoE layer", check_st_moe_top2},
     {8, "Megatron-Core's routing, dropping and losses", check_megatron},
+    {9, "Multi-head latent attention", check_mla},
     {15, "Expert-choice layer", check_expert_choice},
     {16, "Tutel and MegaBlocks losses", check_other_aux_losses},
     {17, "gpt-oss layer", check_gpt_oss},

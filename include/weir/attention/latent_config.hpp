@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The numbers of multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
+#pragma once
+
+#include <cmath>
+#include <optional>
+#include <string_view>
+
+#include <weir/core/error.hpp>
+#include <weir/core/types.hpp>
+#include <weir/ops/yarn.hpp>
+
+namespace weir {
+
+/// How `LatentAttention::decode` goes from latents to outputs. Results are equal but for rounding.
+enum class LatentDecoding {
+  kAbsorbed,  ///< Queries go down to the latents: no key or value is ever computed.
+  kExpanded,  ///< Keys and values of all tokens so far are computed, and forgotten again.
+  kCheaper,   ///< For each sequence what multiplies less: expanded for a prompt, absorbed after it.
+};
+
+/// The numbers of a `LatentAttention`.
+struct LatentConfig {
+  Index d_model = 0;
+  Index heads = 0;
+  Index q_rank = 0;     ///< Of the latents of queries; 0: queries come from x directly.
+  Index kv_rank = 0;    ///< Of the latents of keys and values.
+  Index nope_dim = 0;   ///< Numbers of a head's queries and keys that know no position.
+  Index rope_dim = 0;   ///< Even; numbers that are rotated to the position.
+  Index value_dim = 0;  ///< Numbers of a head's values.
+  double rope_theta = 1e4;
+  std::optional<Yarn> yarn = std::nullopt;
+  double norm_epsilon = 1e-6;
+  LatentDecoding decoding = LatentDecoding::kCheaper;
+
+  Index query_dim() const { return nope_dim + rope_dim; }  ///< Of a head's queries and keys.
+
+  /// What the product of a query and a key is multiplied by.
+  double scale() const {
+    return (yarn ? yarn->score_scale() : 1.0) / std::sqrt(static_cast<double>(query_dim()));
+  }
+
+  /// \throws ConfigError  if a size is below 1 (q_rank: 0), rope_dim is odd, rope_theta or
+  ///                      norm_epsilon is not above zero, or the yarn is not sound.
+  void check(std::string_view where) const {
+    expect_at_least<Index>(where, "d_model", d_model, 1);
+    expect_at_least<Index>(where, "heads", heads, 1);
+    expect_at_least<Index>(where, "q_rank", q_rank, 0);
+    expect_at_least<Index>(where, "kv_rank", kv_rank, 1);
+    expect_at_least<Index>(where, "nope_dim", nope_dim, 1);
+    expect_at_least<Index>(where, "rope_dim", rope_dim, 2);
+    if (rope_dim % 2 != 0) {
+      fail<ConfigError>(where, ": rope_dim = ", rope_dim, ", expected an even number");
+    }
+    expect_at_least<Index>(where, "value_dim", value_dim, 1);
+    expect_positive(where, "rope_theta", rope_theta);
+    expect_positive(where, "norm_epsilon", norm_epsilon);
+    if (yarn) yarn->check(where);
+  }
+};
+
+}  // namespace weir

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT
+// Multi-head latent attention as in DeepSeek-V3's own inference code, which keeps the
+// up-projections of keys and values in one matrix, and has a naive and an absorbed path.
+#include <algorithm>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <weir/attention/latent.hpp>
+
+#include "golden/families.hpp"
+
+namespace weir::golden {
+namespace {
+
+LatentConfig read_config(CaseFile& file) {
+  LatentConfig config{.d_model = file.size("d_model"),
+                      .heads = file.size("n_heads"),
+                      .q_rank = static_cast<Index>(file.number("q_lora_rank")),
+                      .kv_rank = file.size("kv_lora_rank"),
+                      .nope_dim = file.size("qk_nope_head_dim"),
+                      .rope_dim = file.size("qk_rope_head_dim"),
+                      .value_dim = file.size("v_head_dim"),
+                      .rope_theta = file.number("rope_theta"),
+                      .norm_epsilon = file.number("rms_eps")};
+  const Yarn yarn{.factor = file.number("rope_factor"),
+                  .original_context = file.size("original_seq_len"),
+                  .beta_fast = file.number("beta_fast"),
+                  .beta_slow = file.number("beta_slow"),
+                  .mscale = file.number("mscale"),
+                  .mscale_all_dim = file.number("mscale")};
+  const bool extended = file.size("max_seq_len") > yarn.original_context;
+  if (extended != file.flag("yarn")) {
+    fail<FileError>(file.path(), ": cfg.yarn contradicts cfg.max_seq_len");
+  }
+  if (extended) config.yarn = yarn;
+  return config;
+}
+
+/// The rows `first` to `first + rows` of each head, of which `from` has as many as fit.
+Matrix<double> part_of_heads(const Matrix<double>& from, Index heads, Index first, Index rows) {
+  const Index height = from.rows() / heads;
+  Matrix<double> part(heads * rows, from.cols());
+  for (Index h = 0; h < heads; ++h) {
+    part.middleRows(h * rows, rows) = from.middleRows(h * height + first, rows);
+  }
+  return part;
+}
+
+/// The reverse: each head's rows of `upper` above those of `lower`.
+Matrix<double> join_heads(const Matrix<double>& upper, const Matrix<double>& lower, Index heads) {
+  const Index above = upper.rows() / heads;
+  const Index below = lower.rows() / heads;
+  Matrix<double> joined(upper.rows() + lower.rows(), upper.cols());
+  for (Index h = 0; h < heads; ++h) {
+    joined.middleRows(h * (above + below), above) = upper.middleRows(h * above, above);
+    joined.middleRows(h * (above + below) + above, below) = lower.middleRows(h * below, below);
+  }
+  return joined;
+}
+
+/// The name in the file of a parameter that is there as it is.
+std::string name_of(const std::string& parameter, bool low_rank) {
+  if (parameter == "query_down") return "wq_a.weight";
+  if (parameter == "query_norm.weight") return "q_norm.weight";
+  if (parameter == "query") return low_rank ? "wq_b.weight" : "wq.weight";
+  if (parameter == "kv_down") return "wkv_a.weight";
+  if (parameter == "kv_norm.weight") return "kv_norm.weight";
+  if (parameter == "output") return "wo.weight";
+  return "";
+}
+
+LatentAttention<double> read_layer(CaseFile& file, const LatentConfig& config) {
+  Rng rng(0);
+  LatentAttention<double> layer(config, rng);
+  const Matrix<double> kv_up = file.matrix(
+      "w.wkv_b.weight", {config.heads * (config.nope_dim + config.value_dim), config.kv_rank});
+  for (auto& [name, parameter] : parameters(layer)) {
+    Matrix<double>& value = parameter->value;
+    if (name == "key_up") {
+      value = part_of_heads(kv_up, config.heads, 0, config.nope_dim);
+    } else if (name == "value_up") {
+      value = part_of_heads(kv_up, config.heads, config.nope_dim, config.value_dim);
+    } else {
+      const std::string in_file = "w." + name_of(name, config.q_rank > 0);
+      value = value.rows() == 1 ? file.matrix(in_file, {value.cols()})
+                                : file.matrix(in_file, {value.rows(), value.cols()});
+    }
+  }
+  return layer;
+}
+
+/// Decodes the sequences of x side by side, `chunk` tokens of each at a time.
+Matrix<double> decode(const LatentAttention<double>& layer, const Matrix<double>& x, Index batch,
+                      Index chunk, std::vector<LatentCache<double>>& kept) {
+  kept.assign(static_cast<std::size_t>(batch), {});
+  std::vector<LatentCache<double>*> states;
+  for (auto& state : kept) states.push_back(&state);
+  LatentAttention<double>::Cache cache;
+  const Index seq = x.rows() / batch;
+  Matrix<double> y(x.rows(), x.cols());
+  for (Index t = 0; t < seq; t += chunk) {
+    const Index count = std::min(chunk, seq - t);
+    const Sequences sequences = Sequences::uniform(batch, count);
+    Matrix<double> tokens(batch * count, x.cols());
+    for (Index b = 0; b < batch; ++b) {
+      tokens.middleRows(b * count, count) = x.middleRows(b * seq + t, count);
+    }
+    const Matrix<double>& out = layer.decode(tokens, Pass{.sequences = &sequences}, states, cache);
+    for (Index b = 0; b < batch; ++b) {
+      y.middleRows(b * seq + t, count) = out.middleRows(b * count, count);
+    }
+  }
+  return y;
+}
+
+void check_angles(CaseFile& file, Checker& checker, const LatentConfig& config) {
+  const Rope rope(config.rope_dim, config.rope_theta, RopeLayout::kInterleaved, config.yarn);
+  std::vector<Index> positions;
+  for (Index t = 0; t < file.size("seq"); ++t) positions.push_back(t);
+  Scratch<double> table;
+  rope.tabulate(std::span<const Index>(positions), table);
+  checker.reals("out.freqs_cos", table.view().leftCols(config.rope_dim / 2));
+  checker.reals("out.freqs_sin", table.view().rightCols(config.rope_dim / 2));
+}
+
+void check_decoding(CaseFile& file, Checker& checker, const LatentConfig& config,
+                    const Matrix<double>& x) {
+  const Index batch = file.size("batch");
+  for (const LatentDecoding way : {LatentDecoding::kAbsorbed, LatentDecoding::kExpanded}) {
+    const bool absorbed = way == LatentDecoding::kAbsorbed;
+    LatentConfig config_of_way = config;
+    config_of_way.decoding = way;
+    const LatentAttention<double> layer = read_layer(file, config_of_way);
+    for (const Index chunk : {Index{1}, Index{3}, x.rows()}) {
+      checker.section(std::string(absorbed ? "absorbed" : "expanded") + " decoding, " +
+                      std::to_string(std::min(chunk, x.rows() / batch)) + " at a time");
+      std::vector<LatentCache<double>> kept;
+      const Matrix<double> y = decode(layer, x, batch, chunk, kept);
+      checker.reals(absorbed ? "out.y_absorb" : "out.y", y);
+      Matrix<double> rows(x.rows(), config.kv_rank + config.rope_dim);
+      for (Index b = 0; b < batch; ++b) {
+        const LatentCache<double>& state = kept[static_cast<std::size_t>(b)];
+        rows.middleRows(b * state.length(), state.length()) = state.rows();
+      }
+      checker.reals("out.kv_cache_normed_latent", rows.leftCols(config.kv_rank));
+      checker.reals("out.pe_cache", rows.rightCols(config.rope_dim));
+    }
+  }
+}
+
+}  // namespace
+
+void check_mla(CaseFile& file, Checker& checker) {
+  const LatentConfig config = read_config(file);
+  const std::vector<Index> shape = {file.size("batch"), file.size("seq"), config.d_model};
+  const Matrix<double> x = file.matrix("in.x", shape);
+  const Matrix<double> cotangent = file.matrix("in.cotangent", shape);
+  const Sequences sequences = Sequences::uniform(shape[0], shape[1]);
+  check_angles(file, checker, config);
+
+  LatentAttention<double> layer = read_layer(file, config);
+  LatentAttention<double>::Cache cache;
+  const Matrix<double> y = layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache);
+  checker.reals("out.y", y);
+  checker.scalar("out.loss", y.cwiseProduct(cotangent).sum());
+  checker.reals("g.x", layer.backward(cotangent, cache));
+  Gradients gradients(layer);
+  checker.reals("g.wkv_b.weight",
+                join_heads(gradients.take("key_up"), gradients.take("value_up"), config.heads));
+  for (auto& [name, parameter] : parameters(layer)) {
+    const std::string in_file = name_of(name, config.q_rank > 0);
+    if (in_file.empty()) continue;
+    const Matrix<double> gradient = gradients.take(name);
+    checker.reals("g." + in_file, gradient);
+  }
+  gradients.finish(checker);
+  check_decoding(file, checker, config, x);
+}
+
+}  // namespace weir::golden
