@@ -102,7 +102,8 @@ concept BalancingRule = requires(B& balancer, const Routing<T>& routing) {
 ///     void add_router_gradient(R&, T scale) const;         adds `scale` times its gradient to that
 ///                                            of the parameters, of frozen ones as of others
 ///
-/// `check(router)`, if it has one, throws if it does not fit the router.
+/// It may have `check_router(router)`, as any balancer or selector may, which throws ConfigError if
+/// it does not fit the router.
 template <class B, class R>
 concept RouterLoss = requires(const B& balancer, const R& router, R& trained,
                               typename R::Scalar scale) {

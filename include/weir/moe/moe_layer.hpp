@@ -266,10 +266,11 @@ class MoELayer {
  private:
   void check() const {
     selector_.check(router_.experts());
+    if constexpr (requires { selector_.check_router(router_); }) selector_.check_router(router_);
     capacity_.check();
     for_each_balancer([&](const auto& balancer) {
       if constexpr (requires { balancer.check(); }) balancer.check();
-      if constexpr (requires { balancer.check(router_); }) balancer.check(router_);
+      if constexpr (requires { balancer.check_router(router_); }) balancer.check_router(router_);
     });
   }
 

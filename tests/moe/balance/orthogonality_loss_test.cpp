@@ -190,7 +190,7 @@ TEST_CASE("OrthogonalityLoss refuses what it cannot serve", "[moe][balance][orth
           OrthogonalityLoss<float>{.groups = 3}.add_router_gradient(router, 1.0F);
         }) == "OrthogonalityLoss: groups = 3, expected a divisor of experts = 4");
   const HashRouter<float> hash(3, 4, modulo_hash_table(10, 4));
-  CHECK(test::message_of<ConfigError>([&] { OrthogonalityLoss<float>{}.check(hash); }) ==
+  CHECK(test::message_of<ConfigError>([&] { OrthogonalityLoss<float>{}.check_router(hash); }) ==
         "OrthogonalityLoss: the router has no vectors of its experts, expected a parameter "
         "'weight' or 'embedding' of 4 rows");
 }

@@ -33,8 +33,8 @@ namespace weir {
 /// A vector of norm below 1e-12 counts as zero: its own element of G is -1, the others are 0, and
 /// it has no gradient. With one expert (to a group), whose vector is not zero, the loss is zero.
 ///
-/// The loss looks at parameters, not at tokens: it has no value at uniform load, and is the same
-/// for any load and without tokens. (PaddleNLP, paddlenlp/transformers/moe_gate.py; the groups as
+/// The loss looks at parameters, not at tokens: it is the same at uniform load as at any other, and
+/// without tokens. (PaddleNLP, paddlenlp/transformers/moe_gate.py; the groups as
 /// in ERNIE's top2_gate.py.)
 template <std::floating_point T>
 struct OrthogonalityLoss {
@@ -52,7 +52,7 @@ struct OrthogonalityLoss {
   /// \throws ConfigError  as `check`; if the router has no vectors of its experts, or unless
   ///                      `groups` divides the experts.
   template <class R>
-  void check(const R& router) const {
+  void check_router(const R& router) const {
     check();
     if (expert_vectors(router) == nullptr) {
       fail<ConfigError>(
@@ -67,11 +67,11 @@ struct OrthogonalityLoss {
   }
 
   /// \return         The loss, already scaled by `coefficient`.
-  /// \throws ConfigError  as `check`.
+  /// \throws ConfigError  as `check_router`.
   template <class R>
   requires std::same_as<typename R::Scalar, T> T router_loss(const R& router)
   const {
-    check(router);
+    check_router(router);
     const Matrix<T>& w = expert_vectors(router)->value;
     const Space space(w.rows(), w.cols(), groups);
     T sum = T(0);
@@ -83,11 +83,11 @@ struct OrthogonalityLoss {
   }
 
   /// Adds `scale` times d(loss)/d(vectors) to their gradient.
-  /// \throws ConfigError  as `check`.
+  /// \throws ConfigError  as `check_router`.
   template <class R>
   requires std::same_as<typename R::Scalar, T>
   void add_router_gradient(R& router, T scale) const {
-    check(router);
+    check_router(router);
     Parameter<T>& vectors = *expert_vectors(router);
     const Matrix<T>& w = vectors.value;
     const Space space(w.rows(), w.cols(), groups);
