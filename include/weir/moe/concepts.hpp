@@ -95,8 +95,28 @@ concept BalancingRule = requires(B& balancer, const Routing<T>& routing) {
   balancer.observe(routing);
 };
 
+/// A term of the training objective that looks at the parameters of the router, not at a routing:
+/// it is the same for any tokens, also for none.
+///
+///     T router_loss(const R&) const;                       scaled by its coefficient
+///     void add_router_gradient(R&, T scale) const;         adds `scale` times its gradient to that
+///                                            of the parameters, of frozen ones as of others
+///
+/// It may have `check_router(router)`, as any balancer or selector may, which throws ConfigError if
+/// it does not fit the router.
+template <class B, class R>
+concept RouterLoss = requires(const B& balancer, const R& router, R& trained,
+                              typename R::Scalar scale) {
+  { balancer.router_loss(router) } -> std::convertible_to<typename R::Scalar>;
+  balancer.add_router_gradient(trained, scale);
+};
+
 /// Keeps the load level. Its name in reports is `B::kName`, if it has one.
 template <class B, class T>
 concept Balancer = BalancingLoss<B, T> || BalancingRule<B, T>;
+
+/// What a layer with the router R takes as a balancer.
+template <class B, class R>
+concept BalancerFor = Balancer<B, typename R::Scalar> || RouterLoss<B, R>;
 
 }  // namespace weir

@@ -40,7 +40,8 @@ namespace weir {
 ///                  GluBank<float>(8, 64, 128, rng), SwitchLoss<float>{}, ZLoss<float>{});
 ///
 /// The loss that `backward` differentiates is the caller's plus `cache.aux_loss`, the sum of the
-/// balancers' losses times `pass.aux_scale`.
+/// balancers' losses times `pass.aux_scale`. A RouterLoss, which looks at parameters alone, is one
+/// of them: with a batch split into micro-batches it counts once, if their scales sum to one.
 template <class R, class S, class C, class B, class... L>
 class MoELayer {
  public:
@@ -51,7 +52,9 @@ class MoELayer {
   static_assert(Selector<S, T>, "the second argument of MoELayer has to be a Selector");
   static_assert(CapacityPolicy<C, T>, "the third argument of MoELayer has to be a CapacityPolicy");
   static_assert(ExpertBank<B>, "the fourth argument of MoELayer has to be an ExpertBank");
-  static_assert((Balancer<L, T> && ...), "the other arguments of MoELayer have to be Balancers");
+  static_assert(
+      (BalancerFor<L, R> && ...),
+      "the other arguments of MoELayer have to be Balancers, or RouterLosses of its router");
   static_assert(std::same_as<T, typename B::Scalar>, "router and bank differ in their scalar");
 
   struct Cache {
@@ -128,7 +131,8 @@ class MoELayer {
 
     cache.aux_scale = static_cast<T>(pass.aux_scale);
     cache.aux_loss = T(0);
-    for_each_loss([&](const auto& balancer) { cache.aux_loss += balancer.loss(cache.routing); });
+    for_each_loss(
+        [&](const auto& balancer) { cache.aux_loss += loss_of(balancer, cache.routing); });
     cache.aux_loss *= cache.aux_scale;
     cache.filled = true;
     if (!cache.routing.pass_dropped) return y;
@@ -153,7 +157,11 @@ class MoELayer {
     expect_shape("MoELayer::backward", "dy", dy, routing.tokens(), bank_.d_out());
 
     cache.gradient.reset(routing);
-    for_each_loss([&](const auto& balancer) { balancer.add_gradient(routing, cache.gradient); });
+    for_each_loss([&](const auto& balancer) {
+      if constexpr (BalancingLoss<std::remove_cvref_t<decltype(balancer)>, T>) {
+        balancer.add_gradient(routing, cache.gradient);
+      }
+    });
     if (cache.aux_scale != T(1)) {
       cache.gradient.logits *= cache.aux_scale;
       cache.gradient.probabilities *= cache.aux_scale;
@@ -183,6 +191,11 @@ class MoELayer {
     if constexpr (AnnotatingRouter<R>) router_.receive(cache.gradient, cache.router);
     cache.dx.resize(dy.rows(), d_model());
     add_rows<T>(d_experts, router_.backward(cache.gradient.logits, cache.router), cache.dx);
+    for_each_loss([&](const auto& balancer) {
+      if constexpr (RouterLoss<std::remove_cvref_t<decltype(balancer)>, R>) {
+        balancer.add_router_gradient(router_, cache.aux_scale);
+      }
+    });
     if (routing.pass_dropped) {
       for_each_dropped(routing, [&](Index t, std::size_t a) {
         cache.dx.row(t) += routing.weight[a] * dy.row(t);
@@ -214,7 +227,7 @@ class MoELayer {
       using Loss = std::remove_cvref_t<decltype(balancer)>;
       std::string name = "loss";
       if constexpr (requires { Loss::kName; }) name = Loss::kName;
-      report.losses.emplace_back(name, static_cast<double>(balancer.loss(cache.routing)));
+      report.losses.emplace_back(name, static_cast<double>(loss_of(balancer, cache.routing)));
     });
     return report;
   }
@@ -253,9 +266,11 @@ class MoELayer {
  private:
   void check() const {
     selector_.check(router_.experts());
+    if constexpr (requires { selector_.check_router(router_); }) selector_.check_router(router_);
     capacity_.check();
-    for_each_balancer([](const auto& balancer) {
+    for_each_balancer([&](const auto& balancer) {
       if constexpr (requires { balancer.check(); }) balancer.check();
+      if constexpr (requires { balancer.check_router(router_); }) balancer.check_router(router_);
     });
   }
 
@@ -271,8 +286,17 @@ class MoELayer {
   template <class Body>
   void for_each_loss(Body&& body) const {
     for_each_balancer([&](const auto& balancer) {
-      if constexpr (BalancingLoss<std::remove_cvref_t<decltype(balancer)>, T>) body(balancer);
+      using Loss = std::remove_cvref_t<decltype(balancer)>;
+      if constexpr (BalancingLoss<Loss, T> || RouterLoss<Loss, R>) body(balancer);
     });
+  }
+
+  template <class Loss>
+  T loss_of(const Loss& balancer, const Routing<T>& routing) const {
+    T loss = T(0);
+    if constexpr (BalancingLoss<Loss, T>) loss += balancer.loss(routing);
+    if constexpr (RouterLoss<Loss, R>) loss += balancer.router_loss(router_);
+    return loss;
   }
 
   template <class Body>

@@ -25,6 +25,9 @@ namespace weir {
 /// 2023, arXiv:2306.04640; of task and expert: Chen et al. 2022, arXiv:2212.08066). H_token is a
 /// mean over tokens; H_mean is not, so that each micro-batch is levelled by itself.
 ///
+/// At uniform load H_mean = ln experts, where load is the mean probability; H_token is anything
+/// from 0 to that.
+///
 /// A probability of zero gets no gradient: the softmax would let none through.
 template <std::floating_point T>
 struct EntropyLoss {

@@ -40,8 +40,9 @@ T squared_variation(const RowVector<T>& v, Variance variance, RowVector<T>* grad
 ///     importance_e = sum_t g_te,    loss = coefficient * CV(importance)^2
 ///
 /// g_te is the weight of the assignment of token t to expert e, dropped or not, and 0 where there
-/// is none. Padding has no assignments. The loss of a batch is not the mean of those of its parts:
-/// cut into micro-batches, each is levelled by itself.
+/// is none. Padding has no assignments. At uniform load, of total weights, the loss is zero. The
+/// loss of a batch is not the mean of those of its parts: cut into micro-batches, each is levelled
+/// by itself.
 template <std::floating_point T>
 struct ImportanceLoss {
   static constexpr std::string_view kName = "importance";

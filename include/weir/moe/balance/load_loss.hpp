@@ -30,7 +30,8 @@ namespace weir {
 /// Derivatives go through C, std and the thresholds, which are noisy logits of other experts. Where
 /// the router drew no noise, as outside of training, load_e is how many tokens chose e, dropped or
 /// not, and there is no gradient; likewise for a token that chose all experts (k = experts, or none
-/// else allowed) and for an element of zero std. Padding, and tokens without experts, are not
+/// else allowed) and for an element of zero std. At uniform load, of the load_e, the loss is zero.
+/// Padding, and tokens without experts, are not
 /// counted. Meant for selectors that choose the largest logits, such as TopKSoftmax. As for
 /// ImportanceLoss, the loss of a batch is not the mean of those of its parts.
 template <std::floating_point T>

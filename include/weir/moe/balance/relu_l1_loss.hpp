@@ -30,8 +30,10 @@ struct ReluL1Config {
 /// T counts real tokens, c_e the assignments to expert e, dropped or not; S = 1 - (sum_e c_e) /
 /// (T experts) is the sparsity of all backward passes since the last update, micro-batches adding
 /// up. So lambda grows while tokens have more than k experts on average, shrinks while they have
-/// fewer, and stays at exactly k. f_e is constant to the derivative, and the loss reaches the
-/// router through the weights of chosen experts. Without real tokens the loss is zero.
+/// fewer, and stays at exactly k. At uniform load, of k experts to a token, f_e = 1: then eq. 10 is
+/// eq. 7, lambda times the mean over tokens of the sum of their weights. f_e is constant to the
+/// derivative, and the loss reaches the router through the weights of chosen experts. Without real
+/// tokens the loss is zero.
 ///
 /// The paper has one lambda for all layers, moved by their mean sparsity, and divides the loss by
 /// the number of layers; here every layer has its own.

@@ -21,7 +21,8 @@ namespace weir {
 /// once first_t is out, whether they are sent there or not; of equal ones the lowest index. T
 /// counts the real tokens. The original adds it to GShard's loss with half its coefficient.
 /// Padding, and tokens without any choice, count in no c_e and no q. Zero with one expert or
-/// without tokens. The counts and first_t are constant to the derivative.
+/// without tokens. At uniform load, of second choices, the loss is the coefficient. The counts and
+/// first_t are constant to the derivative.
 template <std::floating_point T>
 struct SecondPlaceLoss {
   static constexpr std::string_view kName = "second_place";

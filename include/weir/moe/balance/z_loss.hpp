@@ -20,7 +20,8 @@ namespace weir {
 ///     dloss/dz_te = 2 * coefficient / T * lse_t * softmax(z_t)_e
 ///
 /// over the T real tokens, so that parts of a batch add up to it; zero if there are none. Adding a
-/// constant to all logits of a token does not change its routing, but it does change this loss.
+/// constant to all logits of a token does not change its routing, but it does change this loss. At
+/// uniform load as at any other it is what the logits are: coefficient * (ln experts)^2 if zero.
 template <std::floating_point T>
 struct ZLoss {
   static constexpr std::string_view kName = "z";

@@ -4,20 +4,18 @@
 /// et al. 2022, arXiv:2204.09179).
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <utility>
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/nn/linear.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/unit_rows.hpp>
 
 namespace weir {
 
@@ -104,8 +102,8 @@ class CosineRouter {
     const Product<T> products[] = {product_nn<T>(cache.d_cosine, cache.v, cache.du),
                                    product_tn<T>(cache.d_cosine, cache.u, cache.dv)};
     multiply<T>(products);
-    through_norm(cache.u, cache.u_norm, cache.du);
-    through_norm(cache.v, cache.v_norm, cache.dv);
+    unit_rows_backward<T>(cache.u, cache.u_norm.data(), cache.du);
+    unit_rows_backward<T>(cache.v, cache.v_norm.data(), cache.dv);
     embedding_.gradient() += cache.dv;
     return projection_.backward(cache.du, cache.projection);
   }
@@ -148,35 +146,9 @@ class CosineRouter {
   }
 
   static void normalise(MatrixIn<T> rows, Matrix<T>& unit, RowVector<T>& norm) {
-    constexpr T kLeast = T(1e-12);
     unit.resize(rows.rows(), rows.cols());
     norm.resize(rows.rows());
-    parallel_rows(rows.rows(), 4 * rows.cols(), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) {
-        const T* row = &rows.coeffRef(i, 0);
-        const auto product = [](const Lanes<T>& a) -> Lanes<T> { return a * a; };
-        norm[i] = std::sqrt(sum_lanes<T>(rows.cols(), product, row));
-        if (norm[i] < kLeast) norm[i] = T(0);
-        const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
-        const auto scaled = [factor](const Lanes<T>& a) -> Lanes<T> { return factor * a; };
-        map_lanes<T>(rows.cols(), scaled, &unit(i, 0), row);
-      }
-    });
-  }
-
-  /// d(u / |u|): du <- (du - (du . unit) unit) / norm.
-  static void through_norm(const Matrix<T>& unit, const RowVector<T>& norm, Matrix<T>& d) {
-    parallel_rows(d.rows(), 4 * d.cols(), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) {
-        const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-        const T along = sum_lanes<T>(d.cols(), product, &d(i, 0), &unit(i, 0));
-        const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
-        const auto f = [=](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
-          return factor * (a - along * b);
-        };
-        map_lanes<T>(d.cols(), f, &d(i, 0), &d(i, 0), &unit(i, 0));
-      }
-    });
+    unit_rows<T>(rows, unit, norm.data());
   }
 
   Linear<T> projection_;

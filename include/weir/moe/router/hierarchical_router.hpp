@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The router of a two-level mixture of experts (Shazeer et al. 2017, arXiv:1701.06538, appendix
+/// B).
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <utility>
+
+#include <weir/core/error.hpp>
+#include <weir/core/layer.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/types.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/ops/exp.hpp>
+#include <weir/ops/lanes.hpp>
+#include <weir/ops/logsumexp.hpp>
+
+namespace weir {
+
+/// Scores groups of experts by one router, and the experts within each group by another one:
+///
+///     z_te = a_tg + b_te - log sum_{j in g} exp(b_tj),    g the group of e
+///
+/// a [tokens, groups] and b [tokens, experts] are the logits of the two routers; the groups are
+/// neighbours, all of the same size. A softmax of z over all experts is the product of the two
+/// levels' softmaxes, and any selector, balancer and capacity can be used; HierarchicalTopK chooses
+/// level by level.
+///
+///     p_te = softmax_g(a_t) softmax_{e in g}(b_t)
+///
+/// ZLoss of z is that of a. With LinearRouters these are the gating networks of Shazeer et al. and
+/// Mesh TensorFlow: b stacks the second-level networks of all groups, which are all computed. What
+/// concerns one level (noise, jitter, a temperature) goes around its router; noise has an effect
+/// then, but LoadLoss is not told of it.
+///
+/// \tparam Groups  A Router of groups, and
+/// \tparam Experts one of experts, of the same d_model.
+template <Router Groups, Router Experts = Groups>
+class HierarchicalRouter {
+ public:
+  using Scalar = typename Experts::Scalar;
+  using T = Scalar;
+
+  static_assert(std::same_as<T, typename Groups::Scalar>, "the two levels differ in their scalar");
+
+  struct Cache {
+    typename Groups::Cache groups;
+    typename Experts::Cache experts;
+    Matrix<T> a, b;    ///< Where an inner router returns its own by value.
+    Matrix<T> within;  ///< [tokens, experts], the softmax of b in each group.
+    Matrix<T> logits;
+    Matrix<T> da, db;
+    Matrix<T> da_x, db_x;  ///< Gradients of x, where an inner router returns its own by value.
+    Matrix<T> dx;
+    bool filled = false;
+  };
+
+  /// \throws ConfigError  if the two differ in d_model, or unless the groups divide the experts.
+  HierarchicalRouter(Groups groups, Experts experts)
+      : groups_(std::move(groups)), experts_(std::move(experts)) {
+    if (groups_.d_model() != experts_.d_model()) {
+      fail<ConfigError>("HierarchicalRouter: the router of experts takes ", experts_.d_model(),
+                        " features, expected ", groups_.d_model(), " as the router of groups");
+    }
+    if (experts_.experts() % groups_.experts() != 0) {
+      fail<ConfigError>("HierarchicalRouter: groups = ", groups_.experts(),
+                        ", expected a divisor of experts = ", experts_.experts());
+    }
+  }
+
+  Matrix<T> forward(MatrixIn<T> x) const {
+    Cache cache;
+    return forward(x, cache);
+  }
+
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
+
+  /// \param x        [tokens, d_model]
+  /// \return         z [tokens, experts]
+  /// \throws ShapeError   if x does not have d_model columns.
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    expect_columns("HierarchicalRouter::forward", "x", x, d_model());
+    cache.filled = false;
+    const Matrix<T>& a = keep(cache.a, apply(groups_, x, pass, cache.groups));
+    const Matrix<T>& b = keep(cache.b, apply(experts_, x, pass, cache.experts));
+    cache.within.resize(x.rows(), experts());
+    cache.logits.resize(x.rows(), experts());
+    const Index size = group_size();
+    parallel_rows(x.rows(), 16 * experts(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        for (Index g = 0; g < groups(); ++g) {
+          const T* const from = &b(t, g * size);
+          const T sum = logsumexp(from, size);
+          const T at = a(t, g);
+          const auto joint = [=](const Lanes<T>& z) -> Lanes<T> { return at + (z - sum); };
+          const auto share = [=](const Lanes<T>& z) -> Lanes<T> { return exp_lanes<T>(z - sum); };
+          map_lanes<T>(size, joint, &cache.logits(t, g * size), from);
+          map_lanes<T>(size, share, &cache.within(t, g * size), from);
+        }
+      }
+    });
+    cache.filled = true;
+    return cache.logits;
+  }
+
+  /// \param d_logits  [tokens, experts], of the last forward pass.
+  /// \throws StateError   if the last forward pass with `cache` did not succeed, or there was none.
+  /// \throws ShapeError   if d_logits does not have the shape of the logits.
+  const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
+    if (!cache.filled) fail<StateError>("HierarchicalRouter::backward: no forward pass before it");
+    expect_shape("HierarchicalRouter::backward", "d_logits", d_logits, cache.logits.rows(),
+                 experts());
+    cache.da.resize(d_logits.rows(), groups());
+    cache.db.resize(d_logits.rows(), experts());
+    const Index size = group_size();
+    parallel_rows(d_logits.rows(), 4 * experts(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        for (Index g = 0; g < groups(); ++g) {
+          // da_g = sum_e dz_e,   db_e = dz_e - within_e sum_j dz_j.
+          const T* const dz = &d_logits.coeffRef(t, g * size);
+          const auto same = [](const Lanes<T>& d) -> Lanes<T> { return d; };
+          const T sum = sum_lanes<T>(size, same, dz);
+          cache.da(t, g) = sum;
+          const auto rest = [=](const Lanes<T>& d, const Lanes<T>& share) -> Lanes<T> {
+            return d - sum * share;
+          };
+          map_lanes<T>(size, rest, &cache.db(t, g * size), dz, &cache.within(t, g * size));
+        }
+      }
+    });
+    const Matrix<T>& da_x = keep(cache.da_x, groups_.backward(cache.da, cache.groups));
+    const Matrix<T>& db_x = keep(cache.db_x, experts_.backward(cache.db, cache.experts));
+    cache.dx.resize(d_logits.rows(), d_model());
+    add_rows<T>(da_x, db_x, cache.dx);
+    return cache.dx;
+  }
+
+  /// The members of the router of groups as `groups.*`, those of the router of experts under their
+  /// own names.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("groups", self.groups_);
+    Experts::visit(self.experts_, visit);
+  }
+
+  Index d_model() const { return experts_.d_model(); }
+  Index experts() const { return experts_.experts(); }
+  Index groups() const { return groups_.experts(); }
+  Index group_size() const { return experts() / groups(); }
+
+  Groups& group_router() { return groups_; }
+  const Groups& group_router() const { return groups_; }
+  Experts& expert_router() { return experts_; }
+  const Experts& expert_router() const { return experts_; }
+
+ private:
+  Groups groups_;
+  Experts experts_;
+};
+
+}  // namespace weir

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The best groups of experts, and the best experts in each: two-level mixtures (Shazeer et al.
+/// 2017; Mesh TensorFlow).
+#pragma once
+
+#include <concepts>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/kernels/thread_space.hpp>
+#include <weir/moe/router/group_count.hpp>
+#include <weir/moe/routing.hpp>
+#include <weir/ops/logsumexp.hpp>
+#include <weir/ops/softmax.hpp>
+#include <weir/ops/top_k.hpp>
+
+namespace weir {
+
+/// Chooses groups, then experts in them, with the product of the two levels' weights:
+///
+///     P_g = sum_{e in g} p_e,    q_e = p_e / P_g,    p = softmax(z)
+///     S = the group_k groups of largest P,    S_g = the experts of largest q in group g
+///     g_e = u_g v_e,    u_g = P_g / sum_{h in S} P_h,    v_e = q_e / sum_{j in S_g} q_j
+///
+/// or u_g = P_g and v_e = q_e, not renormalised; then g_e = p_e. The first group has `k` experts,
+/// each of the others `rest_k`. The groups are neighbours, all of the same size. P and q are the
+/// softmaxes of the two levels of a HierarchicalRouter; another router's logits do as well. Equal
+/// values: the lowest index first. The choice is constant to the derivative. Renormalised, a single
+/// group has a constant u, a single expert of a group a constant v, through which the task's loss
+/// does not reach that level.
+///
+/// Assignments are listed group by group, best group first, and in a group best expert first:
+/// rank-major capacity serves the first expert of the first group before all others, as Mesh
+/// TensorFlow's importance does; there what comes after that is served in the order of the tokens
+/// (DropOrder has no such order), and the groups have capacities of their own. Causal.
+///
+///     Shazeer et al. 2017 (arXiv:1701.06538, appendix B, eq. 12)      group_k and k = rest_k at
+///                                                                     will
+///     Mesh TensorFlow (transformer_moe_layer_v2, its top-2 of top-2)  group_k = 2, k = 2,
+///                                                                     rest_k = 1
+///
+/// Mesh TensorFlow sends a token to one expert of its second group. It adds 1e-9 to each
+/// denominator.
+template <std::floating_point T>
+struct HierarchicalTopK {
+  using Scalar = T;
+
+  Index groups = 2;   ///< Into which the experts are cut.
+  Index group_k = 2;  ///< Groups of a token.
+  Index k = 2;        ///< Its experts in the first of them,
+  Index rest_k = 1;   ///< and in each of the others.
+  bool renormalise = true;
+
+  /// The experts of a token.
+  Index assignments() const { return k + (group_k - 1) * rest_k; }
+
+  /// \throws ConfigError  unless groups divides the experts, 1 <= group_k <= groups and both k and
+  ///                      rest_k are from 1 to experts / groups.
+  void check(Index experts) const {
+    expect_at_least<Index>("HierarchicalTopK", "groups", groups, 1);
+    if (experts % groups != 0) {
+      fail<ConfigError>("HierarchicalTopK: groups = ", groups,
+                        ", expected a divisor of experts = ", experts);
+    }
+    if (group_k < 1 || group_k > groups) {
+      fail<ConfigError>("HierarchicalTopK: group_k = ", group_k,
+                        ", expected 1 <= group_k <= groups = ", groups);
+    }
+    const Index size = experts / groups;
+    if (k < 1 || k > size) {
+      fail<ConfigError>("HierarchicalTopK: k = ", k,
+                        ", expected 1 <= k <= experts / groups = ", size);
+    }
+    if (rest_k < 1 || rest_k > size) {
+      fail<ConfigError>("HierarchicalTopK: rest_k = ", rest_k,
+                        ", expected 1 <= rest_k <= experts / groups = ", size);
+    }
+  }
+
+  /// \throws ConfigError  if the router has groups, and another number of them.
+  template <class R>
+  void check_router(const R& router) const {
+    expect_groups_of(router, "HierarchicalTopK", groups);
+  }
+
+  /// \param logits   [tokens, experts]
+  /// \throws NonFiniteError  if a logit of a real token is not finite.
+  /// \throws ConfigError     as `check`; if a token is allowed too few experts in its groups.
+  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+    check(logits.cols());
+    routing.begin("HierarchicalTopK", logits, pass, assignments());
+    routing.assign_each(assignments());
+    const Index experts = routing.experts();
+    parallel_rows(routing.tokens(), 32 * experts, [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        if (routing.is_padding(t)) {
+          routing.probabilities.row(t).setZero();
+        } else {
+          choose(t, routing);
+        }
+      }
+    });
+    routing.expect_allowed("HierarchicalTopK");
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+    const Index experts = routing.experts();
+    const Index size = experts / groups;
+    parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        if (routing.is_padding(t)) continue;
+        const T* const p = routing.probabilities.row(t).data();
+        T* const dp = gradient.probabilities.row(t).data();
+        T* const dz = gradient.logits.row(t).data();
+        const Index* const chosen = routing.expert.data() + routing.first(t);
+        const T* const weight = routing.weight.data() + routing.first(t);
+        const T* const d_weight = gradient.weights.data() + routing.first(t);
+        if (!renormalise) {
+          for (Index i = 0; i < assignments(); ++i) dp[chosen[i]] += d_weight[i];
+        } else {
+          // du_g = m_g = sum_e v_e dg_e,    dv_e = u_g dg_e;  u is a softmax of log P over S, v one
+          // of z over S_g, and d log P_g / dz_e = q_e.
+          T mean = T(0);
+          for (Index i = 0; i < assignments(); ++i) mean += weight[i] * d_weight[i];
+          for_each_group([&](Index first, Index count) {
+            T u = T(0);
+            T m = T(0);
+            for (Index i = first; i < first + count; ++i) {
+              u += weight[i];
+              m += weight[i] * d_weight[i];
+            }
+            if (!(u > T(0))) return;  // No weight that a gradient could go through.
+            m /= u;
+            for (Index i = first; i < first + count; ++i) {
+              dz[chosen[i]] += weight[i] * (d_weight[i] - m);
+            }
+            const Index begin_of_group = chosen[first] / size * size;
+            T sum = T(0);
+            for (Index e = begin_of_group; e < begin_of_group + size; ++e) sum += p[e];
+            if (!(sum > T(0))) return;
+            const T through_group = u * (m - mean) / sum;
+            for (Index e = begin_of_group; e < begin_of_group + size; ++e) {
+              dz[e] += through_group * p[e];
+            }
+          });
+        }
+        add_softmax_backward_row(p, dp, experts, dz);
+      }
+    });
+  }
+
+ private:
+  /// Calls `body(first, count)` for the assignments of each group of a token, best first.
+  template <class Body>
+  void for_each_group(Body&& body) const {
+    body(Index(0), k);
+    for (Index i = 0; i < group_k - 1; ++i) body(k + i * rest_k, rest_k);
+  }
+
+  void choose(Index t, Routing<T>& routing) const {
+    const Index experts = routing.experts();
+    const Index size = experts / groups;
+    const T* const z = routing.logits.row(t).data();
+    T* const p = routing.probabilities.row(t).data();
+    Index* const chosen = routing.expert.data() + routing.first(t);
+    T* const weight = routing.weight.data() + routing.first(t);
+    softmax_row(z, experts, p);
+
+    auto& space = kernels::ThreadSpace<T, HierarchicalTopK>::of_this_thread();
+    space.reserve(groups + group_k);
+    T* const log_group = space.take(groups);
+    T* const u = space.take(group_k);
+    auto& indices = kernels::ThreadSpace<Index, HierarchicalTopK>::of_this_thread();
+    indices.reserve(group_k);
+    Index* const best = indices.take(group_k);
+    for (Index g = 0; g < groups; ++g) log_group[g] = logsumexp(z + g * size, size);
+    top_k(log_group, groups, group_k, best);
+    for (Index i = 0; i < group_k; ++i) u[i] = log_group[best[i]];
+    softmax_row(u, group_k, u);
+
+    Index rank = 0;
+    for_each_group([&](Index first, Index count) {
+      const Index start = best[rank] * size;
+      top_k(z + start, size, count, chosen + first);
+      for (Index i = first; i < first + count; ++i) {
+        chosen[i] += start;
+        weight[i] = renormalise ? z[chosen[i]] : p[chosen[i]];
+      }
+      if (renormalise) {
+        softmax_row(weight + first, count, weight + first);
+        for (Index i = first; i < first + count; ++i) weight[i] *= u[rank];
+      }
+      ++rank;
+    });
+  }
+};
+
+}  // namespace weir

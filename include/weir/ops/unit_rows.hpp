@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Rows scaled to length one, and the derivative of that.
+#pragma once
+
+#include <cmath>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/types.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir {
+
+/// unit[i] = rows[i] / |rows[i]|, norm[i] = |rows[i]|. A row of norm below 1e-12 counts as zero:
+/// its unit vector and its norm are zero.
+/// \param norm     [rows of both], and
+/// \param unit     of the shape of `rows`, which it must not overlap.
+/// \throws ShapeError   if the shapes differ.
+template <class T>
+void unit_rows(MatrixIn<T> rows, MatrixOut<T> unit, T* norm) {
+  expect_shape("unit_rows", "unit", unit, rows.rows(), rows.cols());
+  constexpr T kLeast = T(1e-12);
+  parallel_rows(rows.rows(), 4 * rows.cols(), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      const T* row = &rows.coeffRef(i, 0);
+      const auto product = [](const Lanes<T>& a) -> Lanes<T> { return a * a; };
+      norm[i] = std::sqrt(sum_lanes<T>(rows.cols(), product, row));
+      if (norm[i] < kLeast) norm[i] = T(0);
+      const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
+      const auto scaled = [factor](const Lanes<T>& a) -> Lanes<T> { return factor * a; };
+      map_lanes<T>(rows.cols(), scaled, &unit(i, 0), row);
+    }
+  });
+}
+
+/// The derivative of `unit_rows`, in place: d <- (d - (d . unit) unit) / norm for each row; zero
+/// for a row that counts as zero.
+/// \param d        The gradient with respect to `unit`, whose shape it has; then that of the rows.
+/// \throws ShapeError   if the shapes differ.
+template <class T>
+void unit_rows_backward(MatrixIn<T> unit, const T* norm, MatrixOut<T> d) {
+  expect_shape("unit_rows_backward", "d", d, unit.rows(), unit.cols());
+  parallel_rows(d.rows(), 4 * d.cols(), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+      const T along = sum_lanes<T>(d.cols(), product, &d(i, 0), &unit.coeffRef(i, 0));
+      const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
+      const auto f = [=](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
+        return factor * (a - along * b);
+      };
+      map_lanes<T>(d.cols(), f, &d(i, 0), &d(i, 0), &unit.coeffRef(i, 0));
+    }
+  });
+}
+
+}  // namespace weir
