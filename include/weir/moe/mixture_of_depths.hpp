@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -16,6 +18,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
+#include <weir/moe/choice_loss.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/top_k.hpp>
 
@@ -24,8 +27,9 @@ namespace weir {
 /// Settings of MixtureOfDepths.
 struct MixtureOfDepthsConfig {
   double capacity = 0.125;      ///< The share of a sequence's tokens that are processed.
-  double predictor_loss = 0.0;  ///< Coefficient of the loss that makes scores predict the choice.
-  bool causal_evaluation = false;  ///< Whether, unless training, a score above 0 is the choice.
+  double predictor_loss = 0.0;  ///< Coefficient of the loss by which the choice is predicted.
+  bool causal_evaluation =
+      false;  ///< Whether, unless training, a prediction above 0 is the choice.
 
   /// \throws ConfigError  unless 0 < capacity <= 1 and predictor_loss is finite and >= 0.
   void check() const {
@@ -44,6 +48,28 @@ struct MixtureOfDepthsConfig {
   }
 };
 
+namespace detail {
+
+/// What decoding keeps for a layer: its own State, or nothing.
+template <class L>
+struct StateOf {
+  struct type {};
+};
+template <class L>
+requires requires {
+  typename L::State;
+}
+struct StateOf<L> {
+  using type = typename L::State;
+};
+
+}  // namespace detail
+
+/// The absence of a predictor: scores predict the choice themselves.
+struct NoPredictor {
+  struct Cache {};
+};
+
 /// Sends the C highest-scoring tokens of each sequence through `Inner`, and leaves the others as
 /// they are:
 ///
@@ -55,25 +81,37 @@ struct MixtureOfDepthsConfig {
 /// residual of its own. Equal scores: the earlier token. The choice is constant to the derivative;
 /// w learns through r_t. Padding is never chosen, and y is x there.
 ///
-/// Not causal: whether a token is chosen depends on all of its sequence. For sampling, with
-/// `predictor_loss` > 0 the scores also learn to predict the choice,
+/// Not causal: whether a token is chosen depends on all of its sequence, and a token that is
+/// decoded cannot be ranked among later ones. So a logit p_t learns to predict the choice,
 ///
-///     aux_loss = predictor_loss * mean_t BCE(sigmoid(r_t), [t was chosen])
+///     aux_loss = predictor_loss * mean_t BCE(sigmoid(p_t), [t was chosen])
 ///
-/// over real tokens, and with `causal_evaluation` a pass that is not training chooses the tokens
-/// with r_t > 0, which depends on the token alone.
-/// (Raposo et al. 2024, arXiv:2404.02258, eq. 1 and section 3.5, the first of its two methods; the
-/// second, a network of its own that predicts the choice, is not here.)
-template <Layer Inner>
+/// over real tokens, and with `causal_evaluation` a pass that is not training, and `decode`, choose
+/// the tokens with sigmoid(p_t) > 0.5, which depends on the token alone. They have no such loss:
+/// there is nothing to predict. The logit is
+///
+///     p_t = r_t                         without a `Predictor`: the loss trains w, too
+///     p_t = Predictor(stop(x))_t        a layer [tokens, d_model] -> [tokens, 1], such as
+///                                       TokenPredictor: the loss trains nothing else
+///
+/// (Raposo et al. 2024, arXiv:2404.02258, eq. 1 and section 3.5, both of its methods.)
+template <Layer Inner, class Predictor = NoPredictor>
 class MixtureOfDepths {
  public:
   using Scalar = typename Inner::Scalar;
   using T = Scalar;
+  using State = typename detail::StateOf<Inner>::type;  ///< What `decode` keeps: the inner layer's.
+
+  static constexpr bool kHasPredictor = !std::same_as<Predictor, NoPredictor>;
 
   struct Cache {
     typename Inner::Cache inner;
+    typename Predictor::Cache predictor;
     Matrix<T> x;                               ///< [tokens, d_model]
     Matrix<T> score;                           ///< [tokens, 1]; zero for padding.
+    Matrix<T> prediction;                      ///< [tokens, 1], the predictor's logits, if any.
+    Matrix<T> d_prediction;                    ///< [tokens, 1]
+    Matrix<T> real_x;                          ///< x with zeros for padding, where there is any.
     std::vector<Index> token;                  ///< Of each chosen one, in order.
     std::vector<Index> token_ids;              ///< Their ids, where the pass knows ids.
     std::vector<std::uint8_t> chosen;          ///< [tokens], 1 for the chosen.
@@ -83,25 +121,39 @@ class MixtureOfDepths {
     Matrix<T> chosen_x, chosen_y, d_chosen_y;  ///< [chosen, d_model]
     Matrix<T> d_score;                         ///< [tokens, 1]
     Matrix<T> y, dx;
-    Matrix<T> inner_place;     ///< For results that the inner layer returns by value.
-    std::vector<T> candidate;  ///< Workspace of the choice.
+    Matrix<T> inner_place, predictor_place;  ///< For results that come by value.
+    std::vector<T> candidate;                ///< Workspace of the choice.
     std::vector<Index> place, best;
-    T aux_loss = T(0);   ///< That of the predictor, times pass.aux_scale, and of the inner layer.
-    T aux_scale = T(1);  ///< pass.aux_scale of the last forward pass.
+    T aux_loss = T(0);    ///< That of the predictor, times pass.aux_scale, and of the inner layer.
+    T aux_scale = T(1);   ///< pass.aux_scale of the last forward pass.
+    bool ranked = false;  ///< The choice was the best scores, not a prediction.
     bool filled = false;
   };
 
   /// w from N(0, 1 / d_model).
   /// \param inner    A layer [tokens, d_model] -> [tokens, d_model].
   /// \throws ConfigError  if d_model is below 1 or a setting out of range.
-  MixtureOfDepths(Inner inner, Index d_model, Rng& rng, MixtureOfDepthsConfig config = {})
+  MixtureOfDepths(Inner inner, Index d_model, Rng& rng,
+                  MixtureOfDepthsConfig config = {}) requires(!kHasPredictor)
       : MixtureOfDepths(std::move(inner), initial(d_model, rng), config) {}
 
   /// \param weight   w, [1, d_model]
   /// \throws ConfigError  if a setting is out of range.
   /// \throws ShapeError   if w has another number of rows.
-  MixtureOfDepths(Inner inner, Matrix<T> weight, MixtureOfDepthsConfig config = {})
-      : config_(config), inner_(std::move(inner)), weight_{std::move(weight)} {
+  MixtureOfDepths(Inner inner, Matrix<T> weight,
+                  MixtureOfDepthsConfig config = {}) requires(!kHasPredictor)
+      : MixtureOfDepths(std::move(inner), std::move(weight), config, NoPredictor{}) {}
+
+  /// \param predictor A layer [tokens, d_model] -> [tokens, 1], trained if predictor_loss > 0.
+  MixtureOfDepths(Inner inner, Index d_model, Rng& rng, MixtureOfDepthsConfig config,
+                  Predictor predictor) requires kHasPredictor
+      : MixtureOfDepths(std::move(inner), initial(d_model, rng), config, std::move(predictor)) {}
+
+  MixtureOfDepths(Inner inner, Matrix<T> weight, MixtureOfDepthsConfig config, Predictor predictor)
+      : config_(config),
+        inner_(std::move(inner)),
+        weight_{std::move(weight)},
+        predictor_(std::move(predictor)) {
     config_.check();
     expect_shape("MixtureOfDepths", "weight", weight_.value, 1, weight_.value.cols());
   }
@@ -116,54 +168,46 @@ class MixtureOfDepths {
   /// \param x        [tokens, d_model]
   /// \return         [tokens, d_model]
   /// \throws ShapeError      if x, pass.mask or pass.sequences do not fit, or if the inner layer
-  ///                         yields another shape than it takes.
-  /// \throws NonFiniteError  if the score of a real token is not finite.
+  ///                         yields another shape than it takes, the predictor not one column.
+  /// \throws NonFiniteError  if the score of a real token, or its prediction, is not finite.
   /// \throws ConfigError     if pass.allowed is set and the inner layer has no `experts()`.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    expect_columns("MixtureOfDepths::forward", "x", x, d_model());
-    pass.check("MixtureOfDepths::forward", x.rows());
-    cache.filled = false;
-    copy_rows<T>(x, cache.x);
-    copy_rows<T>(x, cache.y);
-    score(pass, cache);
-    choose(pass, cache);
-
-    const auto count = static_cast<Index>(cache.token.size());
-    cache.chosen_x.resize(count, d_model());
-    for (Index i = 0; i < count; ++i) cache.chosen_x.row(i) = x.row(token(cache, i));
-    cache.aux_loss = predictor_loss(cache) * static_cast<T>(pass.aux_scale);
-    cache.aux_scale = static_cast<T>(pass.aux_scale);
-    cache.chosen_y.resize(count, d_model());
-    if (count > 0) {
-      Pass inner_pass = pass;
-      inner_pass.sequences = &cache.sequences;
-      inner_pass.mask = {};
-      if (!pass.token_ids.empty()) {
-        cache.token_ids.clear();
-        for (const Index t : cache.token) {
-          cache.token_ids.push_back(pass.token_ids[static_cast<std::size_t>(t)]);
-        }
-        inner_pass.token_ids = cache.token_ids;
-      }
-      inner_pass.allowed = allowed_of_chosen(pass, cache);
-      const Matrix<T>& out =
-          keep<T>(cache.inner_place, apply(inner_, cache.chosen_x, inner_pass, cache.inner));
-      expect_shape("MixtureOfDepths::forward", "the inner layer's output", out, count, d_model());
-      copy_rows<T>(out, cache.chosen_y);
-      if constexpr (requires { cache.inner.aux_loss; }) cache.aux_loss += cache.inner.aux_loss;
-    }
-    parallel_rows(count, 2 * d_model(), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) {
-        const Index t = token(cache, i);
-        add(cache.score(t, 0), &cache.chosen_y(i, 0), &cache.y(t, 0));
-      }
-    });
+    const auto inner = [&](const Pass& inner_pass) -> const Matrix<T>& {
+      return keep<T>(cache.inner_place, apply(inner_, cache.chosen_x, inner_pass, cache.inner));
+    };
+    run("MixtureOfDepths::forward", x, pass, cache, inner);
     cache.filled = true;
     return cache.y;
   }
 
+  /// Continues one sequence: token by token, in chunks, or with a whole prompt at once. Only the
+  /// chosen tokens reach the inner layer, and the state.
+  /// \param x        [new tokens, d_model], following on what `state` has seen.
+  /// \param state    As the inner layer has it; begins as `State{}`.
+  /// \param cache    Workspace. It cannot be followed by `backward`.
+  /// \return         [new tokens, d_model], what `forward` of the whole sequence gives, as far as
+  ///                 the inner layer's `decode` does.
+  /// \throws ConfigError     without causal_evaluation.
+  /// \throws ShapeError, NonFiniteError     as `forward`.
+  const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const {
+    if (!config_.causal_evaluation) {
+      fail<ConfigError>(
+          "MixtureOfDepths::decode: causal_evaluation = false, expected true: a token cannot be "
+          "ranked among later ones");
+    }
+    const auto inner = [&](const Pass& inner_pass) -> const Matrix<T>& {
+      if constexpr (requires { inner_.decode(x, state, cache.inner); }) {
+        return keep<T>(cache.inner_place, inner_.decode(cache.chosen_x, state, cache.inner));
+      } else {
+        return keep<T>(cache.inner_place, apply(inner_, cache.chosen_x, inner_pass, cache.inner));
+      }
+    };
+    return run("MixtureOfDepths::decode", x, {}, cache, inner);
+  }
+
   /// With the chosen t: dr_t = dy_t . f(X~)_t, df_t = r_t dy_t, dx_t = dy_t + dX~_t + dr_t w; and
-  /// dw = sum_t dr_t x_t. The predictor's loss adds to dr of all real tokens.
+  /// dw = sum_t dr_t x_t. The loss of predictions adds to dr of all real tokens, if those are the
+  /// scores, or to the predictor's gradients alone.
   /// \throws StateError   if the last forward pass with `cache` did not succeed, or there was none.
   /// \throws ShapeError   if dy does not have the shape of y.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
@@ -174,7 +218,7 @@ class MixtureOfDepths {
     expect_shape("MixtureOfDepths::backward", "dy", dy, cache.x.rows(), d_model());
     const auto count = static_cast<Index>(cache.token.size());
     copy_rows<T>(dy, cache.dx);
-    add_predictor_gradient(cache);
+    start_score_gradient(cache);
     cache.d_chosen_y.resize(count, d_model());
     parallel_rows(count, 3 * d_model(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
@@ -208,17 +252,20 @@ class MixtureOfDepths {
     if constexpr (requires { inner_.update(); }) inner_.update();
   }
 
-  /// Parameters `router` and `inner.*`.
+  /// Parameters `router`, `inner.*` and, if there is a predictor, `predictor.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("router", self.weight_);
     visit("inner", self.inner_);
+    if constexpr (kHasPredictor) visit("predictor", self.predictor_);
   }
 
   Index d_model() const { return weight_.value.cols(); }
   const MixtureOfDepthsConfig& config() const { return config_; }
   Inner& inner() { return inner_; }
   const Inner& inner() const { return inner_; }
+  Predictor& predictor() requires kHasPredictor { return predictor_; }
+  const Predictor& predictor() const requires kHasPredictor { return predictor_; }
 
  private:
   static Matrix<T> initial(Index d_model, Rng& rng) {
@@ -231,6 +278,96 @@ class MixtureOfDepths {
   }
   static bool is_real(const Cache& cache, Index t) {
     return cache.real[static_cast<std::size_t>(t)] != 0;
+  }
+
+  /// What `forward` and `decode` have in common; `run_inner(inner pass)` is f(cache.chosen_x).
+  template <class RunInner>
+  const Matrix<T>& run(std::string_view where, MatrixIn<T> x, const Pass& pass, Cache& cache,
+                       RunInner&& run_inner) const {
+    expect_columns(where, "x", x, d_model());
+    pass.check(where, x.rows());
+    cache.filled = false;
+    copy_rows<T>(x, cache.x);
+    copy_rows<T>(x, cache.y);
+    score(pass, cache);
+    cache.ranked = pass.training || !config_.causal_evaluation;
+    predict(where, pass, cache);
+    choose(pass, cache);
+
+    const auto count = static_cast<Index>(cache.token.size());
+    cache.chosen_x.resize(count, d_model());
+    for (Index i = 0; i < count; ++i) cache.chosen_x.row(i) = x.row(token(cache, i));
+    cache.aux_scale = static_cast<T>(pass.aux_scale);
+    cache.aux_loss = T(0);
+    if (has_loss(cache)) {
+      cache.aux_loss = cache.aux_scale *
+                       static_cast<T>(config_.predictor_loss *
+                                      choice_loss<T>(prediction(cache), cache.chosen, cache.real));
+    }
+    cache.chosen_y.resize(count, d_model());
+    if (count > 0) {
+      const Matrix<T>& out = run_inner(pass_of_chosen(pass, cache));
+      expect_shape(where, "the inner layer's output", out, count, d_model());
+      copy_rows<T>(out, cache.chosen_y);
+      if constexpr (requires { cache.inner.aux_loss; }) cache.aux_loss += cache.inner.aux_loss;
+    }
+    parallel_rows(count, 2 * d_model(), [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) {
+        const Index t = token(cache, i);
+        add(cache.score(t, 0), &cache.chosen_y(i, 0), &cache.y(t, 0));
+      }
+    });
+    return cache.y;
+  }
+
+  Pass pass_of_chosen(const Pass& pass, Cache& cache) const {
+    Pass inner_pass = pass;
+    inner_pass.sequences = &cache.sequences;
+    inner_pass.mask = {};
+    if (!pass.token_ids.empty()) {
+      cache.token_ids.clear();
+      for (const Index t : cache.token) {
+        cache.token_ids.push_back(pass.token_ids[static_cast<std::size_t>(t)]);
+      }
+      inner_pass.token_ids = cache.token_ids;
+    }
+    inner_pass.allowed = allowed_of_chosen(pass, cache);
+    return inner_pass;
+  }
+
+  /// Whether the pass has a loss of its predictions.
+  bool has_loss(const Cache& cache) const { return cache.ranked && config_.predictor_loss > 0.0; }
+
+  /// p [tokens, 1]
+  static const Matrix<T>& prediction(const Cache& cache) {
+    return kHasPredictor ? cache.prediction : cache.score;
+  }
+
+  /// Runs the predictor where it is wanted. Padding may hold anything, and 0 * NaN would spoil the
+  /// gradient of the predictor's weights.
+  void predict([[maybe_unused]] std::string_view where, [[maybe_unused]] const Pass& pass,
+               Cache& cache) const {
+    if constexpr (kHasPredictor) {
+      if (cache.ranked && !has_loss(cache)) return;
+      const Matrix<T>* from = &cache.x;
+      if (!pass.mask.empty()) {
+        copy_rows<T>(cache.x, cache.real_x);
+        for (Index t = 0; t < cache.x.rows(); ++t) {
+          if (!is_real(cache, t)) cache.real_x.row(t).setZero();
+        }
+        from = &cache.real_x;
+      }
+      const Matrix<T>& p =
+          keep<T>(cache.predictor_place, apply(predictor_, *from, pass, cache.predictor));
+      expect_shape(where, "the predictor's output", p, cache.x.rows(), 1);
+      copy_rows<T>(p, cache.prediction);
+      for (Index t = 0; t < p.rows(); ++t) {
+        if (is_real(cache, t) && !std::isfinite(cache.prediction(t, 0))) {
+          fail<NonFiniteError>(where, ": the prediction for token ", t, " is ",
+                               cache.prediction(t, 0), ", expected a finite number");
+        }
+      }
+    }
   }
 
   T dot(const T* a, const T* b) const {
@@ -298,9 +435,9 @@ class MixtureOfDepths {
         cache.place.push_back(t);
       }
       const auto candidates = static_cast<Index>(cache.place.size());
-      if (config_.causal_evaluation && !pass.training) {
+      if (!cache.ranked) {
         for (const Index t : cache.place) {
-          if (cache.score(t, 0) > T(0)) cache.chosen[static_cast<std::size_t>(t)] = 1;
+          if (prediction(cache)(t, 0) > T(0)) cache.chosen[static_cast<std::size_t>(t)] = 1;
         }
       } else {
         cache.best.resize(static_cast<std::size_t>(config_.chosen(candidates)));
@@ -318,42 +455,25 @@ class MixtureOfDepths {
     }
   }
 
-  static Index real_tokens(const Cache& cache) {
-    return std::count(cache.real.begin(), cache.real.end(), std::uint8_t{1});
-  }
-
-  /// BCE(sigmoid(r), c) = max(r, 0) - r c + ln(1 + exp(-|r|)).
-  T predictor_loss(const Cache& cache) const {
-    const Index real = real_tokens(cache);
-    if (config_.predictor_loss == 0.0 || real == 0) return T(0);
-    double sum = 0.0;
-    for (Index t = 0; t < cache.score.rows(); ++t) {
-      if (!is_real(cache, t)) continue;
-      const auto r = static_cast<double>(cache.score(t, 0));
-      const double target = cache.chosen[static_cast<std::size_t>(t)];
-      sum += std::max(r, 0.0) - r * target + std::log1p(std::exp(-std::abs(r)));
-    }
-    return static_cast<T>(config_.predictor_loss * sum / static_cast<double>(real));
-  }
-
-  /// Starts d_score: (sigmoid(r) - c) times the coefficient over the number of real tokens.
-  void add_predictor_gradient(Cache& cache) const {
+  /// Starts d_score with what the loss of predictions makes of it, or trains the predictor.
+  void start_score_gradient(Cache& cache) {
     cache.d_score.setZero(cache.score.rows(), 1);
-    const Index real = real_tokens(cache);
-    if (config_.predictor_loss == 0.0 || real == 0) return;
-    const T factor =
-        cache.aux_scale * static_cast<T>(config_.predictor_loss) / static_cast<T>(real);
-    for (Index t = 0; t < cache.score.rows(); ++t) {
-      if (!is_real(cache, t)) continue;
-      const T probability = T(1) / (T(1) + std::exp(-cache.score(t, 0)));
-      const auto target = static_cast<T>(cache.chosen[static_cast<std::size_t>(t)]);
-      cache.d_score(t, 0) = factor * (probability - target);
+    if (!has_loss(cache)) return;
+    const T factor = cache.aux_scale * static_cast<T>(config_.predictor_loss);
+    if constexpr (kHasPredictor) {
+      cache.d_prediction.resize(cache.score.rows(), 1);
+      choice_loss_backward<T>(cache.prediction, cache.chosen, cache.real, factor,
+                              cache.d_prediction);
+      predictor_.backward(cache.d_prediction, cache.predictor);
+    } else {
+      choice_loss_backward<T>(cache.score, cache.chosen, cache.real, factor, cache.d_score);
     }
   }
 
   MixtureOfDepthsConfig config_;
   Inner inner_;
   Parameter<T> weight_;  // [1, d_model]
+  [[no_unique_address]] Predictor predictor_;
 };
 
 }  // namespace weir

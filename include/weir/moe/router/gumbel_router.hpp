@@ -19,8 +19,8 @@ namespace weir {
 ///
 /// and otherwise z, those of the inner router. With scale 1 the k largest are k experts drawn
 /// without replacement from softmax(z) (Kool et al. 2019, arXiv:1903.06059). Choice and weights are
-/// both made of the noisy logits, as in NoisyRouter; DeepSpeed's policy "RSample" has the weights
-/// of z. G is constant to the derivative. Needs `pass.rng` in training.
+/// both made of the noisy logits, as in NoisyRouter; for the weights of z, see SampledChoice. G is
+/// constant to the derivative. Needs `pass.rng` in training.
 template <Layer Inner, class Noise = GumbelNoise>
 requires NoiseSource<Noise, typename Inner::Scalar>
 class GumbelRouter {

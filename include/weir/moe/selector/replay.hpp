@@ -19,6 +19,21 @@ concept ImposableSelector = requires {
   requires S::kImposable;
 };
 
+/// Imposes a trace on a routing for the duration of a scope.
+template <class T>
+class Imposition {
+ public:
+  Imposition(Routing<T>& routing, const RoutingTrace& trace) : routing_(routing) {
+    routing_.imposed = &trace;
+  }
+  Imposition(const Imposition&) = delete;
+  Imposition& operator=(const Imposition&) = delete;
+  ~Imposition() { routing_.imposed = nullptr; }
+
+ private:
+  Routing<T>& routing_;
+};
+
 /// Settings of Replay.
 struct ReplayConfig {
   bool kept = true;  ///< What the trace dropped is dropped again, before a capacity sees it.
@@ -87,7 +102,7 @@ class Replay {
                        logits.cols());
     }
     {
-      const Imposed imposed(routing, trace_);
+      const Imposition<T> imposed(routing, trace_);
       inner_.select(logits, pass, routing);
     }
     for (Index t = 0; t < routing.tokens(); ++t) {
@@ -122,20 +137,6 @@ class Replay {
   const ReplayConfig& config() const { return config_; }
 
  private:
-  /// Imposes a trace on a routing for the duration of a scope.
-  class Imposed {
-   public:
-    Imposed(Routing<T>& routing, const RoutingTrace& trace) : routing_(routing) {
-      routing_.imposed = &trace;
-    }
-    Imposed(const Imposed&) = delete;
-    Imposed& operator=(const Imposed&) = delete;
-    ~Imposed() { routing_.imposed = nullptr; }
-
-   private:
-    Routing<T>& routing_;
-  };
-
   bool kept(Index t, Index expert) const {
     Index a = trace_.first(t);
     while (trace_.expert(a) != expert) ++a;

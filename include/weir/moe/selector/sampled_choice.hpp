@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Experts drawn at random, with the weights of the logits as they are: DeepSpeed, NLLB.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/router/noise.hpp>
+#include <weir/moe/routing.hpp>
+#include <weir/moe/routing_trace.hpp>
+#include <weir/moe/selector/replay.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir {
+
+/// Settings of SampledChoice.
+struct SampledChoiceConfig {
+  double scale = 1.0;     ///< Of the noise.
+  Index certain = 0;      ///< How many of a token's experts are its best, not drawn.
+  bool evaluate = false;  ///< Whether passes that are not training draw, too.
+};
+
+/// Any selector of the k best (see ImposableSelector), with noise on its choice alone:
+///
+///     S = the `certain` best of z,  and of the others the k - certain best of z + scale * G
+///     g_te, p_te = the inner selector's formulas for S and z
+///
+/// G is standard Gumbel noise, one draw per token and expert. With scale 1 and a selector that
+/// chooses by logits, or by what grows with them, the drawn experts are drawn without replacement
+/// from softmax(z) over those that are not certain. What else the inner selector chooses by, its
+/// group limit and bias, it still does, of the noisy logits; with a bias a certain expert may lose
+/// its place. A token's experts are listed by what the inner selector would choose by without
+/// noise, best first, whatever the order in which they were drawn. The choice is constant to the
+/// derivative. Forbidden experts are not drawn. What a token gets depends on no other token:
+/// causal.
+///
+/// (Kool et al. 2019, arXiv:1903.06059, the sampling. k = 1: DeepSpeed's noisy_gate_policy
+/// "RSample". k = 2 with one certain: DeepSpeed's top-2, and NLLB's second_expert_policy "sampling"
+/// (NLLB Team 2022, arXiv:2207.04672), both of which draw in evaluation, too. Hugging Face's NLLB
+/// lets its losses see the noisy logits; here they see z.)
+template <ImposableSelector Inner, class Noise = GumbelNoise>
+requires NoiseSource<Noise, typename Inner::Scalar>
+class SampledChoice {
+ public:
+  using Scalar = typename Inner::Scalar;
+  using T = Scalar;
+  static constexpr bool kBiasesProbabilities = requires {  // For QuantileBalance.
+    requires Inner::kBiasesProbabilities;
+  };
+
+  /// \throws ConfigError  if scale or certain is below 0.
+  explicit SampledChoice(Inner inner, SampledChoiceConfig config = {}, Noise noise = {})
+      : inner_(std::move(inner)), config_(config), noise_(std::move(noise)) {
+    expect_at_least("SampledChoice", "scale", config_.scale, 0.0);
+    expect_at_least<Index>("SampledChoice", "certain", config_.certain, 0);
+  }
+
+  /// \throws ConfigError  as the inner selector.
+  void check(Index experts) const { inner_.check(experts); }
+
+  /// \param logits   [tokens, experts]
+  /// \throws ConfigError     as the inner selector; if it draws without pass.rng.
+  /// \throws NonFiniteError  as the inner selector; if it divides by the sum of a token's weights,
+  ///                         all of which are zero to rounding.
+  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+    const bool draws = (pass.training || config_.evaluate) && config_.scale > 0.0;
+    if (!draws || config_.certain > 0) inner_.select(logits, pass, routing);
+    if (!draws) return;
+    check(logits.cols());
+    Matrix<T>& noisy = routing.noise_std;  // Which is unspecified until the router annotates.
+    noisy.resize(logits.rows(), logits.cols());
+    noise_.fill(pass, MatrixOut<T>(noisy));
+    noisy *= static_cast<T>(config_.scale);
+    add_rows<T>(logits, noisy, noisy);
+    if (config_.certain > 0) prefer_certain(routing, noisy);
+    inner_.select(noisy, pass, routing);
+    static thread_local RoutingTrace choice;
+    choice.record(routing);
+    {
+      const Imposition<T> imposed(routing, choice);
+      inner_.select(logits, pass, routing);
+    }
+    expect_finite_weights(routing);
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+    inner_.backward(routing, gradient);
+  }
+
+  /// The buffers of the inner selector, under its own names.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
+  }
+
+  /// Of the inner selector, where it has one, for BiasBalance.
+  auto& selection_bias() requires requires(Inner& inner) { inner.selection_bias(); }
+  { return inner_.selection_bias(); }
+
+  Inner& inner() { return inner_; }
+  const Inner& inner() const { return inner_; }
+  const SampledChoiceConfig& config() const { return config_; }
+
+ private:
+  /// Lifts the first experts of each token above all others. Not by much: the inner selector is to
+  /// tell the others apart.
+  void prefer_certain(const Routing<T>& routing, Matrix<T>& noisy) const {
+    parallel_rows(routing.tokens(), 2 * routing.experts(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        T top = std::numeric_limits<T>::lowest();
+        for (Index e = 0; e < routing.experts(); ++e) {
+          if (!routing.is_forbidden(t, e)) top = std::max(top, noisy(t, e));
+        }
+        top += T(1) + T(8) * std::numeric_limits<T>::epsilon() * std::abs(top);
+        const Index last = std::min(routing.last(t), routing.first(t) + config_.certain);
+        for (Index a = routing.first(t); a < last; ++a) {
+          noisy(t, routing.expert[static_cast<std::size_t>(a)]) = top;
+        }
+      }
+    });
+  }
+
+  static void expect_finite_weights(const Routing<T>& routing) {
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      for (Index a = routing.first(t); a < routing.last(t); ++a) {
+        const auto i = static_cast<std::size_t>(a);
+        if (std::isfinite(routing.weight[i])) continue;
+        fail<NonFiniteError>("SampledChoice: the weight of token ", t, " for expert ",
+                             routing.expert[i], " is ", routing.weight[i],
+                             ", expected a finite number");
+      }
+    }
+  }
+
+  Inner inner_;
+  SampledChoiceConfig config_;
+  Noise noise_;
+};
+
+}  // namespace weir
