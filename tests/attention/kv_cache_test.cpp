@@ -104,6 +104,17 @@ TEST_CASE("KvCache lets go of what is not needed, now and then", "[attention][kv
   CHECK(kv.values() == rows.middleRows(kv.first(), kv.held()));
 }
 
+TEST_CASE("KvCache gives up the room of a long prompt", "[attention][kv_cache]") {
+  const Matrix<double> rows = test::random_matrix(3000, 2, 12);
+  KvCache<double> kv;
+  kv.append(rows, rows);
+  kv.forget(2900, 2950);
+  CHECK(kv.held() == 100);
+  CHECK(kv.capacity() <= 125);
+  CHECK(kv.keys() == rows.bottomRows(100));
+  CHECK(kv.values() == rows.bottomRows(100));
+}
+
 TEST_CASE("KvCache takes back what it still can", "[attention][kv_cache]") {
   const Matrix<double> rows = test::random_matrix(40, 3, 11);
   KvCache<double> kv;
