@@ -152,6 +152,28 @@ TEST_CASE("GroupedQueryAttention decodes what it would compute at once with ever
   }
 }
 
+TEST_CASE("GroupedQueryAttention in float is close to double with every option",
+          "[attention][grouped_query]") {
+  const Matrix<double> x = test::random_matrix(150, 6, 14);
+  const Matrix<double> dy = test::random_matrix(150, 6, 15);
+  for (const Option& option : options()) {
+    INFO(option.name);
+    auto wide = test::random_attention<double>(option.config);
+    auto narrow = test::random_attention<float>(option.config);
+    Gqa::Cache cache;
+    GroupedQueryAttention<float>::Cache narrow_cache;
+    GroupedQueryAttention<float>::State kv;
+    const Matrix<double> y = wide.forward(x, cache);
+    const Matrix<double> narrow_y = narrow.forward(x.cast<float>(), narrow_cache).cast<double>();
+    CHECK(test::relative_error(narrow_y, y) <= 1e-5);
+    CHECK(
+        test::relative_error(narrow.backward(dy.cast<float>(), narrow_cache).cast<double>().eval(),
+                             wide.backward(dy, cache)) <= 1e-5);
+    const Matrix<double> decoded = narrow.decode(x.cast<float>(), kv, narrow_cache).cast<double>();
+    CHECK(test::relative_error(decoded, y) <= 1e-5);
+  }
+}
+
 TEST_CASE("GroupedQueryAttention decodes conversations of different lengths behind a window",
           "[attention][grouped_query]") {
   const Gqa layer = test::random_attention(

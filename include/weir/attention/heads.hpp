@@ -23,7 +23,7 @@ struct AttentionHeads {
   double scale = 1.0;   ///< of the product of a query and a key, such as 1 / sqrt(head_dim)
 
   /// Above zero, a score becomes softcap * tanh(score / softcap), which keeps it in (-softcap,
-  /// softcap). (Gemma Team 2024, arXiv:2408.00118, section 2; before it Grok-1's released code.)
+  /// softcap). (Gemma Team 2024, arXiv:2408.00118; before it Grok-1's released code.)
   double softcap = 0.0;
 
   /// Above zero, a query sees the last `window` keys, its own included (Beltagy et al. 2020,

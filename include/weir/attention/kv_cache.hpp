@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include <weir/core/error.hpp>
@@ -19,7 +20,8 @@ namespace weir {
 ///
 /// Where attention looks back a limited way, `forget` lets go of what it has passed. What is held
 /// stays in one piece: the rows that remain are moved to the front once a quarter as many before
-/// them are of no more use, so that a token moves four rows on average and memory is bounded.
+/// them are of no more use, so that a token moves four rows on average and memory is bounded. Room
+/// for a prompt that is far longer than what attention looks back is given up when it is passed.
 template <class T>
 class KvCache {
  public:
@@ -83,8 +85,8 @@ class KvCache {
     const Index kept = held_ - gone;
     most_ = kept + kept / 4;
     if (gone == 0 || gone < kept / 4) return;
-    drop_front(keys_, gone * key_width_);
-    drop_front(values_, gone * value_width_);
+    drop_front(keys_, gone * key_width_, most_ * key_width_);
+    drop_front(values_, gone * value_width_, most_ * value_width_);
     first_ = position;
     held_ = kept;
     shortest_ = from;
@@ -131,8 +133,17 @@ class KvCache {
     }
   }
 
-  static void drop_front(std::vector<T>& rows, Index count) {
-    rows.erase(rows.begin(), rows.begin() + count);
+  /// \param room  For so many numbers there is room afterwards, and not for very many more.
+  static void drop_front(std::vector<T>& rows, Index count, Index room) {
+    constexpr Index kFarTooMuch = 4;
+    if (static_cast<Index>(rows.capacity()) <= kFarTooMuch * room) {
+      rows.erase(rows.begin(), rows.begin() + count);
+      return;
+    }
+    std::vector<T> rest;
+    rest.reserve(static_cast<std::size_t>(room));
+    rest.insert(rest.end(), rows.begin() + count, rows.end());
+    rows = std::move(rest);
   }
 
   std::vector<T> keys_;

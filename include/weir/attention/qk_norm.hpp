@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Normalisation of queries and keys, which bounds the scores of attention (Dehghani et al. 2023,
-/// arXiv:2302.05442).
+/// Normalisation of queries and keys, which bounds the scores of attention (Henry et al. 2020,
+/// arXiv:2010.04245; Dehghani et al. 2023, arXiv:2302.05442).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 
+#include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
@@ -19,7 +21,8 @@ namespace weir {
 enum class QkNorm {
   kNone,
   kFull,     ///< RMSNorm over all heads together, before rotation (OLMoE; arXiv:2409.02060).
-  kPerHead,  ///< RMSNorm of each head with one weight for all, before rotation (Qwen3).
+  kPerHead,  ///< RMSNorm of each head with one weight for all, before rotation (Qwen3;
+             ///< arXiv:2505.09388).
   kL2,       ///< Each head over its root mean square, no weight, after rotation (Llama 4).
 };
 
