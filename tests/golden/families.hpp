@@ -26,6 +26,7 @@ CheckCase check_deepseek_v2_moe;
 CheckCase check_deepseek_v3_moe;
 CheckCase check_megatron;
 CheckCase check_mla;
+CheckCase check_deepseek_v3_decoder;
 
 struct Family {
   int number;
@@ -44,6 +45,7 @@ inline constexpr Family kFamilies[] = {
     {8, "Megatron-Core's routing, dropping and losses", check_megatron},
     {9, "Multi-head latent attention", check_mla},
     {10, "Grouped-query attention with a window", check_grouped_query},
+    {12, "DeepSeek-V3 decoder", check_deepseek_v3_decoder},
     {15, "Expert-choice layer", check_expert_choice},
     {16, "Tutel and MegaBlocks losses", check_other_aux_losses},
     {17, "gpt-oss layer", check_gpt_oss},

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Multi-head latent attention as in DeepSeek-V3's own inference code, which keeps the
-// up-projections of keys and values in one matrix, and has a naive and an absorbed path.
+// Multi-head latent attention as in DeepSeek-V3's own inference code, by its naive and its absorbed
+// path.
 #include <algorithm>
 #include <span>
 #include <string>
@@ -9,20 +9,13 @@
 #include <weir/attention/latent.hpp>
 
 #include "golden/families.hpp"
+#include "golden/latent_case.hpp"
 
 namespace weir::golden {
 namespace {
 
 LatentConfig read_config(CaseFile& file) {
-  LatentConfig config{.d_model = file.size("d_model"),
-                      .heads = file.size("n_heads"),
-                      .q_rank = static_cast<Index>(file.number("q_lora_rank")),
-                      .kv_rank = file.size("kv_lora_rank"),
-                      .nope_dim = file.size("qk_nope_head_dim"),
-                      .rope_dim = file.size("qk_rope_head_dim"),
-                      .value_dim = file.size("v_head_dim"),
-                      .rope_theta = file.number("rope_theta"),
-                      .norm_epsilon = file.number("rms_eps")};
+  LatentConfig config = read_latent_config(file);
   const Yarn yarn{.factor = file.number("rope_factor"),
                   .original_context = file.size("original_seq_len"),
                   .beta_fast = file.number("beta_fast"),
@@ -37,55 +30,11 @@ LatentConfig read_config(CaseFile& file) {
   return config;
 }
 
-/// The rows `first` to `first + rows` of each head, of which `from` has as many as fit.
-Matrix<double> part_of_heads(const Matrix<double>& from, Index heads, Index first, Index rows) {
-  const Index height = from.rows() / heads;
-  Matrix<double> part(heads * rows, from.cols());
-  for (Index h = 0; h < heads; ++h) {
-    part.middleRows(h * rows, rows) = from.middleRows(h * height + first, rows);
-  }
-  return part;
-}
-
-/// The reverse: each head's rows of `upper` above those of `lower`.
-Matrix<double> join_heads(const Matrix<double>& upper, const Matrix<double>& lower, Index heads) {
-  const Index above = upper.rows() / heads;
-  const Index below = lower.rows() / heads;
-  Matrix<double> joined(upper.rows() + lower.rows(), upper.cols());
-  for (Index h = 0; h < heads; ++h) {
-    joined.middleRows(h * (above + below), above) = upper.middleRows(h * above, above);
-    joined.middleRows(h * (above + below) + above, below) = lower.middleRows(h * below, below);
-  }
-  return joined;
-}
-
-/// The name in the file of a parameter that is there as it is.
-std::string name_of(const std::string& parameter, bool low_rank) {
-  if (parameter == "query_down") return "wq_a.weight";
-  if (parameter == "query_norm.weight") return "q_norm.weight";
-  if (parameter == "query") return low_rank ? "wq_b.weight" : "wq.weight";
-  if (parameter == "kv_down") return "wkv_a.weight";
-  if (parameter == "kv_norm.weight") return "kv_norm.weight";
-  if (parameter == "output") return "wo.weight";
-  return "";
-}
-
 LatentAttention<double> read_layer(CaseFile& file, const LatentConfig& config) {
   Rng rng(0);
   LatentAttention<double> layer(config, rng);
-  const Matrix<double> kv_up = file.matrix(
-      "w.wkv_b.weight", {config.heads * (config.nope_dim + config.value_dim), config.kv_rank});
   for (auto& [name, parameter] : parameters(layer)) {
-    Matrix<double>& value = parameter->value;
-    if (name == "key_up") {
-      value = part_of_heads(kv_up, config.heads, 0, config.nope_dim);
-    } else if (name == "value_up") {
-      value = part_of_heads(kv_up, config.heads, config.nope_dim, config.value_dim);
-    } else {
-      const std::string in_file = "w." + name_of(name, config.q_rank > 0);
-      value = value.rows() == 1 ? file.matrix(in_file, {value.cols()})
-                                : file.matrix(in_file, {value.rows(), value.cols()});
-    }
+    parameter->value = latent_weight(file, config, "w.", name, parameter->value);
   }
   return layer;
 }
@@ -166,14 +115,7 @@ void check_mla(CaseFile& file, Checker& checker) {
   checker.scalar("out.loss", y.cwiseProduct(cotangent).sum());
   checker.reals("g.x", layer.backward(cotangent, cache));
   Gradients gradients(layer);
-  checker.reals("g.wkv_b.weight",
-                join_heads(gradients.take("key_up"), gradients.take("value_up"), config.heads));
-  for (auto& [name, parameter] : parameters(layer)) {
-    const std::string in_file = name_of(name, config.q_rank > 0);
-    if (in_file.empty()) continue;
-    const Matrix<double> gradient = gradients.take(name);
-    checker.reals("g." + in_file, gradient);
-  }
+  check_latent_gradients(checker, gradients, config, "", "");
   gradients.finish(checker);
   check_decoding(file, checker, config, x);
 }

@@ -65,18 +65,20 @@ inline Matrix<double> dense_weights(const Routing<double>& routing) {
   return dense;
 }
 
-/// Compares out.topk_idx and out.topk_weight, [tokens, k] each. The order within a token is the
-/// reference's own affair: weir's choice is put into it first.
-inline void check_top_k(Checker& checker, CaseFile& file, const Routing<double>& routing) {
+/// Compares `prefix`topk_idx and `prefix`topk_weight, [tokens, k] each. The order within a token is
+/// the reference's own affair: weir's choice is put into it first.
+inline void check_top_k(Checker& checker, CaseFile& file, const Routing<double>& routing,
+                        const std::string& prefix = "out.") {
+  const std::string idx = prefix + "topk_idx";
+  const std::string weight_name = prefix + "topk_weight";
   constexpr std::int64_t kNotChosen = -1;
   std::vector<std::int64_t> order;
-  if (file.has("out.topk_idx")) order = file.integers("out.topk_idx");
+  if (file.has(idx)) order = file.integers(idx);
   const Index tokens = routing.tokens();
   const Index k = tokens > 0 ? routing.assignments() / tokens : 0;
   if (static_cast<Index>(order.size()) != routing.assignments()) {
-    checker.integers("out.topk_idx", {routing.expert.begin(), routing.expert.end()});
-    checker.reals("out.topk_weight",
-                  Eigen::Map<const Matrix<double>>(routing.weight.data(), tokens, k));
+    checker.integers(idx, {routing.expert.begin(), routing.expert.end()});
+    checker.reals(weight_name, Eigen::Map<const Matrix<double>>(routing.weight.data(), tokens, k));
     return;
   }
   std::vector<std::int64_t> expert(order.size(), kNotChosen);
@@ -94,8 +96,8 @@ inline void check_top_k(Checker& checker, CaseFile& file, const Routing<double>&
       }
     }
   }
-  checker.integers("out.topk_idx", expert);
-  checker.reals("out.topk_weight", weights);
+  checker.integers(idx, expert);
+  checker.reals(weight_name, weights);
 }
 
 /// Compares what a top-k router without capacity decided: out.router_logits, router_probs,

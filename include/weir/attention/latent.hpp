@@ -46,8 +46,11 @@ namespace weir {
 /// with a Yarn, its `score_scale()`. Sequences, positions and padding are as in
 /// GroupedQueryAttention.
 ///
-/// Decoding may go another way to the same result, see LatentDecoding and LatentAbsorbed.
-/// Stored for inference, W_uk and W_uv are there twice, once for either way.
+/// Decoding may go another way to the same result, see LatentDecoding and LatentAbsorbed. Stored
+/// for inference, W_uk and W_uv are there twice, once for either way.
+///
+/// Released checkpoints have W_dkv above W_kr in one matrix, as here, and for each head W_uk_h
+/// above W_uv_h, which are two parameters here.
 template <std::floating_point T>
 class LatentAttention {
  public:
