@@ -4,7 +4,6 @@
 /// B).
 #pragma once
 
-#include <algorithm>
 #include <concepts>
 #include <utility>
 
