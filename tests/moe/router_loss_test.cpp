@@ -2,6 +2,7 @@
 // Losses on the router's own parameters in a layer.
 #include <cmath>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <weir/moe/balance/orthogonality_loss.hpp>
@@ -155,6 +156,49 @@ TEST_CASE("A backward pass that is refused leaves the router's gradient alone",
   moe.forward(test::random_matrix(5, 3, 3), cache);
   CHECK_THROWS_AS(moe.backward(Matrix<double>::Zero(4, 3), cache), ShapeError);
   CHECK(moe.router().weight().grad.size() == 0);
+}
+
+namespace {
+
+/// Counts how often it is asked for anything.
+struct Counted : Both {
+  int* calls;
+
+  explicit Counted(int* count) : calls(count) {}
+  double loss(const Routing<double>& routing) const { return ++*calls, Both::loss(routing); }
+  void add_gradient(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
+    ++*calls;
+    Both::add_gradient(routing, gradient);
+  }
+  template <class R>
+  double router_loss(const R& router) const {
+    return ++*calls, Both::router_loss(router);
+  }
+  template <class R>
+  void add_router_gradient(R& router, double scale) const {
+    ++*calls;
+    Both::add_router_gradient(router, scale);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("No loss is computed where its scale is zero", "[moe][router_loss]") {
+  int calls = 0;
+  auto moe = layer(LinearRouter<double>(kWeight), Counted(&calls));
+  decltype(moe)::Cache cache;
+  const Matrix<double> x = test::random_matrix(5, 3, 3);
+  const auto run = [&](double scale) {
+    moe.forward(x, {.aux_scale = scale}, cache);
+    moe.backward(Matrix<double>::Zero(5, 3), cache);
+    return std::exchange(calls, 0);
+  };
+  CHECK(run(1.0) == 4);
+  zero_gradients(moe);
+  CHECK(run(0.0) == 0);
+  CHECK(cache.aux_loss == 0.0);
+  CHECK(moe.router().weight().gradient().isZero(0.0));
+  CHECK(moe.report(cache).losses.size() == 1);  // Which reckons it anew.
 }
 
 TEST_CASE("A layer with a router loss allocates nothing in the steady state",

@@ -41,7 +41,8 @@ namespace weir {
 ///
 /// The loss that `backward` differentiates is the caller's plus `cache.aux_loss`, the sum of the
 /// balancers' losses times `pass.aux_scale`. A RouterLoss, which looks at parameters alone, is one
-/// of them: with a batch split into micro-batches it counts once, if their scales sum to one.
+/// of them: with a batch split into micro-batches it counts once, if their scales sum to one. With
+/// `pass.aux_scale` = 0, as for inference, no loss is computed.
 template <class R, class S, class C, class B, class... L>
 class MoELayer {
  public:
@@ -131,9 +132,11 @@ class MoELayer {
 
     cache.aux_scale = static_cast<T>(pass.aux_scale);
     cache.aux_loss = T(0);
-    for_each_loss(
-        [&](const auto& balancer) { cache.aux_loss += loss_of(balancer, cache.routing); });
-    cache.aux_loss *= cache.aux_scale;
+    if (cache.aux_scale != T(0)) {
+      for_each_loss(
+          [&](const auto& balancer) { cache.aux_loss += loss_of(balancer, cache.routing); });
+      cache.aux_loss *= cache.aux_scale;
+    }
     cache.filled = true;
     if (!cache.routing.pass_dropped) return y;
 
@@ -157,12 +160,13 @@ class MoELayer {
     expect_shape("MoELayer::backward", "dy", dy, routing.tokens(), bank_.d_out());
 
     cache.gradient.reset(routing);
+    const bool has_losses = cache.aux_scale != T(0);
     for_each_loss([&](const auto& balancer) {
       if constexpr (BalancingLoss<std::remove_cvref_t<decltype(balancer)>, T>) {
-        balancer.add_gradient(routing, cache.gradient);
+        if (has_losses) balancer.add_gradient(routing, cache.gradient);
       }
     });
-    if (cache.aux_scale != T(1)) {
+    if (has_losses && cache.aux_scale != T(1)) {
       cache.gradient.logits *= cache.aux_scale;
       cache.gradient.probabilities *= cache.aux_scale;
       cache.gradient.weights *= cache.aux_scale;
@@ -193,7 +197,7 @@ class MoELayer {
     add_rows<T>(d_experts, router_.backward(cache.gradient.logits, cache.router), cache.dx);
     for_each_loss([&](const auto& balancer) {
       if constexpr (RouterLoss<std::remove_cvref_t<decltype(balancer)>, R>) {
-        balancer.add_router_gradient(router_, cache.aux_scale);
+        if (has_losses) balancer.add_router_gradient(router_, cache.aux_scale);
       }
     });
     if (routing.pass_dropped) {

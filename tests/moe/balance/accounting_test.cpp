@@ -9,8 +9,11 @@
 #include <weir/moe/balance/entropy_loss.hpp>
 #include <weir/moe/balance/global_batch_loss.hpp>
 #include <weir/moe/balance/gshard_loss.hpp>
+#include <weir/moe/balance/hierarchical_loss.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
+#include <weir/moe/balance/orthogonality_loss.hpp>
 #include <weir/moe/balance/second_place_loss.hpp>
+#include <weir/moe/balance/similarity_loss.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/capacity/dropless.hpp>
@@ -35,7 +38,9 @@ auto all_balancers() {
                   GShardLoss<double>{0.2}, ZLoss<double>{0.1}, ImportanceLoss<double>{0.4},
                   DeviceLoss<double>{ExpertGroups::uniform(4, 2), 0.6},
                   CommunicationLoss<double>{ExpertGroups::uniform(4, 2), 2, 0.7},
-                  EntropyLoss<double>{0.3, -0.2}, SecondPlaceLoss<double>{0.2});
+                  EntropyLoss<double>{0.3, -0.2}, SecondPlaceLoss<double>{0.2},
+                  SimilarityLoss<double>{0.3}, HierarchicalLoss<double>{2, 0.4},
+                  OrthogonalityLoss<double>{0.2});
 }
 
 struct Result {
@@ -120,7 +125,9 @@ TEST_CASE("Losses that are means over tokens or sequences add up over micro-batc
                     SwitchLoss<double>{.coefficient = 0.3, .scope = Scope::kSequence},
                     GShardLoss<double>{.coefficient = 0.2, .scope = Scope::kSequence},
                     DeviceLoss<double>{ExpertGroups::uniform(4, 2), 0.6},
-                    CommunicationLoss<double>{ExpertGroups::uniform(4, 2), 2, 0.7});
+                    CommunicationLoss<double>{ExpertGroups::uniform(4, 2), 2, 0.7},
+                    HierarchicalLoss<double>{2, 0.4, Scope::kSequence},
+                    OrthogonalityLoss<double>{0.2});
   };
   const Matrix<double> x = test::random_matrix(12, 3, 1);
   auto whole = layer();

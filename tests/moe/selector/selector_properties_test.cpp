@@ -8,6 +8,7 @@
 #include <weir/core/init.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
+#include <weir/moe/selector/hierarchical_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
@@ -112,6 +113,11 @@ TEST_CASE("Token-choice selectors keep their conventions in any setting", "[moe]
       Sum::kOne, true);
   check_selector([](const Setting& s) { return SigmoidTopK<double>(s.experts, {.k = s.k}); },
                  Sum::kOne, true);
+  check_selector(  // Groups of one expert, k of them.
+      [](const Setting& s) {
+        return HierarchicalTopK<double>{.groups = s.experts, .group_k = s.k, .k = 1};
+      },
+      Sum::kOne, true);
   check_selector(
       [](Setting& s) {
         BiasedSoftmaxTopK<double> selector(s.experts, {.k = s.k});

@@ -116,7 +116,7 @@ struct HierarchicalLoss {
   /// c of the tokens `begin` to `end` to scratch[0], n to scratch[1].
   void count(const Routing<T>& routing, Index begin, Index end) const {
     routing.scratch[0].setZero(routing.experts());
-    routing.scratch[1].setZero(groups);
+    routing.scratch[1].setZero(routing.experts());  // As long as for others: no new memory.
     for (Index t = begin; t < end; ++t) {
       if (routing.first(t) == routing.last(t)) continue;
       const Index e = first_choice(routing, t);

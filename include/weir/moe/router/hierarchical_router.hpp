@@ -4,7 +4,6 @@
 /// B).
 #pragma once
 
-#include <algorithm>
 #include <concepts>
 #include <utility>
 
@@ -32,8 +31,8 @@ namespace weir {
 ///
 /// ZLoss of z is that of a. With LinearRouters these are the gating networks of Shazeer et al. and
 /// Mesh TensorFlow: b stacks the second-level networks of all groups, which are all computed. What
-/// concerns one level (noise, jitter, a temperature) goes around its router; noise has an effect
-/// then, but LoadLoss is not told of it.
+/// concerns one level (noise, jitter, a temperature) is its router's affair. LoadLoss is not told
+/// of noise at the two levels: it counts, and has no gradient.
 ///
 /// \tparam Groups  A Router of groups, and
 /// \tparam Experts one of experts, of the same d_model.

@@ -19,29 +19,26 @@ namespace weir {
 
 /// Chooses groups, then experts in them, with the product of the two levels' weights:
 ///
-///     P_g = sum_{e in g} p_e,    q_e = p_e / P_g,    p = softmax(z)
-///     S = the group_k groups of largest P,    S_g = the experts of largest q in group g
-///     g_e = u_g v_e,    u_g = P_g / sum_{h in S} P_h,    v_e = q_e / sum_{j in S_g} q_j
+///     P_G = sum_{e in G} p_e,    q_e = p_e / P_G,    p = softmax(z)
+///     S = the group_k groups G of largest P,    S_G = the experts of largest q in G
+///     g_e = u_G v_e,    u_G = P_G / sum_{H in S} P_H,    v_e = q_e / sum_{j in S_G} q_j
 ///
-/// or u_g = P_g and v_e = q_e, not renormalised; then g_e = p_e. The first group has `k` experts,
-/// each of the others `rest_k`. The groups are neighbours, all of the same size. P and q are the
-/// softmaxes of the two levels of a HierarchicalRouter; another router's logits do as well. Equal
-/// values: the lowest index first. The choice is constant to the derivative. Renormalised, a single
-/// group has a constant u, a single expert of a group a constant v, through which the task's loss
-/// does not reach that level.
+/// or, not renormalised, u_G = P_G and v_e = q_e, so that g_e = p_e. The first group has `k`
+/// experts, each of the others `rest_k`. The groups are neighbours, all of the same size. P and q
+/// are the softmaxes of the two levels of a HierarchicalRouter; another router's logits do as well.
+/// Equal values: the lowest index first. The choice is constant to the derivative. Renormalised, a
+/// single group has a constant u, a single expert of a group a constant v, through which the task's
+/// loss does not reach that level.
 ///
 /// Assignments are listed group by group, best group first, and in a group best expert first:
 /// rank-major capacity serves the first expert of the first group before all others, as Mesh
 /// TensorFlow's importance does; there what comes after that is served in the order of the tokens
 /// (DropOrder has no such order), and the groups have capacities of their own. Causal.
 ///
-///     Shazeer et al. 2017 (arXiv:1701.06538, appendix B, eq. 12)      group_k and k = rest_k at
-///                                                                     will
-///     Mesh TensorFlow (transformer_moe_layer_v2, its top-2 of top-2)  group_k = 2, k = 2,
-///                                                                     rest_k = 1
-///
-/// Mesh TensorFlow sends a token to one expert of its second group. It adds 1e-9 to each
-/// denominator.
+/// With k = rest_k this is the gate of Shazeer et al. 2017 (arXiv:1701.06538, appendix B, eq. 12);
+/// ImportanceLoss of its weights is their Importance_H (eq. 13). The defaults are Mesh TensorFlow's
+/// top-2 of top-2 (mesh_tensorflow/transformer/moe.py, transformer_moe_layer_v2), which sends a
+/// token to one expert of its second group, and adds 1e-9 to each denominator.
 template <std::floating_point T>
 struct HierarchicalTopK {
   using Scalar = T;
@@ -119,8 +116,8 @@ struct HierarchicalTopK {
         if (!renormalise) {
           for (Index i = 0; i < assignments(); ++i) dp[chosen[i]] += d_weight[i];
         } else {
-          // du_g = m_g = sum_e v_e dg_e,    dv_e = u_g dg_e;  u is a softmax of log P over S, v one
-          // of z over S_g, and d log P_g / dz_e = q_e.
+          // du_G = m_G = sum_e v_e dg_e,    dv_e = u_G dg_e;  u is a softmax of log P over S, v one
+          // of z over S_G, and d log P_G / dz_e = q_e.
           T mean = T(0);
           for (Index i = 0; i < assignments(); ++i) mean += weight[i] * d_weight[i];
           for_each_group([&](Index first, Index count) {

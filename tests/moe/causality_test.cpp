@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: MIT
+// What an earlier token's output depends on: every selector, router, capacity policy and layer does
+// what its comment says, which is nothing where it names no other token.
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <weir/moe/capacity/adaptive_capacity.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/capacity/device_capacity.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/capacity/dynamic_capacity.hpp>
+#include <weir/moe/capacity/fixed_capacity.hpp>
+#include <weir/moe/capacity/renormalise_kept.hpp>
+#include <weir/moe/experts/any_bank.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/mixture_of_depths.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/residual_moe.hpp>
+#include <weir/moe/router/cosine_router.hpp>
+#include <weir/moe/router/gumbel_router.hpp>
+#include <weir/moe/router/hash_router.hpp>
+#include <weir/moe/router/hierarchical_router.hpp>
+#include <weir/moe/router/input_dropout_router.hpp>
+#include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/router/noisy_router.hpp>
+#include <weir/moe/router/temperature_router.hpp>
+#include <weir/moe/selector/balanced_assignment.hpp>
+#include <weir/moe/selector/biased_softmax_top_k.hpp>
+#include <weir/moe/selector/expert_choice.hpp>
+#include <weir/moe/selector/hierarchical_top_k.hpp>
+#include <weir/moe/selector/rank_policy.hpp>
+#include <weir/moe/selector/relu_routing.hpp>
+#include <weir/moe/selector/replay.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/sinkhorn.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/sparse_mixer.hpp>
+#include <weir/moe/selector/threshold.hpp>
+#include <weir/moe/selector/top_k_softmax.hpp>
+#include <weir/moe/selector/top_p.hpp>
+#include <weir/moe/shared_experts.hpp>
+#include <weir/moe/soft_moe.hpp>
+#include <weir/nn/linear.hpp>
+
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+using namespace weir;
+
+namespace {
+
+constexpr Index kModel = 3;
+constexpr Index kExperts = 4;
+constexpr Index kEarlier = 6;
+constexpr Index kCount = 10;
+
+/// What of the later tokens an earlier one's output depends on.
+enum class Sees {
+  kNothing,
+  kNumber,  ///< How many they are, not what they are.
+  kContent,
+};
+
+/// By many random inputs, the later tokens of which are replaced, and left out. Random draws are
+/// the same in all passes. Whether an expert has few rows or many makes a difference to rounding.
+template <class L>
+Sees what_is_seen(const L& layer, bool training) {
+  Rng rng(1);
+  Sees seen = Sees::kNothing;
+  for (int trial = 0; trial < 40; ++trial) {
+    std::vector<Index> ids;
+    for (Index t = 0; t < kCount; ++t) ids.push_back(rng.below(20));
+    Matrix<double> x = normal_init<double>(kCount, kModel, 1.0, rng);
+    const auto earlier = [&](Index tokens) {
+      Rng draws(static_cast<std::uint64_t>(trial));
+      typename L::Cache cache;
+      const Pass pass{.training = training,
+                      .token_ids = std::span(ids).first(static_cast<std::size_t>(tokens)),
+                      .rng = &draws};
+      return Matrix<double>(apply(layer, x.topRows(tokens), pass, cache).topRows(kEarlier));
+    };
+    const Matrix<double> expected = earlier(kCount);
+    const auto differs = [&](const Matrix<double>& y) {
+      return test::relative_error(y, expected) > 1e-12;
+    };
+    if (differs(earlier(kEarlier))) seen = std::max(seen, Sees::kNumber);
+    for (Index t = kEarlier; t < kCount; ++t) ids[static_cast<std::size_t>(t)] = rng.below(20);
+    x.bottomRows(kCount - kEarlier) = normal_init<double>(kCount - kEarlier, kModel, 1.0, rng);
+    if (differs(earlier(kCount))) return Sees::kContent;
+  }
+  return seen;
+}
+
+LinearRouter<double> router() {
+  return LinearRouter<double>(2.0 * test::random_matrix(kExperts, kModel, 1));
+}
+
+GluBank<double> bank() {
+  Rng rng(2);
+  return {kExperts, kModel, 2, rng, 1.0};
+}
+
+template <class R, class S, class C>
+auto layer(R router, S selector, C capacity) {
+  return MoELayer(std::move(router), std::move(selector), std::move(capacity), bank());
+}
+
+template <class S>
+Sees seen_by_selector(S selector, bool training) {
+  return what_is_seen(layer(router(), std::move(selector), Dropless{}), training);
+}
+
+template <class R>
+Sees seen_by_router(R router, bool training) {
+  return what_is_seen(layer(std::move(router), SoftmaxTopK<double>{2}, Dropless{}), training);
+}
+
+template <class C>
+Sees seen_by_capacity(C capacity, Index k, bool training = false) {
+  return what_is_seen(layer(router(), SoftmaxTopK<double>{k}, std::move(capacity)), training);
+}
+
+constexpr DropOrder kOrders[] = {DropOrder::kRankMajor,           DropOrder::kTokenMajor,
+                                 DropOrder::kProbability,         DropOrder::kBatchPrioritised,
+                                 DropOrder::kBatchPrioritisedSum, DropOrder::kRandom};
+
+/// What DropOrder says of an order, in training, where the capacity itself depends on nothing.
+Sees seen_by_order(DropOrder order, Index k) {
+  const bool causal = order == DropOrder::kTokenMajor || (order == DropOrder::kRankMajor && k == 1);
+  return causal ? Sees::kNothing : Sees::kContent;
+}
+
+/// The same where the capacity depends on the number of tokens.
+Sees seen_with_number(DropOrder order, Index k) {
+  return std::max(seen_by_order(order, k), Sees::kNumber);
+}
+
+}  // namespace
+
+TEST_CASE("Selectors that look at one token are causal", "[moe][causality]") {
+  const bool training = GENERATE(false, true);
+  const auto check = [&](auto selector) {
+    CHECK(seen_by_selector(std::move(selector), training) == Sees::kNothing);
+  };
+  check(SoftmaxTopK<double>{2});
+  check(SoftmaxTopK<double>{.k = 2, .groups = {.count = 2, .allowed = 1}});
+  check(TopKSoftmax<double>{2});
+  check(SigmoidTopK<double>(kExperts, {.k = 2}));
+  check(BiasedSoftmaxTopK<double>(kExperts, {.k = 2}));
+  check(Threshold<double>{.k = 3, .threshold = 0.2});
+  check(TopP<double>{0.6});
+  check(ReluRouting<double>{});
+  check(SparseMixer<double>{});
+  check(HierarchicalTopK<double>{.groups = 2});
+  check(RankPolicy(SoftmaxTopK<double>{2}));
+  check(Replay(SoftmaxTopK<double>{2}));
+}
+
+TEST_CASE("Selectors that look at the batch are not causal", "[moe][causality]") {
+  for (const bool training : {false, true}) {
+    CHECK(seen_by_selector(ExpertChoice<double>{}, training) == Sees::kContent);
+    CHECK(seen_by_selector(ExpertChoice<double>{.over = ScoresOver::kTokens}, training) ==
+          Sees::kContent);
+  }
+  CHECK(seen_by_selector(Sinkhorn<double>{}, true) == Sees::kContent);
+  CHECK(seen_by_selector(Sinkhorn<double>{}, false) == Sees::kNothing);
+  CHECK(seen_by_selector(BalancedAssignment<double>{}, true) == Sees::kContent);
+  CHECK(seen_by_selector(BalancedAssignment<double>{}, false) == Sees::kNothing);
+}
+
+TEST_CASE("Replay of a trace is causal if the trace is", "[moe][causality]") {
+  // One trace for all inputs; the later tokens can only be replaced, not left out.
+  auto moe = layer(router(), Replay(SoftmaxTopK<double>{2}), Dropless{});
+  Matrix<double> x = test::random_matrix(kCount, kModel, 3);
+  decltype(moe)::Cache cache;
+  moe.forward(x, cache);
+  RoutingTrace trace;
+  trace.record(cache.routing);
+  moe.selector().impose(trace);
+  x = test::random_matrix(kCount, kModel, 4);
+  const Matrix<double> expected = moe.forward(x).topRows(kEarlier);
+  x.bottomRows(kCount - kEarlier) = test::random_matrix(kCount - kEarlier, kModel, 5);
+  CHECK(test::relative_error(moe.forward(x).topRows(kEarlier), expected) <= 1e-12);
+}
+
+TEST_CASE("Routers are causal, whatever they draw", "[moe][causality]") {
+  const bool training = GENERATE(false, true);
+  const auto check = [&](auto router) {
+    CHECK(seen_by_router(std::move(router), training) == Sees::kNothing);
+  };
+  Rng rng(3);
+  const Matrix<double> weight = test::random_matrix(kExperts, kModel, 4);
+  check(router());
+  check(CosineRouter<double>(kModel, kExperts, rng, {.d_projection = 4}));
+  check(NoisyRouter<double>(weight, weight));
+  check(JitterRouter(router(), 0.5));
+  check(InputDropoutRouter(router(), 0.5));
+  check(TemperatureRouter(router(), {.start = 2.0}));
+  check(GumbelRouter(router()));
+  check(HashRouter<double>(kModel, kExperts, modulo_hash_table(20, kExperts)));
+  check(HierarchicalRouter(NoisyRouter<double>(weight.topRows(2), weight.topRows(2)), router()));
+}
+
+TEST_CASE("Capacities that depend on nothing are as causal as their order", "[moe][causality]") {
+  for (const Index k : {1, 2}) {
+    CHECK(seen_by_capacity(Dropless{}, k) == Sees::kNothing);
+    for (const OnDrop on_drop : {OnDrop::kZero, OnDrop::kPass}) {
+      for (const DropOrder order : kOrders) {
+        INFO("k " << k << ", order " << static_cast<int>(order));
+        const FixedCapacity fixed{.capacity = 2, .order = order, .on_drop = on_drop};
+        CHECK(seen_by_capacity(fixed, k, true) == seen_by_order(order, k));
+        if (k == 1) continue;  // One weight that always is 1.
+        CHECK(seen_by_capacity(RenormaliseKept(fixed), k, true) == seen_by_order(order, k));
+      }
+    }
+    // In evaluation nothing is drawn.
+    CHECK(seen_by_capacity(FixedCapacity{.capacity = 2, .order = DropOrder::kRandom}, k) ==
+          seen_by_order(DropOrder::kRankMajor, k));
+    CHECK(seen_by_capacity(DynamicCapacity{.factor = 0.0}, k) == Sees::kNothing);
+  }
+}
+
+TEST_CASE("Capacities in proportion to the tokens depend on their number", "[moe][causality]") {
+  for (const Index k : {1, 2}) {
+    for (const DropOrder order : kOrders) {
+      INFO("k " << k << ", order " << static_cast<int>(order));
+      const Sees expected = seen_with_number(order, k);
+      CHECK(seen_by_capacity(CapacityFactor{.train = 1.0, .minimum = 0, .order = order}, k, true) ==
+            expected);
+      CHECK(seen_by_capacity(DynamicCapacity{.factor = 1.0, .order = order}, k, true) == expected);
+      CHECK(seen_by_capacity(DynamicCapacity{.factor = -1.0, .order = order}, k, true) == expected);
+      CHECK(
+          seen_by_capacity(AdaptiveCapacity<double>({.initial = 1.0, .minimum = 0, .order = order}),
+                           k, true) == expected);
+    }
+    const DeviceCapacity device{.devices = 2, .protected_share = 0.0};
+    CHECK(seen_by_capacity(device, k, true) == Sees::kContent);
+    CHECK(seen_by_capacity(device, k, false) == Sees::kNothing);
+  }
+}
+
+TEST_CASE("Layers around a mixture of experts are as causal as it is", "[moe][causality]") {
+  Rng rng(4);
+  const Linear<double> dense(kModel, kModel, rng);
+  const Linear<double> mix(kModel, 2, rng);
+  const auto check = [&](auto capacity, Sees expected) {
+    const auto moe = layer(router(), SoftmaxTopK<double>{2}, capacity);
+    CHECK(what_is_seen(moe, false) == expected);
+    CHECK(what_is_seen(SharedExperts(moe, dense), false) == expected);
+    CHECK(what_is_seen(ResidualMoe(moe, dense, mix), false) == expected);
+  };
+  check(Dropless{}, Sees::kNothing);
+  check(FixedCapacity{.capacity = 2, .order = DropOrder::kTokenMajor}, Sees::kNothing);
+  check(FixedCapacity{.capacity = 2, .order = DropOrder::kRankMajor}, Sees::kContent);
+}
+
+TEST_CASE("SoftMoe and MixtureOfDepths look at the whole sequence", "[moe][causality]") {
+  Rng rng(5);
+  const Linear<double> dense(kModel, kModel, rng);
+  for (const bool training : {false, true}) {
+    CHECK(what_is_seen(SoftMoe<GluBank<double>>(bank(), rng), training) == Sees::kContent);
+    const MixtureOfDepths depths(dense, kModel, rng, {.capacity = 0.5});
+    CHECK(what_is_seen(depths, training) == Sees::kContent);
+    const MixtureOfDepths sampling(dense, kModel, rng,
+                                   {.capacity = 0.5, .causal_evaluation = true});
+    CHECK(what_is_seen(sampling, training) == (training ? Sees::kContent : Sees::kNothing));
+  }
+}
+
+TEST_CASE("No token sees another sequence where the scope is the sequence", "[moe][causality]") {
+  const Sequences two({kEarlier, kCount - kEarlier});
+  const Pass pass{.training = true, .sequences = &two};
+  Rng rng(6);
+  const auto check = [&](const auto& any) {
+    typename std::remove_cvref_t<decltype(any)>::Cache cache;
+    Matrix<double> x = test::random_matrix(kCount, kModel, 3);
+    const Matrix<double> expected = any.forward(x, pass, cache).topRows(kEarlier);
+    x.bottomRows(kCount - kEarlier) = test::random_matrix(kCount - kEarlier, kModel, 5);
+    const Matrix<double> actual = any.forward(x, pass, cache).topRows(kEarlier);
+    CHECK(test::relative_error(actual, expected) <= 1e-12);
+  };
+  const auto order = GENERATE(DropOrder::kRankMajor, DropOrder::kProbability,
+                              DropOrder::kBatchPrioritised, DropOrder::kBatchPrioritisedSum);
+  const SoftmaxTopK<double> selector{2};
+  check(layer(router(), selector, FixedCapacity{.capacity = 2, .order = order}));
+  check(
+      layer(router(), selector,
+            CapacityFactor{.train = 1.0, .minimum = 0, .order = order, .scope = Scope::kSequence}));
+  check(layer(router(), selector,
+              DynamicCapacity{.factor = 1.0, .order = order, .scope = Scope::kSequence}));
+  check(layer(router(), ExpertChoice<double>{.scope = Scope::kSequence}, Dropless{}));
+  check(SoftMoe<GluBank<double>>(bank(), rng));
+  check(MixtureOfDepths(Linear<double>(kModel, kModel, rng), kModel, rng, {.capacity = 0.5}));
+}
