@@ -14,6 +14,7 @@
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/rank_policy.hpp>
 #include <weir/moe/selector/relaxed_top_k.hpp>
+#include <weir/moe/selector/replay.hpp>
 #include <weir/moe/selector/sampled_choice.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
@@ -259,6 +260,19 @@ TEST_CASE("RankPolicy over SampledChoice is NLLB's random second expert of sampl
     expected += p(0, e) / (1.0 - p(0, 0)) * std::min(1.0, 2.0 * p(0, e));
   }
   CHECK(kept / kTokens == Approx(expected).margin(0.03));
+}
+
+TEST_CASE("What SampledChoice drew can be replayed", "[moe][selector][sampled_choice]") {
+  const Matrix<double> z = test::random_matrix(40, 6, 19);
+  Replay replay(SampledChoice(TopKSoftmax<double>{.k = 2}));
+  const Routing<double> drawn = sampled(replay, z, 20);
+  CHECK(drawn.expert != test::route(TopKSoftmax<double>{.k = 2}, z).expert);
+  RoutingTrace trace;
+  trace.record(drawn);
+  replay.impose(trace);
+  const Routing<double> again = test::route(replay, z, {.training = true});
+  CHECK(again.expert == drawn.expert);
+  CHECK(again.weight == drawn.weight);
 }
 
 TEST_CASE("SampledChoice says what does not fit", "[moe][selector][sampled_choice]") {
