@@ -184,3 +184,18 @@ TEST_CASE("DSelectKRouter says what does not fit", "[moe][router][d_select_k]") 
   CHECK(test::message_of<ShapeError>([&] { router.backward(Matrix<double>::Zero(2, 4), cache); }) ==
         "DSelectKRouter::backward: dq is [2, 4], expected [2, 8]");
 }
+
+TEST_CASE("DSelectKRouter in single precision is that in double", "[moe][router][d_select_k]") {
+  Rng rng(15);
+  Rng same(15);
+  DSelectKRouter<double> exact(4, 8, rng, {.gamma = 0.05});
+  DSelectKRouter<float> router(4, 8, same, {.gamma = 0.05});
+  const Matrix<double> x = test::random_matrix(9, 4, 16);
+  const Matrix<double> dq = test::random_matrix(9, 8, 17);
+  DSelectKRouter<double>::Cache cache;
+  DSelectKRouter<float>::Cache other;
+  const Matrix<double> q = exact.forward(x, cache);
+  CHECK(test::relative_error(router.forward(x.cast<float>(), other).cast<double>(), q) <= 1e-5);
+  const Matrix<double> dx = exact.backward(dq, cache);
+  CHECK(test::relative_error(router.backward(dq.cast<float>(), other).cast<double>(), dx) <= 1e-5);
+}

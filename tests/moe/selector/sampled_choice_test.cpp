@@ -301,3 +301,19 @@ TEST_CASE("SampledChoice says what does not fit", "[moe][selector][sampled_choic
   CHECK(message.find("SampledChoice: the weight of token 0 for expert 1 is ") == 0);
   CHECK(message.find("nan, expected a finite number") != std::string::npos);
 }
+
+TEST_CASE("SampledChoice draws the same in single precision", "[moe][selector][sampled_choice]") {
+  const Matrix<double> z = test::random_matrix(50, 6, 21);
+  const SampledChoiceConfig config{.certain = 1};
+  const SampledChoice<StraightThrough<float>> selector(StraightThrough<float>{{.k = 2}}, config);
+  Rng rng(22);
+  Routing<float> routing;
+  selector.select(z.cast<float>(), {.training = true, .rng = &rng}, routing);
+  CHECK(routing.expert ==
+        sampled(SampledChoice(StraightThrough<double>{{.k = 2}}, config), z, 22).expert);
+  RoutingGradient<float> gradient;
+  gradient.reset(routing);
+  gradient.weights.setOnes();
+  selector.backward(routing, gradient);
+  CHECK(gradient.logits.allFinite());
+}
