@@ -45,9 +45,9 @@ TEST_CASE("SecondPlaceLoss is zero with one expert and without real tokens",
 TEST_CASE("SecondPlaceLoss has no second place for a forbidden expert",
           "[moe][balance][second_place_loss]") {
   // Token 0 may have experts 0 and 2, token 1 only expert 1, token 2 only experts 2 and 3, the
-  // second of which has lost all to underflow. Counts: experts 2 and 3; q_02 = 1, q_23 = 0.
+  // second of which has lost all to underflow. Counts: experts 0 and 3; q_00 = 1, q_23 = 0.
   Matrix<double> logits(3, 4);
-  logits << 2.0, 9.0, 1.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0, 9.0, 0.0, -1000.0;
+  logits << 1.0, 9.0, 2.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0, 9.0, 0.0, -1000.0;
   const std::vector<std::uint8_t> allowed = {1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1};
   const SoftmaxTopK<double> selector{1};
   const SecondPlaceLoss<double> balancer{0.5};
