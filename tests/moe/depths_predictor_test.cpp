@@ -302,3 +302,32 @@ TEST_CASE("Decoding a mixture of depths says what does not fit",
   CHECK(test::message_of<NonFiniteError>([&] { divided.forward(x); }) ==
         "MixtureOfDepths::forward: the prediction for token 0 is inf, expected a finite number");
 }
+
+TEST_CASE("A mixture of depths with a predictor in single precision is that in double",
+          "[moe][mixture_of_depths][depths_predictor]") {
+  const auto build = [](auto zero) {
+    using T = decltype(zero);
+    Rng rng(23);
+    return MixtureOfDepths(Linear<T>(4, 4, rng), 4, rng,
+                           {.capacity = 0.5, .predictor_loss = 0.3, .causal_evaluation = true},
+                           TokenPredictor<T>(4, 6, rng));
+  };
+  auto exact = build(0.0);
+  auto rounded = build(0.0F);
+  const Matrix<double> x = test::random_matrix(20, 4, 24);
+  const Matrix<float> x_rounded = x.cast<float>();
+  decltype(exact)::Cache cache;
+  decltype(rounded)::Cache other;
+  const Matrix<double> y = exact.forward(x, {.training = true}, cache);
+  CHECK(test::relative_error(rounded.forward(x_rounded, {.training = true}, other).cast<double>(),
+                             y) <= 1e-5);
+  CHECK(static_cast<double>(other.aux_loss) == Approx(cache.aux_loss).epsilon(1e-5));
+  exact.backward(x, cache);
+  rounded.backward(x_rounded, other);
+  for (std::size_t i = 0; i < parameters(exact).size(); ++i) {
+    CHECK(test::relative_error(parameters(rounded)[i].parameter->grad.cast<double>(),
+                               parameters(exact)[i].parameter->grad) <= 1e-5);
+  }
+  decltype(rounded)::State state;
+  CHECK(rounded.decode(x_rounded, state, other).allFinite());
+}

@@ -42,20 +42,43 @@ TEST_CASE("SecondPlaceLoss is zero with one expert and without real tokens",
   CHECK(logit_gradient(selector, balancer, padding).isZero(0.0));
 }
 
+TEST_CASE("SecondPlaceLoss has no second place for a forbidden expert",
+          "[moe][balance][second_place_loss]") {
+  // Token 0 may have experts 0 and 2, token 1 only expert 1, token 2 only experts 2 and 3, the
+  // second of which has lost all to underflow. Counts: experts 0 and 3; q_00 = 1, q_23 = 0.
+  Matrix<double> logits(3, 4);
+  logits << 1.0, 9.0, 2.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0, 9.0, 0.0, -1000.0;
+  const std::vector<std::uint8_t> allowed = {1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1};
+  const SoftmaxTopK<double> selector{1};
+  const SecondPlaceLoss<double> balancer{0.5};
+  const Routing<double> routing = route(selector, logits, {.allowed = allowed});
+  CHECK(balancer.loss(routing) == Approx(0.5 * 4.0 / 9.0).epsilon(1e-6));
+  RoutingGradient<double> gradient;
+  gradient.reset(routing);
+  balancer.add_gradient(routing, gradient);
+  CHECK(gradient.probabilities(0, 1) == 0.0);
+  CHECK(gradient.probabilities(0, 3) == 0.0);
+  CHECK(gradient.probabilities.row(1).isZero(0.0));
+  CHECK(gradient.probabilities.row(2).leftCols(2).isZero(0.0));
+}
+
 TEST_CASE("SecondPlaceLoss gradient agrees with finite differences",
           "[moe][balance][second_place_loss][gradient]") {
   Matrix<double> logits = test::random_matrix(7, 5, 5);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
-  const Pass pass{.mask = mask};
+  std::vector<std::uint8_t> allowed(35, 1);
+  for (const int i : {0, 7, 8, 16, 30, 31, 34}) allowed[static_cast<std::size_t>(i)] = 0;
   const SecondPlaceLoss<double> balancer{0.5};
-  const auto check = [&](const auto& selector) {
+  const auto check = [&](const auto& selector, const Pass& pass) {
     const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
     const Matrix<double> analytic =
         logit_gradient(selector, balancer, route(selector, logits, pass));
     CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
   };
-  check(SoftmaxTopK<double>{2});
-  check(SigmoidTopK<double>(5, {.k = 1}));
+  for (const Pass& pass : {Pass{.mask = mask}, Pass{.mask = mask, .allowed = allowed}}) {
+    check(SoftmaxTopK<double>{2}, pass);
+    check(SigmoidTopK<double>(5, {.k = 1}), pass);
+  }
 }
 
 TEST_CASE("SecondPlaceLoss refuses a negative coefficient", "[moe][balance][second_place_loss]") {

@@ -344,3 +344,27 @@ TEST_CASE("RelaxedTopK says what is wrong with its settings", "[moe][selector][r
   CHECK(test::message_of<NonFiniteError>([&] { test::route(RelaxedTopK<double>(), logits); }) ==
         "RelaxedTopK: logits[0, 2] = nan, expected a finite number");
 }
+
+TEST_CASE("RelaxedTopK in single precision is that in double", "[moe][selector][relaxed_top_k]") {
+  const Matrix<double> logits = test::random_matrix(10, 7, 15);
+  const Row c = test::random_matrix(1, 20, 16);
+  for (const RelaxedWeight weight : {RelaxedWeight::kRelaxed, RelaxedWeight::kStraightThrough}) {
+    const RelaxedTopKConfig config{.k = 2, .weight = weight, .descent = {.epsilon = 0.3}};
+    const RelaxedTopK<double> exact(config);
+    const RelaxedTopK<float> selector(config);
+    Routing<float> routing;
+    selector.select(logits.cast<float>(), {}, routing);
+    const Routing<double> expected = test::route(exact, logits);
+    CHECK(routing.expert == expected.expert);
+    for (std::size_t a = 0; a < 20; ++a) {
+      CHECK(static_cast<double>(routing.weight[a]) == Approx(expected.weight[a]).epsilon(1e-4));
+    }
+    RoutingGradient<float> gradient;
+    gradient.reset(routing);
+    gradient.weights = c.cast<float>();
+    selector.backward(routing, gradient);
+    CHECK(test::relative_error(
+              gradient.logits.cast<double>(),
+              Objective{c, Matrix<double>::Zero(10, 7)}.gradient(exact, expected)) <= 1e-3);
+  }
+}

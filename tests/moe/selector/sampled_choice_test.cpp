@@ -14,6 +14,7 @@
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/rank_policy.hpp>
 #include <weir/moe/selector/relaxed_top_k.hpp>
+#include <weir/moe/selector/replay.hpp>
 #include <weir/moe/selector/sampled_choice.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
@@ -261,6 +262,19 @@ TEST_CASE("RankPolicy over SampledChoice is NLLB's random second expert of sampl
   CHECK(kept / kTokens == Approx(expected).margin(0.03));
 }
 
+TEST_CASE("What SampledChoice drew can be replayed", "[moe][selector][sampled_choice]") {
+  const Matrix<double> z = test::random_matrix(40, 6, 19);
+  Replay replay(SampledChoice(TopKSoftmax<double>{.k = 2}));
+  const Routing<double> drawn = sampled(replay, z, 20);
+  CHECK(drawn.expert != test::route(TopKSoftmax<double>{.k = 2}, z).expert);
+  RoutingTrace trace;
+  trace.record(drawn);
+  replay.impose(trace);
+  const Routing<double> again = test::route(replay, z, {.training = true});
+  CHECK(again.expert == drawn.expert);
+  CHECK(again.weight == drawn.weight);
+}
+
 TEST_CASE("SampledChoice says what does not fit", "[moe][selector][sampled_choice]") {
   const SoftmaxTopK<double> inner{.k = 2};
   CHECK(test::message_of<ConfigError>([&] { SampledChoice(inner, {.scale = -1.0}); }) ==
@@ -286,4 +300,20 @@ TEST_CASE("SampledChoice says what does not fit", "[moe][selector][sampled_choic
       test::message_of<NonFiniteError>([&] { test::route(driven, far, {.training = true}); });
   CHECK(message.find("SampledChoice: the weight of token 0 for expert 1 is ") == 0);
   CHECK(message.find("nan, expected a finite number") != std::string::npos);
+}
+
+TEST_CASE("SampledChoice draws the same in single precision", "[moe][selector][sampled_choice]") {
+  const Matrix<double> z = test::random_matrix(50, 6, 21);
+  const SampledChoiceConfig config{.certain = 1};
+  const SampledChoice<StraightThrough<float>> selector(StraightThrough<float>{{.k = 2}}, config);
+  Rng rng(22);
+  Routing<float> routing;
+  selector.select(z.cast<float>(), {.training = true, .rng = &rng}, routing);
+  CHECK(routing.expert ==
+        sampled(SampledChoice(StraightThrough<double>{{.k = 2}}, config), z, 22).expert);
+  RoutingGradient<float> gradient;
+  gradient.reset(routing);
+  gradient.weights.setOnes();
+  selector.backward(routing, gradient);
+  CHECK(gradient.logits.allFinite());
 }

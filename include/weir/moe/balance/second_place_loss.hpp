@@ -23,6 +23,9 @@ namespace weir {
 /// Padding, and tokens without any choice, count in no c_e and no q. Zero with one expert or
 /// without tokens. At uniform load, of second choices, the loss is the coefficient. The counts and
 /// first_t are constant to the derivative.
+/// Padding, and tokens without any choice, count in no c_e and no q. Nor do experts that are
+/// forbidden to a token: one that is allowed its first choice alone has no second place. Zero with
+/// one expert or without tokens. The counts and first_t are constant to the derivative.
 template <std::floating_point T>
 struct SecondPlaceLoss {
   static constexpr std::string_view kName = "second_place";
@@ -51,7 +54,9 @@ struct SecondPlaceLoss {
       const T divisor = rest(routing, t, first);
       const T mean = mean_price(routing, price, t, first, divisor);
       for (Index e = 0; e < routing.experts(); ++e) {
-        if (e != first) gradient.probabilities(t, e) += (price[e] - mean) / divisor;
+        if (competes(routing, t, first, e)) {
+          gradient.probabilities(t, e) += (price[e] - mean) / divisor;
+        }
       }
     });
   }
@@ -66,6 +71,11 @@ struct SecondPlaceLoss {
     }
   }
 
+  /// Whether expert e may be second.
+  static bool competes(const Routing<T>& routing, Index t, Index first, Index e) {
+    return e != first && !routing.is_forbidden(t, e);
+  }
+
   /// price[e] = coefficient * experts / T^2 * c_e.
   void prices(const Routing<T>& routing, RowVector<T>& price) const {
     const Index experts = routing.experts();
@@ -73,12 +83,14 @@ struct SecondPlaceLoss {
     const auto tokens = static_cast<T>(routing.real_tokens());
     if (experts < 2) return;
     for_each_choice(routing, [&](Index t, Index first) {
-      Index second = first == 0 ? 1 : 0;
+      Index second = experts;
       for (Index e = 0; e < experts; ++e) {
-        const bool better = routing.probabilities(t, e) > routing.probabilities(t, second);
-        if (e != first && better) second = e;
+        if (!competes(routing, t, first, e)) continue;
+        const bool better =
+            second == experts || routing.probabilities(t, e) > routing.probabilities(t, second);
+        if (better) second = e;
       }
-      price[second] += T(1);
+      if (second < experts) price[second] += T(1);
     });
     if (tokens > T(0)) price *= coefficient * static_cast<T>(experts) / (tokens * tokens);
   }
@@ -88,7 +100,7 @@ struct SecondPlaceLoss {
     constexpr T kTiny = T(1e-9);
     T sum = kTiny;
     for (Index e = 0; e < routing.experts(); ++e) {
-      if (e != first) sum += routing.probabilities(t, e);
+      if (competes(routing, t, first, e)) sum += routing.probabilities(t, e);
     }
     return sum;
   }
@@ -98,7 +110,7 @@ struct SecondPlaceLoss {
                       T divisor) {
     T sum = T(0);
     for (Index e = 0; e < routing.experts(); ++e) {
-      if (e != first) sum += price[e] * routing.probabilities(t, e);
+      if (competes(routing, t, first, e)) sum += price[e] * routing.probabilities(t, e);
     }
     return sum / divisor;
   }

@@ -58,7 +58,9 @@ struct RankPolicyConfig {
 /// The rules with tau = 0.2 in training and evaluation: Mesh TensorFlow, which draws in evaluation
 /// too unless told otherwise, and ST-MoE (Zoph et al. 2022, arXiv:2202.08906), in st-moe-pytorch
 /// with a threshold for each rank. GShard (Lepikhin et al. 2020, arXiv:2006.16668, algorithm 1) and
-/// FastMoE keep the second expert if 2 g_2 > u: kRandom with a threshold of 1/2.
+/// FastMoE keep the second expert if 2 g_2 > u: kRandom with a threshold of 1/2; so does NLLB's
+/// second_expert_policy "random" (NLLB Team 2022, arXiv:2207.04672), in Hugging Face's code with
+/// of_weight on raw probabilities. For its "sampling", see SampledChoice.
 template <class Inner>
 class RankPolicy {
  public:

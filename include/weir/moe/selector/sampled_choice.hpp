@@ -50,6 +50,7 @@ class SampledChoice {
  public:
   using Scalar = typename Inner::Scalar;
   using T = Scalar;
+  static constexpr bool kImposable = true;  ///< See Replay: with an imposed choice, none is drawn.
   static constexpr bool kBiasesProbabilities = requires {  // For QuantileBalance.
     requires Inner::kBiasesProbabilities;
   };
@@ -69,7 +70,8 @@ class SampledChoice {
   /// \throws NonFiniteError  as the inner selector; if it divides by the sum of a token's weights,
   ///                         all of which are zero to rounding.
   void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
-    const bool draws = (pass.training || config_.evaluate) && config_.scale > 0.0;
+    const bool draws =
+        (pass.training || config_.evaluate) && config_.scale > 0.0 && routing.imposed == nullptr;
     if (!draws || config_.certain > 0) inner_.select(logits, pass, routing);
     if (!draws) return;
     check(logits.cols());
