@@ -172,11 +172,12 @@ TEST_CASE("Gradients of all that is shared and of the modules agree with finite 
   const auto source = depth == 1 ? HiddenSource::kNormed : HiddenSource::kHidden;
   Decoder<double> model = make_decoder<double>(tied);
   MultiToken<double> modules = make_modules<double>(depth, {.weight = 0.6, .source = source});
-  const Sequences sequences({5, 4});
+  const Sequences sequences({6, 6});
   // One sequence is padded on the right, the other on the left.
-  const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 0, 0, 1, 1, 1};
-  const Ids targets = {0, 6, 3, -100, -100, -100, 2, 4, 5};
-  check_gradients(model, modules, kIds, targets,
+  const Ids ids = {3, 0, 6, 3, 1, 5, 2, 2, 4, 0, 5, 1};
+  const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1};
+  const Ids targets = {0, 6, 3, 1, -100, -100, -100, 4, 0, 5, 1, 2};
+  check_gradients(model, modules, ids, targets,
                   {.sequences = &sequences, .mask = mask, .aux_scale = 0.8});
 }
 
