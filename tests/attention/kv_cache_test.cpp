@@ -83,6 +83,59 @@ TEST_CASE("KvCache forgets from the end", "[attention][kv_cache]") {
   CHECK(kv.keys() == wider);
 }
 
+TEST_CASE("KvCache lets go of what is not needed, now and then", "[attention][kv_cache]") {
+  // 100 rows needed: up to a quarter as many more are held, and rows move at most every 25 tokens.
+  const Matrix<double> rows = test::random_matrix(1000, 3, 10);
+  KvCache<double> kv;
+  Index moved = 0;
+  for (Index t = 0; t < 1000; ++t) {
+    const Index before = kv.first();
+    const Index from = std::max<Index>(0, t - 10);
+    kv.forget(std::max<Index>(0, from - 90), from);
+    if (kv.first() > before) moved += kv.held();
+    kv.append(rows.row(t), rows.row(t));
+    REQUIRE(kv.length() == t + 1);
+    REQUIRE(kv.first() <= std::max<Index>(0, t - 100));
+    REQUIRE(kv.held() <= 126);
+    REQUIRE(kv.capacity() <= 126);
+    REQUIRE(kv.keys() == rows.middleRows(kv.first(), kv.held()));
+  }
+  CHECK(moved <= 4 * 1000);
+  CHECK(kv.values() == rows.middleRows(kv.first(), kv.held()));
+}
+
+TEST_CASE("KvCache takes back what it still can", "[attention][kv_cache]") {
+  const Matrix<double> rows = test::random_matrix(40, 3, 11);
+  KvCache<double> kv;
+  kv.append(rows.topRows(20), rows.topRows(20));
+  kv.forget(12, 16);  // gone are the tokens before position 12
+  REQUIRE(kv.first() == 12);
+  const KvCache<double> copy = kv;
+  kv.truncate(17);
+  CHECK(kv.length() == 17);
+  CHECK(kv.keys() == rows.middleRows(12, 5));
+  kv.append(rows.middleRows(17, 4), rows.middleRows(17, 4));
+  CHECK(kv.values() == rows.middleRows(12, 9));
+  CHECK(test::message_of<StateError>([&] { kv.truncate(15); }) ==
+        "KvCache::truncate: length = 15, expected 0 or at least 16: the tokens before position 12 "
+        "have been forgotten");
+  CHECK(kv.length() == 21);
+  kv.truncate(16);
+  CHECK(kv.held() == 4);
+  kv.clear();
+  CHECK(kv.empty());
+  CHECK(kv.first() == 0);
+  kv.append(rows.topRows(3), rows.topRows(3));
+  kv.truncate(1);
+  CHECK(kv.keys() == rows.topRows(1));
+  CHECK(copy.keys() == rows.middleRows(12, 8));
+
+  CHECK(test::message_of<ConfigError>([&] { kv.forget(0, 2); }) ==
+        "KvCache::forget: position = 0 and from = 2, expected position <= from <= 1");
+  CHECK(test::message_of<ConfigError>([&] { kv.forget(1, 0); }) ==
+        "KvCache::forget: position = 1 and from = 0, expected position <= from <= 1");
+}
+
 TEST_CASE("KvCache accepts no tokens", "[attention][kv_cache]") {
   KvCache<double> kv;
   kv.append(Matrix<double>(0, 4), Matrix<double>(0, 4));

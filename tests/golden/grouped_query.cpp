@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT
+// Grouped-query attention with a sliding window as Hugging Face's transformers have it for Mistral,
+// and as Mistral's own code has it: they differ in the names of the weights, in which numbers are
+// rotated together, and in how sequences lie in memory.
+#include <charconv>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+
+#include "golden/families.hpp"
+#include "golden/moe_case.hpp"
+
+namespace weir::golden {
+namespace {
+
+using Gqa = GroupedQueryAttention<double>;
+
+/// "[6, 4]".
+std::vector<Index> lengths_of(const std::string& text) {
+  std::vector<Index> lengths;
+  for (const char* at = text.data(); at != text.data() + text.size();) {
+    Index length = 0;
+    const auto [end, error] = std::from_chars(at, text.data() + text.size(), length);
+    if (error == std::errc()) lengths.push_back(length);
+    at = error == std::errc() ? end : at + 1;
+  }
+  return lengths;
+}
+
+/// What differs between the two.
+struct Layout {
+  bool packed = false;  ///< Mistral's own: sequences of any lengths in one [tokens, d_model].
+  Sequences sequences;
+  std::string query, key, value, output;
+
+  explicit Layout(CaseFile& file) : packed(file.has_config("seqlens")) {
+    if (packed) {
+      sequences = Sequences(lengths_of(file.text("seqlens")));
+      query = "wq.weight", key = "wk.weight", value = "wv.weight", output = "wo.weight";
+    } else {
+      sequences = Sequences::uniform(file.size("batch"), file.size("seq"));
+      query = "q_proj.weight", key = "k_proj.weight";
+      value = "v_proj.weight", output = "o_proj.weight";
+    }
+  }
+};
+
+Gqa read_layer(CaseFile& file, const Layout& layout) {
+  Rng rng(1);
+  Gqa layer({.d_model = file.size("d_model"),
+             .heads = file.size("n_heads"),
+             .kv_heads = file.size("n_kv_heads"),
+             .head_dim = file.size("head_dim"),
+             .rope_theta = file.number("rope_theta"),
+             .rope_layout = layout.packed ? RopeLayout::kInterleaved : RopeLayout::kHalfSplit,
+             .window = static_cast<Index>(file.optional_number("sliding_window").value_or(0.0))},
+            rng);
+  const auto read = [&](const std::string& name, Parameter<double>& parameter) {
+    parameter.value = weight(file, name, parameter.value.rows(), parameter.value.cols());
+  };
+  read(layout.query, layer.query());
+  read(layout.key, layer.key());
+  read(layout.value, layer.value());
+  read(layout.output, layer.output());
+  return layer;
+}
+
+/// Which token sees which: a matrix over all tokens if packed, else one for each sequence.
+std::vector<std::int64_t> visibility(const Layout& layout, const Gqa& layer, const Pass& pass) {
+  std::vector<std::int64_t> sees;
+  const Sequences& sequences = layout.sequences;
+  for (Index s = 0; s < sequences.count(); ++s) {
+    const Index first = sequences.begin(s);
+    for (Index t = first; t < sequences.end(s); ++t) {
+      const Index lowest = first + layer.config().shape().first_visible(t - first);
+      const Index begin = layout.packed ? 0 : first;
+      const Index end = layout.packed ? sequences.tokens() : sequences.end(s);
+      for (Index j = begin; j < end; ++j) {
+        sees.push_back(j >= lowest && j <= t && !pass.is_padding(j) ? 1 : 0);
+      }
+    }
+  }
+  return sees;
+}
+
+/// y of each sequence, its tokens decoded one by one.
+Matrix<double> decode(const Gqa& layer, const Layout& layout, const Matrix<double>& x) {
+  Matrix<double> y(x.rows(), x.cols());
+  Gqa::Cache cache;
+  for (Index s = 0; s < layout.sequences.count(); ++s) {
+    Gqa::State kv;
+    for (Index t = layout.sequences.begin(s); t < layout.sequences.end(s); ++t) {
+      y.row(t) = layer.decode(x.row(t), kv, cache);
+    }
+  }
+  return y;
+}
+
+}  // namespace
+
+void check_grouped_query(CaseFile& file, Checker& checker) {
+  const Layout layout(file);
+  Gqa layer = read_layer(file, layout);
+  const Index tokens = layout.sequences.tokens();
+  const Matrix<double> x = file.matrix("in.x");
+  const Matrix<double> cotangent = file.matrix("in.cotangent");
+  std::vector<std::uint8_t> mask;
+  bool padded = false;
+  if (file.has("in.attention_mask")) {
+    for (const std::int64_t real : file.integers("in.attention_mask")) {
+      mask.push_back(real != 0 ? 1 : 0);
+      padded = padded || real == 0;
+    }
+  }
+  const Pass pass{.training = true, .sequences = &layout.sequences, .mask = mask};
+  Gqa::Cache cache;
+  Matrix<double> y = layer.forward(x, pass, cache);
+  const Matrix<double> expected = file.matrix("out.y");
+  // What a token of padding gets is the reference's own affair.
+  for (Index t = 0; t < tokens && expected.rows() == tokens; ++t) {
+    if (pass.is_padding(t)) y.row(t) = expected.row(t);
+  }
+  checker.reals("out.y", y);
+  checker.scalar("out.loss", y.cwiseProduct(cotangent).sum());
+  checker.integers("in.mask", visibility(layout, layer, pass));
+  std::vector<std::int64_t> positions;
+  for (Index s = 0; s < layout.sequences.count(); ++s) {
+    for (Index t = 0; t < layout.sequences.length(s); ++t) positions.push_back(t);
+  }
+  checker.integers("in.positions", positions);
+  if (layout.packed) {
+    const Index pairs = layer.config().head_dim / 2;
+    const std::vector<Index> of_token(positions.begin(), positions.end());
+    Scratch<double> table;
+    Rope(2 * pairs, layer.config().rope_theta).tabulate(std::span<const Index>(of_token), table);
+    checker.reals("out.freqs_cos", table.view().leftCols(pairs));
+    checker.reals("out.freqs_sin", table.view().rightCols(pairs));
+  }
+
+  checker.reals("g.x", layer.backward(cotangent, cache));
+  Gradients gradients(layer);
+  gradients.check(checker, "query", layout.query);
+  gradients.check(checker, "key", layout.key);
+  gradients.check(checker, "value", layout.value);
+  gradients.check(checker, "output", layout.output);
+  gradients.finish(checker);
+
+  if (!padded) {
+    checker.section("Decoded token by token");
+    checker.reals("out.y", decode(layer, layout, x));
+  }
+}
+
+}  // namespace weir::golden
