@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The numbers of an attention layer.
+#pragma once
+
+#include <variant>
+
+#include <weir/core/types.hpp>
+
+namespace weir::presets {
+
+/// What normalizes queries and keys before they meet.
+enum class QkNormShape {
+  kNone,
+  kFull,     ///< A weight for each column of q and of k: OLMoE.
+  kPerHead,  ///< A weight for each of head_dim, shared by the heads: Qwen3.
+  kL2,       ///< No weights: Llama 4.
+};
+
+/// Groups of query heads that share keys and values.
+struct GroupedQueryShape {
+  Index heads = 0, kv_heads = 0, head_dim = 0;
+  double rope_theta = 1e4;
+  bool qkv_bias = false, output_bias = false;
+  QkNormShape qk_norm = QkNormShape::kNone;
+  bool sinks = false;
+};
+
+/// Latent attention, whose cache is a low-rank joint compression of keys and values.
+struct LatentShape {
+  Index heads = 0;
+  Index q_rank = 0;  ///< 0: queries straight from the token.
+  Index kv_rank = 0, nope_dim = 0, rope_dim = 0, value_dim = 0;
+  double rope_theta = 1e4;
+};
+
+using AttentionShape = std::variant<GroupedQueryShape, LatentShape>;
+
+}  // namespace weir::presets

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// OpenMoE (Xue et al. 2024, arXiv:2402.01739).
+#pragma once
+
+#include <weir/presets/model_shape.hpp>
+
+namespace weir::presets {
+
+/// Multi-head attention and, in every fourth or sixth layer, the two best of the experts by their
+/// raw probabilities with a dense network behind them; the other layers are dense.
+///
+/// The paper and the released code do not agree. The paper's totals are those of gated networks of
+/// three matrices and one embedding, norms and routers left out; the code has a fourth matrix (see
+/// `openmoe_released`) and an output head of its own.
+struct OpenMoEConfig {
+  ModelShape shape;
+  double norm_epsilon = 1e-6;
+  double capacity_train = 1.25;  ///< Times tokens / experts.
+  double capacity_evaluate = 2.0;
+  double balance = 0.01;
+  double z_loss = 1e-4;
+};
+
+/// The model as the released code has it: networks of four matrices, an untied output head.
+inline OpenMoEConfig openmoe_released(OpenMoEConfig config) {
+  config.shape.ffn_matrices = 4;
+  config.shape.tied = false;
+  return config;
+}
+
+namespace detail {
+
+/// What the OpenMoE sizes have in common: heads that are also key and value heads, one width.
+inline ModelShape openmoe_shape(Index layers, Index d_model, Index heads, Index head_dim,
+                                Index d_hidden, Index stride, Index experts) {
+  return {
+      .layers = layers,
+      .d_model = d_model,
+      .vocab = 256384,
+      .tied = true,
+      .attention = GroupedQueryShape{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
+      .interleave = {.stride = stride},
+      .experts = experts,
+      .k = 2,
+      .d_hidden = d_hidden,
+      .dense_hidden = d_hidden,
+      .extra_hidden = d_hidden,
+  };
+}
+
+}  // namespace detail
+
+}  // namespace weir::presets
