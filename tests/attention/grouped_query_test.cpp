@@ -10,6 +10,7 @@
 #include <weir/attention/grouped_query.hpp>
 #include <weir/core/layer.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -52,7 +53,7 @@ Matrix<double> reference(Gqa& layer, const Matrix<double>& x, const Pass& pass =
   Matrix<double> q = x * weight(layer, "query").transpose();
   Matrix<double> k = x * weight(layer, "key").transpose();
   Matrix<double> v = x * weight(layer, "value").transpose();
-  if (c.bias) {
+  if (c.qkv_bias) {
     q.rowwise() += weight(layer, "query_bias").row(0);
     k.rowwise() += weight(layer, "key_bias").row(0);
     v.rowwise() += weight(layer, "value_bias").row(0);
@@ -95,7 +96,7 @@ Matrix<double> reference(Gqa& layer, const Matrix<double>& x, const Pass& pass =
     }
   }
   Matrix<double> y = context * weight(layer, "output").transpose();
-  if (c.bias) y.rowwise() += weight(layer, "output_bias").row(0);
+  if (c.output_bias) y.rowwise() += weight(layer, "output_bias").row(0);
   return y;
 }
 
@@ -130,7 +131,8 @@ TEST_CASE("GroupedQueryAttention is the softmax attention of its definition",
                     .head_dim = 6,
                     .rope_theta = 100.0,
                     .rope_layout = layout,
-                    .bias = bias});
+                    .qkv_bias = bias,
+                    .output_bias = bias});
   Gqa::Cache cache;
 
   SECTION("one sequence, short or longer than two blocks of keys") {
@@ -249,7 +251,8 @@ TEST_CASE("GroupedQueryAttention decodes what it would compute at once",
   const Index tokens = 220;
 
   SECTION("double") {
-    const Gqa layer = make({.d_model = 16, .heads = 4, .kv_heads = kv_heads, .bias = true});
+    const Gqa layer = make(
+        {.d_model = 16, .heads = 4, .kv_heads = kv_heads, .qkv_bias = true, .output_bias = true});
     const Matrix<double> x = test::random_matrix(tokens, 16, 10);
     const Matrix<double> whole = layer.forward(x);
     Gqa::State kv;
@@ -263,7 +266,8 @@ TEST_CASE("GroupedQueryAttention decodes what it would compute at once",
     CHECK(test::relative_error(y, whole) <= 1e-12);
   }
   SECTION("float") {
-    const auto layer = make<float>({.d_model = 16, .heads = 4, .kv_heads = kv_heads, .bias = true});
+    const auto layer = make<float>(
+        {.d_model = 16, .heads = 4, .kv_heads = kv_heads, .qkv_bias = true, .output_bias = true});
     const Matrix<float> x = test::random_matrix<float>(tokens, 16, 10);
     const Matrix<float> whole = layer.forward(x);
     GroupedQueryAttention<float>::State kv;
@@ -294,6 +298,57 @@ TEST_CASE("GroupedQueryAttention continues a copied and a shortened cache",
   CHECK(kv.length() == 20);
 }
 
+TEST_CASE("GroupedQueryAttention decodes several conversations as it does each alone",
+          "[attention][grouped_query]") {
+  const Gqa layer =
+      make({.d_model = 12, .heads = 4, .kv_heads = 2, .head_dim = 6, .qkv_bias = true});
+  constexpr std::size_t kCount = 4;
+  std::vector<Gqa::State> together(kCount);
+  std::vector<Gqa::State> alone(kCount);
+  std::vector<Gqa::State*> states;
+  for (Gqa::State& state : together) states.push_back(&state);
+  Gqa::Cache cache;
+  Gqa::Cache other;
+  std::uint64_t seed = 20;
+  for (const std::vector<Index>& lengths : std::vector<std::vector<Index>>{
+           {70, 3, 0, 1}, {1, 1, 1, 1}, {0, 0, 0, 0}, {1, 40, 2, 0}, {1, 1, 1, 1}}) {
+    const Sequences sequences(lengths);
+    const Matrix<double> x = test::random_matrix(sequences.tokens(), 12, seed++);
+    const Matrix<double> y = layer.decode(x, Pass{.sequences = &sequences}, states, cache);
+    REQUIRE(y.rows() == x.rows());
+    for (Index s = 0; s < sequences.count(); ++s) {
+      const Matrix<double> own = layer.decode(x.middleRows(sequences.begin(s), sequences.length(s)),
+                                              alone[static_cast<std::size_t>(s)], other);
+      CHECK(test::relative_error(y.middleRows(sequences.begin(s), sequences.length(s)), own) <=
+            1e-14);
+    }
+  }
+  for (std::size_t s = 0; s < kCount; ++s) {
+    CHECK(test::relative_error(together[s].keys(), alone[s].keys()) <= 1e-14);
+  }
+  const Sequences none;
+  CHECK(layer.decode(Matrix<double>(0, 12), Pass{.sequences = &none}, {}, cache).rows() == 0);
+}
+
+TEST_CASE("GroupedQueryAttention decodes several conversations without allocating",
+          "[attention][grouped_query][allocation]") {
+  const auto layer = make<float>({.d_model = 16, .heads = 4, .kv_heads = 2});
+  std::vector<GroupedQueryAttention<float>::State> of_conversation(3);
+  std::vector<GroupedQueryAttention<float>::State*> states;
+  for (auto& state : of_conversation) states.push_back(&state);
+  const Sequences sequences = Sequences::uniform(3, 1);
+  const Pass pass{.sequences = &sequences};
+  const Matrix<float> x = test::random_matrix<float>(3, 16, 22);
+  GroupedQueryAttention<float>::Cache cache;
+  layer.decode(x, pass, states, cache);
+  for (auto& state : of_conversation) state.reserve(40);
+  layer.decode(x, pass, states, cache);
+  const auto steps = [&] {
+    for (int step = 0; step < 30; ++step) layer.decode(x, pass, states, cache);
+  };
+  CHECK(test::count_allocations(steps) == 0);
+}
+
 TEST_CASE("GroupedQueryAttention gradients agree with finite differences",
           "[attention][grouped_query][gradient]") {
   const auto kv_heads = GENERATE(as<Index>{}, 1, 2, 4);
@@ -303,7 +358,8 @@ TEST_CASE("GroupedQueryAttention gradients agree with finite differences",
                     .kv_heads = kv_heads,
                     .head_dim = 4,
                     .rope_layout = layout,
-                    .bias = kv_heads == 2});
+                    .qkv_bias = kv_heads == 2,
+                    .output_bias = kv_heads != 1});
   SECTION("one sequence") {
     test::check_gradients(layer, test::random_matrix(7, 6, 12));
   }
@@ -318,7 +374,12 @@ TEST_CASE("GroupedQueryAttention gradients agree with finite differences",
 
 TEST_CASE("GroupedQueryAttention gradients are right across the borders of blocks",
           "[attention][grouped_query][gradient]") {
-  Gqa layer = make({.d_model = 2, .heads = 2, .kv_heads = 1, .head_dim = 2, .bias = true});
+  Gqa layer = make({.d_model = 2,
+                    .heads = 2,
+                    .kv_heads = 1,
+                    .head_dim = 2,
+                    .qkv_bias = true,
+                    .output_bias = true});
   const Sequences sequences({131, 20, 70});
   std::vector<std::uint8_t> mask(221, 1);
   for (const std::size_t padding : {0U, 62U, 96U, 97U, 130U, 153U}) mask[padding] = 0;
@@ -327,7 +388,8 @@ TEST_CASE("GroupedQueryAttention gradients are right across the borders of block
 }
 
 TEST_CASE("GroupedQueryAttention accumulates gradients", "[attention][grouped_query]") {
-  Gqa layer = make({.d_model = 4, .heads = 2, .kv_heads = 1, .bias = true});
+  Gqa layer =
+      make({.d_model = 4, .heads = 2, .kv_heads = 1, .qkv_bias = true, .output_bias = true});
   const Matrix<double> x = test::random_matrix(9, 4, 15);
   Gqa::Cache cache;
   layer.forward(x, cache);
@@ -344,7 +406,8 @@ TEST_CASE("GroupedQueryAttention accumulates gradients", "[attention][grouped_qu
 
 TEST_CASE("GroupedQueryAttention gives the same bits on any number of threads",
           "[attention][grouped_query][parallel]") {
-  auto layer = make<float>({.d_model = 32, .heads = 4, .kv_heads = 2, .bias = true});
+  auto layer = make<float>(
+      {.d_model = 32, .heads = 4, .kv_heads = 2, .qkv_bias = true, .output_bias = true});
   const Sequences sequences({150, 7, 90});
   const Matrix<float> x = test::random_matrix<float>(sequences.tokens(), 32, 16);
   const auto run = [&] {
@@ -383,7 +446,8 @@ TEST_CASE("GroupedQueryAttention gives the same bits with a cache that has been 
 }
 
 TEST_CASE("GroupedQueryAttention accepts no tokens", "[attention][grouped_query]") {
-  Gqa layer = make({.d_model = 4, .heads = 2, .kv_heads = 1, .bias = true});
+  Gqa layer =
+      make({.d_model = 4, .heads = 2, .kv_heads = 1, .qkv_bias = true, .output_bias = true});
   const Matrix<double> none(0, 4);
   Gqa::Cache cache;
   CHECK(test::relative_error(layer.forward(none, cache), none) == 0.0);
@@ -394,7 +458,12 @@ TEST_CASE("GroupedQueryAttention accepts no tokens", "[attention][grouped_query]
 }
 
 TEST_CASE("GroupedQueryAttention names its parameters", "[attention][grouped_query]") {
-  Gqa layer = make({.d_model = 12, .heads = 6, .kv_heads = 2, .head_dim = 4, .bias = true});
+  Gqa layer = make({.d_model = 12,
+                    .heads = 6,
+                    .kv_heads = 2,
+                    .head_dim = 4,
+                    .qkv_bias = true,
+                    .output_bias = true});
   std::vector<std::string> shapes;
   for (auto& [name, parameter] : parameters(layer)) {
     shapes.push_back(name + " " + shape_of(parameter->value));
@@ -458,4 +527,26 @@ TEST_CASE("GroupedQueryAttention says what is wrong", "[attention][grouped_query
   CHECK(test::message_of<ShapeError>([&] { layer.decode(x, kv, cache); }) ==
         "GroupedQueryAttention::decode: kv.keys is [3, 5], expected [3, 2]");
   CHECK(kv.length() == 3);
+
+  const auto decode = [&](const Pass& pass, const std::vector<Gqa::State*>& states) {
+    return test::message_of<StateError>([&] { layer.decode(x, pass, states, cache); });
+  };
+  const Sequences two({1, 2});
+  kv.clear();
+  CHECK(decode({.sequences = &two}, {&kv}) ==
+        "GroupedQueryAttention::decode: 1 states, expected 2 (one for each sequence)");
+  CHECK(decode({}, {}) ==
+        "GroupedQueryAttention::decode: 0 states, expected 1 (one for each sequence)");
+  CHECK(decode({.sequences = &two}, {&kv, nullptr}) ==
+        "GroupedQueryAttention::decode: states[1] is null");
+  CHECK(
+      decode({.sequences = &two}, {&kv, &kv}) ==
+      "GroupedQueryAttention::decode: states[0] and states[1] are the same, expected one for each "
+      "sequence");
+  const std::vector<std::uint8_t> padding = {1, 0, 1};
+  Gqa::State* const one[] = {&kv};
+  CHECK(
+      test::message_of<ConfigError>([&] { layer.decode(x, Pass{.mask = padding}, one, cache); }) ==
+      "GroupedQueryAttention::decode: token 1 is padding, expected none where tokens are kept");
+  CHECK(kv.empty());
 }

@@ -181,8 +181,13 @@ TEMPLATE_TEST_CASE("Attention computes the same in every storage", "[attention][
                    double) {
   using T = TestType;
   Rng rng(4);
-  GroupedQueryAttention<T> attention(
-      {.d_model = 36, .heads = 4, .kv_heads = 2, .head_dim = 10, .bias = true}, rng);
+  GroupedQueryAttention<T> attention({.d_model = 36,
+                                      .heads = 4,
+                                      .kv_heads = 2,
+                                      .head_dim = 10,
+                                      .qkv_bias = true,
+                                      .output_bias = true},
+                                     rng);
   const Matrix<T> x = test::random_matrix<T>(12, 36, 1);
   check_storage(attention, x, 4, "GroupedQueryAttention::backward" + kStored);
 

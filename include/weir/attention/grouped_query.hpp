@@ -14,10 +14,10 @@
 #include <vector>
 
 #include <weir/attention/causal.hpp>
+#include <weir/attention/decode_states.hpp>
 #include <weir/attention/kv_cache.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
@@ -26,6 +26,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/ops/lanes.hpp>
 #include <weir/ops/rope.hpp>
 
 namespace weir {
@@ -38,7 +39,8 @@ struct GroupedQueryConfig {
   Index head_dim = 0;  ///< Even; 0 stands for d_model / heads.
   double rope_theta = 1e4;
   RopeLayout rope_layout = RopeLayout::kHalfSplit;
-  bool bias = false;  ///< On all four projections.
+  bool qkv_bias = false;     ///< On the projections to queries, keys and values.
+  bool output_bias = false;  ///< On the projection of the heads' outputs.
 };
 
 /// Each token looks at the tokens before it in its sequence, and at itself:
@@ -83,12 +85,12 @@ class GroupedQueryAttention {
         key_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
         value_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
         output_(switch_init<T>(config_.d_model, query_width(), rng, 1.0)) {
-    if (config_.bias) {
+    if (config_.qkv_bias) {
       query_bias_.value.setZero(1, query_width());
       key_bias_.value.setZero(1, kv_width());
       value_bias_.value.setZero(1, kv_width());
-      output_bias_.value.setZero(1, config_.d_model);
     }
+    if (config_.output_bias) output_bias_.value.setZero(1, config_.d_model);
   }
 
   /// With head_dim filled in.
@@ -130,18 +132,11 @@ class GroupedQueryAttention {
     pass.check("GroupedQueryAttention::forward", x.rows());
     cache.x = x;
     cache.mask.assign(pass.mask.begin(), pass.mask.end());
-    cache.spans.clear();
-    if (pass.sequences == nullptr) {
-      cache.spans.push_back({0, x.rows(), 0, x.rows()});
-    } else {
-      for (Index s = 0; s < pass.sequences->count(); ++s) {
-        const Index begin = pass.sequences->begin(s);
-        const Index length = pass.sequences->length(s);
-        cache.spans.push_back({begin, length, begin, length});
-      }
-    }
+    fill_spans(pass, cache);
     project(cache);
-    attend(cache, cache.k, cache.v);
+    cache.context.resize(x.rows(), query_width());
+    core(cache, cache.spans, cache.k, cache.v).forward(cache.context, cache.attention);
+    project_out(cache);
     cache.recorded = true;
     return cache.y;
   }
@@ -167,7 +162,7 @@ class GroupedQueryAttention {
 
     multiply_nn<T>(dy, output().value, cache.d_context);
     multiply_tn<T>(dy, cache.context, output().gradient(), true);
-    core(cache, cache.k, cache.v)
+    core(cache, cache.spans, cache.k, cache.v)
         .backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv, cache.attention);
     rope_.template rotate_back<T>(cache.dq, cache.angles);
     rope_.template rotate_back<T>(cache.dk, cache.angles);
@@ -177,12 +172,12 @@ class GroupedQueryAttention {
         product_tn<T>(cache.dk, cache.x, key().gradient(), true),
         product_tn<T>(cache.dv, cache.x, value().gradient(), true)};
     multiply<T>(weights);
-    if (config_.bias) {
-      add_column_sums(cache.dq, query_bias_);
-      add_column_sums(cache.dk, key_bias_);
-      add_column_sums(cache.dv, value_bias_);
-      add_column_sums(dy, output_bias_);
+    if (config_.qkv_bias) {
+      add_rows_to<T>(cache.dq, query_bias_.gradient().data());
+      add_rows_to<T>(cache.dk, key_bias_.gradient().data());
+      add_rows_to<T>(cache.dv, value_bias_.gradient().data());
     }
+    if (config_.output_bias) add_rows_to<T>(dy, output_bias_.gradient().data());
     multiply_nn<T>(cache.dq, query().value, cache.dx);
     multiply_nn<T>(cache.dk, key().value, cache.dx, true);
     multiply_nn<T>(cache.dv, value().value, cache.dx, true);
@@ -196,19 +191,41 @@ class GroupedQueryAttention {
   /// \return       [new tokens, d_model], to rounding what `forward` of the whole sequence gives.
   /// \throws ShapeError   if x does not have d_model columns, or kv is of another layer.
   const Matrix<T>& decode(MatrixIn<T> x, State& kv, Cache& cache) const {
-    expect_columns("GroupedQueryAttention::decode", "x", x, config_.d_model);
-    if (!kv.empty()) {
-      expect_shape("GroupedQueryAttention::decode", "kv.keys", kv.keys(), kv.length(), kv_width());
-      expect_shape("GroupedQueryAttention::decode", "kv.values", kv.values(), kv.length(),
-                   kv_width());
-    }
+    State* const states[] = {&kv};
+    return decode(x, Pass{}, states, cache);
+  }
+
+  /// Continues several sequences at once, each by any number of tokens.
+  /// \param x       [new tokens, d_model], those of all sequences one after the other.
+  /// \param pass    Its sequences say how the rows of x divide; without, there is one.
+  /// \param states  One for each sequence, all different.
+  /// \return        [new tokens, d_model], for each sequence to rounding what it gets alone.
+  /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
+  /// of
+  ///                      another layer.
+  /// \throws StateError   unless there is one state for each sequence.
+  /// \throws ConfigError  if a token is padding: a state holds none.
+  const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
+                          Cache& cache) const {
+    check_decode(x, pass, states);
     cache.recorded = false;
     cache.x = x;
     cache.mask.clear();
-    cache.spans.assign(1, {0, x.rows(), 0, kv.length() + x.rows()});
+    fill_spans(pass, cache);
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      cache.spans[s].key_begin = 0;
+      cache.spans[s].keys += states[s]->length();
+    }
     project(cache);
-    kv.append(cache.k, cache.v);
-    attend(cache, kv.keys(), kv.values());
+    cache.context.resize(x.rows(), query_width());
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      const AttentionSpan& span = cache.spans[s];
+      states[s]->append(cache.k.middleRows(span.query_begin, span.queries),
+                        cache.v.middleRows(span.query_begin, span.queries));
+      core(cache, {&span, 1}, states[s]->keys(), states[s]->values())
+          .forward(cache.context, cache.attention);
+    }
+    project_out(cache);
     return cache.y;
   }
 
@@ -220,12 +237,12 @@ class GroupedQueryAttention {
       visit("value", self.value());
       visit("output", self.output());
     }
-    if (self.config_.bias) {
+    if (self.config_.qkv_bias) {
       visit("query_bias", self.query_bias_);
       visit("key_bias", self.key_bias_);
       visit("value_bias", self.value_bias_);
-      visit("output_bias", self.output_bias_);
     }
+    if (self.config_.output_bias) visit("output_bias", self.output_bias_);
   }
 
  private:
@@ -257,6 +274,32 @@ class GroupedQueryAttention {
   Index query_width() const { return config_.heads * config_.head_dim; }
   Index kv_width() const { return config_.kv_heads * config_.head_dim; }
 
+  /// Each sequence of the pass with its own tokens as keys.
+  static void fill_spans(const Pass& pass, Cache& cache) {
+    cache.spans.clear();
+    if (pass.sequences == nullptr) {
+      cache.spans.push_back({0, cache.x.rows(), 0, cache.x.rows()});
+      return;
+    }
+    for (Index s = 0; s < pass.sequences->count(); ++s) {
+      const Index begin = pass.sequences->begin(s);
+      const Index length = pass.sequences->length(s);
+      cache.spans.push_back({begin, length, begin, length});
+    }
+  }
+
+  void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const {
+    constexpr auto kWhere = "GroupedQueryAttention::decode";
+    expect_columns(kWhere, "x", x, config_.d_model);
+    pass.check(kWhere, x.rows());
+    expect_states<State>(kWhere, pass, states);
+    for (const State* kv : states) {
+      if (kv->empty()) continue;
+      expect_shape(kWhere, "kv.keys", kv->keys(), kv->length(), kv_width());
+      expect_shape(kWhere, "kv.values", kv->values(), kv->length(), kv_width());
+    }
+  }
+
   /// cache.x to cache.q, k and v, rotated to the positions that the spans give them.
   void project(Cache& cache) const {
     const Index tokens = cache.x.rows();
@@ -265,7 +308,7 @@ class GroupedQueryAttention {
     cache.v.resize(tokens, kv_width());
     kernels::multiply_weights<T, 3>(cache.x,
                                     {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
-    if (config_.bias) {
+    if (config_.qkv_bias) {
       cache.q.rowwise() += query_bias_.value.row(0);
       cache.k.rowwise() += key_bias_.value.row(0);
       cache.v.rowwise() += value_bias_.value.row(0);
@@ -280,33 +323,22 @@ class GroupedQueryAttention {
     rope_.template rotate<T>(cache.k, cache.angles);
   }
 
-  CausalAttention<T> core(const Cache& cache, MatrixIn<T> keys, MatrixIn<T> values) const {
+  CausalAttention<T> core(const Cache& cache, std::span<const AttentionSpan> spans,
+                          MatrixIn<T> keys, MatrixIn<T> values) const {
     const double scale = 1.0 / std::sqrt(static_cast<double>(config_.head_dim));
     return {{config_.heads, config_.kv_heads, config_.head_dim, config_.head_dim, scale},
-            cache.spans,
+            spans,
             cache.mask,
             cache.q,
             keys,
             values};
   }
 
-  /// cache.q to cache.y.
-  void attend(Cache& cache, MatrixIn<T> keys, MatrixIn<T> values) const {
-    cache.context.resize(cache.q.rows(), query_width());
-    cache.y.resize(cache.q.rows(), config_.d_model);
-    core(cache, keys, values).forward(cache.context, cache.attention);
+  /// cache.context to cache.y.
+  void project_out(Cache& cache) const {
+    cache.y.resize(cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
-    if (config_.bias) cache.y.rowwise() += output_bias_.value.row(0);
-  }
-
-  /// Adds each column's sum, from the first token to the last, to the gradient of `bias`.
-  static void add_column_sums(MatrixIn<T> from, Parameter<T>& bias) {
-    Matrix<T>& grad = bias.gradient();
-    parallel_rows(from.cols(), from.rows(), [&](Index begin, Index end) {
-      for (Index t = 0; t < from.rows(); ++t) {
-        grad.row(0).segment(begin, end - begin) += from.row(t).segment(begin, end - begin);
-      }
-    });
+    if (config_.output_bias) cache.y.rowwise() += output_bias_.value.row(0);
   }
 
   Config config_;
