@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -15,6 +16,7 @@
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/trigonometry.hpp>
+#include <weir/ops/yarn.hpp>
 
 namespace weir {
 
@@ -33,10 +35,15 @@ enum class RopeLayout {
 /// so that the product of a query and a key depends on the distance between them alone. Angles are
 /// computed in double: in float, position 100000 would be off by 0.004 rad. The rotation is
 /// orthogonal, so its derivative is the rotation back.
+///
+/// With a `Yarn` frequencies are lower, and cosines and sines come multiplied by its
+/// `rotation_scale()`. Its `score_scale()` is for whoever multiplies queries with keys.
 class Rope {
  public:
-  /// \throws ConfigError  if head_dim is odd or below 2, or theta is not above zero.
-  explicit Rope(Index head_dim, double theta = 1e4, RopeLayout layout = RopeLayout::kHalfSplit)
+  /// \throws ConfigError  if head_dim is odd or below 2, theta is not above zero (above one, with a
+  ///                      yarn), or the yarn is not sound.
+  explicit Rope(Index head_dim, double theta = 1e4, RopeLayout layout = RopeLayout::kHalfSplit,
+                const std::optional<Yarn>& yarn = std::nullopt)
       : layout_(layout) {
     expect_at_least<Index>("Rope", "head_dim", head_dim, 2);
     if (head_dim % 2 != 0) {
@@ -47,6 +54,7 @@ class Rope {
       const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(head_dim);
       frequencies_.push_back(std::pow(theta, exponent));
     }
+    if (yarn) stretch(*yarn, theta);
   }
 
   Index head_dim() const { return 2 * pairs(); }
@@ -55,8 +63,11 @@ class Rope {
   /// Radians per position, one for each pair.
   const std::vector<double>& frequencies() const { return frequencies_; }
 
-  /// Fills `table` with the cosines, then the sines, of every token's angles: what one forward and
-  /// one backward pass share between queries, keys and their gradients.
+  /// What cosines and sines are multiplied by: 1 without a Yarn.
+  double scale() const { return scale_; }
+
+  /// Fills `table` with the cosines, then the sines, of every token's angles, times `scale()`: what
+  /// one forward and one backward pass share between queries, keys and their gradients.
   /// \param table      Becomes [tokens, head_dim].
   /// \param positions  One per token.
   template <class T>
@@ -72,8 +83,8 @@ class Rope {
           const Index count = std::min(kLanes<double>, pairs() - i);
           const SineCosine of_angle =
               sine_cosine_lanes(position * load_lanes<double>(frequencies_.data() + i, count));
-          store_rounded<T>(of_angle.cosine, cosines + i, count);
-          store_rounded<T>(of_angle.sine, sines + i, count);
+          store_rounded<T>(scale_ * of_angle.cosine, cosines + i, count);
+          store_rounded<T>(scale_ * of_angle.sine, sines + i, count);
         }
       }
     });
@@ -88,7 +99,8 @@ class Rope {
     turn<T>("Rope::rotate", x, table, T(1));
   }
 
-  /// Undoes `rotate`; takes the gradient of its output to that of its input.
+  /// The transpose of `rotate`: takes the gradient of its output to that of its input. Where
+  /// `scale()` is 1 it undoes it.
   template <class T>
   void rotate_back(MatrixOut<T> x, const Scratch<T>& table) const {
     turn<T>("Rope::rotate_back", x, table, T(-1));
@@ -104,7 +116,7 @@ class Rope {
     turn<T>("Rope::rotate", x, table, T(1));
   }
 
-  /// Undoes `rotate` with the same positions.
+  /// The transpose of `rotate` with the same positions.
   template <class T>
   void rotate_back(MatrixOut<T> x, std::span<const Index> positions) const {
     Scratch<T> table;
@@ -114,6 +126,17 @@ class Rope {
 
  private:
   Index pairs() const { return static_cast<Index>(frequencies_.size()); }
+
+  void stretch(const Yarn& yarn, double theta) {
+    yarn.check("Rope");
+    if (!(theta > 1.0)) fail<ConfigError>("Rope: theta = ", theta, ", expected > 1 with a Yarn");
+    for (Index i = 0; i < pairs(); ++i) {
+      const double ramp = yarn.ramp(i, head_dim(), theta);
+      double& frequency = frequencies_[static_cast<std::size_t>(i)];
+      frequency = (1.0 - ramp) * frequency + ramp * (frequency / yarn.factor);
+    }
+    scale_ = yarn.rotation_scale();
+  }
 
   /// \param direction  1 forward, -1 back.
   template <class T>
@@ -160,6 +183,7 @@ class Rope {
 
   RopeLayout layout_;
   std::vector<double> frequencies_;
+  double scale_ = 1.0;
 };
 
 }  // namespace weir
