@@ -3,6 +3,16 @@
 /// DeepSeekMoE-16B (Dai et al. 2024, arXiv:2401.06066).
 #pragma once
 
+#include <concepts>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
 
 namespace weir::presets {
@@ -30,6 +40,20 @@ inline DeepSeekMoEConfig deepseek_moe_16b() {
               .shared_hidden = 2 * 1408,
               .dense_hidden = 10944,
           }};
+}
+
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const DeepSeekMoEConfig& config, Rng& rng) {
+  const ModelShape& shape = config.shape;
+  Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
+  parts.mixture = [&] {
+    return make_mixture<T>(
+        shape, LinearRouter<T>(shape.d_model, shape.experts, rng), SoftmaxTopK<T>{.k = shape.k},
+        Dropless{}, rng, 1.0,
+        SwitchLoss<T>{.coefficient = static_cast<T>(config.balance), .scope = Scope::kSequence});
+  };
+  return compose<T>(shape, parts, rng);
 }
 
 }  // namespace weir::presets

@@ -3,8 +3,11 @@
 /// DeepSeek-V2 (DeepSeek-AI 2024, arXiv:2405.04434).
 #pragma once
 
+#include <algorithm>
+
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/presets/model_shape.hpp>
+#include <weir/presets/scaled.hpp>
 
 namespace weir::presets {
 
@@ -46,6 +49,13 @@ inline DeepSeekV2Config deepseek_v2() {
           .balance = 0.003,
           .device_balance = 0.05,
           .communication_balance = 0.02};
+}
+
+/// As `scaled` of all presets, with at least two experts in each group.
+inline DeepSeekV2Config scaled(DeepSeekV2Config config, Scale to = {}) {
+  if (to.experts == 0) to.experts = std::max(2 * config.groups.count, 2 * config.shape.k);
+  config.shape = scaled(config.shape, to);
+  return config;
 }
 
 }  // namespace weir::presets

@@ -3,6 +3,17 @@
 /// OpenMoE (Xue et al. 2024, arXiv:2402.01739).
 #pragma once
 
+#include <concepts>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
 
 namespace weir::presets {
@@ -50,5 +61,27 @@ inline ModelShape openmoe_shape(Index layers, Index d_model, Index heads, Index 
 }
 
 }  // namespace detail
+
+/// See OpenMoEConfig.
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const OpenMoEConfig& config, Rng& rng) {
+  const ModelShape& shape = config.shape;
+  constexpr double kInitScale = 0.1;
+  Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.mixture = [&] {
+    return make_mixture<T>(shape, LinearRouter<T>(shape.d_model, shape.experts, rng),
+                           SoftmaxTopK<T>{.k = shape.k},
+                           CapacityFactor{.train = config.capacity_train,
+                                          .evaluate = config.capacity_evaluate,
+                                          .count_k = false,
+                                          .rounding = Rounding::kNearest},
+                           rng, kInitScale,
+                           SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                                         .fraction = LoadFraction::kOfTokens},
+                           ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)});
+  };
+  return compose<T>(shape, parts, rng);
+}
 
 }  // namespace weir::presets

@@ -3,6 +3,19 @@
 /// ST-MoE-32B (Zoph et al. 2022, arXiv:2202.08906).
 #pragma once
 
+#include <concepts>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/ops/activation.hpp>
+#include <weir/presets/compose.hpp>
+#include <weir/presets/model_shape.hpp>
 #include <weir/presets/switch_transformer.hpp>
 
 namespace weir::presets {
@@ -29,6 +42,29 @@ inline StMoEConfig st_moe_32b() {
   ModelShape shape = detail::t5_shape(24, 5120, 64, 128, 20480, 4, 64, 2);
   shape.extra_hidden = 20480;
   return {.shape = shape};
+}
+
+/// The decoder half, see StMoEConfig.
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const StMoEConfig& config, Rng& rng) {
+  const ModelShape shape = config.shape.decoder_half();
+  constexpr double kInitScale = 0.1;
+  Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.mixture = [&] {
+    return make_mixture<T, GeluTanh>(shape, LinearRouter<T>(shape.d_model, shape.experts, rng),
+                                     SoftmaxTopK<T>{.k = shape.k},
+                                     CapacityFactor{.train = config.capacity_train,
+                                                    .evaluate = config.capacity_evaluate,
+                                                    .count_k = false,
+                                                    .rounding = Rounding::kNearest,
+                                                    .group_size = config.group_size},
+                                     rng, kInitScale,
+                                     SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                                                   .fraction = LoadFraction::kOfTokens},
+                                     ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)});
+  };
+  return compose<T>(shape, parts, rng);
 }
 
 }  // namespace weir::presets

@@ -3,6 +3,18 @@
 /// The Switch Transformer (Fedus et al. 2021, arXiv:2101.03961).
 #pragma once
 
+#include <concepts>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/ops/activation.hpp>
+#include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
 
 namespace weir::presets {
@@ -42,5 +54,25 @@ inline ModelShape t5_shape(Index layers, Index d_model, Index heads, Index head_
 }
 
 }  // namespace detail
+
+/// The decoder half, see SwitchConfig.
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const SwitchConfig& config, Rng& rng) {
+  const ModelShape shape = config.shape.decoder_half();
+  constexpr double kInitScale = 0.1;  // Fedus et al. 2021, section 2.4.
+  Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.mixture = [&] {
+    return make_mixture<T, GeluTanh>(
+        shape, JitterRouter(LinearRouter<T>(shape.d_model, shape.experts, rng), config.jitter),
+        SoftmaxTopK<T>{.k = shape.k},
+        CapacityFactor{.train = config.capacity_train,
+                       .evaluate = config.capacity_evaluate,
+                       .count_k = false,
+                       .rounding = Rounding::kDown},
+        rng, kInitScale, SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)});
+  };
+  return compose<T>(shape, parts, rng);
+}
 
 }  // namespace weir::presets

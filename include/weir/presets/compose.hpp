@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What the presets' `make` functions share: a decoder from sizes and parts.
+#pragma once
+
+#include <concepts>
+#include <functional>
+#include <optional>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/core/error.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/any_layer.hpp>
+#include <weir/model/block.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/shared_experts.hpp>
+#include <weir/nn/embedding.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/linear.hpp>
+#include <weir/nn/mlp.hpp>
+#include <weir/nn/rms_norm.hpp>
+#include <weir/ops/activation.hpp>
+#include <weir/presets/model_shape.hpp>
+
+namespace weir::presets {
+
+/// The kinds of layer a family uses. Each function is called whenever such a layer is wanted.
+template <std::floating_point T>
+struct Parts {
+  std::function<AnyLayer<T>()> norm;
+  std::function<AnyLayer<T>()> mixture;
+  std::function<AnyLayer<T>(Index d_hidden)> dense;
+};
+
+/// The attention of layer `layer`.
+template <std::floating_point T>
+AnyLayer<T> make_attention(const ModelShape& shape, Index /*layer*/, Rng& rng) {
+  const auto& a = std::get<GroupedQueryShape>(shape.attention);
+  return GroupedQueryAttention<T>({.d_model = shape.d_model,
+                                   .heads = a.heads,
+                                   .kv_heads = a.kv_heads,
+                                   .head_dim = a.head_dim,
+                                   .rope_theta = a.rope_theta,
+                                   .qkv_bias = a.qkv_bias,
+                                   .output_bias = a.output_bias},
+                                  rng);
+}
+
+/// A decoder of pre-norm blocks: attention, then `mixture` under the name "moe" where the layer is
+/// sparse, else `dense` under the name "mlp"; behind a mixture a dense network, if the shape says
+/// so.
+/// \throws ConfigError  as ModelShape::check, and if the shape is of an encoder-decoder.
+template <std::floating_point T>
+Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng) {
+  shape.check();
+  if (shape.encoder_layers > 0) {
+    fail<ConfigError>("compose: encoder_layers = ", shape.encoder_layers,
+                      ", expected 0; see ModelShape::decoder_half");
+  }
+  Embedding<T> embedding(shape.vocab, shape.d_model, rng);
+  std::vector<Block<T>> layers;
+  for (Index l = 0; l < shape.layers; ++l) {
+    std::vector<Branch<T>> branches;
+    branches.push_back({"attention", parts.norm(), make_attention<T>(shape, l, rng)});
+    if (shape.interleave.is_sparse(l)) {
+      branches.push_back({"moe", parts.norm(), parts.mixture()});
+      if (shape.extra_hidden > 0) {
+        branches.push_back({"mlp", parts.norm(), parts.dense(shape.extra_hidden)});
+      }
+    } else {
+      branches.push_back({"mlp", parts.norm(), parts.dense(shape.dense_hidden)});
+    }
+    layers.emplace_back(std::move(branches));
+  }
+  std::optional<Linear<T>> head;
+  if (!shape.tied) head.emplace(shape.d_model, shape.vocab, rng);
+  return {std::move(embedding), std::move(layers), parts.norm(), std::move(head)};
+}
+
+/// A dense network of shape.ffn_matrices matrices: gated by Act, or plain with ReLU.
+/// \throws ConfigError  unless they are 2 or 3.
+template <std::floating_point T, Activation Act = Silu>
+AnyLayer<T> make_dense(const ModelShape& shape, Index d_hidden, Rng& rng, double init_scale = 1.0) {
+  if (shape.ffn_matrices == 2) {
+    return Mlp<T, Relu>(shape.d_model, d_hidden, rng, {.init_scale = init_scale});
+  }
+  if (shape.ffn_matrices == 3) {
+    return Glu<T, Act>(shape.d_model, d_hidden, rng, {.init_scale = init_scale});
+  }
+  fail<ConfigError>("make_dense: ffn_matrices = ", shape.ffn_matrices, ", expected 2 or 3");
+}
+
+/// RMS norms and `make_dense`, as most families have them; the mixture is left to say. `rng` lives
+/// as long as the parts.
+template <std::floating_point T, Activation Act = Silu>
+Parts<T> usual_parts(const ModelShape& shape, double norm_epsilon, Rng& rng,
+                     double init_scale = 1.0) {
+  Parts<T> parts;
+  parts.norm = [=] { return RmsNorm<T>(shape.d_model, norm_epsilon); };
+  parts.dense = [=, &rng](Index d_hidden) {
+    return make_dense<T, Act>(shape, d_hidden, rng, init_scale);
+  };
+  return parts;
+}
+
+/// `moe` beside the expert that every token visits, where the shape has one.
+template <std::floating_point T, class Moe>
+AnyLayer<T> with_shared(const ModelShape& shape, Moe moe, Rng& rng) {
+  if (shape.shared_hidden == 0) return moe;
+  return SharedExperts(std::move(moe), Glu<T>(shape.d_model, shape.shared_hidden, rng));
+}
+
+/// A mixture whose experts are networks of shape.ffn_matrices matrices: gated by Act, or plain with
+/// ReLU. `init_scale` is that of `switch_init`, for the experts.
+/// \throws ConfigError  unless they are 2 or 3.
+template <std::floating_point T, Activation Act = Silu, class Router, class Selector,
+          class Capacity, class... Balancers>
+AnyLayer<T> make_mixture(const ModelShape& shape, Router router, Selector selector,
+                         Capacity capacity, Rng& rng, double init_scale, Balancers... balancers) {
+  const auto with = [&](auto bank) {
+    return with_shared<T>(shape,
+                          MoELayer(std::move(router), std::move(selector), std::move(capacity),
+                                   std::move(bank), std::move(balancers)...),
+                          rng);
+  };
+  if (shape.ffn_matrices == 2) {
+    return with(MlpBank<T, Relu>(shape.experts, shape.d_model, shape.d_hidden, rng,
+                                 {.init_scale = init_scale}));
+  }
+  if (shape.ffn_matrices == 3) {
+    return with(GluBank<T, Act>(shape.experts, shape.d_model, shape.d_hidden, rng, init_scale));
+  }
+  fail<ConfigError>("make_mixture: ffn_matrices = ", shape.ffn_matrices, ", expected 2 or 3");
+}
+
+/// The share of one layer in a coefficient that is meant for the mean over the sparse layers.
+template <std::floating_point T>
+T per_layer(double coefficient, const ModelShape& shape) {
+  return static_cast<T>(coefficient /
+                        static_cast<double>(shape.interleave.count_sparse(shape.layers)));
+}
+
+}  // namespace weir::presets
