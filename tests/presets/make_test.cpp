@@ -44,4 +44,5 @@ TEST_CASE("A model has as many numbers as its config counts", "[presets]") {
   check(switch_xxl_128());
   check(st_moe_32b());
   check(openmoe_8b());
+  check(openmoe_released(openmoe_base()));
 }

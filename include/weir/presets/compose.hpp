@@ -18,6 +18,7 @@
 #include <weir/model/block.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/experts/any_bank.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
@@ -29,6 +30,7 @@
 #include <weir/nn/rms_norm.hpp>
 #include <weir/ops/activation.hpp>
 #include <weir/presets/model_shape.hpp>
+#include <weir/presets/openmoe_network.hpp>
 
 namespace weir::presets {
 
@@ -85,8 +87,8 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng) {
   return {std::move(embedding), std::move(layers), parts.norm(), std::move(head)};
 }
 
-/// A dense network of shape.ffn_matrices matrices: gated by Act, or plain with ReLU.
-/// \throws ConfigError  unless they are 2 or 3.
+/// A dense network of shape.ffn_matrices matrices: 2 plain with ReLU, 3 gated by Act, 4
+/// OpenMoENetwork.
 template <std::floating_point T, Activation Act = Silu>
 AnyLayer<T> make_dense(const ModelShape& shape, Index d_hidden, Rng& rng, double init_scale = 1.0) {
   if (shape.ffn_matrices == 2) {
@@ -95,7 +97,7 @@ AnyLayer<T> make_dense(const ModelShape& shape, Index d_hidden, Rng& rng, double
   if (shape.ffn_matrices == 3) {
     return Glu<T, Act>(shape.d_model, d_hidden, rng, {.init_scale = init_scale});
   }
-  fail<ConfigError>("make_dense: ffn_matrices = ", shape.ffn_matrices, ", expected 2 or 3");
+  return OpenMoENetwork<T>(shape.d_model, d_hidden, rng, init_scale);
 }
 
 /// RMS norms and `make_dense`, as most families have them; the mixture is left to say. `rng` lives
@@ -112,33 +114,36 @@ Parts<T> usual_parts(const ModelShape& shape, double norm_epsilon, Rng& rng,
 }
 
 /// `moe` beside the expert that every token visits, where the shape has one.
-template <std::floating_point T, class Moe>
+template <class Moe, class T = typename Moe::Scalar>
 AnyLayer<T> with_shared(const ModelShape& shape, Moe moe, Rng& rng) {
   if (shape.shared_hidden == 0) return moe;
   return SharedExperts(std::move(moe), Glu<T>(shape.d_model, shape.shared_hidden, rng));
 }
 
-/// A mixture whose experts are networks of shape.ffn_matrices matrices: gated by Act, or plain with
-/// ReLU. `init_scale` is that of `switch_init`, for the experts.
-/// \throws ConfigError  unless they are 2 or 3.
-template <std::floating_point T, Activation Act = Silu, class Router, class Selector,
-          class Capacity, class... Balancers>
-AnyLayer<T> make_mixture(const ModelShape& shape, Router router, Selector selector,
-                         Capacity capacity, Rng& rng, double init_scale, Balancers... balancers) {
-  const auto with = [&](auto bank) {
-    return with_shared<T>(shape,
-                          MoELayer(std::move(router), std::move(selector), std::move(capacity),
-                                   std::move(bank), std::move(balancers)...),
-                          rng);
-  };
+/// The experts of a family whose networks are all gated.
+/// \throws ConfigError  unless shape.ffn_matrices is 3.
+template <std::floating_point T, Activation Act = Silu>
+GluBank<T, Act> gated_experts(const ModelShape& shape, Rng& rng, double init_scale = 1.0) {
+  if (shape.ffn_matrices != 3) {
+    fail<ConfigError>("gated_experts: ffn_matrices = ", shape.ffn_matrices, ", expected 3");
+  }
+  return GluBank<T, Act>(shape.experts, shape.d_model, shape.d_hidden, rng, init_scale);
+}
+
+/// The experts of a family whose networks differ in that: `with(bank)` of networks like those of
+/// `make_dense`.
+template <std::floating_point T, Activation Act = Silu, class With>
+AnyLayer<T> with_experts(const ModelShape& shape, Rng& rng, double init_scale, With&& with) {
   if (shape.ffn_matrices == 2) {
     return with(MlpBank<T, Relu>(shape.experts, shape.d_model, shape.d_hidden, rng,
                                  {.init_scale = init_scale}));
   }
-  if (shape.ffn_matrices == 3) {
-    return with(GluBank<T, Act>(shape.experts, shape.d_model, shape.d_hidden, rng, init_scale));
+  if (shape.ffn_matrices == 3) return with(gated_experts<T, Act>(shape, rng, init_scale));
+  std::vector<OpenMoENetwork<T>> experts;
+  for (Index e = 0; e < shape.experts; ++e) {
+    experts.emplace_back(shape.d_model, shape.d_hidden, rng, init_scale);
   }
-  fail<ConfigError>("make_mixture: ffn_matrices = ", shape.ffn_matrices, ", expected 2 or 3");
+  return with(AnyBank(std::move(experts), shape.d_model, shape.d_model));
 }
 
 /// The share of one layer in a coefficient that is meant for the mean over the sparse layers.

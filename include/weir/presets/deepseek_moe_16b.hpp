@@ -10,6 +10,7 @@
 #include <weir/model/decoder.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/presets/compose.hpp>
@@ -48,10 +49,13 @@ Decoder<T> make(const DeepSeekMoEConfig& config, Rng& rng) {
   const ModelShape& shape = config.shape;
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
-    return make_mixture<T>(
-        shape, LinearRouter<T>(shape.d_model, shape.experts, rng), SoftmaxTopK<T>{.k = shape.k},
-        Dropless{}, rng, 1.0,
-        SwitchLoss<T>{.coefficient = static_cast<T>(config.balance), .scope = Scope::kSequence});
+    return with_shared(
+        shape,
+        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng), SoftmaxTopK<T>{.k = shape.k},
+                 Dropless{}, gated_experts<T>(shape, rng),
+                 SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                               .scope = Scope::kSequence}},
+        rng);
   };
   return compose<T>(shape, parts, rng);
 }

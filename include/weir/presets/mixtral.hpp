@@ -11,6 +11,7 @@
 #include <weir/model/decoder.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/presets/compose.hpp>
@@ -33,10 +34,10 @@ Decoder<T> make(const MixtralConfig& config, Rng& rng) {
   const ModelShape& shape = config.shape;
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
-    return make_mixture<T>(shape, LinearRouter<T>(shape.d_model, shape.experts, rng),
-                           TopKSoftmax<T>{.k = shape.k}, Dropless{}, rng, 1.0,
-                           SwitchLoss<T>{.coefficient = per_layer<T>(config.balance, shape),
-                                         .fraction = LoadFraction::kOfTokens});
+    return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                    TopKSoftmax<T>{.k = shape.k}, Dropless{}, gated_experts<T>(shape, rng),
+                    SwitchLoss<T>{.coefficient = per_layer<T>(config.balance, shape),
+                                  .fraction = LoadFraction::kOfTokens}};
   };
   return compose<T>(shape, parts, rng);
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <concepts>
+#include <utility>
 
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
@@ -11,6 +12,7 @@
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/presets/compose.hpp>
@@ -70,16 +72,18 @@ Decoder<T> make(const OpenMoEConfig& config, Rng& rng) {
   constexpr double kInitScale = 0.1;
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng, kInitScale);
   parts.mixture = [&] {
-    return make_mixture<T>(shape, LinearRouter<T>(shape.d_model, shape.experts, rng),
-                           SoftmaxTopK<T>{.k = shape.k},
-                           CapacityFactor{.train = config.capacity_train,
-                                          .evaluate = config.capacity_evaluate,
-                                          .count_k = false,
-                                          .rounding = Rounding::kNearest},
-                           rng, kInitScale,
-                           SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
-                                         .fraction = LoadFraction::kOfTokens},
-                           ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)});
+    LinearRouter<T> router(shape.d_model, shape.experts, rng);
+    return with_experts<T>(shape, rng, kInitScale, [&](auto experts) {
+      return MoELayer(std::move(router), SoftmaxTopK<T>{.k = shape.k},
+                      CapacityFactor{.train = config.capacity_train,
+                                     .evaluate = config.capacity_evaluate,
+                                     .count_k = false,
+                                     .rounding = Rounding::kNearest},
+                      std::move(experts),
+                      SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                                    .fraction = LoadFraction::kOfTokens},
+                      ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)});
+    });
   };
   return compose<T>(shape, parts, rng);
 }

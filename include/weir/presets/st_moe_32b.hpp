@@ -11,6 +11,7 @@
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/ops/activation.hpp>
@@ -52,17 +53,17 @@ Decoder<T> make(const StMoEConfig& config, Rng& rng) {
   constexpr double kInitScale = 0.1;
   Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
   parts.mixture = [&] {
-    return make_mixture<T, GeluTanh>(shape, LinearRouter<T>(shape.d_model, shape.experts, rng),
-                                     SoftmaxTopK<T>{.k = shape.k},
-                                     CapacityFactor{.train = config.capacity_train,
-                                                    .evaluate = config.capacity_evaluate,
-                                                    .count_k = false,
-                                                    .rounding = Rounding::kNearest,
-                                                    .group_size = config.group_size},
-                                     rng, kInitScale,
-                                     SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
-                                                   .fraction = LoadFraction::kOfTokens},
-                                     ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)});
+    return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                    SoftmaxTopK<T>{.k = shape.k},
+                    CapacityFactor{.train = config.capacity_train,
+                                   .evaluate = config.capacity_evaluate,
+                                   .count_k = false,
+                                   .rounding = Rounding::kNearest,
+                                   .group_size = config.group_size},
+                    gated_experts<T, GeluTanh>(shape, rng, kInitScale),
+                    SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                                  .fraction = LoadFraction::kOfTokens},
+                    ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)}};
   };
   return compose<T>(shape, parts, rng);
 }

@@ -4,12 +4,14 @@
 #pragma once
 
 #include <concepts>
+#include <utility>
 
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/jitter_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
@@ -63,14 +65,16 @@ Decoder<T> make(const SwitchConfig& config, Rng& rng) {
   constexpr double kInitScale = 0.1;  // Fedus et al. 2021, section 2.4.
   Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
   parts.mixture = [&] {
-    return make_mixture<T, GeluTanh>(
-        shape, JitterRouter(LinearRouter<T>(shape.d_model, shape.experts, rng), config.jitter),
-        SoftmaxTopK<T>{.k = shape.k},
-        CapacityFactor{.train = config.capacity_train,
-                       .evaluate = config.capacity_evaluate,
-                       .count_k = false,
-                       .rounding = Rounding::kDown},
-        rng, kInitScale, SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)});
+    JitterRouter router(LinearRouter<T>(shape.d_model, shape.experts, rng), config.jitter);
+    return with_experts<T, GeluTanh>(shape, rng, kInitScale, [&](auto experts) {
+      return MoELayer(std::move(router), SoftmaxTopK<T>{.k = shape.k},
+                      CapacityFactor{.train = config.capacity_train,
+                                     .evaluate = config.capacity_evaluate,
+                                     .count_k = false,
+                                     .rounding = Rounding::kDown},
+                      std::move(experts),
+                      SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)});
+    });
   };
   return compose<T>(shape, parts, rng);
 }
