@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <concepts>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -59,11 +60,15 @@ class Square {
 };
 
 // A layer with all that AnyLayer passes on. It adds to each row how many rows came before it, in
-// this pass or, decoding, in the sequence; padding yields zero.
+// this pass or, decoding, in its sequence; padding yields zero.
 class Counting {
  public:
   using Scalar = double;
-  using State = Index;
+
+  struct State {
+    Index length = 0;
+    void truncate(Index to) { length = to; }
+  };
 
   struct Cache {
     double aux_loss = 0.0;
@@ -84,10 +89,18 @@ class Counting {
   }
   Matrix<double> backward(MatrixIn<double> dy, Cache& /*cache*/) { return dy; }
 
-  Matrix<double> decode(MatrixIn<double> x, State& before, Cache& cache) const {
+  Matrix<double> decode(MatrixIn<double> x, const Pass& pass, std::span<State* const> states,
+                        Cache& cache) const {
     cache.aux_loss = 0.25;
-    const Matrix<double> y = count(x, before);
-    before += x.rows();
+    const Sequences one({x.rows()});
+    const Sequences& sequences = pass.sequences == nullptr ? one : *pass.sequences;
+    Matrix<double> y = x;
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      const Index begin = sequences.begin(static_cast<Index>(s));
+      const Index length = sequences.length(static_cast<Index>(s));
+      y.middleRows(begin, length) = count(x.middleRows(begin, length), states[s]->length);
+      states[s]->length += length;
+    }
     return y;
   }
 
@@ -251,6 +264,34 @@ TEST_CASE("AnyLayer decodes with the layer's state, or without", "[model][any_la
   AnyLayer<double>::Cache square_cache;
   CHECK(square.decode(Matrix<double>::Ones(1, 1), none, square_cache)(0, 0) == 3.0);
   CHECK_FALSE(none.own.has_value());
+  none.truncate(7);  // Nothing to forget.
+}
+
+TEST_CASE("AnyLayer decodes several sequences at once", "[model][any_layer]") {
+  const AnyLayer<double> counting = Counting();
+  const AnyLayer<double> square = Square();
+  AnyLayer<double>::State a, b, c;
+  AnyLayer<double>::State* const states[] = {&a, &b, &c};
+  AnyLayer<double>::Cache cache;
+  const Sequences sequences({2, 0, 1});
+  const Pass pass{.sequences = &sequences};
+  const Matrix<double> x = Matrix<double>::Ones(3, 1);
+  const auto decode = [&](const AnyLayer<double>& layer) {
+    const Matrix<double> y = layer.decode(x, pass, states, cache);
+    return RowVector<double>(y.reshaped().transpose());
+  };
+  CHECK(decode(counting) == RowVector<double>{{1.0, 2.0, 1.0}});
+  CHECK(decode(counting) == RowVector<double>{{3.0, 4.0, 2.0}});
+  a.truncate(1);
+  c.truncate(0);
+  b.truncate(0);
+  CHECK(decode(counting) == RowVector<double>{{2.0, 3.0, 1.0}});
+
+  AnyLayer<double>::State none[3];
+  AnyLayer<double>::State* const no_states[] = {&none[0], &none[1], &none[2]};
+  AnyLayer<double>::Cache square_cache;
+  CHECK(square.decode(x, pass, no_states, square_cache) == Matrix<double>::Constant(3, 1, 3.0));
+  CHECK_FALSE(none[0].own.has_value());
 }
 
 TEST_CASE("AnyLayer refuses the state of a layer of another type", "[model][any_layer]") {

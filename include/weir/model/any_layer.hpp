@@ -7,8 +7,10 @@
 #include <concepts>
 #include <memory>
 #include <optional>
+#include <span>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include <weir/core/error.hpp>
 #include <weir/core/layer.hpp>
@@ -20,13 +22,19 @@
 
 namespace weir {
 
-/// A layer whose output for a token depends on the tokens before it. `decode` continues the
-/// sequence that `state`, which begins as `State{}`, has seen so far.
+/// A layer whose output for a token depends on the tokens before it. `decode` continues several
+/// sequences at once: their new tokens are the rows of x, packed as `pass.sequences` says (null:
+/// one sequence), and `states` has what the layer knows of each, `State{}` in the beginning.
+/// `state.truncate(length)` makes a state forget all tokens but the first `length`.
 template <class L>
-concept DecodingLayer = Layer<L> && std::default_initializable<typename L::State> &&
-    requires(const L& layer, MatrixIn<typename L::Scalar> x, typename L::State& state,
+concept DecodingLayer = Layer<L> && std::semiregular<typename L::State> &&
+    requires(const L& layer, MatrixIn<typename L::Scalar> x, const Pass& pass,
+             std::span<typename L::State* const> states, typename L::State& state, Index length,
              typename L::Cache& cache) {
-  { layer.decode(x, state, cache) } -> std::convertible_to<const Matrix<typename L::Scalar>&>;
+  {
+    layer.decode(x, pass, states, cache)
+    } -> std::convertible_to<const Matrix<typename L::Scalar>&>;
+  state.truncate(length);
 };
 
 /// Holds any Layer by value: a norm, an attention, a feed-forward network, a mixture of experts, or
@@ -34,11 +42,11 @@ concept DecodingLayer = Layer<L> && std::default_initializable<typename L::State
 /// destroyed. What the layer can do beyond the concept is passed on where it has it, and is
 /// harmless where it has not:
 ///
-///     forward(x, pass, cache)            a pass
-///     State, decode(x, state, cache)     decoding with a state
-///     cache.aux_loss                     an auxiliary loss
-///     update()                           an act after the optimizer's step
-///     report(cache) -> MoEReport         a report
+///     forward(x, pass, cache)                 a pass
+///     State, decode(x, pass, states, cache)   decoding with states, see DecodingLayer
+///     cache.aux_loss                          an auxiliary loss
+///     update()                                an act after the optimizer's step
+///     report(cache) -> MoEReport              a report
 ///
 /// The layer and its `Cache` and `State` have to be copyable.
 template <std::floating_point T>
@@ -55,6 +63,14 @@ class AnyLayer {
   /// What decoding keeps of the tokens so far; empty for a layer that looks at one token at a time.
   struct State {
     std::any own;
+    void (*truncate_own)(std::any& own, Index length) = nullptr;  ///< Of the type that `own` has.
+
+    /// Forgets all tokens but the first `length`.
+    /// \throws              What the layer's own state throws, if it does not have that many or no
+    ///                      longer has what would then be needed.
+    void truncate(Index length) {
+      if (own.has_value()) truncate_own(own, length);
+    }
   };
 
   template <Layer L>
@@ -84,11 +100,18 @@ class AnyLayer {
   /// \throws StateError   if `cache` was not filled by this layer's forward pass.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) { return self_->backward(dy, cache); }
 
-  /// Continues one sequence by the tokens x [new tokens, d_model]. A layer without a state of its
-  /// own runs its forward pass for inference.
-  /// \throws StateError   if `state` is of a layer of another type.
+  /// Continues one sequence by the tokens x [new tokens, d_model].
   const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const {
-    return self_->decode(x, state, cache);
+    State* const states[] = {&state};
+    return decode(x, {}, states, cache);
+  }
+
+  /// Continues the sequences of `pass` by the tokens x [new tokens, d_model], see DecodingLayer. A
+  /// layer without a state of its own runs its forward pass, for all of them at once.
+  /// \throws StateError   if one of `states` is of a layer of another type.
+  const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
+                          Cache& cache) const {
+    return self_->decode(x, pass, states, cache);
   }
 
   /// See MoELayer::update.
@@ -125,19 +148,34 @@ class AnyLayer {
     virtual Matrix<T> forward(MatrixIn<T> x) const = 0;
     virtual const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const = 0;
     virtual const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) = 0;
-    virtual const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const = 0;
+    virtual const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
+                                    Cache& cache) const = 0;
     virtual void update() = 0;
     virtual void set_storage(Storage storage) = 0;
     virtual std::optional<MoEReport> report(const Cache& cache) const = 0;
     virtual void visit(Collector<T>& visit) = 0;
   };
 
+  struct NoStates {};
+
   template <class L>
   struct Model final : Interface {
-    /// The layer's cache, and a place for results that it returns by value.
+    static constexpr bool kHasState = requires { typename L::State; };
+    static_assert(DecodingLayer<L> || !kHasState, "a layer with a State has to be a DecodingLayer");
+
+    static auto no_states() {
+      if constexpr (kHasState) {
+        return std::vector<typename L::State*>();
+      } else {
+        return NoStates{};
+      }
+    }
+
+    /// The layer's cache, a place for results that it returns by value, and pointers to its states.
     struct Own {
       typename L::Cache cache;
       Matrix<T> y, dx;
+      decltype(no_states()) states = no_states();
     };
 
     explicit Model(L l) : layer(std::move(l)) {}
@@ -162,21 +200,17 @@ class AnyLayer {
       return keep(own->dx, layer.backward(dy, own->cache));
     }
 
-    const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const override {
+    const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
+                            Cache& cache) const override {
       if constexpr (DecodingLayer<L>) {
-        if (!state.own.has_value()) state.own.template emplace<typename L::State>();
-        auto* kept = std::any_cast<typename L::State>(&state.own);
-        if (kept == nullptr) {
-          fail<StateError>(
-              "AnyLayer::decode: the state is of another layer, expected an empty one or one that "
-              "this layer has filled");
-        }
         Own& own = own_of(cache);
-        const Matrix<T>& y = keep(own.y, layer.decode(x, *kept, own.cache));
+        own.states.clear();
+        for (State* state : states) own.states.push_back(&own_of(*state));
+        const Matrix<T>& y = keep(own.y, layer.decode(x, pass, own.states, own.cache));
         pass_on_aux_loss(own, cache);
         return y;
       } else {
-        return forward(x, {}, cache);
+        return forward(x, pass, cache);
       }
     }
 
@@ -201,6 +235,23 @@ class AnyLayer {
     static Own& own_of(Cache& cache) {
       auto* own = std::any_cast<Own>(&cache.own);
       return own != nullptr ? *own : cache.own.template emplace<Own>();
+    }
+
+    static auto& own_of(State& state) requires DecodingLayer<L> {
+      using Kept = typename L::State;
+      if (!state.own.has_value()) {
+        state.own.template emplace<Kept>();
+        state.truncate_own = [](std::any& own, Index length) {
+          std::any_cast<Kept&>(own).truncate(length);
+        };
+      }
+      auto* kept = std::any_cast<Kept>(&state.own);
+      if (kept == nullptr) {
+        fail<StateError>(
+            "AnyLayer::decode: the state is of another layer, expected an empty one or one that "
+            "this layer has filled");
+      }
+      return *kept;
     }
 
     static void pass_on_aux_loss([[maybe_unused]] const Own& own, Cache& cache) {

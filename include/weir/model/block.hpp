@@ -4,6 +4,7 @@
 #pragma once
 
 #include <concepts>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -42,12 +43,20 @@ class Block {
     };
     std::vector<OfBranch> branches;
     Matrix<T> dx;
-    T aux_loss = T(0);  ///< Sum over the branches.
+    std::vector<typename AnyLayer<T>::State*> states;  ///< Those of one branch.
+    T aux_loss = T(0);                                 ///< Sum over the branches.
     bool filled = false;
   };
 
-  /// What decoding keeps, one for each branch.
-  using State = std::vector<typename AnyLayer<T>::State>;
+  /// What decoding keeps of one sequence.
+  struct State {
+    std::vector<typename AnyLayer<T>::State> branches;
+
+    /// Forgets all tokens but the first `length`, see AnyLayer::State.
+    void truncate(Index length) {
+      for (auto& branch : branches) branch.truncate(length);
+    }
+  };
 
   /// \throws ConfigError  without branches, or if two have the same name.
   explicit Block(std::vector<Branch<T>> branches) : branches_(std::move(branches)) {
@@ -106,12 +115,21 @@ class Block {
 
   /// Continues one sequence by the tokens x [new tokens, d_model].
   const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const {
+    State* const states[] = {&state};
+    return decode(x, {}, states, cache);
+  }
+
+  /// Continues the sequences of `pass` by the tokens x [new tokens, d_model], see DecodingLayer.
+  const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
+                          Cache& cache) const {
     cache.filled = false;
-    state.resize(branches_.size());
+    for (State* state : states) state->branches.resize(branches_.size());
     return run("Block::decode", x, cache, [&](std::size_t i, MatrixIn<T> from) -> const Matrix<T>& {
       auto& own = cache.branches[i];
-      const Matrix<T>& normed = branches_[i].norm.forward(from, own.norm);
-      return branches_[i].layer.decode(normed, state[i], own.layer);
+      const Matrix<T>& normed = branches_[i].norm.forward(from, pass, own.norm);
+      cache.states.clear();
+      for (State* state : states) cache.states.push_back(&state->branches[i]);
+      return branches_[i].layer.decode(normed, pass, cache.states, own.layer);
     });
   }
 

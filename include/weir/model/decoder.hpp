@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/attention/decode_states.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
@@ -49,7 +50,10 @@ class Decoder {
     Matrix<T> hidden;  ///< [tokens, d_model], after the norm; kept where the head is tied.
     Matrix<T> logits;  ///< [tokens, vocab], where the head is tied.
     Matrix<T> d_hidden;
-    T aux_loss = T(0);  ///< Sum over the layers.
+    std::vector<Index> last;                        ///< The rows of the last new tokens, decoding.
+    Matrix<T> x_last;                               ///< Those rows, where they are not all.
+    std::vector<typename Block<T>::State*> states;  ///< Those of one layer.
+    T aux_loss = T(0);                              ///< Sum over the layers.
     bool filled = false;
   };
 
@@ -57,6 +61,18 @@ class Decoder {
   struct State {
     std::vector<typename Block<T>::State> layers;
     Index length = 0;  ///< Tokens so far.
+
+    /// Forgets all tokens but the first `to`, as after a draft that was not accepted.
+    /// \throws ConfigError  unless 0 <= to <= length.
+    /// \throws StateError   if a layer has already forgotten what would then be needed, such as
+    ///                      keys that had left a window. The state cannot be continued then.
+    void truncate(Index to) {
+      if (to < 0 || to > length) {
+        fail<ConfigError>("Decoder::State::truncate: length = ", to, ", expected 0 to ", length);
+      }
+      for (auto& layer : layers) layer.truncate(to);
+      length = to;
+    }
   };
 
   /// \param head     Empty for tied weights.
@@ -128,16 +144,55 @@ class Decoder {
   /// \param last_only  Computes the logits of the last of them alone.
   /// \return         Logits [ids, vocab]; [1, vocab] with last_only, if there are ids at all.
   /// \throws ConfigError  if an id is out of range; `state` is as it was. After any other exception
-  ///                      only a copy made before can be continued.
+  ///                      `state.truncate(state.length)` makes it so.
   const Matrix<T>& decode(std::span<const Index> ids, State& state, Cache& cache,
                           bool last_only = false) const {
+    State* const states[] = {&state};
+    return decode(ids, {}, states, cache, last_only);
+  }
+
+  /// Continues several sequences at once, each by any number of tokens. Mixtures of experts see the
+  /// tokens of all of them in one pass; the logits of each are to rounding those it gets alone,
+  /// under the same condition.
+  /// \param ids      The new tokens, packed one sequence after the other as pass.sequences says;
+  ///                 without, there is one sequence.
+  /// \param pass     Is taken as not training.
+  /// \param states   One for each sequence, all different.
+  /// \param last_only  Computes the logits of the last new token of each sequence alone.
+  /// \return         Logits [ids, vocab]; with last_only, a row for each sequence that has new
+  ///                 tokens.
+  /// \throws ShapeError   if pass does not fit the ids.
+  /// \throws StateError   unless there is one state for each sequence.
+  /// \throws ConfigError  if a token is padding, of which a state keeps nothing, or an id is out of
+  ///                      range. The states are as they were in these cases; after any other
+  ///                      exception truncating each to its length makes them so.
+  const Matrix<T>& decode(std::span<const Index> ids, const Pass& pass,
+                          std::span<State* const> states, Cache& cache,
+                          bool last_only = false) const {
+    pass.check("Decoder::decode", static_cast<Index>(ids.size()));
+    expect_states<State>("Decoder::decode", pass, states);
     cache.filled = false;
-    state.layers.resize(layers_.size());
+    Pass own = pass;
+    own.training = false;
+    if (own.token_ids.empty()) own.token_ids = ids;
+    for (State* state : states) state->layers.resize(layers_.size());
+    const auto end_of = [&](std::size_t s) {
+      return pass.sequences == nullptr ? static_cast<Index>(ids.size())
+                                       : pass.sequences->end(static_cast<Index>(s));
+    };
+    cache.last.clear();
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      if (end_of(s) > (s == 0 ? 0 : end_of(s - 1))) cache.last.push_back(end_of(s) - 1);
+    }
     const Matrix<T>& logits =
         run(ids, cache, last_only, [&](std::size_t l, MatrixIn<T> x) -> const Matrix<T>& {
-          return layers_[l].decode(x, state.layers[l], cache.layers[l]);
+          cache.states.clear();
+          for (State* state : states) cache.states.push_back(&state->layers[l]);
+          return layers_[l].decode(x, own, cache.states, cache.layers[l]);
         });
-    state.length += static_cast<Index>(ids.size());
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      states[s]->length += end_of(s) - (s == 0 ? 0 : end_of(s - 1));
+    }
     return logits;
   }
 
@@ -198,8 +253,15 @@ class Decoder {
       x = &layer(l, *x);
       cache.aux_loss += cache.layers[l].aux_loss;
     }
-    const Index rows = last_only ? std::min<Index>(1, x->rows()) : x->rows();
-    const Matrix<T>& normed = norm_.forward(x->bottomRows(rows), cache.norm);
+    if (last_only && static_cast<Index>(cache.last.size()) < x->rows()) {
+      cache.x_last.resize(static_cast<Index>(cache.last.size()), d_model());
+      for (std::size_t i = 0; i < cache.last.size(); ++i) {
+        cache.x_last.row(static_cast<Index>(i)) = x->row(cache.last[i]);
+      }
+      x = &cache.x_last;
+    }
+    const Index rows = x->rows();
+    const Matrix<T>& normed = norm_.forward(*x, cache.norm);
     if (head_) return head_->forward(normed, cache.head);
     cache.hidden = normed;
     cache.logits.resize(rows, vocab());

@@ -72,8 +72,8 @@ inline std::vector<Index> balanced_hash_table(std::span<const double> frequency,
 ///
 /// With TopKSoftmax{.k = 1} or SoftmaxTopK{.k = 1} the weight is exactly 1, as in the paper.
 /// Nothing is trained: dL/dx is zero, and balancing losses have no effect. The ids come from
-/// `pass.token_ids`, which Decoder::forward sets and decoding does not; those of padding may be
-/// anything. The table is a buffer: a checkpoint carries it.
+/// `pass.token_ids`, which a Decoder sets; those of padding may be anything. The table is a buffer:
+/// a checkpoint carries it.
 template <std::floating_point T>
 class HashRouter {
  public:
