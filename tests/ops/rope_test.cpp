@@ -122,6 +122,26 @@ TEST_CASE("Rope rotates a block in place and can share its table", "[ops][rope]"
   CHECK(test::relative_error(x, before) <= 1e-15);
 }
 
+TEST_CASE("Rope rotates a part of each head and leaves the rest", "[ops][rope]") {
+  const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
+  const Index first = GENERATE(as<Index>{}, 0, 2, 3);
+  const Rope rope(4, 1e4, layout);
+  const Positions positions = {3, 4};
+  Matrix<double> x = test::random_matrix(2, 21, 6);
+  const Matrix<double> before = x;
+  Matrix<double> expected = x;
+  for (Index head = 0; head < 3; ++head) {
+    expected.middleCols(7 * head + first, 4) =
+        rotated(rope, before.middleCols(7 * head + first, 4), positions);
+  }
+  Scratch<double> table;
+  rope.tabulate(std::span<const Index>(positions), table);
+  rope.rotate<double>(x, table, {.width = 7, .first = first});
+  CHECK(x == expected);
+  rope.rotate_back<double>(x, table, {.width = 7, .first = first});
+  CHECK(test::relative_error(x, before) <= 1e-15);
+}
+
 TEST_CASE("Rope in float keeps its angles at distant positions", "[ops][rope]") {
   // 2^24 + 1 is the first position that a float cannot hold.
   const Rope rope(2);
@@ -175,4 +195,13 @@ TEST_CASE("Rope says what is wrong", "[ops][rope]") {
         }) == "Rope::rotate: x is [2, 6], expected a multiple of head_dim = 4 columns");
   CHECK(test::message_of<ShapeError>([&] { rotated(rope, Matrix<double>(2, 8), {0}); }) ==
         "Rope::rotate: table of angles is [1, 4], expected [2, 4]");
+  Scratch<double> table;
+  rope.tabulate(std::span<const Index>(Positions{0, 1}), table);
+  Matrix<double> x(2, 12);
+  CHECK(test::message_of<ShapeError>([&] {
+          rope.rotate<double>(x, table, {.width = 5, .first = 1});
+        }) == "Rope::rotate: x is [2, 12], expected a multiple of part.width = 5 columns");
+  CHECK(test::message_of<ShapeError>(
+            [&] { rope.rotate_back<double>(x, table, {.width = 6, .first = 3}); }) ==
+        "Rope::rotate_back: the part begins at 3 of 6 columns, expected room for head_dim = 4");
 }

@@ -96,14 +96,35 @@ class Rope {
   /// \throws ShapeError   if x is not whole heads wide or table has another number of rows.
   template <class T>
   void rotate(MatrixOut<T> x, const Scratch<T>& table) const {
-    turn<T>("Rope::rotate", x, table, T(1));
+    turn<T>("Rope::rotate", x, table, whole_heads(), T(1));
   }
 
   /// The transpose of `rotate`: takes the gradient of its output to that of its input. Where
   /// `scale()` is 1 it undoes it.
   template <class T>
   void rotate_back(MatrixOut<T> x, const Scratch<T>& table) const {
-    turn<T>("Rope::rotate_back", x, table, T(-1));
+    turn<T>("Rope::rotate_back", x, table, whole_heads(), T(-1));
+  }
+
+  /// Which columns to rotate where only a part of each head is: of each `width` columns, the
+  /// head_dim from `first` on.
+  struct Part {
+    Index width, first;
+  };
+
+  /// Rotates a part of every head of `x` in place.
+  /// \param x      [tokens, heads * part.width], any number of heads.
+  /// \throws ShapeError   if x is not whole heads wide, part.width has no room for the part, or
+  ///                      table has another number of rows.
+  template <class T>
+  void rotate(MatrixOut<T> x, const Scratch<T>& table, const Part& part) const {
+    turn<T>("Rope::rotate", x, table, part, T(1));
+  }
+
+  /// The transpose of `rotate` of the same part.
+  template <class T>
+  void rotate_back(MatrixOut<T> x, const Scratch<T>& table, const Part& part) const {
+    turn<T>("Rope::rotate_back", x, table, part, T(-1));
   }
 
   /// Rotates every head of `x` in place, without a table to keep.
@@ -113,7 +134,7 @@ class Rope {
   void rotate(MatrixOut<T> x, std::span<const Index> positions) const {
     Scratch<T> table;
     tabulate(positions, table);
-    turn<T>("Rope::rotate", x, table, T(1));
+    turn<T>("Rope::rotate", x, table, whole_heads(), T(1));
   }
 
   /// The transpose of `rotate` with the same positions.
@@ -121,7 +142,7 @@ class Rope {
   void rotate_back(MatrixOut<T> x, std::span<const Index> positions) const {
     Scratch<T> table;
     tabulate(positions, table);
-    turn<T>("Rope::rotate_back", x, table, T(-1));
+    turn<T>("Rope::rotate_back", x, table, whole_heads(), T(-1));
   }
 
  private:
@@ -138,19 +159,28 @@ class Rope {
     scale_ = yarn.rotation_scale();
   }
 
+  Part whole_heads() const { return {head_dim(), 0}; }
+
   /// \param direction  1 forward, -1 back.
   template <class T>
-  void turn(std::string_view where, MatrixOut<T>& x, const Scratch<T>& table, T direction) const {
-    if (x.cols() % head_dim() != 0) {
-      fail<ShapeError>(where, ": x is ", shape_of(x),
-                       ", expected a multiple of head_dim = ", head_dim(), " columns");
+  void turn(std::string_view where, MatrixOut<T>& x, const Scratch<T>& table, const Part& part,
+            T direction) const {
+    if (part.first < 0 || part.first + head_dim() > part.width) {
+      fail<ShapeError>(where, ": the part begins at ", part.first, " of ", part.width,
+                       " columns, expected room for head_dim = ", head_dim());
+    }
+    if (x.cols() % part.width != 0) {
+      fail<ShapeError>(where, ": x is ", shape_of(x), ", expected a multiple of ",
+                       part.width == head_dim() ? "head_dim" : "part.width", " = ", part.width,
+                       " columns");
     }
     expect_shape(where, "table of angles", table, x.rows(), head_dim());
-    parallel_rows(x.rows(), 4 * x.cols(), [&](Index begin, Index end) {
+    const Index heads = x.cols() / part.width;
+    parallel_rows(x.rows(), 4 * heads * head_dim(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const T* cosines = table.data() + t * head_dim();
-        for (Index head = 0; head < x.cols(); head += head_dim()) {
-          turn_head(&x(t, head), cosines, cosines + pairs(), direction);
+        for (Index head = 0; head < heads; ++head) {
+          turn_head(&x(t, head * part.width + part.first), cosines, cosines + pairs(), direction);
         }
       }
     });

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// A weight whose rows are divided among heads, each of which multiplies rows of its own.
+#pragma once
+
+#include <vector>
+
+#include <weir/core/storage.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/kernels/packed_product.hpp>
+#include <weir/kernels/packed_weight.hpp>
+#include <weir/kernels/panel.hpp>
+#include <weir/kernels/thread_space.hpp>
+
+namespace weir::kernels {
+
+/// The blocks W_h of a weight [heads * rows, cols], and for each head the product
+///
+///     out_h = x_h W_h^T,  or  out_h = x_h W_h  if it is transposed
+///
+/// All heads are computed at once. The weight belongs to someone else, who multiplies with it as a
+/// whole too; packed for inference, the blocks are a copy of it.
+template <class T>
+class HeadBlocks {
+ public:
+  enum class Side { kRows, kTransposed };
+
+  HeadBlocks() = default;
+  HeadBlocks(Index heads, Side side) : heads_(heads), side_(side) {}
+
+  /// Packs the blocks of `weight`, or forgets them for kTrainable.
+  void set_storage(const Matrix<T>& weight, Storage storage) {
+    packed_.clear();
+    if (storage == Storage::kTrainable) return;
+    const Index rows = weight.rows() / heads_;
+    for (Index h = 0; h < heads_; ++h) {
+      Matrix<T> block = weight.middleRows(h * rows, rows);
+      if (side_ == Side::kTransposed) block = block.transpose().eval();
+      packed_.emplace_back(block, storage);
+    }
+  }
+
+  /// \param x       [heads * tokens, in], the rows of one head after those of the other.
+  /// \param weight  As a whole; looked at unless it is packed.
+  /// \param out     [tokens, heads * out_width]; each head sets the first columns of its own.
+  /// \param plain   Workspace.
+  void multiply(MatrixIn<T> x, const Matrix<T>& weight, MatrixOut<T> out, Index out_width,
+                std::vector<Product<T>>& plain) const {
+    const Index tokens = x.rows() / heads_;
+    const auto out_of = [&](Index h) { return out.data() + h * out_width; };
+    if (!packed_.empty()) return multiply_packed(x, tokens, out_of, out.outerStride());
+    const Index rows = weight.rows() / heads_;
+    const bool transposed = side_ == Side::kTransposed;
+    plain.clear();
+    for (Index h = 0; h < heads_; ++h) {
+      plain.push_back({tokens, transposed ? weight.cols() : rows, x.cols(),
+                       x.data() + h * tokens * x.outerStride(), x.outerStride(), 1,
+                       weight.data() + h * rows * weight.cols(), transposed ? weight.cols() : 1,
+                       transposed ? 1 : weight.cols(), out_of(h), out.outerStride()});
+    }
+    weir::multiply<T>(plain);
+  }
+
+ private:
+  template <class OutOf>
+  void multiply_packed(MatrixIn<T> x, Index tokens, OutOf&& out_of, Index out_row) const {
+    const auto weight = [&](Index h) -> const PackedWeight<T>& {
+      return packed_[static_cast<std::size_t>(h)];
+    };
+    weight(0).with_arithmetic([&](auto arithmetic) {
+      using Arithmetic = decltype(arithmetic);
+      using Left = typename Arithmetic::Left;
+      const Index length = row_length<Arithmetic>(x.cols());
+      auto& space = ThreadSpace<Left, HeadBlocks>::of_this_thread();
+      space.reserve(x.rows() * length);
+      Left* const left = space.take(x.rows() * length);
+      arrange_rows<Arithmetic>(
+          x.rows(), x.cols(), [&](Index i) { return x.data() + i * x.outerStride(); }, left);
+      kernels::multiply_packed<Arithmetic>(
+          heads_,
+          [&](Index h) -> PackedProduct<Arithmetic> {
+            return {left + h * tokens * length, tokens, &weight(h)};
+          },
+          [&](Index h, Index row, Index rows, Index j, auto&& compute) {
+            const ToMatrix<T> to = {out_of(h), out_row, weight(h).rows()};
+            to(row, rows, j, compute);
+          });
+    });
+  }
+
+  Index heads_ = 0;
+  Side side_ = Side::kRows;
+  std::vector<PackedWeight<T>> packed_;
+};
+
+}  // namespace weir::kernels
