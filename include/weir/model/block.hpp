@@ -4,6 +4,7 @@
 #pragma once
 
 #include <concepts>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -17,20 +18,26 @@
 
 namespace weir {
 
-/// x + layer(norm(x)), under the names `name` and `name_norm`.
+/// layer(norm(x)) or post_norm(layer(norm(x))), under the names `name`, `name_norm` and
+/// `name_post_norm`.
 template <std::floating_point T>
 struct Branch {
   std::string name;
   AnyLayer<T> norm;
   AnyLayer<T> layer;
+  std::optional<AnyLayer<T>> post_norm{};  // Written "= {}", g++ 12 stops with an internal error.
+  bool parallel = false;                   ///< Reads the x that the branch before it has read.
 };
 
-/// Pre-norm residual branches one after the other:
+/// Residual branches f_i(x) = layer_i(norm_i(x)), each added to the sum of all before it:
 ///
-///     x <- x + layer_i(norm_i(x))     for each branch i
+///     x <- x + f_i(x)                  one after the other,
+///     x <- x + f_i(x) + f_j(x)         branch j being parallel to branch i before it
 ///
-/// The usual decoder block has two, attention and a feed-forward network or mixture of experts
-/// (`pre_norm_block`); a block may have more, such as a dense network behind the mixture.
+/// Any number of branches may be parallel. The usual decoder block has two, one after the other:
+/// attention and a feed-forward network or mixture of experts (`pre_norm_block`). Grok-1 has a norm
+/// behind each layer as well (xai-org/grok-1, model.py); OpenMoE a dense network beside or behind
+/// each mixture (Xue et al. 2024, arXiv:2402.01739).
 template <std::floating_point T>
 class Block {
  public:
@@ -38,11 +45,12 @@ class Block {
 
   struct Cache {
     struct OfBranch {
-      typename AnyLayer<T>::Cache norm, layer;
-      Matrix<T> out;
+      typename AnyLayer<T>::Cache norm, layer, post_norm;
+      Matrix<T> out;  ///< The sum with this branch.
     };
     std::vector<OfBranch> branches;
     Matrix<T> dx;
+    Matrix<T> d_sum;  ///< The gradient of what parallel branches add up to.
     std::vector<typename AnyLayer<T>::State*> states;  ///< Those of one branch.
     T aux_loss = T(0);                                 ///< Sum over the branches.
     bool filled = false;
@@ -58,7 +66,7 @@ class Block {
     }
   };
 
-  /// \throws ConfigError  without branches, or if two have the same name.
+  /// \throws ConfigError  without branches, if two have the same name, or if the first is parallel.
   explicit Block(std::vector<Branch<T>> branches) : branches_(std::move(branches)) {
     expect_at_least<std::size_t>("Block", "branches", branches_.size(), 1);
     for (std::size_t i = 0; i < branches_.size(); ++i) {
@@ -68,6 +76,10 @@ class Block {
                             branches_[i].name, "', expected different names");
         }
       }
+    }
+    if (branches_[0].parallel) {
+      fail<ConfigError>("Block: branch 0, '", branches_[0].name,
+                        "', is parallel, expected a branch before it");
     }
   }
 
@@ -84,11 +96,10 @@ class Block {
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     cache.filled = false;
     const Matrix<T>& y =
-        run("Block::forward", x, cache, [&](std::size_t i, MatrixIn<T> from) -> const Matrix<T>& {
-          auto& own = cache.branches[i];
-          const Matrix<T>& normed = branches_[i].norm.forward(from, pass, own.norm);
-          return branches_[i].layer.forward(normed, pass, own.layer);
-        });
+        run("Block::forward", x, pass, cache,
+            [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
+              return branches_[i].layer.forward(normed, pass, cache.branches[i].layer);
+            });
     cache.filled = true;
     return y;
   }
@@ -106,9 +117,11 @@ class Block {
     expect_shape("Block::backward", "dy", dy, y.rows(), y.cols());
     cache.dx = dy;
     for (std::size_t i = branches_.size(); i-- > 0;) {
-      auto& own = cache.branches[i];
-      cache.dx +=
-          branches_[i].norm.backward(branches_[i].layer.backward(cache.dx, own.layer), own.norm);
+      // A group of parallel branches shares the gradient of its sum; each adds to that of its x.
+      const bool last = i + 1 == branches_.size() || !branches_[i + 1].parallel;
+      const bool alone = last && !branches_[i].parallel;
+      if (last && !alone) cache.d_sum = cache.dx;
+      cache.dx += backward_branch(i, alone ? cache.dx : cache.d_sum, cache.branches[i]);
     }
     return cache.dx;
   }
@@ -124,13 +137,13 @@ class Block {
                           Cache& cache) const {
     cache.filled = false;
     for (State* state : states) state->branches.resize(branches_.size());
-    return run("Block::decode", x, cache, [&](std::size_t i, MatrixIn<T> from) -> const Matrix<T>& {
-      auto& own = cache.branches[i];
-      const Matrix<T>& normed = branches_[i].norm.forward(from, pass, own.norm);
-      cache.states.clear();
-      for (State* state : states) cache.states.push_back(&state->branches[i]);
-      return branches_[i].layer.decode(normed, pass, cache.states, own.layer);
-    });
+    return run("Block::decode", x, pass, cache,
+               [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
+                 cache.states.clear();
+                 for (State* state : states) cache.states.push_back(&state->branches[i]);
+                 return branches_[i].layer.decode(normed, pass, cache.states,
+                                                  cache.branches[i].layer);
+               });
   }
 
   /// See MoELayer::update.
@@ -138,12 +151,13 @@ class Block {
     for (Branch<T>& branch : branches_) branch.layer.update();
   }
 
-  /// Parameters `name_norm.*` and `name.*` of each branch.
+  /// Parameters `name_norm.*`, `name.*` and `name_post_norm.*` of each branch.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     for (auto& branch : self.branches_) {
       visit(branch.name + "_norm", branch.norm);
       visit(branch.name, branch.layer);
+      if (branch.post_norm) visit(branch.name + "_post_norm", *branch.post_norm);
     }
   }
 
@@ -151,22 +165,37 @@ class Block {
   const std::vector<Branch<T>>& branches() const { return branches_; }
 
  private:
-  /// Adds to x, branch by branch, what `layer_of_norm(i, x)` yields.
+  /// Adds to x, branch by branch, what comes of `layer(i, normed)`.
   template <class Run>
-  const Matrix<T>& run(std::string_view where, MatrixIn<T> x, Cache& cache,
-                       Run&& layer_of_norm) const {
+  const Matrix<T>& run(std::string_view where, MatrixIn<T> x, const Pass& pass, Cache& cache,
+                       Run&& layer) const {
+    using In = Eigen::Ref<const Matrix<T>>;
     cache.branches.resize(branches_.size());
     cache.aux_loss = T(0);
-    const auto add_branch = [&](std::size_t i, MatrixIn<T> from) {
-      auto& own = cache.branches[i];
-      const Matrix<T>& y = layer_of_norm(i, from);
-      expect_shape(where, branches_[i].name, y, from.rows(), from.cols());
-      own.out = from + y;
-      cache.aux_loss += own.layer.aux_loss;
+    const auto sum_before = [&](std::size_t i) -> In {
+      return i == 0 ? In(x) : In(cache.branches[i - 1].out);
     };
-    add_branch(0, x);
-    for (std::size_t i = 1; i < branches_.size(); ++i) add_branch(i, cache.branches[i - 1].out);
+    std::size_t group = 0;  // Where the group of parallel branches begins, mostly of one.
+    for (std::size_t i = 0; i < branches_.size(); ++i) {
+      const Branch<T>& branch = branches_[i];
+      auto& own = cache.branches[i];
+      if (!branch.parallel) group = i;
+      const Matrix<T>* y = &layer(i, branch.norm.forward(sum_before(group), pass, own.norm));
+      if (branch.post_norm) y = &branch.post_norm->forward(*y, pass, own.post_norm);
+      const In sum = sum_before(i);
+      expect_shape(where, branch.name, *y, sum.rows(), sum.cols());
+      own.out = sum + *y;
+      cache.aux_loss += own.layer.aux_loss;
+    }
     return cache.branches.back().out;
+  }
+
+  const Matrix<T>& backward_branch(std::size_t i, const Matrix<T>& dy,
+                                   typename Cache::OfBranch& own) {
+    Branch<T>& branch = branches_[i];
+    const Matrix<T>* d = &dy;
+    if (branch.post_norm) d = &branch.post_norm->backward(*d, own.post_norm);
+    return branch.norm.backward(branch.layer.backward(*d, own.layer), own.norm);
   }
 
   std::vector<Branch<T>> branches_;
