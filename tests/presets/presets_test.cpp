@@ -17,6 +17,9 @@
 #include <weir/optim/adamw.hpp>
 #include <weir/presets/count.hpp>
 #include <weir/presets/deepseek_moe_16b.hpp>
+#include <weir/presets/deepseek_v2.hpp>
+#include <weir/presets/deepseek_v2_lite.hpp>
+#include <weir/presets/deepseek_v3.hpp>
 #include <weir/presets/mixtral_8x22b.hpp>
 #include <weir/presets/mixtral_8x7b.hpp>
 #include <weir/presets/openmoe_8b.hpp>
@@ -28,6 +31,7 @@
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
+#include "support/threads.hpp"
 
 using namespace weir;
 using namespace weir::presets;
@@ -77,6 +81,9 @@ std::vector<Small> all_presets() {
       small("Mixtral 8x7B", mixtral_8x7b()),
       small("Mixtral 8x22B", mixtral_8x22b()),
       small("DeepSeekMoE-16B", deepseek_moe_16b()),
+      small("DeepSeek-V2-Lite", deepseek_v2_lite()),
+      small("DeepSeek-V2", deepseek_v2()),
+      small("DeepSeek-V3", deepseek_v3()),
       small("Switch-Base-8", switch_base_8()),
       small("Switch-XXL-128", switch_xxl_128()),
       small("ST-MoE-32B", st_moe_32b()),
@@ -187,6 +194,7 @@ TEST_CASE("The gradients of each preset agree with finite differences", "[preset
 }
 
 TEST_CASE("200 steps of AdamW on real text lower the loss of each preset", "[presets][slow]") {
+  const test::Threads one(1);  // The models are too small to share.
   for (const Small& preset : all_presets()) {
     INFO(preset.name);
     Decoder<double> model = preset.make(5);

@@ -72,14 +72,14 @@ TEST_CASE("A small model keeps the proportions of its attention", "[presets]") {
   CHECK(grouped_query(qwen).heads * grouped_query(qwen).head_dim == 2 * qwen.d_model);
   CHECK(grouped_query(scaled(gpt_oss_20b()).shape).sinks);
 
-  const auto latent = std::get<LatentShape>(scaled(deepseek_v2()).shape.attention);
+  const auto latent = std::get<LatentConfig>(scaled(deepseek_v2()).shape.attention);
   CHECK(latent.heads == 2);
   CHECK(latent.q_rank == 12);
   CHECK(latent.kv_rank == 8);
   CHECK(latent.nope_dim == 8);
   CHECK(latent.rope_dim == 4);
   CHECK(latent.value_dim == 8);
-  CHECK(std::get<LatentShape>(scaled(deepseek_v2_lite()).shape.attention).q_rank == 0);
+  CHECK(std::get<LatentConfig>(scaled(deepseek_v2_lite()).shape.attention).q_rank == 0);
 }
 
 TEST_CASE("A small model has experts for all its groups", "[presets]") {

@@ -5,6 +5,7 @@
 
 #include <variant>
 
+#include <weir/attention/latent.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir::presets {
@@ -26,14 +27,6 @@ struct GroupedQueryShape {
   bool sinks = false;
 };
 
-/// Latent attention, whose cache is a low-rank joint compression of keys and values.
-struct LatentShape {
-  Index heads = 0;
-  Index q_rank = 0;  ///< 0: queries straight from the token.
-  Index kv_rank = 0, nope_dim = 0, rope_dim = 0, value_dim = 0;
-  double rope_theta = 1e4;
-};
-
-using AttentionShape = std::variant<GroupedQueryShape, LatentShape>;
+using AttentionShape = std::variant<GroupedQueryShape, LatentConfig>;
 
 }  // namespace weir::presets

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/attention/latent.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
@@ -42,11 +43,9 @@ struct Parts {
   std::function<AnyLayer<T>(Index d_hidden)> dense;
 };
 
-/// The attention of layer `layer`.
 template <std::floating_point T>
-AnyLayer<T> make_attention(const ModelShape& shape, Index /*layer*/, Rng& rng) {
-  const auto& a = std::get<GroupedQueryShape>(shape.attention);
-  return GroupedQueryAttention<T>({.d_model = shape.d_model,
+AnyLayer<T> make_attention(const GroupedQueryShape& a, Index d_model, Rng& rng) {
+  return GroupedQueryAttention<T>({.d_model = d_model,
                                    .heads = a.heads,
                                    .kv_heads = a.kv_heads,
                                    .head_dim = a.head_dim,
@@ -54,6 +53,19 @@ AnyLayer<T> make_attention(const ModelShape& shape, Index /*layer*/, Rng& rng) {
                                    .qkv_bias = a.qkv_bias,
                                    .output_bias = a.output_bias},
                                   rng);
+}
+
+template <std::floating_point T>
+AnyLayer<T> make_attention(LatentConfig config, Index d_model, Rng& rng) {
+  config.d_model = d_model;
+  return LatentAttention<T>(config, rng);
+}
+
+/// The attention of layer `layer`.
+template <std::floating_point T>
+AnyLayer<T> make_attention(const ModelShape& shape, Index /*layer*/, Rng& rng) {
+  return std::visit([&](const auto& a) { return make_attention<T>(a, shape.d_model, rng); },
+                    shape.attention);
 }
 
 /// A decoder of pre-norm blocks: attention, then `mixture` under the name "moe" where the layer is

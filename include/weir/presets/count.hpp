@@ -46,7 +46,7 @@ inline AttentionCount count(const GroupedQueryShape& a, Count d_model) {
 
 /// Multi-head attention of the same width has keys and values of value_dim per head, as in the
 /// comparison of DeepSeek-V2's report (arXiv:2405.04434, table 1).
-inline AttentionCount count(const LatentShape& a, Count d_model) {
+inline AttentionCount count(const LatentConfig& a, Count d_model) {
   const Count heads = a.heads;
   const Count query = heads * (a.nope_dim + a.rope_dim);
   const Count value = heads * a.value_dim;

@@ -3,7 +3,21 @@
 /// DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437).
 #pragma once
 
+#include <concepts>
+
+#include <weir/attention/latent.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/group_limit.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/ops/yarn.hpp>
+#include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
 
 namespace weir::presets {
@@ -26,12 +40,16 @@ inline DeepSeekV3Config deepseek_v3() {
               .layers = 61,
               .d_model = 7168,
               .vocab = 129280,
-              .attention = LatentShape{.heads = 128,
-                                       .q_rank = 1536,
-                                       .kv_rank = 512,
-                                       .nope_dim = 128,
-                                       .rope_dim = 64,
-                                       .value_dim = 128},
+              .attention = LatentConfig{.heads = 128,
+                                        .q_rank = 1536,
+                                        .kv_rank = 512,
+                                        .nope_dim = 128,
+                                        .rope_dim = 64,
+                                        .value_dim = 128,
+                                        .yarn = Yarn{.factor = 40.0,
+                                                     .original_context = 4096,
+                                                     .mscale = 1.0,
+                                                     .mscale_all_dim = 1.0}},
               .interleave = {.first_dense = 3},
               .experts = 256,
               .k = 8,
@@ -41,6 +59,27 @@ inline DeepSeekV3Config deepseek_v3() {
               .dense_hidden = 18432,
               .prediction_modules = 1,
           }};
+}
+
+/// The model without its module of multi-token prediction.
+/// \throws ConfigError  if a size is out of range, or if the groups do not fit.
+template <std::floating_point T>
+Decoder<T> make(const DeepSeekV3Config& config, Rng& rng) {
+  const ModelShape& shape = config.shape;
+  Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
+  parts.mixture = [&] {
+    return with_shared(
+        shape,
+        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                 SigmoidTopK<T>(shape.experts,
+                                {.k = shape.k, .scale = config.scale, .groups = config.groups}),
+                 Dropless{}, gated_experts<T>(shape, rng),
+                 BiasBalance<T>(static_cast<T>(config.bias_rate)),
+                 SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                               .scope = Scope::kSequence}},
+        rng);
+  };
+  return compose<T>(shape, parts, rng);
 }
 
 }  // namespace weir::presets

@@ -51,7 +51,7 @@ inline AttentionShape scaled(GroupedQueryShape a, const Shrink& shrink) {
   return a;
 }
 
-inline AttentionShape scaled(LatentShape a, const Shrink& shrink) {
+inline AttentionShape scaled(LatentConfig a, const Shrink& shrink) {
   a.heads = std::min<Index>(a.heads, 2);
   a.q_rank = shrink(a.q_rank, 12);
   a.kv_rank = shrink(a.kv_rank, 8);
