@@ -440,7 +440,7 @@ TEST_CASE("Decoder works on zero tokens and on one", "[model][decoder]") {
   const std::vector<Index> ids = random_ids(tokens, 7, 15);
   Training<double> training;
   CHECK(std::isfinite(training.accumulate(model, ids, ids)));
-  CHECK(training.cache.embedding.y.rows() == tokens);
+  CHECK(model.hidden(training.cache).rows() == tokens);
   const Matrix<double> logits = model.forward(ids);
   CHECK(logits.rows() == tokens);
   CHECK(logits.cols() == 7);

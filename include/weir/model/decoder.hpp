@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <concepts>
 #include <optional>
 #include <span>
@@ -19,9 +20,11 @@
 #include <weir/kernels/packed_product.hpp>
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
+#include <weir/model/logit_scale.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/linear.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -31,25 +34,46 @@ struct NamedReport {
   MoEReport report;
 };
 
+/// Settings of `Decoder`.
+struct DecoderConfig {
+  double embedding_multiplier = 1.0;  ///< e; Grok-1: sqrt(d_model).
+  double logit_multiplier = 1.0;      ///< m of LogitScale.
+  double logit_softcap = 0.0;         ///< c of LogitScale; 0: none.
+};
+
 /// Maps token ids to the logits of the token that follows each:
 ///
-///     h = embedding[ids];   h <- block_l(h) for each layer l;   logits = norm(h) W^T
+///     h = e embedding[ids];   h <- block_l(h) for each layer l;   logits = scale(norm(h) W^T)
 ///
 /// W [vocab, d_model] is a head of its own or, tied, the embedding. Blocks are of any make, so that
-/// one class serves dense and sparse models and any interleave of the two.
+/// one class serves dense and sparse models and any interleave of the two. For `scale`, mostly the
+/// identity, see LogitScale.
+///
+/// What hangs on the model beside its logits, such as modules that predict further tokens, finds h
+/// behind the blocks in `hidden` and `normed`, shares `embed` and `head`, and hands the gradient of
+/// h to `backward`.
 template <std::floating_point T>
 class Decoder {
  public:
   using Scalar = T;
 
+  struct EmbedCache {
+    typename Embedding<T>::Cache table;
+    Matrix<T> x, dx;  ///< Multiplied, where there is a multiplier.
+  };
+
+  struct HeadCache {
+    typename Linear<T>::Cache linear;  ///< Of a head of its own.
+    Matrix<T> x, dx;                   ///< [tokens, d_model], where the head is tied.
+    Matrix<T> logits, d_z;             ///< [tokens, vocab], where it is tied or logits are scaled.
+  };
+
   struct Cache {
-    typename Embedding<T>::Cache embedding;
+    EmbedCache embedding;
     std::vector<typename Block<T>::Cache> layers;
     typename AnyLayer<T>::Cache norm;
-    typename Linear<T>::Cache head;
-    Matrix<T> hidden;  ///< [tokens, d_model], after the norm; kept where the head is tied.
-    Matrix<T> logits;  ///< [tokens, vocab], where the head is tied.
-    Matrix<T> d_hidden;
+    HeadCache head;
+    Matrix<T> d_normed, d_hidden;
     std::vector<Index> last;                        ///< The rows of the last new tokens, decoding.
     Matrix<T> x_last;                               ///< Those rows, where they are not all.
     std::vector<typename Block<T>::State*> states;  ///< Those of one layer.
@@ -75,14 +99,28 @@ class Decoder {
     }
   };
 
+  /// The gradient of what is made of h beside the logits; null: none. What is there has to live
+  /// until `backward` returns.
+  struct HiddenGradient {
+    const Matrix<T>* hidden = nullptr;  ///< Of `hidden`, [tokens, d_model].
+    const Matrix<T>* normed = nullptr;  ///< Of `normed`, [tokens, d_model].
+  };
+
   /// \param head     Empty for tied weights.
-  /// \throws ConfigError  if the head does not fit the embedding.
+  /// \throws ConfigError  if the head does not fit the embedding, or a setting is out of range.
   Decoder(Embedding<T> embedding, std::vector<Block<T>> layers, AnyLayer<T> norm,
-          std::optional<Linear<T>> head = std::nullopt)
+          std::optional<Linear<T>> head = std::nullopt, const DecoderConfig& config = {})
       : embedding_(std::move(embedding)),
         layers_(std::move(layers)),
         norm_(std::move(norm)),
-        head_(std::move(head)) {
+        head_(std::move(head)),
+        config_(config),
+        scale_{config.logit_multiplier, config.logit_softcap} {
+    if (!(config.embedding_multiplier > 0.0 && std::isfinite(config.embedding_multiplier))) {
+      fail<ConfigError>("Decoder: embedding_multiplier = ", config.embedding_multiplier,
+                        ", expected finite and > 0");
+    }
+    scale_.check("Decoder");
     if (head_ && (head_->d_in() != d_model() || head_->d_out() != vocab())) {
       fail<ConfigError>("Decoder: the head is [", head_->d_out(), ", ", head_->d_in(),
                         "], expected [", vocab(), ", ", d_model(), "] as the embedding");
@@ -115,27 +153,94 @@ class Decoder {
 
   /// Adds to all gradients; the layers' auxiliary losses are part of the objective.
   /// \param d_logits  [tokens, vocab], of the last forward pass.
+  /// \param also      The gradient of h from elsewhere.
   /// \throws StateError   if the last pass with `cache` was no forward pass that succeeded.
-  /// \throws ShapeError   if d_logits does not have the shape of the logits.
-  void backward(MatrixIn<T> d_logits, Cache& cache) {
+  /// \throws ShapeError   if d_logits does not have the shape of the logits, or a gradient in
+  ///                      `also` that of h.
+  void backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradient& also = {}) {
     if (!cache.filled) {
       fail<StateError>("Decoder::backward: the cache is empty, expected a forward pass before");
     }
-    expect_shape("Decoder::backward", "d_logits", d_logits, cache.embedding.y.rows(), vocab());
-    const Matrix<T>* d = nullptr;
-    if (head_) {
-      d = &head_->backward(d_logits, cache.head);
-    } else {
-      expect_trainable("Decoder::backward",
-                       tied_head_.empty() ? Storage::kTrainable : Storage::kPacked);
-      cache.d_hidden.resize(d_logits.rows(), d_model());
-      multiply_nn<T>(d_logits, embedding_.weight().value, cache.d_hidden);
-      multiply_tn<T>(d_logits, cache.hidden, embedding_.weight().gradient(), true);
-      d = &cache.d_hidden;
+    const Index tokens = hidden(cache).rows();
+    expect_shape("Decoder::backward", "d_logits", d_logits, tokens, vocab());
+    if (also.hidden != nullptr) {
+      expect_shape("Decoder::backward", "also.hidden", *also.hidden, tokens, d_model());
     }
-    d = &norm_.backward(*d, cache.norm);
+    if (also.normed != nullptr) {
+      expect_shape("Decoder::backward", "also.normed", *also.normed, tokens, d_model());
+    }
+    const auto sum = [](const Matrix<T>& a, const Matrix<T>* b, Matrix<T>& place) {
+      if (b == nullptr) return &a;
+      place.resize(a.rows(), a.cols());
+      add_rows<T>(a, *b, place);
+      return static_cast<const Matrix<T>*>(&place);
+    };
+    const Matrix<T>* d = sum(head_backward(d_logits, cache.head), also.normed, cache.d_normed);
+    d = sum(norm_.backward(*d, cache.norm), also.hidden, cache.d_hidden);
     for (std::size_t l = layers_.size(); l-- > 0;) d = &layers_[l].backward(*d, cache.layers[l]);
-    embedding_.backward(*d, cache.embedding);
+    embed_backward(*d, cache.embedding);
+  }
+
+  /// h behind the last block, before the norm, of all tokens of the last pass with `cache`:
+  /// [tokens, d_model].
+  const Matrix<T>& hidden(const Cache& cache) const {
+    return layers_.empty() ? embedded(cache.embedding) : cache.layers.back().branches.back().out;
+  }
+
+  /// norm(h), which the head was given: [rows of the logits, d_model].
+  const Matrix<T>& normed(const Cache& cache) const {
+    return head_ ? cache.head.linear.x : cache.head.x;
+  }
+
+  /// e embedding[ids], [ids, d_model].
+  /// \throws ConfigError  if an id is out of range.
+  const Matrix<T>& embed(std::span<const Index> ids, EmbedCache& cache) const {
+    const Matrix<T>& x = embedding_.forward(ids, cache.table);
+    if (config_.embedding_multiplier == 1.0) return x;
+    multiply_embedding(x, cache.x);
+    return cache.x;
+  }
+
+  /// Adds to the gradient of the embedding.
+  /// \param dx       [ids, d_model], of the last `embed` with `cache`.
+  void embed_backward(MatrixIn<T> dx, EmbedCache& cache) {
+    if (config_.embedding_multiplier == 1.0) return embedding_.backward(dx, cache.table);
+    multiply_embedding(dx, cache.dx);
+    embedding_.backward(cache.dx, cache.table);
+  }
+
+  /// scale(x W^T), [rows, vocab].
+  /// \param x        [rows, d_model]
+  const Matrix<T>& head(MatrixIn<T> x, HeadCache& cache) const {
+    if (head_) {
+      const Matrix<T>& z = head_->forward(x, cache.linear);
+      if (scale_.is_identity()) return z;
+      cache.logits.resize(z.rows(), z.cols());
+      scale_.forward(z, cache.logits);
+      return cache.logits;
+    }
+    cache.x = x;
+    cache.logits.resize(x.rows(), vocab());
+    if (tied_head_.empty()) {
+      multiply_nt<T>(cache.x, embedding_.weight().value, cache.logits);
+    } else {
+      const kernels::PackedTo<T> to = {&tied_head_, 0, x.rows(), cache.logits.data(), vocab()};
+      kernels::multiply_packed<T>(cache.x, {&to, 1});
+    }
+    if (!scale_.is_identity()) scale_.forward(cache.logits, cache.logits);
+    return cache.logits;
+  }
+
+  /// Adds to the gradient of the head or, tied, of the embedding.
+  /// \param d_logits  [rows, vocab], of the last `head` with `cache`.
+  /// \return         dL/dx, [rows, d_model].
+  const Matrix<T>& head_backward(MatrixIn<T> d_logits, HeadCache& cache) {
+    if (!scale_.is_identity()) {
+      cache.d_z.resize(d_logits.rows(), d_logits.cols());
+      scale_.backward(cache.logits, d_logits, cache.d_z);
+      return product_backward(cache.d_z, cache);
+    }
+    return product_backward(d_logits, cache);
   }
 
   /// Continues one sequence by `ids`, a whole prompt or a single token, for inference. However the
@@ -239,6 +344,7 @@ class Decoder {
   Index vocab() const { return embedding_.vocab(); }
   Index d_model() const { return embedding_.d_model(); }
   bool tied() const { return !head_; }
+  const DecoderConfig& config() const { return config_; }
   std::vector<Block<T>>& layers() { return layers_; }
   const std::vector<Block<T>>& layers() const { return layers_; }
 
@@ -248,7 +354,7 @@ class Decoder {
                        Run&& layer) const {
     cache.layers.resize(layers_.size());
     cache.aux_loss = T(0);
-    const Matrix<T>* x = &embedding_.forward(ids, cache.embedding);
+    const Matrix<T>* x = &embed(ids, cache.embedding);
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       x = &layer(l, *x);
       cache.aux_loss += cache.layers[l].aux_loss;
@@ -260,24 +366,38 @@ class Decoder {
       }
       x = &cache.x_last;
     }
-    const Index rows = x->rows();
-    const Matrix<T>& normed = norm_.forward(*x, cache.norm);
-    if (head_) return head_->forward(normed, cache.head);
-    cache.hidden = normed;
-    cache.logits.resize(rows, vocab());
-    if (tied_head_.empty()) {
-      multiply_nt<T>(cache.hidden, embedding_.weight().value, cache.logits);
-    } else {
-      const kernels::PackedTo<T> to = {&tied_head_, 0, rows, cache.logits.data(), vocab()};
-      kernels::multiply_packed<T>(cache.hidden, {&to, 1});
-    }
-    return cache.logits;
+    return head(norm_.forward(*x, cache.norm), cache.head);
+  }
+
+  const Matrix<T>& embedded(const EmbedCache& cache) const {
+    return config_.embedding_multiplier == 1.0 ? cache.table.y : cache.x;
+  }
+
+  void multiply_embedding(MatrixIn<T> x, Matrix<T>& y) const {
+    const T e = static_cast<T>(config_.embedding_multiplier);
+    y.resize(x.rows(), x.cols());
+    parallel_pieces(x.rows(), x.cols(), 1, [&](Index t, Index col, Index count) {
+      const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return e * v; };
+      map_lanes<T>(count, f, &y(t, col), &x.coeffRef(t, col));
+    });
+  }
+
+  const Matrix<T>& product_backward(MatrixIn<T> dz, HeadCache& cache) {
+    if (head_) return head_->backward(dz, cache.linear);
+    expect_trainable("Decoder::backward",
+                     tied_head_.empty() ? Storage::kTrainable : Storage::kPacked);
+    cache.dx.resize(dz.rows(), d_model());
+    multiply_nn<T>(dz, embedding_.weight().value, cache.dx);
+    multiply_tn<T>(dz, cache.x, embedding_.weight().gradient(), true);
+    return cache.dx;
   }
 
   Embedding<T> embedding_;
   std::vector<Block<T>> layers_;
   AnyLayer<T> norm_;
   std::optional<Linear<T>> head_;
+  DecoderConfig config_;
+  LogitScale<T> scale_;
   kernels::PackedWeight<T> tied_head_;  // Empty unless the head is tied and stored for inference.
 };
 

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Softmax attention of a few queries: one by one, reading each key and value once.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include <weir/attention/heads.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/thread_space.hpp>
+#include <weir/ops/exp.hpp>
+#include <weir/ops/lanes.hpp>
+#include <weir/ops/tanh.hpp>
+
+namespace weir {
+
+/// The part of `CausalAttention` for spans with few queries. A query's keys are cut into runs that
+/// may be computed in parallel; what they sum up, relative to their largest scores, is combined.
+template <class T>
+struct FewQueries {
+  const AttentionOperands<T>& in;
+
+  /// Numbers in the result of a run of keys: [totals | largest scores | sums of values].
+  Index partial_width() const { return in.shape.heads * (2 + in.shape.value_dim); }
+
+  /// One query, all heads, keys `begin` to `end`, which it sees. Bound by reading keys and values:
+  /// reads whole rows, each once.
+  /// \param query  Its number in span s.
+  void attend(Index s, Index query, Index begin, Index end, T* partial) const {
+    const AttentionHeads& shape = in.shape;
+    const AttentionSpan& span = in.span(s);
+    const KeyValueRows<T> rows_of = in.rows_of(s);
+    const Index dim = shape.head_dim;
+    const Index value_dim = shape.value_dim;
+    const auto factor = static_cast<T>(in.factor());
+    T* const total = partial;
+    T* const top = total + shape.heads;
+    T* const sums = top + shape.heads;
+    std::fill_n(total, shape.heads, T(0));
+    std::fill_n(top, shape.heads, std::numeric_limits<T>::lowest());
+    std::fill_n(sums, shape.heads * value_dim, T(0));
+
+    auto& space = kernels::ThreadSpace<T, FewQueries>::of_this_thread();
+    space.reserve(shape.heads * kRows);
+    T* const scores = space.take(shape.heads * kRows);
+    const T* const of_query = in.q.data() + (span.query_begin + query) * in.q.outerStride();
+    for (Index row = begin; row < end; row += kRows) {
+      const Index rows = std::min(kRows, end - row);
+      const bool padding = in.any_padding(span, row, row + rows);
+      // Keys for all heads, then values for all: a group's share of both would not fit in L1.
+      for (Index head = 0; head < shape.heads; ++head) {
+        const T* const of_head =
+            rows_of.keys + row * rows_of.key_stride + head / shape.group() * dim;
+        for (Index r = 0; r < rows; r += kLanes<T>) {
+          const Index count = std::min(kLanes<T>, rows - r);
+          const Lanes<T> products =
+              inner_products(of_query + head * dim, of_head + r * rows_of.key_stride,
+                             rows_of.key_stride, count, dim);
+          store_lanes<T>(factor * products, scores + head * kRows + r);
+        }
+      }
+      if (shape.softcap > 0) cap(rows, scores);
+      for (Index head = 0; head < shape.heads; ++head) {
+        T* const p = scores + head * kRows;
+        // What is beyond the keys is hidden too, so that softmax works on whole vectors.
+        std::fill(p + rows, p + kRows, -std::numeric_limits<T>::infinity());
+        for (Index r = 0; padding && r < rows; ++r) {
+          if (in.is_padding(span, row + r)) p[r] = -std::numeric_limits<T>::infinity();
+        }
+        const T old_top = top[head];
+        top[head] = std::max(old_top, max_of(p, kRows));
+        const auto exp = [top = top[head]](const Lanes<T>& x) -> Lanes<T> {
+          return exp_lanes<T>(x - top);
+        };
+        map_lanes<T>(kRows, exp, p, p);
+        if (top[head] != old_top) {
+          const T shrink = std::exp(old_top - top[head]);
+          total[head] *= shrink;
+          const auto times = [shrink](const Lanes<T>& x) -> Lanes<T> { return shrink * x; };
+          map_lanes<T>(value_dim, times, sums + head * value_dim, sums + head * value_dim);
+        }
+        const auto same = [](const Lanes<T>& x) -> Lanes<T> { return x; };
+        total[head] += sum_lanes<T>(kRows, same, p);
+      }
+      for (Index head = 0; head < shape.heads; ++head) {
+        const T* const values =
+            rows_of.values + row * rows_of.value_stride + head / shape.group() * value_dim;
+        add_values(scores + head * kRows, values, rows_of.value_stride, rows,
+                   sums + head * value_dim);
+      }
+    }
+  }
+
+  /// Adds up what the runs of one query found, in the order of the keys.
+  /// \param row      Of q and out.
+  /// \param partial  [runs, partial_width()]
+  void combine(Index row, MatrixIn<T> partial, MatrixOut<T>& out, Scratch<T>& logsumexp) const {
+    const Index count = in.shape.heads;
+    const Index dim = in.shape.value_dim;
+    out.row(row).setZero();
+    for (Index head = 0; head < count; ++head) {
+      auto sum = out.row(row).segment(head * dim, dim);
+      const T sink = in.sink(head);
+      const T top = std::max(partial.col(count + head).maxCoeff(), sink);
+      T total = std::exp(sink - top);
+      for (Index i = 0; i < partial.rows(); ++i) {
+        const T share = std::exp(partial(i, count + head) - top);
+        total += share * partial(i, head);
+        sum += share * partial.row(i).segment(2 * count + head * dim, dim);
+      }
+      logsumexp.view()(head, row) =
+          total == T(0) ? std::numeric_limits<T>::infinity() : top + std::log(total);
+      if (total != T(0)) sum *= T(1) / total;
+    }
+  }
+
+ private:
+  /// Keys whose scores are held at once, of all heads: they stay in L1.
+  static constexpr Index kRows = 32;
+  static_assert(kRows % kLanes<T> == 0);
+
+  /// scores [heads, kRows], of which `rows` columns count.
+  void cap(Index rows, T* scores) const {
+    const auto softcap = static_cast<T>(in.shape.softcap);
+    const auto f = [softcap](const Lanes<T>& x) -> Lanes<T> { return softcap * tanh_lanes<T>(x); };
+    for (Index head = 0; head < in.shape.heads; ++head) {
+      map_lanes<T>(rows, f, scores + head * kRows, scores + head * kRows);
+    }
+  }
+
+  /// The products of one query and `count` <= kLanes keys.
+  static Lanes<T> inner_products(const T* query, const T* key, Index stride, Index count,
+                                 Index dim) {
+    Lanes<T> sums[kLanes<T>];
+    Index i = 0;
+    for (; i + 4 <= count; i += 4)
+      inner_products<4>(query, key + i * stride, stride, dim, sums + i);
+    for (; i < count; ++i) inner_products<1>(query, key + i * stride, stride, dim, sums + i);
+    for (; i < kLanes<T>; ++i) sums[i] = Lanes<T>{};
+    return sums_of<T>(sums);
+  }
+
+  /// The lanes of the products of one query and as many keys.
+  template <int keys>
+  static void inner_products(const T* query, const T* key, Index stride, Index dim,
+                             Lanes<T>* sums) {
+    Lanes<T> sum[keys] = {};
+    Index d = 0;
+    for (; d + kLanes<T> <= dim; d += kLanes<T>) {
+      const Lanes<T> part = load_lanes<T>(query + d);
+#pragma GCC unroll 4
+      for (Index i = 0; i < keys; ++i) sum[i] += part * load_lanes<T>(key + i * stride + d);
+    }
+    if (d < dim) {
+      const Lanes<T> part = load_lanes<T>(query + d, dim - d);
+#pragma GCC unroll 4
+      for (Index i = 0; i < keys; ++i)
+        sum[i] += part * load_lanes<T>(key + i * stride + d, dim - d);
+    }
+#pragma GCC unroll 4
+    for (Index i = 0; i < keys; ++i) sums[i] = sum[i];
+  }
+
+  /// sum += p [rows] * values [rows, value_dim].
+  void add_values(const T* p, const T* values, Index stride, Index rows, T* sum) const {
+    const Index dim = in.shape.value_dim;
+    Index d = 0;
+    for (; d + 4 * kLanes<T> <= dim; d += 4 * kLanes<T>) {
+      add_values<4>(p, values + d, stride, rows, kLanes<T>, sum + d);
+    }
+    for (; d < dim; d += kLanes<T>) {
+      const Index lanes = std::min(kLanes<T>, dim - d);
+      add_values<1>(p, values + d, stride, rows, lanes, sum + d);
+    }
+  }
+
+  /// `blocks` blocks of kLanes columns, of the last one `lanes` lanes.
+  template <int blocks>
+  static void add_values(const T* p, const T* values, Index stride, Index rows, Index lanes,
+                         T* sum) {
+    Lanes<T> even[blocks] = {};  // Two sums, neither of which waits for the other.
+    Lanes<T> odd[blocks] = {};
+    Index r = 0;
+    for (; r + 1 < rows; r += 2) {
+      const T* const first = values + r * stride;
+      const T* const second = first + stride;
+#pragma GCC unroll 4
+      for (Index j = 0; j < blocks; ++j) {
+        even[j] += p[r] * load_lanes<T>(first + j * kLanes<T>, lanes);
+        odd[j] += p[r + 1] * load_lanes<T>(second + j * kLanes<T>, lanes);
+      }
+    }
+    if (r < rows) {
+      for (Index j = 0; j < blocks; ++j) {
+        even[j] += p[r] * load_lanes<T>(values + r * stride + j * kLanes<T>, lanes);
+      }
+    }
+#pragma GCC unroll 4
+    for (Index j = 0; j < blocks; ++j) {
+      T* const to = sum + j * kLanes<T>;
+      store_lanes<T>(load_lanes<T>(to, lanes) + (even[j] + odd[j]), to, lanes);
+    }
+  }
+};
+
+}  // namespace weir

@@ -1,0 +1,457 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Softmax attention in blocks of queries or keys, forward and backward.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+
+#include <weir/attention/heads.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/panel.hpp>
+#include <weir/kernels/register_block.hpp>
+#include <weir/kernels/thread_space.hpp>
+#include <weir/kernels/transpose.hpp>
+#include <weir/ops/exp.hpp>
+#include <weir/ops/lanes.hpp>
+#include <weir/ops/tanh.hpp>
+
+namespace weir {
+
+/// The rows of each head by themselves, one behind the other. Read column by column from the
+/// matrix, whose rows lie a power of two apart, they would push each other out of L1.
+template <class T>
+class RowsApart {
+ public:
+  /// Makes room for `rows` rows of `heads` heads, each `dim` wide.
+  void reshape(Index heads, Index rows, Index dim) {
+    height_ = rows;
+    storage_.reshape(heads * rows, dim);
+  }
+
+  /// Copies the heads of `rows` rows, each row `stride` behind the other, to row `to` on.
+  void copy(const T* from, Index stride, Index rows, Index to) {
+    const Index dim = storage_.cols();
+    const Index heads = height_ == 0 ? 0 : storage_.rows() / height_;
+    parallel_rows(rows, heads * dim, [&](Index begin, Index end) {
+      for (Index head = 0; head < heads; ++head) {
+        for (Index row = begin; row < end; ++row) {
+          std::copy_n(from + row * stride + head * dim, dim, at(head, to + row));
+        }
+      }
+    });
+  }
+
+  void set(MatrixIn<T> from, Index heads, Index dim) {
+    reshape(heads, from.rows(), dim);
+    copy(from.data(), from.outerStride(), from.rows(), 0);
+  }
+
+  T* at(Index head, Index row) { return storage_.data() + (head * height_ + row) * row_size(); }
+  Index row_size() const { return storage_.cols(); }
+
+ private:
+  Scratch<T> storage_;
+  Index height_ = 0;
+};
+
+/// The part of `CausalAttention` for spans with many queries, and of its backward pass.
+///
+/// Scores are computed as a [rows, kStrip] strip, left operand times right operand. Softmax then
+/// works on whole vectors of a strip's columns, and the strip is, as it lies, the right operand of
+/// the product with the values. One side of the attention matrix is "rows", cut in blocks of
+/// kRowBlock; the other is "columns", cut in blocks of kBlock, which are a few strips. Strips that
+/// no query sees anything of, as outside of a window, are not computed.
+template <class T>
+struct QueryBlocks {
+  static constexpr Index kStrip = kernels::Block<T>::kCols;
+  static constexpr Index kBlock = 64;  ///< Queries, or in `backward_keys` keys, of a block.
+
+  struct Cache {
+    /// [heads, queries]; +infinity for a query that sees no key, so that all its p are zero.
+    Scratch<T> logsumexp;
+    Scratch<T> dot;  ///< d_out . out, [heads, queries].
+    RowsApart<T> q, k, v, d_out;
+  };
+
+  const AttentionOperands<T>& in;
+  Cache& cache;
+
+  /// One block of queries of one head, from query `first` of span s on.
+  /// \param apart  The row of cache.v that the span's first value has.
+  void forward(Index s, Index first, Index head, Index apart, MatrixOut<T>& out) const {
+    const AttentionSpan& span = in.span(s);
+    const KeyValueRows<T> rows_of = in.rows_of(s);
+    const Index queries = std::min(kBlock, span.queries - first);
+    const Index own = span.prefix() + first;  // The key of the first query.
+    const Index kv_head = head / in.shape.group();
+    const Index dim = in.shape.head_dim;
+    const Index value_dim = in.shape.value_dim;
+
+    auto& space = kernels::ThreadSpace<T, QueryBlocks>::of_this_thread();
+    space.reserve(kBlock * (dim + value_dim + 2) + kRowBlock * kStrip);
+    T* const right = space.take(kBlock * dim);
+    T* const sums = space.take_zeros(kBlock * value_dim);
+    T* const scores = space.take(kRowBlock * kStrip);
+    T* const top = space.take(kBlock);  // The largest score so far.
+    T* const total = space.take(kBlock);
+    // The sink is a score like any other, but has no value.
+    const T sink = in.sink(head);
+    std::fill_n(top, kBlock, std::max(std::numeric_limits<T>::lowest(), sink));
+    std::fill_n(total, kBlock, std::exp(sink - top[0]));
+    pack_columns(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
+                 right);
+
+    for (Index row = in.first_key(span, own); row < own + queries; row += kRowBlock) {
+      const Index capacity = std::min(kRowBlock, span.keys - row);
+      const bool padding = in.any_padding(span, row, row + capacity);
+      for (Index strip = 0; strip < strips(queries); ++strip) {
+        const Index column = strip * kStrip;
+        const Strip keys = keys_of(span, own + column, row, capacity);
+        if (keys.count <= 0) continue;
+        const Left left = {rows_of.keys + keys.begin * rows_of.key_stride + kv_head * dim,
+                           rows_of.key_stride, 1};
+        multiply_strip(left, keys.count, right + column * dim, dim, scores, false);
+        if (in.shape.softcap > 0) cap(keys.count, scores);
+        if (padding || keys.partly_hidden) {
+          hide(span, keys, own + column, -std::numeric_limits<T>::infinity(), scores);
+        }
+        T* const sum = sums + column * value_dim;
+        soften(keys.count, scores, top + column, total + column, sum);
+        multiply_strip(columns_of(cache.v, apart + keys.begin, kv_head), value_dim, scores,
+                       keys.count, sum, true);
+      }
+    }
+
+    for (Index i = 0; i < queries; ++i) {
+      cache.logsumexp.view()(head, span.query_begin + first + i) =
+          total[i] == T(0) ? std::numeric_limits<T>::infinity() : top[i] + std::log(total[i]);
+      total[i] = total[i] == T(0) ? T(0) : T(1) / total[i];
+    }
+    for (Index strip = 0; strip < strips(queries); ++strip) {
+      for (Index vector = 0; vector < kStrip; vector += kLanes<T>) {
+        const Lanes<T> factor = load_lanes<T>(total + strip * kStrip + vector);
+        for (Index d = 0; d < value_dim; ++d) {
+          T* const sum = sums + (strip * value_dim + d) * kStrip + vector;
+          store_lanes<T>(load_lanes<T>(sum) * factor, sum);
+        }
+      }
+    }
+    unpack_columns(sums, T(1), span.query_begin + first, queries, head, value_dim, out);
+  }
+
+  /// dq of one block of queries of one head:
+  ///
+  ///     ds_ij = p_ij (d_out_i . v_j - d_out_i . out_i),    dq_i = scale * sum_j ds_ij k_j
+  ///
+  /// With a softcap, ds_ij also has its slope, 1 - tanh^2.
+  void backward_queries(Index s, Index first, Index head, MatrixIn<T> d_out,
+                        MatrixOut<T>& dq) const {
+    const AttentionSpan& span = in.span(s);
+    const Index queries = std::min(kBlock, span.queries - first);
+    const Index own = span.prefix() + first;
+    const Index kv_head = head / in.shape.group();
+    const Index dim = in.shape.head_dim;
+    const Index value_dim = in.shape.value_dim;
+    const bool capped = in.shape.softcap > 0;
+
+    auto& space = kernels::ThreadSpace<T, QueryBlocks>::of_this_thread();
+    space.reserve(kBlock * (2 * dim + value_dim + 2) + 3 * kRowBlock * kStrip);
+    T* const right = space.take(kBlock * dim);
+    T* const d_right = space.take(kBlock * value_dim);
+    T* const sums = space.take_zeros(kBlock * dim);
+    T* const scores = space.take(kRowBlock * kStrip);
+    T* const d_p = space.take(kRowBlock * kStrip);
+    T* const slopes = space.take(kRowBlock * kStrip);
+    pack_columns(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
+                 right);
+    pack_columns(d_out, span.query_begin + first, queries, head, value_dim, T(1), d_right);
+
+    T* const logsumexp = space.take_zeros(kBlock);
+    T* const dot = space.take_zeros(kBlock);
+    std::copy_n(of_queries(cache.logsumexp, head, span) + first, queries, logsumexp);
+    std::copy_n(of_queries(cache.dot, head, span) + first, queries, dot);
+    for (Index row = in.first_key(span, own); row < own + queries; row += kRowBlock) {
+      const Index capacity = std::min(kRowBlock, span.keys - row);
+      const bool padding = in.any_padding(span, row, row + capacity);
+      for (Index strip = 0; strip < strips(queries); ++strip) {
+        const Index column = strip * kStrip;
+        const Strip keys = keys_of(span, own + column, row, capacity);
+        if (keys.count <= 0) continue;
+        const Index key = span.key_begin + keys.begin;
+        multiply_strip(rows_of(cache.k, key, kv_head), keys.count, right + column * dim, dim,
+                       scores, false);
+        const Left values = {&in.v.coeffRef(key, kv_head * value_dim), in.v.outerStride(), 1};
+        multiply_strip(values, keys.count, d_right + column * value_dim, value_dim, d_p, false);
+        if (capped) cap(keys.count, scores, slopes);
+        for (Index j = 0; j < kStrip; j += kLanes<T>) {
+          const Lanes<T> lse = load_lanes<T>(logsumexp + column + j);
+          const Lanes<T> along_out = load_lanes<T>(dot + column + j);
+          for (Index r = 0; r < keys.count; ++r) {
+            T* const ds = scores + r * kStrip + j;
+            const Lanes<T> p = exp_lanes<T>(load_lanes<T>(ds) - lse);
+            store_lanes<T>(p * (load_lanes<T>(d_p + r * kStrip + j) - along_out), ds);
+          }
+        }
+        if (capped) multiply_by(slopes, keys.count * kStrip, scores);
+        if (padding || keys.partly_hidden) hide(span, keys, own + column, T(0), scores);
+        multiply_strip(columns_of(cache.k, key, kv_head), dim, scores, keys.count,
+                       sums + column * dim, true);
+      }
+    }
+    unpack_columns(sums, static_cast<T>(in.shape.scale), span.query_begin + first, queries, head,
+                   dim, dq);
+  }
+
+  /// dk and dv of one block of keys of one key head, from the queries of all heads of its group:
+  ///
+  ///     dv_j = sum_i p_ij d_out_i,    dk_j = scale * sum_i ds_ij q_i
+  void backward_keys(Index s, Index first, Index kv_head, MatrixOut<T>& dk,
+                     MatrixOut<T>& dv) const {
+    const AttentionSpan& span = in.span(s);
+    const Index keys = std::min(kBlock, span.keys - first);
+    const Index dim = in.shape.head_dim;
+    const Index value_dim = in.shape.value_dim;
+    const bool capped = in.shape.softcap > 0;
+
+    auto& space = kernels::ThreadSpace<T, QueryBlocks>::of_this_thread();
+    space.reserve(2 * kBlock * (dim + value_dim) + 3 * kRowBlock * kStrip);
+    T* const right = space.take(kBlock * dim);
+    T* const value_right = space.take(kBlock * value_dim);
+    T* const dk_sums = space.take_zeros(kBlock * dim);
+    T* const dv_sums = space.take_zeros(kBlock * value_dim);
+    T* const scores = space.take(kRowBlock * kStrip);
+    T* const d_p = space.take(kRowBlock * kStrip);
+    T* const slopes = space.take(kRowBlock * kStrip);
+    pack_columns(in.k, span.key_begin + first, keys, kv_head, dim, static_cast<T>(in.factor()),
+                 right);
+    pack_columns(in.v, span.key_begin + first, keys, kv_head, value_dim, T(1), value_right);
+
+    // From the first block with a query that sees the first key, to the last that sees the last.
+    const Index first_row = std::max<Index>(0, first - span.prefix()) / kRowBlock * kRowBlock;
+    const Index end_row =
+        std::min(span.queries, in.last_query(span, first + keys - 1) - span.prefix() + 1);
+    const Index group = in.shape.group();
+    for (Index head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      const T* const logsumexp = of_queries(cache.logsumexp, head, span);
+      const T* const dot = of_queries(cache.dot, head, span);
+      for (Index row = first_row; row < end_row; row += kRowBlock) {
+        for (Index strip = 0; strip < strips(keys); ++strip) {
+          const Index key = first + strip * kStrip;
+          // The queries of the block that see a key of the strip, by their own keys.
+          const Index begin = std::max(span.prefix() + row, key);
+          const Index end = std::min({span.prefix() + std::min(row + kRowBlock, span.queries),
+                                      in.last_query(span, key + kStrip - 1) + 1});
+          const Index rows = end - begin;
+          if (rows <= 0) continue;
+          const Index query = begin - span.prefix();
+          T* const dk_sum = dk_sums + strip * kStrip * dim;
+          T* const dv_sum = dv_sums + strip * kStrip * value_dim;
+          multiply_strip(rows_of(cache.q, span.query_begin + query, head), rows,
+                         right + strip * kStrip * dim, dim, scores, false);
+          multiply_strip(rows_of(cache.d_out, span.query_begin + query, head), rows,
+                         value_right + strip * kStrip * value_dim, value_dim, d_p, false);
+          if (capped) cap(rows, scores, slopes);
+          for (Index r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+            for (Index j = 0; j < kStrip; j += kLanes<T>) {
+              T* const p = scores + r * kStrip + j;
+              T* const ds = d_p + r * kStrip + j;
+              const Lanes<T> share = exp_lanes<T>(load_lanes<T>(p) - logsumexp[query + r]);
+              store_lanes<T>(share, p);
+              store_lanes<T>(share * (load_lanes<T>(ds) - dot[query + r]), ds);
+            }
+          }
+          if (capped) multiply_by(slopes, rows * kStrip, d_p);
+          if (begin < key + kStrip - 1 || in.first_key(span, end - 1) > key) {
+            hide_keys(span, begin, rows, key, scores, d_p);
+          }
+          multiply_strip(columns_of(cache.d_out, span.query_begin + query, head), value_dim, scores,
+                         rows, dv_sum, true);
+          multiply_strip(columns_of(cache.q, span.query_begin + query, head), dim, d_p, rows,
+                         dk_sum, true);
+        }
+      }
+    }
+    const Index begin = span.key_begin + first;
+    unpack_columns(dk_sums, static_cast<T>(in.shape.scale), begin, keys, kv_head, dim, dk);
+    unpack_columns(dv_sums, T(1), begin, keys, kv_head, value_dim, dv);
+    for (Index i = 0; i < keys; ++i) {
+      if (!in.is_padding(span, first + i)) continue;
+      dk.row(begin + i).segment(kv_head * dim, dim).setZero();
+      dv.row(begin + i).segment(kv_head * value_dim, value_dim).setZero();
+    }
+  }
+
+ private:
+  static constexpr Index kVectors = kStrip / kLanes<T>;
+  static constexpr Index kRowBlock = 96;
+  static_assert(kBlock % kStrip == 0);
+
+  using Arithmetic = kernels::Native<T>;
+  using Left = kernels::LeftRows<Arithmetic>;
+
+  /// The numbers of a head that belong to the queries of a span, which may have none.
+  static const T* of_queries(const Scratch<T>& numbers, Index head, const AttentionSpan& span) {
+    return numbers.data() + head * numbers.cols() + span.query_begin;
+  }
+
+  static Index strips(Index columns) {
+    return (columns + kStrip - 1) / kStrip;
+  }
+
+  /// Keys that a strip of queries looks at.
+  struct Strip {
+    Index begin = 0, count = 0;
+    bool partly_hidden = false;  ///< Not every query of the strip sees every one of them.
+  };
+
+  /// Of the `capacity` keys from `row` on, those that a query of the strip sees.
+  /// \param own  The key of the strip's first query.
+  Strip keys_of(const AttentionSpan& span, Index own, Index row, Index capacity) const {
+    const Index begin = std::max(row, in.first_key(span, own));
+    const Index end = std::min(row + capacity, own + kStrip);
+    return {begin, end - begin, end - 1 > own || in.last_query(span, begin) < own + kStrip - 1};
+  }
+
+  /// Sets the scores, [keys, kStrip] of keys by queries, that must not count to `value`.
+  /// \param own  The key of the strip's first query.
+  void hide(const AttentionSpan& span, const Strip& keys, Index own, T value, T* scores) const {
+    for (Index r = 0; r < keys.count; ++r) {
+      const Index key = keys.begin + r;
+      const bool padding = in.is_padding(span, key);
+      const Index begin = padding ? kStrip : std::clamp<Index>(key - own, 0, kStrip);
+      const Index end = std::clamp<Index>(in.last_query(span, key) - own + 1, begin, kStrip);
+      std::fill_n(scores + r * kStrip, begin, value);
+      std::fill_n(scores + r * kStrip + end, kStrip - end, value);
+    }
+  }
+
+  /// The same for a and b, [rows, kStrip] of queries by keys, with zero.
+  /// \param own  The key of the first query.
+  void hide_keys(const AttentionSpan& span, Index own, Index rows, Index key, T* a, T* b) const {
+    for (Index r = 0; r < rows; ++r) {
+      const Index begin = std::clamp<Index>(in.first_key(span, own + r) - key, 0, kStrip);
+      const Index end = std::clamp<Index>(own + r - key + 1, begin, kStrip);
+      for (T* const of_row : {a + r * kStrip, b + r * kStrip}) {
+        std::fill_n(of_row, begin, T(0));
+        std::fill_n(of_row + end, kStrip - end, T(0));
+      }
+    }
+  }
+
+  /// scores = softcap * tanh(scores), [rows, kStrip].
+  void cap(Index rows, T* scores) const {
+    const auto softcap = static_cast<T>(in.shape.softcap);
+    const auto f = [softcap](const Lanes<T>& x) -> Lanes<T> { return softcap * tanh_lanes<T>(x); };
+    map_lanes<T>(rows * kStrip, f, scores, scores);
+  }
+
+  /// The same, with the slopes 1 - tanh(scores)^2.
+  void cap(Index rows, T* scores, T* slopes) const {
+    const auto softcap = static_cast<T>(in.shape.softcap);
+    for (Index i = 0; i < rows * kStrip; i += kLanes<T>) {
+      const Lanes<T> tangent = tanh_lanes<T>(load_lanes<T>(scores + i));
+      store_lanes<T>(softcap * tangent, scores + i);
+      store_lanes<T>(T(1) - tangent * tangent, slopes + i);
+    }
+  }
+
+  static void multiply_by(const T* factors, Index count, T* numbers) {
+    const auto times = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
+    map_lanes<T>(count, times, numbers, numbers, factors);
+  }
+
+  /// Turns scores [rows, kStrip] into exp(score - top), `top` being raised to the largest of its
+  /// column, and adds them to `total`. What was summed for a smaller top is brought to the new one.
+  void soften(Index rows, T* scores, T* top, T* total, T* sum) const {
+    Lanes<T> new_top[kVectors];
+    for (Index j = 0; j < kVectors; ++j) new_top[j] = load_lanes<T>(top + j * kLanes<T>);
+    for (Index r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (Index j = 0; j < kVectors; ++j) {
+        const Lanes<T> score = load_lanes<T>(scores + r * kStrip + j * kLanes<T>);
+        new_top[j] = max_lanes<T>(new_top[j], score);
+      }
+    }
+    for (Index j = 0; j < kVectors; ++j) {
+      T* const column = scores + j * kLanes<T>;
+      T* const of_total = total + j * kLanes<T>;
+      const Lanes<T> old_top = load_lanes<T>(top + j * kLanes<T>);
+      Lanes<T> sum_of_column = load_lanes<T>(of_total);
+      if (any_lane<T>(new_top[j] != old_top)) {
+        store_lanes<T>(new_top[j], top + j * kLanes<T>);
+        const Lanes<T> shrink = exp_lanes<T>(old_top - new_top[j]);
+        sum_of_column *= shrink;
+        for (Index d = 0; d < in.shape.value_dim; ++d) {
+          T* const s = sum + d * kStrip + j * kLanes<T>;
+          store_lanes<T>(load_lanes<T>(s) * shrink, s);
+        }
+      }
+      for (Index r = 0; r < rows; ++r) {
+        const Lanes<T> p = exp_lanes<T>(load_lanes<T>(column + r * kStrip) - new_top[j]);
+        store_lanes<T>(p, column + r * kStrip);
+        sum_of_column += p;
+      }
+      store_lanes<T>(sum_of_column, of_total);
+    }
+  }
+
+  /// Rows of one head from `row` on, as they are and transposed, as left operands.
+  static Left rows_of(RowsApart<T>& from, Index row, Index head) {
+    return {from.at(head, row), from.row_size(), 1};
+  }
+  static Left columns_of(RowsApart<T>& from, Index row, Index head) {
+    return {from.at(head, row), 1, from.row_size()};
+  }
+
+  /// Packs `count` (at most kBlock) rows of one head as the columns of right operands, one
+  /// [dim, kStrip] strip after the other, filled up with zeros.
+  static void pack_columns(MatrixIn<T> from, Index row, Index count, Index head, Index dim,
+                           T factor, T* to) {
+    kernels::pack<kStrip>(from.data() + row * from.outerStride() + head * dim, from.outerStride(),
+                          1, count, dim, to);
+    if (factor != T(1)) scale(to, strips(count) * kStrip * dim, factor);
+  }
+
+  /// The inverse for results: multiplies the strips by `factor` and writes them to `count` rows of
+  /// one head.
+  static void unpack_columns(T* from, T factor, Index row, Index count, Index head, Index dim,
+                             MatrixOut<T>& to) {
+    if (factor != T(1)) scale(from, strips(count) * kStrip * dim, factor);
+    for (Index i = 0; i < count; i += kLanes<T>) {
+      const T* const columns = from + i / kStrip * kStrip * dim + i % kStrip;
+      const Index lanes = std::min(kLanes<T>, count - i);
+      T* const target = &to(row + i, head * dim);
+      Index d = 0;
+      if (lanes == kLanes<T>) {
+        for (; d + kLanes<T> <= dim; d += kLanes<T>) {
+          kernels::transpose<T>(columns + d * kStrip, kStrip, target + d, to.outerStride());
+        }
+      }
+      for (; d < dim; ++d) {
+        for (Index lane = 0; lane < lanes; ++lane) {
+          target[lane * to.outerStride() + d] = columns[d * kStrip + lane];
+        }
+      }
+    }
+  }
+
+  static void scale(T* numbers, Index count, T factor) {
+    const auto times = [factor](const Lanes<T>& x) -> Lanes<T> { return factor * x; };
+    map_lanes<T>(count, times, numbers, numbers);
+  }
+
+  /// out [rows, kStrip] (+)= left [rows, depth] * right [depth, kStrip].
+  static void multiply_strip(const Left& left, Index rows, const T* right, Index depth, T* out,
+                             bool accumulate) {
+    const kernels::PackedPanel<Arithmetic> panel = {right, nullptr, depth};
+    kernels::multiply_panel<Arithmetic>(left, rows, depth, panel, out, kStrip, accumulate);
+  }
+};
+
+}  // namespace weir

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What some models do to their logits at the end.
+#pragma once
+
+#include <cmath>
+#include <concepts>
+#include <string_view>
+
+#include <weir/core/error.hpp>
+#include <weir/core/types.hpp>
+#include <weir/ops/lanes.hpp>
+#include <weir/ops/tanh.hpp>
+
+namespace weir {
+
+/// Logits z scaled, and kept below a cap in size:
+///
+///     l = m z                        without a cap
+///     l = c tanh(m z / c)            with the softcap c
+///
+/// Grok-1: m = 1 / sqrt(3) (xai-org/grok-1, run.py); Gemma 2: c = 30 (Gemma Team 2024,
+/// arXiv:2408.00118, section 2).
+template <std::floating_point T>
+struct LogitScale {
+  double multiplier = 1.0;  ///< m, above 0.
+  double softcap = 0.0;     ///< c; 0: none.
+
+  /// Whether logits stay as they are.
+  bool is_identity() const { return multiplier == 1.0 && softcap == 0.0; }
+
+  /// \param logits  Like z; may be z.
+  void forward(MatrixIn<T> z, MatrixOut<T> logits) const {
+    const T m = static_cast<T>(softcap > 0.0 ? multiplier / softcap : multiplier);
+    const T c = static_cast<T>(softcap);
+    parallel_pieces(z.rows(), z.cols(), 8, [&](Index t, Index col, Index count) {
+      if (c == T(0)) {
+        const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return m * v; };
+        map_lanes<T>(count, f, &logits(t, col), &z.coeffRef(t, col));
+      } else {
+        const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return c * tanh_lanes<T>(m * v); };
+        map_lanes<T>(count, f, &logits(t, col), &z.coeffRef(t, col));
+      }
+    });
+  }
+
+  ///     dz = m dl                      without a cap
+  ///     dz = m (1 - (l / c)^2) dl      with the softcap c
+  /// \param logits  What `forward` gave.
+  /// \param dz      Like d_logits; may be d_logits.
+  void backward(MatrixIn<T> logits, MatrixIn<T> d_logits, MatrixOut<T> dz) const {
+    const T m = static_cast<T>(multiplier);
+    const T inverse = softcap > 0.0 ? static_cast<T>(1.0 / softcap) : T(0);
+    parallel_pieces(logits.rows(), logits.cols(), 4, [&](Index t, Index col, Index count) {
+      const auto f = [=](const Lanes<T>& l, const Lanes<T>& d) -> Lanes<T> {
+        const Lanes<T> tanh = inverse * l;
+        return m * (T(1) - tanh * tanh) * d;
+      };
+      map_lanes<T>(count, f, &dz(t, col), &logits.coeffRef(t, col), &d_logits.coeffRef(t, col));
+    });
+  }
+
+  /// \throws ConfigError  unless the multiplier is positive, the softcap not negative, and both
+  /// finite.
+  void check(std::string_view where) const {
+    if (!(multiplier > 0.0 && std::isfinite(multiplier))) {
+      fail<ConfigError>(where, ": logit_multiplier = ", multiplier, ", expected finite and > 0");
+    }
+    if (!(softcap >= 0.0 && std::isfinite(softcap))) {
+      fail<ConfigError>(where, ": logit_softcap = ", softcap, ", expected finite and >= 0");
+    }
+  }
+};
+
+}  // namespace weir
