@@ -10,6 +10,7 @@
 #include <weir/attention/grouped_query.hpp>
 #include <weir/core/layer.hpp>
 
+#include "attention/grouped_query_reference.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
@@ -24,80 +25,9 @@ namespace {
 
 using Gqa = GroupedQueryAttention<double>;
 
-/// A layer whose biases, if any, are not zero.
 template <class T = double>
-GroupedQueryAttention<T> make(const GroupedQueryConfig& config, std::uint64_t seed = 1) {
-  Rng rng(seed);
-  GroupedQueryAttention<T> layer(config, rng);
-  for (auto& [name, parameter] : parameters(layer)) {
-    if (name.ends_with("bias"))
-      parameter->value = normal_init<T>(1, parameter->value.cols(), 0.5, rng);
-  }
-  return layer;
-}
-
-/// `name` as the layer shows it to optimizers and checkpoints.
-template <class T>
-const Matrix<T>& weight(GroupedQueryAttention<T>& layer, const std::string& name) {
-  for (auto& [candidate, parameter] : parameters(layer)) {
-    if (candidate == name) return parameter->value;
-  }
-  throw std::out_of_range(name);
-}
-
-/// The definition, written out: for each query all its scores, then their softmax.
-Matrix<double> reference(Gqa& layer, const Matrix<double>& x, const Pass& pass = {}) {
-  const Gqa::Config& c = layer.config();
-  const Sequences all({x.rows()});
-  const Sequences& sequences = pass.sequences != nullptr ? *pass.sequences : all;
-  Matrix<double> q = x * weight(layer, "query").transpose();
-  Matrix<double> k = x * weight(layer, "key").transpose();
-  Matrix<double> v = x * weight(layer, "value").transpose();
-  if (c.qkv_bias) {
-    q.rowwise() += weight(layer, "query_bias").row(0);
-    k.rowwise() += weight(layer, "key_bias").row(0);
-    v.rowwise() += weight(layer, "value_bias").row(0);
-  }
-  const auto rotate = [&](Matrix<double>& m, Index t, double position) {
-    const Index half = c.head_dim / 2;
-    for (Index head = 0; head < m.cols(); head += c.head_dim) {
-      for (Index i = 0; i < half; ++i) {
-        const double angle =
-            position * std::pow(c.rope_theta, -static_cast<double>(i) / static_cast<double>(half));
-        const bool split = c.rope_layout == RopeLayout::kHalfSplit;
-        double& first = m(t, head + (split ? i : 2 * i));
-        double& second = m(t, head + (split ? i + half : 2 * i + 1));
-        const double a = first;
-        first = a * std::cos(angle) - second * std::sin(angle);
-        second = second * std::cos(angle) + a * std::sin(angle);
-      }
-    }
-  };
-  Matrix<double> context = Matrix<double>::Zero(x.rows(), q.cols());
-  for (Index s = 0; s < sequences.count(); ++s) {
-    for (Index t = sequences.begin(s); t < sequences.end(s); ++t) {
-      rotate(q, t, static_cast<double>(t - sequences.begin(s)));
-      rotate(k, t, static_cast<double>(t - sequences.begin(s)));
-      for (Index head = 0; head < c.heads; ++head) {
-        const Index shared = head / (c.heads / c.kv_heads);
-        double total = 0.0;
-        for (Index j = sequences.begin(s); j <= t; ++j) {
-          if (pass.is_padding(j)) continue;
-          const double score = q.row(t)
-                                   .segment(head * c.head_dim, c.head_dim)
-                                   .dot(k.row(j).segment(shared * c.head_dim, c.head_dim));
-          const double p = std::exp(score / std::sqrt(static_cast<double>(c.head_dim)));
-          total += p;
-          context.row(t).segment(head * c.head_dim, c.head_dim) +=
-              p * v.row(j).segment(shared * c.head_dim, c.head_dim);
-        }
-        if (total > 0.0) context.row(t).segment(head * c.head_dim, c.head_dim) /= total;
-      }
-    }
-  }
-  Matrix<double> y = context * weight(layer, "output").transpose();
-  if (c.output_bias) y.rowwise() += weight(layer, "output_bias").row(0);
-  return y;
+GroupedQueryAttention<T> make(const GroupedQueryConfig& config) {
+  return test::random_attention<T>(config);
 }
 
 }  // namespace
@@ -139,7 +69,7 @@ TEST_CASE("GroupedQueryAttention is the softmax attention of its definition",
     for (const Index tokens : {1, 2, 17, 64, 65, 97, 230}) {
       INFO("tokens " << tokens);
       const Matrix<double> x = test::random_matrix(tokens, 10, 2);
-      CHECK(test::relative_error(layer.forward(x), reference(layer, x)) <= 1e-13);
+      CHECK(test::relative_error(layer.forward(x), test::reference(layer, x)) <= 1e-13);
       CHECK(layer.forward(x, cache) == layer.forward(x));
     }
   }
@@ -148,10 +78,12 @@ TEST_CASE("GroupedQueryAttention is the softmax attention of its definition",
     const Matrix<double> x = test::random_matrix(sequences.tokens(), 10, 3);
     std::vector<std::uint8_t> mask(static_cast<std::size_t>(sequences.tokens()), 1);
     Pass pass{.sequences = &sequences};
-    CHECK(test::relative_error(layer.forward(x, pass, cache), reference(layer, x, pass)) <= 1e-13);
+    CHECK(test::relative_error(layer.forward(x, pass, cache), test::reference(layer, x, pass)) <=
+          1e-13);
     for (const std::size_t padding : {0U, 3U, 4U, 40U, 73U, 100U, 174U}) mask[padding] = 0;
     pass.mask = mask;
-    CHECK(test::relative_error(layer.forward(x, pass, cache), reference(layer, x, pass)) <= 1e-13);
+    CHECK(test::relative_error(layer.forward(x, pass, cache), test::reference(layer, x, pass)) <=
+          1e-13);
   }
 }
 

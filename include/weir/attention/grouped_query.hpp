@@ -4,18 +4,23 @@
 /// (Ainslie et al. 2023, arXiv:2305.13245).
 #pragma once
 
+#include <algorithm>
 #include <array>
-#include <cmath>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
 #include <weir/attention/causal.hpp>
+#include <weir/attention/clamp.hpp>
 #include <weir/attention/decode_states.hpp>
+#include <weir/attention/grouped_query_config.hpp>
 #include <weir/attention/kv_cache.hpp>
+#include <weir/attention/qk_norm.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>
@@ -31,30 +36,22 @@
 
 namespace weir {
 
-/// The numbers of a `GroupedQueryAttention`.
-struct GroupedQueryConfig {
-  Index d_model = 0;
-  Index heads = 0;
-  Index kv_heads = 0;  ///< Divides heads: `heads` is multi-head, 1 is multi-query attention.
-  Index head_dim = 0;  ///< Even; 0 stands for d_model / heads.
-  double rope_theta = 1e4;
-  RopeLayout rope_layout = RopeLayout::kHalfSplit;
-  bool qkv_bias = false;     ///< On the projections to queries, keys and values.
-  bool output_bias = false;  ///< On the projection of the heads' outputs.
-};
-
 /// Each token looks at the tokens before it in its sequence, and at itself:
 ///
 ///     q = rope(x Wq^T + bq),    k = rope(x Wk^T + bk),    v = x Wv^T + bv
-///     y = concat_h(softmax(q_h k_g^T / sqrt(head_dim)) v_g) Wo^T + bo,    g = h / (heads /
-///     kv_heads)
+///     y = concat_h(softmax(scale q_h k_g^T) v_g) Wo^T + bo,    g = h / (heads / kv_heads)
 ///
 /// The softmax runs over the keys of the same sequence up to the query's own position; positions
-/// begin at 0 in each sequence of the pass. Padding tokens are seen by no one. Their own rows are
-/// computed like any other; a query that sees no key, not even itself, gets zero from the attention
-/// (so y = bo) and passes no gradient through it. Padding still counts as a position.
+/// begin at 0 in each sequence of the pass. `GroupedQueryConfig` says what else there may be:
+/// windows, chunks, softcaps, sinks, norms, clamps.
+///
+/// Padding tokens are seen by no one. Their own rows are computed like any other; a query that sees
+/// no key, not even itself, gets zero from the attention (so y = bo) and passes no gradient through
+/// it. Padding still counts as a position.
 ///
 /// Memory is linear in the number of tokens: probabilities are never stored (see CausalAttention).
+/// With a window or chunks, so is time, and the state of decoding is bounded: it holds the keys
+/// that are still in sight, and 64 tokens can always be taken back.
 template <std::floating_point T>
 class GroupedQueryAttention {
  public:
@@ -65,22 +62,25 @@ class GroupedQueryAttention {
   struct Cache {
     bool recorded = false;  ///< Whether the last pass was a `forward`, which `backward` can follow.
     Matrix<T> x;
-    Matrix<T> q, k, v;  ///< Queries and keys after rotation.
+    Matrix<T> q, k, v;  ///< As attention gets them.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * head_dim].
     Matrix<T> y;
     Matrix<T> d_context, dq, dk, dv, dx;
+    typename HeadNorm<T>::Cache query_norm, key_norm;
+    Scratch<T> query_inverse, key_inverse;                                ///< See `HeadL2Norm`.
+    std::vector<std::uint8_t> query_outside, key_outside, value_outside;  ///< See `Clamp`.
     Scratch<T> angles;
     std::vector<Index> positions;
     std::vector<AttentionSpan> spans;
+    std::vector<KeyValueRows<T>> rows;
     std::vector<std::uint8_t> mask;
     typename CausalAttention<T>::Cache attention;
   };
 
-  /// Weights begin as `switch_init` with scale 1, biases as zero.
-  /// \throws ConfigError  if a size is below 1, head_dim is odd, or heads do not divide evenly.
+  /// Weights begin as `switch_init` with scale 1, biases and sinks as zero, norms as one.
+  /// \throws ConfigError  if the config is not sound, see `GroupedQueryConfig::checked`.
   GroupedQueryAttention(const Config& config, Rng& rng)
-      : config_(checked(config)),
-        rope_(config_.head_dim, config_.rope_theta, config_.rope_layout),
+      : config_(config.checked()),
         query_(switch_init<T>(query_width(), config_.d_model, rng, 1.0)),
         key_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
         value_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
@@ -91,6 +91,17 @@ class GroupedQueryAttention {
       value_bias_.value.setZero(1, kv_width());
     }
     if (config_.output_bias) output_bias_.value.setZero(1, config_.d_model);
+    if (config_.sinks) sinks_.value.setZero(1, config_.heads);
+    if (config_.rope) {
+      rope_.emplace(config_.head_dim, config_.rope_theta, config_.rope_layout, config_.yarn);
+    }
+    if (config_.qk_norm == QkNorm::kFull) {
+      query_norm_.emplace(query_width(), config_.qk_norm_epsilon);
+      key_norm_.emplace(kv_width(), config_.qk_norm_epsilon);
+    } else if (config_.qk_norm == QkNorm::kPerHead) {
+      query_norm_.emplace(config_.head_dim, config_.qk_norm_epsilon);
+      key_norm_.emplace(config_.head_dim, config_.qk_norm_epsilon);
+    }
   }
 
   /// With head_dim filled in.
@@ -106,7 +117,7 @@ class GroupedQueryAttention {
   Parameter<T>& output() { return output_.parameter(); }  ///< [d_model, heads * head_dim]
   const Parameter<T>& output() const { return output_.parameter(); }
 
-  /// See `weir::set_storage`; biases stay parameters.
+  /// See `weir::set_storage`; biases, norms and sinks stay parameters.
   void set_storage(Storage storage) {
     for (kernels::Weight<T>* weight : {&query_, &key_, &value_, &output_}) {
       weight->set_storage(storage);
@@ -135,7 +146,7 @@ class GroupedQueryAttention {
     fill_spans(pass, cache);
     project(cache);
     cache.context.resize(x.rows(), query_width());
-    core(cache, cache.spans, cache.k, cache.v).forward(cache.context, cache.attention);
+    core(cache).forward(cache.context, cache.attention);
     project_out(cache);
     cache.recorded = true;
     return cache.y;
@@ -162,10 +173,9 @@ class GroupedQueryAttention {
 
     multiply_nn<T>(dy, output().value, cache.d_context);
     multiply_tn<T>(dy, cache.context, output().gradient(), true);
-    core(cache, cache.spans, cache.k, cache.v)
-        .backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv, cache.attention);
-    rope_.template rotate_back<T>(cache.dq, cache.angles);
-    rope_.template rotate_back<T>(cache.dk, cache.angles);
+    core(cache).backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv,
+                         cache.attention, d_sinks());
+    prepare_backward(cache);
 
     const std::array<Product<T>, 3> weights = {
         product_tn<T>(cache.dq, cache.x, query().gradient(), true),
@@ -213,18 +223,26 @@ class GroupedQueryAttention {
     cache.mask.clear();
     fill_spans(pass, cache);
     for (std::size_t s = 0; s < states.size(); ++s) {
-      cache.spans[s].key_begin = 0;
-      cache.spans[s].keys += states[s]->length();
+      State& kv = *states[s];
+      if (config_.window > 0 || config_.chunk > 0) {
+        const Index from = std::max<Index>(0, kv.length() - State::kSlack);
+        kv.forget(config_.shape().first_visible(from), from);
+      }
+      cache.spans[s].first_key = kv.first();
+      cache.spans[s].keys += kv.held();
     }
     project(cache);
-    cache.context.resize(x.rows(), query_width());
+    cache.rows.clear();
     for (std::size_t s = 0; s < states.size(); ++s) {
       const AttentionSpan& span = cache.spans[s];
-      states[s]->append(cache.k.middleRows(span.query_begin, span.queries),
-                        cache.v.middleRows(span.query_begin, span.queries));
-      core(cache, {&span, 1}, states[s]->keys(), states[s]->values())
-          .forward(cache.context, cache.attention);
+      State& kv = *states[s];
+      kv.append(cache.k.middleRows(span.query_begin, span.queries),
+                cache.v.middleRows(span.query_begin, span.queries));
+      cache.rows.push_back({kv.keys().data(), kv_width(), kv.values().data(), kv_width()});
     }
+    cache.context.resize(x.rows(), query_width());
+    CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.rows, sinks())
+        .forward(cache.context, cache.attention);
     project_out(cache);
     return cache.y;
   }
@@ -243,36 +261,24 @@ class GroupedQueryAttention {
       visit("value_bias", self.value_bias_);
     }
     if (self.config_.output_bias) visit("output_bias", self.output_bias_);
+    if (self.query_norm_) {
+      visit("query_norm", self.query_norm_->weight());
+      visit("key_norm", self.key_norm_->weight());
+    }
+    if (self.config_.sinks) visit("sinks", self.sinks_);
   }
 
  private:
-  static Config checked(Config config) {
-    constexpr auto kWhere = "GroupedQueryAttention";
-    expect_at_least<Index>(kWhere, "d_model", config.d_model, 1);
-    expect_at_least<Index>(kWhere, "heads", config.heads, 1);
-    expect_at_least<Index>(kWhere, "kv_heads", config.kv_heads, 1);
-    expect_at_least<Index>(kWhere, "head_dim", config.head_dim, 0);
-    if (config.heads % config.kv_heads != 0) {
-      fail<ConfigError>(kWhere, ": kv_heads = ", config.kv_heads,
-                        ", expected a divisor of heads = ", config.heads);
-    }
-    if (config.head_dim == 0) {
-      if (config.d_model % config.heads != 0) {
-        fail<ConfigError>(kWhere, ": heads = ", config.heads,
-                          ", expected a divisor of d_model = ", config.d_model,
-                          " where head_dim is not given");
-      }
-      config.head_dim = config.d_model / config.heads;
-    }
-    if (config.head_dim % 2 != 0) {
-      fail<ConfigError>(kWhere, ": head_dim = ", config.head_dim, ", expected an even number");
-    }
-    expect_positive(kWhere, "rope_theta", config.rope_theta);
-    return config;
-  }
+  Index query_width() const { return config_.query_width(); }
+  Index kv_width() const { return config_.kv_width(); }
 
-  Index query_width() const { return config_.heads * config_.head_dim; }
-  Index kv_width() const { return config_.kv_heads * config_.head_dim; }
+  std::span<const T> sinks() const {
+    return {sinks_.value.data(), static_cast<std::size_t>(sinks_.value.size())};
+  }
+  std::span<T> d_sinks() {
+    if (!config_.sinks) return {};
+    return {sinks_.gradient().data(), static_cast<std::size_t>(config_.heads)};
+  }
 
   /// Each sequence of the pass with its own tokens as keys.
   static void fill_spans(const Pass& pass, Cache& cache) {
@@ -295,12 +301,17 @@ class GroupedQueryAttention {
     expect_states<State>(kWhere, pass, states);
     for (const State* kv : states) {
       if (kv->empty()) continue;
-      expect_shape(kWhere, "kv.keys", kv->keys(), kv->length(), kv_width());
-      expect_shape(kWhere, "kv.values", kv->values(), kv->length(), kv_width());
+      expect_shape(kWhere, "kv.keys", kv->keys(), kv->held(), kv_width());
+      expect_shape(kWhere, "kv.values", kv->values(), kv->held(), kv_width());
+      const Index needed = config_.shape().first_visible(kv->length());
+      if (kv->first() > needed) {
+        fail<StateError>(kWhere, ": kv begins at position ", kv->first(), ", expected ", needed,
+                         " or before: it is of a layer with a smaller window");
+      }
     }
   }
 
-  /// cache.x to cache.q, k and v, rotated to the positions that the spans give them.
+  /// cache.x to cache.q, k and v, at the positions that the spans give them.
   void project(Cache& cache) const {
     const Index tokens = cache.x.rows();
     cache.q.resize(tokens, query_width());
@@ -318,20 +329,66 @@ class GroupedQueryAttention {
       const auto first = cache.positions.begin() + s.query_begin;
       std::iota(first, first + s.queries, s.first_position());
     }
-    rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
-    rope_.template rotate<T>(cache.q, cache.angles);
-    rope_.template rotate<T>(cache.k, cache.angles);
+    prepare(cache);
   }
 
-  CausalAttention<T> core(const Cache& cache, std::span<const AttentionSpan> spans,
-                          MatrixIn<T> keys, MatrixIn<T> values) const {
-    const double scale = 1.0 / std::sqrt(static_cast<double>(config_.head_dim));
-    return {{config_.heads, config_.kv_heads, config_.head_dim, config_.head_dim, scale},
-            spans,
-            cache.mask,
-            cache.q,
-            keys,
-            values};
+  /// What happens to queries, keys and values between the projections and attention.
+  void prepare(Cache& cache) const {
+    if (config_.clip_qkv > 0.0) {
+      const Clamp<T> clamp = {static_cast<T>(config_.clip_qkv)};
+      clamp.forward(cache.q, cache.query_outside);
+      clamp.forward(cache.k, cache.key_outside);
+      clamp.forward(cache.v, cache.value_outside);
+    }
+    if (query_norm_) {
+      query_norm_->forward(cache.q, cache.query_norm);
+      key_norm_->forward(cache.k, cache.key_norm);
+    }
+    if (rope_) {
+      rope_->tabulate(std::span<const Index>(cache.positions), cache.angles);
+      rope_->template rotate<T>(cache.q, cache.angles);
+      rope_->template rotate<T>(cache.k, cache.angles);
+    }
+    if (config_.qk_norm == QkNorm::kL2) {
+      l2_norm().forward(cache.q, cache.query_inverse);
+      l2_norm().forward(cache.k, cache.key_inverse);
+    }
+    if (config_.temperature_scale > 0.0) temper(cache.positions, cache.q);
+  }
+
+  /// The gradients of what `prepare` left to those of what it was given.
+  void prepare_backward(Cache& cache) {
+    if (config_.temperature_scale > 0.0) temper(cache.positions, cache.dq);
+    if (config_.qk_norm == QkNorm::kL2) {
+      l2_norm().backward(cache.q, cache.dq, cache.query_inverse);
+      l2_norm().backward(cache.k, cache.dk, cache.key_inverse);
+    }
+    if (rope_) {
+      rope_->template rotate_back<T>(cache.dq, cache.angles);
+      rope_->template rotate_back<T>(cache.dk, cache.angles);
+    }
+    if (query_norm_) {
+      query_norm_->backward(cache.dq, cache.query_norm);
+      key_norm_->backward(cache.dk, cache.key_norm);
+    }
+    if (config_.clip_qkv > 0.0) {
+      Clamp<T>::backward(cache.dq, cache.query_outside);
+      Clamp<T>::backward(cache.dk, cache.key_outside);
+      Clamp<T>::backward(cache.dv, cache.value_outside);
+    }
+  }
+
+  HeadL2Norm<T> l2_norm() const { return {config_.head_dim, config_.qk_norm_epsilon}; }
+
+  /// Multiplies each row by the temperature of its position.
+  void temper(const std::vector<Index>& positions, Matrix<T>& rows) const {
+    for (Index t = 0; t < rows.rows(); ++t) {
+      rows.row(t) *= static_cast<T>(config_.temperature(positions[static_cast<std::size_t>(t)]));
+    }
+  }
+
+  CausalAttention<T> core(const Cache& cache) const {
+    return {config_.shape(), cache.spans, cache.mask, cache.q, cache.k, cache.v, sinks()};
   }
 
   /// cache.context to cache.y.
@@ -342,9 +399,11 @@ class GroupedQueryAttention {
   }
 
   Config config_;
-  Rope rope_;
+  std::optional<Rope> rope_;
   kernels::Weight<T> query_, key_, value_, output_;
   Parameter<T> query_bias_ = {}, key_bias_ = {}, value_bias_ = {}, output_bias_ = {};
+  Parameter<T> sinks_ = {};  // [1, heads]
+  std::optional<HeadNorm<T>> query_norm_, key_norm_;
 };
 
 }  // namespace weir

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The numbers of a grouped-query attention layer.
+#pragma once
+
+#include <cmath>
+#include <optional>
+
+#include <weir/attention/heads.hpp>
+#include <weir/attention/qk_norm.hpp>
+#include <weir/core/error.hpp>
+#include <weir/core/types.hpp>
+#include <weir/ops/rope.hpp>
+#include <weir/ops/yarn.hpp>
+
+namespace weir {
+
+/// What a `GroupedQueryAttention` is like; what is not said is off. Queries, keys and values pass
+/// through it in this order: projection, bias, clamp, norms kFull and kPerHead, rotation, norm kL2,
+/// temperature.
+struct GroupedQueryConfig {
+  Index d_model = 0;
+  Index heads = 0;
+  Index kv_heads = 0;  ///< Divides heads: `heads` is multi-head, 1 is multi-query attention.
+  Index head_dim = 0;  ///< Even, if rotated; 0 stands for d_model / heads.
+  double rope_theta = 1e4;
+  RopeLayout rope_layout = RopeLayout::kHalfSplit;
+  bool qkv_bias = false;          ///< On the projections to queries, keys and values.
+  bool output_bias = false;       ///< On the projection of the heads' outputs.
+  bool rope = true;               ///< Positions are told by rotation; else not at all (NoPE).
+  std::optional<Yarn> yarn = {};  ///< Stretches the rotation, and scales scores as it says.
+  double scale = 0.0;             ///< Of scores; 0 stands for 1 / sqrt(head_dim) and Yarn's.
+  double softcap = 0.0;           ///< See `AttentionHeads`; likewise the next two.
+  Index window = 0;
+  Index chunk = 0;
+  double clip_qkv = 0.0;  ///< Above zero, a `Clamp` on queries, keys and values.
+  QkNorm qk_norm = QkNorm::kNone;
+  double qk_norm_epsilon = 1e-6;
+  bool sinks = false;  ///< One learned logit for each head, see `CausalAttention`.
+
+  /// Above zero, the query at position t is multiplied by
+  ///
+  ///     1 + temperature_scale * log(1 + floor((t + 1) / temperature_floor))
+  ///
+  /// (Llama 4's released code, in layers without rotation; 0.1 there.)
+  double temperature_scale = 0.0;
+  Index temperature_floor = 8192;
+
+  Index query_width() const { return heads * head_dim; }
+  Index kv_width() const { return kv_heads * head_dim; }
+
+  AttentionHeads shape() const {
+    double factor = scale;
+    if (factor == 0.0) {
+      factor = 1.0 / std::sqrt(static_cast<double>(head_dim));
+      if (yarn) factor *= yarn->score_scale();
+    }
+    return {heads, kv_heads, head_dim, head_dim, factor, softcap, window, chunk};
+  }
+
+  double temperature(Index position) const {
+    const Index steps = (position + 1) / temperature_floor;
+    return 1.0 + temperature_scale * std::log(1.0 + static_cast<double>(steps));
+  }
+
+  /// Itself, with head_dim filled in.
+  /// \throws ConfigError  if a size is out of range, heads do not divide evenly, or options
+  ///                      contradict each other.
+  GroupedQueryConfig checked() const {
+    constexpr auto kWhere = "GroupedQueryAttention";
+    GroupedQueryConfig c = *this;
+    expect_at_least<Index>(kWhere, "d_model", d_model, 1);
+    expect_at_least<Index>(kWhere, "heads", heads, 1);
+    expect_at_least<Index>(kWhere, "kv_heads", kv_heads, 1);
+    expect_at_least<Index>(kWhere, "head_dim", head_dim, 0);
+    if (heads % kv_heads != 0) {
+      fail<ConfigError>(kWhere, ": kv_heads = ", kv_heads,
+                        ", expected a divisor of heads = ", heads);
+    }
+    if (head_dim == 0) {
+      if (d_model % heads != 0) {
+        fail<ConfigError>(kWhere, ": heads = ", heads,
+                          ", expected a divisor of d_model = ", d_model,
+                          " where head_dim is not given");
+      }
+      c.head_dim = d_model / heads;
+    }
+    if (rope && c.head_dim % 2 != 0) {
+      fail<ConfigError>(kWhere, ": head_dim = ", c.head_dim, ", expected an even number");
+    }
+    expect_positive(kWhere, "rope_theta", rope_theta);
+    expect_not_negative("scale", scale);
+    expect_not_negative("softcap", softcap);
+    expect_not_negative("clip_qkv", clip_qkv);
+    expect_not_negative("temperature_scale", temperature_scale);
+    expect_at_least<Index>(kWhere, "window", window, 0);
+    expect_at_least<Index>(kWhere, "chunk", chunk, 0);
+    expect_at_least<Index>(kWhere, "temperature_floor", temperature_floor, 1);
+    if (qk_norm != QkNorm::kNone) expect_positive(kWhere, "qk_norm_epsilon", qk_norm_epsilon);
+    const auto expect_rope = [&](bool given, const char* what) {
+      if (given && !rope) fail<ConfigError>(kWhere, ": ", what, " without rope, expected both");
+    };
+    expect_rope(yarn.has_value(), "yarn");
+    expect_rope(qk_norm == QkNorm::kL2, "qk_norm = kL2");
+    if (rope && temperature_scale > 0.0) {
+      fail<ConfigError>(kWhere, ": temperature_scale = ", temperature_scale,
+                        " with rope, expected it only without");
+    }
+    return c;
+  }
+
+ private:
+  static void expect_not_negative(const char* name, double value) {
+    if (value >= 0.0 && std::isfinite(value)) return;
+    fail<ConfigError>("GroupedQueryAttention: ", name, " = ", value,
+                      ", expected a finite number >= 0");
+  }
+};
+
+}  // namespace weir

@@ -1,0 +1,421 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+
+#include "attention/grouped_query_reference.hpp"
+#include "support/allocations.hpp"
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+#include "support/matrices.hpp"
+#include "support/threads.hpp"
+
+using namespace weir;
+
+namespace {
+
+using Gqa = GroupedQueryAttention<double>;
+
+struct Option {
+  std::string name;
+  GroupedQueryConfig config;
+};
+
+/// Each option alone, and those of some models together.
+std::vector<Option> options(const GroupedQueryConfig& base = {
+                                .d_model = 6, .heads = 4, .kv_heads = 2, .head_dim = 4}) {
+  std::vector<Option> all;
+  const auto add = [&](const std::string& name, auto&& set) {
+    all.push_back({name, base});
+    set(all.back().config);
+  };
+  add("query, key and value biases", [](auto& c) { c.qkv_bias = true; });
+  add("output bias", [](auto& c) { c.output_bias = true; });
+  add("NoPE", [](auto& c) { c.rope = false; });
+  add("NoPE with an odd head", [](auto& c) {
+    c.rope = false;
+    c.head_dim = 3;
+  });
+  add("yarn", [](auto& c) { c.yarn = Yarn{.factor = 8.0, .original_context = 16}; });
+  add("yarn as DeepSeek has it", [](auto& c) {
+    c.yarn = Yarn{.factor = 8.0, .original_context = 16, .mscale = 0.7, .mscale_all_dim = 0.7};
+  });
+  add("scale", [](auto& c) { c.scale = 1.3; });
+  add("softcap", [](auto& c) { c.softcap = 0.7; });
+  add("window", [](auto& c) { c.window = 5; });
+  add("window of one", [](auto& c) { c.window = 1; });
+  add("chunk", [](auto& c) { c.chunk = 4; });
+  add("clip", [](auto& c) { c.clip_qkv = 0.6; });
+  add("norm over all heads", [](auto& c) { c.qk_norm = QkNorm::kFull; });
+  add("norm of each head", [](auto& c) { c.qk_norm = QkNorm::kPerHead; });
+  add("norm without a weight", [](auto& c) {
+    c.qk_norm = QkNorm::kL2;
+    c.qk_norm_epsilon = 0.01;
+  });
+  add("sinks", [](auto& c) { c.sinks = true; });
+  add("temperature", [](auto& c) {
+    c.rope = false;
+    c.temperature_scale = 0.5;
+    c.temperature_floor = 3;
+  });
+  add("gpt-oss", [](auto& c) {
+    c.qkv_bias = c.output_bias = c.sinks = true;
+    c.window = 7;
+    c.yarn = Yarn{.factor = 32.0, .original_context = 16, .truncate = false};
+  });
+  add("Llama 4", [](auto& c) {
+    c.qk_norm = QkNorm::kL2;
+    c.chunk = 6;
+    c.rope_layout = RopeLayout::kInterleaved;
+  });
+  add("Grok-1", [](auto& c) {
+    c.softcap = 3.0;
+    c.scale = 0.8;
+  });
+  add("most together", [](auto& c) {
+    c.qkv_bias = c.output_bias = c.sinks = true;
+    c.clip_qkv = 1.0;
+    c.qk_norm = QkNorm::kPerHead;
+    c.softcap = 2.0;
+    c.window = 6;
+    c.chunk = 9;
+  });
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("GroupedQueryAttention is its definition with every option",
+          "[attention][grouped_query]") {
+  const Sequences sequences({12, 0, 75, 1});
+  const Matrix<double> x = test::random_matrix(sequences.tokens(), 6, 1);
+  std::vector<std::uint8_t> mask(static_cast<std::size_t>(sequences.tokens()), 1);
+  for (const std::size_t padding : {0U, 13U, 50U, 51U, 52U, 87U}) mask[padding] = 0;
+  for (const Option& option : options()) {
+    INFO(option.name);
+    Gqa layer = test::random_attention(option.config);
+    Gqa::Cache cache;
+    Pass pass{.sequences = &sequences};
+    CHECK(test::relative_error(layer.forward(x, pass, cache), test::reference(layer, x, pass)) <=
+          1e-13);
+    pass.mask = mask;
+    CHECK(test::relative_error(layer.forward(x, pass, cache), test::reference(layer, x, pass)) <=
+          1e-13);
+    CHECK(test::relative_error(layer.forward(x), test::reference(layer, x)) <= 1e-13);
+  }
+}
+
+TEST_CASE("GroupedQueryAttention gradients agree with finite differences for every option",
+          "[attention][grouped_query][gradient]") {
+  const Sequences sequences({8, 0, 2});
+  std::vector<std::uint8_t> mask(10, 1);
+  mask[0] = mask[5] = 0;
+  const Pass pass{.sequences = &sequences, .mask = mask};
+  for (const Option& option : options({.d_model = 2, .heads = 2, .kv_heads = 1, .head_dim = 4})) {
+    INFO(option.name);
+    Gqa layer = test::random_attention(option.config);
+    test::check_gradients(layer, test::random_matrix(10, 2, 2), pass);
+  }
+}
+
+TEST_CASE("GroupedQueryAttention decodes what it would compute at once with every option",
+          "[attention][grouped_query]") {
+  // Beyond the window and the slack of the state, which moves its rows in between.
+  const Index tokens = 190;
+  const auto chunk = GENERATE(as<Index>{}, 1, 3, 40, 190);
+  const Matrix<double> x = test::random_matrix(tokens, 6, 3);
+  for (const Option& option : options()) {
+    INFO(option.name);
+    const Gqa layer = test::random_attention(option.config);
+    const Matrix<double> whole = layer.forward(x);
+    Gqa::State kv;
+    Gqa::Cache cache;
+    Matrix<double> y(tokens, 6);
+    for (Index t = 0; t < tokens; t += chunk) {
+      const Index count = std::min(chunk, tokens - t);
+      y.middleRows(t, count) = layer.decode(x.middleRows(t, count), kv, cache);
+    }
+    CHECK(kv.length() == tokens);
+    CHECK(test::relative_error(y, whole) <= 1e-12);
+    // A draft that was not accepted, and a copy that goes on by itself.
+    kv.truncate(tokens - 30);
+    Gqa::State copy = kv;
+    CHECK(test::relative_error(layer.decode(x.bottomRows(30), kv, cache), whole.bottomRows(30)) <=
+          1e-12);
+    CHECK(test::relative_error(layer.decode(x.middleRows(tokens - 30, 7), copy, cache),
+                               whole.middleRows(tokens - 30, 7)) <= 1e-12);
+  }
+}
+
+TEST_CASE("GroupedQueryAttention decodes conversations of different lengths behind a window",
+          "[attention][grouped_query]") {
+  const Gqa layer = test::random_attention(
+      {.d_model = 6, .heads = 2, .kv_heads = 1, .head_dim = 4, .window = 20, .sinks = true});
+  constexpr std::size_t kCount = 3;
+  const Matrix<double> x = test::random_matrix(400, 6, 4);
+  const Matrix<double> whole = layer.forward(x);
+  std::vector<Gqa::State> conversations(kCount);
+  std::vector<Gqa::State*> states;
+  for (Gqa::State& state : conversations) states.push_back(&state);
+  Gqa::Cache cache;
+  std::vector<Index> lengths = {0, 0, 0};
+  for (const std::vector<Index>& step : std::vector<std::vector<Index>>{
+           {200, 3, 0}, {1, 1, 1}, {1, 60, 1}, {30, 100, 0}, {1, 1, 1}, {1, 1, 1}, {4, 0, 90}}) {
+    const Sequences sequences(step);
+    Matrix<double> rows(sequences.tokens(), 6);
+    Matrix<double> expected(sequences.tokens(), 6);
+    for (std::size_t s = 0; s < kCount; ++s) {
+      const auto begin = sequences.begin(static_cast<Index>(s));
+      rows.middleRows(begin, step[s]) = x.middleRows(lengths[s], step[s]);
+      expected.middleRows(begin, step[s]) = whole.middleRows(lengths[s], step[s]);
+      lengths[s] += step[s];
+    }
+    const Matrix<double>& y = layer.decode(rows, Pass{.sequences = &sequences}, states, cache);
+    CHECK(test::relative_error(y, expected) <= 1e-12);
+  }
+}
+
+TEST_CASE("The state of a window is bounded, and always gives 64 tokens back",
+          "[attention][grouped_query]") {
+  const Index window = 40;
+  const auto layer = test::random_attention<float>(
+      {.d_model = 4, .heads = 1, .kv_heads = 1, .head_dim = 2, .window = window});
+  const auto chunk = GENERATE(as<Index>{}, 1, 17, 200);
+  const Matrix<float> x = test::random_matrix<float>(chunk, 4, 5);
+  GroupedQueryAttention<float>::State kv;
+  GroupedQueryAttention<float>::Cache cache;
+  const Index bound = (window + 64) * 5 / 4 + chunk;
+  for (Index t = 0; t < 2000; t += chunk) {
+    layer.decode(x, kv, cache);
+    REQUIRE(kv.held() <= bound);
+    REQUIRE(kv.capacity() <= bound);
+    GroupedQueryAttention<float>::State copy = kv;
+    copy.truncate(std::max<Index>(0, kv.length() - 64));
+    REQUIRE(copy.first() <= std::max<Index>(0, copy.length() - window + 1));
+  }
+  const auto steps = [&] {
+    for (int step = 0; step < 200; ++step) layer.decode(x, kv, cache);
+  };
+  CHECK(test::count_allocations(steps) == 0);
+}
+
+TEST_CASE("The state of chunks holds one chunk", "[attention][grouped_query]") {
+  const Gqa layer = test::random_attention(
+      {.d_model = 4, .heads = 1, .kv_heads = 1, .head_dim = 2, .chunk = 100});
+  const Matrix<double> x = test::random_matrix(1, 4, 6);
+  Gqa::State kv;
+  Gqa::Cache cache;
+  for (Index t = 0; t < 1000; ++t) {
+    layer.decode(x, kv, cache);
+    REQUIRE(kv.held() <= (100 + 64) * 5 / 4 + 1);
+  }
+  CHECK(kv.first() == 900);  // The last 64 tokens may be taken back: none is of an earlier chunk.
+}
+
+TEST_CASE("Clamped queries, keys and values pass no gradient where they were outside",
+          "[attention][grouped_query]") {
+  Gqa layer = test::random_attention(
+      {.d_model = 4, .heads = 1, .kv_heads = 1, .head_dim = 4, .clip_qkv = 1e-3});
+  const Matrix<double> x = test::random_matrix(5, 4, 7);
+  Gqa::Cache cache;
+  layer.forward(x, cache);
+  CHECK(cache.v.cwiseAbs().maxCoeff() == 1e-3);
+  CHECK(layer.backward(x, cache).norm() <= 1e-2);
+  layer.value().value.setConstant(10.0);
+  layer.query().value.setConstant(10.0);
+  layer.key().value.setConstant(10.0);
+  const Matrix<double> ones = Matrix<double>::Ones(5, 4);
+  layer.forward(ones, cache);
+  CHECK(layer.backward(x, cache).isZero(0.0));
+
+  Matrix<double> nan = x;
+  nan(0, 0) = std::numeric_limits<double>::quiet_NaN();
+  CHECK(layer.forward(nan).hasNaN());
+}
+
+TEST_CASE("GroupedQueryAttention forgets scale with a norm of queries and keys",
+          "[attention][grouped_query]") {
+  const auto norm = GENERATE(QkNorm::kFull, QkNorm::kPerHead, QkNorm::kL2);
+  Gqa layer = test::random_attention({.d_model = 6,
+                                      .heads = 2,
+                                      .kv_heads = 1,
+                                      .head_dim = 4,
+                                      .qk_norm = norm,
+                                      .qk_norm_epsilon = 1e-12});
+  const Matrix<double> x = test::random_matrix(40, 6, 8);
+  const Matrix<double> before = layer.forward(x);
+  layer.query().value *= 7.0;
+  layer.key().value *= 0.2;
+  CHECK(test::relative_error(layer.forward(x), before) <= 1e-9);
+}
+
+TEST_CASE("GroupedQueryAttention without rotation does not see the order of earlier tokens",
+          "[attention][grouped_query]") {
+  const Matrix<double> x = test::random_matrix(10, 6, 9);
+  Matrix<double> swapped = x;
+  swapped.row(2) = x.row(5);
+  swapped.row(5) = x.row(2);
+  GroupedQueryConfig config{.d_model = 6, .heads = 2, .kv_heads = 1, .head_dim = 4, .rope = false};
+  const Gqa unordered = test::random_attention(config);
+  CHECK(test::relative_error(unordered.forward(swapped).bottomRows(1),
+                             unordered.forward(x).bottomRows(1)) <= 1e-13);
+  config.rope = true;
+  const Gqa ordered = test::random_attention(config);
+  CHECK(test::relative_error(ordered.forward(swapped).bottomRows(1),
+                             ordered.forward(x).bottomRows(1)) > 1e-3);
+}
+
+TEST_CASE("A window lets nothing through but what is in it", "[attention][grouped_query]") {
+  const auto window = GENERATE(as<Index>{}, 1, 10, 70);
+  const Gqa layer = test::random_attention(
+      {.d_model = 6, .heads = 2, .kv_heads = 1, .head_dim = 4, .window = window});
+  const Matrix<double> x = test::random_matrix(150, 6, 10);
+  const Matrix<double> before = layer.forward(x);
+  for (const Index changed : {0, 3, 64, 79}) {
+    Matrix<double> other = x;
+    other.row(changed) *= -2.0;
+    const Matrix<double> after = layer.forward(other);
+    const Index end = changed + window;
+    CHECK(after.bottomRows(150 - end) == before.bottomRows(150 - end));
+    CHECK(after.row(end - 1) != before.row(end - 1));
+  }
+}
+
+TEST_CASE("GroupedQueryAttention with every option gives the same bits on any number of threads",
+          "[attention][grouped_query][parallel]") {
+  const Sequences sequences({70, 7});
+  const Matrix<double> x = test::random_matrix(sequences.tokens(), 6, 11);
+  for (const Option& option : options()) {
+    INFO(option.name);
+    Gqa layer = test::random_attention(option.config);
+    const auto run = [&] {
+      zero_gradients(layer);
+      Gqa::Cache cache;
+      Gqa::State kv;
+      std::vector<Matrix<double>> results;
+      results.push_back(layer.forward(x, Pass{.sequences = &sequences}, cache));
+      results.push_back(layer.backward(x, cache));
+      for (auto& [name, parameter] : parameters(layer)) results.push_back(parameter->grad);
+      results.push_back(layer.decode(x, kv, cache));
+      results.push_back(layer.decode(x.topRows(1), kv, cache));
+      return results;
+    };
+    const auto one = run();
+    const test::Threads threads(2);
+    const auto two = run();
+    for (std::size_t i = 0; i < one.size(); ++i) CHECK(one[i] == two[i]);
+  }
+}
+
+TEST_CASE("GroupedQueryAttention with every option allocates nothing once it has run",
+          "[attention][grouped_query][allocation]") {
+  const Matrix<double> x = test::random_matrix(70, 6, 12);
+  for (const Option& option : options()) {
+    INFO(option.name);
+    Gqa layer = test::random_attention(option.config);
+    Gqa::Cache cache;
+    const auto step = [&] {
+      layer.forward(x, cache);
+      layer.backward(x, cache);
+    };
+    step();
+    CHECK(test::count_allocations(step) == 0);
+  }
+}
+
+TEST_CASE("GroupedQueryAttention names the parameters of its options",
+          "[attention][grouped_query]") {
+  const auto names = [](const GroupedQueryConfig& config) {
+    Gqa layer = test::random_attention(config);
+    std::vector<std::string> found;
+    for (auto& [name, parameter] : parameters(layer)) {
+      found.push_back(name + " " + shape_of(parameter->value));
+    }
+    return std::vector<std::string>(found.begin() + 4, found.end());
+  };
+  using Names = std::vector<std::string>;
+  GroupedQueryConfig config{.d_model = 6, .heads = 4, .kv_heads = 2, .head_dim = 4};
+  CHECK(names(config).empty());
+  config.sinks = true;
+  config.output_bias = true;
+  config.qk_norm = QkNorm::kFull;
+  CHECK(names(config) ==
+        Names{"output_bias [1, 6]", "query_norm [1, 16]", "key_norm [1, 8]", "sinks [1, 4]"});
+  config.qk_norm = QkNorm::kPerHead;
+  CHECK(names(config) ==
+        Names{"output_bias [1, 6]", "query_norm [1, 4]", "key_norm [1, 4]", "sinks [1, 4]"});
+  config.qk_norm = QkNorm::kL2;
+  config.qkv_bias = true;
+  config.output_bias = false;
+  CHECK(names(config) ==
+        Names{"query_bias [1, 16]", "key_bias [1, 8]", "value_bias [1, 8]", "sinks [1, 4]"});
+
+  Rng rng(1);
+  Gqa fresh(config, rng);
+  for (auto& [name, parameter] : parameters(fresh)) {
+    if (name == "sinks") CHECK(parameter->value.isZero(0.0));
+  }
+}
+
+TEST_CASE("GroupedQueryAttention says what is wrong with its options",
+          "[attention][grouped_query]") {
+  const GroupedQueryConfig base{.d_model = 6, .heads = 4, .kv_heads = 2, .head_dim = 4};
+  const auto message = [&](auto&& set) {
+    GroupedQueryConfig config = base;
+    set(config);
+    return test::message_of<ConfigError>([&] { test::random_attention(config); });
+  };
+  const std::string layer = "GroupedQueryAttention: ";
+  CHECK(message([](auto& c) { c.window = -1; }) == layer + "window = -1, expected >= 0");
+  CHECK(message([](auto& c) { c.chunk = -2; }) == layer + "chunk = -2, expected >= 0");
+  CHECK(message([](auto& c) { c.softcap = -1.0; }) ==
+        layer + "softcap = -1, expected a finite number >= 0");
+  CHECK(message([](auto& c) { c.scale = std::nan(""); }) ==
+        layer + "scale = nan, expected a finite number >= 0");
+  CHECK(message([](auto& c) { c.clip_qkv = HUGE_VAL; }) ==
+        layer + "clip_qkv = inf, expected a finite number >= 0");
+  CHECK(message([](auto& c) {
+          c.qk_norm = QkNorm::kFull;
+          c.qk_norm_epsilon = 0.0;
+        }) == layer + "qk_norm_epsilon = 0, expected > 0");
+  CHECK(message([](auto& c) {
+          c.qk_norm = QkNorm::kL2;
+          c.rope = false;
+        }) == layer + "qk_norm = kL2 without rope, expected both");
+  CHECK(message([](auto& c) {
+          c.yarn = Yarn{.factor = 2.0};
+          c.rope = false;
+        }) == layer + "yarn without rope, expected both");
+  CHECK(message([](auto& c) { c.yarn = Yarn{.factor = 0.5}; }) ==
+        "Rope: yarn.factor = 0.5, expected >= 1");
+  CHECK(message([](auto& c) { c.temperature_scale = 0.1; }) ==
+        layer + "temperature_scale = 0.1 with rope, expected it only without");
+  CHECK(message([](auto& c) { c.temperature_floor = 0; }) ==
+        layer + "temperature_floor = 0, expected >= 1");
+
+  GroupedQueryConfig config = base;
+  config.window = 5;
+  const Gqa narrow = test::random_attention(config);
+  config.window = 100;
+  const Gqa wide = test::random_attention(config);
+  Gqa::State kv;
+  Gqa::Cache cache;
+  const Matrix<double> x = test::random_matrix(150, 6, 13);
+  narrow.decode(x, kv, cache);
+  narrow.decode(x.topRows(1), kv, cache);
+  CHECK(
+      test::message_of<StateError>([&] { wide.decode(x, kv, cache); }) ==
+      "GroupedQueryAttention::decode: kv begins at position 82, expected 52 or before: it is of a "
+      "layer with a smaller window");
+  CHECK(test::message_of<StateError>([&] { kv.truncate(85); }) ==
+        "KvCache::truncate: length = 85, expected 0 or at least 86: the tokens before position 82 "
+        "have been forgotten");
+  CHECK(kv.length() == 151);
+  kv.truncate(86);
+  CHECK(kv.length() == 86);
+}
