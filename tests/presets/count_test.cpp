@@ -39,7 +39,7 @@ ModelShape small_shape() {
   return {.layers = 1,
           .d_model = 6,
           .vocab = 10,
-          .attention = GroupedQueryShape{.heads = 2, .kv_heads = 1, .head_dim = 4},
+          .attention = GroupedQueryConfig{.heads = 2, .kv_heads = 1, .head_dim = 4},
           .experts = 3,
           .k = 2,
           .d_hidden = 5};

@@ -21,8 +21,8 @@ using namespace weir::presets;
 
 namespace {
 
-GroupedQueryShape grouped_query(const ModelShape& shape) {
-  return std::get<GroupedQueryShape>(shape.attention);
+GroupedQueryConfig grouped_query(const ModelShape& shape) {
+  return std::get<GroupedQueryConfig>(shape.attention);
 }
 
 template <class Config>
@@ -99,6 +99,6 @@ TEST_CASE("A size that the structure does not fit is refused", "[presets]") {
         "ModelShape: k = 2, expected 1 <= k <= experts = 1");
   CHECK(message(deepseek_v2(), {.experts = -8}) == "ModelShape: experts = -8, expected >= 1");
   MixtralConfig config = mixtral_8x7b();
-  config.shape.attention = GroupedQueryShape{};
+  config.shape.attention = GroupedQueryConfig{};
   CHECK(message(config, {}) == "scaled: attention.kv_heads = 0, expected >= 1");
 }

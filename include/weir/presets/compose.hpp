@@ -6,6 +6,7 @@
 #include <concepts>
 #include <functional>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -43,37 +44,27 @@ struct Parts {
   std::function<AnyLayer<T>(Index d_hidden)> dense;
 };
 
-template <std::floating_point T>
-AnyLayer<T> make_attention(const GroupedQueryShape& a, Index d_model, Rng& rng) {
-  return GroupedQueryAttention<T>({.d_model = d_model,
-                                   .heads = a.heads,
-                                   .kv_heads = a.kv_heads,
-                                   .head_dim = a.head_dim,
-                                   .rope_theta = a.rope_theta,
-                                   .qkv_bias = a.qkv_bias,
-                                   .output_bias = a.output_bias},
-                                  rng);
-}
-
-template <std::floating_point T>
-AnyLayer<T> make_attention(LatentConfig config, Index d_model, Rng& rng) {
-  config.d_model = d_model;
-  return LatentAttention<T>(config, rng);
-}
-
 /// The attention of layer `layer`.
 template <std::floating_point T>
-AnyLayer<T> make_attention(const ModelShape& shape, Index /*layer*/, Rng& rng) {
-  return std::visit([&](const auto& a) { return make_attention<T>(a, shape.d_model, rng); },
-                    shape.attention);
+AnyLayer<T> make_attention(const ModelShape& shape, Index layer, Rng& rng) {
+  const auto make = [&](auto config) -> AnyLayer<T> {
+    config.d_model = shape.d_model;
+    if constexpr (std::is_same_v<decltype(config), LatentConfig>) {
+      return LatentAttention<T>(config, rng);
+    } else {
+      return GroupedQueryAttention<T>(config, rng);
+    }
+  };
+  return std::visit(make, shape.attention_of(layer));
 }
 
 /// A decoder of pre-norm blocks: attention, then `mixture` under the name "moe" where the layer is
 /// sparse, else `dense` under the name "mlp"; behind a mixture a dense network, if the shape says
-/// so.
+/// so. With four norms a layer, each of its two branches has one behind it, too.
 /// \throws ConfigError  as ModelShape::check, and if the shape is of an encoder-decoder.
 template <std::floating_point T>
-Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng) {
+Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
+                   const DecoderConfig& config = {}) {
   shape.check();
   if (shape.encoder_layers > 0) {
     fail<ConfigError>("compose: encoder_layers = ", shape.encoder_layers,
@@ -92,11 +83,14 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng) {
     } else {
       branches.push_back({"mlp", parts.norm(), parts.dense(shape.dense_hidden)});
     }
+    if (shape.norms == 4) {
+      for (Branch<T>& branch : branches) branch.post_norm = parts.norm();
+    }
     layers.emplace_back(std::move(branches));
   }
   std::optional<Linear<T>> head;
   if (!shape.tied) head.emplace(shape.d_model, shape.vocab, rng);
-  return {std::move(embedding), std::move(layers), parts.norm(), std::move(head)};
+  return {std::move(embedding), std::move(layers), parts.norm(), std::move(head), config};
 }
 
 /// A dense network of shape.ffn_matrices matrices: 2 plain with ReLU, 3 gated by Act, 4

@@ -3,10 +3,13 @@
 /// How large a model is, computed from its sizes without allocating it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <variant>
 
+#include <weir/attention/grouped_query.hpp>
+#include <weir/attention/latent.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 #include <weir/presets/model_shape.hpp>
@@ -21,6 +24,7 @@ struct AttentionCount {
   Count matrices = 0;                 ///< Elements of the projections.
   Count vectors = 0;                  ///< Biases, norms of queries and keys, sinks.
   Count per_position = 0;             ///< Multiplications of a token with each position it sees.
+  Count window = 0;                   ///< How many positions it sees at most; 0: all.
   Count cache_values = 0;             ///< What is kept of a token.
   Count multi_head_cache_values = 0;  ///< The same if each query head had its own key and value.
 
@@ -28,17 +32,18 @@ struct AttentionCount {
 };
 
 /// \param d_model  Width of a token.
-inline AttentionCount count(const GroupedQueryShape& a, Count d_model) {
+inline AttentionCount count(const GroupedQueryConfig& a, Count d_model) {
   const Count query = Count{a.heads} * a.head_dim;
   const Count kv = Count{a.kv_heads} * a.head_dim;
   AttentionCount count;
   count.matrices = 2 * d_model * (query + kv);
   if (a.qkv_bias) count.vectors += query + 2 * kv;
   if (a.output_bias) count.vectors += d_model;
-  if (a.qk_norm == QkNormShape::kFull) count.vectors += query + kv;
-  if (a.qk_norm == QkNormShape::kPerHead) count.vectors += 2 * Count{a.head_dim};
+  if (a.qk_norm == QkNorm::kFull) count.vectors += query + kv;
+  if (a.qk_norm == QkNorm::kPerHead) count.vectors += 2 * Count{a.head_dim};
   if (a.sinks) count.vectors += a.heads;
   count.per_position = 2 * query;
+  count.window = a.window > 0 && a.chunk > 0 ? std::min(a.window, a.chunk) : a.window + a.chunk;
   count.cache_values = 2 * kv;
   count.multi_head_cache_values = 2 * query;
   return count;
@@ -82,7 +87,10 @@ struct ModelCount {
   Count idle_experts = 0;             ///< Those of `experts` that one token does not visit.
   Count multiplications = 0;          ///< Of a token with matrices, the output head among them.
   Count per_position = 0;             ///< Multiplications of a token with each position it sees.
+  Count per_windowed = 0;             ///< The same in layers that see but a window or chunk.
+  Count window = 0;                   ///< The longest of those.
   Count cache_values = 0;             ///< What is kept of a token for those after it.
+  Count windowed_cache_values = 0;    ///< Those of them that are forgotten once out of the window.
   Count multi_head_cache_values = 0;  ///< The same with multi-head attention of the same width.
   Count prediction = 0;               ///< One module of multi-token prediction; in no sum.
 
@@ -100,13 +108,14 @@ struct ModelCount {
   }
 
   /// Floating-point operations of a forward pass for one token that sees `positions` positions in
-  /// each layer: two, a product and a sum, for each weight of a matrix and each position. Norms,
-  /// activations and softmaxes are not counted.
+  /// each layer, or as many as a window or chunk lets it: two, a product and a sum, for each weight
+  /// of a matrix and each position. Norms, activations and softmaxes are not counted.
   Count flops(Count positions = 0) const {
-    return 2 * (multiplications + positions * per_position);
+    return 2 * (multiplications + positions * per_position +
+                std::min(positions, window) * per_windowed);
   }
 
-  /// Bytes that a token adds to the cache. Layers with a window stop growing when it is full.
+  /// Bytes that a token adds to the cache.
   double cache_bytes(double bits = 16.0) const {
     return static_cast<double>(cache_values) * bits / 8.0;
   }
@@ -121,15 +130,12 @@ namespace detail {
 class StackCounter {
  public:
   StackCounter(const ModelShape& shape, ModelCount& to)
-      : shape_(shape), to_(to), d_(shape.d_model), attention_(count(shape.attention, d_)) {}
+      : shape_(shape), to_(to), d_(shape.d_model) {}
 
   /// \param attentions  In each layer: 2 where one of them is to an encoder.
   void add(Index layers, Index attentions) {
     const Count sparse = shape_.interleave.count_sparse(layers);
-    const Count all_attentions = Count{layers} * attentions;
-    to_.attention += all_attentions * attention_.parameters();
-    to_.multiplications += all_attentions * attention_.matrices;
-    to_.per_position += all_attentions * attention_.per_position;
+    for (Index layer = 0; layer < layers; ++layer) add_attention(layer, attentions);
     to_.norms += layers * d_ * (shape_.norms + attentions - 1) + d_;
     to_.position_tables += Count{shape_.position_buckets} * heads();
     add_mixtures(sparse);
@@ -142,11 +148,24 @@ class StackCounter {
 
   /// The tokens of the decoder are what is cached.
   void add_cache(Index layers) {
-    to_.cache_values += layers * attention_.cache_values;
-    to_.multi_head_cache_values += layers * attention_.multi_head_cache_values;
+    for (Index layer = 0; layer < layers; ++layer) {
+      const AttentionCount attention = count(shape_.attention_of(layer), d_);
+      to_.cache_values += attention.cache_values;
+      if (attention.window > 0) to_.windowed_cache_values += attention.cache_values;
+      to_.multi_head_cache_values += attention.multi_head_cache_values;
+    }
   }
 
  private:
+  void add_attention(Index layer, Count attentions) {
+    const AttentionCount attention = count(shape_.attention_of(layer), d_);
+    to_.attention += attentions * attention.parameters();
+    to_.multiplications += attentions * attention.matrices;
+    (attention.window > 0 ? to_.per_windowed : to_.per_position) +=
+        attentions * attention.per_position;
+    to_.window = std::max(to_.window, attention.window);
+  }
+
   Count network(Count d_hidden) const { return shape_.ffn_matrices * d_ * d_hidden; }
 
   Index heads() const {
@@ -174,7 +193,6 @@ class StackCounter {
   const ModelShape& shape_;
   ModelCount& to_;
   Count d_;
-  AttentionCount attention_;
 };
 
 /// A module of multi-token prediction as DeepSeek-V3 has it: a projection of two tokens side by

@@ -33,7 +33,7 @@ inline DeepSeekMoEConfig deepseek_moe_16b() {
               .layers = 28,
               .d_model = 2048,
               .vocab = 102400,
-              .attention = GroupedQueryShape{.heads = 16, .kv_heads = 16, .head_dim = 128},
+              .attention = GroupedQueryConfig{.heads = 16, .kv_heads = 16, .head_dim = 128},
               .interleave = {.first_dense = 1},
               .experts = 64,
               .k = 6,

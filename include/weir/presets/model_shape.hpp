@@ -3,12 +3,20 @@
 /// The sizes of a model: what its parameters, caches and multiplications are counted from.
 #pragma once
 
+#include <concepts>
+#include <optional>
+#include <variant>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/attention/latent.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/interleave.hpp>
-#include <weir/presets/attention_shape.hpp>
 
 namespace weir::presets {
+
+/// Which attention, and its numbers; d_model is filled in by `make`.
+using AttentionShape = std::variant<GroupedQueryConfig, LatentConfig>;
 
 /// The sizes that all presets have in common. Kinds (which router, selector, activation) are the
 /// business of each preset's `make`.
@@ -17,9 +25,11 @@ struct ModelShape {
   Index d_model = 0;
   Index vocab = 0;
   bool tied = false;  ///< The embedding is the output head, too.
-  AttentionShape attention = GroupedQueryShape{};
+  AttentionShape attention = GroupedQueryConfig{};
+  std::optional<AttentionShape> other_attention = {};  ///< Of the layers `others` says, if any.
+  Interleave others = {};
   Index norms =
-      2;  ///< In a layer, with a weight of d_model each: 4 with norms behind the branches.
+      2;  ///< In a layer, with a weight of d_model each: 2, or 4 with those behind the branches.
 
   Interleave interleave = {};  ///< Which layers are mixtures of experts.
   Index experts = 0;
@@ -49,12 +59,17 @@ struct ModelShape {
       fail<ConfigError>(kWho, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
     }
     expect_at_least<Index>(kWho, "d_hidden", d_hidden, 1);
+    if (norms != 2 && norms != 4) fail<ConfigError>(kWho, ": norms = ", norms, ", expected 2 or 4");
     if (ffn_matrices < 2 || ffn_matrices > 4) {
       fail<ConfigError>(kWho, ": ffn_matrices = ", ffn_matrices, ", expected 2, 3 or 4");
     }
     if (interleave.count_sparse(layers) < layers) {
       expect_at_least<Index>(kWho, "dense_hidden", dense_hidden, 1);
     }
+  }
+
+  const AttentionShape& attention_of(Index layer) const {
+    return other_attention && others.is_sparse(layer) ? *other_attention : attention;
   }
 
   /// The decoder half of an encoder-decoder: without encoder, without attention to it, without

@@ -52,7 +52,7 @@ inline ModelShape openmoe_shape(Index layers, Index d_model, Index heads, Index 
       .d_model = d_model,
       .vocab = 256384,
       .tied = true,
-      .attention = GroupedQueryShape{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
+      .attention = GroupedQueryConfig{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
       .interleave = {.stride = stride},
       .experts = experts,
       .k = 2,

@@ -20,6 +20,7 @@ struct Scale {
   Index vocab = 256;
   Index layers = 0;   ///< 0: one period of all that alternates, at least 2.
   Index experts = 0;  ///< 0: twice as many as a token visits, at least 4.
+  Index window = 8;   ///< Of attention that has one, or chunks.
 };
 
 namespace detail {
@@ -41,17 +42,20 @@ class Shrink {
 };
 
 /// Two key and value heads, or one if there was no more, and as many queries to each as before.
-inline AttentionShape scaled(GroupedQueryShape a, const Shrink& shrink) {
+inline AttentionShape scaled(GroupedQueryConfig a, const Shrink& shrink, Index window) {
   expect_at_least<Index>("scaled", "attention.kv_heads", a.kv_heads, 1);
   const Index width = a.heads * a.head_dim;
   const Index queries = a.heads / a.kv_heads;
   a.kv_heads = std::min<Index>(a.kv_heads, 2);
   a.heads = queries * a.kv_heads;
   a.head_dim = std::max<Index>(4, shrink(width, 2 * a.heads) / a.heads);
+  a.window = std::min(a.window, window);
+  a.chunk = std::min(a.chunk, window);
+  a.temperature_floor = std::min(a.temperature_floor, window);
   return a;
 }
 
-inline AttentionShape scaled(LatentConfig a, const Shrink& shrink) {
+inline AttentionShape scaled(LatentConfig a, const Shrink& shrink, Index /*window*/) {
   a.heads = std::min<Index>(a.heads, 2);
   a.q_rank = shrink(a.q_rank, 12);
   a.kv_rank = shrink(a.kv_rank, 8);
@@ -74,14 +78,20 @@ inline ModelShape scaled(ModelShape shape, const Scale& to = {}) {
   shape.check();
   expect_at_least<Index>("scaled", "d_model", to.d_model, 1);
   expect_at_least<Index>("scaled", "vocab", to.vocab, 1);
+  expect_at_least<Index>("scaled", "window", to.window, 1);
   const detail::Shrink shrink(shape.d_model, to.d_model);
   shape.d_model = to.d_model;
   shape.vocab = to.vocab;
-  shape.attention =
-      std::visit([&](const auto& a) { return detail::scaled(a, shrink); }, shape.attention);
+  const auto scaled_attention = [&](const AttentionShape& attention) {
+    return std::visit([&](const auto& a) { return detail::scaled(a, shrink, to.window); },
+                      attention);
+  };
+  shape.attention = scaled_attention(shape.attention);
+  if (shape.other_attention) shape.other_attention = scaled_attention(*shape.other_attention);
 
   shape.interleave.first_dense = std::min<Index>(shape.interleave.first_dense, 1);
-  const Index period = shape.interleave.first_dense + shape.interleave.stride;
+  const Index attentions = shape.other_attention ? shape.others.stride : 1;
+  const Index period = shape.interleave.first_dense + std::lcm(shape.interleave.stride, attentions);
   if (to.layers != 0) expect_at_least<Index>("scaled", "layers", to.layers, period);
   shape.layers = to.layers == 0 ? std::max<Index>(2, period) : to.layers;
   if (shape.encoder_layers > 0) shape.encoder_layers = shape.layers;

@@ -44,7 +44,7 @@ inline ModelShape t5_shape(Index layers, Index d_model, Index heads, Index head_
       .layers = layers,
       .d_model = d_model,
       .vocab = 32128,
-      .attention = GroupedQueryShape{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
+      .attention = GroupedQueryConfig{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
       .interleave = {.stride = stride},
       .experts = experts,
       .k = k,
