@@ -24,15 +24,21 @@
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/optim/adamw.hpp>
 #include <weir/presets/count.hpp>
+#include <weir/presets/dbrx.hpp>
 #include <weir/presets/deepseek_moe_16b.hpp>
 #include <weir/presets/deepseek_v2.hpp>
 #include <weir/presets/deepseek_v2_lite.hpp>
 #include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/grok_1.hpp>
+#include <weir/presets/llama_4_scout.hpp>
 #include <weir/presets/mixtral_8x22b.hpp>
 #include <weir/presets/mixtral_8x7b.hpp>
+#include <weir/presets/olmoe_1b_7b.hpp>
 #include <weir/presets/openmoe_34b.hpp>
 #include <weir/presets/openmoe_8b.hpp>
 #include <weir/presets/openmoe_base.hpp>
+#include <weir/presets/qwen3_30b_a3b.hpp>
 #include <weir/presets/scaled.hpp>
 #include <weir/presets/st_moe_32b.hpp>
 #include <weir/presets/switch_base_128.hpp>
@@ -177,12 +183,20 @@ std::vector<Model> all_models() {
       model("OpenMoE-8B code", openmoe_released(openmoe_8b()), "11.9B", "-",
             "networks of four matrices, as in the code; 11.9B is its memory at 16 bits"),
       model("OpenMoE-34B", openmoe_34b(), "34B", "6.0B", openmoe),
+      model("Grok-1", grok_1(), "314B", "25 %", "314B without the embedding, which is the head"),
+      model("DBRX", dbrx(), "132B", "36B"),
       model("DeepSeekMoE-16B", deepseek_moe_16b(), "16.4B", "2.8B"),
       model("DeepSeek-V2-Lite", deepseek_v2_lite(), "15.7B", "2.4B",
             "active without the embedding"),
       model("DeepSeek-V2", deepseek_v2(), "236B", "21B"),
       model("DeepSeek-V3", deepseek_v3(), "671B", "37B",
-            "without the module of multi-token prediction"),
+            "without the module of multi-token prediction, " +
+                grouped(count(deepseek_v3()).prediction) + " more"),
+      model("OLMoE-1B-7B", olmoe_1b_7b(), "6.9B", "1.3B"),
+      model("Qwen3-30B-A3B", qwen3_30b_a3b(), "30.5B", "3.3B"),
+      model("gpt-oss-20b", gpt_oss_20b(), "20.9B", "3.6B", "active without the embedding"),
+      model("Llama-4-Scout", llama_4_scout(), "109B", "17B",
+            "the language model alone; 109B with the one for pictures"),
   };
 }
 
@@ -253,11 +267,18 @@ void print_counts(const std::vector<Model>& models) {
 
 /// Claims of the authors, worked out.
 void print_claims() {
+  const ModelShape coarse = mixtral_8x7b().shape;
+  const ModelShape fine = dbrx().shape;
+  const Count of_coarse = combinations(coarse.experts, coarse.k);
+  const Count of_fine = combinations(fine.experts, fine.k);
+  std::cout << "\nDBRX can combine its experts in " << grouped(of_fine) << " ways, Mixtral in "
+            << grouped(of_coarse) << ": " << of_fine / of_coarse << " times as many\n";
+
   const ModelShape wide = deepseek_v2().shape;
   const double latent = count(wide).cache_bytes(6.0);
   // DeepSeek 67B: 95 layers, 8 groups of heads of 128.
   const double dense = 95.0 * 2.0 * 8.0 * 128.0 * 2.0;
-  std::cout << "\nDeepSeek-V2 keeps " << grouped(static_cast<Count>(latent))
+  std::cout << "DeepSeek-V2 keeps " << grouped(static_cast<Count>(latent))
             << " bytes of a token at 6 bits a number, DeepSeek 67B "
             << grouped(static_cast<Count>(dense)) << " at 16: " << percent(1.0 - latent / dense)
             << " less (" << percent(1.0 - count(wide).cache_bytes() / dense)

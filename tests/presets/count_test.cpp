@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <functional>
 #include <string>
-#include <utility>
+#include <variant>
 #include <vector>
 
 #include <weir/presets/count.hpp>
@@ -26,6 +26,7 @@
 #include <weir/presets/switch_base_8.hpp>
 #include <weir/presets/switch_large.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
@@ -181,6 +182,41 @@ TEST_CASE("A small model is counted by hand", "[presets]") {
   CHECK(count(shape).experts == c.experts);
 }
 
+TEST_CASE("A window limits what a token costs and what is kept of it", "[presets]") {
+  ModelShape shape = small_shape();
+  shape.layers = 4;
+  const ModelCount full = count(shape);
+  CHECK(full.windowed_cache_values == 0);
+  GroupedQueryConfig local = std::get<GroupedQueryConfig>(shape.attention);
+  shape.other_attention = local;
+  shape.others = {.stride = 4};
+  local.window = 10;
+  shape.attention = local;
+  const ModelCount c = count(shape);
+  CHECK(c.total() == full.total());
+  CHECK(c.cache_values == full.cache_values);
+  CHECK(c.windowed_cache_values == 3 * 2 * 4);
+  CHECK(c.flops(10) == full.flops(10));
+  CHECK(c.flops(100) == full.flops() + 2 * (8 + 8) * (3 * 10 + 100));
+  local.chunk = 7;
+  shape.attention = local;
+  CHECK(count(shape).flops(100) == full.flops() + 2 * (8 + 8) * (3 * 7 + 100));
+
+  const ModelCount oss = count(gpt_oss_20b());
+  CHECK(oss.windowed_cache_values == 12 * 2 * 8 * 64);
+  CHECK(oss.window == 128);
+  CHECK(count(llama_4_scout()).windowed_cache_values == 36 * 2 * 8 * 128);
+}
+
+TEST_CASE("Counting allocates nothing", "[presets]") {
+  Count sum = 0;
+  CHECK(test::count_allocations([&] {
+          sum += count(deepseek_v3()).total() + count(gpt_oss_20b()).total() +
+                 count(switch_c_2048()).total();
+        }) == 0);
+  CHECK(sum > 0);
+}
+
 TEST_CASE("An encoder-decoder has a decoder half", "[presets]") {
   const ModelShape whole = switch_base_8().shape;
   const ModelCount both = count(whole);
@@ -231,6 +267,7 @@ TEST_CASE("A shape that makes no model is refused", "[presets]") {
   CHECK(with([](ModelShape& s) { s.d_hidden = 0; }) == "ModelShape: d_hidden = 0, expected >= 1");
   CHECK(with([](ModelShape& s) { s.ffn_matrices = 5; }) ==
         "ModelShape: ffn_matrices = 5, expected 2, 3 or 4");
+  CHECK(with([](ModelShape& s) { s.norms = 3; }) == "ModelShape: norms = 3, expected 2 or 4");
   CHECK(with([](ModelShape& s) { s.interleave = {.first_dense = 1}; }) ==
         "ModelShape: dense_hidden = 0, expected >= 1");
 }

@@ -119,8 +119,8 @@ std::vector<Index> text(std::size_t begin, std::size_t count) {
 }
 
 // Logits of `ids` decoded in pieces of so many tokens.
-Matrix<double> decode(const Decoder<double>& model, std::span<const Index> ids, std::size_t piece) {
-  Decoder<double>::State state;
+Matrix<double> decode(const Decoder<double>& model, std::span<const Index> ids, std::size_t piece,
+                      Decoder<double>::State state = {}, Decoder<double>::State* end = nullptr) {
   Decoder<double>::Cache cache;
   Matrix<double> logits(static_cast<Index>(ids.size()), model.vocab());
   for (std::size_t begin = 0; begin < ids.size(); begin += piece) {
@@ -128,6 +128,7 @@ Matrix<double> decode(const Decoder<double>& model, std::span<const Index> ids, 
     logits.middleRows(static_cast<Index>(begin), static_cast<Index>(next.size())) =
         model.decode(next, state, cache);
   }
+  if (end != nullptr) *end = std::move(state);
   return logits;
 }
 
@@ -164,7 +165,7 @@ TEST_CASE("A preset has as many numbers as its config counts", "[presets]") {
 
 TEST_CASE("Each preset decodes token by token and in chunks what it computes at once",
           "[presets]") {
-  const std::vector<Index> ids = text(0, 90);  // Longer than a small window and what is kept of it.
+  const std::vector<Index> ids = text(0, 24);
   for (const Small& preset : all_presets()) {
     INFO(preset.name);
     const Decoder<double> model = preset.make_large(2);
@@ -172,6 +173,26 @@ TEST_CASE("Each preset decodes token by token and in chunks what it computes at 
     CHECK(test::relative_error(decode(model, ids, ids.size()), whole) <= 1e-11);
     CHECK(test::relative_error(decode(model, ids, 7), whole) <= 1e-11);
     CHECK(test::relative_error(decode(model, ids, 1), whole) <= 1e-11);
+  }
+}
+
+TEST_CASE("A rolling cache equals full attention under the window", "[presets]") {
+  const std::vector<Index> ids = text(0, 160);
+  for (const Small& preset : all_presets()) {
+    if (count(preset.shape).window == 0) continue;
+    INFO(preset.name);
+    const Decoder<double> model = preset.make_large(8);
+    Decoder<double>::State state;
+    const Matrix<double> whole = model.forward(ids);
+    CHECK(test::relative_error(decode(model, ids, 10, {}, &state), whole) <= 1e-11);
+
+    // The cache has rolled: what it would take to go back to token 40 is gone.
+    Decoder<double>::State copy = state;
+    CHECK_THROWS_AS(copy.truncate(40), StateError);
+    // But a draft can be taken back.
+    state.truncate(140);
+    const auto again = std::span(ids).subspan(140);
+    CHECK(test::relative_error(decode(model, again, 1, state), whole.bottomRows(20)) <= 1e-11);
   }
 }
 

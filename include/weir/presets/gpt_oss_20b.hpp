@@ -32,7 +32,7 @@ struct GptOssConfig {
 /// 20.9 billion parameters; 3.6 of them active without the embedding, as OpenAI counts.
 /// (OpenAI 2025, arXiv:2508.10925, table 1.)
 inline GptOssConfig gpt_oss_20b() {
-  GroupedQueryConfig attention{
+  const GroupedQueryConfig local{
       .heads = 64,
       .kv_heads = 8,
       .head_dim = 64,
@@ -42,14 +42,14 @@ inline GptOssConfig gpt_oss_20b() {
       .yarn = Yarn{.factor = 32.0, .original_context = 4096, .truncate = false},
       .window = 128,
       .sinks = true};
-  GroupedQueryConfig other = attention;
-  other.window = 0;
+  GroupedQueryConfig full = local;
+  full.window = 0;
   return {.shape = {
               .layers = 24,
               .d_model = 2880,
               .vocab = 201088,
-              .attention = attention,
-              .other_attention = other,
+              .attention = local,
+              .other_attention = full,
               .others = {.stride = 2},
               .experts = 32,
               .k = 4,

@@ -33,26 +33,26 @@ struct Llama4Config {
 /// 107.8 billion parameters, 17.2 of which a token meets; the 109 that are published have the
 /// vision model in them. (Meta 2025; huggingface.co/meta-llama/Llama-4-Scout-17B-16E.)
 inline Llama4Config llama_4_scout() {
-  GroupedQueryConfig attention{.heads = 40,
-                               .kv_heads = 8,
-                               .head_dim = 128,
-                               .rope_theta = 5e5,
-                               .rope_layout = RopeLayout::kInterleaved,
-                               .chunk = 8192,
-                               .qk_norm = QkNorm::kL2,
-                               .qk_norm_epsilon = 1e-5};
-  GroupedQueryConfig other{.heads = 40,
-                           .kv_heads = 8,
-                           .head_dim = 128,
-                           .rope = false,
-                           .temperature_scale = 0.1,
-                           .temperature_floor = 8192};
+  const GroupedQueryConfig local{.heads = 40,
+                                 .kv_heads = 8,
+                                 .head_dim = 128,
+                                 .rope_theta = 5e5,
+                                 .rope_layout = RopeLayout::kInterleaved,
+                                 .chunk = 8192,
+                                 .qk_norm = QkNorm::kL2,
+                                 .qk_norm_epsilon = 1e-5};
+  const GroupedQueryConfig full{.heads = 40,
+                                .kv_heads = 8,
+                                .head_dim = 128,
+                                .rope = false,
+                                .temperature_scale = 0.1,
+                                .temperature_floor = 8192};
   return {.shape = {
               .layers = 48,
               .d_model = 5120,
               .vocab = 202048,
-              .attention = attention,
-              .other_attention = other,
+              .attention = local,
+              .other_attention = full,
               .others = {.stride = 4},
               .experts = 16,
               .k = 1,
