@@ -192,6 +192,11 @@ class Decoder {
     return head_ ? cache.head.linear.x : cache.head.x;
   }
 
+  /// norm(h) for inference, of any rows: [rows, d_model].
+  const Matrix<T>& norm(MatrixIn<T> h, typename AnyLayer<T>::Cache& cache) const {
+    return norm_.forward(h, cache);
+  }
+
   /// e embedding[ids], [ids, d_model].
   /// \throws ConfigError  if an id is out of range.
   const Matrix<T>& embed(std::span<const Index> ids, EmbedCache& cache) const {

@@ -1,54 +1,193 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Text from a decoder, token by token.
+/// Text from a decoder, token by token, for one conversation or many.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
+#include <cstddef>
 #include <functional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
+#include <weir/core/sequences.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/sampling.hpp>
 
 namespace weir {
 
-/// Continues the sequence that `state` holds by `prompt`, then by up to `count` tokens drawn one
-/// after the other, each from the logits that follow all tokens before it. The prompt is computed
-/// at once, and nothing twice. In the end `state` holds prompt and new tokens, so that the next
-/// prompt, the next turn of a conversation, goes on behind them.
+/// When a text ends: as soon as one of these holds. The token that ends it belongs to it.
+struct Until {
+  Index count = 0;                             ///< So many new tokens; may be 0.
+  std::vector<Index> tokens = {};              ///< One of these has been drawn.
+  std::vector<std::vector<Index>> texts = {};  ///< The new tokens end with one of these.
+  /// Called with each new token, before the next is computed; false makes it the last one. Empty:
+  /// it is not asked.
+  std::function<bool(Index)> on_token = {};
+
+  /// \throws ConfigError  if count is negative or a text is empty.
+  void check() const {
+    expect_at_least<Index>("generate", "count", count, 0);
+    for (std::size_t i = 0; i < texts.size(); ++i) {
+      if (texts[i].empty()) {
+        fail<ConfigError>("generate: until.texts[", i, "] is empty, expected at least one token");
+      }
+    }
+  }
+};
+
+/// Why a text ended; if for several reasons, the first of these.
+enum class Ending { kToken, kText, kCallback, kCount };
+
+/// What one conversation has come to.
+struct Generated {
+  std::vector<Index> tokens;  ///< The new tokens, the last one included.
+  Ending ending = Ending::kCount;
+};
+
+/// One conversation of many: what has been said so far, and how it goes on.
+template <std::floating_point T>
+struct Conversation {
+  std::vector<Index> prompt;  ///< At least one token; what comes after `state`.
+  Until until = {};
+  Sampling sampling = {};
+  Rng rng = Rng(0);                       ///< Of its own, so that others change nothing.
+  typename Decoder<T>::State state = {};  ///< A copy of a prefix's, or empty.
+};
+
+namespace detail {
+
+/// A conversation as the loop below sees it.
+template <class T>
+struct Turn {
+  std::span<const Index> prompt;
+  const Until* until;
+  const Sampling* sampling;
+  Rng* rng;
+  typename Decoder<T>::State* state;
+  Generated result = {};
+  bool ended = false;
+
+  void check() const {
+    if (prompt.empty()) fail<ConfigError>("generate: prompt is empty, expected at least one token");
+    until->check();
+    sampling->check();
+  }
+
+  /// Takes the next token.
+  void add(Index token) {
+    std::vector<Index>& tokens = result.tokens;
+    tokens.push_back(token);
+    const bool more = !until->on_token || until->on_token(token);
+    const auto ends_with = [&](const std::vector<Index>& text) {
+      return text.size() <= tokens.size() &&
+             std::equal(text.rbegin(), text.rend(), tokens.rbegin());
+    };
+    ended = true;
+    if (std::find(until->tokens.begin(), until->tokens.end(), token) != until->tokens.end()) {
+      result.ending = Ending::kToken;
+    } else if (std::any_of(until->texts.begin(), until->texts.end(), ends_with)) {
+      result.ending = Ending::kText;
+    } else if (!more) {
+      result.ending = Ending::kCallback;
+    } else {
+      ended = static_cast<Index>(tokens.size()) >= until->count;
+    }
+  }
+};
+
+/// Lets all turns take place, one pass of the model for a token of each. A turn that has ended
+/// leaves once its last token has gone into its state.
+template <class T>
+void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
+  for (Turn<T>& turn : turns) {
+    turn.check();
+    turn.ended = turn.until->count == 0;
+  }
+  Sampler<T> sampler;
+  typename Decoder<T>::Cache cache;
+  std::vector<Index> ids;
+  std::vector<Turn<T>*> present;
+  std::vector<typename Decoder<T>::State*> states;
+  Sequences sequences;
+  for (Turn<T>& turn : turns) {
+    present.push_back(&turn);
+    ids.insert(ids.end(), turn.prompt.begin(), turn.prompt.end());
+    sequences.append(static_cast<Index>(turn.prompt.size()));
+  }
+  while (!present.empty()) {
+    states.clear();
+    for (Turn<T>* turn : present) states.push_back(turn->state);
+    const Matrix<T>& logits = model.decode(ids, {.sequences = &sequences}, states, cache, true);
+    ids.clear();
+    sequences.clear();
+    std::size_t staying = 0;
+    for (std::size_t i = 0; i < present.size(); ++i) {
+      Turn<T>& turn = *present[i];
+      if (turn.ended) continue;
+      turn.add(sampler.sample(logits.row(static_cast<Index>(i)), *turn.sampling, *turn.rng));
+      ids.push_back(turn.result.tokens.back());
+      sequences.append(1);
+      present[staying++] = &turn;
+    }
+    present.resize(staying);
+  }
+}
+
+}  // namespace detail
+
+/// Continues each conversation by its prompt, then by tokens drawn one after the other, each from
+/// the logits that follow all tokens before it. The prompts are computed at once, and nothing
+/// twice; in every pass the model sees the next token of all conversations that have not ended. In
+/// the end each state holds prompt and new tokens, so that the next prompt goes on behind them.
+///
+/// Every conversation gets the tokens it would get alone, up to rounding and under the condition
+/// that `Decoder::decode` names.
+///
+/// \return          What each conversation has come to, in their order.
+/// \throws ConfigError     if a prompt is empty or has an id out of range, or a setting is out of
+///                         range; all is as it was.
+/// \throws NonFiniteError  if the model yields NaN. No state can be continued.
+template <std::floating_point T>
+std::vector<Generated> generate(const Decoder<T>& model, std::span<Conversation<T>> conversations) {
+  std::vector<detail::Turn<T>> turns;
+  for (Conversation<T>& c : conversations) {
+    turns.push_back({c.prompt, &c.until, &c.sampling, &c.rng, &c.state});
+  }
+  detail::take_turns<T>(model, turns);
+  std::vector<Generated> results;
+  for (detail::Turn<T>& turn : turns) results.push_back(std::move(turn.result));
+  return results;
+}
+
+/// The same for one conversation, whose state is `state`.
 ///
 /// \param prompt    At least one token; with a state, what has been added since.
+/// \return          What it has come to.
+template <std::floating_point T>
+Generated generate(const Decoder<T>& model, std::span<const Index> prompt, const Until& until,
+                   const Sampling& sampling, Rng& rng, typename Decoder<T>::State& state) {
+  detail::Turn<T> turn = {prompt, &until, &sampling, &rng, &state};
+  detail::take_turns<T>(model, {&turn, 1});
+  return std::move(turn.result);
+}
+
+/// The same without more conditions than a number of tokens and a callback.
+///
 /// \param count     May be 0: then only the prompt is added to the state.
-/// \param on_token  Called with each new token, before the next is computed; false makes it the
-///                  last one, as a token that ends the text should be. Empty: `count` tokens.
+/// \param on_token  See `Until`.
 /// \return          The new tokens, the last one included.
-/// \throws ConfigError     if the prompt is empty or has an id out of range, count is negative, or
-///                         a setting of `sampling` is out of range; `state` is as it was.
-/// \throws NonFiniteError  if the model yields NaN. `state` cannot be continued.
 template <std::floating_point T>
 std::vector<Index> generate(const Decoder<T>& model, std::span<const Index> prompt, Index count,
                             const Sampling& sampling, Rng& rng, typename Decoder<T>::State& state,
                             const std::function<bool(Index)>& on_token = {}) {
-  if (prompt.empty()) fail<ConfigError>("generate: prompt is empty, expected at least one token");
-  expect_at_least<Index>("generate", "count", count, 0);
-  sampling.check();
-
-  Sampler<T> sampler;
-  typename Decoder<T>::Cache cache;
-  const Matrix<T>* logits = &model.decode(prompt, state, cache, true);
-  std::vector<Index> tokens;
-  bool more = true;
-  while (more && static_cast<Index>(tokens.size()) < count) {
-    const Index token = sampler.sample(*logits, sampling, rng);
-    tokens.push_back(token);
-    more = !on_token || on_token(token);
-    logits = &model.decode({&token, 1}, state, cache, true);
-  }
-  return tokens;
+  const Until until = {.count = count, .on_token = on_token};
+  return generate(model, prompt, until, sampling, rng, state).tokens;
 }
 
 /// The same for a sequence that begins with `prompt` and is not continued.

@@ -1,0 +1,325 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Modules that predict the tokens after the next one
+/// (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv:2412.19437, section 2.2).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/sequences.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/any_layer.hpp>
+#include <weir/model/block.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/nn/cross_entropy.hpp>
+#include <weir/nn/linear.hpp>
+
+namespace weir {
+
+/// One module of `MultiToken`, without what it shares with the main model.
+template <std::floating_point T>
+struct MultiTokenModule {
+  AnyLayer<T> embedding_norm;
+  AnyLayer<T> hidden_norm;
+  Linear<T> projection;  ///< [d_model, 2 d_model]; its first d_model columns are the embedding's.
+  Block<T> layer;
+  AnyLayer<T> norm;  ///< In front of the shared head.
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("embedding_norm", self.embedding_norm);
+    visit("hidden_norm", self.hidden_norm);
+    visit("projection", self.projection);
+    visit("layer", self.layer);
+    visit("norm", self.norm);
+  }
+};
+
+/// What the main model gives to the first module: its h behind the last block, before or after the
+/// norm in front of the head.
+enum class HiddenSource { kHidden, kNormed };
+
+/// Settings of `MultiToken`.
+struct MultiTokenConfig {
+  double weight = 0.3;  ///< lambda; DeepSeek-V3: 0.3, later in the training 0.1.
+  /// kNormed is what serving engines give to the released weights of DeepSeek-V3 (vLLM).
+  HiddenSource source = HiddenSource::kNormed;
+  Index ignore_index = -100;  ///< A target that is none.
+};
+
+/// D modules behind a Decoder, the k-th of which predicts the token k + 1 places on. With h^0 that
+/// of the main model and t the tokens of a sequence,
+///
+///     x_i   = W_k concat(norm_e(Emb(t_{i+k})), norm_h(h^{k-1}_i))
+///     h^k   = block_k(x)
+///     P(t_{i+k+1} | t_0 .. t_{i+k}) = softmax(Head(norm(h^k_i)))
+///
+/// Emb and Head are those of the main model, multipliers and softcap included. The loss is
+///
+///     L = lambda / D sum_k L_k,   L_k = -1/N sum_i log P(t_{i+k+1})
+///
+/// N is the number of the main model's targets, of which module k has k fewer in each sequence. No
+/// module looks across the end of a sequence: it works on the positions i that have a token i + k,
+/// and a position one of whose tokens is padding is padding. Gradients go through everything: the
+/// modules, h, embedding and head. The balancing losses of the modules' blocks are not multiplied
+/// by lambda.
+///
+/// The paper's equation has h first in the concatenation; the released weights (`eh_proj`), and
+/// this class, have the embedding first.
+///
+///     const Matrix<T>& logits = model.forward(ids, pass, cache);
+///     T loss = cross_entropy.forward(logits, targets, loss_cache);
+///     loss += modules.forward(model, cache, ids, targets, pass, modules_cache);
+///     model.backward(cross_entropy.backward(loss_cache), cache,
+///                    modules.backward(model, modules_cache));
+template <std::floating_point T>
+class MultiToken {
+ public:
+  using Scalar = T;
+  using State = typename Block<T>::State;  ///< What decoding keeps of one sequence in one module.
+
+  /// Of one module.
+  struct ModuleCache {
+    Sequences sequences;
+    std::vector<Index> rows;  ///< Where its positions are among those of the module before it.
+    std::vector<Index> ids, token_ids, targets;
+    std::vector<std::uint8_t> mask;
+    Matrix<T> h;       ///< h^{k-1}, [positions, d_model].
+    Matrix<T> joined;  ///< [positions, 2 d_model]
+    typename Decoder<T>::EmbedCache embed;
+    typename AnyLayer<T>::Cache embedding_norm, hidden_norm, norm;
+    typename Linear<T>::Cache projection;
+    typename Block<T>::Cache layer;
+    typename Decoder<T>::HeadCache head;
+    typename CrossEntropy<T>::Cache loss;
+    Matrix<T> d_h;  ///< Of h^k.
+  };
+
+  struct Cache {
+    std::vector<ModuleCache> modules;
+    std::vector<T> losses;  ///< L_k, without lambda / D.
+    T aux_loss = T(0);      ///< Sum over the modules' blocks.
+    Matrix<T> d_source;     ///< Of h^0.
+    bool filled = false;
+  };
+
+  /// \param modules  D of them.
+  /// \throws ConfigError  without modules, if a projection is not [d, 2 d] with the same d for all,
+  ///                      or if the weight is negative or not finite.
+  explicit MultiToken(std::vector<MultiTokenModule<T>> modules, const MultiTokenConfig& config = {})
+      : modules_(std::move(modules)), config_(config), loss_{.ignore_index = config.ignore_index} {
+    expect_at_least<std::size_t>("MultiToken", "modules", modules_.size(), 1);
+    for (std::size_t k = 0; k < modules_.size(); ++k) {
+      const Linear<T>& projection = modules_[k].projection;
+      if (projection.d_out() == d_model() && projection.d_in() == 2 * d_model()) continue;
+      fail<ConfigError>("MultiToken: projection ", k, " is [", projection.d_out(), ", ",
+                        projection.d_in(), "], expected [", d_model(), ", ", 2 * d_model(), "]");
+    }
+    if (!(config.weight >= 0.0 && std::isfinite(config.weight))) {
+      fail<ConfigError>("MultiToken: weight = ", config.weight, ", expected finite and >= 0");
+    }
+  }
+
+  /// \param model    The main model.
+  /// \param main     What its last forward pass left, with the same ids and pass.
+  /// \param ids      One per token, as in that pass.
+  /// \param targets  The token that follows each, or `ignore_index`: those of the main model.
+  /// \param tokens   N; 0 for the number of targets. See CrossEntropy.
+  /// \return         L, without the auxiliary losses, which are in the cache.
+  /// \throws ShapeError      if h of the main model, targets or pass do not fit the ids.
+  /// \throws ConfigError     if a target is out of range, or if pass.allowed is given.
+  /// \throws NonFiniteError  as CrossEntropy does.
+  T forward(const Decoder<T>& model, const typename Decoder<T>::Cache& main,
+            std::span<const Index> ids, std::span<const Index> targets, const Pass& pass,
+            Cache& cache, Index tokens = 0) const {
+    const Matrix<T>& source =
+        config_.source == HiddenSource::kHidden ? model.hidden(main) : model.normed(main);
+    check(source, ids, targets, pass);
+    if (tokens == 0) tokens = count_targets(targets);
+    cache.filled = false;
+    cache.modules.resize(modules_.size());
+    cache.losses.assign(modules_.size(), T(0));
+    cache.aux_loss = T(0);
+    cache.d_source.resize(source.rows(), source.cols());
+    const Matrix<T>* h = &source;
+    for (std::size_t k = 0; k < modules_.size(); ++k) {
+      ModuleCache& own = cache.modules[k];
+      place(k, ids, targets, pass, k == 0 ? nullptr : &cache.modules[k - 1], own);
+      own.h.resize(static_cast<Index>(own.rows.size()), d_model());
+      for (std::size_t r = 0; r < own.rows.size(); ++r) {
+        own.h.row(static_cast<Index>(r)) = h->row(own.rows[r]);
+      }
+      Pass inner = pass;
+      inner.sequences = &own.sequences;
+      inner.mask = own.mask;
+      inner.token_ids = own.token_ids;
+      h = &modules_[k].layer.forward(join(k, model, own.ids, own.h, inner, own), inner, own.layer);
+      const Matrix<T>& logits = model.head(modules_[k].norm.forward(*h, inner, own.norm), own.head);
+      cache.losses[k] = loss_.forward(logits, own.targets, own.loss, tokens);
+      cache.aux_loss += own.layer.aux_loss;
+    }
+    cache.filled = true;
+    T sum = T(0);
+    for (const T loss : cache.losses) sum += loss;
+    return scale() * sum;
+  }
+
+  /// Adds to the gradients of the modules and to those of embedding and head of `model`.
+  /// \param model    That of the last forward pass.
+  /// \return         The gradient of h, for `model.backward`; lives in the cache.
+  /// \throws StateError   if the last pass with `cache` was no forward pass that succeeded.
+  typename Decoder<T>::HiddenGradient backward(Decoder<T>& model, Cache& cache) {
+    if (!cache.filled) {
+      fail<StateError>("MultiToken::backward: the cache is empty, expected a forward pass before");
+    }
+    const Index d = d_model();
+    for (std::size_t k = modules_.size(); k-- > 0;) {
+      ModuleCache& own = cache.modules[k];
+      MultiTokenModule<T>& module = modules_[k];
+      const Matrix<T>& d_logits = loss_.backward(own.loss, scale());
+      const Matrix<T>& d_head =
+          module.norm.backward(model.head_backward(d_logits, own.head), own.norm);
+      const Matrix<T>* dh = &d_head;
+      if (k + 1 < modules_.size()) {
+        own.d_h += d_head;  // To what the next module has put there.
+        dh = &own.d_h;
+      }
+      const Matrix<T>& d_joined =
+          module.projection.backward(module.layer.backward(*dh, own.layer), own.projection);
+      model.embed_backward(module.embedding_norm.backward(d_joined.leftCols(d), own.embedding_norm),
+                           own.embed);
+      const Matrix<T>& d_before =
+          module.hidden_norm.backward(d_joined.rightCols(d), own.hidden_norm);
+      Matrix<T>& to = k == 0 ? cache.d_source : cache.modules[k - 1].d_h;
+      const Index rows = k == 0 ? cache.d_source.rows() : cache.modules[k - 1].h.rows();
+      to.setZero(rows, d);
+      for (std::size_t r = 0; r < own.rows.size(); ++r) {
+        to.row(own.rows[r]) = d_before.row(static_cast<Index>(r));
+      }
+    }
+    if (config_.source == HiddenSource::kHidden) return {.hidden = &cache.d_source};
+    return {.normed = &cache.d_source};
+  }
+
+  /// Continues one sequence in module k, counted from 0, for inference.
+  /// \param ids      t_{i+k+1} for each new position i.
+  /// \param h        What the main model, or the module before, has for these positions:
+  ///                 [ids, d_model].
+  /// \return         What the module after it reads, [ids, d_model].
+  /// \throws ConfigError  if an id is out of range; the state is as it was.
+  const Matrix<T>& decode(std::size_t k, const Decoder<T>& model, std::span<const Index> ids,
+                          MatrixIn<T> h, State& state, ModuleCache& cache) const {
+    expect_shape("MultiToken::decode", "h", h, static_cast<Index>(ids.size()), d_model());
+    const Pass pass = {.token_ids = ids};
+    State* const states[] = {&state};
+    return modules_[k].layer.decode(join(k, model, ids, h, pass, cache), pass, states, cache.layer);
+  }
+
+  /// The logits of t_{i+k+2} for rows of what `decode` gave: [rows, vocab].
+  const Matrix<T>& logits(std::size_t k, const Decoder<T>& model, MatrixIn<T> h,
+                          ModuleCache& cache) const {
+    return model.head(modules_[k].norm.forward(h, cache.norm), cache.head);
+  }
+
+  /// Lets the balancing rules of the modules' blocks act, once after each optimizer step.
+  void update() {
+    for (MultiTokenModule<T>& module : modules_) module.layer.update();
+  }
+
+  /// Parameters `modules.K.*`.
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("modules", self.modules_);
+  }
+
+  /// D.
+  std::size_t depth() const { return modules_.size(); }
+  Index d_model() const { return modules_.front().projection.d_out(); }
+  const MultiTokenConfig& config() const { return config_; }
+  std::vector<MultiTokenModule<T>>& modules() { return modules_; }
+  const std::vector<MultiTokenModule<T>>& modules() const { return modules_; }
+
+ private:
+  T scale() const { return static_cast<T>(config_.weight / static_cast<double>(modules_.size())); }
+
+  Index count_targets(std::span<const Index> targets) const {
+    return static_cast<Index>(targets.size()) -
+           static_cast<Index>(std::count(targets.begin(), targets.end(), config_.ignore_index));
+  }
+
+  void check(const Matrix<T>& source, std::span<const Index> ids, std::span<const Index> targets,
+             const Pass& pass) const {
+    constexpr auto kWhere = "MultiToken::forward";
+    const auto count = static_cast<Index>(ids.size());
+    expect_shape(kWhere, "h of the main model", source, count, d_model());
+    if (targets.size() != ids.size()) {
+      fail<ShapeError>(kWhere, ": targets has ", targets.size(), " entries, expected ", count,
+                       " (one per token)");
+    }
+    pass.check(kWhere, count);
+    if (!pass.allowed.empty()) {
+      fail<ConfigError>(kWhere, ": pass.allowed has ", pass.allowed.size(),
+                        " entries, expected none: modules have experts of their own");
+    }
+  }
+
+  /// The positions of module k, counted from 0, and what belongs to each.
+  void place(std::size_t k, std::span<const Index> ids, std::span<const Index> targets,
+             const Pass& pass, const ModuleCache* before, ModuleCache& own) const {
+    const auto shift = static_cast<Index>(k) + 1;
+    const std::span<const Index> known = pass.token_ids.empty() ? ids : pass.token_ids;
+    own.sequences.clear();
+    own.rows.clear();
+    own.ids.clear();
+    own.token_ids.clear();
+    own.targets.clear();
+    own.mask.clear();
+    const Index count = pass.sequences == nullptr ? 1 : pass.sequences->count();
+    for (Index s = 0; s < count; ++s) {
+      const Index begin = pass.sequences == nullptr ? 0 : pass.sequences->begin(s);
+      const Index length =
+          pass.sequences == nullptr ? static_cast<Index>(ids.size()) : pass.sequences->length(s);
+      const Index first = before == nullptr ? begin : before->sequences.begin(s);
+      own.sequences.append(std::max<Index>(0, length - shift));
+      for (Index i = 0; i + shift < length; ++i) {
+        const auto token = static_cast<std::size_t>(begin + i + shift);
+        const bool padding =
+            pass.is_padding(begin + i + shift) ||
+            (before == nullptr
+                 ? pass.is_padding(begin + i)
+                 : !pass.mask.empty() && before->mask[static_cast<std::size_t>(first + i)] == 0);
+        own.rows.push_back(first + i);
+        own.ids.push_back(ids[token]);
+        own.token_ids.push_back(known[token]);
+        own.targets.push_back(padding ? config_.ignore_index : targets[token]);
+        if (!pass.mask.empty()) own.mask.push_back(padding ? 0 : 1);
+      }
+    }
+  }
+
+  /// x.
+  const Matrix<T>& join(std::size_t k, const Decoder<T>& model, std::span<const Index> ids,
+                        MatrixIn<T> h, const Pass& pass, ModuleCache& own) const {
+    const MultiTokenModule<T>& module = modules_[k];
+    own.joined.resize(h.rows(), 2 * d_model());
+    own.joined.leftCols(d_model()) =
+        module.embedding_norm.forward(model.embed(ids, own.embed), pass, own.embedding_norm);
+    own.joined.rightCols(d_model()) = module.hidden_norm.forward(h, pass, own.hidden_norm);
+    return module.projection.forward(own.joined, own.projection);
+  }
+
+  std::vector<MultiTokenModule<T>> modules_;
+  MultiTokenConfig config_;
+  CrossEntropy<T> loss_;
+};
+
+}  // namespace weir

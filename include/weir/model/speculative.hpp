@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Text from a decoder that checks drafts of its own multi-token modules
+/// (DeepSeek-AI 2024, arXiv:2412.19437, section 5.4.3; Leviathan et al. 2022, arXiv:2211.17192).
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <numeric>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/any_layer.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/model/generate.hpp>
+#include <weir/model/multi_token.hpp>
+#include <weir/model/sampling.hpp>
+#include <weir/ops/top_k.hpp>
+
+namespace weir {
+
+/// How drafts fared, summed over calls.
+struct DraftReport {
+  Index passes = 0;  ///< Of the main model, those over the prompts included.
+  Index tokens = 0;  ///< Drawn.
+  /// For each module how many of its drafts the main model looked at, and how many it accepted. A
+  /// draft behind one that was refused is not looked at.
+  std::vector<Index> checked = {}, accepted = {};
+
+  /// The share of the drafts looked at that were accepted; 0 if there were none. (DeepSeek-V3
+  /// reports 0.85 to 0.90 for its one module.)
+  double acceptance() const {
+    const Index all = std::accumulate(checked.begin(), checked.end(), Index(0));
+    const Index good = std::accumulate(accepted.begin(), accepted.end(), Index(0));
+    return all == 0 ? 0.0 : static_cast<double>(good) / static_cast<double>(all);
+  }
+};
+
+/// What speculative decoding keeps of one conversation. A copy continues on its own.
+template <std::floating_point T>
+struct SpeculativeState {
+  /// Rows for the positions from `begin` on, side by side.
+  struct Rows {
+    std::vector<T> values;
+    Index begin = 0;
+  };
+
+  typename Decoder<T>::State main;
+  std::vector<Index> tokens;                           ///< All that `main` has seen.
+  std::vector<typename MultiToken<T>::State> modules;  ///< One for each module.
+  std::vector<Index> lengths;                          ///< Positions that each module has seen.
+  std::vector<Rows> hidden;                            ///< What each module has yet to read.
+};
+
+namespace detail {
+
+/// One conversation under way. Tokens 0 .. L - 1 are known; the main model has seen all of them but
+/// the last. Module k, counted from 0, has seen some of the positions 0 .. L - 2; at position i it
+/// reads token i + k + 1, a draft if that is not known yet, and what module k - 1 has made of
+/// position i.
+template <class T>
+class Speculation {
+ public:
+  Speculation(const Decoder<T>& model, const MultiToken<T>& modules, SpeculativeState<T>& state,
+              DraftReport& report)
+      : model_(model), modules_(modules), state_(state), report_(report), caches_(depth()) {
+    if (modules.d_model() != model.d_model()) {
+      fail<ConfigError>("speculate: the modules have d_model = ", modules.d_model(), ", expected ",
+                        model.d_model(), " as the model");
+    }
+    if (state.modules.empty()) {
+      state.modules.resize(depth());
+      state.lengths.assign(depth(), 0);
+      state.hidden.resize(depth());
+    } else if (state.modules.size() != depth()) {
+      fail<StateError>("speculate: the state has ", state.modules.size(), " modules, expected ",
+                       depth());
+    }
+    report.checked.resize(std::max(report.checked.size(), depth()));
+    report.accepted.resize(std::max(report.accepted.size(), depth()));
+  }
+
+  void run(Turn<T>& turn) {
+    const Matrix<T>& logits = feed(turn.prompt, true);
+    keep(static_cast<Index>(turn.prompt.size()));
+    state_.tokens.insert(state_.tokens.end(), turn.prompt.begin(), turn.prompt.end());
+    turn.ended = turn.until->count == 0;
+    if (turn.ended) return;
+    draw(turn, logits.row(0));
+    while (!turn.ended) {
+      const Index wanted = turn.until->count - static_cast<Index>(turn.result.tokens.size());
+      draft(std::min(depth(), static_cast<std::size_t>(wanted - 1)));
+      check(turn);
+    }
+    if (state_.main.length < known()) {
+      feed({&state_.tokens.back(), 1}, true);
+      keep(1);
+    }
+  }
+
+ private:
+  std::size_t depth() const { return modules_.depth(); }
+  Index known() const { return static_cast<Index>(state_.tokens.size()); }
+
+  /// A pass of the main model.
+  const Matrix<T>& feed(std::span<const Index> ids, bool last_only) {
+    const Matrix<T>& logits = model_.decode(ids, state_.main, cache_, last_only);
+    ++report_.passes;
+    return logits;
+  }
+
+  /// Hands h of the first `count` tokens of the last pass on to the first module.
+  void keep(Index count) {
+    const Matrix<T>& h = model_.hidden(cache_);
+    const bool normed = modules_.config().source == HiddenSource::kNormed;
+    append(state_.hidden[0], (normed ? model_.norm(h, norm_cache_) : h).topRows(count));
+  }
+
+  void draw(Turn<T>& turn, MatrixIn<T> logits) {
+    turn.add(sampler_.sample(logits, *turn.sampling, *turn.rng));
+    state_.tokens.push_back(turn.result.tokens.back());
+    ++report_.tokens;
+  }
+
+  /// Lets the first `count` modules draft a token each.
+  void draft(std::size_t count) {
+    drafts_.clear();
+    const Index seen = state_.main.length;
+    for (std::size_t k = 0; k < count; ++k) {
+      const Index begin = state_.lengths[k];
+      ids_.clear();
+      for (Index i = begin; i < seen; ++i) ids_.push_back(token(i + static_cast<Index>(k) + 1));
+      const Matrix<T>& h = modules_.decode(k, model_, ids_, rows(state_.hidden[k], begin, seen),
+                                           state_.modules[k], caches_[k]);
+      state_.lengths[k] = seen;
+      if (k + 1 < depth()) append(state_.hidden[k + 1], h);
+      const Matrix<T>& logits = modules_.logits(k, model_, h.bottomRows(1), caches_[k]);
+      Index best = 0;
+      top_k(logits.data(), logits.cols(), 1, &best);
+      drafts_.push_back(best);
+    }
+  }
+
+  /// Draws tokens as long as they are those of the drafts, and one more; takes the rest back.
+  void check(Turn<T>& turn) {
+    const Index seen = state_.main.length;
+    ids_.assign(1, state_.tokens.back());
+    ids_.insert(ids_.end(), drafts_.begin(), drafts_.end());
+    const Matrix<T>& logits = feed(ids_, false);
+    Index good = 1;  // Of what the main model was given.
+    for (std::size_t i = 0; i <= drafts_.size() && !turn.ended; ++i) {
+      draw(turn, logits.row(static_cast<Index>(i)));
+      if (i == drafts_.size()) break;
+      ++report_.checked[i];
+      if (drafts_[i] != state_.tokens.back()) break;
+      ++report_.accepted[i];
+      ++good;
+    }
+    state_.main.truncate(seen + good);
+    keep(good);
+    // Module k read drafts at the last k positions it saw, right or wrong.
+    for (std::size_t k = 0; k < depth(); ++k) {
+      const Index sure = std::max<Index>(0, seen - static_cast<Index>(k));
+      if (state_.lengths[k] > sure) {
+        state_.modules[k].truncate(sure);
+        state_.lengths[k] = sure;
+        if (k + 1 < depth()) forget_from(state_.hidden[k + 1], sure);
+      }
+      forget_before(state_.hidden[k], state_.lengths[k]);
+    }
+  }
+
+  /// A token that is known or drafted.
+  Index token(Index i) const {
+    return i < known() ? state_.tokens[static_cast<std::size_t>(i)]
+                       : drafts_[static_cast<std::size_t>(i - known())];
+  }
+
+  using Rows = typename SpeculativeState<T>::Rows;
+
+  Index offset(const Rows& rows, Index position) const {
+    return (position - rows.begin) * model_.d_model();
+  }
+  Eigen::Map<const Matrix<T>> rows(const Rows& rows, Index begin, Index end) const {
+    return {rows.values.data() + offset(rows, begin), end - begin, model_.d_model()};
+  }
+  void append(Rows& rows, MatrixIn<T> more) const {
+    for (Index t = 0; t < more.rows(); ++t) {
+      const T* row = &more.coeffRef(t, 0);
+      rows.values.insert(rows.values.end(), row, row + more.cols());
+    }
+  }
+  void forget_from(Rows& rows, Index position) const {
+    rows.values.resize(static_cast<std::size_t>(offset(rows, position)));
+  }
+  void forget_before(Rows& rows, Index position) const {
+    rows.values.erase(rows.values.begin(), rows.values.begin() + offset(rows, position));
+    rows.begin = position;
+  }
+
+  const Decoder<T>& model_;
+  const MultiToken<T>& modules_;
+  SpeculativeState<T>& state_;
+  DraftReport& report_;
+  typename Decoder<T>::Cache cache_;
+  typename AnyLayer<T>::Cache norm_cache_;
+  std::vector<typename MultiToken<T>::ModuleCache> caches_;
+  Sampler<T> sampler_;
+  std::vector<Index> drafts_, ids_;
+};
+
+}  // namespace detail
+
+/// Continues one conversation as `generate` does, in fewer passes of the main model: the D modules
+/// draft the next D tokens, the main model looks at the last token and the drafts in one pass of
+/// D + 1 tokens, and drafts count as long as they are what the main model itself draws. The rest is
+/// taken back (`State::truncate`).
+///
+/// The text is that of `generate` with the same rng, up to rounding, greedy or not: each token is
+/// drawn from the main model's logits behind the tokens before it, with the same random numbers.
+/// The modules, which draft greedily, decide the speed alone. (Where a capacity couples the tokens
+/// of a pass, texts may differ; see `Decoder::decode`.)
+///
+/// \param prompt    At least one token; with a state, what has been added since.
+/// \param state     Of the same model and modules; in the end it holds prompt and new tokens.
+/// \param report    Is added to.
+/// \throws ConfigError     as `generate` does, and if the modules are not as wide as the model;
+///                         `state` is as it was.
+/// \throws StateError      if `state` is of another number of modules.
+/// \throws NonFiniteError  if the model yields NaN. `state` cannot be continued.
+template <std::floating_point T>
+Generated speculate(const Decoder<T>& model, const MultiToken<T>& modules,
+                    std::span<const Index> prompt, const Until& until, const Sampling& sampling,
+                    Rng& rng, SpeculativeState<T>& state, DraftReport& report) {
+  detail::Turn<T> turn = {prompt, &until, &sampling, &rng, &state.main};
+  turn.check();
+  detail::Speculation<T>(model, modules, state, report).run(turn);
+  return std::move(turn.result);
+}
+
+/// The same for a sequence that begins with `prompt` and is not continued.
+/// \return          The new tokens.
+template <std::floating_point T>
+std::vector<Index> speculate(const Decoder<T>& model, const MultiToken<T>& modules,
+                             std::span<const Index> prompt, Index count, const Sampling& sampling,
+                             Rng& rng, DraftReport& report) {
+  SpeculativeState<T> state;
+  const Until until = {.count = count};
+  return speculate(model, modules, prompt, until, sampling, rng, state, report).tokens;
+}
+
+}  // namespace weir

@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MIT
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/model/generate.hpp>
+#include <weir/model/multi_token.hpp>
+#include <weir/model/speculative.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/hash_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/nn/cross_entropy.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/rms_norm.hpp>
+#include <weir/optim/adamw.hpp>
+
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+using namespace weir;
+
+namespace {
+
+using Ids = std::vector<Index>;
+
+constexpr Index kVocab = 11;
+constexpr Index kModel = 8;
+constexpr Sampling kGreedy{.temperature = 0.0};
+
+enum class Kind { kDense, kMixture, kHash };
+
+template <class T>
+Block<T> make_block(Kind kind, Rng& rng) {
+  const RmsNorm<T> norm(kModel);
+  const GroupedQueryAttention<T> attention({.d_model = kModel, .heads = 2, .kv_heads = 1}, rng);
+  if (kind == Kind::kDense) {
+    return pre_norm_block<T>(norm, attention, norm, Glu<T>(kModel, 6, rng, {.init_scale = 1.0}),
+                             "mlp");
+  }
+  if (kind == Kind::kMixture) {
+    auto moe = MoELayer(LinearRouter<T>(kModel, 3, rng, {.init_scale = 1.0}),
+                        SoftmaxTopK<T>{.k = 2}, Dropless{}, GluBank<T>(3, kModel, 6, rng, 1.0));
+    return pre_norm_block<T>(norm, attention, norm, std::move(moe), "moe");
+  }
+  auto moe = MoELayer(HashRouter<T>(kModel, 3, modulo_hash_table(kVocab, 3)),
+                      SoftmaxTopK<T>{.k = 1}, Dropless{}, GluBank<T>(3, kModel, 6, rng, 1.0));
+  return pre_norm_block<T>(norm, attention, norm, std::move(moe), "moe");
+}
+
+template <class T = double>
+Decoder<T> make_decoder(Kind kind, bool tied, std::uint64_t seed = 1) {
+  Rng rng(seed);
+  std::vector<Block<T>> layers;
+  for (int l = 0; l < 2; ++l) layers.push_back(make_block<T>(kind, rng));
+  std::optional<Linear<T>> head;
+  if (!tied) head.emplace(kModel, kVocab, rng);
+  return {Embedding<T>(kVocab, kModel, rng, 0.5), std::move(layers), RmsNorm<T>(kModel),
+          std::move(head)};
+}
+
+template <class T = double>
+MultiToken<T> make_modules(std::size_t depth, Kind kind, const MultiTokenConfig& config = {}) {
+  Rng rng(2);
+  std::vector<MultiTokenModule<T>> modules;
+  for (std::size_t k = 0; k < depth; ++k) {
+    modules.push_back({RmsNorm<T>(kModel), RmsNorm<T>(kModel), Linear<T>(2 * kModel, kModel, rng),
+                       make_block<T>(kind, rng), RmsNorm<T>(kModel)});
+  }
+  return MultiToken<T>(std::move(modules), config);
+}
+
+// A model without layers predicts by the last token alone, and modules that look at nothing but
+// their token, multiplied by `sign`, predict the same as it or the opposite.
+Decoder<double> make_bigram() {
+  Rng rng(3);
+  return {Embedding<double>(kVocab, kModel, rng, 1.0),
+          {},
+          RmsNorm<double>(kModel),
+          Linear<double>(kModel, kVocab, rng)};
+}
+
+MultiToken<double> make_bigram_modules(std::size_t depth, double sign) {
+  Matrix<double> projection = Matrix<double>::Zero(kModel, 2 * kModel);
+  projection.leftCols(kModel).diagonal().setConstant(sign);
+  const Block<double> nothing(
+      {{"nothing", RmsNorm<double>(kModel), Linear<double>(Matrix<double>::Zero(kModel, kModel))}});
+  std::vector<MultiTokenModule<double>> modules(
+      depth, {RmsNorm<double>(kModel), RmsNorm<double>(kModel), Linear<double>(projection), nothing,
+              RmsNorm<double>(kModel)});
+  return MultiToken<double>(std::move(modules));
+}
+
+Ids operator+(Ids a, const Ids& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+}  // namespace
+
+TEST_CASE("Speculative decoding yields the text of plain decoding", "[model][speculative]") {
+  const auto kind = GENERATE(Kind::kDense, Kind::kMixture, Kind::kHash);
+  const auto depth = GENERATE(as<std::size_t>{}, 1, 2, 3);
+  const auto sampling =
+      GENERATE(as<Sampling>{}, kGreedy, Sampling{}, Sampling{.temperature = 0.7, .top_k = 3});
+  const auto source = depth == 2 ? HiddenSource::kHidden : HiddenSource::kNormed;
+  const Decoder<double> model = make_decoder(kind, depth == 1);
+  const MultiToken<double> modules = make_modules(depth, kind, {.source = source});
+  DraftReport report;
+  for (const Ids& prompt : {Ids{4}, Ids{1, 2}, Ids{0, 9, 3, 3, 7, 10, 2}}) {
+    for (const Index count : {0, 1, 2, 25}) {
+      Rng rng(5), plain_rng(5);
+      CHECK(speculate(model, modules, prompt, count, sampling, rng, report) ==
+            generate(model, prompt, count, sampling, plain_rng));
+      CHECK(rng.position() == plain_rng.position());
+    }
+  }
+  CHECK(report.tokens == 3 * 28);
+  CHECK(report.checked[0] > 0);
+}
+
+TEST_CASE("Good drafts are all accepted", "[model][speculative]") {
+  const auto depth = GENERATE(as<std::size_t>{}, 1, 2, 4);
+  const Decoder<double> model = make_bigram();
+  const MultiToken<double> modules = make_bigram_modules(depth, 1.0);
+  Rng rng(0), plain_rng(0);
+  DraftReport report;
+  const auto d = static_cast<Index>(depth);
+  const Index count = 1 + 6 * (d + 1);  // One from the prompt, then six full passes.
+  const Ids text = speculate(model, modules, Ids{4, 7}, count, kGreedy, rng, report);
+  CHECK(text == generate(model, Ids{4, 7}, count, kGreedy, plain_rng));
+  CHECK(report.acceptance() == 1.0);
+  CHECK(report.tokens == count);
+  CHECK(report.passes == 1 + 6 + 1);  // The prompt, six, and the last token into the state.
+  CHECK(report.checked == Ids(depth, 6));
+  CHECK(report.accepted == report.checked);
+}
+
+TEST_CASE("Bad drafts are refused, and change nothing", "[model][speculative]") {
+  const auto depth = GENERATE(as<std::size_t>{}, 1, 3);
+  const Decoder<double> model = make_bigram();
+  const MultiToken<double> modules = make_bigram_modules(depth, -1.0);
+  Rng rng(0), plain_rng(0);
+  DraftReport report;
+  CHECK(speculate(model, modules, Ids{4}, 20, kGreedy, rng, report) ==
+        generate(model, Ids{4}, 20, kGreedy, plain_rng));
+  CHECK(report.accepted[0] == 0);
+  CHECK(report.acceptance() == 0.0);
+  CHECK(report.passes == 21);
+  CHECK(report.checked[0] == 18);  // There is no draft for the first token, and none for the last.
+  CHECK(DraftReport().acceptance() == 0.0);
+}
+
+TEST_CASE("Modules that were trained draft well", "[model][speculative]") {
+  Decoder<float> model = make_decoder<float>(Kind::kMixture, true);
+  MultiToken<float> modules = make_modules<float>(2, Kind::kMixture);
+  auto all = parameters(model);
+  for (const auto& named : parameters(modules)) all.push_back(named);
+  AdamW<float> optimizer(all, {.learning_rate = 1e-2F});
+  Ids ids, targets;
+  for (Index t = 0; t < 44; ++t) {
+    ids.push_back(t * t % 11);
+    targets.push_back((t + 1) * (t + 1) % 11);
+  }
+  const CrossEntropy<float> loss;
+  CrossEntropy<float>::Cache loss_cache;
+  Decoder<float>::Cache cache;
+  MultiToken<float>::Cache module_cache;
+  for (int step = 0; step < 60; ++step) {
+    loss.forward(model.forward(ids, {}, cache), targets, loss_cache);
+    modules.forward(model, cache, ids, targets, {}, module_cache);
+    model.backward(loss.backward(loss_cache), cache, modules.backward(model, module_cache));
+    optimizer.step();
+  }
+  Rng rng(0), plain_rng(0);
+  DraftReport report;
+  const Ids prompt(ids.begin(), ids.begin() + 13);
+  CHECK(speculate(model, modules, prompt, 30, kGreedy, rng, report) ==
+        generate(model, prompt, 30, kGreedy, plain_rng));
+  CHECK(report.acceptance() > 0.6);
+  CHECK(report.passes < 22);
+}
+
+TEST_CASE("Speculative decoding continues a conversation", "[model][speculative]") {
+  const auto depth = GENERATE(as<std::size_t>{}, 1, 3);
+  const Decoder<double> model = make_decoder(Kind::kMixture, false);
+  const MultiToken<double> modules = make_modules(depth, Kind::kMixture);
+  SpeculativeState<double> state;
+  DraftReport report;
+  Rng rng(6), plain_rng(6);
+  Ids text;
+  Decoder<double>::State plain;
+  for (const Ids& prompt : {Ids{1, 2, 3}, Ids{5}, Ids{8, 8}}) {
+    for (const Index count : {6, 0, 1}) {
+      const SpeculativeState<double> before = state;
+      const Generated got =
+          speculate(model, modules, prompt, {.count = count}, {}, rng, state, report);
+      CHECK(got.tokens == generate(model, prompt, count, {}, plain_rng, plain));
+      CHECK(got.ending == Ending::kCount);
+      text = text + prompt + got.tokens;
+      CHECK(state.tokens == text);
+      CHECK(state.main.length == plain.length);
+      // A copy goes on from the same place.
+      SpeculativeState<double> copy = before;
+      Rng other(9), plain_other(9);
+      speculate(model, modules, Ids{0}, {.count = 4}, {}, other, copy, report);
+      const Ids so_far(text.begin(), text.begin() + before.main.length);
+      CHECK(Ids(copy.tokens.end() - 4, copy.tokens.end()) ==
+            generate(model, so_far + Ids{0}, 4, {}, plain_other));
+    }
+  }
+}
+
+TEST_CASE("Speculative decoding ends where plain decoding does", "[model][speculative]") {
+  const auto good_drafts = GENERATE(true, false);
+  const Decoder<double> model = make_bigram();
+  const MultiToken<double> modules = make_bigram_modules(2, good_drafts ? 1.0 : -1.0);
+  const Ids prompt = {4, 7};
+  Rng rng(7);
+  const Sampling sampling = good_drafts ? kGreedy : Sampling{.temperature = 3.0};
+  const Ids all = generate(model, prompt, 20, sampling, rng);
+  for (std::size_t i = 0; i < 6; ++i) {
+    Index calls = 0;
+    const std::vector<Until> conditions = {{.count = static_cast<Index>(i)},
+                                           {.count = 20, .tokens = {all[i]}},
+                                           {.count = 20, .texts = {{all[i], all[i + 1]}}},
+                                           {.count = 20, .on_token = [&](Index) {
+                                              return ++calls % (static_cast<Index>(i) + 1) != 0;
+                                            }}};
+    for (const Until& until : conditions) {
+      Rng one(7), other(7);
+      SpeculativeState<double> state;
+      Decoder<double>::State plain;
+      DraftReport report;
+      const Generated expected = generate(model, prompt, until, sampling, one, plain);
+      calls = 0;
+      const Generated got =
+          speculate(model, modules, prompt, until, sampling, other, state, report);
+      calls = 0;
+      CHECK(got.tokens == expected.tokens);
+      CHECK(got.ending == expected.ending);
+      CHECK(state.main.length == plain.length);
+      CHECK(state.tokens == prompt + expected.tokens);
+      CHECK(one.position() == other.position());
+      // And goes on from there.
+      CHECK(speculate(model, modules, Ids{1}, {.count = 5}, kGreedy, other, state, report).tokens ==
+            generate(model, Ids{1}, 5, kGreedy, one, plain));
+    }
+  }
+}
+
+TEST_CASE("Speculative decoding refuses misuse before it changes anything",
+          "[model][speculative]") {
+  const Decoder<double> model = make_decoder(Kind::kDense, true);
+  const MultiToken<double> modules = make_modules(1, Kind::kDense);
+  SpeculativeState<double> state;
+  DraftReport report;
+  Rng rng(8);
+  speculate(model, modules, Ids{1, 2}, {.count = 2}, kGreedy, rng, state, report);
+  const auto message = [&](const Ids& prompt, const Until& until, const Sampling& sampling) {
+    return test::message_of<ConfigError>(
+        [&] { speculate(model, modules, prompt, until, sampling, rng, state, report); });
+  };
+  CHECK(message({}, {.count = 3}, {}) == "generate: prompt is empty, expected at least one token");
+  CHECK(message({1}, {.count = -1}, {}) == "generate: count = -1, expected >= 0");
+  CHECK(message({1}, {.count = 1, .texts = {{}}}, {}) ==
+        "generate: until.texts[0] is empty, expected at least one token");
+  CHECK(message({1}, {.count = 1}, {.top_k = -1}) == "Sampling: top_k = -1, expected >= 0");
+  CHECK(message({3, 11}, {.count = 3}, {}) ==
+        "Embedding::forward: ids[1] = 11, expected 0 <= id < 11");
+  CHECK(state.main.length == 4);
+  CHECK(state.tokens.size() == 4);
+
+  const MultiToken<double> two = make_modules(2, Kind::kDense);
+  CHECK(test::message_of<StateError>([&] {
+          speculate(model, two, Ids{1}, {.count = 3}, {}, rng, state, report);
+        }) == "speculate: the state has 1 modules, expected 2");
+  const Decoder<double> wide(Embedding<double>(kVocab, 10, rng), {}, RmsNorm<double>(10));
+  SpeculativeState<double> fresh;
+  CHECK(test::message_of<ConfigError>([&] {
+          speculate(wide, modules, Ids{1}, {.count = 3}, {}, rng, fresh, report);
+        }) == "speculate: the modules have d_model = 8, expected 10 as the model");
+
+  Matrix<double> table = test::random_matrix(kVocab, kModel, 9);
+  table(2, 1) = std::numeric_limits<double>::quiet_NaN();
+  const Decoder<double> broken(Embedding<double>(table), {}, RmsNorm<double>(kModel));
+  CHECK_THROWS_AS(speculate(broken, modules, Ids{2}, 1, {}, rng, report), NonFiniteError);
+}
