@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What holds for every preset, made small.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -13,6 +14,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
+#include <weir/model/multi_token.hpp>
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/optim/adamw.hpp>
 #include <weir/presets/count.hpp>
@@ -161,6 +163,32 @@ TEST_CASE("A preset has as many numbers as its config counts", "[presets]") {
       CHECK(numbers == counted.selection_bias);
     }
   }
+}
+
+TEST_CASE("DeepSeek-V3's module of multi-token prediction has as many numbers as counted",
+          "[presets]") {
+  const DeepSeekV3Config config = scaled(deepseek_v3(), {.d_model = 16, .vocab = 128});
+  Rng rng(1);
+  Decoder<double> model = presets::make<double>(config, rng);
+  MultiToken<double> modules = make_prediction<double>(config, rng);
+  REQUIRE(modules.modules().size() == 1);
+  Count numbers = parameter_count(modules);
+  for (const auto& [name, buffer] : buffers(modules)) numbers += buffer->value.size();
+  CHECK(numbers == count(config).prediction);
+
+  // Behind the model, it is trained with it.
+  const std::vector<Index> ids = text(0, 12);
+  const std::vector<Index> targets = text(1, 12);
+  const Pass pass{.training = true};
+  Decoder<double>::Cache cache;
+  MultiToken<double>::Cache modules_cache;
+  CrossEntropy<double>::Cache loss_cache;
+  const CrossEntropy<double> loss;
+  loss.forward(model.forward(ids, pass, cache), targets, loss_cache);
+  const double further = modules.forward(model, cache, ids, targets, pass, modules_cache);
+  CHECK(further == Approx(0.3 * std::log(128.0)).epsilon(0.5));
+  model.backward(loss.backward(loss_cache), cache, modules.backward(model, modules_cache));
+  CHECK(parameters(modules).front().parameter->grad.norm() > 0.0);
 }
 
 TEST_CASE("Each preset decodes token by token and in chunks what it computes at once",

@@ -58,9 +58,28 @@ AnyLayer<T> make_attention(const ModelShape& shape, Index layer, Rng& rng) {
   return std::visit(make, shape.attention_of(layer));
 }
 
-/// A decoder of pre-norm blocks: attention, then `mixture` under the name "moe" where the layer is
+/// Layer `layer`, pre-norm: attention, then `mixture` under the name "moe" where the layer is
 /// sparse, else `dense` under the name "mlp"; behind a mixture a dense network, if the shape says
-/// so. With four norms a layer, each of its two branches has one behind it, too.
+/// so. With four norms, each branch has one behind it, too.
+template <std::floating_point T>
+Block<T> make_layer(const ModelShape& shape, Index layer, const Parts<T>& parts, Rng& rng) {
+  std::vector<Branch<T>> branches;
+  branches.push_back({"attention", parts.norm(), make_attention<T>(shape, layer, rng)});
+  if (shape.interleave.is_sparse(layer)) {
+    branches.push_back({"moe", parts.norm(), parts.mixture()});
+    if (shape.extra_hidden > 0) {
+      branches.push_back({"mlp", parts.norm(), parts.dense(shape.extra_hidden)});
+    }
+  } else {
+    branches.push_back({"mlp", parts.norm(), parts.dense(shape.dense_hidden)});
+  }
+  if (shape.norms == 4) {
+    for (Branch<T>& branch : branches) branch.post_norm = parts.norm();
+  }
+  return Block<T>(std::move(branches));
+}
+
+/// A decoder of such layers.
 /// \throws ConfigError  as ModelShape::check, and if the shape is of an encoder-decoder.
 template <std::floating_point T>
 Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
@@ -72,22 +91,7 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
   }
   Embedding<T> embedding(shape.vocab, shape.d_model, rng);
   std::vector<Block<T>> layers;
-  for (Index l = 0; l < shape.layers; ++l) {
-    std::vector<Branch<T>> branches;
-    branches.push_back({"attention", parts.norm(), make_attention<T>(shape, l, rng)});
-    if (shape.interleave.is_sparse(l)) {
-      branches.push_back({"moe", parts.norm(), parts.mixture()});
-      if (shape.extra_hidden > 0) {
-        branches.push_back({"mlp", parts.norm(), parts.dense(shape.extra_hidden)});
-      }
-    } else {
-      branches.push_back({"mlp", parts.norm(), parts.dense(shape.dense_hidden)});
-    }
-    if (shape.norms == 4) {
-      for (Branch<T>& branch : branches) branch.post_norm = parts.norm();
-    }
-    layers.emplace_back(std::move(branches));
-  }
+  for (Index l = 0; l < shape.layers; ++l) layers.push_back(make_layer(shape, l, parts, rng));
   std::optional<Linear<T>> head;
   if (!shape.tied) head.emplace(shape.d_model, shape.vocab, rng);
   return {std::move(embedding), std::move(layers), parts.norm(), std::move(head), config};
