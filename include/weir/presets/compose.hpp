@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What the presets' `make` functions share: a decoder from sizes and parts.
+#pragma once
+
+#include <concepts>
+#include <functional>
+#include <optional>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/attention/latent.hpp>
+#include <weir/core/error.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/any_layer.hpp>
+#include <weir/model/block.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/experts/any_bank.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/shared_experts.hpp>
+#include <weir/nn/embedding.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/linear.hpp>
+#include <weir/nn/mlp.hpp>
+#include <weir/nn/rms_norm.hpp>
+#include <weir/ops/activation.hpp>
+#include <weir/presets/model_shape.hpp>
+#include <weir/presets/openmoe_network.hpp>
+
+namespace weir::presets {
+
+/// The kinds of layer a family uses. Each function is called whenever such a layer is wanted.
+template <std::floating_point T>
+struct Parts {
+  std::function<AnyLayer<T>()> norm;
+  std::function<AnyLayer<T>()> mixture;
+  std::function<AnyLayer<T>(Index d_hidden)> dense;
+};
+
+/// The attention of layer `layer`.
+template <std::floating_point T>
+AnyLayer<T> make_attention(const ModelShape& shape, Index layer, Rng& rng) {
+  const auto make = [&](auto config) -> AnyLayer<T> {
+    config.d_model = shape.d_model;
+    if constexpr (std::is_same_v<decltype(config), LatentConfig>) {
+      return LatentAttention<T>(config, rng);
+    } else {
+      return GroupedQueryAttention<T>(config, rng);
+    }
+  };
+  return std::visit(make, shape.attention_of(layer));
+}
+
+/// Layer `layer`, pre-norm: attention, then `mixture` under the name "moe" where the layer is
+/// sparse, else `dense` under the name "mlp"; behind a mixture a dense network, if the shape says
+/// so. With four norms, each branch has one behind it, too.
+template <std::floating_point T>
+Block<T> make_layer(const ModelShape& shape, Index layer, const Parts<T>& parts, Rng& rng) {
+  std::vector<Branch<T>> branches;
+  branches.push_back({"attention", parts.norm(), make_attention<T>(shape, layer, rng)});
+  if (shape.interleave.is_sparse(layer)) {
+    branches.push_back({"moe", parts.norm(), parts.mixture()});
+    if (shape.extra_hidden > 0) {
+      branches.push_back({"mlp", parts.norm(), parts.dense(shape.extra_hidden)});
+    }
+  } else {
+    branches.push_back({"mlp", parts.norm(), parts.dense(shape.dense_hidden)});
+  }
+  if (shape.norms == 4) {
+    for (Branch<T>& branch : branches) branch.post_norm = parts.norm();
+  }
+  return Block<T>(std::move(branches));
+}
+
+/// A decoder of such layers.
+/// \throws ConfigError  as ModelShape::check, and if the shape is of an encoder-decoder.
+template <std::floating_point T>
+Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
+                   const DecoderConfig& config = {}) {
+  shape.check();
+  if (shape.encoder_layers > 0) {
+    fail<ConfigError>("compose: encoder_layers = ", shape.encoder_layers,
+                      ", expected 0; see ModelShape::decoder_half");
+  }
+  Embedding<T> embedding(shape.vocab, shape.d_model, rng);
+  std::vector<Block<T>> layers;
+  for (Index l = 0; l < shape.layers; ++l) layers.push_back(make_layer(shape, l, parts, rng));
+  std::optional<Linear<T>> head;
+  if (!shape.tied) head.emplace(shape.d_model, shape.vocab, rng);
+  return {std::move(embedding), std::move(layers), parts.norm(), std::move(head), config};
+}
+
+/// A dense network of shape.ffn_matrices matrices: 2 plain with ReLU, 3 gated by Act, 4
+/// OpenMoENetwork.
+template <std::floating_point T, Activation Act = Silu>
+AnyLayer<T> make_dense(const ModelShape& shape, Index d_hidden, Rng& rng, double init_scale = 1.0) {
+  if (shape.ffn_matrices == 2) {
+    return Mlp<T, Relu>(shape.d_model, d_hidden, rng, {.init_scale = init_scale});
+  }
+  if (shape.ffn_matrices == 3) {
+    return Glu<T, Act>(shape.d_model, d_hidden, rng, {.init_scale = init_scale});
+  }
+  return OpenMoENetwork<T>(shape.d_model, d_hidden, rng, init_scale);
+}
+
+/// RMS norms and `make_dense`, as most families have them; the mixture is left to say. `rng` lives
+/// as long as the parts.
+template <std::floating_point T, Activation Act = Silu>
+Parts<T> usual_parts(const ModelShape& shape, double norm_epsilon, Rng& rng,
+                     double init_scale = 1.0) {
+  Parts<T> parts;
+  parts.norm = [=] { return RmsNorm<T>(shape.d_model, norm_epsilon); };
+  parts.dense = [=, &rng](Index d_hidden) {
+    return make_dense<T, Act>(shape, d_hidden, rng, init_scale);
+  };
+  return parts;
+}
+
+/// `moe` beside the expert that every token visits, where the shape has one.
+template <class Moe, class T = typename Moe::Scalar>
+AnyLayer<T> with_shared(const ModelShape& shape, Moe moe, Rng& rng) {
+  if (shape.shared_hidden == 0) return moe;
+  return SharedExperts(std::move(moe), Glu<T>(shape.d_model, shape.shared_hidden, rng));
+}
+
+/// The experts of a family whose networks are all gated.
+/// \throws ConfigError  unless shape.ffn_matrices is 3.
+template <std::floating_point T, Activation Act = Silu>
+GluBank<T, Act> gated_experts(const ModelShape& shape, Rng& rng, double init_scale = 1.0) {
+  if (shape.ffn_matrices != 3) {
+    fail<ConfigError>("gated_experts: ffn_matrices = ", shape.ffn_matrices, ", expected 3");
+  }
+  return GluBank<T, Act>(shape.experts, shape.d_model, shape.d_hidden, rng, init_scale);
+}
+
+/// The experts of a family whose networks differ in that: `with(bank)` of networks like those of
+/// `make_dense`.
+template <std::floating_point T, Activation Act = Silu, class With>
+AnyLayer<T> with_experts(const ModelShape& shape, Rng& rng, double init_scale, With&& with) {
+  if (shape.ffn_matrices == 2) {
+    return with(MlpBank<T, Relu>(shape.experts, shape.d_model, shape.d_hidden, rng,
+                                 {.init_scale = init_scale}));
+  }
+  if (shape.ffn_matrices == 3) return with(gated_experts<T, Act>(shape, rng, init_scale));
+  std::vector<OpenMoENetwork<T>> experts;
+  for (Index e = 0; e < shape.experts; ++e) {
+    experts.emplace_back(shape.d_model, shape.d_hidden, rng, init_scale);
+  }
+  return with(AnyBank(std::move(experts), shape.d_model, shape.d_model));
+}
+
+/// The share of one layer in a coefficient that is meant for the mean over the sparse layers.
+template <std::floating_point T>
+T per_layer(double coefficient, const ModelShape& shape) {
+  return static_cast<T>(coefficient /
+                        static_cast<double>(shape.interleave.count_sparse(shape.layers)));
+}
+
+}  // namespace weir::presets

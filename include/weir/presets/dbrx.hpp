@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// DBRX (Databricks 2024).
+#pragma once
+
+#include <concepts>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/nn/layer_norm.hpp>
+#include <weir/presets/compose.hpp>
+#include <weir/presets/model_shape.hpp>
+
+namespace weir::presets {
+
+/// A decoder with layer norms without bias, clipped queries, keys and values, and the four best of
+/// sixteen SwiGLU experts, whose probabilities are divided by their sum.
+struct DbrxConfig {
+  ModelShape shape;
+  double norm_epsilon = 1e-5;
+  double weight_norm = 1.0;  ///< p: weights are divided by their p-norm.
+  double balance = 0.05;     ///< A mean over the layers.
+};
+
+/// 132 billion parameters, 36 of which a token meets. (Databricks 2024, "Introducing DBRX";
+/// huggingface.co/databricks/dbrx-base.)
+inline DbrxConfig dbrx() {
+  return {
+      .shape = {
+          .layers = 40,
+          .d_model = 6144,
+          .vocab = 100352,
+          .attention =
+              GroupedQueryConfig{
+                  .heads = 48, .kv_heads = 8, .head_dim = 128, .rope_theta = 5e5, .clip_qkv = 8.0},
+          .experts = 16,
+          .k = 4,
+          .d_hidden = 10752,
+      }};
+}
+
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const DbrxConfig& config, Rng& rng) {
+  const ModelShape& shape = config.shape;
+  Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
+  parts.norm = [&] {
+    return LayerNorm<T>(shape.d_model, {.epsilon = config.norm_epsilon, .bias = false});
+  };
+  parts.mixture = [&] {
+    return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                    SoftmaxTopK<T>{.k = shape.k, .renormalise = true, .norm = config.weight_norm},
+                    Dropless{}, gated_experts<T>(shape, rng),
+                    SwitchLoss<T>{.coefficient = per_layer<T>(config.balance, shape),
+                                  .fraction = LoadFraction::kOfTokens}};
+  };
+  return compose<T>(shape, parts, rng);
+}
+
+}  // namespace weir::presets

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437).
+#pragma once
+
+#include <concepts>
+#include <utility>
+#include <vector>
+
+#include <weir/attention/latent.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/model/multi_token.hpp>
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/group_limit.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/nn/linear.hpp>
+#include <weir/ops/yarn.hpp>
+#include <weir/presets/compose.hpp>
+#include <weir/presets/model_shape.hpp>
+
+namespace weir::presets {
+
+/// Latent attention and, behind three dense layers, the eight best of 256 narrow SwiGLU experts by
+/// biased sigmoids, beside one that every token visits; the bias is what balances them.
+struct DeepSeekV3Config {
+  ModelShape shape;
+  double norm_epsilon = 1e-6;
+  double scale = 2.5;  ///< Of the weights, after their division by their sum.
+  GroupLimit groups = {.count = 8, .allowed = 4, .summed = 2};
+  double bias_rate = 0.001;
+  double balance = 0.0001;         ///< In each sequence and layer.
+  double prediction_weight = 0.3;  ///< Of the modules' losses; 0.1 late in the training.
+};
+
+/// 671 billion parameters, 37 of which a token meets; the module of multi-token prediction is
+/// counted apart. (DeepSeek-AI 2024, arXiv:2412.19437, section 4.2.)
+inline DeepSeekV3Config deepseek_v3() {
+  return {.shape = {
+              .layers = 61,
+              .d_model = 7168,
+              .vocab = 129280,
+              .attention = LatentConfig{.heads = 128,
+                                        .q_rank = 1536,
+                                        .kv_rank = 512,
+                                        .nope_dim = 128,
+                                        .rope_dim = 64,
+                                        .value_dim = 128,
+                                        .yarn = Yarn{.factor = 40.0,
+                                                     .original_context = 4096,
+                                                     .mscale = 1.0,
+                                                     .mscale_all_dim = 1.0}},
+              .interleave = {.first_dense = 3},
+              .experts = 256,
+              .k = 8,
+              .d_hidden = 2048,
+              .selection_bias = true,
+              .shared_hidden = 2048,
+              .dense_hidden = 18432,
+              .prediction_modules = 1,
+          }};
+}
+
+namespace detail {
+
+/// `config` and `rng` live as long as the parts.
+template <std::floating_point T>
+Parts<T> deepseek_v3_parts(const DeepSeekV3Config& config, Rng& rng) {
+  const ModelShape& shape = config.shape;
+  Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
+  parts.mixture = [&] {
+    return with_shared(
+        shape,
+        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                 SigmoidTopK<T>(shape.experts,
+                                {.k = shape.k, .scale = config.scale, .groups = config.groups}),
+                 Dropless{}, gated_experts<T>(shape, rng),
+                 BiasBalance<T>(static_cast<T>(config.bias_rate)),
+                 SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                               .scope = Scope::kSequence}},
+        rng);
+  };
+  return parts;
+}
+
+}  // namespace detail
+
+/// The model without its module of multi-token prediction, see `make_prediction`.
+/// \throws ConfigError  if a size is out of range, or if the groups do not fit.
+template <std::floating_point T>
+Decoder<T> make(const DeepSeekV3Config& config, Rng& rng) {
+  return compose<T>(config.shape, detail::deepseek_v3_parts<T>(config, rng), rng);
+}
+
+/// The modules of multi-token prediction, one as published, each with a sparse layer of the model's
+/// kind.
+/// \throws ConfigError  if a size is out of range, or if there are no modules.
+template <std::floating_point T>
+MultiToken<T> make_prediction(const DeepSeekV3Config& config, Rng& rng) {
+  ModelShape shape = config.shape;
+  shape.check();
+  shape.interleave = {};
+  const Index d = shape.d_model;
+  const Parts<T> parts = detail::deepseek_v3_parts<T>(config, rng);
+  std::vector<MultiTokenModule<T>> modules;
+  for (Index m = 0; m < shape.prediction_modules; ++m) {
+    Linear<T> projection(2 * d, d, rng);
+    modules.push_back({parts.norm(), parts.norm(), std::move(projection),
+                       make_layer(shape, shape.layers + m, parts, rng), parts.norm()});
+  }
+  return MultiToken<T>(std::move(modules), {.weight = config.prediction_weight});
+}
+
+}  // namespace weir::presets

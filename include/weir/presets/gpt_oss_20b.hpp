@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// gpt-oss-20b (OpenAI 2025, arXiv:2508.10925).
+#pragma once
+
+#include <concepts>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/clamped_glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/top_k_softmax.hpp>
+#include <weir/ops/yarn.hpp>
+#include <weir/presets/compose.hpp>
+#include <weir/presets/model_shape.hpp>
+
+namespace weir::presets {
+
+/// A decoder with biases, a learned sink in each head's softmax, a window in every other layer, and
+/// the four best of 32 clamped experts, weighted by the softmax over their logits.
+struct GptOssConfig {
+  ModelShape shape;
+  double norm_epsilon = 1e-5;
+  double balance = 0.0;  ///< Not published.
+};
+
+/// 20.9 billion parameters; 3.6 of them active without the embedding, as OpenAI counts.
+/// (OpenAI 2025, arXiv:2508.10925, table 1.)
+inline GptOssConfig gpt_oss_20b() {
+  const GroupedQueryConfig local{
+      .heads = 64,
+      .kv_heads = 8,
+      .head_dim = 64,
+      .rope_theta = 150000.0,
+      .qkv_bias = true,
+      .output_bias = true,
+      .yarn = Yarn{.factor = 32.0, .original_context = 4096, .truncate = false},
+      .window = 128,
+      .sinks = true};
+  GroupedQueryConfig full = local;
+  full.window = 0;
+  return {.shape = {
+              .layers = 24,
+              .d_model = 2880,
+              .vocab = 201088,
+              .attention = local,
+              .other_attention = full,
+              .others = {.stride = 2},
+              .experts = 32,
+              .k = 4,
+              .d_hidden = 2880,
+              .expert_bias = true,
+              .router_bias = true,
+          }};
+}
+
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const GptOssConfig& config, Rng& rng) {
+  const ModelShape& shape = config.shape;
+  Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
+  parts.mixture = [&] {
+    return MoELayer{
+        LinearRouter<T>(shape.d_model, shape.experts, rng, {.bias = true}),
+        TopKSoftmax<T>{.k = shape.k}, Dropless{},
+        ClampedGluBank<T>(shape.experts, shape.d_model, shape.d_hidden, rng, {.init_scale = 1.0}),
+        SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)}};
+  };
+  return compose<T>(shape, parts, rng);
+}
+
+}  // namespace weir::presets

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Grok-1 (xAI 2024).
+#pragma once
+
+#include <cmath>
+#include <concepts>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/ops/activation.hpp>
+#include <weir/presets/compose.hpp>
+#include <weir/presets/model_shape.hpp>
+#include <weir/presets/scaled.hpp>
+
+namespace weir::presets {
+
+/// A decoder whose branches have a norm before and one behind them, with soft-capped attention
+/// scores, the two best of eight GELU-gated experts weighted by their raw probabilities, and
+/// multipliers on the tied embedding and the logits. The released router begins at zero, which
+/// sends every token to the first two experts; `make` begins with chance.
+struct GrokConfig {
+  ModelShape shape;
+  double norm_epsilon = 1e-5;
+  double embedding_multiplier = 78.38367176906169;  ///< The root of d_model = 6144.
+  double logit_multiplier = 0.5773502691896257;     ///< 1 / sqrt(3).
+  double balance = 0.0;                             ///< Not published.
+};
+
+/// "314 billion parameters, 25 % of which are active": 314.9 without the embedding.
+/// (github.com/xai-org/grok-1, run.py and model.py.)
+inline GrokConfig grok_1() {
+  return {.shape = {
+              .layers = 64,
+              .d_model = 6144,
+              .vocab = 131072,
+              .tied = true,
+              .attention =
+                  GroupedQueryConfig{.heads = 48, .kv_heads = 8, .head_dim = 128, .softcap = 30.0},
+              .norms = 4,
+              .experts = 8,
+              .k = 2,
+              .d_hidden = 32768,
+          }};
+}
+
+/// As `scaled` of all presets; the embedding's multiplier stays the root of d_model.
+inline GrokConfig scaled(GrokConfig config, const Scale& to = {}) {
+  config.shape = scaled(config.shape, to);
+  config.embedding_multiplier = std::sqrt(static_cast<double>(to.d_model));
+  return config;
+}
+
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const GrokConfig& config, Rng& rng) {
+  const ModelShape& shape = config.shape;
+  Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng);
+  parts.mixture = [&] {
+    return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                    SoftmaxTopK<T>{.k = shape.k}, Dropless{},
+                    gated_experts<T, GeluTanh>(shape, rng),
+                    SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)}};
+  };
+  return compose<T>(shape, parts, rng,
+                    {.embedding_multiplier = config.embedding_multiplier,
+                     .logit_multiplier = config.logit_multiplier});
+}
+
+}  // namespace weir::presets

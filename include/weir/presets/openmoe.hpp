@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// OpenMoE (Xue et al. 2024, arXiv:2402.01739).
+#pragma once
+
+#include <concepts>
+#include <utility>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/presets/compose.hpp>
+#include <weir/presets/model_shape.hpp>
+
+namespace weir::presets {
+
+/// Multi-head attention and, in every fourth or sixth layer, the two best of the experts by their
+/// raw probabilities with a dense network behind them; the other layers are dense.
+///
+/// The paper and the released code do not agree. The paper's totals are those of gated networks of
+/// three matrices and one embedding, norms and routers left out; the code has a fourth matrix (see
+/// `openmoe_released`) and an output head of its own.
+struct OpenMoEConfig {
+  ModelShape shape;
+  double norm_epsilon = 1e-6;
+  double capacity_train = 1.25;  ///< Times tokens / experts.
+  double capacity_evaluate = 2.0;
+  double balance = 0.01;
+  double z_loss = 1e-4;
+};
+
+/// The model as the released code has it: networks of four matrices, an untied output head.
+inline OpenMoEConfig openmoe_released(OpenMoEConfig config) {
+  config.shape.ffn_matrices = 4;
+  config.shape.tied = false;
+  return config;
+}
+
+namespace detail {
+
+/// What the OpenMoE sizes have in common: heads that are also key and value heads, one width.
+inline ModelShape openmoe_shape(Index layers, Index d_model, Index heads, Index head_dim,
+                                Index d_hidden, Index stride, Index experts) {
+  return {
+      .layers = layers,
+      .d_model = d_model,
+      .vocab = 256384,
+      .tied = true,
+      .attention = GroupedQueryConfig{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
+      .interleave = {.stride = stride},
+      .experts = experts,
+      .k = 2,
+      .d_hidden = d_hidden,
+      .dense_hidden = d_hidden,
+      .extra_hidden = d_hidden,
+  };
+}
+
+}  // namespace detail
+
+/// See OpenMoEConfig.
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const OpenMoEConfig& config, Rng& rng) {
+  const ModelShape& shape = config.shape;
+  constexpr double kInitScale = 0.1;
+  Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.mixture = [&] {
+    LinearRouter<T> router(shape.d_model, shape.experts, rng);
+    return with_experts<T>(shape, rng, kInitScale, [&](auto experts) {
+      return MoELayer(std::move(router), SoftmaxTopK<T>{.k = shape.k},
+                      CapacityFactor{.train = config.capacity_train,
+                                     .evaluate = config.capacity_evaluate,
+                                     .count_k = false,
+                                     .rounding = Rounding::kNearest},
+                      std::move(experts),
+                      SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                                    .fraction = LoadFraction::kOfTokens},
+                      ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)});
+    });
+  };
+  return compose<T>(shape, parts, rng);
+}
+
+}  // namespace weir::presets

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// ST-MoE-32B (Zoph et al. 2022, arXiv:2202.08906).
+#pragma once
+
+#include <concepts>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/ops/activation.hpp>
+#include <weir/presets/compose.hpp>
+#include <weir/presets/model_shape.hpp>
+#include <weir/presets/switch_transformer.hpp>
+
+namespace weir::presets {
+
+/// The two best experts by their raw probabilities in every fourth layer, with a dense network
+/// behind them, and GELU-gated networks throughout.
+///
+/// An encoder-decoder: `count` counts the published model, and `make` builds its decoder half,
+/// without attention to an encoder and with rotary positions instead of T5's table of relative
+/// ones.
+struct StMoEConfig {
+  ModelShape shape;
+  double norm_epsilon = 1e-6;
+  double capacity_train = 1.25;  ///< Times tokens / experts.
+  double capacity_evaluate = 2.0;
+  Index group_size = 4096;  ///< Tokens that share a capacity.
+  double balance = 0.01;
+  double z_loss = 0.001;
+};
+
+/// 269 billion parameters, as expensive as 32 dense ones. (Zoph et al. 2022, arXiv:2202.08906;
+/// the total is reached with the dense network behind each mixture.)
+inline StMoEConfig st_moe_32b() {
+  ModelShape shape = detail::t5_shape(24, 5120, 64, 128, 20480, 4, 64, 2);
+  shape.extra_hidden = 20480;
+  return {.shape = shape};
+}
+
+/// The decoder half, see StMoEConfig.
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const StMoEConfig& config, Rng& rng) {
+  const ModelShape shape = config.shape.decoder_half();
+  constexpr double kInitScale = 0.1;
+  Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.mixture = [&] {
+    return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                    SoftmaxTopK<T>{.k = shape.k},
+                    CapacityFactor{.train = config.capacity_train,
+                                   .evaluate = config.capacity_evaluate,
+                                   .count_k = false,
+                                   .rounding = Rounding::kNearest,
+                                   .group_size = config.group_size},
+                    gated_experts<T, GeluTanh>(shape, rng, kInitScale),
+                    SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
+                                  .fraction = LoadFraction::kOfTokens},
+                    ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)}};
+  };
+  return compose<T>(shape, parts, rng);
+}
+
+}  // namespace weir::presets

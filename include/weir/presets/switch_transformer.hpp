@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The Switch Transformer (Fedus et al. 2021, arXiv:2101.03961).
+#pragma once
+
+#include <concepts>
+#include <utility>
+
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/ops/activation.hpp>
+#include <weir/presets/compose.hpp>
+#include <weir/presets/model_shape.hpp>
+
+namespace weir::presets {
+
+/// T5 with the one best expert, weighted by its raw probability, in every other layer.
+///
+/// An encoder-decoder: `count` counts the published model, and `make` builds its decoder half,
+/// without attention to an encoder and with rotary positions instead of T5's table of relative
+/// ones.
+struct SwitchConfig {
+  ModelShape shape;
+  double norm_epsilon = 1e-6;
+  double capacity_train = 1.25;  ///< Times tokens / experts; 1.0 in part of the paper.
+  double capacity_evaluate = 2.0;
+  double jitter = 0.01;
+  double balance = 0.01;
+};
+
+namespace detail {
+
+/// A T5 of as many layers in the encoder as in the decoder, with 32 buckets of positions.
+inline ModelShape t5_shape(Index layers, Index d_model, Index heads, Index head_dim, Index d_hidden,
+                           Index stride, Index experts, Index k) {
+  return {
+      .layers = layers,
+      .d_model = d_model,
+      .vocab = 32128,
+      .attention = GroupedQueryConfig{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
+      .interleave = {.stride = stride},
+      .experts = experts,
+      .k = k,
+      .d_hidden = d_hidden,
+      .dense_hidden = d_hidden,
+      .encoder_layers = layers,
+      .position_buckets = 32,
+  };
+}
+
+}  // namespace detail
+
+/// The decoder half, see SwitchConfig.
+/// \throws ConfigError  if a size is out of range.
+template <std::floating_point T>
+Decoder<T> make(const SwitchConfig& config, Rng& rng) {
+  const ModelShape shape = config.shape.decoder_half();
+  constexpr double kInitScale = 0.1;  // Fedus et al. 2021, section 2.4.
+  Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.mixture = [&] {
+    JitterRouter router(LinearRouter<T>(shape.d_model, shape.experts, rng), config.jitter);
+    return with_experts<T, GeluTanh>(shape, rng, kInitScale, [&](auto experts) {
+      return MoELayer(std::move(router), SoftmaxTopK<T>{.k = shape.k},
+                      CapacityFactor{.train = config.capacity_train,
+                                     .evaluate = config.capacity_evaluate,
+                                     .count_k = false,
+                                     .rounding = Rounding::kDown},
+                      std::move(experts),
+                      SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)});
+    });
+  };
+  return compose<T>(shape, parts, rng);
+}
+
+}  // namespace weir::presets

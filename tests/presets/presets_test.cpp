@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: MIT
+// What holds for every preset, made small.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <weir/core/init.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/sequences.hpp>
+#include <weir/model/multi_token.hpp>
+#include <weir/nn/cross_entropy.hpp>
+#include <weir/optim/adamw.hpp>
+#include <weir/presets/count.hpp>
+#include <weir/presets/dbrx.hpp>
+#include <weir/presets/deepseek_moe_16b.hpp>
+#include <weir/presets/deepseek_v2.hpp>
+#include <weir/presets/deepseek_v2_lite.hpp>
+#include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/grok_1.hpp>
+#include <weir/presets/llama_4_scout.hpp>
+#include <weir/presets/mixtral_8x22b.hpp>
+#include <weir/presets/mixtral_8x7b.hpp>
+#include <weir/presets/olmoe_1b_7b.hpp>
+#include <weir/presets/openmoe_8b.hpp>
+#include <weir/presets/openmoe_base.hpp>
+#include <weir/presets/qwen3_30b_a3b.hpp>
+#include <weir/presets/scaled.hpp>
+#include <weir/presets/st_moe_32b.hpp>
+#include <weir/presets/switch_base_8.hpp>
+#include <weir/presets/switch_large.hpp>
+
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+#include "support/threads.hpp"
+
+using namespace weir;
+using namespace weir::presets;
+
+namespace {
+
+struct Small {
+  std::string name;
+  ModelShape shape;  // Of what is made: the decoder half of an encoder-decoder.
+  std::function<Decoder<double>(std::uint64_t seed)> make;
+
+  // With weights large enough that nothing is nearly linear.
+  Decoder<double> make_large(std::uint64_t seed) const {
+    Decoder<double> model = make(seed);
+    Rng rng(seed);
+    for (auto& [parameter_name, parameter] : parameters(model)) {
+      Matrix<double>& value = parameter->value;
+      value += normal_init<double>(value.rows(), value.cols(), 0.1, rng);
+    }
+    return model;
+  }
+};
+
+// Without what makes a token's result depend on other tokens, or on chance.
+template <class Config>
+Config undisturbed(Config config) {
+  if constexpr (requires { config.capacity_evaluate; }) {
+    config.capacity_train = config.capacity_evaluate = static_cast<double>(config.shape.experts);
+  }
+  if constexpr (requires { config.jitter; }) config.jitter = 0.0;
+  return config;
+}
+
+template <class Config>
+Small small(std::string name, const Config& config) {
+  const Config made = undisturbed(scaled(config, {.d_model = 16, .vocab = 128}));
+  return {std::move(name), made.shape.decoder_half(), [made](std::uint64_t seed) {
+            Rng rng(seed);
+            return presets::make<double>(made, rng);
+          }};
+}
+
+// Switch-Base-128 and -256 are Switch-Base-8 with other numbers of experts, and OpenMoE-34B is
+// OpenMoE-Base with other widths: made small, they are the same.
+std::vector<Small> all_presets() {
+  return {
+      small("Mixtral 8x7B", mixtral_8x7b()),
+      small("Mixtral 8x22B", mixtral_8x22b()),
+      small("Grok-1", grok_1()),
+      small("DBRX", dbrx()),
+      small("OLMoE-1B-7B", olmoe_1b_7b()),
+      small("Qwen3-30B-A3B", qwen3_30b_a3b()),
+      small("gpt-oss-20b", gpt_oss_20b()),
+      small("Llama-4-Scout", llama_4_scout()),
+      small("DeepSeekMoE-16B", deepseek_moe_16b()),
+      small("DeepSeek-V2-Lite", deepseek_v2_lite()),
+      small("DeepSeek-V2", deepseek_v2()),
+      small("DeepSeek-V3", deepseek_v3()),
+      small("Switch-Base-8", switch_base_8()),
+      small("Switch-XXL-128", switch_xxl_128()),
+      small("ST-MoE-32B", st_moe_32b()),
+      small("OpenMoE-Base", openmoe_base()),
+      small("OpenMoE-8B", openmoe_8b()),
+      small("OpenMoE-Base as released", openmoe_released(openmoe_base())),
+  };
+}
+
+constexpr std::string_view kText =
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age "
+    "of foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the "
+    "season "
+    "of Light, it was the season of Darkness, it was the spring of hope, it was the winter of "
+    "despair, we had everything before us, we had nothing before us, we were all going direct to "
+    "Heaven, we were all going direct the other way";
+
+std::vector<Index> text(std::size_t begin, std::size_t count) {
+  const std::string_view piece = kText.substr(begin, count);
+  return {piece.begin(), piece.end()};
+}
+
+// Logits of `ids` decoded in pieces of so many tokens.
+Matrix<double> decode(const Decoder<double>& model, std::span<const Index> ids, std::size_t piece,
+                      Decoder<double>::State state = {}, Decoder<double>::State* end = nullptr) {
+  Decoder<double>::Cache cache;
+  Matrix<double> logits(static_cast<Index>(ids.size()), model.vocab());
+  for (std::size_t begin = 0; begin < ids.size(); begin += piece) {
+    const auto next = ids.subspan(begin, std::min(piece, ids.size() - begin));
+    logits.middleRows(static_cast<Index>(begin), static_cast<Index>(next.size())) =
+        model.decode(next, state, cache);
+  }
+  if (end != nullptr) *end = std::move(state);
+  return logits;
+}
+
+// Cross-entropy and auxiliary losses of predicting each next byte, as in training.
+struct Objective {
+  CrossEntropy<double> loss = {};
+  Decoder<double>::Cache cache = {};
+  CrossEntropy<double>::Cache loss_cache = {};
+
+  double operator()(const Decoder<double>& model, std::span<const Index> ids) {
+    const Sequences sequences = Sequences::uniform(1, static_cast<Index>(ids.size()) - 1);
+    Rng rng(7);
+    const Pass pass{.training = true, .sequences = &sequences, .rng = &rng};
+    const Matrix<double>& logits = model.forward(ids.first(ids.size() - 1), pass, cache);
+    return loss.forward(logits, ids.subspan(1), loss_cache) + cache.aux_loss;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("A preset has as many numbers as its config counts", "[presets]") {
+  for (const Small& preset : all_presets()) {
+    INFO(preset.name);
+    Decoder<double> model = preset.make(1);
+    const ModelCount counted = count(preset.shape);
+    CHECK(parameter_count(model) == counted.total() - counted.selection_bias);
+    if (preset.shape.selection_bias) {
+      Count numbers = 0;
+      for (const auto& [name, buffer] : buffers(model)) numbers += buffer->value.size();
+      CHECK(numbers == counted.selection_bias);
+    }
+  }
+}
+
+TEST_CASE("DeepSeek-V3's module of multi-token prediction has as many numbers as counted",
+          "[presets]") {
+  const DeepSeekV3Config config = scaled(deepseek_v3(), {.d_model = 16, .vocab = 128});
+  Rng rng(1);
+  Decoder<double> model = presets::make<double>(config, rng);
+  MultiToken<double> modules = make_prediction<double>(config, rng);
+  REQUIRE(modules.modules().size() == 1);
+  Count numbers = parameter_count(modules);
+  for (const auto& [name, buffer] : buffers(modules)) numbers += buffer->value.size();
+  CHECK(numbers == count(config).prediction);
+
+  // Behind the model, it is trained with it.
+  const std::vector<Index> ids = text(0, 12);
+  const std::vector<Index> targets = text(1, 12);
+  const Pass pass{.training = true};
+  Decoder<double>::Cache cache;
+  MultiToken<double>::Cache modules_cache;
+  CrossEntropy<double>::Cache loss_cache;
+  const CrossEntropy<double> loss;
+  loss.forward(model.forward(ids, pass, cache), targets, loss_cache);
+  const double further = modules.forward(model, cache, ids, targets, pass, modules_cache);
+  CHECK(further == Approx(0.3 * std::log(128.0)).epsilon(0.5));
+  model.backward(loss.backward(loss_cache), cache, modules.backward(model, modules_cache));
+  CHECK(parameters(modules).front().parameter->grad.norm() > 0.0);
+}
+
+TEST_CASE("Each preset decodes token by token and in chunks what it computes at once",
+          "[presets]") {
+  const std::vector<Index> ids = text(0, 24);
+  for (const Small& preset : all_presets()) {
+    INFO(preset.name);
+    const Decoder<double> model = preset.make_large(2);
+    const Matrix<double> whole = model.forward(ids);
+    CHECK(test::relative_error(decode(model, ids, ids.size()), whole) <= 1e-11);
+    CHECK(test::relative_error(decode(model, ids, 7), whole) <= 1e-11);
+    CHECK(test::relative_error(decode(model, ids, 1), whole) <= 1e-11);
+  }
+}
+
+TEST_CASE("A rolling cache equals full attention under the window", "[presets]") {
+  const std::vector<Index> ids = text(0, 160);
+  for (const Small& preset : all_presets()) {
+    if (count(preset.shape).window == 0) continue;
+    INFO(preset.name);
+    const Decoder<double> model = preset.make_large(8);
+    Decoder<double>::State state;
+    const Matrix<double> whole = model.forward(ids);
+    CHECK(test::relative_error(decode(model, ids, 10, {}, &state), whole) <= 1e-11);
+
+    // The cache has rolled: what it would take to go back to token 40 is gone.
+    Decoder<double>::State copy = state;
+    CHECK_THROWS_AS(copy.truncate(40), StateError);
+    // But a draft can be taken back.
+    state.truncate(140);
+    const auto again = std::span(ids).subspan(140);
+    CHECK(test::relative_error(decode(model, again, 1, state), whole.bottomRows(20)) <= 1e-11);
+  }
+}
+
+TEST_CASE("The gradients of each preset agree with finite differences", "[presets][gradient]") {
+  const std::vector<Index> ids = text(30, 14);
+  for (const Small& preset : all_presets()) {
+    INFO(preset.name);
+    Decoder<double> model = preset.make_large(3);
+    Objective objective;
+    objective(model, ids);
+    model.backward(objective.loss.backward(objective.loss_cache), objective.cache);
+
+    // One number of each parameter that the batch has reached.
+    Rng rng(4);
+    std::vector<double> analytic;
+    std::vector<double> numeric;
+    for (auto& [name, parameter] : parameters(model)) {
+      if (parameter->grad.size() == 0) continue;
+      Index at = 0;
+      parameter->grad.reshaped().cwiseAbs().maxCoeff(&at);
+      if (rng.below(2) == 0) at = rng.below(parameter->value.size());
+      const auto entry = [at](Matrix<double>& m) -> double& { return m.reshaped()[at]; };
+      analytic.push_back(entry(parameter->grad));
+      const double saved = entry(parameter->value);
+      const auto moved = [&](double step) {
+        entry(parameter->value) = saved + step;
+        return objective(model, ids);
+      };
+      numeric.push_back((moved(1e-5) - moved(-1e-5)) / 2e-5);
+      entry(parameter->value) = saved;
+      INFO(name);
+      CHECK(analytic.back() == Approx(numeric.back()).epsilon(1e-5).margin(1e-8));
+    }
+    CHECK(analytic.size() >= 15);
+  }
+}
+
+TEST_CASE("200 steps of AdamW on real text lower the loss of each preset", "[presets][slow]") {
+  const test::Threads one(1);  // The models are too small to share.
+  for (const Small& preset : all_presets()) {
+    INFO(preset.name);
+    Decoder<double> model = preset.make(5);
+    AdamW<double> optimizer(parameters(model), {.learning_rate = 3e-3});
+    Objective objective;
+    Rng rng(6);
+    const auto mean_loss = [&] { return objective(model, text(0, kText.size())); };
+    const double before = mean_loss();
+    for (int step = 0; step < 200; ++step) {
+      const auto begin = static_cast<std::size_t>(rng.below(static_cast<Index>(kText.size()) - 33));
+      objective(model, text(begin, 33));
+      model.backward(objective.loss.backward(objective.loss_cache), objective.cache);
+      optimizer.step();
+      model.update();
+    }
+    CHECK(mean_loss() < 0.7 * before);
+  }
+}
