@@ -94,6 +94,7 @@
 #include <weir/moe/report.hpp>
 #include <weir/moe/residual_moe.hpp>
 #include <weir/moe/router/cosine_router.hpp>
+#include <weir/moe/router/d_select_k_router.hpp>
 #include <weir/moe/router/expert_vectors.hpp>
 #include <weir/moe/router/group_count.hpp>
 #include <weir/moe/router/gumbel_router.hpp>
@@ -155,7 +156,39 @@
 #include <weir/model/generate.hpp>
 #include <weir/model/interleave.hpp>
 #include <weir/model/logit_scale.hpp>
+#include <weir/model/multi_token.hpp>
 #include <weir/model/sampling.hpp>
+#include <weir/model/speculative.hpp>
+
+#include <weir/presets/compose.hpp>
+#include <weir/presets/count.hpp>
+#include <weir/presets/dbrx.hpp>
+#include <weir/presets/deepseek_moe_16b.hpp>
+#include <weir/presets/deepseek_v2.hpp>
+#include <weir/presets/deepseek_v2_lite.hpp>
+#include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/grok_1.hpp>
+#include <weir/presets/llama_4_scout.hpp>
+#include <weir/presets/mixtral.hpp>
+#include <weir/presets/mixtral_8x22b.hpp>
+#include <weir/presets/mixtral_8x7b.hpp>
+#include <weir/presets/model_shape.hpp>
+#include <weir/presets/olmoe_1b_7b.hpp>
+#include <weir/presets/openmoe.hpp>
+#include <weir/presets/openmoe_34b.hpp>
+#include <weir/presets/openmoe_8b.hpp>
+#include <weir/presets/openmoe_base.hpp>
+#include <weir/presets/openmoe_network.hpp>
+#include <weir/presets/qwen3_30b_a3b.hpp>
+#include <weir/presets/scaled.hpp>
+#include <weir/presets/st_moe_32b.hpp>
+#include <weir/presets/switch_base.hpp>
+#include <weir/presets/switch_base_128.hpp>
+#include <weir/presets/switch_base_256.hpp>
+#include <weir/presets/switch_base_8.hpp>
+#include <weir/presets/switch_large.hpp>
+#include <weir/presets/switch_transformer.hpp>
 
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
