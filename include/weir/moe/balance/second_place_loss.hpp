@@ -20,12 +20,10 @@ namespace weir {
 /// first_t is the first choice of token t, c_e counts the tokens whose probability is largest at e
 /// once first_t is out, whether they are sent there or not; of equal ones the lowest index. T
 /// counts the real tokens. The original adds it to GShard's loss with half its coefficient.
-/// Padding, and tokens without any choice, count in no c_e and no q. Zero with one expert or
-/// without tokens. At uniform load, of second choices, the loss is the coefficient. The counts and
-/// first_t are constant to the derivative.
 /// Padding, and tokens without any choice, count in no c_e and no q. Nor do experts that are
 /// forbidden to a token: one that is allowed its first choice alone has no second place. Zero with
-/// one expert or without tokens. The counts and first_t are constant to the derivative.
+/// one expert or without tokens. At uniform load, of second choices, the loss is the coefficient.
+/// The counts and first_t are constant to the derivative.
 template <std::floating_point T>
 struct SecondPlaceLoss {
   static constexpr std::string_view kName = "second_place";
