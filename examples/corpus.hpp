@@ -17,6 +17,17 @@ struct Corpus {
   std::size_t files = 0;
 };
 
+/// The paths in a list such as "/usr/include:/home".
+inline std::vector<std::string> split_paths(std::string list) {
+  std::vector<std::string> paths;
+  for (std::size_t end = 0; end != std::string::npos;) {
+    end = list.find(':');
+    paths.push_back(list.substr(0, end));
+    list.erase(0, end == std::string::npos ? end : end + 1);
+  }
+  return paths;
+}
+
 /// The regular files among `paths` and, recursively, in the folders among them, sorted by name.
 /// From each file the last 5 % are set aside for validation.
 /// \throws std::runtime_error  if a path does not exist, a file cannot be read, or there is no

@@ -456,14 +456,7 @@ void write_sample(const Options& options, weir::Decoder<float>& model) {
 }
 
 void run(Options options) {
-  if (options.text.empty()) {
-    std::string folders = WEIR_DEFAULT_CORPUS;
-    for (std::size_t end = 0; end != std::string::npos;) {
-      end = folders.find(':');
-      options.text.push_back(folders.substr(0, end));
-      folders.erase(0, end == std::string::npos ? end : end + 1);
-    }
-  }
+  if (options.text.empty()) options.text = split_paths(WEIR_DEFAULT_CORPUS);
   options.sampling.check();  // Not only after the training.
   weir::set_threads(options.threads);
   const Corpus corpus = read_corpus(options.text);

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT
+// DeepSeek-V3 made small, with its module of multi-token prediction: trained on text byte by byte,
+// it then writes faster than byte by byte, by drafting the byte after the next one and checking the
+// draft along with the next; and it answers several prompts behind one prefix at once.
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <cmath>
+#include <exception>
+#include <iostream>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <weir/weir.hpp>
+
+#include "corpus.hpp"
+#include "progress.hpp"
+
+namespace {
+
+using weir::Index;
+using Model = weir::Decoder<float>;
+using Modules = weir::MultiToken<float>;
+
+struct Options {
+  std::vector<std::string> text;  // Empty: headers.
+  Index d_model = 96;
+  Index layers = 3;
+  Index steps = 800;
+  Index batch = 16;
+  Index context = 128;
+  Index generate = 400;
+  double learning_rate = 6e-3;
+  double temperature = 0.5;
+  std::uint64_t seed = 1;
+  int threads = weir::hardware_threads();
+  bool quiet = false;
+};
+
+/// Fills `options` from the command line; returns the exit code if there is nothing left to do.
+std::optional<int> parse(int argc, char** argv, Options& options) {
+  CLI::App app("Trains a small DeepSeek-V3 and lets it write with drafts of its own.");
+  app.get_formatter()->column_width(34);
+  app.set_help_flag("-h,--help", "Print this and exit");
+  const auto add = [&app](const std::string& name, auto& value, const std::string& help) {
+    return app.add_option(name, value, help)->capture_default_str();
+  };
+  app.add_option("--text", options.text, "Files or folders to learn from (Eigen and weir)");
+  add("--d-model", options.d_model, "Width of a token")->check(CLI::PositiveNumber);
+  add("--layers", options.layers, "The first is dense")->check(CLI::Range(2, 1000));
+  add("--steps", options.steps, "Optimizer steps")->check(CLI::PositiveNumber);
+  add("--batch", options.batch, "Pieces of text in a step")->check(CLI::PositiveNumber);
+  add("--context", options.context, "Bytes of a piece")->check(CLI::Range(2, 1 << 20));
+  add("--generate", options.generate, "Bytes to write")->check(CLI::NonNegativeNumber);
+  add("--learning-rate", options.learning_rate, "Of AdamW, at its peak");
+  add("--temperature", options.temperature, "0 always takes the likeliest byte")
+      ->check(CLI::NonNegativeNumber);
+  add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
+  add("--threads", options.threads, "How many cores to use")->check(CLI::PositiveNumber);
+  app.add_flag("--quiet", options.quiet, "No progress, only the results");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error);
+  }
+  return std::nullopt;
+}
+
+std::vector<Index> to_ids(std::string_view text) {
+  std::vector<Index> ids;
+  for (const char c : text) ids.push_back(static_cast<unsigned char>(c));
+  return ids;
+}
+
+/// What cannot be shown becomes '?'.
+std::string to_text(const std::vector<Index>& ids) {
+  std::string text;
+  for (const Index id : ids) {
+    const bool shown = (id >= ' ' && id < 127) || id == '\n' || id == '\t';
+    text += shown ? static_cast<char>(id) : '?';
+  }
+  return text;
+}
+
+/// Lets the model learn the next byte, and its module the one after.
+void train(Model& model, Modules& modules, const std::string& text, const Options& options,
+           weir::Rng& rng) {
+  std::vector<weir::NamedParameter<float>> parameters = weir::parameters(model);
+  for (auto& parameter : weir::parameters(modules)) parameters.push_back(parameter);
+  weir::AdamW<float> optimizer(parameters, {.learning_rate = options.learning_rate});
+  const weir::WarmupCosine schedule{.peak = options.learning_rate,
+                                    .warmup_steps = options.steps / 20,
+                                    .total_steps = options.steps,
+                                    .floor = options.learning_rate / 10.0};
+  const weir::CrossEntropy<float> cross_entropy;
+  weir::CrossEntropy<float>::Cache loss_cache;
+  Model::Cache cache;
+  Modules::Cache modules_cache;
+  const auto sequences = weir::Sequences::uniform(options.batch, options.context);
+  StatusLine status(options.quiet);
+  for (Index step = 0; step < options.steps; ++step) {
+    std::vector<Index> ids;
+    std::vector<Index> targets;
+    for (Index s = 0; s < options.batch; ++s) {
+      const auto start =
+          static_cast<std::size_t>(rng.below(static_cast<Index>(text.size()) - options.context));
+      const auto length = static_cast<std::size_t>(options.context);
+      for (const Index id : to_ids(text.substr(start, length))) ids.push_back(id);
+      for (const Index id : to_ids(text.substr(start + 1, length))) targets.push_back(id);
+    }
+    const weir::Pass pass{.training = true, .sequences = &sequences, .rng = &rng};
+    const auto& logits = model.forward(ids, pass, cache);
+    const float next = cross_entropy.forward(logits, targets, loss_cache);
+    modules.forward(model, cache, ids, targets, pass, modules_cache);
+    const auto d_hidden = modules.backward(model, modules_cache);
+    model.backward(cross_entropy.backward(loss_cache), cache, d_hidden);
+    weir::clip_global_norm(parameters, 1.0);
+    optimizer.set_learning_rate(schedule.at(step));
+    optimizer.step();
+    model.update();  // moves the biases that balance the experts
+    modules.update();
+    const bool keep = (step + 1) % 100 == 0 || step + 1 == options.steps;
+    const auto bits = [](float nats) {
+      return fixed(static_cast<double>(nats) / std::log(2.0), 3);
+    };
+    status.show("step " + std::to_string(step + 1) + '/' + std::to_string(options.steps) +
+                    "  bits for the next byte " + bits(next) + ", for the one after " +
+                    bits(modules_cache.losses.front()),
+                keep);
+  }
+}
+
+/// Seconds that `f()` takes.
+template <class F>
+double seconds(F&& f) {
+  const auto start = std::chrono::steady_clock::now();
+  std::forward<F>(f)();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+/// A text, byte by byte and with drafts: the same, in fewer passes.
+void write_twice(const Model& model, const Modules& modules, const Options& options) {
+  const std::vector<Index> prompt = to_ids("template <");
+  const weir::Sampling sampling{.temperature = options.temperature};
+  weir::Rng rng(options.seed);
+  weir::Rng same_rng = rng;
+  std::vector<Index> plain;
+  std::vector<Index> drafted;
+  weir::DraftReport report;
+  const double alone = seconds(
+      [&] { plain = weir::generate<float>(model, prompt, options.generate, sampling, rng); });
+  const double with_drafts = seconds([&] {
+    drafted = weir::speculate<float>(model, modules, prompt, options.generate, sampling, same_rng,
+                                     report);
+  });
+  std::cout << "\n"
+            << to_text(prompt) << to_text(drafted) << "\n\n"
+            << "byte by byte:  " << options.generate + 1 << " passes, " << fixed(alone, 2) << " s\n"
+            << "with drafts:   " << report.passes << " passes, " << fixed(with_drafts, 2) << " s; "
+            << fixed(100.0 * report.acceptance(), 1) << " % of the drafts accepted\n"
+            << "the same text: " << (plain == drafted ? "yes" : "no") << '\n';
+}
+
+/// Several ways on from one prefix, which is computed once.
+void continue_prefix(const Model& model, const Options& options) {
+  const std::vector<Index> prefix = to_ids("// SPDX-License-Identifier: MIT\n");
+  weir::Rng rng(options.seed);
+  Model::State state;
+  weir::generate<float>(model, prefix, 0, {}, rng, state);  // reads, and writes nothing
+  std::vector<weir::Conversation<float>> conversations;
+  for (const std::string_view prompt : {"#include <", "namespace ", "/// \\throws "}) {
+    weir::Conversation<float> conversation;
+    conversation.prompt = to_ids(prompt);
+    conversation.state = state;
+    conversation.until = {.count = options.generate, .tokens = {'\n'}};
+    conversation.sampling = {.temperature = options.temperature};
+    conversations.push_back(std::move(conversation));
+  }
+  const auto results = weir::generate<float>(model, conversations);
+  std::cout << "\nthree ways on from one prefix, at once, each to the end of its line:\n";
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    std::cout << "  " << to_text(conversations[i].prompt) << to_text(results[i].tokens)
+              << (results[i].ending == weir::Ending::kToken ? "" : "...\n");
+  }
+}
+
+void run(Options options) {
+  if (options.text.empty()) options.text = split_paths(WEIR_DEFAULT_CORPUS);
+  weir::set_threads(options.threads);
+  const Corpus corpus = read_corpus(options.text);
+  if (static_cast<Index>(corpus.train.size()) <= options.context + 1) {
+    throw std::runtime_error("the text is too short for --context");
+  }
+  weir::Rng rng(options.seed);
+  const auto config = weir::presets::scaled(weir::presets::deepseek_v3(),
+                                            {.d_model = options.d_model, .layers = options.layers});
+  Model model = weir::presets::make<float>(config, rng);
+  Modules modules = weir::presets::make_prediction<float>(config, rng);
+  std::cout << "DeepSeek-V3 made small: " << config.shape.layers << " layers, "
+            << config.shape.experts << " experts, " << config.shape.k << " for each byte; "
+            << grouped(weir::parameter_count(model)) << " parameters, and "
+            << grouped(weir::parameter_count(modules)) << " in the module that drafts\n"
+            << "learning from " << grouped(static_cast<long long>(corpus.train.size()))
+            << " bytes of " << corpus.files << " files\n";
+  train(model, modules, corpus.train, options, rng);
+  write_twice(model, modules, options);
+  continue_prefix(model, options);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  try {
+    if (const auto exit_code = parse(argc, argv, options)) return *exit_code;
+    run(options);
+  } catch (const std::exception& error) {
+    std::cerr << "speculative: " << error.what() << '\n';
+    return 1;
+  }
+}
