@@ -36,6 +36,9 @@ namespace weir {
 ///
 ///     logsumexp_i = log(exp(sink_h) + sum_j exp(s_ij))
 ///
+/// A NaN in a key reaches the queries that see it, one in a value also some that are computed
+/// together with them. What no query of a block of 64 sees is not computed with.
+///
 /// Cost and memory: queries times the keys they see, and linear. Results do not depend on the
 /// number of threads. The backward pass computes probabilities anew, once over blocks of queries
 /// for dq and once over blocks of keys for dk and dv, so that each sum is one task's and has one

@@ -30,8 +30,9 @@ struct FewQueries {
   /// reads whole rows, each once.
   /// \param query  Its number in span s.
   void attend(Index s, Index query, Index begin, Index end, T* partial) const {
-    const AttentionHeads& shape = in.shape;
-    const AttentionSpan& span = in.span(s);
+    // Copies, which no store of a score can change.
+    const AttentionHeads shape = in.shape;
+    const AttentionSpan span = in.span(s);
     const KeyValueRows<T> rows_of = in.rows_of(s);
     const Index dim = shape.head_dim;
     const Index value_dim = shape.value_dim;

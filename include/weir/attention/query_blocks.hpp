@@ -9,7 +9,7 @@
 #include <limits>
 
 #include <weir/attention/heads.hpp>
-#include <weir/core/parallel.hpp>
+#include <weir/attention/rows_apart.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/panel.hpp>
@@ -21,43 +21,6 @@
 #include <weir/ops/tanh.hpp>
 
 namespace weir {
-
-/// The rows of each head by themselves, one behind the other. Read column by column from the
-/// matrix, whose rows lie a power of two apart, they would push each other out of L1.
-template <class T>
-class RowsApart {
- public:
-  /// Makes room for `rows` rows of `heads` heads, each `dim` wide.
-  void reshape(Index heads, Index rows, Index dim) {
-    height_ = rows;
-    storage_.reshape(heads * rows, dim);
-  }
-
-  /// Copies the heads of `rows` rows, each row `stride` behind the other, to row `to` on.
-  void copy(const T* from, Index stride, Index rows, Index to) {
-    const Index dim = storage_.cols();
-    const Index heads = height_ == 0 ? 0 : storage_.rows() / height_;
-    parallel_rows(rows, heads * dim, [&](Index begin, Index end) {
-      for (Index head = 0; head < heads; ++head) {
-        for (Index row = begin; row < end; ++row) {
-          std::copy_n(from + row * stride + head * dim, dim, at(head, to + row));
-        }
-      }
-    });
-  }
-
-  void set(MatrixIn<T> from, Index heads, Index dim) {
-    reshape(heads, from.rows(), dim);
-    copy(from.data(), from.outerStride(), from.rows(), 0);
-  }
-
-  T* at(Index head, Index row) { return storage_.data() + (head * height_ + row) * row_size(); }
-  Index row_size() const { return storage_.cols(); }
-
- private:
-  Scratch<T> storage_;
-  Index height_ = 0;
-};
 
 /// The part of `CausalAttention` for spans with many queries, and of its backward pass.
 ///
