@@ -148,7 +148,7 @@ TEST_CASE("gpt-oss has clamped experts, a router with bias, and a window in ever
   CHECK(layer_of<Moe>(model, 0, 1).selector().k == 4);
   CHECK(attention(model, 0).window == 8);
   CHECK(attention(model, 1).window == 0);
-  for (const std::size_t layer : {0, 1}) {
+  for (std::size_t layer = 0; layer < 2; ++layer) {
     CHECK(attention(model, layer).sinks);
     CHECK(attention(model, layer).qkv_bias);
     CHECK(attention(model, layer).output_bias);
