@@ -42,6 +42,7 @@ struct Parts {
   std::function<AnyLayer<T>()> norm;
   std::function<AnyLayer<T>()> mixture;
   std::function<AnyLayer<T>(Index d_hidden)> dense;
+  bool parallel = false;  ///< A dense network beside a mixture, not behind it.
 };
 
 /// The attention of layer `layer`.
@@ -69,6 +70,7 @@ Block<T> make_layer(const ModelShape& shape, Index layer, const Parts<T>& parts,
     branches.push_back({"moe", parts.norm(), parts.mixture()});
     if (shape.extra_hidden > 0) {
       branches.push_back({"mlp", parts.norm(), parts.dense(shape.extra_hidden)});
+      branches.back().parallel = parts.parallel;
     }
   } else {
     branches.push_back({"mlp", parts.norm(), parts.dense(shape.dense_hidden)});

@@ -24,13 +24,16 @@ namespace weir::presets {
 /// raw probabilities with a dense network behind them; the other layers are dense.
 ///
 /// The paper and the released code do not agree. The paper's totals are those of gated networks of
-/// three matrices and one embedding, norms and routers left out; the code has a fourth matrix (see
-/// `openmoe_released`) and an output head of its own.
+/// three matrices and one embedding, norms and routers left out; the code has a fourth matrix and
+/// an output head of its own (see `openmoe_released`), and puts the dense network behind the
+/// mixture, as is the default here. The penalty of 1e-4 to 1e-3 on the normalizer of the output
+/// belongs to the training, see CrossEntropy.
 struct OpenMoEConfig {
   ModelShape shape;
   double norm_epsilon = 1e-6;
   double capacity_train = 1.25;  ///< Times tokens / experts.
   double capacity_evaluate = 2.0;
+  bool parallel = false;  ///< The dense network beside the mixture, as in the paper's equation 4.
   double balance = 0.01;
   double z_loss = 1e-4;
 };
@@ -71,6 +74,7 @@ Decoder<T> make(const OpenMoEConfig& config, Rng& rng) {
   const ModelShape& shape = config.shape;
   constexpr double kInitScale = 0.1;
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.parallel = config.parallel;
   parts.mixture = [&] {
     LinearRouter<T> router(shape.d_model, shape.experts, rng);
     return with_experts<T>(shape, rng, kInitScale, [&](auto experts) {

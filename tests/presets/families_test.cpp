@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: MIT
+// What each family's `make` builds: kinds are types, so the types are looked at.
+#include <cstddef>
+#include <string>
+#include <variant>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/attention/latent.hpp>
+#include <weir/core/random.hpp>
+#include <weir/model/block.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/communication_loss.hpp>
+#include <weir/moe/balance/device_loss.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/capacity/device_capacity.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/any_bank.hpp>
+#include <weir/moe/experts/clamped_glu_bank.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/experts/input_weighted.hpp>
+#include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/top_k_softmax.hpp>
+#include <weir/moe/shared_experts.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/layer_norm.hpp>
+#include <weir/ops/activation.hpp>
+#include <weir/presets/dbrx.hpp>
+#include <weir/presets/deepseek_moe_16b.hpp>
+#include <weir/presets/deepseek_v2.hpp>
+#include <weir/presets/deepseek_v2_lite.hpp>
+#include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/grok_1.hpp>
+#include <weir/presets/llama_4_scout.hpp>
+#include <weir/presets/mixtral_8x7b.hpp>
+#include <weir/presets/olmoe_1b_7b.hpp>
+#include <weir/presets/openmoe_8b.hpp>
+#include <weir/presets/openmoe_base.hpp>
+#include <weir/presets/openmoe_network.hpp>
+#include <weir/presets/qwen3_30b_a3b.hpp>
+#include <weir/presets/scaled.hpp>
+#include <weir/presets/st_moe_32b.hpp>
+#include <weir/presets/switch_base_8.hpp>
+#include <weir/presets/switch_large.hpp>
+
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+using namespace weir;
+using namespace weir::presets;
+
+namespace {
+
+using T = double;
+using Projection = LinearRouter<T>;
+
+template <class Config>
+Decoder<T> small(const Config& config) {
+  Rng rng(1);
+  return presets::make<T>(scaled(config, {.d_model = 16, .vocab = 16}), rng);
+}
+
+// The branches of a layer, in order: "attention moe mlp".
+std::string branches(const Decoder<T>& model, std::size_t layer) {
+  std::string names;
+  for (const Branch<T>& branch : model.layers()[layer].branches()) {
+    names += (names.empty() ? "" : branch.parallel ? "|" : " ") + branch.name;
+  }
+  return names;
+}
+
+template <class L>
+const L& layer_of(const Decoder<T>& model, std::size_t layer, std::size_t branch) {
+  const L* found = model.layers()[layer].branches()[branch].layer.template get<L>();
+  REQUIRE(found != nullptr);
+  return *found;
+}
+
+GroupedQueryConfig attention(const Decoder<T>& model, std::size_t layer) {
+  return layer_of<GroupedQueryAttention<T>>(model, layer, 0).config();
+}
+
+}  // namespace
+
+TEST_CASE("Mixtral routes by the softmax over two logits", "[presets]") {
+  using Moe = MoELayer<Projection, TopKSoftmax<T>, Dropless, GluBank<T>, SwitchLoss<T>>;
+  const Decoder<T> model = small(mixtral_8x7b());
+  CHECK(branches(model, 0) == "attention moe");
+  CHECK(branches(model, 1) == "attention moe");
+  const Moe& moe = layer_of<Moe>(model, 1, 1);
+  CHECK(moe.selector().k == 2);
+  CHECK(moe.selector().scale == 1.0);
+  CHECK(moe.balancer<0>().coefficient == 0.01);  // 0.02 as a mean over two layers.
+  CHECK(attention(model, 0).rope_theta == 1e6);
+  CHECK(attention(model, 0).window == 0);
+  CHECK(!model.tied());
+}
+
+TEST_CASE("Grok-1 has norms behind its branches, softcaps and multipliers", "[presets]") {
+  using Moe = MoELayer<Projection, SoftmaxTopK<T>, Dropless, GluBank<T, GeluTanh>, SwitchLoss<T>>;
+  const Decoder<T> model = small(grok_1());
+  for (const Branch<T>& branch : model.layers()[0].branches()) {
+    CHECK(branch.post_norm.has_value());
+  }
+  CHECK(!layer_of<Moe>(model, 0, 1).selector().renormalise);
+  CHECK(attention(model, 0).softcap == 30.0);
+  CHECK(model.config().embedding_multiplier == 4.0);
+  CHECK(model.config().logit_multiplier == 0.5773502691896257);
+  CHECK(model.tied());
+}
+
+TEST_CASE("DBRX has layer norms without bias, clamps, and four renormalised experts", "[presets]") {
+  using Moe = MoELayer<Projection, SoftmaxTopK<T>, Dropless, GluBank<T>, SwitchLoss<T>>;
+  const Decoder<T> model = small(dbrx());
+  const auto* norm = model.layers()[0].branches()[1].norm.get<LayerNorm<T>>();
+  REQUIRE(norm != nullptr);
+  CHECK(!norm->has_bias());
+  CHECK(layer_of<Moe>(model, 0, 1).selector().renormalise);
+  CHECK(layer_of<Moe>(model, 0, 1).selector().norm == 1.0);
+  CHECK(layer_of<Moe>(model, 0, 1).selector().k == 4);
+  CHECK(attention(model, 0).clip_qkv == 8.0);
+}
+
+TEST_CASE("OLMoE keeps raw probabilities and Qwen3 divides them by their sum", "[presets]") {
+  using Raw = MoELayer<Projection, SoftmaxTopK<T>, Dropless, GluBank<T>, SwitchLoss<T>, ZLoss<T>>;
+  const Decoder<T> olmoe = small(olmoe_1b_7b());
+  CHECK(!layer_of<Raw>(olmoe, 0, 1).selector().renormalise);
+  CHECK(attention(olmoe, 0).qk_norm == QkNorm::kFull);
+  using Renormalised = MoELayer<Projection, SoftmaxTopK<T>, Dropless, GluBank<T>, SwitchLoss<T>>;
+  const Decoder<T> qwen = small(qwen3_30b_a3b());
+  CHECK(layer_of<Renormalised>(qwen, 0, 1).selector().renormalise);
+  CHECK(layer_of<Renormalised>(qwen, 0, 1).selector().k == 8);
+  CHECK(attention(qwen, 0).qk_norm == QkNorm::kPerHead);
+}
+
+TEST_CASE("gpt-oss has clamped experts, a router with bias, and a window in every other layer",
+          "[presets]") {
+  using Moe = MoELayer<Projection, TopKSoftmax<T>, Dropless, ClampedGluBank<T>, SwitchLoss<T>>;
+  const Decoder<T> model = small(gpt_oss_20b());
+  CHECK(layer_of<Moe>(model, 0, 1).selector().k == 4);
+  CHECK(attention(model, 0).window == 8);
+  CHECK(attention(model, 1).window == 0);
+  for (std::size_t layer = 0; layer < 2; ++layer) {
+    CHECK(attention(model, layer).sinks);
+    CHECK(attention(model, layer).qkv_bias);
+    CHECK(attention(model, layer).output_bias);
+    CHECK(attention(model, layer).yarn->factor == 32.0);
+  }
+  const auto whole = std::get<GroupedQueryConfig>(gpt_oss_20b().shape.attention_of(0));
+  CHECK(whole.window == 128);
+}
+
+TEST_CASE("Llama 4 weights what an expert takes, and knows no positions in every fourth layer",
+          "[presets]") {
+  using Moe = SharedExperts<
+      MoELayer<Projection, SigmoidTopK<T>, Dropless, InputWeighted<GluBank<T>>, SwitchLoss<T>>,
+      Glu<T>>;
+  const Decoder<T> model = small(llama_4_scout());
+  REQUIRE(model.layers().size() == 4);
+  for (std::size_t layer = 0; layer < 4; ++layer) {
+    layer_of<Moe>(model, layer, 1);
+    const GroupedQueryConfig config = attention(model, layer);
+    CHECK(config.rope == (layer != 3));
+    CHECK(config.chunk == (layer != 3 ? 8 : 0));
+    CHECK((config.qk_norm == QkNorm::kL2) == (layer != 3));
+    CHECK((config.temperature_scale > 0.0) == (layer == 3));
+  }
+}
+
+TEST_CASE("DeepSeekMoE begins with a dense layer", "[presets]") {
+  using Moe =
+      SharedExperts<MoELayer<Projection, SoftmaxTopK<T>, Dropless, GluBank<T>, SwitchLoss<T>>,
+                    Glu<T>>;
+  const Decoder<T> model = small(deepseek_moe_16b());
+  CHECK(branches(model, 0) == "attention mlp");
+  CHECK(branches(model, 1) == "attention moe");
+  layer_of<Moe>(model, 1, 1);
+}
+
+TEST_CASE("DeepSeek-V2 chooses from three of eight groups, V2-Lite from all", "[presets]") {
+  using Moe = SharedExperts<MoELayer<Projection, SoftmaxTopK<T>, DeviceCapacity, GluBank<T>,
+                                     SwitchLoss<T>, DeviceLoss<T>, CommunicationLoss<T>>,
+                            Glu<T>>;
+  const auto selector = [](const Decoder<T>& model) {
+    return layer_of<Moe>(model, 1, 1).moe().selector();
+  };
+  const Decoder<T> wide = small(deepseek_v2());
+  CHECK(selector(wide).groups.count == 8);
+  CHECK(selector(wide).groups.allowed == 3);
+  CHECK(selector(wide).groups.summed == 1);
+  CHECK(selector(wide).scale == 16.0);
+  CHECK(!selector(wide).renormalise);
+  CHECK(layer_of<LatentAttention<T>>(wide, 0, 0).config().q_rank > 0);
+  const Decoder<T> lite = small(deepseek_v2_lite());
+  CHECK(selector(lite).groups.count == 1);
+  CHECK(selector(lite).scale == 1.0);
+  CHECK(layer_of<LatentAttention<T>>(lite, 0, 0).config().q_rank == 0);
+  CHECK(layer_of<LatentAttention<T>>(lite, 0, 0).config().yarn->mscale_all_dim == 0.707);
+}
+
+TEST_CASE("DeepSeek-V3's experts are balanced by a bias", "[presets]") {
+  using Moe = SharedExperts<
+      MoELayer<Projection, SigmoidTopK<T>, Dropless, GluBank<T>, BiasBalance<T>, SwitchLoss<T>>,
+      Glu<T>>;
+  const DeepSeekV3Config published = deepseek_v3();
+  CHECK(published.groups.count == 8);
+  CHECK(published.groups.allowed == 4);
+  CHECK(published.groups.summed == 2);
+  CHECK(published.scale == 2.5);
+  const Decoder<T> model = small(published);
+  CHECK(branches(model, 0) == "attention mlp");
+  CHECK(layer_of<Moe>(model, 1, 1).moe().selector().config().scale == 2.5);
+  CHECK(layer_of<Moe>(model, 1, 1).moe().selector().config().groups.allowed == 4);
+  CHECK(layer_of<Moe>(model, 1, 1).moe().selector().config().renormalise);
+}
+
+TEST_CASE("Switch has one expert in every other layer, with a capacity and jitter", "[presets]") {
+  using Moe = MoELayer<JitterRouter<Projection>, SoftmaxTopK<T>, CapacityFactor, MlpBank<T, Relu>,
+                       SwitchLoss<T>>;
+  const Decoder<T> model = small(switch_base_8());
+  CHECK(branches(model, 0) == "attention mlp");
+  CHECK(branches(model, 1) == "attention moe");
+  const Moe& moe = layer_of<Moe>(model, 1, 1);
+  CHECK(moe.selector().k == 1);
+  CHECK(!moe.selector().renormalise);
+  CHECK(!moe.capacity().count_k);
+  CHECK(moe.capacity().train == 1.25);
+  CHECK(moe.capacity().evaluate == 2.0);
+  CHECK(model.tied());
+  using Gated = MoELayer<JitterRouter<Projection>, SoftmaxTopK<T>, CapacityFactor,
+                         GluBank<T, GeluTanh>, SwitchLoss<T>>;
+  layer_of<Gated>(small(switch_xxl_128()), 1, 1);
+}
+
+TEST_CASE("ST-MoE and OpenMoE have a dense network with each mixture", "[presets]") {
+  const Decoder<T> st = small(st_moe_32b());
+  CHECK(branches(st, 2) == "attention mlp");
+  CHECK(branches(st, 3) == "attention moe mlp");
+  const Decoder<T> open = small(openmoe_8b());
+  CHECK(branches(open, 4) == "attention mlp");
+  CHECK(branches(open, 5) == "attention moe mlp");
+  OpenMoEConfig paper = openmoe_base();
+  paper.parallel = true;
+  CHECK(branches(small(paper), 3) == "attention moe|mlp");
+  using Released = MoELayer<Projection, SoftmaxTopK<T>, CapacityFactor, AnyBank<OpenMoENetwork<T>>,
+                            SwitchLoss<T>, ZLoss<T>>;
+  layer_of<Released>(small(openmoe_released(openmoe_base())), 3, 1);
+}
+
+TEST_CASE("What make cannot build it refuses", "[presets]") {
+  Rng rng(1);
+  MixtralConfig mixtral = scaled(mixtral_8x7b());
+  mixtral.shape.ffn_matrices = 2;
+  CHECK(test::message_of<ConfigError>([&] { presets::make<T>(mixtral, rng); }) ==
+        "gated_experts: ffn_matrices = 2, expected 3");
+  mixtral = scaled(mixtral_8x7b());
+  mixtral.shape.encoder_layers = 2;
+  CHECK(test::message_of<ConfigError>([&] { presets::make<T>(mixtral, rng); }) ==
+        "compose: encoder_layers = 2, expected 0; see ModelShape::decoder_half");
+  DeepSeekV3Config groups = scaled(deepseek_v3(), {.experts = 20});
+  CHECK(test::message_of<ConfigError>([&] { presets::make<T>(groups, rng); }) ==
+        "SigmoidTopK: groups.count = 8, expected a divisor of experts = 20");
+}
