@@ -149,6 +149,7 @@
 #include <weir/attention/latent_config.hpp>
 #include <weir/attention/qk_norm.hpp>
 #include <weir/attention/query_blocks.hpp>
+#include <weir/attention/rows_apart.hpp>
 
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
