@@ -21,6 +21,7 @@ CheckCase check_noisy_top_k;
 CheckCase check_grouped_query;
 CheckCase check_mixtral_decoder;
 CheckCase check_dbrx_decoder;
+CheckCase check_grok1_layer;
 CheckCase check_expert_choice;
 CheckCase check_other_aux_losses;
 CheckCase check_gpt_oss;
@@ -46,6 +47,7 @@ inline constexpr Family kFamilies[] = {
     {10, "Grouped-query attention with a window", check_grouped_query},
     {11, "Mixtral decoder", check_mixtral_decoder},
     {13, "DBRX decoder", check_dbrx_decoder},
+    {14, "Grok-1 layer", check_grok1_layer},
     {15, "Expert-choice layer", check_expert_choice},
     {16, "Tutel and MegaBlocks losses", check_other_aux_losses},
     {17, "gpt-oss layer", check_gpt_oss},
