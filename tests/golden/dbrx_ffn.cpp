@@ -11,8 +11,8 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
-#include <weir/ops/softmax.hpp>
 
+#include "golden/double_softmax_loss.hpp"
 #include "golden/families.hpp"
 #include "golden/moe_case.hpp"
 
@@ -23,31 +23,6 @@ const std::string kRouter = "router.layer.weight";
 const std::string kGate = "experts.mlp.w1";
 const std::string kUp = "experts.mlp.v1";
 const std::string kDown = "experts.mlp.w2";
-
-/// What that code makes of the Switch loss: it takes the softmax of probabilities for the
-/// probabilities. f_e is as it should be, the softmax keeping the order.
-struct DoubleSoftmaxLoss {
-  SwitchLoss<double> balance;
-
-  double loss(const Routing<double>& routing) const {
-    return balance.loss(with_double_softmax(routing));
-  }
-
-  void add_gradient(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
-    const Routing<double> doubled = with_double_softmax(routing);
-    RoutingGradient<double> inner;
-    inner.reset(doubled);
-    balance.add_gradient(doubled, inner);
-    add_softmax_backward<double>(doubled.probabilities, inner.probabilities,
-                                 gradient.probabilities);
-  }
-
- private:
-  static Routing<double> with_double_softmax(Routing<double> routing) {
-    softmax<double>(routing.probabilities, routing.probabilities);
-    return routing;
-  }
-};
 
 /// The experts' matrices out of one that has them all, expert after expert.
 std::vector<Matrix<double>> split(const Matrix<double>& fused, Index experts) {
@@ -99,13 +74,14 @@ void check_dbrx_ffn(CaseFile& file, Checker& checker) {
                GluBank<double>(split(weight(file, kGate, rows, in.d_model), in.experts),
                                split(weight(file, kUp, rows, in.d_model), in.experts),
                                split_transposed(weight(file, kDown, rows, in.d_model), in.experts)),
-               DoubleSoftmaxLoss{balance});
+               DoubleSoftmaxLoss<SwitchLoss<double>>{balance});
 
   decltype(moe)::Cache cache;
   check_layer(checker, moe, in, cache);
   check_routing(checker, file, cache.routing);
   balance.coefficient = 1.0;  // The file has these losses unscaled.
-  checker.scalar("out.aux_loss", DoubleSoftmaxLoss{balance}.loss(cache.routing));
+  checker.scalar("out.aux_loss",
+                 DoubleSoftmaxLoss<SwitchLoss<double>>{balance}.loss(cache.routing));
   checker.scalar("out.aux_loss_single_softmax", balance.loss(cache.routing));
 
   Gradients gradients(moe);

@@ -19,6 +19,9 @@ CheckCase check_switch_top1;
 CheckCase check_st_moe_top2;
 CheckCase check_noisy_top_k;
 CheckCase check_grouped_query;
+CheckCase check_mixtral_decoder;
+CheckCase check_dbrx_decoder;
+CheckCase check_grok1_layer;
 CheckCase check_expert_choice;
 CheckCase check_other_aux_losses;
 CheckCase check_gpt_oss;
@@ -45,7 +48,10 @@ inline constexpr Family kFamilies[] = {
     {8, "Megatron-Core's routing, dropping and losses", check_megatron},
     {9, "Multi-head latent attention", check_mla},
     {10, "Grouped-query attention with a window", check_grouped_query},
+    {11, "Mixtral decoder", check_mixtral_decoder},
     {12, "DeepSeek-V3 decoder", check_deepseek_v3_decoder},
+    {13, "DBRX decoder", check_dbrx_decoder},
+    {14, "Grok-1 layer", check_grok1_layer},
     {15, "Expert-choice layer", check_expert_choice},
     {16, "Tutel and MegaBlocks losses", check_other_aux_losses},
     {17, "gpt-oss layer", check_gpt_oss},
