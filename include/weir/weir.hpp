@@ -5,6 +5,7 @@
 
 // clang-format off
 #include <weir/core/aligned.hpp>
+#include <weir/core/decode_states.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
@@ -137,7 +138,6 @@
 
 #include <weir/attention/causal.hpp>
 #include <weir/attention/clamp.hpp>
-#include <weir/attention/decode_states.hpp>
 #include <weir/attention/few_queries.hpp>
 #include <weir/attention/grouped_query.hpp>
 #include <weir/attention/grouped_query_config.hpp>

@@ -210,9 +210,47 @@ TEST_CASE("Only chosen tokens reach the state of decoding",
   const Index lengths[] = {0, 1, 1, 1, 2};
   for (Index t = 0; t < 5; ++t) {
     const Matrix<double>& y = layer.decode(x.row(t), state, cache);
-    CHECK(state.length() == lengths[t]);
+    CHECK(state.inner.length() == lengths[t]);
+    CHECK(state.length() == t + 1);
     if (x(t, 0) <= 0.0) CHECK(y == x.row(t));
   }
+}
+
+TEST_CASE("Mixtures of depths decode several sequences at once, and take tokens back",
+          "[moe][mixture_of_depths][depths_predictor]") {
+  const MixtureOfDepths layer(attention(), by_first_number(), {.causal_evaluation = true});
+  using Layer = std::remove_cvref_t<decltype(layer)>;
+  const Matrix<double> x = test::random_matrix(9, 4, 3);
+  const Matrix<double> other = test::random_matrix(9, 4, 5);
+  Layer::Cache cache;
+  const Matrix<double> first = layer.forward(x, cache);
+  const Matrix<double> second = layer.forward(other, cache);
+
+  Layer::State a;
+  Layer::State b;
+  Layer::State* const states[] = {&a, &b};
+  Matrix<double> together(7, 4);
+  together << x.topRows(5), other.topRows(2);
+  Sequences sequences({5, 2});
+  const Matrix<double> begun = layer.decode(together, {.sequences = &sequences}, states, cache);
+  CHECK(test::relative_error(begun.topRows(5), first.topRows(5)) <= 1e-13);
+  CHECK(test::relative_error(begun.bottomRows(2), second.topRows(2)) <= 1e-13);
+
+  // Two tokens of the first are taken back, and others, then the same ones, take their place.
+  layer.decode(test::random_matrix(3, 4, 17), a, cache);
+  a.truncate(3);
+  CHECK(a.length() == 3);
+  together.resize(13, 4);
+  together << x.bottomRows(6), other.bottomRows(7);
+  sequences = Sequences({6, 7});
+  const Matrix<double> ended = layer.decode(together, {.sequences = &sequences}, states, cache);
+  CHECK(test::relative_error(ended.topRows(6), first.bottomRows(6)) <= 1e-13);
+  CHECK(test::relative_error(ended.bottomRows(7), second.bottomRows(7)) <= 1e-13);
+
+  CHECK(test::message_of<ConfigError>([&] { a.truncate(10); }) ==
+        "MixtureOfDepths::State::truncate: length = 10, expected 0 to 9");
+  CHECK(test::message_of<StateError>([&] { layer.decode(x, {}, states, cache); }) ==
+        "MixtureOfDepths::decode: 2 states, expected 1 (one for each sequence)");
 }
 
 TEST_CASE("A predictor sees no padding", "[moe][mixture_of_depths][depths_predictor]") {
@@ -248,7 +286,10 @@ TEST_CASE(
     layer.forward(x, {.training = true}, cache);
     layer.backward(x, cache);
   };
-  const auto decode = [&] { layer.decode(x, state, cache); };
+  const auto decode = [&] {
+    state.truncate(0);
+    layer.decode(x, state, cache);
+  };
   train();
   train();
   CHECK(test::count_allocations(train) == 0);

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include <weir/attention/causal.hpp>
-#include <weir/attention/decode_states.hpp>
+#include <weir/core/decode_states.hpp>
 #include <weir/attention/latent_absorbed.hpp>
 #include <weir/attention/latent_cache.hpp>
 #include <weir/attention/latent_config.hpp>

@@ -75,14 +75,15 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
   space.reserve(kSlice * kCols);
   T* const packed = space.take(kSlice * kCols);
   const auto panel_of = [&](Index j, bool followed) -> StridedPanel<T> {
-    const T* const from = p.b + j * kCols * p.b_col;
+    const Index at = p.k == 0 ? 0 : j * kCols * p.b_col;  // Nothing may have no address.
+    const T* const from = p.b + at;
     return {from,
             p.b_col,
             p.b_row,
             std::min(kCols, p.n - j * kCols),
             p.k,
             packed,
-            followed ? from + kCols * p.b_col : nullptr};
+            followed && p.k > 0 ? from + kCols * p.b_col : nullptr};
   };
   multiply_pieces<Native<T>>(cut, {p.a, p.a_row, p.a_col}, p.k, begin, end, panel_of,
                              ToMatrix<T>{p.out, p.out_row, p.n, p.accumulate});

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include <weir/attention/decode_states.hpp>
+#include <weir/core/decode_states.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/decode_states.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
@@ -100,12 +101,35 @@ class MixtureOfDepths {
  public:
   using Scalar = typename Inner::Scalar;
   using T = Scalar;
-  using State = typename detail::StateOf<Inner>::type;  ///< What `decode` keeps: the inner layer's.
-
   static constexpr bool kHasPredictor = !std::same_as<Predictor, NoPredictor>;
+
+  /// What `decode` keeps of one sequence.
+  struct State {
+    using OfInner = typename detail::StateOf<Inner>::type;
+
+    std::vector<std::uint8_t> chosen;  ///< One for each token so far, 1 if it was chosen.
+    OfInner inner;                     ///< Of the chosen.
+
+    Index length() const { return static_cast<Index>(chosen.size()); }
+
+    /// Forgets all tokens but the first `to`.
+    /// \throws ConfigError  unless 0 <= to <= length.
+    /// \throws              What the inner layer's state throws.
+    void truncate(Index to) {
+      if (to < 0 || to > length()) {
+        fail<ConfigError>("MixtureOfDepths::State::truncate: length = ", to, ", expected 0 to ",
+                          length());
+      }
+      if constexpr (requires { inner.truncate(to); }) {
+        inner.truncate(static_cast<Index>(std::count(chosen.begin(), chosen.begin() + to, 1)));
+      }
+      chosen.resize(static_cast<std::size_t>(to));
+    }
+  };
 
   struct Cache {
     typename Inner::Cache inner;
+    std::vector<typename State::OfInner*> inner_states;
     typename Predictor::Cache predictor;
     Matrix<T> x;                               ///< [tokens, d_model]
     Matrix<T> score;                           ///< [tokens, 1]; zero for padding.
@@ -180,29 +204,56 @@ class MixtureOfDepths {
     return cache.y;
   }
 
-  /// Continues one sequence: token by token, in chunks, or with a whole prompt at once. Only the
-  /// chosen tokens reach the inner layer, and the state.
-  /// \param x        [new tokens, d_model], following on what `state` has seen.
-  /// \param state    As the inner layer has it; begins as `State{}`.
-  /// \param cache    Workspace. It cannot be followed by `backward`.
-  /// \return         [new tokens, d_model], what `forward` of the whole sequence gives, as far as
+  /// Continues several sequences at once, each by any number of tokens. Only the chosen tokens
+  /// reach the inner layer, and its state. \param x        [new tokens, d_model], packed as
+  /// pass.sequences says; null: one sequence. \param pass     Is taken as not training. \param
+  /// states   One for each sequence, all different; they begin as `State{}`. \param cache
+  /// Workspace. It cannot be followed by `backward`. \return         [new tokens, d_model], what
+  /// `forward` of the whole sequence gives, as far as
   ///                 the inner layer's `decode` does.
-  /// \throws ConfigError     without causal_evaluation.
+  /// \throws ConfigError     without causal_evaluation, or if a token is padding.
+  /// \throws StateError      unless there is one state for each sequence.
   /// \throws ShapeError, NonFiniteError     as `forward`.
-  const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const {
+  const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
+                          Cache& cache) const {
     if (!config_.causal_evaluation) {
       fail<ConfigError>(
           "MixtureOfDepths::decode: causal_evaluation = false, expected true: a token cannot be "
           "ranked among later ones");
     }
+    expect_columns("MixtureOfDepths::decode", "x", x, d_model());
+    pass.check("MixtureOfDepths::decode", x.rows());
+    expect_states<State>("MixtureOfDepths::decode", pass, states);
+    Pass own = pass;
+    own.training = false;
+    cache.inner_states.clear();
+    for (State* state : states) cache.inner_states.push_back(&state->inner);
+    const std::span<typename State::OfInner* const> inner_states = cache.inner_states;
     const auto inner = [&](const Pass& inner_pass) -> const Matrix<T>& {
-      if constexpr (requires { inner_.decode(x, state, cache.inner); }) {
-        return keep<T>(cache.inner_place, inner_.decode(cache.chosen_x, state, cache.inner));
+      if constexpr (requires {
+                      inner_.decode(cache.chosen_x, inner_pass, inner_states, cache.inner);
+                    }) {
+        return keep<T>(cache.inner_place,
+                       inner_.decode(cache.chosen_x, inner_pass, inner_states, cache.inner));
       } else {
         return keep<T>(cache.inner_place, apply(inner_, cache.chosen_x, inner_pass, cache.inner));
       }
     };
-    return run("MixtureOfDepths::decode", x, {}, cache, inner);
+    const Matrix<T>& y = run("MixtureOfDepths::decode", x, own, cache, inner);
+    for (std::size_t s = 0; s < states.size(); ++s) {
+      const auto at = static_cast<Index>(s);
+      const Index begin = pass.sequences == nullptr ? 0 : pass.sequences->begin(at);
+      const Index end = pass.sequences == nullptr ? x.rows() : pass.sequences->end(at);
+      states[s]->chosen.insert(states[s]->chosen.end(), cache.chosen.begin() + begin,
+                               cache.chosen.begin() + end);
+    }
+    return y;
+  }
+
+  /// The same for one sequence.
+  const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const {
+    State* const states[] = {&state};
+    return decode(x, {}, states, cache);
   }
 
   /// With the chosen t: dr_t = dy_t . f(X~)_t, df_t = r_t dy_t, dx_t = dy_t + dX~_t + dr_t w; and
