@@ -160,6 +160,9 @@ TEST_CASE("A small model is counted by hand", "[presets]") {
   CHECK(c.cache_bytes() == 2 * 4 * 2);
   CHECK(c.multi_head_cache_bytes() == 2 * 8 * 2);
 
+  shape.attention = GroupedQueryConfig{.heads = 3, .kv_heads = 1};  // head_dim = 6 / 3
+  CHECK(count(shape).attention == 6 * 6 + 2 * 6 * 2 + 6 * 6);
+  shape = small_shape();
   shape.tied = true;
   CHECK(count(shape).head == 0);
   CHECK(count(shape).flops() == c.flops());  // A tied head is multiplied like any other.
@@ -175,6 +178,9 @@ TEST_CASE("A small model is counted by hand", "[presets]") {
   shape.extra_hidden = 2;
   CHECK(count(shape).dense == 3 * 6 * 2);
   CHECK(count(shape).norms == c.norms + 6);
+  shape.norms = 4;
+  CHECK(count(shape).norms == c.norms + 6 + 3 * 6);
+  shape.norms = 2;
   shape.layers = 3;
   shape.interleave = {.first_dense = 2};
   shape.dense_hidden = 4;
@@ -267,6 +273,12 @@ TEST_CASE("A shape that makes no model is refused", "[presets]") {
   CHECK(with([](ModelShape& s) { s.d_hidden = 0; }) == "ModelShape: d_hidden = 0, expected >= 1");
   CHECK(with([](ModelShape& s) { s.ffn_matrices = 5; }) ==
         "ModelShape: ffn_matrices = 5, expected 2, 3 or 4");
+  CHECK(with([](ModelShape& s) { s.shared_hidden = -1; }) ==
+        "ModelShape: shared_hidden = -1, expected >= 0");
+  CHECK(with([](ModelShape& s) { s.encoder_layers = -1; }) ==
+        "ModelShape: encoder_layers = -1, expected >= 0");
+  CHECK(with([](ModelShape& s) { s.attention = GroupedQueryConfig{.heads = 4, .kv_heads = 3}; }) ==
+        "GroupedQueryAttention: kv_heads = 3, expected a divisor of heads = 4");
   CHECK(with([](ModelShape& s) { s.norms = 3; }) == "ModelShape: norms = 3, expected 2 or 4");
   CHECK(with([](ModelShape& s) { s.interleave = {.first_dense = 1}; }) ==
         "ModelShape: dense_hidden = 0, expected >= 1");

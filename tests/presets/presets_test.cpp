@@ -14,6 +14,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/model/multi_token.hpp>
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/optim/adamw.hpp>
@@ -74,8 +75,8 @@ Config undisturbed(Config config) {
 }
 
 template <class Config>
-Small small(std::string name, const Config& config) {
-  const Config made = undisturbed(scaled(config, {.d_model = 16, .vocab = 128}));
+Small small(std::string name, const Config& config, const Scale& scale) {
+  const Config made = undisturbed(scaled(config, scale));
   return {std::move(name), made.shape.decoder_half(), [made](std::uint64_t seed) {
             Rng rng(seed);
             return presets::make<double>(made, rng);
@@ -84,29 +85,29 @@ Small small(std::string name, const Config& config) {
 
 // Switch-Base-128 and -256 are Switch-Base-8 with other numbers of experts, and OpenMoE-34B is
 // OpenMoE-Base with other widths: made small, they are the same.
-std::vector<Small> all_presets() {
+std::vector<Small> all_presets(const Scale& to = {.d_model = 16, .vocab = 128}) {
   OpenMoEConfig parallel = openmoe_base();
   parallel.parallel = true;
   return {
-      small("Mixtral 8x7B", mixtral_8x7b()),
-      small("Mixtral 8x22B", mixtral_8x22b()),
-      small("Grok-1", grok_1()),
-      small("DBRX", dbrx()),
-      small("OLMoE-1B-7B", olmoe_1b_7b()),
-      small("Qwen3-30B-A3B", qwen3_30b_a3b()),
-      small("gpt-oss-20b", gpt_oss_20b()),
-      small("Llama-4-Scout", llama_4_scout()),
-      small("DeepSeekMoE-16B", deepseek_moe_16b()),
-      small("DeepSeek-V2-Lite", deepseek_v2_lite()),
-      small("DeepSeek-V2", deepseek_v2()),
-      small("DeepSeek-V3", deepseek_v3()),
-      small("Switch-Base-8", switch_base_8()),
-      small("Switch-XXL-128", switch_xxl_128()),
-      small("ST-MoE-32B", st_moe_32b()),
-      small("OpenMoE-Base", openmoe_base()),
-      small("OpenMoE-Base in parallel", parallel),
-      small("OpenMoE-8B", openmoe_8b()),
-      small("OpenMoE-Base as released", openmoe_released(openmoe_base())),
+      small("Mixtral 8x7B", mixtral_8x7b(), to),
+      small("Mixtral 8x22B", mixtral_8x22b(), to),
+      small("Grok-1", grok_1(), to),
+      small("DBRX", dbrx(), to),
+      small("OLMoE-1B-7B", olmoe_1b_7b(), to),
+      small("Qwen3-30B-A3B", qwen3_30b_a3b(), to),
+      small("gpt-oss-20b", gpt_oss_20b(), to),
+      small("Llama-4-Scout", llama_4_scout(), to),
+      small("DeepSeekMoE-16B", deepseek_moe_16b(), to),
+      small("DeepSeek-V2-Lite", deepseek_v2_lite(), to),
+      small("DeepSeek-V2", deepseek_v2(), to),
+      small("DeepSeek-V3", deepseek_v3(), to),
+      small("Switch-Base-8", switch_base_8(), to),
+      small("Switch-XXL-128", switch_xxl_128(), to),
+      small("ST-MoE-32B", st_moe_32b(), to),
+      small("OpenMoE-Base", openmoe_base(), to),
+      small("OpenMoE-Base in parallel", parallel, to),
+      small("OpenMoE-8B", openmoe_8b(), to),
+      small("OpenMoE-Base as released", openmoe_released(openmoe_base()), to),
   };
 }
 
@@ -165,6 +166,24 @@ TEST_CASE("A preset has as many numbers as its config counts", "[presets]") {
       for (const auto& [name, buffer] : buffers(model)) numbers += buffer->value.size();
       CHECK(numbers == counted.selection_bias);
     }
+  }
+}
+
+TEST_CASE("Presets keep their structure at any small size", "[presets]") {
+  const auto scale =
+      GENERATE(Scale{.d_model = 1, .vocab = 1}, Scale{.d_model = 7, .vocab = 130},
+               Scale{.d_model = 12, .vocab = 128, .layers = 7, .experts = 16, .window = 3});
+  const std::vector<Index> ids = scale.vocab == 1 ? std::vector<Index>(12, 0) : text(0, 12);
+  for (const Small& preset : all_presets(scale)) {
+    INFO(preset.name << ", d_model " << scale.d_model);
+    Decoder<double> model = preset.make_large(9);
+    const ModelCount counted = count(preset.shape);
+    CHECK(parameter_count(model) == counted.total() - counted.selection_bias);
+    const Matrix<double> whole = model.forward(ids);
+    CHECK(whole.allFinite());
+    CHECK(test::relative_error(decode(model, ids, 5), whole) <= 1e-11);
+    set_storage(model, Storage::kPacked);
+    CHECK(test::relative_error(model.forward(ids), whole) <= 1e-11);
   }
 }
 

@@ -132,6 +132,8 @@ TEST_CASE("A size that the structure does not fit is refused", "[presets]") {
         "ModelShape: k = 2, expected 1 <= k <= experts = 1");
   CHECK(message(deepseek_v2(), {.experts = -8}) == "ModelShape: experts = -8, expected >= 1");
   MixtralConfig config = mixtral_8x7b();
+  config.shape.attention = GroupedQueryConfig{.heads = 32, .kv_heads = 8};
+  CHECK(grouped_query(scaled(config).shape).head_dim == 4);  // Of 4096 / 32.
   config.shape.attention = GroupedQueryConfig{};
-  CHECK(message(config, {}) == "scaled: attention.kv_heads = 0, expected >= 1");
+  CHECK(message(config, {}) == "GroupedQueryAttention: heads = 0, expected >= 1");
 }

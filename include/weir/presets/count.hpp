@@ -28,11 +28,15 @@ struct AttentionCount {
   Count cache_values = 0;             ///< What is kept of a token.
   Count multi_head_cache_values = 0;  ///< The same if each query head had its own key and value.
 
-  Count parameters() const { return matrices + vectors; }
+  Count parameters() const { return matrices + vectors; }  ///< All that is trained.
 };
 
-/// \param d_model  Width of a token.
-inline AttentionCount count(const GroupedQueryConfig& a, Count d_model) {
+/// Of grouped-query attention.
+/// \param d_model  Width of a token, whatever the config says.
+/// \throws ConfigError  as GroupedQueryConfig::checked.
+inline AttentionCount count(GroupedQueryConfig a, Count d_model) {
+  a.d_model = static_cast<Index>(d_model);
+  a = a.checked();
   const Count query = Count{a.heads} * a.head_dim;
   const Count kv = Count{a.kv_heads} * a.head_dim;
   AttentionCount count;
@@ -49,8 +53,8 @@ inline AttentionCount count(const GroupedQueryConfig& a, Count d_model) {
   return count;
 }
 
-/// Multi-head attention of the same width has keys and values of value_dim per head, as in the
-/// comparison of DeepSeek-V2's report (arXiv:2405.04434, table 1).
+/// Of latent attention. Multi-head attention of the same width has keys and values of value_dim per
+/// head, as in the comparison of DeepSeek-V2's report (arXiv:2405.04434, table 1).
 inline AttentionCount count(const LatentConfig& a, Count d_model) {
   const Count heads = a.heads;
   const Count query = heads * (a.nope_dim + a.rope_dim);
@@ -66,6 +70,7 @@ inline AttentionCount count(const LatentConfig& a, Count d_model) {
   return count;
 }
 
+/// Of either.
 inline AttentionCount count(const AttentionShape& attention, Count d_model) {
   return std::visit([&](const auto& a) { return count(a, d_model); }, attention);
 }
@@ -94,6 +99,7 @@ struct ModelCount {
   Count multi_head_cache_values = 0;  ///< The same with multi-head attention of the same width.
   Count prediction = 0;               ///< One module of multi-token prediction; in no sum.
 
+  /// All that belongs to the model.
   Count total() const {
     return embedding + head + attention + norms + routers + experts + shared + dense +
            position_tables + selection_bias;
@@ -102,7 +108,9 @@ struct ModelCount {
   Count active() const { return total() - idle_experts; }
   /// Without the embedding, in which a token only looks up a row.
   Count active_without_embedding() const { return active() - embedding; }
+  /// Without the head, either.
   Count active_without_vocab() const { return active() - embedding - head; }
+  /// Of the total.
   double active_share() const {
     return static_cast<double>(active()) / static_cast<double>(total());
   }
@@ -119,6 +127,7 @@ struct ModelCount {
   double cache_bytes(double bits = 16.0) const {
     return static_cast<double>(cache_values) * bits / 8.0;
   }
+  /// The same with multi-head attention of the same width.
   double multi_head_cache_bytes(double bits = 16.0) const {
     return static_cast<double>(multi_head_cache_values) * bits / 8.0;
   }
@@ -141,7 +150,7 @@ class StackCounter {
     add_mixtures(sparse);
     add_dense((layers - sparse) * network(shape_.dense_hidden));
     if (shape_.extra_hidden > 0) {
-      to_.norms += sparse * d_;
+      to_.norms += sparse * d_ * (shape_.norms / 2);
       add_dense(sparse * network(shape_.extra_hidden));
     }
   }
@@ -225,6 +234,7 @@ inline ModelCount count(const ModelShape& shape) {
   return count;
 }
 
+/// Of a preset, as of its sizes.
 template <Preset Config>
 ModelCount count(const Config& config) {
   return count(config.shape);

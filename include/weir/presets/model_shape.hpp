@@ -5,6 +5,7 @@
 
 #include <concepts>
 #include <optional>
+#include <string_view>
 #include <variant>
 
 #include <weir/attention/grouped_query.hpp>
@@ -28,8 +29,7 @@ struct ModelShape {
   AttentionShape attention = GroupedQueryConfig{};
   std::optional<AttentionShape> other_attention = {};  ///< Of the layers `others` says, if any.
   Interleave others = {};
-  Index norms =
-      2;  ///< In a layer, with a weight of d_model each: 2, or 4 with those behind the branches.
+  Index norms = 2;  ///< In a layer: one before each branch, or, if 4, one behind it as well.
 
   Interleave interleave = {};  ///< Which layers are mixtures of experts.
   Index experts = 0;
@@ -48,7 +48,7 @@ struct ModelShape {
   Index prediction_modules = 0;  ///< Multi-token prediction; counted apart from the model.
 
   /// \throws ConfigError  unless there are 1 <= k <= experts experts, and of everything else that
-  ///                      is not optional at least one.
+  ///                      is not optional at least one, and of nothing less than none.
   void check() const {
     constexpr auto kWho = "ModelShape";
     expect_at_least<Index>(kWho, "layers", layers, 1);
@@ -63,11 +63,21 @@ struct ModelShape {
     if (ffn_matrices < 2 || ffn_matrices > 4) {
       fail<ConfigError>(kWho, ": ffn_matrices = ", ffn_matrices, ", expected 2, 3 or 4");
     }
+    const auto expect_count = [](std::string_view name, Index count) {
+      expect_at_least<Index>(kWho, name, count, 0);
+    };
+    expect_count("shared_hidden", shared_hidden);
+    expect_count("dense_hidden", dense_hidden);
+    expect_count("extra_hidden", extra_hidden);
+    expect_count("encoder_layers", encoder_layers);
+    expect_count("position_buckets", position_buckets);
+    expect_count("prediction_modules", prediction_modules);
     if (interleave.count_sparse(layers) < layers) {
       expect_at_least<Index>(kWho, "dense_hidden", dense_hidden, 1);
     }
   }
 
+  /// The attention of layer `layer`, from 0.
   const AttentionShape& attention_of(Index layer) const {
     return other_attention && others.is_sparse(layer) ? *other_attention : attention;
   }

@@ -42,8 +42,10 @@ class Shrink {
 };
 
 /// Two key and value heads, or one if there was no more, and as many queries to each as before.
-inline AttentionShape scaled(GroupedQueryConfig a, const Shrink& shrink, Index window) {
-  expect_at_least<Index>("scaled", "attention.kv_heads", a.kv_heads, 1);
+inline AttentionShape scaled(GroupedQueryConfig a, Index d_model, const Shrink& shrink,
+                             Index window) {
+  a.d_model = d_model;
+  a = a.checked();
   const Index width = a.heads * a.head_dim;
   const Index queries = a.heads / a.kv_heads;
   a.kv_heads = std::min<Index>(a.kv_heads, 2);
@@ -55,7 +57,8 @@ inline AttentionShape scaled(GroupedQueryConfig a, const Shrink& shrink, Index w
   return a;
 }
 
-inline AttentionShape scaled(LatentConfig a, const Shrink& shrink, Index /*window*/) {
+inline AttentionShape scaled(LatentConfig a, Index /*d_model*/, const Shrink& shrink,
+                             Index /*window*/) {
   a.heads = std::min<Index>(a.heads, 2);
   a.q_rank = shrink(a.q_rank, 12);
   a.kv_rank = shrink(a.kv_rank, 8);
@@ -71,23 +74,23 @@ inline AttentionShape scaled(LatentConfig a, const Shrink& shrink, Index /*windo
 /// how many experts a token visits, how many queries share a key, what is tied, biased, shared or
 /// normalized. Widths keep their proportion to d_model, roughly; of dense layers at the start, one
 /// is left.
-/// \throws ConfigError  if a size is below 1, if there are fewer layers than the structure needs,
-/// or
-///                      fewer experts than a token visits.
+/// \throws ConfigError  if a size is out of range, if there are fewer layers than the structure
+///                      needs, or fewer experts than a token visits.
 inline ModelShape scaled(ModelShape shape, const Scale& to = {}) {
   shape.check();
   expect_at_least<Index>("scaled", "d_model", to.d_model, 1);
   expect_at_least<Index>("scaled", "vocab", to.vocab, 1);
   expect_at_least<Index>("scaled", "window", to.window, 1);
   const detail::Shrink shrink(shape.d_model, to.d_model);
-  shape.d_model = to.d_model;
-  shape.vocab = to.vocab;
   const auto scaled_attention = [&](const AttentionShape& attention) {
-    return std::visit([&](const auto& a) { return detail::scaled(a, shrink, to.window); },
-                      attention);
+    return std::visit(
+        [&](const auto& a) { return detail::scaled(a, shape.d_model, shrink, to.window); },
+        attention);
   };
   shape.attention = scaled_attention(shape.attention);
   if (shape.other_attention) shape.other_attention = scaled_attention(*shape.other_attention);
+  shape.d_model = to.d_model;
+  shape.vocab = to.vocab;
 
   shape.interleave.first_dense = std::min<Index>(shape.interleave.first_dense, 1);
   const Index attentions = shape.other_attention ? shape.others.stride : 1;
@@ -106,6 +109,7 @@ inline ModelShape scaled(ModelShape shape, const Scale& to = {}) {
   return shape;
 }
 
+/// A preset with its sizes made small and all else as it is.
 template <Preset Config>
 Config scaled(Config config, const Scale& to = {}) {
   config.shape = scaled(config.shape, to);
