@@ -35,12 +35,17 @@ constexpr Index kVocab = 11;
 constexpr Index kModel = 8;
 constexpr Sampling kGreedy{.temperature = 0.0};
 
-enum class Kind { kDense, kMixture, kHash };
+enum class Kind { kDense, kMixture, kHash, kWindow };
 
 template <class T>
 Block<T> make_block(Kind kind, Rng& rng) {
   const RmsNorm<T> norm(kModel);
   const GroupedQueryAttention<T> attention({.d_model = kModel, .heads = 2, .kv_heads = 1}, rng);
+  if (kind == Kind::kWindow) {
+    const GroupedQueryAttention<T> local(
+        {.d_model = kModel, .heads = 2, .kv_heads = 1, .window = 3}, rng);
+    return pre_norm_block<T>(norm, local, norm, Glu<T>(kModel, 6, rng, {.init_scale = 1.0}), "mlp");
+  }
   if (kind == Kind::kDense) {
     return pre_norm_block<T>(norm, attention, norm, Glu<T>(kModel, 6, rng, {.init_scale = 1.0}),
                              "mlp");
@@ -106,7 +111,7 @@ Ids operator+(Ids a, const Ids& b) {
 }  // namespace
 
 TEST_CASE("Speculative decoding yields the text of plain decoding", "[model][speculative]") {
-  const auto kind = GENERATE(Kind::kDense, Kind::kMixture, Kind::kHash);
+  const auto kind = GENERATE(Kind::kDense, Kind::kMixture, Kind::kHash, Kind::kWindow);
   const auto depth = GENERATE(as<std::size_t>{}, 1, 2, 3);
   const auto sampling =
       GENERATE(as<Sampling>{}, kGreedy, Sampling{}, Sampling{.temperature = 0.7, .top_k = 3});

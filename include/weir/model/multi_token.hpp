@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -233,6 +234,16 @@ class MultiToken {
   /// Lets the balancing rules of the modules' blocks act, once after each optimizer step.
   void update() {
     for (MultiTokenModule<T>& module : modules_) module.layer.update();
+  }
+
+  /// As Decoder::reports, under names such as "modules.0.layer.moe".
+  std::vector<NamedReport> reports(const Cache& cache) const {
+    std::vector<NamedReport> reports;
+    for (std::size_t k = 0; k < std::min(modules_.size(), cache.modules.size()); ++k) {
+      modules_[k].layer.add_reports("modules." + std::to_string(k) + ".layer.",
+                                    cache.modules[k].layer, reports);
+    }
+    return reports;
   }
 
   /// Parameters `modules.K.*`.
