@@ -134,9 +134,9 @@ const Ids kTargets = {0, 6, 3, 1, 4, 2, 2, 4, 5};
 
 TEST_CASE("MultiToken is what the equations say, worked out step by step", "[model][mtp]") {
   const auto source = GENERATE(HiddenSource::kHidden, HiddenSource::kNormed);
-  const Decoder<double> model = make_decoder<double>(true);
+  Decoder<double> model = make_decoder<double>(true);
   MultiToken<double> modules = make_modules<double>(2, {.weight = 0.4, .source = source});
-  const Matrix<double>& table = parameters(const_cast<Decoder<double>&>(model))[0].parameter->value;
+  const Matrix<double>& table = parameters(model)[0].parameter->value;
   Decoder<double>::Cache cache;
   model.forward(kIds, {}, cache);
   Matrix<double> h = source == HiddenSource::kHidden ? model.hidden(cache) : model.normed(cache);
@@ -185,7 +185,7 @@ TEST_CASE("Gradients are right with multipliers and softcap, which the modules s
           "[model][mtp][gradient]") {
   Decoder<double> model = make_decoder<double>(
       true, {.embedding_multiplier = 2.0, .logit_multiplier = 0.5, .logit_softcap = 1.5});
-  MultiToken<double> modules = make_modules<double>(1);
+  MultiToken<double> modules = make_modules<double>(1, {.mean = TargetMean::kOwn});
   check_gradients(model, modules, kIds, kTargets, {});
 }
 
@@ -246,6 +246,23 @@ TEST_CASE("The loss is divided by the number of tokens it is told", "[model][mtp
   const MultiToken<double> modules = make_modules<double>(2);
   CHECK(modules_loss(model, modules, kIds, kTargets, {}, 18) ==
         Approx(0.5 * modules_loss(model, modules, kIds, kTargets)).epsilon(1e-12));
+}
+
+TEST_CASE("Each module may divide by its own number of targets", "[model][mtp]") {
+  const Decoder<double> model = make_decoder<double>(false);
+  const MultiToken<double> main = make_modules<double>(2);
+  const MultiToken<double> own = make_modules<double>(2, {.mean = TargetMean::kOwn});
+  Decoder<double>::Cache cache;
+  MultiToken<double>::Cache main_cache, own_cache;
+  model.forward(kIds, {}, cache);
+  main.forward(model, cache, kIds, kTargets, {}, main_cache);
+  own.forward(model, cache, kIds, kTargets, {}, own_cache);
+  CHECK(own_cache.losses[0] == Approx(main_cache.losses[0] * 9.0 / 8.0).epsilon(1e-12));
+  CHECK(own_cache.losses[1] == Approx(main_cache.losses[1] * 9.0 / 7.0).epsilon(1e-12));
+  CHECK(test::message_of<ConfigError>(
+            [&] { own.forward(model, cache, kIds, kTargets, {}, own_cache, 9); }) ==
+        "MultiToken::forward: tokens = 9, expected 0 where each module divides by its own number "
+        "of targets");
 }
 
 TEST_CASE("Sequences too short for a module are none to it", "[model][mtp]") {

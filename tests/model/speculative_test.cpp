@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -64,7 +65,8 @@ template <class T = double>
 Decoder<T> make_decoder(Kind kind, bool tied, std::uint64_t seed = 1) {
   Rng rng(seed);
   std::vector<Block<T>> layers;
-  for (int l = 0; l < 2; ++l) layers.push_back(make_block<T>(kind, rng));
+  layers.push_back(make_block<T>(kind, rng));
+  layers.push_back(make_block<T>(kind, rng));
   std::optional<Linear<T>> head;
   if (!tied) head.emplace(kModel, kVocab, rng);
   return {Embedding<T>(kVocab, kModel, rng, 0.5), std::move(layers), RmsNorm<T>(kModel),
@@ -127,7 +129,7 @@ TEST_CASE("Speculative decoding yields the text of plain decoding", "[model][spe
       CHECK(rng.position() == plain_rng.position());
     }
   }
-  CHECK(report.tokens == 3 * 28);
+  CHECK(report.tokens == 84);
   CHECK(report.checked[0] > 0);
 }
 
@@ -259,6 +261,23 @@ TEST_CASE("Speculative decoding ends where plain decoding does", "[model][specul
             generate(model, Ids{1}, 5, kGreedy, one, plain));
     }
   }
+}
+
+TEST_CASE("A state that an exception has left incomplete is not continued",
+          "[model][speculative]") {
+  const Decoder<double> model = make_bigram();
+  const MultiToken<double> modules = make_bigram_modules(2, 1.0);
+  SpeculativeState<double> state;
+  DraftReport report;
+  Rng rng(0);
+  const Until until = {.count = 9,
+                       .on_token = [](Index) -> bool { throw std::runtime_error("no"); }};
+  CHECK(test::message_of<std::runtime_error>([&] {
+          speculate(model, modules, Ids{1}, until, kGreedy, rng, state, report);
+        }) == "no");
+  CHECK(test::message_of<StateError>([&] {
+          speculate(model, modules, Ids{1}, {.count = 1}, kGreedy, rng, state, report);
+        }) == "speculate: the state is incomplete after an exception, expected a copy made before");
 }
 
 TEST_CASE("Speculative decoding refuses misuse before it changes anything",
