@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/model/generate.hpp>
 #include <weir/model/multi_token.hpp>
 #include <weir/model/speculative.hpp>
@@ -261,6 +262,20 @@ TEST_CASE("Speculative decoding ends where plain decoding does", "[model][specul
             generate(model, Ids{1}, 5, kGreedy, one, plain));
     }
   }
+}
+
+TEST_CASE("Speculative decoding works with weights stored for inference", "[model][speculative]") {
+  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
+  Decoder<float> model = make_decoder<float>(Kind::kMixture, true);
+  MultiToken<float> modules = make_modules<float>(2, Kind::kMixture);
+  set_storage(model, storage);
+  set_storage(modules, storage);
+  CHECK(parameters(modules).size() == 12);  // The norms and routers.
+  Rng rng(0), plain_rng(0);
+  DraftReport report;
+  CHECK(speculate(model, modules, Ids{3, 1}, 20, kGreedy, rng, report) ==
+        generate(model, Ids{3, 1}, 20, kGreedy, plain_rng));
+  CHECK(report.checked[0] > 0);
 }
 
 TEST_CASE("A state that an exception has left incomplete is not continued",
