@@ -82,7 +82,8 @@ struct MultiTokenConfig {
 /// modules' blocks are not multiplied by lambda.
 ///
 /// The paper's equation has h first in the concatenation; the released weights (`eh_proj`), and
-/// this class, have the embedding first.
+/// this class, have the embedding first. (vLLM also sets the embedding at position 0 to zero, of
+/// which the paper says nothing; this class does not.)
 ///
 ///     const Matrix<T>& logits = model.forward(ids, pass, cache);
 ///     T loss = cross_entropy.forward(logits, targets, loss_cache);
