@@ -50,7 +50,7 @@ Place place_of(const std::string& ours, const DecoderInputs& in) {
   if (part == "moe_norm.weight") return {attention + "norm_2.weight", {d}};
   if (part == "attention.output") return {attention + "attn.out_proj.weight", {d, q}};
   if (part == "moe.router.weight") return {block + "ffn.router.layer.weight", {in.experts, d}};
-  const Place fused = {attention + "attn.Wqkv.weight", {q + 2 * kv, d}};
+  Place fused = {attention + "attn.Wqkv.weight", {q + 2 * kv, d}};
   if (part == "attention.query") return fused;
   if (part == "attention.key") return {fused.tensor, fused.shape, q};
   if (part == "attention.value") return {fused.tensor, fused.shape, q + kv};

@@ -145,6 +145,7 @@ inline void check_decoding(Checker& checker, const Decoder<double>& decoder,
   const auto batch = static_cast<std::size_t>(in.batch);
   std::vector<Decoder<double>::State> states(batch);
   std::vector<Decoder<double>::State*> pointers;
+  pointers.reserve(batch);
   for (Decoder<double>::State& state : states) pointers.push_back(&state);
   Decoder<double>::Cache cache;
   Matrix<double> logits(in.batch * in.seq, in.vocab);

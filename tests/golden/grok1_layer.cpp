@@ -126,6 +126,7 @@ void check_grok1_layer(CaseFile& file, Checker& checker) {
   const Sequences one_each = Sequences::uniform(in.batch, 1);
   std::vector<Block<double>::State> states(static_cast<std::size_t>(in.batch));
   std::vector<Block<double>::State*> pointers;
+  pointers.reserve(states.size());
   for (Block<double>::State& state : states) pointers.push_back(&state);
   Matrix<double> y(in.x.rows(), in.d_model);
   for (Index t = 0; t < in.seq; ++t) {

@@ -25,7 +25,7 @@ using Moe = MoELayer<LinearRouter<double>, SoftmaxTopK<double>, Dropless, GluBan
 
 /// What the file calls a parameter of the decoder.
 std::string name_of(const std::string& ours) {
-  static const std::vector<std::pair<std::string, std::string>> kParts = {
+  static const std::vector<std::pair<std::string, std::string>> parts = {
       {"embedding.weight", "model.embed_tokens.weight"},
       {"head.weight", "lm_head.weight"},
       {"layers.", "model.layers."},
@@ -40,7 +40,7 @@ std::string name_of(const std::string& ours) {
   };
   if (ours == "norm.weight") return "model.norm.weight";
   std::string name = ours;
-  for (const auto& [from, to] : kParts) {
+  for (const auto& [from, to] : parts) {
     const std::size_t at = name.find(from);
     if (at != std::string::npos) name.replace(at, from.size(), to);
   }

@@ -210,7 +210,7 @@ TEST_CASE("Conversations are checked before any of them changes", "[model][gener
   const Conversation<double> good = {.prompt = {1, 2}, .until = {.count = 3}, .sampling = {}};
   const auto message = [&](const Conversation<double>& bad) {
     Conversations conversations = {good, bad};
-    const std::string text = test::message_of<ConfigError>([&] { run(model, conversations); });
+    std::string text = test::message_of<ConfigError>([&] { run(model, conversations); });
     CHECK(conversations[0].state.length == 0);
     CHECK(conversations[0].rng.position() == 0);
     return text;

@@ -31,6 +31,7 @@ Decoder<double> make_decoder(bool tied, const DecoderConfig& config = {}) {
   RmsNorm<double> norm(kModel);
   norm.weight().value += normal_init<double>(1, kModel, 0.3, rng);
   std::vector<Block<double>> layers;
+  layers.reserve(2);
   for (int l = 0; l < 2; ++l) {
     layers.push_back(pre_norm_block<double>(
         norm, GroupedQueryAttention<double>({.d_model = kModel, .heads = 2, .kv_heads = 1}, rng),
@@ -118,7 +119,7 @@ TEST_CASE("Decoder is its parts one after the other", "[model][decoder]") {
 
   // Decoding, all tokens have their h, whichever logits are wanted.
   Decoder<double>::State state;
-  const Matrix<double> last = model.decode(kIds, state, cache, true);
+  const Matrix<double>& last = model.decode(kIds, state, cache, true);
   CHECK(test::relative_error(model.hidden(cache), x) <= 1e-12);
   CHECK(model.normed(cache).rows() == 1);
   CHECK(test::relative_error(last, logits.bottomRows(1)) <= 1e-12);

@@ -54,7 +54,7 @@ Decoder<T> make_decoder(bool tied, const DecoderConfig& config = {}) {
   Rng rng(1);
   std::vector<Block<T>> layers;
   layers.push_back(pre_norm_block<T>(make_norm<T>(rng), make_attention<T>(rng), make_norm<T>(rng),
-                                     Glu<T>(kModel, 5, rng, {.init_scale = 1.0}), "mlp"));
+                                     Glu<T>(kModel, 3, rng, {.init_scale = 1.0}), "mlp"));
   std::optional<Linear<T>> head;
   if (!tied) head.emplace(kModel, kVocab, rng);
   return {Embedding<T>(kVocab, kModel, rng, 0.5), std::move(layers), make_norm<T>(rng),
@@ -67,7 +67,7 @@ MultiToken<T> make_modules(std::size_t depth, const MultiTokenConfig& config = {
   std::vector<MultiTokenModule<T>> modules;
   for (std::size_t k = 0; k < depth; ++k) {
     auto moe = MoELayer(LinearRouter<T>(kModel, 3, rng, {.init_scale = 1.0}),
-                        SoftmaxTopK<T>{.k = 2}, Dropless{}, GluBank<T>(3, kModel, 5, rng, 1.0),
+                        SoftmaxTopK<T>{.k = 2}, Dropless{}, GluBank<T>(3, kModel, 3, rng, 1.0),
                         SwitchLoss<T>{.coefficient = T(0.1)});
     modules.push_back({make_norm<T>(rng), make_norm<T>(rng), Linear<T>(2 * kModel, kModel, rng),
                        pre_norm_block<T>(make_norm<T>(rng), make_attention<T>(rng),
@@ -134,9 +134,9 @@ const Ids kTargets = {0, 6, 3, 1, 4, 2, 2, 4, 5};
 
 TEST_CASE("MultiToken is what the equations say, worked out step by step", "[model][mtp]") {
   const auto source = GENERATE(HiddenSource::kHidden, HiddenSource::kNormed);
-  const Decoder<double> model = make_decoder<double>(true);
+  Decoder<double> model = make_decoder<double>(true);
   MultiToken<double> modules = make_modules<double>(2, {.weight = 0.4, .source = source});
-  const Matrix<double>& table = parameters(const_cast<Decoder<double>&>(model))[0].parameter->value;
+  const Matrix<double>& table = parameters(model)[0].parameter->value;
   Decoder<double>::Cache cache;
   model.forward(kIds, {}, cache);
   Matrix<double> h = source == HiddenSource::kHidden ? model.hidden(cache) : model.normed(cache);
@@ -168,8 +168,8 @@ TEST_CASE("MultiToken is what the equations say, worked out step by step", "[mod
 TEST_CASE("Gradients of all that is shared and of the modules agree with finite differences",
           "[model][mtp][gradient]") {
   const auto tied = GENERATE(false, true);
-  const auto depth = GENERATE(as<std::size_t>{}, 1, 2);
-  const auto source = depth == 1 ? HiddenSource::kNormed : HiddenSource::kHidden;
+  const std::size_t depth = tied ? 2 : 1;
+  const auto source = tied ? HiddenSource::kHidden : HiddenSource::kNormed;
   Decoder<double> model = make_decoder<double>(tied);
   MultiToken<double> modules = make_modules<double>(depth, {.weight = 0.6, .source = source});
   const Sequences sequences({6, 6});
@@ -185,7 +185,7 @@ TEST_CASE("Gradients are right with multipliers and softcap, which the modules s
           "[model][mtp][gradient]") {
   Decoder<double> model = make_decoder<double>(
       true, {.embedding_multiplier = 2.0, .logit_multiplier = 0.5, .logit_softcap = 1.5});
-  MultiToken<double> modules = make_modules<double>(1);
+  MultiToken<double> modules = make_modules<double>(1, {.mean = TargetMean::kOwn});
   check_gradients(model, modules, kIds, kTargets, {});
 }
 
@@ -248,6 +248,23 @@ TEST_CASE("The loss is divided by the number of tokens it is told", "[model][mtp
         Approx(0.5 * modules_loss(model, modules, kIds, kTargets)).epsilon(1e-12));
 }
 
+TEST_CASE("Each module may divide by its own number of targets", "[model][mtp]") {
+  const Decoder<double> model = make_decoder<double>(false);
+  const MultiToken<double> main = make_modules<double>(2);
+  const MultiToken<double> own = make_modules<double>(2, {.mean = TargetMean::kOwn});
+  Decoder<double>::Cache cache;
+  MultiToken<double>::Cache main_cache, own_cache;
+  model.forward(kIds, {}, cache);
+  main.forward(model, cache, kIds, kTargets, {}, main_cache);
+  own.forward(model, cache, kIds, kTargets, {}, own_cache);
+  CHECK(own_cache.losses[0] == Approx(main_cache.losses[0] * 9.0 / 8.0).epsilon(1e-12));
+  CHECK(own_cache.losses[1] == Approx(main_cache.losses[1] * 9.0 / 7.0).epsilon(1e-12));
+  CHECK(test::message_of<ConfigError>(
+            [&] { own.forward(model, cache, kIds, kTargets, {}, own_cache, 9); }) ==
+        "MultiToken::forward: tokens = 9, expected 0 where each module divides by its own number "
+        "of targets");
+}
+
 TEST_CASE("Sequences too short for a module are none to it", "[model][mtp]") {
   Decoder<double> model = make_decoder<double>(true);
   MultiToken<double> modules = make_modules<double>(2);
@@ -273,10 +290,11 @@ TEST_CASE("Modules tell their routers the ids of the tokens they embed", "[model
         Block<double>({{"moe", make_norm<double>(rng), std::move(moe)}}), make_norm<double>(rng)}});
   Training<double> training;
   training.evaluate(model, modules, kIds, kTargets);
-  const auto report = modules.modules()[0].layer.branches()[0].layer.report(
-      training.module_cache.modules[0].layer.branches[0].layer);
-  REQUIRE(report.has_value());
-  CHECK(report->load == Ids{1, 1, 2, 1, 1, 1, 1});  // Of 0, 6, 3, 1, 5, 2, 2, 4.
+  const std::vector<NamedReport> reports = modules.reports(training.module_cache);
+  REQUIRE(reports.size() == 1);
+  CHECK(reports[0].name == "modules.0.layer.moe");
+  CHECK(reports[0].report.load == Ids{1, 1, 2, 1, 1, 1, 1});  // Of 0, 6, 3, 1, 5, 2, 2, 4.
+  CHECK(modules.reports({}).empty());
 }
 
 TEST_CASE("Modules decode in pieces what they compute at once", "[model][mtp]") {

@@ -3,11 +3,13 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/model/generate.hpp>
 #include <weir/model/multi_token.hpp>
 #include <weir/model/speculative.hpp>
@@ -35,12 +37,17 @@ constexpr Index kVocab = 11;
 constexpr Index kModel = 8;
 constexpr Sampling kGreedy{.temperature = 0.0};
 
-enum class Kind { kDense, kMixture, kHash };
+enum class Kind { kDense, kMixture, kHash, kWindow };
 
 template <class T>
 Block<T> make_block(Kind kind, Rng& rng) {
   const RmsNorm<T> norm(kModel);
   const GroupedQueryAttention<T> attention({.d_model = kModel, .heads = 2, .kv_heads = 1}, rng);
+  if (kind == Kind::kWindow) {
+    const GroupedQueryAttention<T> local(
+        {.d_model = kModel, .heads = 2, .kv_heads = 1, .window = 3}, rng);
+    return pre_norm_block<T>(norm, local, norm, Glu<T>(kModel, 6, rng, {.init_scale = 1.0}), "mlp");
+  }
   if (kind == Kind::kDense) {
     return pre_norm_block<T>(norm, attention, norm, Glu<T>(kModel, 6, rng, {.init_scale = 1.0}),
                              "mlp");
@@ -59,7 +66,8 @@ template <class T = double>
 Decoder<T> make_decoder(Kind kind, bool tied, std::uint64_t seed = 1) {
   Rng rng(seed);
   std::vector<Block<T>> layers;
-  for (int l = 0; l < 2; ++l) layers.push_back(make_block<T>(kind, rng));
+  layers.push_back(make_block<T>(kind, rng));
+  layers.push_back(make_block<T>(kind, rng));
   std::optional<Linear<T>> head;
   if (!tied) head.emplace(kModel, kVocab, rng);
   return {Embedding<T>(kVocab, kModel, rng, 0.5), std::move(layers), RmsNorm<T>(kModel),
@@ -98,6 +106,34 @@ MultiToken<double> make_bigram_modules(std::size_t depth, double sign) {
   return MultiToken<double>(std::move(modules));
 }
 
+// 0, 1, 4, 9, ... modulo the vocabulary.
+Ids squares(Index count) {
+  Ids ids;
+  for (Index t = 0; t < count; ++t) ids.push_back(t * t % kVocab);
+  return ids;
+}
+
+// Teaches them squares.
+template <class T>
+void train(Decoder<T>& model, MultiToken<T>& modules) {
+  auto all = parameters(model);
+  for (const auto& named : parameters(modules)) all.push_back(named);
+  AdamW<T> optimizer(all, {.learning_rate = 1e-2});
+  Ids ids = squares(45);
+  const Ids targets(ids.begin() + 1, ids.end());
+  ids.pop_back();
+  const CrossEntropy<T> loss;
+  typename CrossEntropy<T>::Cache loss_cache;
+  typename Decoder<T>::Cache cache;
+  typename MultiToken<T>::Cache module_cache;
+  for (int step = 0; step < 60; ++step) {
+    loss.forward(model.forward(ids, {}, cache), targets, loss_cache);
+    modules.forward(model, cache, ids, targets, {}, module_cache);
+    model.backward(loss.backward(loss_cache), cache, modules.backward(model, module_cache));
+    optimizer.step();
+  }
+}
+
 Ids operator+(Ids a, const Ids& b) {
   a.insert(a.end(), b.begin(), b.end());
   return a;
@@ -106,7 +142,7 @@ Ids operator+(Ids a, const Ids& b) {
 }  // namespace
 
 TEST_CASE("Speculative decoding yields the text of plain decoding", "[model][speculative]") {
-  const auto kind = GENERATE(Kind::kDense, Kind::kMixture, Kind::kHash);
+  const auto kind = GENERATE(Kind::kDense, Kind::kMixture, Kind::kHash, Kind::kWindow);
   const auto depth = GENERATE(as<std::size_t>{}, 1, 2, 3);
   const auto sampling =
       GENERATE(as<Sampling>{}, kGreedy, Sampling{}, Sampling{.temperature = 0.7, .top_k = 3});
@@ -122,7 +158,7 @@ TEST_CASE("Speculative decoding yields the text of plain decoding", "[model][spe
       CHECK(rng.position() == plain_rng.position());
     }
   }
-  CHECK(report.tokens == 3 * 28);
+  CHECK(report.tokens == 84);
   CHECK(report.checked[0] > 0);
 }
 
@@ -161,31 +197,40 @@ TEST_CASE("Bad drafts are refused, and change nothing", "[model][speculative]") 
 TEST_CASE("Modules that were trained draft well", "[model][speculative]") {
   Decoder<float> model = make_decoder<float>(Kind::kMixture, true);
   MultiToken<float> modules = make_modules<float>(2, Kind::kMixture);
-  auto all = parameters(model);
-  for (const auto& named : parameters(modules)) all.push_back(named);
-  AdamW<float> optimizer(all, {.learning_rate = 1e-2F});
-  Ids ids, targets;
-  for (Index t = 0; t < 44; ++t) {
-    ids.push_back(t * t % 11);
-    targets.push_back((t + 1) * (t + 1) % 11);
-  }
-  const CrossEntropy<float> loss;
-  CrossEntropy<float>::Cache loss_cache;
-  Decoder<float>::Cache cache;
-  MultiToken<float>::Cache module_cache;
-  for (int step = 0; step < 60; ++step) {
-    loss.forward(model.forward(ids, {}, cache), targets, loss_cache);
-    modules.forward(model, cache, ids, targets, {}, module_cache);
-    model.backward(loss.backward(loss_cache), cache, modules.backward(model, module_cache));
-    optimizer.step();
-  }
+  train(model, modules);
   Rng rng(0), plain_rng(0);
   DraftReport report;
-  const Ids prompt(ids.begin(), ids.begin() + 13);
+  const Ids prompt = squares(13);
   CHECK(speculate(model, modules, prompt, 30, kGreedy, rng, report) ==
         generate(model, prompt, 30, kGreedy, plain_rng));
   CHECK(report.acceptance() > 0.6);
   CHECK(report.passes < 22);
+}
+
+TEST_CASE("Drafts that were refused leave no trace in the modules", "[model][speculative]") {
+  Decoder<double> model = make_decoder(Kind::kWindow, true);
+  MultiToken<double> modules = make_modules(3, Kind::kDense);
+  train(model, modules);
+  SpeculativeState<double> state;
+  DraftReport ignored;
+  Rng rng(1);
+  for (int turn = 0; turn < 12; ++turn) {
+    // Drafts are greedy: with a temperature, many are refused.
+    const Sampling sampling = {.temperature = 2.0};
+    speculate(model, modules, Ids{turn % kVocab}, {.count = 5}, sampling, rng, state, ignored);
+    // From here on, a state that has seen no drafts at all has to draft the same.
+    SpeculativeState<double> copy = state;
+    SpeculativeState<double> fresh;
+    DraftReport report, expected;
+    const Ids next = {3};
+    speculate(model, modules, next, {.count = 8}, kGreedy, rng, copy, report);
+    const Ids all = state.tokens + next;
+    speculate(model, modules, all, {.count = 8}, kGreedy, rng, fresh, expected);
+    CHECK(copy.tokens == fresh.tokens);
+    CHECK(report.checked == expected.checked);
+    CHECK(report.accepted == expected.accepted);
+  }
+  CHECK(ignored.acceptance() < 0.8);
 }
 
 TEST_CASE("Speculative decoding continues a conversation", "[model][speculative]") {
@@ -254,6 +299,37 @@ TEST_CASE("Speculative decoding ends where plain decoding does", "[model][specul
             generate(model, Ids{1}, 5, kGreedy, one, plain));
     }
   }
+}
+
+TEST_CASE("Speculative decoding works with weights stored for inference", "[model][speculative]") {
+  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
+  Decoder<float> model = make_decoder<float>(Kind::kMixture, true);
+  MultiToken<float> modules = make_modules<float>(2, Kind::kMixture);
+  set_storage(model, storage);
+  set_storage(modules, storage);
+  CHECK(parameters(modules).size() == 12);  // The norms and routers.
+  Rng rng(0), plain_rng(0);
+  DraftReport report;
+  CHECK(speculate(model, modules, Ids{3, 1}, 20, kGreedy, rng, report) ==
+        generate(model, Ids{3, 1}, 20, kGreedy, plain_rng));
+  CHECK(report.checked[0] > 0);
+}
+
+TEST_CASE("A state that an exception has left incomplete is not continued",
+          "[model][speculative]") {
+  const Decoder<double> model = make_bigram();
+  const MultiToken<double> modules = make_bigram_modules(2, 1.0);
+  SpeculativeState<double> state;
+  DraftReport report;
+  Rng rng(0);
+  const Until until = {.count = 9,
+                       .on_token = [](Index) -> bool { throw std::runtime_error("no"); }};
+  CHECK(test::message_of<std::runtime_error>([&] {
+          speculate(model, modules, Ids{1}, until, kGreedy, rng, state, report);
+        }) == "no");
+  CHECK(test::message_of<StateError>([&] {
+          speculate(model, modules, Ids{1}, {.count = 1}, kGreedy, rng, state, report);
+        }) == "speculate: the state is incomplete after an exception, expected a copy made before");
 }
 
 TEST_CASE("Speculative decoding refuses misuse before it changes anything",

@@ -3,6 +3,7 @@
 /// One layer of a decoder: residual branches, each a norm and a layer.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <optional>
 #include <span>
@@ -15,8 +16,15 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/any_layer.hpp>
+#include <weir/moe/report.hpp>
 
 namespace weir {
+
+/// The report of one mixture of experts inside a model.
+struct NamedReport {
+  std::string name;  ///< Such as "layers.3.moe".
+  MoEReport report;
+};
 
 /// layer(norm(x)) or post_norm(layer(norm(x))), under the names `name`, `name_norm` and
 /// `name_post_norm`.
@@ -149,6 +157,17 @@ class Block {
   /// See MoELayer::update.
   void update() {
     for (Branch<T>& branch : branches_) branch.layer.update();
+  }
+
+  /// Adds what the routing of the last pass with `cache` did, for each mixture of experts, under
+  /// its branch's name behind `prefix`.
+  void add_reports(const std::string& prefix, const Cache& cache,
+                   std::vector<NamedReport>& reports) const {
+    for (std::size_t i = 0; i < std::min(branches_.size(), cache.branches.size()); ++i) {
+      if (auto report = branches_[i].layer.report(cache.branches[i].layer)) {
+        reports.push_back({prefix + branches_[i].name, *report});
+      }
+    }
   }
 
   /// Parameters `name_norm.*`, `name.*` and `name_post_norm.*` of each branch.

@@ -21,18 +21,11 @@
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
 #include <weir/model/logit_scale.hpp>
-#include <weir/moe/report.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
-
-/// The report of one mixture of experts inside a model.
-struct NamedReport {
-  std::string name;  ///< Such as "layers.3.moe".
-  MoEReport report;
-};
 
 /// Settings of `Decoder`.
 struct DecoderConfig {
@@ -254,7 +247,7 @@ class Decoder {
   /// \param last_only  Computes the logits of the last of them alone.
   /// \return         Logits [ids, vocab]; [1, vocab] with last_only, if there are ids at all.
   /// \throws ConfigError  if an id is out of range; `state` is as it was. After any other exception
-  ///                      `state.truncate(state.length)` makes it so.
+  ///                      `state.truncate(state.length)` makes it so, if it can.
   const Matrix<T>& decode(std::span<const Index> ids, State& state, Cache& cache,
                           bool last_only = false) const {
     State* const states[] = {&state};
@@ -275,7 +268,7 @@ class Decoder {
   /// \throws StateError   unless there is one state for each sequence.
   /// \throws ConfigError  if a token is padding, of which a state keeps nothing, or an id is out of
   ///                      range. The states are as they were in these cases; after any other
-  ///                      exception truncating each to its length makes them so.
+  ///                      exception truncating each to its length makes them so, if it can.
   const Matrix<T>& decode(std::span<const Index> ids, const Pass& pass,
                           std::span<State* const> states, Cache& cache,
                           bool last_only = false) const {
@@ -316,12 +309,7 @@ class Decoder {
   std::vector<NamedReport> reports(const Cache& cache) const {
     std::vector<NamedReport> reports;
     for (std::size_t l = 0; l < std::min(layers_.size(), cache.layers.size()); ++l) {
-      for (std::size_t b = 0; b < cache.layers[l].branches.size(); ++b) {
-        const Branch<T>& branch = layers_[l].branches()[b];
-        if (auto report = branch.layer.report(cache.layers[l].branches[b].layer)) {
-          reports.push_back({"layers." + std::to_string(l) + "." + branch.name, *report});
-        }
-      }
+      layers_[l].add_reports("layers." + std::to_string(l) + ".", cache.layers[l], reports);
     }
     return reports;
   }

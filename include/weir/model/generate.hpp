@@ -66,10 +66,10 @@ namespace detail {
 template <class T>
 struct Turn {
   std::span<const Index> prompt;
-  const Until* until;
-  const Sampling* sampling;
-  Rng* rng;
-  typename Decoder<T>::State* state;
+  const Until* until = nullptr;
+  const Sampling* sampling = nullptr;
+  Rng* rng = nullptr;
+  typename Decoder<T>::State* state = nullptr;
   Generated result = {};
   bool ended = false;
 
@@ -156,11 +156,13 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
 template <std::floating_point T>
 std::vector<Generated> generate(const Decoder<T>& model, std::span<Conversation<T>> conversations) {
   std::vector<detail::Turn<T>> turns;
+  turns.reserve(conversations.size());
   for (Conversation<T>& c : conversations) {
     turns.push_back({c.prompt, &c.until, &c.sampling, &c.rng, &c.state});
   }
   detail::take_turns<T>(model, turns);
   std::vector<Generated> results;
+  results.reserve(turns.size());
   for (detail::Turn<T>& turn : turns) results.push_back(std::move(turn.result));
   return results;
 }

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -48,11 +49,18 @@ struct MultiTokenModule {
 /// norm in front of the head.
 enum class HiddenSource { kHidden, kNormed };
 
+/// What the losses of the modules are divided by.
+enum class TargetMean {
+  kMain,  ///< The number of the main model's targets, as in the paper.
+  kOwn,   ///< Each module's number of targets in the pass, as in Megatron-Core.
+};
+
 /// Settings of `MultiToken`.
 struct MultiTokenConfig {
   double weight = 0.3;  ///< lambda; DeepSeek-V3: 0.3, later in the training 0.1.
   /// kNormed is what serving engines give to the released weights of DeepSeek-V3 (vLLM).
   HiddenSource source = HiddenSource::kNormed;
+  TargetMean mean = TargetMean::kMain;
   Index ignore_index = -100;  ///< A target that is none.
 };
 
@@ -67,14 +75,15 @@ struct MultiTokenConfig {
 ///
 ///     L = lambda / D sum_k L_k,   L_k = -1/N sum_i log P(t_{i+k+1})
 ///
-/// N is the number of the main model's targets, of which module k has k fewer in each sequence. No
-/// module looks across the end of a sequence: it works on the positions i that have a token i + k,
-/// and a position one of whose tokens is padding is padding. Gradients go through everything: the
-/// modules, h, embedding and head. The balancing losses of the modules' blocks are not multiplied
-/// by lambda.
+/// N is the number of the main model's targets, of which module k has k fewer in each sequence (or
+/// its own number, see TargetMean). No module looks across the end of a sequence: it works on the
+/// positions i that have a token i + k, and a position one of whose tokens is padding is padding.
+/// Gradients go through everything: the modules, h, embedding and head. The balancing losses of the
+/// modules' blocks are not multiplied by lambda.
 ///
 /// The paper's equation has h first in the concatenation; the released weights (`eh_proj`), and
-/// this class, have the embedding first.
+/// this class, have the embedding first. (vLLM also sets the embedding at position 0 to zero, of
+/// which the paper says nothing; this class does not.)
 ///
 ///     const Matrix<T>& logits = model.forward(ids, pass, cache);
 ///     T loss = cross_entropy.forward(logits, targets, loss_cache);
@@ -133,10 +142,10 @@ class MultiToken {
   /// \param main     What its last forward pass left, with the same ids and pass.
   /// \param ids      One per token, as in that pass.
   /// \param targets  The token that follows each, or `ignore_index`: those of the main model.
-  /// \param tokens   N; 0 for the number of targets. See CrossEntropy.
+  /// \param tokens   N; 0 for the number of targets. See CrossEntropy. Of no use with kOwn.
   /// \return         L, without the auxiliary losses, which are in the cache.
   /// \throws ShapeError      if h of the main model, targets or pass do not fit the ids.
-  /// \throws ConfigError     if a target is out of range, or if pass.allowed is given.
+  /// \throws ConfigError     if a target is out of range, if pass.allowed is given, or N with kOwn.
   /// \throws NonFiniteError  as CrossEntropy does.
   T forward(const Decoder<T>& model, const typename Decoder<T>::Cache& main,
             std::span<const Index> ids, std::span<const Index> targets, const Pass& pass,
@@ -144,7 +153,11 @@ class MultiToken {
     const Matrix<T>& source =
         config_.source == HiddenSource::kHidden ? model.hidden(main) : model.normed(main);
     check(source, ids, targets, pass);
-    if (tokens == 0) tokens = count_targets(targets);
+    if (config_.mean == TargetMean::kOwn && tokens != 0) {
+      fail<ConfigError>("MultiToken::forward: tokens = ", tokens,
+                        ", expected 0 where each module divides by its own number of targets");
+    }
+    if (config_.mean == TargetMean::kMain && tokens == 0) tokens = count_targets(targets);
     cache.filled = false;
     cache.modules.resize(modules_.size());
     cache.losses.assign(modules_.size(), T(0));
@@ -233,6 +246,16 @@ class MultiToken {
   /// Lets the balancing rules of the modules' blocks act, once after each optimizer step.
   void update() {
     for (MultiTokenModule<T>& module : modules_) module.layer.update();
+  }
+
+  /// As Decoder::reports, under names such as "modules.0.layer.moe".
+  std::vector<NamedReport> reports(const Cache& cache) const {
+    std::vector<NamedReport> reports;
+    for (std::size_t k = 0; k < std::min(modules_.size(), cache.modules.size()); ++k) {
+      modules_[k].layer.add_reports("modules." + std::to_string(k) + ".layer.",
+                                    cache.modules[k].layer, reports);
+    }
+    return reports;
   }
 
   /// Parameters `modules.K.*`.

@@ -55,6 +55,7 @@ struct SpeculativeState {
   std::vector<typename MultiToken<T>::State> modules;  ///< One for each module.
   std::vector<Index> lengths;                          ///< Positions that each module has seen.
   std::vector<Rows> hidden;                            ///< What each module has yet to read.
+  bool complete = true;                                ///< Not if an exception came in between.
 };
 
 namespace detail {
@@ -73,6 +74,10 @@ class Speculation {
       fail<ConfigError>("speculate: the modules have d_model = ", modules.d_model(), ", expected ",
                         model.d_model(), " as the model");
     }
+    if (!state.complete) {
+      fail<StateError>(
+          "speculate: the state is incomplete after an exception, expected a copy made before");
+    }
     if (state.modules.empty()) {
       state.modules.resize(depth());
       state.lengths.assign(depth(), 0);
@@ -87,11 +92,11 @@ class Speculation {
 
   void run(Turn<T>& turn) {
     const Matrix<T>& logits = feed(turn.prompt, true);
-    keep(static_cast<Index>(turn.prompt.size()));
+    state_.complete = false;
     state_.tokens.insert(state_.tokens.end(), turn.prompt.begin(), turn.prompt.end());
+    keep(static_cast<Index>(turn.prompt.size()));
     turn.ended = turn.until->count == 0;
-    if (turn.ended) return;
-    draw(turn, logits.row(0));
+    if (!turn.ended) draw(turn, logits.row(0));
     while (!turn.ended) {
       const Index wanted = turn.until->count - static_cast<Index>(turn.result.tokens.size());
       draft(std::min(depth(), static_cast<std::size_t>(wanted - 1)));
@@ -101,6 +106,7 @@ class Speculation {
       feed({&state_.tokens.back(), 1}, true);
       keep(1);
     }
+    state_.complete = true;
   }
 
  private:
@@ -231,8 +237,9 @@ class Speculation {
 /// \param report    Is added to.
 /// \throws ConfigError     as `generate` does, and if the modules are not as wide as the model;
 ///                         `state` is as it was.
-/// \throws StateError      if `state` is of another number of modules.
-/// \throws NonFiniteError  if the model yields NaN. `state` cannot be continued.
+/// \throws StateError      if `state` is of another number of modules, or incomplete.
+/// \throws NonFiniteError  if the model yields NaN. `state` is incomplete then, as after an
+///                         exception of the callback.
 template <std::floating_point T>
 Generated speculate(const Decoder<T>& model, const MultiToken<T>& modules,
                     std::span<const Index> prompt, const Until& until, const Sampling& sampling,
