@@ -23,9 +23,11 @@ concept Router = Layer<R> && requires(const R& router) {
 /// A router that adds noise to its logits, and lets balancers know of it.
 ///
 ///     void annotate(const Cache&, Routing<T>&) const;      sets clean_logits, noise_std and noisy
-///                                            if the last pass drew noise
-///     void receive(const RoutingGradient<T>&, Cache&) const;      takes the gradients of the first
-///                                            two, before `backward` is given that of the logits
+///                                            if the last pass drew noise; if it has two levels,
+///                                            group_noise, group_noise_std and groups as well
+///     void receive(const RoutingGradient<T>&, Cache&) const;      takes the gradients of these
+///                                            matrices, before `backward` is given that of the
+///                                            logits
 template <class R>
 concept AnnotatingRouter = requires(const R& router, typename R::Cache& cache,
                                     Routing<typename R::Scalar>& routing,

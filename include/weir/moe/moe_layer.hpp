@@ -166,15 +166,7 @@ class MoELayer {
         if (has_losses) balancer.add_gradient(routing, cache.gradient);
       }
     });
-    if (has_losses && cache.aux_scale != T(1)) {
-      cache.gradient.logits *= cache.aux_scale;
-      cache.gradient.probabilities *= cache.aux_scale;
-      cache.gradient.weights *= cache.aux_scale;
-      if (routing.noisy) {
-        cache.gradient.clean_logits *= cache.aux_scale;
-        cache.gradient.noise_std *= cache.aux_scale;
-      }
-    }
+    if (has_losses && cache.aux_scale != T(1)) cache.gradient.scale(cache.aux_scale, routing);
     for_each_balancer([&](auto& balancer) {
       if constexpr (BalancingRule<std::remove_cvref_t<decltype(balancer)>, T>) {
         balancer.observe(routing);

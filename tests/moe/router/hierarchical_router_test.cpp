@@ -21,7 +21,9 @@ using namespace weir;
 
 static_assert(Router<HierarchicalRouter<LinearRouter<float>>>);
 static_assert(PassLayer<HierarchicalRouter<LinearRouter<float>>>);
-static_assert(!AnnotatingRouter<HierarchicalRouter<NoisyRouter<float>>>);
+static_assert(AnnotatingRouter<HierarchicalRouter<NoisyRouter<float>>>);
+static_assert(AnnotatingRouter<HierarchicalRouter<LinearRouter<float>, NoisyRouter<float>>>);
+static_assert(!AnnotatingRouter<HierarchicalRouter<LinearRouter<float>>>);
 
 namespace {
 
