@@ -112,6 +112,17 @@ struct Routing {
     }
   }
 
+  /// Makes `allowed[e]` 1 for each expert e that the pass allows to any real token.
+  void mark_allowed(std::vector<std::uint8_t>& allowed) const {
+    for (Index t = 0; t < tokens(); ++t) {
+      if (is_padding(t)) continue;
+      for (Index e = 0; e < experts(); ++e) {
+        if (!restricted || !is_forbidden(t, e)) allowed[static_cast<std::size_t>(e)] = 1;
+      }
+      if (std::count(allowed.begin(), allowed.end(), 0) == 0) return;
+    }
+  }
+
   /// Where `who` has its random numbers from.
   /// \throws ConfigError  if the pass came without a generator.
   Rng& generator(std::string_view who) const {

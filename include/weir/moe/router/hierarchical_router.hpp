@@ -46,9 +46,10 @@ class HierarchicalRouter {
 
   static_assert(std::same_as<T, typename Groups::Scalar>, "the two levels differ in their scalar");
 
-  /// Balancers are told of noise.
-  static constexpr bool kTellsNoise = !(GroupedRouter<Groups> || GroupedRouter<Experts>)&&(
-      AnnotatingRouter<Groups> || AnnotatingRouter<Experts>);
+  static constexpr bool kHasNoise = AnnotatingRouter<Groups> || AnnotatingRouter<Experts>;
+  /// Balancers are told of it.
+  static constexpr bool kTellsNoise =
+      kHasNoise && !GroupedRouter<Groups> && !GroupedRouter<Experts>;
 
   struct Cache {
     typename Groups::Cache groups;
