@@ -227,6 +227,10 @@ class MoELayer {
       if constexpr (requires { Loss::kName; }) name = Loss::kName;
       report.losses.emplace_back(name, static_cast<double>(loss_of(balancer, cache.routing)));
     });
+    const T own = aux_loss_of_router<T>(cache.router);
+    if (own != T(0)) {
+      report.losses.emplace_back("router", static_cast<double>(own / cache.aux_scale));
+    }
     return report;
   }
 

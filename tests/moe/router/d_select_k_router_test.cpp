@@ -231,6 +231,11 @@ TEST_CASE("DSelectKRouter gradients agree with finite differences, its losses in
     router.forward(x, own);
     CHECK(cache.aux_loss == Approx(own.aux_loss + SwitchLoss<double>{0.1}.loss(cache.routing)));
     CHECK(own.aux_loss > 0.1);
+    layer.forward(x, {.aux_scale = 0.3}, cache);
+    const MoEReport report = layer.report(cache);
+    REQUIRE(report.losses.size() == 2);
+    CHECK(report.losses[1].first == "router");
+    CHECK(report.losses[1].second == Approx(own.aux_loss));
   }
 }
 
