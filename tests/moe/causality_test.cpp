@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/attention/grouped_query.hpp>
 #include <weir/moe/capacity/adaptive_capacity.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
 #include <weir/moe/capacity/device_capacity.hpp>
@@ -19,6 +20,7 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/residual_moe.hpp>
 #include <weir/moe/router/cosine_router.hpp>
+#include <weir/moe/router/d_select_k_router.hpp>
 #include <weir/moe/router/gumbel_router.hpp>
 #include <weir/moe/router/hash_router.hpp>
 #include <weir/moe/router/hierarchical_router.hpp>
@@ -32,17 +34,21 @@
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
 #include <weir/moe/selector/rank_policy.hpp>
+#include <weir/moe/selector/relaxed_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/replay.hpp>
+#include <weir/moe/selector/sampled_choice.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/sparse_mixer.hpp>
+#include <weir/moe/selector/straight_through.hpp>
 #include <weir/moe/selector/threshold.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/moe/selector/top_p.hpp>
 #include <weir/moe/shared_experts.hpp>
 #include <weir/moe/soft_moe.hpp>
+#include <weir/moe/token_predictor.hpp>
 #include <weir/nn/linear.hpp>
 
 #include "support/catch.hpp"
@@ -123,6 +129,30 @@ Sees seen_by_capacity(C capacity, Index k, bool training = false) {
   return what_is_seen(layer(router(), SoftmaxTopK<double>{k}, std::move(capacity)), training);
 }
 
+/// A layer whose forward pass is a `decode` of all tokens at once.
+template <class L>
+struct Decoded {
+  using Scalar = double;
+  using Cache = typename L::Cache;
+  Matrix<double> forward(MatrixIn<double> x) const {
+    Cache cache;
+    return forward(x, cache);
+  }
+  Matrix<double> forward(MatrixIn<double> x, Cache& cache) const {
+    typename L::State state;
+    return layer.decode(x, state, cache);
+  }
+  const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) {
+    return layer.backward(dy, cache);
+  }
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    L::visit(self.layer, visit);
+  }
+
+  L layer;
+};
+
 constexpr DropOrder kOrders[] = {DropOrder::kRankMajor,           DropOrder::kTokenMajor,
                                  DropOrder::kProbability,         DropOrder::kBatchPrioritised,
                                  DropOrder::kBatchPrioritisedSum, DropOrder::kRandom};
@@ -154,6 +184,12 @@ TEST_CASE("Selectors that look at one token are causal", "[moe][causality]") {
   check(TopP<double>{0.6});
   check(ReluRouting<double>{});
   check(SparseMixer<double>{});
+  check(StraightThrough<double>{{.k = 2}});
+  check(StraightThrough<double>{{.k = 2, .renormalise = true}});
+  check(RelaxedTopK<double>({.k = 2, .descent = {.epsilon = 0.1}}));
+  check(RelaxedTopK<double>({.k = 2, .weight = RelaxedWeight::kStraightThrough}));
+  check(SampledChoice(SoftmaxTopK<double>{2}));
+  check(SampledChoice(TopKSoftmax<double>{2}, {.certain = 1, .evaluate = true}));
   check(HierarchicalTopK<double>{.groups = 2});
   check(RankPolicy(SoftmaxTopK<double>{2}));
   check(Replay(SoftmaxTopK<double>{2}));
@@ -202,6 +238,10 @@ TEST_CASE("Routers are causal, whatever they draw", "[moe][causality]") {
   check(GumbelRouter(router()));
   check(HashRouter<double>(kModel, kExperts, modulo_hash_table(20, kExperts)));
   check(HierarchicalRouter(NoisyRouter<double>(weight.topRows(2), weight.topRows(2)), router()));
+  const DSelectKRouter<double> selectors(kModel, kExperts, rng);
+  check(selectors);
+  CHECK(what_is_seen(layer(selectors, ReluRouting<double>{}, Dropless{}), training) ==
+        Sees::kNothing);
 }
 
 TEST_CASE("Capacities that depend on nothing are as causal as their order", "[moe][causality]") {
@@ -268,6 +308,21 @@ TEST_CASE("SoftMoe and MixtureOfDepths look at the whole sequence", "[moe][causa
                                    {.capacity = 0.5, .causal_evaluation = true});
     CHECK(what_is_seen(sampling, training) == (training ? Sees::kContent : Sees::kNothing));
   }
+}
+
+TEST_CASE("Decoding a MixtureOfDepths looks at no later token", "[moe][causality]") {
+  Rng rng(7);
+  const MixtureOfDepthsConfig config{.capacity = 0.5, .causal_evaluation = true};
+  const GroupedQueryAttention<double> attention(
+      {.d_model = kModel, .heads = 1, .kv_heads = 1, .head_dim = 2}, rng);
+  const auto check = [](const auto& layer) {
+    using L = std::remove_cvref_t<decltype(layer)>;
+    CHECK(what_is_seen(Decoded<L>{layer}, false) == Sees::kNothing);
+  };
+  check(MixtureOfDepths(Linear<double>(kModel, kModel, rng), kModel, rng, config));
+  check(MixtureOfDepths(attention, kModel, rng, config));
+  check(MixtureOfDepths(attention, kModel, rng, config, TokenPredictor<double>(kModel, 2, rng)));
+  check(MixtureOfDepths(layer(router(), SoftmaxTopK<double>{2}, Dropless{}), kModel, rng, config));
 }
 
 TEST_CASE("No token sees another sequence where the scope is the sequence", "[moe][causality]") {

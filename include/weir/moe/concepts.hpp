@@ -20,12 +20,28 @@ concept Router = Layer<R> && requires(const R& router) {
   { router.experts() } -> std::convertible_to<Index>;
 };
 
+/// The loss that a router has of its own: `aux_loss` in its cache, scaled by its coefficient and by
+/// pass.aux_scale, which its `backward` differentiates; or that of the router in it, whose cache is
+/// `inner`; 0 if there is none.
+template <class T, class Cache>
+T aux_loss_of_router(const Cache& cache) {
+  if constexpr (requires { cache.aux_loss; }) {
+    return cache.aux_loss;
+  } else if constexpr (requires { cache.inner; }) {
+    return aux_loss_of_router<T>(cache.inner);
+  } else {
+    return T(0);
+  }
+}
+
 /// A router that adds noise to its logits, and lets balancers know of it.
 ///
 ///     void annotate(const Cache&, Routing<T>&) const;      sets clean_logits, noise_std and noisy
-///                                            if the last pass drew noise
-///     void receive(const RoutingGradient<T>&, Cache&) const;      takes the gradients of the first
-///                                            two, before `backward` is given that of the logits
+///                                            if the last pass drew noise; if it has two levels,
+///                                            group_noise, group_noise_std and groups as well
+///     void receive(const RoutingGradient<T>&, Cache&) const;      takes the gradients of these
+///                                            matrices, before `backward` is given that of the
+///                                            logits
 template <class R>
 concept AnnotatingRouter = requires(const R& router, typename R::Cache& cache,
                                     Routing<typename R::Scalar>& routing,

@@ -41,8 +41,9 @@ namespace weir {
 ///
 /// The loss that `backward` differentiates is the caller's plus `cache.aux_loss`, the sum of the
 /// balancers' losses times `pass.aux_scale`. A RouterLoss, which looks at parameters alone, is one
-/// of them: with a batch split into micro-batches it counts once, if their scales sum to one. With
-/// `pass.aux_scale` = 0, as for inference, no loss is computed.
+/// of them: with a batch split into micro-batches it counts once, if their scales sum to one. A
+/// loss that the router has of its own is added (see aux_loss_of_router). With `pass.aux_scale` =
+/// 0, as for inference, no loss is computed.
 template <class R, class S, class C, class B, class... L>
 class MoELayer {
  public:
@@ -67,7 +68,7 @@ class MoELayer {
     std::vector<T> d_weight;
     Matrix<T> x;  ///< Only where there is padding, or where dropped tokens are passed through.
     Matrix<T> y, dx;
-    T aux_loss = T(0);   ///< Sum of the balancers' losses, times pass.aux_scale.
+    T aux_loss = T(0);   ///< Sum of the balancers' losses, times pass.aux_scale, and the router's.
     T aux_scale = T(1);  ///< pass.aux_scale of the last forward pass.
     bool filled = false;
   };
@@ -136,6 +137,7 @@ class MoELayer {
       for_each_loss(
           [&](const auto& balancer) { cache.aux_loss += loss_of(balancer, cache.routing); });
       cache.aux_loss *= cache.aux_scale;
+      cache.aux_loss += aux_loss_of_router<T>(cache.router);
     }
     cache.filled = true;
     if (!cache.routing.pass_dropped) return y;
@@ -166,15 +168,7 @@ class MoELayer {
         if (has_losses) balancer.add_gradient(routing, cache.gradient);
       }
     });
-    if (has_losses && cache.aux_scale != T(1)) {
-      cache.gradient.logits *= cache.aux_scale;
-      cache.gradient.probabilities *= cache.aux_scale;
-      cache.gradient.weights *= cache.aux_scale;
-      if (routing.noisy) {
-        cache.gradient.clean_logits *= cache.aux_scale;
-        cache.gradient.noise_std *= cache.aux_scale;
-      }
-    }
+    if (has_losses && cache.aux_scale != T(1)) cache.gradient.scale(cache.aux_scale, routing);
     for_each_balancer([&](auto& balancer) {
       if constexpr (BalancingRule<std::remove_cvref_t<decltype(balancer)>, T>) {
         balancer.observe(routing);
@@ -233,6 +227,10 @@ class MoELayer {
       if constexpr (requires { Loss::kName; }) name = Loss::kName;
       report.losses.emplace_back(name, static_cast<double>(loss_of(balancer, cache.routing)));
     });
+    const T own = aux_loss_of_router<T>(cache.router);
+    if (own != T(0)) {
+      report.losses.emplace_back("router", static_cast<double>(own / cache.aux_scale));
+    }
     return report;
   }
 

@@ -24,7 +24,8 @@ struct MoEReport {
   std::vector<Index> load;   ///< Assignments of each expert, dropped or not.
   std::vector<Index> kept;   ///< Assignments of each expert that it computed.
   double entropy = 0.0;      ///< Mean over tokens of -sum_e p_e ln p_e, in nats.
-  std::vector<std::pair<std::string, double>> losses;  ///< By balancer, scaled by coefficients.
+  std::vector<std::pair<std::string, double>> losses;  ///< By balancer, scaled by coefficients;
+                                                       ///< "router", if that has one of its own.
 
   /// The share of assignments that were dropped; 0 without any.
   double drop_rate() const {

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -40,6 +41,12 @@ struct Routing {
   Matrix<T> clean_logits;   ///< [tokens, experts], the logits without noise, and
   Matrix<T> noise_std;      ///< the noise's standard deviation: where `noisy`, else unspecified.
   bool noisy = false;       ///< The router drew noise in this pass, and says which (`annotate`).
+  Matrix<T> group_noise;    ///< [tokens, groups], the noise drawn for the logits of the first level
+                            ///< of a router of two levels, and
+  Matrix<T> group_noise_std;  ///< its standard deviation: where `groups` > 0, else unspecified.
+  Index groups = 0;           ///< Of a router of two levels that is noisy. clean_logits are without
+                              ///< the noise of the second level then; a level that has none has
+                              ///< the standard deviation 0.
 
   std::vector<Index> offsets = {0};  ///< [tokens + 1], into the lists below.
   std::vector<Index> expert;         ///< One per assignment.
@@ -62,13 +69,18 @@ struct Routing {
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
   RowVector<T> per_assignment;      ///< Likewise.
   mutable RowVector<T> scratch[3];  ///< For balancers, during one call; contents unspecified.
-  mutable RowVector<T> per_token;   ///< Likewise, and for capacity policies: a number per token.
+  mutable RowVector<T> per_token;   ///< Likewise, and for capacity policies: numbers per token.
 
   Index tokens() const { return logits.rows(); }
   Index experts() const { return logits.cols(); }
   Index assignments() const { return static_cast<Index>(expert.size()); }
   Index first(Index token) const { return offsets[static_cast<std::size_t>(token)]; }
   Index last(Index token) const { return offsets[static_cast<std::size_t>(token) + 1]; }
+
+  /// Those that the token was assigned to, dropped or not, best first.
+  std::span<const Index> experts_of(Index token) const {
+    return {expert.data() + first(token), expert.data() + last(token)};
+  }
 
   bool is_padding(Index token) const {
     return !mask.empty() && mask[static_cast<std::size_t>(token)] == 0;
@@ -97,6 +109,17 @@ struct Routing {
   void add_load(Index begin, Index end, RowVector<T>& load) const {
     for (Index a = first(begin); a < offsets[static_cast<std::size_t>(end)]; ++a) {
       load[expert[static_cast<std::size_t>(a)]] += T(1);
+    }
+  }
+
+  /// Makes `allowed[e]` 1 for each expert e that the pass allows to any real token.
+  void mark_allowed(std::vector<std::uint8_t>& allowed) const {
+    for (Index t = 0; t < tokens(); ++t) {
+      if (is_padding(t)) continue;
+      for (Index e = 0; e < experts(); ++e) {
+        if (!restricted || !is_forbidden(t, e)) allowed[static_cast<std::size_t>(e)] = 1;
+      }
+      if (std::count(allowed.begin(), allowed.end(), 0) == 0) return;
     }
   }
 
@@ -166,6 +189,7 @@ struct Routing {
     }
     training = pass.training;
     noisy = false;
+    groups = 0;
     pass_dropped = false;
     rng = pass.rng;
     renormalised_to = T(0);
@@ -290,20 +314,45 @@ struct Routing {
 /// `logits`.
 template <class T>
 struct RoutingGradient {
-  Matrix<T> logits;         ///< [tokens, experts]
-  Matrix<T> probabilities;  ///< [tokens, experts]
-  RowVector<T> weights;     ///< [assignments]
-  Matrix<T> clean_logits;   ///< [tokens, experts] where the routing is noisy, else unspecified;
-  Matrix<T> noise_std;      ///< likewise.
+  Matrix<T> logits;           ///< [tokens, experts]
+  Matrix<T> probabilities;    ///< [tokens, experts]
+  RowVector<T> weights;       ///< [assignments]
+  Matrix<T> clean_logits;     ///< [tokens, experts] where the routing is noisy, else unspecified;
+  Matrix<T> noise_std;        ///< likewise.
+  Matrix<T> group_noise;      ///< [tokens, groups] where the routing has noisy groups, else
+                              ///< unspecified;
+  Matrix<T> group_noise_std;  ///< likewise.
+  Index groups = 0;           ///< As in Routing.
+
+  /// Multiplies all parts by `factor`.
+  void scale(T factor, const Routing<T>& routing) {
+    logits *= factor;
+    probabilities *= factor;
+    weights *= factor;
+    if (routing.noisy) {
+      clean_logits *= factor;
+      noise_std *= factor;
+    }
+    if (groups > 0) {
+      group_noise *= factor;
+      group_noise_std *= factor;
+    }
+  }
 
   /// Zeros of the shapes of `routing`.
   void reset(const Routing<T>& routing) {
     logits.setZero(routing.tokens(), routing.experts());
     probabilities.setZero(routing.tokens(), routing.experts());
     weights.setZero(routing.assignments());
-    if (!routing.noisy) return;
-    clean_logits.setZero(routing.tokens(), routing.experts());
-    noise_std.setZero(routing.tokens(), routing.experts());
+    groups = routing.groups;
+    if (routing.noisy) {
+      clean_logits.setZero(routing.tokens(), routing.experts());
+      noise_std.setZero(routing.tokens(), routing.experts());
+    }
+    if (groups > 0) {
+      group_noise.setZero(routing.tokens(), groups);
+      group_noise_std.setZero(routing.tokens(), groups);
+    }
   }
 };
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <cstdint>
+#include <span>
 #include <vector>
 
 #include <weir/moe/balance/bias_balance.hpp>
@@ -154,6 +156,69 @@ TEST_CASE("BiasBalance counts what is dropped and not what is padding",
   FixedCapacity{1}.apply(routing);
   balancer.observe(routing);
   CHECK(balancer.load() == RowVector<double>(row(2, 0, 1, 0)));
+}
+
+TEST_CASE("BiasBalance leaves the bias of an expert alone that no token was allowed",
+          "[moe][balance][bias_balance]") {
+  // Load (3, 2, 1, 0); the last expert has failed, so that the mean is 2.
+  const std::vector<std::uint8_t> three = {1, 1, 1, 0};
+  const Pass failed{.allowed = three};
+  SigmoidTopK<double> selector(4, {.k = 1});
+  selector.selection_bias().value = row(0, 0, 0, 0.0625);
+  BiasBalance<double> balancer(0.25);
+  balancer.observe(route(selector, choices({0, 0, 1, 0, 1, 2}), failed));
+  CHECK(std::vector<std::uint8_t>(balancer.allowed().begin(), balancer.allowed().end()) == three);
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-0.25, 0.0, 0.25, 0.0625));
+
+  SECTION("however long, and whatever the rule") {
+    const auto rule = GENERATE(BiasRule::kSign, BiasRule::kProportional);
+    const bool recentre = GENERATE(false, true);
+    BiasBalance<double> longer(0.25, {.rule = rule, .recentre = recentre});
+    Matrix<double>& bias = selector.selection_bias().value;
+    for (int step = 0; step < 50; ++step) {
+      longer.observe(route(selector, choices({0, 0, 1, 0, 1, 2}), failed));
+      longer.update(selector);
+      REQUIRE(bias(0, 3) == 0.0625);
+    }
+    if (recentre) CHECK(std::abs(bias.leftCols(3).sum()) <= 1e-12);
+  }
+  SECTION("until one is allowed it, which is not padding") {
+    std::vector<std::uint8_t> each = {1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1};
+    const std::vector<std::uint8_t> mask = {1, 1, 0};
+    selector.selection_bias().value.setZero();
+    balancer.observe(route(selector, choices({0, 0, 1}), {.mask = mask, .allowed = each}));
+    balancer.update(selector);
+    CHECK(selector.selection_bias().value == row(-0.25, 0.25, 0.25, 0.0));
+    balancer.observe(route(selector, choices({0, 0, 1}), {.allowed = each}));
+    balancer.update(selector);
+    CHECK(selector.selection_bias().value(0, 3) == 0.25);
+  }
+  SECTION("of any micro-batch") {
+    const std::vector<std::uint8_t> last = {0, 0, 1, 1};
+    selector.selection_bias().value.setZero();
+    balancer.observe(route(selector, choices({0, 0}), failed));
+    balancer.observe(route(selector, choices({2}), {.allowed = last}));
+    balancer.update(selector);
+    CHECK(selector.selection_bias().value == row(-0.25, 0.25, -0.25, 0.25));
+  }
+}
+
+TEST_CASE("BiasBalance is told by other ranks which experts they were allowed",
+          "[moe][balance][bias_balance]") {
+  const std::vector<std::uint8_t> three = {1, 1, 1, 0};
+  SigmoidTopK<double> selector(4, {.k = 1});
+  BiasBalance<double> balancer(1.0);
+  balancer.add_load(RowVector<double>(row(3, 2, 1, 0)), three);
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-1, 0, 1, 0));
+  balancer.add_load(RowVector<double>(row(3, 2, 1, 0)), three);
+  balancer.add_load(RowVector<double>(row(0, 0, 0, 0)));  // All.
+  balancer.update(selector);
+  CHECK(selector.selection_bias().value == row(-2, -1, 2, 1));
+  CHECK(test::message_of<ShapeError>([&] {
+          balancer.add_load(RowVector<double>::Zero(4), std::span(three).first(3));
+        }) == "BiasBalance::add_load: allowed has 3 entries, expected 4");
 }
 
 TEST_CASE("Only backward passes count for BiasBalance", "[moe][balance][bias_balance]") {

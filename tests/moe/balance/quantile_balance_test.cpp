@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <vector>
 
@@ -197,6 +198,43 @@ TEST_CASE("QuantileBalance leaves the bias alone where there is nothing to balan
   balance.observe(test::route(one, test::random_matrix(1, 3, 9)));  // The rank is 0 + 1.
   balance.update(one);
   CHECK(one.selection_bias().value.allFinite());
+}
+
+TEST_CASE("QuantileBalance balances as if an expert that no token was allowed were not there",
+          "[moe][balance][quantile_balance]") {
+  const bool recentre = GENERATE(false, true);
+  const double momentum = GENERATE(0.0, 0.5);
+  const Matrix<double> logits = test::random_matrix(24, 5, 10);
+  Matrix<double> without(24, 4);  // Expert 2 has failed.
+  without << logits.leftCols(2), logits.rightCols(2);
+  const std::vector<std::uint8_t> failed = {1, 1, 0, 1, 1};
+  BiasedSoftmaxTopK<double> five(5, {.k = 2});
+  BiasedSoftmaxTopK<double> four(4, {.k = 2});
+  five.selection_bias().value(0, 2) = 0.7;
+  QuantileBalance<double> of_five({.momentum = momentum, .recentre = recentre});
+  QuantileBalance<double> of_four({.momentum = momentum, .recentre = recentre});
+  Matrix<double> others(1, 4);
+  for (int step = 0; step < 5; ++step) {
+    of_five.observe(test::route(five, logits, {.allowed = failed}));
+    of_five.update(five);
+    of_four.observe(test::route(four, without));
+    of_four.update(four);
+    const Matrix<double>& bias = five.selection_bias().value;
+    REQUIRE(bias(0, 2) == 0.7);
+    others << bias.leftCols(2), bias.rightCols(2);
+    REQUIRE(test::relative_error(others, four.selection_bias().value) <= 1e-12);
+  }
+  CHECK(others.norm() > 0.01);
+  // As many as there are: nothing to balance.
+  const std::vector<std::uint8_t> two = {1, 0, 0, 0, 1};
+  const Matrix<double> before = five.selection_bias().value;
+  of_five.observe(test::route(five, logits, {.allowed = two}));
+  of_five.update(five);
+  CHECK(five.selection_bias().value == before);
+  // It is allowed again.
+  of_five.observe(test::route(five, logits));
+  of_five.update(five);
+  CHECK(five.selection_bias().value(0, 2) != 0.7);
 }
 
 TEST_CASE("QuantileBalance names the setting that is out of range",

@@ -8,6 +8,7 @@
 #include <weir/moe/balance/entropy_loss.hpp>
 #include <weir/moe/balance/global_batch_loss.hpp>
 #include <weir/moe/balance/gshard_loss.hpp>
+#include <weir/moe/balance/hierarchical_load_loss.hpp>
 #include <weir/moe/balance/hierarchical_loss.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
@@ -18,6 +19,7 @@
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/hierarchical_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 
@@ -90,6 +92,7 @@ TEST_CASE("Every balancing loss has its documented value at uniform load",
   expect(DeviceLoss<double>{ExpertGroups::uniform(kExperts, 4), kC}, kC);
   expect(ImportanceLoss<double>{kC}, 0.0);
   expect(LoadLoss<double>{kC}, 0.0);
+  expect(HierarchicalLoadLoss<double>{kC}, 0.0);
   if (k == 1) {
     expect(CommunicationLoss<double>{ExpertGroups::uniform(kExperts, 4), 1, kC}, kC);
   }
@@ -122,6 +125,32 @@ TEST_CASE("LoadLoss of noisy logits is zero at uniform expected load",
   LoadLoss<double>::load(routing, load);
   CHECK(load.isApprox(RowVector<double>::Constant(kExperts, load[0])));
   CHECK(LoadLoss<double>{kC}.loss(routing) < 1e-20);
+}
+
+TEST_CASE("HierarchicalLoadLoss of noise at two levels is zero at uniform expected load",
+          "[moe][balance][uniform_load]") {
+  // Whole groups take turns, and the experts in each: 24 tokens, 4 groups of 2.
+  Matrix<double> logits(kTokens, kExperts);
+  for (Index t = 0; t < kTokens; ++t) {
+    for (Index e = 0; e < kExperts; ++e) {
+      logits(t, e) =
+          0.5 * static_cast<double>((e / 2 + t) % 4) + ((e + t / 4) % 2 == 0 ? 0.3 : 0.0);
+    }
+  }
+  const HierarchicalTopK<double> selector{
+      .groups = 4, .group_k = GENERATE(1, 2), .k = 1, .rest_k = 1};
+  Routing<double> routing = route(selector, logits);
+  routing.noisy = true;
+  routing.groups = 4;
+  routing.clean_logits = logits.array() - 0.1;
+  routing.noise_std = Matrix<double>::Constant(kTokens, kExperts, 0.4);
+  routing.group_noise = Matrix<double>::Constant(kTokens, 4, 0.2);
+  routing.group_noise_std = Matrix<double>::Constant(kTokens, 4, 0.5);
+  RowVector<double> load;
+  HierarchicalLoadLoss<double>::load(routing, load);
+  CHECK(load.isApprox(RowVector<double>::Constant(kExperts, load[0])));
+  CHECK(load[0] > 0.5);
+  CHECK(HierarchicalLoadLoss<double>{kC}.loss(routing) < 1e-20);
 }
 
 TEST_CASE("ReluL1Loss has its documented value at uniform load", "[moe][balance][uniform_load]") {

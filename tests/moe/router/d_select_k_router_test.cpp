@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
 #include <weir/moe/balance/switch_loss.hpp>
@@ -8,6 +9,7 @@
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/d_select_k_router.hpp>
+#include <weir/moe/router/jitter_router.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 
 #include "support/allocations.hpp"
@@ -19,33 +21,48 @@
 using namespace weir;
 
 static_assert(Router<DSelectKRouter<float>>);
+static_assert(PassLayer<DSelectKRouter<float>>);
 
 namespace {
 
 using Gate = DSelectKRouter<double>;
 
 /// A router for 2^bits experts whose logits vary by about `scale`.
-Gate random_router(Index d_model, Index bits, Index k, double scale, std::uint64_t seed) {
+Gate random_router(Index d_model, Index bits, Index k, double scale, std::uint64_t seed,
+                   DSelectKConfig config = {}) {
+  config.k = k;
   return {Index(1) << bits,
           Linear<double>(scale * test::random_matrix(k * bits, d_model, seed),
                          0.3 * test::random_matrix(1, k * bits, seed + 1)),
           Linear<double>(test::random_matrix(k, d_model, seed + 2),
                          test::random_matrix(1, k, seed + 3)),
-          {.k = k}};
+          config};
 }
 
-/// The weights of a router that does not look at its token.
-Matrix<double> weights_of(const std::vector<double>& z, const std::vector<double>& mixture,
-                          double gamma = 1.0) {
+/// A router that does not look at its token.
+Gate constant_router(Index experts, const std::vector<double>& z,
+                     const std::vector<double>& mixture, DSelectKConfig config = {}) {
   const auto constant = [](const std::vector<double>& values) {
     const auto n = static_cast<Index>(values.size());
     return Linear<double>(Matrix<double>::Zero(n, 1),
                           Eigen::Map<const Matrix<double>>(values.data(), 1, n));
   };
-  const auto k = static_cast<Index>(mixture.size());
-  const auto bits = static_cast<Index>(z.size()) / k;
-  const Gate router(Index(1) << bits, constant(z), constant(mixture), {k, gamma});
-  return router.forward(Matrix<double>::Ones(1, 1));
+  config.k = static_cast<Index>(mixture.size());
+  return {experts, constant(z), constant(mixture), config};
+}
+
+/// Its weights, for as many experts as there are codes.
+Matrix<double> weights_of(const std::vector<double>& z, const std::vector<double>& mixture,
+                          double gamma = 1.0) {
+  const auto experts = Index(1) << (z.size() / mixture.size());
+  return constant_router(experts, z, mixture, {.gamma = gamma}).forward(Matrix<double>::Ones(1, 1));
+}
+
+/// `aux_loss` for one token.
+double loss_of(const Gate& router, const Pass& pass = {}) {
+  Gate::Cache cache;
+  router.forward(Matrix<double>::Ones(1, 1), pass, cache);
+  return cache.aux_loss;
 }
 
 Matrix<double> row(const std::vector<double>& values) {
@@ -139,9 +156,111 @@ TEST_CASE("A layer of DSelectKRouter and ReLU routing runs few experts and has i
   test::check_gradients(layer, x);
 }
 
+TEST_CASE("The entropy of a DSelectKRouter is that of its selectors", "[moe][router][d_select_k]") {
+  const DSelectKConfig config{.entropy = 0.5};
+  // Undecided in two bits, in one, in none, whatever the mixture.
+  CHECK(loss_of(constant_router(4, {0.0, 0.0}, {0.0}, config)) ==
+        Approx(0.5 * std::log(4.0)).epsilon(1e-5));
+  CHECK(loss_of(constant_router(4, {0.5, 0.0, 1.0, 1.0}, {3.0, -1.0}, config)) ==
+        Approx(0.5 * std::log(2.0)).epsilon(1e-5));
+  CHECK(std::abs(loss_of(constant_router(4, {-1.0, 1.0}, {0.0}, config))) <= 1e-5);
+  // S = 27/32.
+  CHECK(loss_of(constant_router(2, {0.5}, {0.0}, {.gamma = 2.0, .entropy = 1.0})) ==
+        Approx(-27.0 / 32.0 * std::log(27.0 / 32.0) - 5.0 / 32.0 * std::log(5.0 / 32.0))
+            .epsilon(1e-5));
+  CHECK(loss_of(constant_router(4, {0.0, 0.0}, {0.0})) == 0.0);
+}
+
+TEST_CASE("DSelectKRouter draws selectors back from codes that no expert has",
+          "[moe][router][d_select_k]") {
+  // Three experts, the code 3 is of none.
+  const Matrix<double> one = Matrix<double>::Ones(1, 1);
+  const Gate level = constant_router(3, {0.0, 0.0}, {0.0}, {.reach = 2.0});
+  CHECK(level.forward(one) == row({0.25, 0.25, 0.25}));
+  CHECK(loss_of(level) == Approx(2.0 / 0.75));
+  // One that names an expert, one that is between expert 2 and none.
+  const Gate two = constant_router(3, {-1.0, 1.0, 1.0, 0.0}, {0.0, 0.0});
+  CHECK(two.forward(one) == row({0.0, 0.5, 0.25}));
+  CHECK(loss_of(two) == Approx(1.0 + 2.0));
+  CHECK(loss_of(constant_router(3, {1.0, 1.0}, {0.0})) == Approx(1e6));  // Only on that code.
+  CHECK(loss_of(constant_router(4, {1.0, 1.0}, {0.0})) == 0.0);          // A power of two.
+  CHECK(loss_of(constant_router(3, {1.0, 0.0}, {0.0}, {.reach = 0.0})) == 0.0);
+}
+
+TEST_CASE("The losses of a DSelectKRouter are the mean over real tokens, scaled by the pass",
+          "[moe][router][d_select_k]") {
+  const Gate router = random_router(3, 2, 2, 0.4, 20, {.entropy = 0.7});
+  Matrix<double> x = test::random_matrix(3, 3, 21);
+  const auto loss = [&](const Matrix<double>& tokens, const Pass& pass) {
+    Gate::Cache cache;
+    router.forward(tokens, pass, cache);
+    return cache.aux_loss;
+  };
+  const double first = loss(x.topRows(1), {});
+  const double last = loss(x.bottomRows(1), {});
+  const std::vector<std::uint8_t> mask = {1, 0, 1};
+  x.row(1).setConstant(NAN);
+  CHECK(loss(x, {.mask = mask}) == Approx((first + last) / 2.0));
+  CHECK(loss(x, {.mask = mask, .aux_scale = 0.25}) == Approx((first + last) / 8.0));
+  CHECK(loss(x, {.aux_scale = 0.0}) == 0.0);
+  CHECK(loss(Matrix<double>(0, 3), {}) == 0.0);
+}
+
+TEST_CASE("DSelectKRouter gradients agree with finite differences, its losses included",
+          "[moe][router][d_select_k][gradient]") {
+  const Matrix<double> x = test::random_matrix(5, 3, 22);
+  const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1};
+  for (const Index experts : {4, 5, 3}) {
+    INFO("experts " << experts);
+    const Index bits = experts == 5 ? 3 : 2;
+    const Linear<double> selectors(0.2 * test::random_matrix(2 * bits, 3, 23),
+                                   0.1 * test::random_matrix(1, 2 * bits, 24));
+    const Linear<double> mixture(test::random_matrix(2, 3, 25), test::random_matrix(1, 2, 26));
+    Gate router(experts, selectors, mixture, {.entropy = 0.7, .reach = 0.9});
+    test::check_gradients(router, x);
+    test::check_gradients(router, x, {.mask = mask, .aux_scale = 0.3});
+    test::check_gradients(router, x, {.aux_scale = 0.0});
+    // Through a layer, and a router around it.
+    Rng rng(27);
+    MoELayer layer(JitterRouter<Gate>(router, 0.1), ReluRouting<double>{}, Dropless{},
+                   GluBank<double>(experts, 3, 1, rng, 1.0), SwitchLoss<double>{0.1});
+    test::check_gradients(layer, x, {.aux_scale = 0.3});
+    decltype(layer)::Cache cache;
+    layer.forward(x, cache);
+    Gate::Cache own;
+    router.forward(x, own);
+    CHECK(cache.aux_loss == Approx(own.aux_loss + SwitchLoss<double>{0.1}.loss(cache.routing)));
+    CHECK(own.aux_loss > 0.1);
+    layer.forward(x, {.aux_scale = 0.3}, cache);
+    const MoEReport report = layer.report(cache);
+    REQUIRE(report.losses.size() == 2);
+    CHECK(report.losses[1].first == "router");
+    CHECK(report.losses[1].second == Approx(own.aux_loss));
+  }
+}
+
+TEST_CASE("The entropy loss makes up the minds of the selectors of a DSelectKRouter",
+          "[moe][router][d_select_k]") {
+  Rng rng(28);
+  Gate router(3, 6, rng, {.k = 2, .entropy = 1.0});
+  const Matrix<double> x = test::random_matrix(8, 3, 29);
+  Gate::Cache cache;
+  for (int step = 0; step < 400; ++step) {
+    router.forward(x, cache);
+    zero_gradients(router);
+    router.backward(Matrix<double>::Zero(8, 6), cache);
+    for (auto& [name, parameter] : parameters(router)) {
+      parameter->value -= 0.05 * parameter->gradient();
+    }
+  }
+  const Matrix<double> q = router.forward(x);
+  CHECK((q.array() > 1e-3).count() < 8 * 3);
+  CHECK(q.rowwise().sum().minCoeff() > 0.9);
+}
+
 TEST_CASE("DSelectKRouter gives the same bits for any number of threads and allocates nothing",
           "[moe][router][d_select_k]") {
-  Gate router = random_router(8, 4, 2, 0.3, 11);
+  Gate router = random_router(8, 4, 2, 0.3, 11, {.entropy = GENERATE(0.0, 0.1)});
   const Matrix<double> x = test::random_matrix(500, 8, 12);
   const Matrix<double> dq = test::random_matrix(500, 16, 13);
   Gate::Cache cache;
@@ -153,8 +272,10 @@ TEST_CASE("DSelectKRouter gives the same bits for any number of threads and allo
   CHECK(test::count_allocations(step) == 0);
   const Matrix<double> q = cache.weights;
   const Matrix<double> dx = cache.dx;
+  const double loss = cache.aux_loss;
   const test::Threads threads(3);
   step();
+  CHECK(cache.aux_loss == loss);
   CHECK(cache.weights == q);
   CHECK(cache.dx == dx);
   CHECK(router.forward(Matrix<double>(0, 8)).rows() == 0);
@@ -165,8 +286,9 @@ TEST_CASE("DSelectKRouter says what does not fit", "[moe][router][d_select_k]") 
   const auto message = [&](Index d_model, Index experts, const DSelectKConfig& config) {
     return test::message_of<ConfigError>([&] { Gate(d_model, experts, rng, config); });
   };
-  CHECK(message(4, 6, {}) == "DSelectKRouter: experts = 6, expected a power of two above 1");
-  CHECK(message(4, 1, {}) == "DSelectKRouter: experts = 1, expected a power of two above 1");
+  CHECK(message(4, 1, {}) == "DSelectKRouter: experts = 1, expected >= 2");
+  CHECK(message(4, 8, {.entropy = -1.0}) == "DSelectKRouter: entropy = -1, expected >= 0");
+  CHECK(message(4, 6, {.reach = -1.0}) == "DSelectKRouter: reach = -1, expected >= 0");
   CHECK(message(4, 8, {.k = 0}) == "DSelectKRouter: k = 0, expected >= 1");
   CHECK(message(4, 8, {.gamma = 0.0}) == "DSelectKRouter: gamma = 0, expected > 0");
   CHECK(message(0, 8, {}) == "DSelectKRouter: d_model = 0, expected >= 1");

@@ -1,15 +1,21 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <string>
+#include <type_traits>
 
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/router/cosine_router.hpp>
 #include <weir/moe/router/expert_vectors.hpp>
+#include <weir/moe/router/gumbel_router.hpp>
 #include <weir/moe/router/hash_router.hpp>
 #include <weir/moe/router/hierarchical_router.hpp>
+#include <weir/moe/router/input_dropout_router.hpp>
 #include <weir/moe/router/jitter_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/router/temperature_router.hpp>
+#include <weir/moe/selector/hierarchical_top_k.hpp>
+#include <weir/moe/selector/rank_policy.hpp>
 #include <weir/ops/softmax.hpp>
 
 #include "support/allocations.hpp"
@@ -21,7 +27,9 @@ using namespace weir;
 
 static_assert(Router<HierarchicalRouter<LinearRouter<float>>>);
 static_assert(PassLayer<HierarchicalRouter<LinearRouter<float>>>);
-static_assert(!AnnotatingRouter<HierarchicalRouter<NoisyRouter<float>>>);
+static_assert(AnnotatingRouter<HierarchicalRouter<NoisyRouter<float>>>);
+static_assert(AnnotatingRouter<HierarchicalRouter<LinearRouter<float>, NoisyRouter<float>>>);
+static_assert(!AnnotatingRouter<HierarchicalRouter<LinearRouter<float>>>);
 
 namespace {
 
@@ -199,4 +207,28 @@ TEST_CASE("HierarchicalRouter refuses misuse", "[moe][hierarchical_router]") {
   router.forward(Matrix<double>::Zero(1, 3), cache);
   CHECK(test::message_of<ShapeError>([&] { router.backward(Matrix<double>::Zero(2, 6), cache); }) ==
         "HierarchicalRouter::backward: d_logits is [2, 6], expected [1, 6]");
+}
+
+TEST_CASE("Routers around a HierarchicalRouter have its groups, others have none",
+          "[moe][hierarchical_router]") {
+  const HierarchicalRouter router(linear(2, 3, 1), linear(6, 3, 2));
+  const auto message = [](const auto& around) {
+    STATIC_REQUIRE(GroupedRouter<std::remove_cvref_t<decltype(around)>>);
+    CHECK(around.groups() == 2);
+    const auto refused = [&](const auto& selector) {
+      return test::message_of<ConfigError>([&] { selector.check_router(around); });
+    };
+    const HierarchicalTopK<double> three{.groups = 3};
+    CHECK(refused(HierarchicalTopK<double>{.groups = 2}) == "no exception");
+    CHECK(refused(RankPolicy(three)) == refused(three));
+    return refused(three);
+  };
+  const std::string expected = "HierarchicalTopK: groups = 3, expected 2 as the router";
+  CHECK(message(router) == expected);
+  CHECK(message(JitterRouter(router)) == expected);
+  CHECK(message(InputDropoutRouter(router)) == expected);
+  CHECK(message(TemperatureRouter(router)) == expected);
+  CHECK(message(GumbelRouter(TemperatureRouter(router))) == expected);
+  STATIC_REQUIRE(!GroupedRouter<JitterRouter<LinearRouter<double>>>);
+  STATIC_REQUIRE(!GroupedRouter<GumbelRouter<LinearRouter<double>>>);
 }

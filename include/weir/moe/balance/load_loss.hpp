@@ -10,9 +10,10 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
+#include <weir/moe/balance/noisy_choice.hpp>
+#include <weir/moe/router/group_count.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/lanes.hpp>
-#include <weir/ops/normal.hpp>
 
 namespace weir {
 
@@ -31,9 +32,9 @@ namespace weir {
 /// the router drew no noise, as outside of training, load_e is how many tokens chose e, dropped or
 /// not, and there is no gradient; likewise for a token that chose all experts (k = experts, or none
 /// else allowed) and for an element of zero std. At uniform load, of the load_e, the loss is zero.
-/// Padding, and tokens without experts, are not
-/// counted. Meant for selectors that choose the largest logits, such as TopKSoftmax. As for
-/// ImportanceLoss, the loss of a batch is not the mean of those of its parts.
+/// Padding, and tokens without experts, are not counted. Meant for selectors that choose the
+/// largest logits, such as TopKSoftmax; a HierarchicalRouter has HierarchicalLoadLoss instead. As
+/// for ImportanceLoss, the loss of a batch is not the mean of those of its parts.
 template <std::floating_point T>
 struct LoadLoss {
   static constexpr std::string_view kName = "load";
@@ -43,6 +44,15 @@ struct LoadLoss {
 
   /// \throws ConfigError  if the coefficient is negative.
   void check() const { expect_at_least("LoadLoss", "coefficient", coefficient, T(0)); }
+
+  /// \throws ConfigError  if the router has two levels, of whose loads this is no estimate.
+  template <class R>
+  void check_router(const R& /*router*/) const {
+    if constexpr (GroupedRouter<R>) {
+      fail<ConfigError>("LoadLoss: the router has groups, each level with its own choice and noise",
+                        ", expected one level; HierarchicalLoadLoss is for two");
+    }
+  }
 
   /// \return         The loss, already scaled by `coefficient`.
   T loss(const Routing<T>& routing) const {
@@ -62,22 +72,11 @@ struct LoadLoss {
     const Index experts = routing.experts();
     parallel_rows(routing.tokens(), 64 * experts, [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const Rivals rivals = rivals_of(routing, t);
+        const NoisyChoice<T> choice = choice_of(routing, t);
+        const auto rivals = choice.rivals(routing.experts_of(t));
         if (rivals.none) continue;
-        Lanes<double> d_in{}, d_out{};
-        for (Index e = 0; e < experts; e += kLanes<double>) {
-          const Index count = std::min(kLanes<double>, experts - e);
-          const Chance chance = chance_of(routing, t, e, count, rivals.in, rivals.out);
-          const Lanes<double> d = load_as_double(d_sum.data() + e, count) * chance.slope;
-          add(d, &gradient.clean_logits(t, e), count);
-          add(-(d * chance.z), &gradient.noise_std(t, e), count);
-          d_in -= chance.inside ? d : Lanes<double>{};
-          d_out -= chance.inside ? Lanes<double>{} : d;
-        }
-        if (rivals.in_expert >= 0) {
-          gradient.logits(t, rivals.in_expert) += static_cast<T>(sum_of<double>(d_in));
-        }
-        gradient.logits(t, rivals.out_expert) += static_cast<T>(sum_of<double>(d_out));
+        choice.add_gradient(rivals, d_sum.data(), &gradient.logits(t, 0),
+                            &gradient.clean_logits(t, 0), &gradient.noise_std(t, 0));
       }
     });
   }
@@ -92,7 +91,7 @@ struct LoadLoss {
     thresholds.resize(2 * routing.tokens());
     parallel_rows(routing.tokens(), 4 * experts, [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const Rivals rivals = rivals_of(routing, t);
+        const auto rivals = choice_of(routing, t).rivals(routing.experts_of(t));
         thresholds[2 * t] = rivals.none ? std::numeric_limits<T>::quiet_NaN() : rivals.in;
         thresholds[2 * t + 1] = rivals.out;
       }
@@ -104,67 +103,20 @@ struct LoadLoss {
       for (Index t = 0; t < routing.tokens(); ++t) {
         const T in = thresholds[2 * t];
         if (in != in) continue;
-        sum += chance_of(routing, t, e, count, in, thresholds[2 * t + 1]).probability;
+        const T out = thresholds[2 * t + 1];
+        sum += choice_of(routing, t).chance(e, count, in, out).probability;
       }
       store_rounded<T>(sum, load.data() + e, count);
     });
   }
 
  private:
-  /// What the experts of a token have to exceed.
-  struct Rivals {
-    T in, out;                    ///< Threshold of its experts, and of the others.
-    Index in_expert, out_expert;  ///< Whose logits those are; in_expert -1 if there is none.
-    bool none;                    ///< The token has no experts.
-  };
-
-  static Rivals rivals_of(const Routing<T>& routing, Index t) {
-    constexpr T kLowest = -std::numeric_limits<T>::infinity();
-    Rivals rivals = {kLowest, kLowest, -1, -1, routing.first(t) == routing.last(t)};
-    if (rivals.none) return rivals;
-    const auto* begin = routing.expert.data() + routing.first(t);
-    const auto* end = routing.expert.data() + routing.last(t);
-    for (const auto* chosen = begin; chosen != end; ++chosen) {
-      const T z = routing.logits(t, *chosen);
-      if (rivals.out_expert < 0 || z <= rivals.out) rivals.out = z, rivals.out_expert = *chosen;
-    }
-    for (Index e = 0; e < routing.experts(); ++e) {
-      const T z = routing.logits(t, e);
-      if (!(z > rivals.in) || std::find(begin, end, e) != end) continue;
-      rivals.in = z;
-      rivals.in_expert = e;
-    }
-    return rivals;
-  }
-
-  struct Chance {
-    Lanes<double> probability;
-    Lanes<double> slope;      ///< d probability / d C
-    Lanes<double> z;          ///< Argument of Phi; zero where the slope is.
-    LaneBits<double> inside;  ///< The token chose the expert.
-  };
-
-  static Chance chance_of(const Routing<T>& routing, Index t, Index e, Index count, T in, T out) {
-    constexpr double kLowest = -std::numeric_limits<double>::infinity();
-    const Lanes<double> zero{};
-    const Lanes<double> one = zero + 1.0;
-    const Lanes<double> noisy = load_as_double(&routing.logits(t, e), count);
-    const Lanes<double> clean = load_as_double(&routing.clean_logits(t, e), count);
-    const Lanes<double> std = load_as_double(&routing.noise_std(t, e), count);
-    // Logits that tie at the border have both thresholds, which then are equal.
-    const LaneBits<double> inside = noisy > static_cast<double>(in);
-    const Lanes<double> threshold =
-        inside ? zero + static_cast<double>(in) : zero + static_cast<double>(out);
-    const LaneBits<double> certain = (std <= 0.0) | (threshold == kLowest) | (noisy == kLowest);
-    const Lanes<double> safe = certain ? one : std;
-    const Lanes<double> z = certain ? zero : (clean - threshold) / safe;
-    const NormalLanes normal = normal_lanes<T>(z);
-    const Lanes<double> decided = inside ? one : zero;
-    return {certain ? decided : normal.cdf, certain ? zero : normal.density / safe, z, inside};
-  }
-
-  static void add(const Lanes<double>& more, T* to, Index count) {
-    store_rounded<T>(load_as_double(to, count) + more, to, count);
+  static NoisyChoice<T> choice_of(const Routing<T>& routing, Index t) {
+    return {.noisy = &routing.logits(t, 0),
+            .clean = &routing.clean_logits(t, 0),
+            .std = &routing.noise_std(t, 0),
+            .begin = 0,
+            .end = routing.experts()};
   }
 };
 

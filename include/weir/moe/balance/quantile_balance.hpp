@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <concepts>
+#include <cstdint>
 #include <functional>
 #include <string_view>
 #include <vector>
@@ -34,6 +35,9 @@ struct QuantileBalanceConfig {
 /// they are. Where T k is no multiple of experts, the rank is rounded down (Megatron-Core refuses).
 /// With k = experts, and where nothing was counted, beta stays. There is no loss.
 ///
+/// An expert that none of the tokens was allowed (Pass::allowed) keeps its beta, and is left out of
+/// all of this, also of the number of experts and of the mean.
+///
 /// The scores are `routing.probabilities`, to which the selector has to add its bias, as
 /// BiasedSoftmaxTopK does; others do not compile. k is the mean number of experts of a token,
 /// rounded down. Ranks are balanced each by itself. (Megatron-Core, `qb_dual_update`, with recentre
@@ -55,10 +59,10 @@ class QuantileBalance {
 
   void observe(const Routing<T>& routing) {
     if (routing.experts() != experts_) {
-      scores_.clear();
-      assignments_ = 0;
       experts_ = routing.experts();
+      start();
     }
+    routing.mark_allowed(allowed_);
     for (Index t = 0; t < routing.tokens(); ++t) {
       if (routing.is_padding(t)) continue;
       const T* const p = &routing.probabilities(t, 0);
@@ -73,23 +77,38 @@ class QuantileBalance {
   requires(S::kBiasesProbabilities) void update(S& selector) {
     const Index tokens = experts_ > 0 ? static_cast<Index>(scores_.size()) / experts_ : 0;
     const Index k = tokens > 0 ? assignments_ / tokens : 0;
-    if (tokens > 0 && k < experts_) {
+    open_.clear();
+    for (Index e = 0; e < experts_; ++e) {
+      if (allowed_[static_cast<std::size_t>(e)] != 0) open_.push_back(e);
+    }
+    if (tokens > 0 && k < static_cast<Index>(open_.size())) {
       expect_selection_bias("QuantileBalance::update", selector.selection_bias(), experts_);
       Matrix<T>& bias = selector.selection_bias().value;
       local_offsets(tokens, k, bias);
       const auto keep = static_cast<T>(config_.momentum);
-      for (Index e = 0; e < experts_; ++e) {
-        bias(0, e) = keep * bias(0, e) - (T(1) - keep) * local_[static_cast<std::size_t>(e)];
+      T sum = T(0);
+      for (std::size_t i = 0; i < open_.size(); ++i) {
+        T& of_expert = bias(0, open_[i]);
+        of_expert = keep * of_expert - (T(1) - keep) * local_[i];
+        sum += of_expert;
       }
-      if (config_.recentre) bias.array() -= bias.mean();
+      if (config_.recentre) {
+        const T mean = sum / static_cast<T>(open_.size());
+        for (const Index e : open_) bias(0, e) -= mean;
+      }
     }
-    scores_.clear();
-    assignments_ = 0;
+    start();
   }
 
   const QuantileBalanceConfig& config() const { return config_; }
 
  private:
+  void start() {
+    scores_.clear();
+    assignments_ = 0;
+    allowed_.assign(static_cast<std::size_t>(experts_), 0);
+  }
+
   T score(Index t, Index e) const { return scores_[static_cast<std::size_t>(t * experts_ + e)]; }
 
   /// Element `rank` of `numbers`, the largest being element 0.
@@ -101,29 +120,32 @@ class QuantileBalance {
 
   void local_offsets(Index tokens, Index k, const Matrix<T>& bias) {
     alpha_.resize(static_cast<std::size_t>(tokens));
-    sorted_.resize(static_cast<std::size_t>(experts_));
+    sorted_.resize(open_.size());
     for (Index t = 0; t < tokens; ++t) {
-      for (Index e = 0; e < experts_; ++e) {
-        sorted_[static_cast<std::size_t>(e)] = score(t, e) + bias(0, e);
+      for (std::size_t i = 0; i < open_.size(); ++i) {
+        sorted_[i] = score(t, open_[i]) + bias(0, open_[i]);
       }
       alpha_[static_cast<std::size_t>(t)] = ranked(sorted_, k);
     }
-    local_.resize(static_cast<std::size_t>(experts_));
+    local_.resize(open_.size());
     sorted_.resize(static_cast<std::size_t>(tokens));
-    const Index share = tokens * k / experts_;  // Below `tokens`, since k < experts.
-    for (Index e = 0; e < experts_; ++e) {
+    const auto open = static_cast<Index>(open_.size());
+    const Index share = tokens * k / open;  // Below `tokens`, since k < open.
+    for (std::size_t i = 0; i < open_.size(); ++i) {
       for (Index t = 0; t < tokens; ++t) {
-        const auto i = static_cast<std::size_t>(t);
-        sorted_[i] = score(t, e) - alpha_[i];
+        const auto of_token = static_cast<std::size_t>(t);
+        sorted_[of_token] = score(t, open_[i]) - alpha_[of_token];
       }
-      local_[static_cast<std::size_t>(e)] = ranked(sorted_, share);
+      local_[i] = ranked(sorted_, share);
     }
   }
 
   QuantileBalanceConfig config_;
   Index experts_ = 0;
   Index assignments_ = 0;
-  std::vector<T> scores_;  // [tokens, experts] of the step so far.
+  std::vector<T> scores_;              // [tokens, experts] of the step so far.
+  std::vector<std::uint8_t> allowed_;  // [experts], to any token of the step so far.
+  std::vector<Index> open_;            // Those that are.
   std::vector<T> alpha_, local_, sorted_;
 };
 

@@ -3,6 +3,7 @@
 /// Sparse weights that are differentiable everywhere: the gate DSelect-k.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <concepts>
@@ -10,8 +11,10 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/thread_space.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/softmax.hpp>
@@ -40,12 +43,14 @@ T smooth_step_slope(T z, T gamma) {
 
 /// Settings of DSelectKRouter.
 struct DSelectKConfig {
-  Index k = 2;         ///< The number of selectors: at most as many experts in the end.
-  double gamma = 1.0;  ///< The width of the smooth step.
+  Index k = 2;           ///< The number of selectors: at most as many experts in the end.
+  double gamma = 1.0;    ///< The width of the smooth step.
+  double entropy = 0.0;  ///< Coefficient of the entropy of the selectors; 1e-6 in the source.
+  double reach = 1.0;    ///< Of what keeps selectors from codes that no expert has.
 };
 
 /// k selectors, each of which names an expert by its binary code, mixed by a softmax. With the m =
-/// log2(experts) logits z_i of the selector i and the k logits of the mixture,
+/// ceil(log2(experts)) logits z_i of the selector i and the k logits of the mixture,
 ///
 ///     r_ie = prod_b [S(z_ib) if bit b of e, else 1 - S(z_ib)],   bit 0 the highest
 ///     [c_1, ..., c_k] = softmax(x W_mix^T + b_mix),   [z_1, ..., z_k] = x W_sel^T + b_sel
@@ -60,11 +65,19 @@ struct DSelectKConfig {
 /// token to all experts with q > 0 and multiplies by q: the derivative of the layer is then exact,
 /// since q_e = 0 has the derivative zero. No other selector is of use behind it. At first every
 /// token goes to nearly all experts, as evenly as the initial z are near zero; how many there are
-/// falls as the selectors make up their minds.
+/// falls as the selectors make up their minds, the faster the larger `entropy` is:
+///
+///     aux_loss = mean_t sum_i [entropy * H(r_i) + reach / s_i]
+///     H(r) = -sum_e r_e log(r_e + 1e-6),    s_i = sum_e r_ie
+///
+/// The second term is there only if the experts are no power of two. What a selector has on codes
+/// beyond the last expert is then missing from q, whose sum may be below 1, and s_i; the loss draws
+/// it back. Where s_i is below 1e-6 it counts as that, without a derivative. The source adds both
+/// terms up over the tokens; with the mean the coefficients do not depend on the batch. Padding is
+/// not counted, and the loss is times pass.aux_scale. MoELayer adds it to its own.
 ///
 /// (Hazimeh et al. 2021, arXiv:2106.03760; `DSelectKGate` of google-research/dselect_k_moe with
-/// routing inputs, whose entropy regulariser, optional there, is not here. Nor is the one that it
-/// has for other numbers of experts than powers of two, and they are refused.)
+/// routing inputs, which has the losses in training alone.)
 template <std::floating_point T>
 class DSelectKRouter {
  public:
@@ -72,16 +85,18 @@ class DSelectKRouter {
 
   struct Cache {
     typename Linear<T>::Cache selectors, mixture;
-    Matrix<T> step;     ///< [tokens, k m], S(z).
-    Matrix<T> share;    ///< [tokens, k], c.
-    Matrix<T> weights;  ///< [tokens, experts], q.
+    Matrix<T> step;      ///< [tokens, k m], S(z).
+    Matrix<T> share;     ///< [tokens, k], c.
+    Matrix<T> weights;   ///< [tokens, experts], q.
+    Matrix<T> loss;      ///< [tokens, 1], what aux_loss is the mean of.
+    Matrix<T> per_loss;  ///< [tokens, 1], the derivative of aux_loss by it: zero for padding.
+    T aux_loss = T(0);   ///< Of the last forward pass.
     Matrix<T> d_z, d_share, d_mixture, dx;
   };
 
   /// Weights and biases uniform as in the source: within gamma / 100 for the selectors, 1 / 20 for
   /// the mixture.
-  /// \throws ConfigError  unless d_model >= 1, experts is a power of two above 1, and the settings
-  ///                      are in range.
+  /// \throws ConfigError  unless d_model >= 1, experts >= 2, and the settings are in range.
   DSelectKRouter(Index d_model, Index experts, Rng& rng, DSelectKConfig config = {})
       : DSelectKRouter(
             experts,
@@ -109,11 +124,14 @@ class DSelectKRouter {
     return forward(x, cache);
   }
 
+  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
+
   /// \param x        [tokens, d_model]
   /// \return         [tokens, experts], q.
-  /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
+  /// \throws ShapeError   if x does not have d_model columns, or the mask does not fit.
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     expect_columns("DSelectKRouter::forward", "x", x, d_model());
+    pass.check("DSelectKRouter::forward", x.rows());
     const Matrix<T>& z = selectors_.forward(x, cache.selectors);
     const Matrix<T>& mixture = mixture_.forward(x, cache.mixture);
     cache.step.resize(z.rows(), z.cols());
@@ -130,6 +148,7 @@ class DSelectKRouter {
         }
       }
     });
+    add_up_loss(pass, cache);
     return cache.weights;
   }
 
@@ -142,19 +161,26 @@ class DSelectKRouter {
     cache.d_z.resize(z.rows(), z.cols());
     cache.d_share.resize(z.rows(), config_.k);
     parallel_rows(z.rows(), 2 * bits_ * row_cost(), [&](Index begin, Index end) {
+      auto& space = kernels::ThreadSpace<T, DSelectKRouter>::of_this_thread();
+      space.reserve(experts_);
+      T* const d_chance = space.take(experts_);  // Of r_i.
       for (Index t = begin; t < end; ++t) {
         for (Index i = 0; i < config_.k; ++i) {
           T d_share = T(0);
-          for (Index e = 0; e < experts_; ++e) d_share += dq(t, e) * chance(cache, t, i, e);
+          for (Index e = 0; e < experts_; ++e) {
+            d_share += dq(t, e) * chance(cache, t, i, e);
+            d_chance[e] = cache.share(t, i) * dq(t, e);
+          }
           cache.d_share(t, i) = d_share;
+          add_loss_gradient(cache, t, i, d_chance);
           for (Index b = 0; b < bits_; ++b) {
             T d_step = T(0);
             for (Index e = 0; e < experts_; ++e) {
-              const T d = dq(t, e) * chance(cache, t, i, e, b);
+              const T d = d_chance[e] * chance(cache, t, i, e, b);
               d_step += has_bit(e, b) ? d : -d;
             }
             const Index j = i * bits_ + b;
-            cache.d_z(t, j) = cache.share(t, i) * d_step * smooth_step_slope(z(t, j), gamma());
+            cache.d_z(t, j) = d_step * smooth_step_slope(z(t, j), gamma());
           }
         }
       }
@@ -180,17 +206,82 @@ class DSelectKRouter {
 
  private:
   static constexpr Index kNone = -1;
+  static constexpr T kEpsilon = T(1e-6);
 
   static Index checked_k(const DSelectKConfig& config) {
     expect_at_least<Index>("DSelectKRouter", "k", config.k, 1);
+    expect_at_least("DSelectKRouter", "entropy", config.entropy, 0.0);
+    expect_at_least("DSelectKRouter", "reach", config.reach, 0.0);
     return config.k;
   }
 
   static Index bits_of(Index experts) {
-    if (experts < 2 || !std::has_single_bit(static_cast<std::size_t>(experts))) {
-      fail<ConfigError>("DSelectKRouter: experts = ", experts, ", expected a power of two above 1");
+    expect_at_least<Index>("DSelectKRouter", "experts", experts, 2);
+    return static_cast<Index>(std::bit_width(static_cast<std::size_t>(experts - 1)));
+  }
+
+  bool has_entropy() const { return config_.entropy > 0.0; }
+  bool has_reach() const { return config_.reach > 0.0 && experts_ < Index(1) << bits_; }
+
+  /// s_i
+  T reached(const Cache& cache, Index t, Index i) const {
+    T sum = T(0);
+    for (Index e = 0; e < experts_; ++e) sum += chance(cache, t, i, e);
+    return sum;
+  }
+
+  void add_up_loss(const Pass& pass, Cache& cache) const {
+    const Index tokens = cache.weights.rows();
+    cache.aux_loss = T(0);
+    cache.per_loss.setZero(tokens, 1);
+    if (pass.aux_scale == 0.0 || !(has_entropy() || has_reach())) return;
+    Index real = 0;
+    for (Index t = 0; t < tokens; ++t) real += pass.is_padding(t) ? 0 : 1;
+    cache.loss.resize(tokens, 1);
+    parallel_rows(tokens, 8 * row_cost(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        cache.loss(t, 0) = T(0);
+        if (pass.is_padding(t)) continue;
+        cache.per_loss(t, 0) = static_cast<T>(pass.aux_scale / static_cast<double>(real));
+        for (Index i = 0; i < config_.k; ++i) cache.loss(t, 0) += loss_of(cache, t, i);
+      }
+    });
+    cache.aux_loss = cache.loss.cwiseProduct(cache.per_loss).sum();
+  }
+
+  T loss_of(const Cache& cache, Index t, Index i) const {
+    T loss = T(0);
+    if (has_entropy()) {
+      T entropy = T(0);
+      for (Index e = 0; e < experts_; ++e) {
+        const T r = chance(cache, t, i, e);
+        entropy -= r * std::log(r + kEpsilon);
+      }
+      loss += static_cast<T>(config_.entropy) * entropy;
     }
-    return std::countr_zero(static_cast<std::size_t>(experts));
+    if (has_reach()) {
+      loss += static_cast<T>(config_.reach) / std::max(reached(cache, t, i), kEpsilon);
+    }
+    return loss;
+  }
+
+  /// Adds d(aux_loss)/d(r_ie) to `d_chance[e]`.
+  void add_loss_gradient(const Cache& cache, Index t, Index i, T* d_chance) const {
+    const T scale = cache.per_loss(t, 0);
+    if (scale == T(0)) return;
+    if (has_entropy()) {
+      for (Index e = 0; e < experts_; ++e) {
+        const T r = chance(cache, t, i, e);
+        const T slope = std::log(r + kEpsilon) + r / (r + kEpsilon);
+        d_chance[e] -= scale * static_cast<T>(config_.entropy) * slope;
+      }
+    }
+    if (has_reach()) {
+      const T sum = reached(cache, t, i);
+      if (!(sum > kEpsilon)) return;
+      const T d = scale * static_cast<T>(config_.reach) / (sum * sum);
+      for (Index e = 0; e < experts_; ++e) d_chance[e] -= d;
+    }
   }
 
   static Linear<T> initial(Index rows, Index d_model, double bound, Rng& rng) {

@@ -8,6 +8,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/types.hpp>
+#include <weir/moe/router/group_count.hpp>
 #include <weir/moe/router/noise.hpp>
 #include <weir/ops/lanes.hpp>
 
@@ -70,6 +71,7 @@ class GumbelRouter {
 
   Index d_model() const { return inner_.d_model(); }
   Index experts() const { return inner_.experts(); }
+  Index groups() const requires GroupedRouter<Inner> { return inner_.groups(); }
 
  private:
   Inner inner_;

@@ -13,6 +13,7 @@
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/concepts.hpp>
+#include <weir/moe/router/group_count.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
@@ -97,6 +98,7 @@ class ScaledInputRouter {
 
   Index d_model() const { return inner_.d_model(); }
   Index experts() const { return inner_.experts(); }
+  Index groups() const requires GroupedRouter<Inner> { return inner_.groups(); }
 
  private:
   Inner inner_;

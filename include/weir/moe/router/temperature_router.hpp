@@ -11,6 +11,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/concepts.hpp>
+#include <weir/moe/router/group_count.hpp>
 
 namespace weir {
 
@@ -98,13 +99,19 @@ class TemperatureRouter {
     if (!routing.noisy) return;
     routing.clean_logits *= cache.scale;
     routing.noise_std *= cache.scale;
+    if (routing.groups == 0) return;
+    routing.group_noise *= cache.scale;
+    routing.group_noise_std *= cache.scale;
   }
   void receive(const RoutingGradient<T>& gradient,
                Cache& cache) const requires AnnotatingRouter<Inner> {
-    cache.gradient.clean_logits = gradient.clean_logits;
-    cache.gradient.noise_std = gradient.noise_std;
-    cache.gradient.clean_logits *= cache.scale;
-    cache.gradient.noise_std *= cache.scale;
+    cache.gradient.clean_logits = cache.scale * gradient.clean_logits;
+    cache.gradient.noise_std = cache.scale * gradient.noise_std;
+    cache.gradient.groups = gradient.groups;
+    if (gradient.groups > 0) {
+      cache.gradient.group_noise = cache.scale * gradient.group_noise;
+      cache.gradient.group_noise_std = cache.scale * gradient.group_noise_std;
+    }
     inner_.receive(cache.gradient, cache.inner);
   }
 
@@ -115,6 +122,7 @@ class TemperatureRouter {
 
   Index d_model() const { return inner_.d_model(); }
   Index experts() const { return inner_.experts(); }
+  Index groups() const requires GroupedRouter<Inner> { return inner_.groups(); }
 
  private:
   Inner inner_;

@@ -36,7 +36,8 @@ namespace weir {
 /// (DropOrder has no such order), and the groups have capacities of their own. Causal.
 ///
 /// With k = rest_k this is the gate of Shazeer et al. 2017 (arXiv:1701.06538, appendix B, eq. 12);
-/// ImportanceLoss of its weights is their Importance_H (eq. 13). The defaults are Mesh TensorFlow's
+/// ImportanceLoss of its weights is their Importance_H (eq. 13), HierarchicalLoadLoss has their
+/// Load_H (eq. 14). The defaults are Mesh TensorFlow's
 /// top-2 of top-2 (mesh_tensorflow/transformer/moe.py, transformer_moe_layer_v2), which sends a
 /// token to one expert of its second group, and adds 1e-9 to each denominator.
 template <std::floating_point T>

@@ -79,6 +79,12 @@ class RankPolicy {
   /// \throws ConfigError  as the inner selector.
   void check(Index experts) const { inner_.check(experts); }
 
+  /// \throws ConfigError  as the inner selector.
+  template <class R>
+  void check_router(const R& router) const {
+    if constexpr (requires { inner_.check_router(router); }) inner_.check_router(router);
+  }
+
   /// \param logits   [tokens, experts]
   /// \throws ConfigError     as the inner selector; if a random rule has no pass.rng.
   /// \throws NonFiniteError  as the inner selector.
