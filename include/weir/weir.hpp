@@ -60,9 +60,11 @@
 #include <weir/moe/balance/expert_groups.hpp>
 #include <weir/moe/balance/global_batch_loss.hpp>
 #include <weir/moe/balance/gshard_loss.hpp>
+#include <weir/moe/balance/hierarchical_load_loss.hpp>
 #include <weir/moe/balance/hierarchical_loss.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
+#include <weir/moe/balance/noisy_choice.hpp>
 #include <weir/moe/balance/orthogonality_loss.hpp>
 #include <weir/moe/balance/priced_probability.hpp>
 #include <weir/moe/balance/quantile_balance.hpp>
