@@ -105,6 +105,7 @@
 #include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/input_dropout_router.hpp>
 #include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/layer_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noise.hpp>
 #include <weir/moe/router/noisy_router.hpp>
