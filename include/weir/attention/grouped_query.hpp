@@ -17,10 +17,10 @@
 
 #include <weir/attention/causal.hpp>
 #include <weir/attention/clamp.hpp>
-#include <weir/core/decode_states.hpp>
 #include <weir/attention/grouped_query_config.hpp>
 #include <weir/attention/kv_cache.hpp>
 #include <weir/attention/qk_norm.hpp>
+#include <weir/core/decode_states.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>

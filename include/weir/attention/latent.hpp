@@ -14,10 +14,10 @@
 #include <vector>
 
 #include <weir/attention/causal.hpp>
-#include <weir/core/decode_states.hpp>
 #include <weir/attention/latent_absorbed.hpp>
 #include <weir/attention/latent_cache.hpp>
 #include <weir/attention/latent_config.hpp>
+#include <weir/core/decode_states.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parallel.hpp>

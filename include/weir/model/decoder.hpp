@@ -259,7 +259,7 @@ class Decoder {
   /// under the same condition.
   /// \param ids      The new tokens, packed one sequence after the other as pass.sequences says;
   ///                 without, there is one sequence.
-  /// \param pass     Is taken as not training.
+  /// \param pass     Is taken as not training, and without auxiliary losses.
   /// \param states   One for each sequence, all different.
   /// \param last_only  Computes the logits of the last new token of each sequence alone.
   /// \return         Logits [ids, vocab]; with last_only, a row for each sequence that has new
@@ -277,6 +277,7 @@ class Decoder {
     cache.filled = false;
     Pass own = pass;
     own.training = false;
+    own.aux_scale = 0.0;
     if (own.token_ids.empty()) own.token_ids = ids;
     for (State* state : states) state->layers.resize(layers_.size());
     const auto end_of = [&](std::size_t s) {
