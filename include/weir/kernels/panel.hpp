@@ -176,7 +176,9 @@ void multiply_panel(LeftRows<Arithmetic> left, Index rows, Index steps, const Pa
     constexpr Index kCols = Block<typename Arithmetic::Sum>::kCols;
     for (Index i = 0; i < rows; ++i) std::fill_n(c + i * c_row, kCols, typename Arithmetic::Sum(0));
   }
-  const Index tiles = (rows + Arithmetic::kRows - 1) / Arithmetic::kRows;
+  // One tile reads a panel once, two read it twice: worth a row that leaves no register free.
+  const bool alone = rows > 0 && rows <= Arithmetic::kMostRows;
+  const Index tiles = alone ? 1 : (rows + Arithmetic::kRows - 1) / Arithmetic::kRows;
   for (Index first = 0; first < steps; first += kSlice) {
     const Index count = std::min(kSlice, steps - first);
     const typename Arithmetic::Right* b = panel.slice(first, count);

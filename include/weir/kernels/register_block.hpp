@@ -24,6 +24,13 @@ inline constexpr int kVectorRegisters = 32;
 inline constexpr int kVectorRegisters = 16;
 #endif
 
+/// One row more fits the registers where factors are multiplied from memory.
+#if defined(__AVX512F__)
+inline constexpr Index kExtraRows = 1;
+#else
+inline constexpr Index kExtraRows = 0;
+#endif
+
 /// A panel is `kCols` columns of a right operand, row after row of depth: what the innermost loop
 /// reads from front to back. It is as wide as `kVectors` registers.
 template <class T>
@@ -44,7 +51,8 @@ struct Native {
   using Factor = T;
   /// How many rows of the panel are multiplied in one step.
   static constexpr Index kDepth = 1;
-  static constexpr Index kRows = Block<T>::kRows;
+  static constexpr Index kRows = Block<T>::kRows;         ///< Of a tile, one of several, and
+  static constexpr Index kMostRows = kRows + kExtraRows;  ///< of one that is alone.
 
   static Column column(const Right* b) { return load_lanes<T>(b); }
   static Factor factor(const Left* a) { return *a; }
@@ -76,6 +84,7 @@ struct WidenedBFloat16 {
   };
   static constexpr Index kDepth = 2;
   static constexpr Index kRows = 4;  ///< Twice as many registers hold the columns.
+  static constexpr Index kMostRows = kRows;
 
   static Column column(const Right* b) {
     typedef std::uint32_t Bits __attribute__((vector_size(sizeof(Vector))));  // NOLINT
@@ -101,6 +110,7 @@ struct PairedBFloat16 {
   using Factor = __m512i;
   static constexpr Index kDepth = 2;
   static constexpr Index kRows = Block<float>::kRows;
+  static constexpr Index kMostRows = kRows + kExtraRows;
 
   static Column column(const Right* b) { return _mm512_loadu_si512(b); }
   static Factor factor(const Left* a) {
@@ -226,8 +236,8 @@ void multiply_streams(const typename Arithmetic::Left* a, Index a_row, Index a_s
   }
 }
 
-/// `multiply_block` for a number of rows known at run time, 1 to Arithmetic::kRows.
-template <class Arithmetic, Index rows = Arithmetic::kRows>
+/// `multiply_block` for a number of rows known at run time, 1 to Arithmetic::kMostRows.
+template <class Arithmetic, Index rows = Arithmetic::kMostRows>
 void multiply_rows(Index count, const typename Arithmetic::Left* a, Index a_row, Index a_step,
                    const typename Arithmetic::Right* b, Index steps, typename Arithmetic::Sum* c,
                    Index c_row, bool accumulate, ReadAhead ahead, ReadAhead also) {
