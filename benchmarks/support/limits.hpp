@@ -185,12 +185,12 @@ class Stream {
  private:
   /// \param count  A multiple of 256.
   static void read_piece(const float* from, Index count) {
-    constexpr Index kSums = 256 / kLanes<float> < 16 ? 256 / kLanes<float> : 16;
-    constexpr Index kStep = kSums * kLanes<float>;
-    Vector sum[kSums] = {};
+    constexpr Index kParts = 256 / kLanes<float> < 16 ? 256 / kLanes<float> : 16;
+    constexpr Index kStep = kParts * kLanes<float>;
+    Vector sum[kParts] = {};
     for (Index i = 0; i < count; i += kStep) {
 #pragma GCC unroll 16
-      for (Index j = 0; j < kSums; ++j) sum[j] += load_lanes<float>(from + i + j * kLanes<float>);
+      for (Index j = 0; j < kParts; ++j) sum[j] += load_lanes<float>(from + i + j * kLanes<float>);
     }
     for (Vector& part : sum) benchmark::DoNotOptimize(part);
   }
