@@ -9,7 +9,6 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <numeric>
 #include <optional>
 #include <span>
 #include <utility>
@@ -143,7 +142,7 @@ class GroupedQueryAttention {
     pass.check("GroupedQueryAttention::forward", x.rows());
     cache.x = x;
     cache.mask.assign(pass.mask.begin(), pass.mask.end());
-    fill_spans(pass, cache);
+    fill_spans(pass, cache.x.rows(), cache.spans);
     project(cache);
     cache.context.resize(x.rows(), query_width());
     core(cache).forward(cache.context, cache.attention);
@@ -221,7 +220,7 @@ class GroupedQueryAttention {
     cache.recorded = false;
     cache.x = x;
     cache.mask.clear();
-    fill_spans(pass, cache);
+    fill_spans(pass, cache.x.rows(), cache.spans);
     for (std::size_t s = 0; s < states.size(); ++s) {
       State& kv = *states[s];
       if (config_.window > 0 || config_.chunk > 0) {
@@ -280,20 +279,6 @@ class GroupedQueryAttention {
     return {sinks_.gradient().data(), static_cast<std::size_t>(config_.heads)};
   }
 
-  /// Each sequence of the pass with its own tokens as keys.
-  static void fill_spans(const Pass& pass, Cache& cache) {
-    cache.spans.clear();
-    if (pass.sequences == nullptr) {
-      cache.spans.push_back({0, cache.x.rows(), 0, cache.x.rows()});
-      return;
-    }
-    for (Index s = 0; s < pass.sequences->count(); ++s) {
-      const Index begin = pass.sequences->begin(s);
-      const Index length = pass.sequences->length(s);
-      cache.spans.push_back({begin, length, begin, length});
-    }
-  }
-
   void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const {
     constexpr auto kWhere = "GroupedQueryAttention::decode";
     expect_columns(kWhere, "x", x, config_.d_model);
@@ -324,11 +309,7 @@ class GroupedQueryAttention {
       cache.k.rowwise() += key_bias_.value.row(0);
       cache.v.rowwise() += value_bias_.value.row(0);
     }
-    cache.positions.resize(static_cast<std::size_t>(tokens));
-    for (const AttentionSpan& s : cache.spans) {
-      const auto first = cache.positions.begin() + s.query_begin;
-      std::iota(first, first + s.queries, s.first_position());
-    }
+    fill_positions(cache.spans, tokens, cache.positions);
     prepare(cache);
   }
 

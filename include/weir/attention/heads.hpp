@@ -6,8 +6,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <span>
+#include <vector>
 
+#include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -73,6 +76,32 @@ struct AttentionSpan {
   /// Position of the first query.
   Index first_position() const { return first_key + prefix(); }
 };
+
+/// Sets `spans` to the sequences of the pass, each with its own tokens as keys.
+/// \param tokens  How many there are in all.
+inline void fill_spans(const Pass& pass, Index tokens, std::vector<AttentionSpan>& spans) {
+  spans.clear();
+  if (pass.sequences == nullptr) {
+    spans.push_back({0, tokens, 0, tokens});
+    return;
+  }
+  for (Index s = 0; s < pass.sequences->count(); ++s) {
+    const Index begin = pass.sequences->begin(s);
+    const Index length = pass.sequences->length(s);
+    spans.push_back({begin, length, begin, length});
+  }
+}
+
+/// Sets `positions` to those of the queries of all spans.
+/// \param tokens  How many queries there are in all.
+inline void fill_positions(std::span<const AttentionSpan> spans, Index tokens,
+                           std::vector<Index>& positions) {
+  positions.resize(static_cast<std::size_t>(tokens));
+  for (const AttentionSpan& s : spans) {
+    const auto first = positions.begin() + s.query_begin;
+    std::iota(first, first + s.queries, s.first_position());
+  }
+}
 
 /// Where the keys and values of one sequence lie, a row of all heads for each token.
 template <class T>

@@ -7,7 +7,6 @@
 #include <array>
 #include <concepts>
 #include <cstdint>
-#include <numeric>
 #include <optional>
 #include <span>
 #include <utility>
@@ -133,7 +132,7 @@ class LatentAttention {
     pass.check("LatentAttention::forward", x.rows());
     cache.x = x;
     cache.mask.assign(pass.mask.begin(), pass.mask.end());
-    fill_spans(pass, x.rows(), cache);
+    fill_spans(pass, x.rows(), cache.spans);
     project(x, cache);
     expand(cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache);
     cache.context.resize(x.rows(), config_.heads * config_.value_dim);
@@ -212,7 +211,7 @@ class LatentAttention {
     check_decode(x, pass, states);
     cache.recorded = false;
     cache.mask.clear();
-    fill_spans(pass, x.rows(), cache);
+    fill_spans(pass, x.rows(), cache.spans);
     for (std::size_t s = 0; s < states.size(); ++s) {
       cache.spans[s].key_begin = 0;
       cache.spans[s].keys += states[s]->length();
@@ -281,20 +280,6 @@ class LatentAttention {
   bool is_low_rank() const { return config_.q_rank > 0; }
   Rope::Part rotated_part() const { return {config_.query_dim(), config_.nope_dim}; }
 
-  /// A span for each sequence of the pass, alone.
-  static void fill_spans(const Pass& pass, Index tokens, Cache& cache) {
-    cache.spans.clear();
-    if (pass.sequences == nullptr) {
-      cache.spans.push_back({0, tokens, 0, tokens});
-      return;
-    }
-    for (Index s = 0; s < pass.sequences->count(); ++s) {
-      const Index begin = pass.sequences->begin(s);
-      const Index length = pass.sequences->length(s);
-      cache.spans.push_back({begin, length, begin, length});
-    }
-  }
-
   void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const {
     constexpr auto kWhere = "LatentAttention::decode";
     expect_columns(kWhere, "x", x, config_.d_model);
@@ -322,11 +307,7 @@ class LatentAttention {
     }
     kv_norm_.forward(cache.kv.leftCols(config_.kv_rank), cache.kv_norm);
 
-    cache.positions.resize(static_cast<std::size_t>(tokens));
-    for (const AttentionSpan& s : cache.spans) {
-      const auto first = cache.positions.begin() + s.query_begin;
-      std::iota(first, first + s.queries, s.first_position());
-    }
+    fill_positions(cache.spans, tokens, cache.positions);
     rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
     rope_.template rotate<T>(cache.q, cache.angles, rotated_part());
     rope_.template rotate<T>(cache.kv.rightCols(config_.rope_dim), cache.angles);

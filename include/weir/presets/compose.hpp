@@ -158,7 +158,10 @@ AnyLayer<T> with_experts(const ModelShape& shape, Rng& rng, double init_scale, W
   return with(AnyBank(std::move(experts), shape.d_model, shape.d_model));
 }
 
-/// The share of one layer in a coefficient that is meant for the mean over the sparse layers.
+/// The share of one layer in a coefficient that is meant for the mean of the losses of all sparse
+/// layers. (For its ports of Mixtral, OLMoE, Qwen3 and DBRX, Hugging Face takes one loss over the
+/// tokens of all layers laid end to end instead, which couples the layers: GlobalBatchLoss with the
+/// loads of the others added.)
 template <std::floating_point T>
 T per_layer(double coefficient, const ModelShape& shape) {
   return static_cast<T>(coefficient /

@@ -25,7 +25,7 @@ struct DbrxConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
   double weight_norm = 1.0;  ///< p: weights are divided by their p-norm.
-  double balance = 0.05;     ///< A mean over the layers.
+  double balance = 0.05;     ///< Of the mean over the layers, see per_layer.
 };
 
 /// 132 billion parameters, 36 of which a token meets. (Databricks 2024, "Introducing DBRX";

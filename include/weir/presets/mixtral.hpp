@@ -25,7 +25,7 @@ namespace weir::presets {
 struct MixtralConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
-  double balance = 0.02;  ///< Of Hugging Face's config; a mean over the layers.
+  double balance = 0.02;  ///< Of Hugging Face's config; of the mean over the layers, see per_layer.
 };
 
 /// \throws ConfigError  if a size is out of range.

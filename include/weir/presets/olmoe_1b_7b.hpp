@@ -24,7 +24,7 @@ namespace weir::presets {
 struct OlmoeConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
-  double balance = 0.01;  ///< A mean over the layers, like z_loss.
+  double balance = 0.01;  ///< Of the mean over the layers, see per_layer; like z_loss.
   double z_loss = 0.001;
 };
 

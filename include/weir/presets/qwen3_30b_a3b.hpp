@@ -23,7 +23,8 @@ namespace weir::presets {
 struct Qwen3Config {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double balance = 0.001;  ///< Of Hugging Face's config; a mean over the layers.
+  double balance =
+      0.001;  ///< Of Hugging Face's config; of the mean over the layers, see per_layer.
 };
 
 /// 30.5 billion parameters, 3.3 of which a token meets. (Yang et al. 2025, arXiv:2505.09388,
