@@ -10,16 +10,22 @@
 #include <weir/moe/balance/entropy_loss.hpp>
 #include <weir/moe/balance/global_batch_loss.hpp>
 #include <weir/moe/balance/gshard_loss.hpp>
+#include <weir/moe/balance/hierarchical_load_loss.hpp>
+#include <weir/moe/balance/hierarchical_loss.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
+#include <weir/moe/balance/quantile_balance.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
+#include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
+#include <weir/moe/selector/hierarchical_top_k.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
@@ -115,6 +121,38 @@ TEST_CASE("The load loss brings a collapsed noisy router back", "[moe][balance][
   };
   CHECK(train(LoadLoss<double>{0.3}, ImportanceLoss<double>{0.3}) < kLevel);
   CHECK(train(LoadLoss<double>{0.3}) < kLevel);
+}
+
+TEST_CASE("The losses of two levels bring a collapsed two-level router back",
+          "[moe][balance][collapse]") {
+  // Both levels like the first feature: all tokens go to the first expert of the first group.
+  const HierarchicalTopK<double> one = {.groups = 2, .group_k = 1, .k = 1, .renormalise = false};
+  const auto train = [&](auto... losses) {
+    return imbalance_after_training(HierarchicalRouter(LinearRouter<double>(collapsed().topRows(2)),
+                                                       LinearRouter<double>(collapsed())),
+                                    one, losses...);
+  };
+  CHECK(train() > kCollapsed);
+  CHECK(train(HierarchicalLoss<double>{.groups = 2, .coefficient = 0.3}) < kLevel);
+
+  const auto with_noise = [&](auto... losses) {
+    return imbalance_after_training(
+        HierarchicalRouter(
+            NoisyRouter<double>(collapsed().topRows(2), Matrix<double>::Zero(2, kWidth)),
+            NoisyRouter<double>(collapsed(), Matrix<double>::Zero(kExperts, kWidth))),
+        one, losses...);
+  };
+  CHECK(with_noise(HierarchicalLoadLoss<double>{0.0}) > kCollapsed);
+  CHECK(with_noise(HierarchicalLoadLoss<double>{0.3}) < kLevel);
+}
+
+TEST_CASE("Quantiles bring a collapsed router back without a loss", "[moe][balance][collapse]") {
+  const auto train = [](auto... rule) {
+    return imbalance_after_training(LinearRouter<double>(collapsed()),
+                                    BiasedSoftmaxTopK<double>(kExperts, {.k = 1}), rule...);
+  };
+  CHECK(train() > kCollapsed);
+  CHECK(train(QuantileBalance<double>()) < kLevel);
 }
 
 TEST_CASE("A selection bias brings a collapsed router back without a loss",
