@@ -59,8 +59,8 @@ Ids operator+(Ids a, const Ids& b) {
 }  // namespace
 
 TEST_CASE("generate draws what the whole sequence would give", "[model][generate]") {
-  const auto sampling =
-      GENERATE(kGreedy, Sampling{}, Sampling{.temperature = 1.5, .top_k = 6, .top_p = 0.9});
+  const auto sampling = GENERATE(as<Sampling>{}, kGreedy, Sampling{},
+                                 Sampling{.temperature = 1.5, .top_k = 6, .top_p = 0.9});
   const Decoder<double> model = make_decoder();
   const auto prompt = GENERATE(Ids{4}, Ids{0, 9, 3, 3, 7});
   Rng rng(2);

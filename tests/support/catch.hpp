@@ -5,6 +5,13 @@
 
 #ifdef WEIR_CATCH2_V2
 #include <catch2/catch.hpp>
+
+// GENERATE(variable, Temporary{}) would keep references, one of them to a dead temporary: such a
+// list does not compile and has to name its type, GENERATE(as<T>{}, variable, Temporary{}).
+namespace Catch::Generators {
+template <typename T>
+class SingleValueGenerator<T&>;
+}  // namespace Catch::Generators
 #else
 #include <catch2/catch_approx.hpp>
 #include <catch2/catch_template_test_macros.hpp>
