@@ -3,7 +3,9 @@
 /// Memory that begins at a cache line.
 #pragma once
 
+#include <cassert>
 #include <cstddef>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -14,8 +16,8 @@
 namespace weir {
 
 /// Allocates at the borders of cache lines, which are as wide as the widest vector: no load or
-/// store of a vector crosses one. Large memory begins at the border of a huge page and asks the
-/// system for such pages, so that streaming through weights does not wait for address translation.
+/// store of a vector crosses one. Large memory consists of whole huge pages, as far as the system
+/// grants them, so that streaming through weights does not wait for address translation.
 template <class T>
 struct CacheLineAllocator {
   using value_type = T;  // NOLINT(readability-identifier-naming): the standard's name.
@@ -28,16 +30,20 @@ struct CacheLineAllocator {
   CacheLineAllocator(const CacheLineAllocator<Other>& /*other*/) {}  // NOLINT: a conversion.
 
   T* allocate(std::size_t count) {
-    const std::size_t bytes = count * sizeof(T);
+    const std::size_t bytes = rounded(count * sizeof(T));
     void* const memory = ::operator new(bytes, alignment(bytes));
 #if defined(__linux__)
-    // Advice: where it is not taken, nothing is lost but time.
-    if (bytes >= kHugePage) static_cast<void>(madvise(memory, bytes, MADV_HUGEPAGE));
+    if (bytes >= kHugePage) {
+      // What was in use before came back in small pages; without them, huge ones can take their
+      // place. Both are advice: where it is not taken, nothing is lost but time.
+      static_cast<void>(madvise(memory, bytes, MADV_DONTNEED));
+      static_cast<void>(madvise(memory, bytes, MADV_HUGEPAGE));
+    }
 #endif
     return static_cast<T*>(memory);
   }
   void deallocate(T* memory, std::size_t count) {
-    ::operator delete(memory, alignment(count * sizeof(T)));
+    ::operator delete(memory, alignment(rounded(count * sizeof(T))));
   }
 
   template <class Other>
@@ -46,6 +52,10 @@ struct CacheLineAllocator {
   }
 
  private:
+  /// A part of a huge page at the end would be small pages.
+  static std::size_t rounded(std::size_t bytes) {
+    return bytes < kHugePage ? bytes : (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  }
   static std::align_val_t alignment(std::size_t bytes) {
     return std::align_val_t{bytes >= kHugePage ? kHugePage : kLine};
   }
@@ -54,5 +64,38 @@ struct CacheLineAllocator {
 /// A vector whose memory begins at a cache line.
 template <class T>
 using AlignedVector = std::vector<T, CacheLineAllocator<T>>;
+
+/// One piece of memory that arrays are taken from, front to back, and that lives as long as the
+/// last of them: many small arrays in few huge pages.
+class SharedMemory {
+ public:
+  /// How much of it an array takes.
+  template <class T>
+  static std::size_t bytes_of(std::size_t count) {
+    constexpr std::size_t kLine = CacheLineAllocator<T>::kLine;
+    return (count * sizeof(T) + kLine - 1) / kLine * kLine;
+  }
+
+  explicit SharedMemory(std::size_t bytes)
+      : memory_(CacheLineAllocator<std::byte>().allocate(bytes),
+                [bytes](std::byte* memory) {
+                  CacheLineAllocator<std::byte>().deallocate(memory, bytes);
+                }),
+        free_(bytes) {}
+
+  /// An array that begins at a cache line, contents unspecified. There has to be room for it.
+  template <class T>
+  std::shared_ptr<T[]> take(std::size_t count) {  // NOLINT(modernize-avoid-c-arrays)
+    assert(bytes_of<T>(count) <= free_);
+    std::byte* const at = memory_.get() + used_;
+    used_ += bytes_of<T>(count);
+    free_ -= bytes_of<T>(count);
+    return {memory_, reinterpret_cast<T*>(at)};
+  }
+
+ private:
+  std::shared_ptr<std::byte> memory_;
+  std::size_t used_ = 0, free_ = 0;
+};
 
 }  // namespace weir

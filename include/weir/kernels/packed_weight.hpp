@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <memory>
 #include <type_traits>
 
 #include <weir/core/aligned.hpp>
@@ -28,13 +30,22 @@ class PackedWeight {
   PackedWeight() = default;
 
   /// \param storage  kPacked or kBfloat16.
-  PackedWeight(MatrixIn<T> weight, Storage storage)
-      : PackedWeight(weight, weight, kCols, storage) {}
+  /// \param memory   Where the numbers go, with room for `bytes`. Null: memory of their own.
+  PackedWeight(MatrixIn<T> weight, Storage storage, SharedMemory* memory = nullptr)
+      : PackedWeight(weight, weight, kCols, storage, memory) {}
 
   /// Two weights of the same shape; half of each panel is one's, half the other's, so that a
   /// product has what belongs together in one panel.
-  PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Storage storage)
-      : PackedWeight(first, second, kCols / 2, storage) {}
+  PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Storage storage,
+               SharedMemory* memory = nullptr)
+      : PackedWeight(first, second, kCols / 2, storage, memory) {}
+
+  /// What a weight [rows, cols], or a pair of them, takes of a memory.
+  static std::size_t bytes(Index rows, Index cols, Storage storage, bool pair = false) {
+    const std::size_t count = PackedWeight(rows, cols, pair ? kCols / 2 : kCols, storage).numbers();
+    return stores_halves(storage) ? SharedMemory::bytes_of<BFloat16>(count)
+                                  : SharedMemory::bytes_of<T>(count);
+  }
 
   bool empty() const { return steps_ == 0; }
   Index rows() const { return rows_; }  ///< Outputs, of one weight.
@@ -54,9 +65,9 @@ class PackedWeight {
   PackedPanel<Arithmetic> panel(Index j, bool followed) const {
     const typename Arithmetic::Right* all;
     if constexpr (std::is_same_v<typename Arithmetic::Right, T>) {
-      all = exact_.data();
+      all = exact_.get();
     } else {
-      all = halves_.data();
+      all = halves_.get();
     }
     const Index size = steps_ * PackedPanel<Arithmetic>::kRow;
     const auto* const at = all + j * size;
@@ -70,35 +81,62 @@ class PackedWeight {
     for_each_number([&](bool of_second, Index row, Index col, std::size_t place) {
       Matrix<T>& to = of_second ? *second : first;
       to(row, col) =
-          exact_.empty() ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
+          exact_ == nullptr ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
     });
   }
 
  private:
-  PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Index width, Storage storage)
-      : rows_(first.rows()),
-        cols_(first.cols()),
+  static bool stores_halves(Storage storage) {
+    return storage == Storage::kBfloat16 && std::is_same_v<T, float>;
+  }
+
+  /// Without numbers yet.
+  PackedWeight(Index rows, Index cols, Index width, Storage storage)
+      : rows_(rows),
+        cols_(cols),
         width_(width),
-        rounded_(storage == Storage::kBfloat16) {
-    const bool halves = rounded_ && std::is_same_v<T, float>;
-    depth_ = halves ? Rounded::kDepth : 1;
-    steps_ = (cols_ + depth_ - 1) / depth_;
-    const auto size = static_cast<std::size_t>(panels() * steps_ * depth_ * kCols);
-    if (halves) {
-      halves_.resize(size);
+        depth_(stores_halves(storage) ? Rounded::kDepth : 1),
+        steps_((cols + depth_ - 1) / depth_),
+        rounded_(storage == Storage::kBfloat16) {}
+
+  PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Index width, Storage storage,
+               SharedMemory* memory)
+      : PackedWeight(first.rows(), first.cols(), width, storage) {
+    if (memory != nullptr) {
+      fill(first, second, *memory);
     } else {
-      exact_.resize(size);
+      SharedMemory own(bytes(rows_, cols_, storage, width != kCols));
+      fill(first, second, own);
     }
-    for_each_number([&](bool of_second, Index row, Index col, std::size_t place) {
-      const T value = of_second ? second(row, col) : first(row, col);
-      if (halves) {
-        halves_[place] = BFloat16(static_cast<float>(value));
-      } else {
-        exact_[place] =
-            rounded_ ? static_cast<T>(static_cast<float>(BFloat16(static_cast<float>(value))))
-                     : value;
-      }
+  }
+
+  Index panel_numbers() const { return steps_ * depth_ * kCols; }
+  std::size_t numbers() const { return static_cast<std::size_t>(panels() * panel_numbers()); }
+
+  void fill(MatrixIn<T> first, MatrixIn<T> second, SharedMemory& memory) {
+    const auto half = [](T value) { return BFloat16(static_cast<float>(value)); };
+    if (rounded_ && std::is_same_v<T, float>) {
+      halves_ = packed<BFloat16>(first, second, memory, half);
+    } else if (rounded_) {
+      exact_ = packed<T>(first, second, memory,
+                         [&](T value) { return static_cast<T>(static_cast<float>(half(value))); });
+    } else {
+      exact_ = packed<T>(first, second, memory, [](T value) { return value; });
+    }
+  }
+
+  /// All numbers in their places, as `convert` makes them.
+  template <class Number, class Convert>
+  std::shared_ptr<Number[]> packed(MatrixIn<T> first, MatrixIn<T> second,  // NOLINT: as below.
+                                   SharedMemory& memory, Convert&& convert) const {
+    const auto to = memory.take<Number>(numbers());
+    parallel_for(panels(), [&](Index j) {
+      std::fill_n(to.get() + j * panel_numbers(), panel_numbers(), Number());
     });
+    for_each_number([&](bool of_second, Index row, Index col, std::size_t place) {
+      to[place] = convert(of_second ? second(row, col) : first(row, col));
+    });
+    return to;
   }
 
   /// Calls `body(of_second, row, col, place)` for each number of the weights, on all threads.
@@ -126,8 +164,8 @@ class PackedWeight {
   Index depth_ = 1;      ///< Inputs of a step.
   Index steps_ = 0;
   bool rounded_ = false;
-  AlignedVector<T> exact_;
-  AlignedVector<BFloat16> halves_;
+  std::shared_ptr<const T[]> exact_;          // NOLINT(modernize-avoid-c-arrays): shared by
+  std::shared_ptr<const BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays): copies.
 };
 
 }  // namespace weir::kernels

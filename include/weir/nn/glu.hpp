@@ -159,7 +159,8 @@ class Glu {
     if (packed_) packed_->unpack(gate_.value, up_.value, down_.value);
     packed_.reset();
     if (storage != Storage::kTrainable) {
-      packed_.emplace(gate_.value, up_.value, down_.value, storage);
+      SharedMemory memory(PackedGlu<T>::bytes(d_model(), d_hidden(), d_model(), storage));
+      packed_.emplace(gate_.value, up_.value, down_.value, storage, memory);
       gate_ = up_ = down_ = {};
     }
     storage_ = storage;
@@ -195,12 +196,9 @@ class Glu {
   }
 
   void run_packed(MatrixIn<T> x, PackedGluCache<T>& cache, MatrixOut<T> y) const {
+    const PackedGluGroup<T> all = {&*packed_, 0, x.rows()};
     packed_glu_forward<Act, T>(
-        x.rows(), [&](Index t) { return &x.coeffRef(t, 0); }, 1,
-        [&](Index) -> PackedGluGroup<T> {
-          return {&*packed_, 0, x.rows()};
-        },
-        cache, y);
+        x.rows(), [&](Index t) { return &x.coeffRef(t, 0); }, std::span(&all, 1), cache, y);
   }
 
   Parameter<T> gate_, up_;  // [d_hidden, d_model]

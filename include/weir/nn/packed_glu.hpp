@@ -4,8 +4,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <span>
 #include <type_traits>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -24,8 +27,16 @@ struct PackedGlu {
   kernels::PackedWeight<T> gate_up, down;
 
   /// \param storage  kPacked or kBfloat16.
-  PackedGlu(const Matrix<T>& gate, const Matrix<T>& up, const Matrix<T>& out, Storage storage)
-      : gate_up(gate, up, storage), down(out, storage) {}
+  /// \param memory   With room for `bytes`.
+  PackedGlu(const Matrix<T>& gate, const Matrix<T>& up, const Matrix<T>& out, Storage storage,
+            SharedMemory& memory)
+      : gate_up(gate, up, storage, &memory), down(out, storage, &memory) {}
+
+  /// What the weights of one network take of a memory.
+  static std::size_t bytes(Index d_in, Index d_hidden, Index d_out, Storage storage) {
+    return kernels::PackedWeight<T>::bytes(d_hidden, d_in, storage, true) +
+           kernels::PackedWeight<T>::bytes(d_out, d_hidden, storage);
+  }
 
   void unpack(Matrix<T>& gate, Matrix<T>& up, Matrix<T>& out) const {
     gate_up.unpack(gate, &up);
@@ -52,13 +63,17 @@ struct PackedGluCache {
 ///
 /// \param rows      How many rows there are in all.
 /// \param row_of    `row_of(i)` is where row i of x lies: gathered on the way.
-/// \param group_of  `group_of(g)` is the PackedGluGroup g of `groups`; their networks have one
-///                  storage and one shape.
+/// \param groups    Their networks have one storage and one shape.
 /// \param out       [rows, outputs].
-template <Activation Act, class T, class RowOf, class GroupOf>
-void packed_glu_forward(Index rows, RowOf&& row_of, Index groups, GroupOf&& group_of,
+template <Activation Act, class T, class RowOf>
+void packed_glu_forward(Index rows, RowOf&& row_of, std::span<const PackedGluGroup<T>> groups,
                         PackedGluCache<T>& cache, MatrixOut<T> out) {
-  const kernels::PackedWeight<T>& one = group_of(0).glu->gate_up;
+  if (groups.empty()) return;
+  const kernels::PackedWeight<T>& one = groups[0].glu->gate_up;
+  const auto count = static_cast<Index>(groups.size());
+  const auto group_of = [&](Index g) -> const PackedGluGroup<T>& {
+    return groups[static_cast<std::size_t>(g)];
+  };
   one.with_arithmetic([&](auto arithmetic) {
     using Arithmetic = decltype(arithmetic);
     using Left = typename Arithmetic::Left;
@@ -79,7 +94,7 @@ void packed_glu_forward(Index rows, RowOf&& row_of, Index groups, GroupOf&& grou
     }
     kernels::arrange_rows<Arithmetic>(rows, one.cols(), row_of, x);
 
-    const auto activate = [&](Index g, Index row, Index count, Index j, auto&& compute) {
+    const auto activate = [&](Index g, Index row, Index height, Index j, auto&& compute) {
       auto& space = kernels::ThreadSpace<T, PackedGlu<T>>::of_this_thread();
       space.reserve((kernels::Cut::kMostRows + 1) * kCols);
       T* const sums = space.take(kernels::Cut::kMostRows * kCols);
@@ -89,7 +104,7 @@ void packed_glu_forward(Index rows, RowOf&& row_of, Index groups, GroupOf&& grou
       const bool last = j * kHalf + width == d_hidden;
       Left* h = hidden + (group_of(g).first + row) * hidden_row + j * kHalf;
       const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-      for (Index i = 0; i < count; ++i, h += hidden_row) {
+      for (Index i = 0; i < height; ++i, h += hidden_row) {
         const T* const gate = sums + i * kCols;
         Act::value(width, gate, activated);
         if constexpr (std::is_same_v<Left, T>) {
@@ -102,22 +117,22 @@ void packed_glu_forward(Index rows, RowOf&& row_of, Index groups, GroupOf&& grou
       }
     };
     kernels::multiply_packed<Arithmetic>(
-        groups,
+        count,
         [&](Index g) -> Products {
-          const PackedGluGroup<T> group = group_of(g);
+          const PackedGluGroup<T>& group = group_of(g);
           return {x + group.first * x_row, group.rows, &group.glu->gate_up};
         },
         activate);
 
     const kernels::ToMatrix<T> to = {out.data(), out.outerStride(), out.cols()};
     kernels::multiply_packed<Arithmetic>(
-        groups,
+        count,
         [&](Index g) -> Products {
-          const PackedGluGroup<T> group = group_of(g);
+          const PackedGluGroup<T>& group = group_of(g);
           return {hidden + group.first * hidden_row, group.rows, &group.glu->down};
         },
-        [&](Index g, Index row, Index count, Index j, auto&& compute) {
-          to(group_of(g).first + row, count, j, compute);
+        [&](Index g, Index row, Index height, Index j, auto&& compute) {
+          to(group_of(g).first + row, height, j, compute);
         });
   });
 }

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
@@ -39,6 +40,7 @@ class GluBank {
     Scratch<T> d_out, d_hidden, d_gate, d_up, d_packed;  ///< [slots, .], from backward
     Matrix<T> y, dx;                                     ///< [tokens, d_model]
     PackedGluCache<T> packed;
+    std::vector<PackedGluGroup<T>> groups;
     std::vector<Product<T>> products;
   };
 
@@ -84,12 +86,13 @@ class GluBank {
     if (storage_ == Storage::kTrainable) {
       forward_trainable(x, dispatch, cache);
     } else {
+      cache.groups.clear();
+      dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+        cache.groups.push_back({&packed_[e], begin, rows});
+      });
       packed_glu_forward<Act, T>(
-          dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); }, experts(),
-          [&](Index e) -> PackedGluGroup<T> {
-            return {&packed_[static_cast<std::size_t>(e)], dispatch.begin(e), dispatch.rows(e)};
-          },
-          cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
+          dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); },
+          cache.groups, cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
     }
     cache.y.resize(x.rows(), d_out());
     combine<T>(cache.out.view(), dispatch, cache.y);
@@ -148,18 +151,26 @@ class GluBank {
   /// See `weir::set_storage`.
   void set_storage(Storage storage) {
     if (storage == storage_) return;
-    for (std::size_t e = 0; e < gate_.size(); ++e) {
+    const auto trainable = [&](std::size_t e) {
       if (storage_ != Storage::kTrainable) {
         packed_[e].unpack(gate_[e].value, up_[e].value, down_[e].value);
-        if (storage != Storage::kTrainable) {
-          packed_[e] = {gate_[e].value, up_[e].value, down_[e].value, storage};
-        }
-      } else {
-        packed_.emplace_back(gate_[e].value, up_[e].value, down_[e].value, storage);
       }
-      if (storage != Storage::kTrainable) gate_[e] = up_[e] = down_[e] = {};
+    };
+    if (storage == Storage::kTrainable) {
+      for (std::size_t e = 0; e < gate_.size(); ++e) trainable(e);
+      packed_.clear();
+    } else {
+      // One memory for all: the weights of a small expert fill no huge page.
+      SharedMemory memory(gate_.size() * PackedGlu<T>::bytes(d_in_, d_hidden_, d_out_, storage));
+      std::vector<PackedGlu<T>> packed;
+      packed.reserve(gate_.size());
+      for (std::size_t e = 0; e < gate_.size(); ++e) {
+        trainable(e);
+        packed.emplace_back(gate_[e].value, up_[e].value, down_[e].value, storage, memory);
+        gate_[e] = up_[e] = down_[e] = {};
+      }
+      packed_ = std::move(packed);
     }
-    if (storage == Storage::kTrainable) packed_.clear();
     storage_ = storage;
   }
 

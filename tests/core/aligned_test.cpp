@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include <weir/core/aligned.hpp>
+
+#include "support/catch.hpp"
+
+using namespace weir;
+
+namespace {
+
+template <class T>
+bool begins_at(const T* memory, std::size_t border) {
+  return reinterpret_cast<std::uintptr_t>(memory) % border == 0;
+}
+
+constexpr std::size_t kLine = CacheLineAllocator<char>::kLine;
+constexpr std::size_t kHugePage = CacheLineAllocator<char>::kHugePage;
+
+}  // namespace
+
+TEST_CASE("Small memory begins at a cache line, large memory at a huge page", "[core][aligned]") {
+  for (const std::size_t count : {std::size_t{1}, std::size_t{63}, kHugePage / 2}) {
+    CHECK(begins_at(AlignedVector<float>(count / 4 + 1).data(), kLine));
+  }
+  for (const std::size_t bytes : {kHugePage, kHugePage + 1, 3 * kHugePage - 1}) {
+    const AlignedVector<char> memory(bytes, 'a');
+    CHECK(begins_at(memory.data(), kHugePage));
+    CHECK(memory.front() == 'a');
+    CHECK(memory.back() == 'a');
+  }
+}
+
+TEST_CASE("Memory that was given back and taken again can be written to the end",
+          "[core][aligned]") {
+  for (int round = 0; round < 3; ++round) {
+    AlignedVector<int> memory((2 * kHugePage + 100) / sizeof(int), round);
+    memory.back() = 7;
+    CHECK(memory[0] == round);
+    CHECK(memory[memory.size() - 2] == round);
+    CHECK(memory.back() == 7);
+  }
+}
+
+TEST_CASE("Arrays of a shared memory lie one behind the other", "[core][aligned]") {
+  const std::size_t bytes =
+      SharedMemory::bytes_of<float>(17) + SharedMemory::bytes_of<std::int16_t>(0) +
+      SharedMemory::bytes_of<std::int16_t>(3) + SharedMemory::bytes_of<double>(8);
+  CHECK(bytes == 128 + 0 + 64 + 64);
+  SharedMemory memory(bytes);
+  const auto floats = memory.take<float>(17);
+  CHECK(memory.take<std::int16_t>(0) != nullptr);
+  const auto shorts = memory.take<std::int16_t>(3);
+  const auto doubles = memory.take<double>(8);
+  CHECK(begins_at(floats.get(), kLine));
+  CHECK(reinterpret_cast<char*>(shorts.get()) == reinterpret_cast<char*>(floats.get()) + 128);
+  CHECK(reinterpret_cast<char*>(doubles.get()) == reinterpret_cast<char*>(shorts.get()) + 64);
+}
+
+TEST_CASE("A shared memory lives as long as its arrays", "[core][aligned]") {
+  std::shared_ptr<double[]> last;  // NOLINT(modernize-avoid-c-arrays)
+  {
+    SharedMemory memory(2 * SharedMemory::bytes_of<double>(100));
+    memory.take<double>(100)[99] = 1.0;
+    last = memory.take<double>(100);
+    last[0] = 2.0;
+    last[99] = 3.0;
+  }
+  CHECK(last[0] == 2.0);
+  CHECK(last[99] == 3.0);
+}
