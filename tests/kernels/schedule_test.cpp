@@ -93,3 +93,29 @@ TEST_CASE("A little work is not cut at all", "[kernels][schedule][parallel]") {
   visits({{4, 1000}}, &calls);
   CHECK(calls == 1);
 }
+
+TEST_CASE("Shared tasks come in order to whoever owns them", "[kernels][schedule]") {
+  kernels::SharedTasks tasks(5, 2);
+  CHECK(tasks.take(0) == 0);
+  CHECK(tasks.take(1) == 2);
+  CHECK(tasks.take(1) == 3);
+  CHECK(tasks.take(1) == 4);
+  CHECK(tasks.take(1) == 1);  // The back of the other share.
+  CHECK(tasks.take(1) == -1);
+  CHECK(tasks.take(0) == -1);
+}
+
+TEST_CASE("Each shared task is taken once, whoever does the work", "[kernels][schedule]") {
+  for (const Index shares : {1, 2, 3, 7}) {
+    for (const Index count : {0, 1, 2, 6, 7, 100}) {
+      for (Index worker = 0; worker < shares; ++worker) {
+        kernels::SharedTasks tasks(count, shares);
+        std::vector<int> taken(static_cast<std::size_t>(count), 0);
+        for (Index task = tasks.take(worker); task >= 0; task = tasks.take(worker)) {
+          ++taken[static_cast<std::size_t>(task)];
+        }
+        CHECK(taken == std::vector<int>(static_cast<std::size_t>(count), 1));
+      }
+    }
+  }
+}

@@ -4,6 +4,10 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
 
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
@@ -16,6 +20,47 @@ struct Pieces {
   Index count = 0;
   Index cost = 0;
   Index together = 1;
+};
+
+/// Tasks 0 to `tasks` - 1 in `shares` consecutive parts. Who works on a share takes its tasks from
+/// the front, so that one begins in memory where the last ended; when none is left, he helps with
+/// the back of others.
+class SharedTasks {
+ public:
+  static constexpr Index kMostShares = 64;
+
+  SharedTasks(Index tasks, Index shares) : shares_(shares) {
+    for (Index i = 0; i < shares; ++i) {
+      share(i).store(pack(tasks * i / shares, tasks * (i + 1) / shares), std::memory_order_relaxed);
+    }
+  }
+
+  /// The next task for whoever works on share `own`, or -1.
+  Index take(Index own) {
+    for (Index i = 0; i < shares_; ++i) {
+      std::atomic<std::uint64_t>& from = share((own + i) % shares_);
+      std::uint64_t left = from.load(std::memory_order_relaxed);
+      while (begin(left) < end(left)) {
+        const bool front = i == 0;
+        const Index task = front ? begin(left) : end(left) - 1;
+        const std::uint64_t rest = front ? pack(task + 1, end(left)) : pack(begin(left), task);
+        if (from.compare_exchange_weak(left, rest, std::memory_order_relaxed)) return task;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  static std::uint64_t pack(Index begin, Index end) {
+    return (static_cast<std::uint64_t>(begin) << 32U) | static_cast<std::uint64_t>(end);
+  }
+  static Index begin(std::uint64_t range) { return static_cast<Index>(range >> 32U); }
+  static Index end(std::uint64_t range) { return static_cast<Index>(range & 0xffffffffU); }
+
+  std::atomic<std::uint64_t>& share(Index i) { return left_[static_cast<std::size_t>(i)]; }
+
+  Index shares_;
+  std::array<std::atomic<std::uint64_t>, kMostShares> left_ = {};
 };
 
 /// Calls `body(group, begin, end)` such that each piece of each group is in exactly one of the
@@ -37,7 +82,7 @@ void parallel_pieces_of(Index groups, PiecesOf&& pieces_of, Body&& body) {
   const Index most_tasks = std::min<Index>(kTasksPerThread * threads(),
                                            std::max<Index>(threads(), count / kPiecesPerTask));
   const Index tasks = threads() == 1 ? 1 : std::clamp<Index>(total / kWorthwhile, 1, most_tasks);
-  parallel_for(tasks, [&](Index task) {
+  const auto run = [&](Index task) {
     // This task has the pieces that begin in [from, to) on the line of all work.
     const Index from = total / tasks * task + std::min(task, total % tasks);
     const Index to = total / tasks * (task + 1) + std::min(task + 1, total % tasks);
@@ -57,6 +102,11 @@ void parallel_pieces_of(Index groups, PiecesOf&& pieces_of, Body&& body) {
       }
       start = end;
     }
+  };
+  const Index shares = std::min<Index>({tasks, threads(), SharedTasks::kMostShares});
+  SharedTasks shared(tasks, shares);
+  parallel_for(shares, [&](Index share) {
+    for (Index task = shared.take(share); task >= 0; task = shared.take(share)) run(task);
   });
 }
 
