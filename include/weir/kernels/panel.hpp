@@ -93,11 +93,10 @@ struct PackedPanel {
   const Right* slice(Index first, Index /*count*/) const { return panel + first * kRow; }
 
   /// What tile `tile` of `tiles` over the slice [first, first + count) should read ahead: its share
-  /// of the following slice, line by line. A single tile reads the panel once, front to back, and
-  /// leaves that to the processor, whose own reading ahead anything else would disturb.
+  /// of the following slice, line by line.
   ReadAhead ahead(Index first, Index count, Index tile, Index tiles) const {
     const Right* following = first + count < steps ? panel + (first + count) * kRow : next;
-    if (following == nullptr || tiles == 1) return {reinterpret_cast<const char*>(panel)};
+    if (following == nullptr) return {reinterpret_cast<const char*>(panel)};
     const Index bytes = kRow * static_cast<Index>(sizeof(Right));
     const Index near = (bytes + tiles - 1) / tiles;
     return {reinterpret_cast<const char*>(following) + tile * count * near, near,
@@ -178,6 +177,14 @@ void multiply_panel(LeftRows<Arithmetic> left, Index rows, Index steps, const Pa
   }
   // One tile reads a panel once, two read it twice: worth a row that leaves no register free.
   const bool alone = rows > 0 && rows <= Arithmetic::kMostRows;
+  if constexpr (std::is_same_v<Panel, PackedPanel<Arithmetic>>) {
+    // It reads the panel front to back and leaves reading ahead to the processor, which anything
+    // else would disturb.
+    if (alone) {
+      return multiply_rows<Arithmetic>(rows, left.at, left.row, left.step, panel.panel, steps, c,
+                                       c_row, accumulate, ReadAhead{}, ReadAhead{});
+    }
+  }
   const Index tiles = alone ? 1 : (rows + Arithmetic::kRows - 1) / Arithmetic::kRows;
   for (Index first = 0; first < steps; first += kSlice) {
     const Index count = std::min(kSlice, steps - first);

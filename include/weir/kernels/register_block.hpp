@@ -127,7 +127,7 @@ using BFloat16Arithmetic = WidenedBFloat16;
 #endif
 
 /// Cache lines to fetch while a block is computed, one in each step: `near` bytes from one step to
-/// the next, `far` bytes from one group of `kGroup` steps to the next.
+/// the next, `far` bytes from one group of `kGroup` steps to the next. None if `at` is null.
 struct ReadAhead {
   static constexpr Index kGroup = 16;
   const char* at = nullptr;
@@ -162,6 +162,7 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
       for (Index j = 0; j < kVectors; ++j) sum[i][j] = Lanes<Sum>{};
     }
   }
+  const bool reads_ahead = ahead.at != nullptr;
   while (steps > 0) {
     const Index group = std::min(steps, ReadAhead::kGroup);
     steps -= group;
@@ -171,10 +172,12 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
     also.at += also.far;
 #pragma GCC unroll 1
     for (Index step = 0; step < group; ++step) {
-      __builtin_prefetch(line, 0, 2);
-      __builtin_prefetch(other, 0, 2);
-      line += ahead.near;
-      other += also.near;
+      if (reads_ahead) {
+        __builtin_prefetch(line, 0, 2);
+        __builtin_prefetch(other, 0, 2);
+        line += ahead.near;
+        other += also.near;
+      }
       typename Arithmetic::Column column[kVectors];
 #pragma GCC unroll 8
       for (Index j = 0; j < kVectors; ++j) column[j] = Arithmetic::column(b + j * kColumn);
