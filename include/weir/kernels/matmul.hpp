@@ -58,9 +58,17 @@ bool has_few_rows(const Product<T>& p) {
   return p.m <= kFew && p.a_col == 1 && p.b_row == 1;
 }
 
+/// How many columns a piece has: with few rows also those of a small weight, a router's say, are
+/// shared out.
+template <class T>
+Index piece_cols(const Product<T>& p) {
+  constexpr Index kFew = 8;
+  return has_few_rows(p) ? kFew : Block<T>::kCols;
+}
+
 template <class T>
 Cut cut(const Product<T>& p, Index most_rows) {
-  return Cut::of(p.m, (p.n + Block<T>::kCols - 1) / Block<T>::kCols, most_rows);
+  return Cut::of(p.m, (p.n + piece_cols(p) - 1) / piece_cols(p), most_rows);
 }
 
 /// Pieces `begin` to `end` of a product.
@@ -68,8 +76,8 @@ template <class T>
 void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index end) {
   constexpr Index kCols = Block<T>::kCols;
   if (has_few_rows(p)) {
-    const Index col = begin * kCols;
-    return multiply_few_rows(p, col, std::min(end * kCols, p.n) - col);
+    const Index col = begin * piece_cols(p);
+    return multiply_few_rows(p, col, std::min(end * piece_cols(p), p.n) - col);
   }
   auto& space = ThreadSpace<T, Product<T>>::of_this_thread();
   space.reserve(kSlice * kCols);
@@ -95,7 +103,6 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
 /// pieces of all of them: one expert with most of the tokens keeps every core busy.
 template <class T>
 void multiply(std::span<const Product<T>> products) {
-  constexpr Index kCols = kernels::Block<T>::kCols;
   const Index most_rows = kernels::most_rows_for_threads([&](Index rows) {
     Index pieces = 0;
     for (const Product<T>& p : products) pieces += kernels::cut(p, rows).pieces(1).count;
@@ -107,7 +114,8 @@ void multiply(std::span<const Product<T>> products) {
   kernels::parallel_pieces_of(
       static_cast<Index>(products.size()),
       [&](Index i) {
-        return kernels::cut(product(i), most_rows).pieces(kCols * std::max<Index>(1, product(i).k));
+        const Product<T>& p = product(i);
+        return kernels::cut(p, most_rows).pieces(kernels::piece_cols(p) * std::max<Index>(1, p.k));
       },
       [&](Index i, Index begin, Index end) {
         kernels::multiply_pieces_of(product(i), kernels::cut(product(i), most_rows), begin, end);
