@@ -9,6 +9,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/random.hpp>
+#include <weir/moe/capacity/capacity_wrapper.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
@@ -60,18 +61,15 @@ struct OutputMaskingConfig {
 /// divided by 1 - rate as well, so that the mean differs from that of evaluation; there is no
 /// setting for it.)
 template <class Inner>
-class OutputMasking {
+class OutputMasking : public CapacityWrapper<Inner> {
  public:
   /// \throws ConfigError  unless 0 <= rate < 1.
   explicit OutputMasking(Inner inner, OutputMaskingConfig config = {})
-      : inner_(std::move(inner)), config_(config) {
+      : CapacityWrapper<Inner>(std::move(inner)), config_(config) {
     if (!(config_.rate >= 0.0 && config_.rate < 1.0)) {
       fail<ConfigError>("OutputMasking: rate = ", config_.rate, ", expected 0 <= rate < 1");
     }
   }
-
-  /// \throws ConfigError  as the inner policy.
-  void check() const { inner_.check(); }
 
   /// \throws ConfigError  as the inner policy; if it draws without pass.rng.
   template <class T>
@@ -101,28 +99,10 @@ class OutputMasking {
     }
   }
 
-  /// What the inner policy learns from, where it learns.
-  template <class T>
-  void observe(const Routing<T>& routing) requires requires(Inner& inner) {
-    inner.observe(routing);
-  }
-  { inner_.observe(routing); }
-
-  void update() requires requires(Inner& inner) { inner.update(); }
-  { inner_.update(); }
-
-  /// The buffers of the inner policy, under its own names.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
-  }
-
-  Inner& inner() { return inner_; }
-  const Inner& inner() const { return inner_; }
   const OutputMaskingConfig& config() const { return config_; }
 
  private:
-  Inner inner_;
+  using CapacityWrapper<Inner>::inner_;
   OutputMaskingConfig config_;
 };
 
