@@ -13,6 +13,7 @@
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/capacity/dynamic_capacity.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
+#include <weir/moe/capacity/output_masking.hpp>
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/experts/any_bank.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
@@ -254,6 +255,7 @@ TEST_CASE("Capacities that depend on nothing are as causal as their order", "[mo
         CHECK(seen_by_capacity(fixed, k, true) == seen_by_order(order, k));
         if (k == 1) continue;  // One weight that always is 1.
         CHECK(seen_by_capacity(RenormaliseKept(fixed), k, true) == seen_by_order(order, k));
+        CHECK(seen_by_capacity(OutputMasking(fixed), k, true) == seen_by_order(order, k));
       }
     }
     // In evaluation nothing is drawn.

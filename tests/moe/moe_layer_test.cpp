@@ -28,6 +28,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/same_draws.hpp"
 
 using namespace weir;
 
@@ -112,39 +113,13 @@ static_assert(
 
 namespace {
 
-/// A layer with the same random draws in each pass, so that passes can be compared.
-template <class L>
-struct SameDraws {
-  using Scalar = double;
-  using Cache = typename L::Cache;
-
-  Matrix<double> forward(MatrixIn<double> x) const { return layer.forward(x); }
-  const Matrix<double>& forward(MatrixIn<double> x, Cache& cache) const {
-    return forward(x, {}, cache);
-  }
-  const Matrix<double>& forward(MatrixIn<double> x, const Pass& pass, Cache& cache) const {
-    Rng rng(99);
-    Pass with_rng = pass;
-    with_rng.rng = &rng;
-    return layer.forward(x, with_rng, cache);
-  }
-  const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) {
-    return layer.backward(dy, cache);
-  }
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    L::visit(self.layer, visit);
-  }
-
-  L layer;
-};
-
 template <class Router, class Selector, class Capacity, class Bank>
 void check_composition(const Router& router, const Selector& selector, const Capacity& capacity,
                        const Bank& bank) {
   using Moe = MoELayer<Router, Selector, Capacity, Bank, SwitchLoss<double>, ZLoss<double>,
                        ImportanceLoss<double>>;
-  SameDraws<Moe> layer{Moe(router, selector, capacity, bank, kSwitchLoss, kZLoss, kImportanceLoss)};
+  test::SameDraws<Moe> layer{
+      Moe(router, selector, capacity, bank, kSwitchLoss, kZLoss, kImportanceLoss)};
   const Sequences sequences({3, 0, 4});
   const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 0, 1, 1};
   test::check_gradients(

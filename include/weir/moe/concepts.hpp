@@ -76,8 +76,8 @@ concept CapacityPolicy = requires(const C& capacity, Routing<T>& routing) {
 
 /// All experts of a layer as one object. `forward` gives [tokens, d_out], the weighted sum of what
 /// the experts make of the rows of x [tokens, d_in] that `dispatch` sends them; `backward` returns
-/// dL/dx and sets `d_weight[a]` to dL/d(weight) of each kept assignment a. Both return references
-/// to matrices that live in the cache. `visit` names the members of expert e "e.*".
+/// dL/dx and sets `d_weight[a]` to dL/d(weight) of each assignment a that has a slot. Both return
+/// references to matrices that live in the cache. `visit` names the members of expert e "e.*".
 template <class B>
 concept ExpertBank = requires(const B& bank, B& trained, MatrixIn<typename B::Scalar> x,
                               const Dispatch<typename B::Scalar>& dispatch,

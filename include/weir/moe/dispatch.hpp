@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// The kept assignments sorted by expert, and the moves between token order and expert order.
+/// The assignments that are run, sorted by expert, and the moves between token order and expert
+/// order.
 #pragma once
 
 #include <algorithm>
@@ -15,17 +16,19 @@
 
 namespace weir {
 
-/// Gives each kept assignment a slot: expert e owns the slots `begin(e)` to `end(e)`, in token
-/// order. The sort is stable, so the order of every sum over slots is fixed.
+/// Gives each assignment that is run a slot: expert e owns the slots `begin(e)` to `end(e)`, in
+/// token order. The sort is stable, so the order of every sum over slots is fixed.
 template <class T>
 class Dispatch {
  public:
-  /// Sorts the kept assignments of `routing`; nothing of an earlier one remains but the memory.
+  /// Sorts the assignments of `routing` that are kept and not masked; nothing of an earlier one
+  /// remains but the memory.
   void build(const Routing<T>& routing) {
     assignments_ = routing.assignments();
     offsets_.assign(static_cast<std::size_t>(routing.experts()) + 1, 0);
     for (std::size_t a = 0; a < routing.expert.size(); ++a) {
-      if (routing.kept[a] != 0) ++offsets_[static_cast<std::size_t>(routing.expert[a]) + 1];
+      if (!routing.is_run(static_cast<Index>(a))) continue;
+      ++offsets_[static_cast<std::size_t>(routing.expert[a]) + 1];
     }
     for (std::size_t e = 1; e < offsets_.size(); ++e) offsets_[e] += offsets_[e - 1];
 
@@ -40,8 +43,8 @@ class Dispatch {
     for (Index t = 0; t < routing.tokens(); ++t) {
       token_offsets_[static_cast<std::size_t>(t)] = kept;
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
+        if (!routing.is_run(a)) continue;
         const auto i = static_cast<std::size_t>(a);
-        if (routing.kept[i] == 0) continue;
         const Index slot = next_[static_cast<std::size_t>(routing.expert[i])]++;
         token_[static_cast<std::size_t>(slot)] = t;
         weight_[static_cast<std::size_t>(slot)] = routing.weight[i];
@@ -55,7 +58,7 @@ class Dispatch {
   Index experts() const { return static_cast<Index>(offsets_.size()) - 1; }
   Index tokens() const { return static_cast<Index>(token_offsets_.size()) - 1; }
   Index slots() const { return static_cast<Index>(token_.size()); }
-  Index assignments() const { return assignments_; }  ///< Of the routing, kept or not.
+  Index assignments() const { return assignments_; }  ///< Of the routing, run or not.
 
   /// The slots of expert e.
   Index begin(Index e) const { return offsets_[static_cast<std::size_t>(e)]; }
@@ -141,8 +144,8 @@ void combine(MatrixIn<T> packed, const Dispatch<T>& dispatch, MatrixOut<T> y) {
 }
 
 /// The derivative of `combine`: d_packed[s] = weight[s] * dy[token], and
-/// d_weight[assignment of s] = dy[token] . packed[s]. Dropped assignments have no slot: theirs is
-/// left alone.
+/// d_weight[assignment of s] = dy[token] . packed[s]. Assignments that are not run have no
+/// slot: theirs is left alone.
 ///
 /// \param dy        [tokens, d].
 /// \param packed    [slots, d], as given to `combine`.

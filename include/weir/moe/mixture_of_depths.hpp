@@ -20,8 +20,8 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/moe/choice_loss.hpp>
+#include <weir/moe/chosen_tokens.hpp>
 #include <weir/ops/lanes.hpp>
-#include <weir/ops/top_k.hpp>
 
 namespace weir {
 
@@ -127,7 +127,8 @@ class MixtureOfDepths {
     }
   };
 
-  struct Cache {
+  /// What is chosen of the tokens, and what is computed.
+  struct Cache : ChosenTokens<T> {
     typename Inner::Cache inner;
     std::vector<typename State::OfInner*> inner_states;
     typename Predictor::Cache predictor;
@@ -136,18 +137,10 @@ class MixtureOfDepths {
     Matrix<T> prediction;                      ///< [tokens, 1], the predictor's logits, if any.
     Matrix<T> d_prediction;                    ///< [tokens, 1]
     Matrix<T> real_x;                          ///< x with zeros for padding, where there is any.
-    std::vector<Index> token;                  ///< Of each chosen one, in order.
-    std::vector<Index> token_ids;              ///< Their ids, where the pass knows ids.
-    std::vector<std::uint8_t> chosen;          ///< [tokens], 1 for the chosen.
-    std::vector<std::uint8_t> allowed;         ///< pass.allowed of the chosen.
-    std::vector<std::uint8_t> real;            ///< [tokens], 0 for padding.
-    Sequences sequences;                       ///< Of the chosen.
     Matrix<T> chosen_x, chosen_y, d_chosen_y;  ///< [chosen, d_model]
     Matrix<T> d_score;                         ///< [tokens, 1]
     Matrix<T> y, dx;
     Matrix<T> inner_place, predictor_place;  ///< For results that come by value.
-    std::vector<T> candidate;                ///< Workspace of the choice.
-    std::vector<Index> place, best;
     T aux_loss = T(0);    ///< That of the predictor, times pass.aux_scale, and of the inner layer.
     T aux_scale = T(1);   ///< pass.aux_scale of the last forward pass.
     bool ranked = false;  ///< The choice was the best scores, not a prediction.
@@ -205,11 +198,13 @@ class MixtureOfDepths {
   }
 
   /// Continues several sequences at once, each by any number of tokens. Only the chosen tokens
-  /// reach the inner layer, and its state. \param x        [new tokens, d_model], packed as
-  /// pass.sequences says; null: one sequence. \param pass     Is taken as not training. \param
-  /// states   One for each sequence, all different; they begin as `State{}`. \param cache
-  /// Workspace. It cannot be followed by `backward`. \return         [new tokens, d_model], what
-  /// `forward` of the whole sequence gives, as far as
+  /// reach the inner layer, and its state.
+  ///
+  /// \param x        [new tokens, d_model], packed as pass.sequences says; null: one sequence.
+  /// \param pass     Is taken as not training.
+  /// \param states   One for each sequence, all different; they begin as `State{}`.
+  /// \param cache    Workspace. It cannot be followed by `backward`.
+  /// \return         [new tokens, d_model], what `forward` of the whole sequence gives, as far as
   ///                 the inner layer's `decode` does.
   /// \throws ConfigError     without causal_evaluation, or if a token is padding.
   /// \throws StateError      unless there is one state for each sequence.
@@ -240,13 +235,10 @@ class MixtureOfDepths {
       }
     };
     const Matrix<T>& y = run("MixtureOfDepths::decode", x, own, cache, inner);
-    for (std::size_t s = 0; s < states.size(); ++s) {
-      const auto at = static_cast<Index>(s);
-      const Index begin = pass.sequences == nullptr ? 0 : pass.sequences->begin(at);
-      const Index end = pass.sequences == nullptr ? x.rows() : pass.sequences->end(at);
-      states[s]->chosen.insert(states[s]->chosen.end(), cache.chosen.begin() + begin,
-                               cache.chosen.begin() + end);
-    }
+    for_each_sequence(pass, x.rows(), [&](Index s, Index begin, Index end) {
+      std::vector<std::uint8_t>& chosen = states[static_cast<std::size_t>(s)]->chosen;
+      chosen.insert(chosen.end(), cache.chosen.begin() + begin, cache.chosen.begin() + end);
+    });
     return y;
   }
 
@@ -267,13 +259,13 @@ class MixtureOfDepths {
           "MixtureOfDepths::backward: the cache is empty, expected a forward pass before");
     }
     expect_shape("MixtureOfDepths::backward", "dy", dy, cache.x.rows(), d_model());
-    const auto count = static_cast<Index>(cache.token.size());
+    const Index count = cache.chosen_count();
     copy_rows<T>(dy, cache.dx);
     start_score_gradient(cache);
     cache.d_chosen_y.resize(count, d_model());
     parallel_rows(count, 3 * d_model(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
-        const Index t = token(cache, i);
+        const Index t = cache.token_of(i);
         const T* const d = &dy.coeffRef(t, 0);
         cache.d_score(t, 0) += dot(d, &cache.chosen_y(i, 0));
         const auto scale = [r = cache.score(t, 0)](const Lanes<T>& v) -> Lanes<T> { return r * v; };
@@ -283,16 +275,16 @@ class MixtureOfDepths {
     if (count > 0) {
       const Matrix<T>& d_inner =
           keep<T>(cache.inner_place, inner_.backward(cache.d_chosen_y, cache.inner));
-      for (Index i = 0; i < count; ++i) add(T(1), &d_inner(i, 0), &cache.dx(token(cache, i), 0));
+      for (Index i = 0; i < count; ++i) add(T(1), &d_inner(i, 0), &cache.dx(cache.token_of(i), 0));
     }
     parallel_rows(dy.rows(), 2 * d_model(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        if (is_real(cache, t)) add(cache.d_score(t, 0), weight_.value.data(), &cache.dx(t, 0));
+        if (cache.is_real(t)) add(cache.d_score(t, 0), weight_.value.data(), &cache.dx(t, 0));
       }
     });
     add_over_rows<T>(dy.rows(), d_model(), weight_.gradient().data(),
                      [&](Index t, Index col, Index lanes) -> Lanes<T> {
-                       if (!is_real(cache, t)) return Lanes<T>{};
+                       if (!cache.is_real(t)) return Lanes<T>{};
                        return cache.d_score(t, 0) * load_lanes<T>(&cache.x(t, col), lanes);
                      });
     return cache.dx;
@@ -324,13 +316,6 @@ class MixtureOfDepths {
     return normal_init<T>(1, d_model, 1.0 / std::sqrt(static_cast<double>(d_model)), rng);
   }
 
-  static Index token(const Cache& cache, Index i) {
-    return cache.token[static_cast<std::size_t>(i)];
-  }
-  static bool is_real(const Cache& cache, Index t) {
-    return cache.real[static_cast<std::size_t>(t)] != 0;
-  }
-
   /// What `forward` and `decode` have in common; `run_inner(inner pass)` is f(cache.chosen_x).
   template <class RunInner>
   const Matrix<T>& run(std::string_view where, MatrixIn<T> x, const Pass& pass, Cache& cache,
@@ -340,14 +325,19 @@ class MixtureOfDepths {
     cache.filled = false;
     copy_rows<T>(x, cache.x);
     copy_rows<T>(x, cache.y);
-    score(pass, cache);
+    cache.begin(pass, x.rows());
+    score(cache);
     cache.ranked = pass.training || !config_.causal_evaluation;
     predict(where, pass, cache);
-    choose(pass, cache);
+    if (cache.ranked) {
+      cache.choose_best(cache.score, pass, [&](Index tokens) { return config_.chosen(tokens); });
+    } else {
+      cache.choose_positive(prediction(cache), pass);
+    }
 
-    const auto count = static_cast<Index>(cache.token.size());
+    const Index count = cache.chosen_count();
     cache.chosen_x.resize(count, d_model());
-    for (Index i = 0; i < count; ++i) cache.chosen_x.row(i) = x.row(token(cache, i));
+    for (Index i = 0; i < count; ++i) cache.chosen_x.row(i) = x.row(cache.token_of(i));
     cache.aux_scale = static_cast<T>(pass.aux_scale);
     cache.aux_loss = T(0);
     if (has_loss(cache)) {
@@ -357,33 +347,31 @@ class MixtureOfDepths {
     }
     cache.chosen_y.resize(count, d_model());
     if (count > 0) {
-      const Matrix<T>& out = run_inner(pass_of_chosen(pass, cache));
+      const Matrix<T>& out = run_inner(cache.pass_of_chosen(pass, experts_for(pass)));
       expect_shape(where, "the inner layer's output", out, count, d_model());
       copy_rows<T>(out, cache.chosen_y);
       if constexpr (requires { cache.inner.aux_loss; }) cache.aux_loss += cache.inner.aux_loss;
     }
     parallel_rows(count, 2 * d_model(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
-        const Index t = token(cache, i);
+        const Index t = cache.token_of(i);
         add(cache.score(t, 0), &cache.chosen_y(i, 0), &cache.y(t, 0));
       }
     });
     return cache.y;
   }
 
-  Pass pass_of_chosen(const Pass& pass, Cache& cache) const {
-    Pass inner_pass = pass;
-    inner_pass.sequences = &cache.sequences;
-    inner_pass.mask = {};
-    if (!pass.token_ids.empty()) {
-      cache.token_ids.clear();
-      for (const Index t : cache.token) {
-        cache.token_ids.push_back(pass.token_ids[static_cast<std::size_t>(t)]);
-      }
-      inner_pass.token_ids = cache.token_ids;
+  /// How many experts pass.allowed is about: with it set, the inner layer has to tell, or else
+  /// there is no knowing whether it is for each token.
+  Index experts_for([[maybe_unused]] const Pass& pass) const {
+    if constexpr (requires { inner_.experts(); }) {
+      return inner_.experts();
+    } else {
+      if (pass.allowed.empty()) return 0;
+      fail<ConfigError>(
+          "MixtureOfDepths::forward: pass.allowed is set, expected none around a layer without "
+          "experts()");
     }
-    inner_pass.allowed = allowed_of_chosen(pass, cache);
-    return inner_pass;
   }
 
   /// Whether the pass has a loss of its predictions.
@@ -404,7 +392,7 @@ class MixtureOfDepths {
       if (!pass.mask.empty()) {
         copy_rows<T>(cache.x, cache.real_x);
         for (Index t = 0; t < cache.x.rows(); ++t) {
-          if (!is_real(cache, t)) cache.real_x.row(t).setZero();
+          if (!cache.is_real(t)) cache.real_x.row(t).setZero();
         }
         from = &cache.real_x;
       }
@@ -413,7 +401,7 @@ class MixtureOfDepths {
       expect_shape(where, "the predictor's output", p, cache.x.rows(), 1);
       copy_rows<T>(p, cache.prediction);
       for (Index t = 0; t < p.rows(); ++t) {
-        if (is_real(cache, t) && !std::isfinite(cache.prediction(t, 0))) {
+        if (cache.is_real(t) && !std::isfinite(cache.prediction(t, 0))) {
           fail<NonFiniteError>(where, ": the prediction for token ", t, " is ",
                                cache.prediction(t, 0), ", expected a finite number");
         }
@@ -434,75 +422,14 @@ class MixtureOfDepths {
     map_lanes<T>(d_model(), f, sum, sum, row);
   }
 
-  /// pass.allowed for the inner layer, which has to tell its number of experts: else there is no
-  /// knowing whether it is for each token.
-  std::span<const std::uint8_t> allowed_of_chosen(const Pass& pass, Cache& cache) const {
-    if (pass.allowed.empty()) return {};
-    if constexpr (requires { inner_.experts(); }) {
-      const auto experts = static_cast<std::size_t>(inner_.experts());
-      if (pass.allowed.size() != experts * cache.chosen.size()) return pass.allowed;
-      cache.allowed.clear();
-      for (const Index t : cache.token) {
-        const auto row = pass.allowed.begin() + t * inner_.experts();
-        cache.allowed.insert(cache.allowed.end(), row, row + inner_.experts());
-      }
-      return cache.allowed;
-    } else {
-      fail<ConfigError>(
-          "MixtureOfDepths::forward: pass.allowed is set, expected none around a layer without "
-          "experts()");
-    }
-  }
-
-  void score(const Pass& pass, Cache& cache) const {
-    const Index tokens = cache.x.rows();
-    cache.real.resize(static_cast<std::size_t>(tokens));
-    cache.score.resize(tokens, 1);
-    for (Index t = 0; t < tokens; ++t) {
-      const bool real = !pass.is_padding(t);
-      cache.real[static_cast<std::size_t>(t)] = real ? 1 : 0;
-      cache.score(t, 0) = real ? dot(&cache.x(t, 0), weight_.value.data()) : T(0);
+  void score(Cache& cache) const {
+    cache.score.resize(cache.x.rows(), 1);
+    for (Index t = 0; t < cache.x.rows(); ++t) {
+      cache.score(t, 0) = cache.is_real(t) ? dot(&cache.x(t, 0), weight_.value.data()) : T(0);
       if (!std::isfinite(cache.score(t, 0))) {
         fail<NonFiniteError>("MixtureOfDepths: the score of token ", t, " is ", cache.score(t, 0),
                              ", expected a finite number");
       }
-    }
-  }
-
-  void choose(const Pass& pass, Cache& cache) const {
-    const Index tokens = cache.x.rows();
-    cache.chosen.assign(static_cast<std::size_t>(tokens), 0);
-    cache.token.clear();
-    cache.sequences.clear();
-    const Index count = pass.sequences != nullptr ? pass.sequences->count() : 1;
-    for (Index s = 0; s < count; ++s) {
-      const Index begin = pass.sequences != nullptr ? pass.sequences->begin(s) : 0;
-      const Index end = pass.sequences != nullptr ? pass.sequences->end(s) : tokens;
-      cache.candidate.clear();
-      cache.place.clear();
-      for (Index t = begin; t < end; ++t) {
-        if (!is_real(cache, t)) continue;
-        cache.candidate.push_back(cache.score(t, 0));
-        cache.place.push_back(t);
-      }
-      const auto candidates = static_cast<Index>(cache.place.size());
-      if (!cache.ranked) {
-        for (const Index t : cache.place) {
-          if (prediction(cache)(t, 0) > T(0)) cache.chosen[static_cast<std::size_t>(t)] = 1;
-        }
-      } else {
-        cache.best.resize(static_cast<std::size_t>(config_.chosen(candidates)));
-        top_k(cache.candidate.data(), candidates, static_cast<Index>(cache.best.size()),
-              cache.best.data());
-        for (const Index i : cache.best) {
-          cache.chosen[static_cast<std::size_t>(cache.place[static_cast<std::size_t>(i)])] = 1;
-        }
-      }
-      const auto before = static_cast<Index>(cache.token.size());
-      for (Index t = begin; t < end; ++t) {
-        if (cache.chosen[static_cast<std::size_t>(t)] != 0) cache.token.push_back(t);
-      }
-      cache.sequences.append(static_cast<Index>(cache.token.size()) - before);
     }
   }
 

@@ -67,7 +67,7 @@ class MoELayer {
     RoutingGradient<T> gradient;
     std::vector<T> d_weight;
     Matrix<T> x;  ///< Only where there is padding, or where dropped tokens are passed through.
-    Matrix<T> y, dx;
+    Matrix<T> y, scaled_dy, dx;
     T aux_loss = T(0);   ///< Sum of the balancers' losses, times pass.aux_scale, and the router's.
     T aux_scale = T(1);  ///< pass.aux_scale of the last forward pass.
     bool filled = false;
@@ -140,10 +140,13 @@ class MoELayer {
       cache.aux_loss += aux_loss_of_router<T>(cache.router);
     }
     cache.filled = true;
-    if (!cache.routing.pass_dropped) return y;
+    const T scale = cache.routing.output_scale;
+    if (scale == T(1) && !cache.routing.pass_dropped) return y;
 
-    copy_rows<T>(x, cache.x);
     copy_rows<T>(y, cache.y);
+    if (scale != T(1)) cache.y *= scale;
+    if (!cache.routing.pass_dropped) return cache.y;
+    copy_rows<T>(x, cache.x);
     for_each_dropped(cache.routing, [&](Index t, std::size_t a) {
       cache.y.row(t) += cache.routing.weight[a] * x.row(t);
     });
@@ -178,7 +181,8 @@ class MoELayer {
 
     cache.d_weight.assign(routing.expert.size(), T(0));
     const std::span<T> d_weight = cache.d_weight;
-    const Matrix<T>& d_experts = bank_.backward(dy, cache.dispatch, d_weight, cache.bank);
+    const Matrix<T>& d_experts =
+        bank_.backward(scaled(dy, cache), cache.dispatch, d_weight, cache.bank);
     if (routing.pass_dropped) {
       for_each_dropped(
           routing, [&](Index t, std::size_t a) { d_weight[a] = dy.row(t).dot(cache.x.row(t)); });
@@ -299,6 +303,14 @@ class MoELayer {
     if constexpr (BalancingLoss<Loss, T>) loss += balancer.loss(routing);
     if constexpr (RouterLoss<Loss, R>) loss += balancer.router_loss(router_);
     return loss;
+  }
+
+  /// dL/d(outputs of the experts).
+  static Eigen::Ref<const Matrix<T>> scaled(MatrixIn<T> dy, Cache& cache) {
+    if (cache.routing.output_scale == T(1)) return dy;
+    copy_rows<T>(dy, cache.scaled_dy);
+    cache.scaled_dy *= cache.routing.output_scale;
+    return cache.scaled_dy;
   }
 
   template <class Body>

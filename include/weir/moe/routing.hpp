@@ -64,6 +64,11 @@ struct Routing {
                                    ///< 0: they are the selector's (see RenormaliseKept).
   std::vector<T> selector_weight;  ///< The selector's weights where `weight` holds others.
 
+  std::vector<std::uint8_t> output_masked;  ///< 1 where the expert's output is taken for zero, and
+                                            ///< it is not run; empty: nowhere. And
+  T output_scale = T(1);                    ///< what all experts' outputs are multiplied by, beside
+                                            ///< the weights (see OutputMasking).
+
   const RoutingTrace* imposed = nullptr;  ///< What `choose` takes instead; see Replay.
 
   std::vector<Index> workspace;     ///< For capacity policies; contents unspecified.
@@ -93,6 +98,12 @@ struct Routing {
     return count;
   }
   Index real_tokens() const { return real_tokens(0, tokens()); }
+
+  /// Whether the expert is run for the assignment: it is kept, and its output not masked.
+  bool is_run(Index assignment) const {
+    const auto a = static_cast<std::size_t>(assignment);
+    return kept[a] != 0 && (output_masked.empty() || output_masked[a] == 0);
+  }
 
   /// Calls `body(begin, end)` with the token range of each group that `scope` makes.
   template <class Body>
@@ -193,6 +204,8 @@ struct Routing {
     pass_dropped = false;
     rng = pass.rng;
     renormalised_to = T(0);
+    output_masked.clear();
+    output_scale = T(1);
     offsets.assign(static_cast<std::size_t>(tokens()) + 1, 0);
     expert.clear();
     weight.clear();

@@ -10,6 +10,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/moe/capacity/capacity_wrapper.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
@@ -49,16 +50,13 @@ inline constexpr Index kCostOfRenormalising = 32;
 /// What comes after it (the experts, the balancers) sees g'; `select_backward` carries the gradient
 /// back to g.
 template <class Inner>
-class RenormaliseKept {
+class RenormaliseKept : public CapacityWrapper<Inner> {
  public:
   /// \throws ConfigError  unless scale > 0.
   explicit RenormaliseKept(Inner inner, double scale = 1.0)
-      : inner_(std::move(inner)), scale_(scale) {
+      : CapacityWrapper<Inner>(std::move(inner)), scale_(scale) {
     expect_positive("RenormaliseKept", "scale", scale);
   }
-
-  /// \throws ConfigError  as the inner policy.
-  void check() const { inner_.check(); }
 
   /// \throws ConfigError  as the inner policy.
   template <class T>
@@ -77,28 +75,10 @@ class RenormaliseKept {
     });
   }
 
-  /// What the inner policy learns from, where it learns.
-  template <class T>
-  void observe(const Routing<T>& routing) requires requires(Inner& inner) {
-    inner.observe(routing);
-  }
-  { inner_.observe(routing); }
-
-  void update() requires requires(Inner& inner) { inner.update(); }
-  { inner_.update(); }
-
-  /// The buffers of the inner policy, under its own names.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
-  }
-
-  Inner& inner() { return inner_; }
-  const Inner& inner() const { return inner_; }
   double scale() const { return scale_; }
 
  private:
-  Inner inner_;
+  using CapacityWrapper<Inner>::inner_;
   double scale_;
 };
 

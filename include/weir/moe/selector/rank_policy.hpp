@@ -13,6 +13,7 @@
 
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/selector_wrapper.hpp>
 
 namespace weir {
 
@@ -62,27 +63,14 @@ struct RankPolicyConfig {
 /// second_expert_policy "random" (NLLB Team 2022, arXiv:2207.04672), in Hugging Face's code with
 /// of_weight on raw probabilities. For its "sampling", see SampledChoice.
 template <class Inner>
-class RankPolicy {
+class RankPolicy : public SelectorWrapper<Inner> {
  public:
-  using Scalar = typename Inner::Scalar;
-  using T = Scalar;
-  static constexpr bool kBiasesProbabilities = requires {  // For QuantileBalance.
-    requires Inner::kBiasesProbabilities;
-  };
+  using T = typename Inner::Scalar;
 
   /// \throws ConfigError  unless there are thresholds, all of them finite and >= 0.
   explicit RankPolicy(Inner inner, RankPolicyConfig config = {})
-      : inner_(std::move(inner)), config_(std::move(config)) {
+      : SelectorWrapper<Inner>(std::move(inner)), config_(std::move(config)) {
     check_settings();
-  }
-
-  /// \throws ConfigError  as the inner selector.
-  void check(Index experts) const { inner_.check(experts); }
-
-  /// \throws ConfigError  as the inner selector.
-  template <class R>
-  void check_router(const R& router) const {
-    if constexpr (requires { inner_.check_router(router); }) inner_.check_router(router);
   }
 
   /// \param logits   [tokens, experts]
@@ -125,22 +113,6 @@ class RankPolicy {
     }
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    inner_.backward(routing, gradient);
-  }
-
-  /// The buffers of the inner selector, under its own names.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
-  }
-
-  /// Of the inner selector, where it has one, for BiasBalance.
-  auto& selection_bias() requires requires(Inner& inner) { inner.selection_bias(); }
-  { return inner_.selection_bias(); }
-
-  Inner& inner() { return inner_; }
-  const Inner& inner() const { return inner_; }
   const RankPolicyConfig& config() const { return config_; }
 
  private:
@@ -169,7 +141,7 @@ class RankPolicy {
     }
   }
 
-  Inner inner_;
+  using SelectorWrapper<Inner>::inner_;
   RankPolicyConfig config_;
 };
 

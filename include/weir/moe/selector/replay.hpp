@@ -10,6 +10,7 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/routing_trace.hpp>
+#include <weir/moe/selector/selector_wrapper.hpp>
 
 namespace weir {
 
@@ -59,17 +60,13 @@ struct ReplayConfig {
 ///
 /// (Ma et al. 2025, arXiv:2510.11370; Megatron-Core, router_replay.py.)
 template <ImposableSelector Inner>
-class Replay {
+class Replay : public SelectorWrapper<Inner> {
  public:
-  using Scalar = typename Inner::Scalar;
-  using T = Scalar;
-  static constexpr bool kBiasesProbabilities = requires {  // For QuantileBalance.
-    requires Inner::kBiasesProbabilities;
-  };
+  using T = typename Inner::Scalar;
 
   /// Without a trace.
   explicit Replay(Inner inner, ReplayConfig config = {})
-      : inner_(std::move(inner)), config_(config) {}
+      : SelectorWrapper<Inner>(std::move(inner)), config_(config) {}
 
   /// Imposes the trace on all passes from now on.
   void impose(RoutingTrace trace) {
@@ -81,9 +78,6 @@ class Replay {
   void release() { imposing_ = false; }
 
   bool imposing() const { return imposing_; }
-
-  /// \throws ConfigError  as the inner selector.
-  void check(Index experts) const { inner_.check(experts); }
 
   /// \param logits   [tokens, experts]
   /// \throws ConfigError     as the inner selector; if a token does not have k experts in the
@@ -117,23 +111,7 @@ class Replay {
     }
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    inner_.backward(routing, gradient);
-  }
-
-  /// The buffers of the inner selector, under its own names. The trace is none.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
-  }
-
-  /// Of the inner selector, where it has one, for BiasBalance.
-  auto& selection_bias() requires requires(Inner& inner) { inner.selection_bias(); }
-  { return inner_.selection_bias(); }
-
-  const RoutingTrace& trace() const { return trace_; }
-  Inner& inner() { return inner_; }
-  const Inner& inner() const { return inner_; }
+  const RoutingTrace& trace() const { return trace_; }  ///< Not one of the buffers.
   const ReplayConfig& config() const { return config_; }
 
  private:
@@ -143,7 +121,7 @@ class Replay {
     return trace_.kept(a);
   }
 
-  Inner inner_;
+  using SelectorWrapper<Inner>::inner_;
   ReplayConfig config_;
   RoutingTrace trace_;
   bool imposing_ = false;

@@ -15,6 +15,7 @@
 #include <weir/moe/routing.hpp>
 #include <weir/moe/routing_trace.hpp>
 #include <weir/moe/selector/replay.hpp>
+#include <weir/moe/selector/selector_wrapper.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
@@ -46,24 +47,17 @@ struct SampledChoiceConfig {
 /// lets its losses see the noisy logits; here they see z.)
 template <ImposableSelector Inner, class Noise = GumbelNoise>
 requires NoiseSource<Noise, typename Inner::Scalar>
-class SampledChoice {
+class SampledChoice : public SelectorWrapper<Inner> {
  public:
-  using Scalar = typename Inner::Scalar;
-  using T = Scalar;
+  using T = typename Inner::Scalar;
   static constexpr bool kImposable = true;  ///< See Replay: with an imposed choice, none is drawn.
-  static constexpr bool kBiasesProbabilities = requires {  // For QuantileBalance.
-    requires Inner::kBiasesProbabilities;
-  };
 
   /// \throws ConfigError  if scale or certain is below 0.
   explicit SampledChoice(Inner inner, SampledChoiceConfig config = {}, Noise noise = {})
-      : inner_(std::move(inner)), config_(config), noise_(std::move(noise)) {
+      : SelectorWrapper<Inner>(std::move(inner)), config_(config), noise_(std::move(noise)) {
     expect_at_least("SampledChoice", "scale", config_.scale, 0.0);
     expect_at_least<Index>("SampledChoice", "certain", config_.certain, 0);
   }
-
-  /// \throws ConfigError  as the inner selector.
-  void check(Index experts) const { inner_.check(experts); }
 
   /// \param logits   [tokens, experts]
   /// \throws ConfigError     as the inner selector; if it draws without pass.rng.
@@ -74,7 +68,7 @@ class SampledChoice {
         (pass.training || config_.evaluate) && config_.scale > 0.0 && routing.imposed == nullptr;
     if (!draws || config_.certain > 0) inner_.select(logits, pass, routing);
     if (!draws) return;
-    check(logits.cols());
+    inner_.check(logits.cols());
     Matrix<T>& noisy = routing.noise_std;  // Which is unspecified until the router annotates.
     noisy.resize(logits.rows(), logits.cols());
     noise_.fill(pass, MatrixOut<T>(noisy));
@@ -91,22 +85,6 @@ class SampledChoice {
     expect_finite_weights(routing);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    inner_.backward(routing, gradient);
-  }
-
-  /// The buffers of the inner selector, under its own names.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    if constexpr (requires { Inner::visit(self.inner_, visit); }) Inner::visit(self.inner_, visit);
-  }
-
-  /// Of the inner selector, where it has one, for BiasBalance.
-  auto& selection_bias() requires requires(Inner& inner) { inner.selection_bias(); }
-  { return inner_.selection_bias(); }
-
-  Inner& inner() { return inner_; }
-  const Inner& inner() const { return inner_; }
   const SampledChoiceConfig& config() const { return config_; }
 
  private:
@@ -140,7 +118,7 @@ class SampledChoice {
     }
   }
 
-  Inner inner_;
+  using SelectorWrapper<Inner>::inner_;
   SampledChoiceConfig config_;
   Noise noise_;
 };
