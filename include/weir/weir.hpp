@@ -75,13 +75,16 @@
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/capacity/adaptive_capacity.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/capacity/capacity_wrapper.hpp>
 #include <weir/moe/capacity/device_capacity.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/capacity/dynamic_capacity.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
+#include <weir/moe/capacity/output_masking.hpp>
 #include <weir/moe/capacity/overflow.hpp>
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/choice_loss.hpp>
+#include <weir/moe/chosen_tokens.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/expert_mask.hpp>
@@ -126,6 +129,7 @@
 #include <weir/moe/selector/sampled_choice.hpp>
 #include <weir/moe/selector/score_function.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
+#include <weir/moe/selector/selector_wrapper.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
