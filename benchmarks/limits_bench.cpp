@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What the machine can do at best, at the vector width this program is compiled for: the figures
-// that the other benchmarks set their own against. A run shows how steady they are, too. Beside the
-// bandwidth of reading on and on stands that of passes, each over 64 MiB in pieces and at an end
-// when all threads are: the most that a layer which reads its weights panel by panel can have of
-// it.
+// that the other benchmarks set their own against. A run shows how steady they are, too.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -46,10 +43,6 @@ int main(int argc, char** argv) {
     });
     add_limit("read/streams:1", "GB/s", threads, bench::read_one_stream);
     add_limit("read/streams:4", "GB/s", threads, bench::read_four_streams);
-    for (const weir::Index kib : {64, 256, 1024}) {
-      add_limit("read/passes/pieces:" + std::to_string(kib) + "KiB", "GB/s", threads,
-                [kib](double seconds) { return bench::read_passes(kib << 10, seconds); });
-    }
   }
   return bench::run_rows(argc, argv);
 }

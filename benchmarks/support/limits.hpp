@@ -154,47 +154,7 @@ class Stream {
     });
   }
 
-  /// Bytes per second of passes over `bytes`, after each of which the threads wait for each other,
-  /// and which read `piece` bytes at a time: a layer that did nothing with its weights but read
-  /// them, panel by panel.
-  double read_passes(Index bytes, Index piece, double seconds) {
-    constexpr Index kSize = sizeof(float);
-    constexpr Index kTasksPerThread = 16;
-    const Index numbers = piece / kSize;
-    const Index tasks = kTasksPerThread * weir::threads();
-    const Index pieces = std::max<Index>(1, bytes / piece / tasks);  // Of a task.
-    const Index count = tasks * pieces * numbers;
-    double work = 0.0;
-    double elapsed = 0.0;
-    const Clock::time_point begin = Clock::now();
-    do {
-      if (pass_position_ + count > kCount) pass_position_ = 0;
-      const float* const from = memory_.get() + pass_position_;
-      parallel_for(tasks, [&](Index task) {
-        for (Index i = task * pieces; i < (task + 1) * pieces; ++i) {
-          read_piece(from + i * numbers, numbers);
-        }
-      });
-      pass_position_ += count;
-      work += static_cast<double>(count * kSize);
-      elapsed = seconds_since(begin);
-    } while (elapsed < seconds);
-    return work / elapsed;
-  }
-
  private:
-  /// \param count  A multiple of 256.
-  static void read_piece(const float* from, Index count) {
-    constexpr Index kParts = 256 / kLanes<float> < 16 ? 256 / kLanes<float> : 16;
-    constexpr Index kStep = kParts * kLanes<float>;
-    Vector sum[kParts] = {};
-    for (Index i = 0; i < count; i += kStep) {
-#pragma GCC unroll 16
-      for (Index j = 0; j < kParts; ++j) sum[j] += load_lanes<float>(from + i + j * kLanes<float>);
-    }
-    for (Vector& part : sum) benchmark::DoNotOptimize(part);
-  }
-
   static constexpr Index kCount = Index{1} << 27;  ///< Floats: 512 MiB.
 
   struct Free {
@@ -220,7 +180,6 @@ class Stream {
 
   Memory memory_;
   std::vector<Position> position_;
-  Index pass_position_ = 0;  ///< Where the next pass begins.
 };
 
 /// The one of this program, made at first use.
@@ -250,12 +209,6 @@ inline double read_one_stream(double seconds) {
 }
 inline double read_four_streams(double seconds) {
   return detail::stream().read<4>(seconds);
-}
-
-/// The same in passes over 64 MiB in pieces of `piece` bytes, joined after each: about what a layer
-/// has of weights for one token, in panels.
-inline double read_passes(Index piece, double seconds) {
-  return detail::stream().read_passes(Index{64} << 20, piece, seconds);
 }
 
 /// The better of one place and four. Takes about `seconds`.
