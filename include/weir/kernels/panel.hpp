@@ -241,12 +241,13 @@ Index most_rows_for_threads(PiecesWith&& pieces_with) {
 }
 
 /// Up to three rows times several of the `remaining` packed panels from `panel` on, side by side,
-/// since a core that waits for memory gets more from it by reading at several places. Returns how
-/// many panels that were; none with more rows.
+/// since a core that waits for memory gets more from it by reading at several places. `behind`
+/// counts the panels of the operand from `panel` on. Returns how many were multiplied; none with
+/// more rows.
 template <class Arithmetic, class Store>
 Index multiply_side_by_side(LeftRows<Arithmetic> left, Index row, Index rows,
                             const PackedPanel<Arithmetic>& panel, Index j, Index remaining,
-                            Store&& store) {
+                            Index behind, Store&& store) {
   using Sum = typename Arithmetic::Sum;
   constexpr Index kCols = Block<Sum>::kCols;
   constexpr Index kMostSums = 6;
@@ -254,9 +255,10 @@ Index multiply_side_by_side(LeftRows<Arithmetic> left, Index row, Index rows,
   const auto multiply = [&]<Index kRows, Index kStreams>(std::integral_constant<Index, kRows>,
                                                          std::integral_constant<Index, kStreams>) {
     static_assert(kRows * kStreams <= kMostSums);
-    multiply_streams<Arithmetic, kRows, kStreams>(left.at, left.row, left.step, panel.panel,
-                                                  panel.steps * PackedPanel<Arithmetic>::kRow,
-                                                  panel.steps, sums);
+    const Index size = panel.steps * PackedPanel<Arithmetic>::kRow;
+    const auto* const next = behind >= 2 * kStreams ? panel.panel + kStreams * size : nullptr;
+    multiply_streams<Arithmetic, kRows, kStreams>(left.at, left.row, left.step, panel.panel, size,
+                                                  panel.steps, next, sums);
     return kStreams;
   };
   constexpr std::integral_constant<Index, 1> kOne;
@@ -303,8 +305,8 @@ void multiply_pieces(const Cut& cut, LeftRows<Arithmetic> left, Index steps, Ind
     const auto panel = panel_of(j, remaining > 1);
     const LeftRows<Arithmetic> from = {left.at + row * left.row, left.row, left.step};
     if constexpr (std::is_same_v<std::remove_cvref_t<decltype(panel)>, PackedPanel<Arithmetic>>) {
-      const Index done =
-          multiply_side_by_side<Arithmetic>(from, row, rows, panel, j, remaining, store);
+      const Index done = multiply_side_by_side<Arithmetic>(from, row, rows, panel, j, remaining,
+                                                           cut.panels - j, store);
       piece += done;
       if (done > 0) continue;
     }

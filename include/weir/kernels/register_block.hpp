@@ -201,17 +201,28 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
 
 /// `multiply_block` for few rows and `streams` panels side by side, the next one `panel_size`
 /// numbers on: a core that waits for memory gets more from it by reading at several places. The
-/// sums of panel s go to `c + s * rows * kCols`.
+/// sums of panel s go to `c + s * rows * kCols`. Towards the end, the first lines of as many panels
+/// from `next` on are fetched, unless it is null: reading at new places takes time to get going.
 template <class Arithmetic, Index rows, Index streams>
 void multiply_streams(const typename Arithmetic::Left* a, Index a_row, Index a_step,
                       const typename Arithmetic::Right* b, Index panel_size, Index steps,
-                      typename Arithmetic::Sum* c) {
+                      const typename Arithmetic::Right* next, typename Arithmetic::Sum* c) {
+  constexpr Index kFirstLines = 32;
+  constexpr Index kLine = 64;
   using Sum = typename Arithmetic::Sum;
   constexpr Index kVectors = Block<Sum>::kVectors;
   constexpr Index kColumn = kLanes<Sum> * Arithmetic::kDepth;
   Lanes<Sum> sum[streams][rows][kVectors] = {};
+  const Index fetching = next == nullptr ? steps : std::max<Index>(0, steps - kFirstLines);
 #pragma GCC unroll 1
   for (Index step = 0; step < steps; ++step) {
+    if (step >= fetching) {
+#pragma GCC unroll 8
+      for (Index s = 0; s < streams; ++s) {
+        __builtin_prefetch(
+            reinterpret_cast<const char*>(next + s * panel_size) + (step - fetching) * kLine, 0, 2);
+      }
+    }
 #pragma GCC unroll 8
     for (Index s = 0; s < streams; ++s) {
 #pragma GCC unroll 8
