@@ -78,7 +78,7 @@ class PackedWeight {
   void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const {
     first.resize(rows_, cols_);
     if (second != nullptr) second->resize(rows_, cols_);
-    for_each_number([&](bool of_second, Index row, Index col, std::size_t place) {
+    for_each_number([&](bool of_second, Index row, Index col, Index place) {
       Matrix<T>& to = of_second ? *second : first;
       to(row, col) =
           exact_ == nullptr ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
@@ -133,7 +133,7 @@ class PackedWeight {
     parallel_for(panels(), [&](Index j) {
       std::fill_n(to.get() + j * panel_numbers(), panel_numbers(), Number());
     });
-    for_each_number([&](bool of_second, Index row, Index col, std::size_t place) {
+    for_each_number([&](bool of_second, Index row, Index col, Index place) {
       to[place] = convert(of_second ? second(row, col) : first(row, col));
     });
     return to;
@@ -151,8 +151,7 @@ class PackedWeight {
           const Index column = half * width_ + i;
           for (Index p = 0; p < cols_; ++p) {
             const Index step = j * steps_ + p / depth_;
-            body(half == 1, first + i, p,
-                 static_cast<std::size_t>((step * kCols + column) * depth_ + p % depth_));
+            body(half == 1, first + i, p, (step * kCols + column) * depth_ + p % depth_);
           }
         }
       }
