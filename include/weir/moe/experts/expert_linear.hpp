@@ -3,15 +3,18 @@
 /// A linear map for each expert, applied to the packed slots: what banks of experts are made of.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
+#include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/ops/lanes.hpp>
@@ -88,7 +91,13 @@ class ExpertLinear {
 
   /// See `weir::set_storage`; biases stay parameters.
   void set_storage(Storage storage) {
-    for (kernels::Weight<T>& weight : weight_) weight.set_storage(storage);
+    if (storage == this->storage()) return;
+    // One memory for all: the weights of a small expert fill no huge page.
+    const std::size_t one = storage == Storage::kTrainable
+                                ? 0
+                                : kernels::PackedWeight<T>::bytes(d_out(), d_in(), storage);
+    SharedMemory memory(weight_.size() * one);
+    for (kernels::Weight<T>& weight : weight_) weight.set_storage(storage, &memory);
   }
 
   Storage storage() const { return weight_[0].storage(); }
