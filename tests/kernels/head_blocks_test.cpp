@@ -78,6 +78,32 @@ TEST_CASE("HeadBlocks forgets packed blocks when they are trainable again",
   CHECK(y(0, 0) == 4.0);
 }
 
+TEST_CASE("Packed blocks of all heads share one memory, which copies keep",
+          "[kernels][head_blocks]") {
+  using Side = HeadBlocks<float>::Side;
+  const auto side = GENERATE(Side::kRows, Side::kTransposed);
+  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
+  const Case<float> c{9, 5, 19, 33, side};
+  HeadBlocks<float> blocks(c.heads, side), one(1, side);
+  const long of_one = test::count_allocations([&] { one.set_storage(c.weight, storage); });
+  CHECK(test::count_allocations([&] { blocks.set_storage(c.weight, storage); }) == of_one);
+
+  std::vector<Product<float>> plain;
+  const auto product = [&](const HeadBlocks<float>& of) {
+    Matrix<float> y(c.tokens, c.heads * c.out());
+    of.multiply(c.x, {}, y, c.out(), plain);
+    return y;
+  };
+  const HeadBlocks<float> copy = blocks;
+  const Matrix<float> before = product(copy);
+  blocks.set_storage(2.F * c.weight,
+                     storage == Storage::kPacked ? Storage::kBfloat16 : Storage::kPacked);
+  CHECK(product(copy) == before);
+  CHECK(test::relative_error(product(blocks), 2.F * before) < 1e-2);
+  blocks.set_storage(c.weight, Storage::kTrainable);
+  CHECK(product(copy) == before);
+}
+
 TEST_CASE("HeadBlocks gives the same bits on any number of threads, and asks for no memory again",
           "[kernels][head_blocks][parallel]") {
   const auto storage = GENERATE(Storage::kTrainable, Storage::kPacked, Storage::kBfloat16);

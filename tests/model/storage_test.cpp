@@ -10,6 +10,7 @@
 #include <weir/model/decoder.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/any_bank.hpp>
+#include <weir/moe/experts/clamped_glu_bank.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
@@ -74,8 +75,9 @@ void check_storage(L layer, const Matrix<typename L::Scalar>& x, std::size_t wei
     const test::Threads threads(3);
     CHECK(layer.forward(x) == one);
   }
-  const L copy = layer;
-  CHECK(copy.forward(x) == layer.forward(x));
+  L copy = layer;
+  const Matrix<T> packed = layer.forward(x);
+  CHECK(copy.forward(x) == packed);
 
   set_storage(layer, Storage::kTrainable);
   CHECK(values(layer) == before);
@@ -87,6 +89,7 @@ void check_storage(L layer, const Matrix<typename L::Scalar>& x, std::size_t wei
   CHECK(error > 1e-4);
   CHECK(error < 2e-2);
   const Matrix<T> rounded = layer.forward(x);
+  const L rounded_copy = layer;
 
   // From one storage for inference to the other: what was rounded stays so.
   set_storage(layer, Storage::kPacked);
@@ -107,6 +110,12 @@ void check_storage(L layer, const Matrix<typename L::Scalar>& x, std::size_t wei
     // In double, tokens are not rounded: the rounded weights as parameters compute the same.
     CHECK(test::relative_error(layer.forward(x), rounded) <= kSame);
   }
+
+  // Copies share what is packed, and keep it whatever becomes of the original.
+  CHECK(rounded_copy.forward(x) == rounded);
+  CHECK(copy.forward(x) == packed);
+  set_storage(copy, Storage::kTrainable);
+  CHECK(values(copy) == before);
 }
 
 const std::string kStored = ": the weights are stored for inference, expected Storage::kTrainable";
@@ -141,6 +150,10 @@ TEMPLATE_TEST_CASE("Mixtures compute the same in every storage", "[moe][storage]
     check_storage(mixture(MlpBank<T>(3, 35, 71, rng, {.bias = true, .init_scale = 1.0}), 1), x, 6,
                   "MlpBank::backward" + kStored);
   }
+  SECTION("ClampedGluBank") {
+    check_storage(mixture(ClampedGluBank<T>(3, 35, 71, rng, {.init_scale = 1.0}), 1), x, 9,
+                  "ClampedGluBank::backward" + kStored);
+  }
   SECTION("Shared experts") {
     check_storage(SharedExperts(mixture(GluBank<T>(3, 35, 71, rng, 1.0), 1), Glu<T>(35, 40, rng)),
                   x, 12, "GluBank::backward" + kStored);
@@ -164,6 +177,21 @@ TEST_CASE("Banks stored for inference have the same bits for any number of threa
   Rng rng(7);
   check(mixture(GluBank<float>(3, 160, 1000, rng, 1.0), 1));
   check(mixture(MlpBank<float>(3, 160, 1000, rng, {.bias = true, .init_scale = 1.0}), 1));
+}
+
+TEST_CASE("The experts of a bank stored for inference share one memory", "[moe][storage]") {
+  if (!test::allocations_are_counted()) return;
+  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
+  const auto check = [&](auto few, auto many) {
+    const long of_few = test::count_allocations([&] { set_storage(few, storage); });
+    CHECK(of_few > 0);
+    CHECK(test::count_allocations([&] { set_storage(many, storage); }) == of_few);
+    CHECK(test::count_allocations([&] { set_storage(many, storage); }) == 0);
+  };
+  Rng rng(8);
+  check(GluBank<float>(2, 35, 71, rng), GluBank<float>(9, 35, 71, rng));
+  check(MlpBank<float>(2, 35, 71, rng), MlpBank<float>(9, 35, 71, rng));
+  check(ClampedGluBank<float>(2, 35, 71, rng), ClampedGluBank<float>(9, 35, 71, rng));
 }
 
 TEST_CASE("A bank of layers stores those", "[moe][storage]") {

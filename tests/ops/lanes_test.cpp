@@ -97,6 +97,37 @@ TEMPLATE_TEST_CASE("Sums and maxima over any count are those of the standard lib
   }
 }
 
+TEMPLATE_TEST_CASE("Dot products and scaled sums over any count are those of whole numbers",
+                   "[ops][lanes]", float, double) {
+  using T = TestType;
+  for (Index count = 0; count < 100; ++count) {
+    INFO("count " << count);
+    const auto n = static_cast<std::size_t>(count);
+    const std::vector<T> a = counted<T>(count);
+    std::vector<T> b(n), sum(n + 1, T(-1));
+    T expected = T(0);
+    for (std::size_t i = 0; i < n; ++i) {
+      b[i] = static_cast<T>(i % 3) - T(1);
+      expected += a[i] * b[i];
+    }
+    CHECK(dot<T>(count, a.data(), b.data()) == expected);
+    CHECK(dot<T>(count, a.data(), a.data()) ==
+          static_cast<T>(count * (count + 1) * (2 * count + 1) / 6));
+    add_scaled<T>(count, T(-2), a.data(), sum.data());
+    for (std::size_t i = 0; i < n; ++i) CHECK(sum[i] == T(-1) - T(2) * a[i]);
+    CHECK(sum.back() == T(-1));  // Nothing beyond.
+  }
+  // A sum may be added to itself.
+  std::vector<T> twice = counted<T>(37);
+  add_scaled<T>(37, T(1), twice.data(), twice.data());
+  CHECK(twice[36] == T(74));
+  // What is not a number stays none.
+  const std::vector<T> nan(2, std::numeric_limits<T>::quiet_NaN());
+  CHECK(std::isnan(dot<T>(2, twice.data(), nan.data())));
+  add_scaled<T>(2, T(0), nan.data(), twice.data());
+  CHECK(std::isnan(twice[0]));
+}
+
 TEMPLATE_TEST_CASE("An element is mapped to the same bits wherever it lies", "[ops][lanes]", float,
                    double) {
   using T = TestType;

@@ -118,14 +118,13 @@ class CausalAttention {
     cache.k.set(in_.k, shape.kv_heads, shape.head_dim);
     cache.d_out.set(d_out, shape.heads, shape.value_dim);
 
-    auto dot = cache.dot.reshape(shape.heads, in_.q.rows());
+    auto dots = cache.dot.reshape(shape.heads, in_.q.rows());
     const Index width = shape.value_dim;
-    const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
     parallel_rows(in_.q.rows(), 2 * out.cols(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         for (Index head = 0; head < shape.heads; ++head) {
-          dot(head, i) = sum_lanes<T>(width, product, &out.coeffRef(i, head * width),
-                                      &d_out.coeffRef(i, head * width));
+          dots(head, i) =
+              dot<T>(width, &out.coeffRef(i, head * width), &d_out.coeffRef(i, head * width));
         }
       }
     });

@@ -91,12 +91,11 @@ struct HeadL2Norm {
   void backward(const Matrix<T>& y, Matrix<T>& d, const Scratch<T>& inverse) const {
     const auto r = inverse.view();
     parallel_rows(y.rows(), 4 * y.cols(), [&](Index begin, Index end) {
-      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
       for (Index t = begin; t < end; ++t) {
         for (Index head = 0; head < r.cols(); ++head) {
           const T* const of_y = &y(t, head * dim);
           T* const of_d = &d(t, head * dim);
-          const T along = sum_lanes<T>(dim, product, of_y, of_d) / static_cast<T>(dim);
+          const T along = dot<T>(dim, of_y, of_d) / static_cast<T>(dim);
           const auto f = [along, scale = r(t, head)](const Lanes<T>& dy,
                                                      const Lanes<T>& v) -> Lanes<T> {
             return scale * (dy - along * v);

@@ -3,8 +3,10 @@
 /// A weight whose rows are divided among heads, each of which multiplies rows of its own.
 #pragma once
 
+#include <cstddef>
 #include <vector>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
@@ -34,10 +36,21 @@ class HeadBlocks {
     packed_.clear();
     if (storage == Storage::kTrainable) return;
     const Index rows = weight.rows() / heads_;
+    const bool transposed = side_ == Side::kTransposed;
+    // One memory for all: the block of a head fills no huge page.
+    SharedMemory memory(static_cast<std::size_t>(heads_) *
+                        PackedWeight<T>::bytes(transposed ? weight.cols() : rows,
+                                               transposed ? rows : weight.cols(), storage));
+    packed_.reserve(static_cast<std::size_t>(heads_));
+    Matrix<T> block;
     for (Index h = 0; h < heads_; ++h) {
-      Matrix<T> block = weight.middleRows(h * rows, rows);
-      if (side_ == Side::kTransposed) block = block.transpose().eval();
-      packed_.emplace_back(block, storage);
+      const auto of_head = weight.middleRows(h * rows, rows);
+      if (transposed) {
+        block = of_head.transpose();
+      } else {
+        block = of_head;
+      }
+      packed_.emplace_back(block, storage, &memory);
     }
   }
 

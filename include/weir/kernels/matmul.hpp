@@ -40,10 +40,9 @@ namespace kernels {
 /// k: dot products, each element of b read once.
 template <class T>
 void multiply_few_rows(const Product<T>& p, Index col, Index cols) {
-  const auto product = [](const Lanes<T>& x, const Lanes<T>& y) -> Lanes<T> { return x * y; };
   for (Index i = 0; i < p.m; ++i) {
     for (Index j = col; j < col + cols; ++j) {
-      const T total = sum_lanes<T>(p.k, product, p.a + i * p.a_row, p.b + j * p.b_col);
+      const T total = dot<T>(p.k, p.a + i * p.a_row, p.b + j * p.b_col);
       T& target = p.out[i * p.out_row + j];
       target = p.accumulate ? target + total : total;
     }

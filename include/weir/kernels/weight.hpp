@@ -6,6 +6,7 @@
 #include <array>
 #include <utility>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -33,12 +34,14 @@ class Weight {
 
   Storage storage() const { return storage_; }
 
-  void set_storage(Storage storage) {
+  /// \param memory  Where packed numbers go, with room for `PackedWeight::bytes`. Null: memory of
+  ///                their own.
+  void set_storage(Storage storage, SharedMemory* memory = nullptr) {
     if (storage == storage_ || rows() == 0) return;
     if (storage_ != Storage::kTrainable) packed_.unpack(parameter_.value);
     packed_ = {};
     if (storage != Storage::kTrainable) {
-      packed_ = {parameter_.value, storage};
+      packed_ = {parameter_.value, storage, memory};
       parameter_ = {};
     }
     storage_ = storage;

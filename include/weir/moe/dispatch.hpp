@@ -165,9 +165,8 @@ void combine_backward(MatrixIn<T> dy, MatrixIn<T> packed, const Dispatch<T>& dis
   parallel_rows(dispatch.slots(), 3 * dy.cols(), [&](Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {
       const T* const gradient = &dy.coeffRef(dispatch.token(s), 0);
-      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
       d_weight[static_cast<std::size_t>(dispatch.assignment(s))] =
-          sum_lanes<T>(dy.cols(), product, gradient, &packed.coeffRef(s, 0));
+          dot<T>(dy.cols(), gradient, &packed.coeffRef(s, 0));
       const auto weighted = [weight = dispatch.weight(s)](const Lanes<T>& g) -> Lanes<T> {
         return weight * g;
       };

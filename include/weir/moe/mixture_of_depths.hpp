@@ -267,7 +267,7 @@ class MixtureOfDepths {
       for (Index i = begin; i < end; ++i) {
         const Index t = cache.token_of(i);
         const T* const d = &dy.coeffRef(t, 0);
-        cache.d_score(t, 0) += dot(d, &cache.chosen_y(i, 0));
+        cache.d_score(t, 0) += dot<T>(d_model(), d, &cache.chosen_y(i, 0));
         const auto scale = [r = cache.score(t, 0)](const Lanes<T>& v) -> Lanes<T> { return r * v; };
         map_lanes<T>(d_model(), scale, &cache.d_chosen_y(i, 0), d);
       }
@@ -275,11 +275,15 @@ class MixtureOfDepths {
     if (count > 0) {
       const Matrix<T>& d_inner =
           keep<T>(cache.inner_place, inner_.backward(cache.d_chosen_y, cache.inner));
-      for (Index i = 0; i < count; ++i) add(T(1), &d_inner(i, 0), &cache.dx(cache.token_of(i), 0));
+      for (Index i = 0; i < count; ++i) {
+        add_scaled<T>(d_model(), T(1), &d_inner(i, 0), &cache.dx(cache.token_of(i), 0));
+      }
     }
     parallel_rows(dy.rows(), 2 * d_model(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        if (cache.is_real(t)) add(cache.d_score(t, 0), weight_.value.data(), &cache.dx(t, 0));
+        if (cache.is_real(t)) {
+          add_scaled<T>(d_model(), cache.d_score(t, 0), weight_.value.data(), &cache.dx(t, 0));
+        }
       }
     });
     add_over_rows<T>(dy.rows(), d_model(), weight_.gradient().data(),
@@ -355,7 +359,7 @@ class MixtureOfDepths {
     parallel_rows(count, 2 * d_model(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         const Index t = cache.token_of(i);
-        add(cache.score(t, 0), &cache.chosen_y(i, 0), &cache.y(t, 0));
+        add_scaled<T>(d_model(), cache.score(t, 0), &cache.chosen_y(i, 0), &cache.y(t, 0));
       }
     });
     return cache.y;
@@ -409,23 +413,11 @@ class MixtureOfDepths {
     }
   }
 
-  T dot(const T* a, const T* b) const {
-    const auto product = [](const Lanes<T>& u, const Lanes<T>& v) -> Lanes<T> { return u * v; };
-    return sum_lanes<T>(d_model(), product, a, b);
-  }
-
-  /// sum += factor * row.
-  void add(T factor, const T* row, T* sum) const {
-    const auto f = [factor](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
-      return a + factor * b;
-    };
-    map_lanes<T>(d_model(), f, sum, sum, row);
-  }
-
   void score(Cache& cache) const {
     cache.score.resize(cache.x.rows(), 1);
     for (Index t = 0; t < cache.x.rows(); ++t) {
-      cache.score(t, 0) = cache.is_real(t) ? dot(&cache.x(t, 0), weight_.value.data()) : T(0);
+      cache.score(t, 0) =
+          cache.is_real(t) ? dot<T>(d_model(), &cache.x(t, 0), weight_.value.data()) : T(0);
       if (!std::isfinite(cache.score(t, 0))) {
         fail<NonFiniteError>("MixtureOfDepths: the score of token ", t, " is ", cache.score(t, 0),
                              ", expected a finite number");

@@ -84,11 +84,10 @@ class ResidualMoe {
     cache.d_dense.resize(dy.rows(), dy.cols());
     cache.d_share.resize(dy.rows(), 2);
     parallel_rows(dy.rows(), 6 * dy.cols(), [&](Index begin, Index end) {
-      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
       for (Index t = begin; t < end; ++t) {
         const T* const d = &dy.coeffRef(t, 0);
-        cache.d_share(t, 0) = sum_lanes<T>(dy.cols(), product, d, &cache.moe_out(t, 0));
-        cache.d_share(t, 1) = sum_lanes<T>(dy.cols(), product, d, &cache.dense_out(t, 0));
+        cache.d_share(t, 0) = dot<T>(dy.cols(), d, &cache.moe_out(t, 0));
+        cache.d_share(t, 1) = dot<T>(dy.cols(), d, &cache.dense_out(t, 0));
         const auto scale = [](T factor) {
           return [factor](const Lanes<T>& v) -> Lanes<T> { return factor * v; };
         };

@@ -160,10 +160,8 @@ class SharedExperts {
       for (Index t = begin; t < end; ++t) {
         const T open = cache.open(t, 0);
         const T* const d = &dy.coeffRef(t, 0);
-        const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-        cache.d_gate(t, 0) = shared_weight *
-                             sum_lanes<T>(dy.cols(), product, d, &cache.shared_out(t, 0)) * open *
-                             (T(1) - open);
+        cache.d_gate(t, 0) =
+            shared_weight * dot<T>(dy.cols(), d, &cache.shared_out(t, 0)) * open * (T(1) - open);
         const auto scale = [factor = shared_weight * open](const Lanes<T>& g) -> Lanes<T> {
           return factor * g;
         };

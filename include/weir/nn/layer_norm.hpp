@@ -98,12 +98,11 @@ class LayerNorm {
       const T* const d = &dy.coeffRef(t, 0);
       const T* const normal = &cache.normal(t, 0);
       const T inverse_std = cache.inverse_std(t, 0);
-      const auto pair = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
       const auto triple = [](const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) -> Lanes<T> {
         return a * b * c;
       };
       const auto columns = static_cast<T>(d_model());
-      const T mean = sum_lanes<T>(d_model(), pair, d, g) / columns;
+      const T mean = dot<T>(d_model(), d, g) / columns;
       const T along = sum_lanes<T>(d_model(), triple, d, g, normal) / columns;
       const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& n) -> Lanes<T> {
         return inverse_std * (dv * w - mean - along * n);

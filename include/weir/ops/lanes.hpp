@@ -341,6 +341,22 @@ T sum_lanes(Index count, F&& f, const In*... in) {
   return sum_of<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+/// sum_i a[i] b[i] for i in [0, count), in an order that depends on `count` alone.
+template <class T>
+T dot(Index count, const T* a, const T* b) {
+  const auto product = [](const Lanes<T>& x, const Lanes<T>& y) -> Lanes<T> { return x * y; };
+  return sum_lanes<T>(count, product, a, b);
+}
+
+/// sum[i] += factor * x[i] for i in [0, count). `sum` may be x.
+template <class T>
+void add_scaled(Index count, T factor, const T* x, T* sum) {
+  const auto f = [factor](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
+    return a + factor * b;
+  };
+  map_lanes<T>(count, f, sum, sum, x);
+}
+
 /// The largest of `count` numbers; -inf if there are none. NaNs are passed over.
 template <class T>
 T max_of(const T* values, Index count) {

@@ -56,8 +56,7 @@ Matrix<T> softmax(MatrixIn<T> logits) {
 ///     d_logits[i] += p[i] (dp[i] - sum_j p[j] dp[j])
 template <class T>
 void add_softmax_backward_row(const T* p, const T* dp, Index count, T* d_logits) {
-  const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-  const T mean = sum_lanes<T>(count, product, p, dp);
+  const T mean = dot<T>(count, p, dp);
   const auto add = [mean](const Lanes<T>& d, const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
     return d + a * (b - mean);
   };

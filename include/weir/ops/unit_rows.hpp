@@ -43,8 +43,7 @@ void unit_rows_backward(MatrixIn<T> unit, const T* norm, MatrixOut<T> d) {
   expect_shape("unit_rows_backward", "d", d, unit.rows(), unit.cols());
   parallel_rows(d.rows(), 4 * d.cols(), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
-      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-      const T along = sum_lanes<T>(d.cols(), product, &d(i, 0), &unit.coeffRef(i, 0));
+      const T along = dot<T>(d.cols(), &d(i, 0), &unit.coeffRef(i, 0));
       const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
       const auto f = [=](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
         return factor * (a - along * b);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include <weir/core/storage.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
 #include <weir/moe/concepts.hpp>
@@ -10,8 +11,10 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/threads.hpp"
 
 using namespace weir;
 
@@ -147,6 +150,64 @@ TEST_CASE("MlpBank names its weights; its biases start at zero", "[moe][experts]
   CHECK(all[7].name == "1.out_bias");
   CHECK(all[5].parameter->value == Matrix<double>::Zero(1, 5));
   CHECK(all[7].parameter->value == Matrix<double>::Zero(1, 4));
+}
+
+TEST_CASE("MlpBank keeps its biases when stored for inference, and every bit of many rows",
+          "[moe][experts][mlp_bank]") {
+  const Index tokens = 40;
+  const bool bias = GENERATE(false, true);
+  MlpBank<double> bank(random_matrices(3, 7, 5, 10), random_matrices(3, 4, 7, 20),
+                       bias ? random_matrices(3, 1, 7, 30) : Matrices{},
+                       bias ? random_matrices(3, 1, 4, 40) : Matrices{});
+  Routing<double> routing;
+  SoftmaxTopK<double>{2}.select(Matrix<double>(test::random_matrix(tokens, 3, 2) * 0.1), {},
+                                routing);
+  Dispatch<double> dispatch;
+  dispatch.build(routing);
+  for (Index e = 0; e < 3; ++e) REQUIRE(dispatch.rows(e) > 10);
+  MlpBank<double>::Cache cache;
+  const Matrix<double> x = test::random_matrix(tokens, 5, 1);
+  const Matrix<double> y = bank.forward(x, dispatch, cache);
+
+  set_storage(bank, Storage::kPacked);
+  CHECK(bank.forward(x, dispatch, cache) == y);
+  const auto left = parameters(bank);
+  REQUIRE(left.size() == (bias ? 6 : 0));
+  if (bias) {
+    CHECK(left[4].name == "2.in_bias");
+    CHECK(left[5].name == "2.out_bias");
+  }
+}
+
+TEST_CASE("MlpBank gives the same bits for any number of threads and allocates nothing",
+          "[moe][experts][mlp_bank][parallel]") {
+  Rng rng(5);
+  MoELayer moe(LinearRouter<double>(16, 4, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2},
+               Dropless{},
+               MlpBank<double, Gelu>(random_matrices(4, 24, 16, 10), random_matrices(4, 16, 24, 20),
+                                     random_matrices(4, 1, 24, 30), random_matrices(4, 1, 16, 40)));
+  const Matrix<double> x = test::random_matrix(200, 16, 1);
+  decltype(moe)::Cache cache;
+  const auto step = [&] {
+    moe.forward(x, cache);
+    moe.backward(x, cache);
+  };
+  step();
+  step();
+  CHECK((test::count_allocations(step) == 0 || !test::allocations_are_counted()));
+  zero_gradients(moe);
+  step();
+  const Matrix<double> y = cache.bank.y;
+  const Matrix<double> dx = cache.dx;
+  Matrices gradients;
+  for (const auto& [name, parameter] : parameters(moe)) gradients.push_back(parameter->grad);
+  zero_gradients(moe);
+  const test::Threads threads(3);
+  step();
+  CHECK(cache.bank.y == y);
+  CHECK(cache.dx == dx);
+  const auto all = parameters(moe);
+  for (std::size_t i = 0; i < gradients.size(); ++i) CHECK(all[i].parameter->grad == gradients[i]);
 }
 
 TEST_CASE("MlpBank says what is wrong with its arguments", "[moe][experts][mlp_bank]") {

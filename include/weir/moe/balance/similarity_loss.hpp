@@ -44,8 +44,7 @@ struct SimilarityLoss {
   T loss(const Routing<T>& routing) const {
     if (routing.assignments() == 0) return T(0);
     const Map pw = product(routing);
-    const auto f = [](const Lanes<T>& p, const Lanes<T>& w) -> Lanes<T> { return p * w; };
-    return factor(routing) * sum_lanes<T>(pw.size(), f, routing.probabilities.data(), pw.data());
+    return factor(routing) * dot<T>(pw.size(), routing.probabilities.data(), pw.data());
   }
 
   /// Adds d(loss)/d(probabilities).
@@ -54,11 +53,7 @@ struct SimilarityLoss {
     const Map pw = product(routing);
     const T twice = T(2) * factor(routing);
     parallel_pieces(pw.rows(), pw.cols(), 1, [&](Index t, Index col, Index count) {
-      const auto add = [twice](const Lanes<T>& d, const Lanes<T>& w) -> Lanes<T> {
-        return d + twice * w;
-      };
-      T* const d = &gradient.probabilities(t, col);
-      map_lanes<T>(count, add, d, d, &pw(t, col));
+      add_scaled<T>(count, twice, &pw(t, col), &gradient.probabilities(t, col));
     });
   }
 

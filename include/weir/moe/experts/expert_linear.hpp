@@ -3,22 +3,26 @@
 /// A linear map for each expert, applied to the packed slots: what banks of experts are made of.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
+#include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
 
-/// y_s = x_s W_e^T + b_e for each slot s of each expert e, W_e [d_out, d_in] and b_e [1, d_out].
+/// y_s = x_s W_e^T + b_e for each slot s of each expert e, W_e [d_out, d_in] and b_e [1, d_out], or
+/// none for all experts.
 template <class T>
 class ExpertLinear {
  public:
@@ -29,9 +33,12 @@ class ExpertLinear {
 
   ExpertLinear() = default;
 
-  void add(Matrix<T> weight, Matrix<T> bias) {
+  /// One more expert.
+  /// \param weight   Of the same shape as the others.
+  /// \param bias     Empty for none, as the others'.
+  void add(Matrix<T> weight, Matrix<T> bias = {}) {
     weight_.emplace_back(std::move(weight));
-    bias_.push_back({std::move(bias)});
+    if (bias.size() != 0) bias_.push_back({std::move(bias)});
   }
 
   /// \param x        [slots, d_in]
@@ -52,6 +59,7 @@ class ExpertLinear {
     });
     multiply<T>(workspace.products);
     kernels::multiply_packed<T>(x, workspace.packed);
+    if (bias_.empty()) return;
     dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
       const T* const bias = bias_[e].value.data();
       parallel_pieces(rows, y.cols(), 1, [&](Index r, Index col, Index count) {
@@ -76,27 +84,30 @@ class ExpertLinear {
           product_nn<T>(dy_e, weight.value, dx.middleRows(begin, rows), accumulate));
       workspace.products.push_back(
           product_tn<T>(dy_e, x.middleRows(begin, rows), weight.gradient(), true));
-      add_over_rows<T>(rows, dy.cols(), bias_[e].gradient().data(),
-                       [&](Index r, Index col, Index count) -> Lanes<T> {
-                         return load_lanes<T>(&dy.coeffRef(begin + r, col), count);
-                       });
+      if (!bias_.empty()) add_rows_to<T>(dy_e, bias_[e].gradient().data());
     });
     multiply<T>(workspace.products);
   }
 
   /// See `weir::set_storage`; biases stay parameters.
   void set_storage(Storage storage) {
-    for (kernels::Weight<T>& weight : weight_) weight.set_storage(storage);
+    if (storage == this->storage()) return;
+    // One memory for all: the weights of a small expert fill no huge page.
+    const std::size_t one = storage == Storage::kTrainable
+                                ? 0
+                                : kernels::PackedWeight<T>::bytes(d_out(), d_in(), storage);
+    SharedMemory memory(weight_.size() * one);
+    for (kernels::Weight<T>& weight : weight_) weight.set_storage(storage, &memory);
   }
 
   Storage storage() const { return weight_[0].storage(); }
 
-  /// Members `name` and `name_bias` of expert `e`, under the name of the expert.
+  /// Members `name` and, if there is one, `name_bias` of expert `e`, under the name of the expert.
   template <class Self, class Visit>
   static void visit(Self& self, std::size_t e, const std::string& name, Visit& visit) {
     const std::string full = std::to_string(e) + "." + name;
     if (self.weight_[e].storage() == Storage::kTrainable) visit(full, self.weight_[e].parameter());
-    visit(full + "_bias", self.bias_[e]);
+    if (!self.bias_.empty()) visit(full + "_bias", self.bias_[e]);
   }
 
   Index experts() const { return static_cast<Index>(weight_.size()); }
@@ -105,7 +116,7 @@ class ExpertLinear {
 
  private:
   std::vector<kernels::Weight<T>> weight_;
-  std::vector<Parameter<T>> bias_;
+  std::vector<Parameter<T>> bias_;  // One per expert, or none.
 };
 
 }  // namespace weir

@@ -81,11 +81,10 @@ class InputWeighted {
     const Matrix<T>& d_weighted = bank_.backward(d_y, cache.dispatch, cache.d_weight, cache.bank);
 
     parallel_rows(dispatch.slots(), 2 * d_in(), [&](Index begin, Index end) {
-      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
       for (Index s = begin; s < end; ++s) {
         const Index a = dispatch.assignment(s);
         d_weight[static_cast<std::size_t>(a)] =
-            sum_lanes<T>(d_in(), product, &d_weighted(a, 0), &cache.x(dispatch.token(s), 0));
+            dot<T>(d_in(), &d_weighted(a, 0), &cache.x(dispatch.token(s), 0));
       }
     });
     cache.dx.resize(dy.rows(), d_in());
@@ -139,11 +138,8 @@ class InputWeighted {
       for (Index t = begin; t < end; ++t) {
         sum.row(t).setZero();
         for (const Index s : dispatch.slots_of(t)) {
-          const auto add = [w = weight(s)](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
-            return a + w * b;
-          };
-          map_lanes<T>(sum.cols(), add, &sum(t, 0), &sum(t, 0),
-                       &rows.coeffRef(dispatch.assignment(s), 0));
+          add_scaled<T>(sum.cols(), weight(s), &rows.coeffRef(dispatch.assignment(s), 0),
+                        &sum(t, 0));
         }
       }
     });

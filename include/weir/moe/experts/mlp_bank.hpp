@@ -9,17 +9,14 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
-#include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
-#include <weir/kernels/matmul.hpp>
-#include <weir/kernels/packed_product.hpp>
-#include <weir/kernels/weight.hpp>
 #include <weir/moe/dispatch.hpp>
+#include <weir/moe/experts/expert_linear.hpp>
 #include <weir/nn/mlp.hpp>
 #include <weir/ops/activation.hpp>
-#include <weir/ops/lanes.hpp>
 
 namespace weir {
 
@@ -44,8 +41,7 @@ class MlpBank {
     Scratch<T> x, inner, hidden, out;               ///< [slots, .], from forward
     Scratch<T> d_out, d_hidden, d_inner, d_packed;  ///< [slots, .], from backward
     Matrix<T> y, dx;                                ///< [tokens, .]
-    std::vector<Product<T>> products;
-    std::vector<kernels::PackedTo<T>> packed;
+    typename ExpertLinear<T>::Workspace workspace;
   };
 
   /// Initialised like Switch's experts, with the fan-in of one expert; biases zero.
@@ -54,13 +50,13 @@ class MlpBank {
     expect_at_least<Index>("MlpBank", "experts", experts, 1);
     expect_at_least<Index>("MlpBank", "d_model", d_model, 1);
     expect_at_least<Index>("MlpBank", "d_hidden", d_hidden, 1);
+    const auto add = [&](ExpertLinear<T>& linear, Index d_out, Index d_in) {
+      linear.add(switch_init<T>(d_out, d_in, rng, config.init_scale),
+                 config.bias ? Matrix<T>::Zero(1, d_out) : Matrix<T>());
+    };
     for (Index e = 0; e < experts; ++e) {
-      in_.emplace_back(switch_init<T>(d_hidden, d_model, rng, config.init_scale));
-      out_.emplace_back(switch_init<T>(d_model, d_hidden, rng, config.init_scale));
-      if (config.bias) {
-        in_bias_.push_back({Matrix<T>::Zero(1, d_hidden)});
-        out_bias_.push_back({Matrix<T>::Zero(1, d_model)});
-      }
+      add(in_, d_hidden, d_model);
+      add(out_, d_model, d_hidden);
     }
   }
 
@@ -84,10 +80,12 @@ class MlpBank {
         expect_shape("MlpBank", "out_bias" + which, out_bias[e], 1, out[0].rows());
       }
     }
-    for (Matrix<T>& weight : in) in_.emplace_back(std::move(weight));
-    for (Matrix<T>& weight : out) out_.emplace_back(std::move(weight));
-    for (Matrix<T>& bias : in_bias) in_bias_.push_back({std::move(bias)});
-    for (Matrix<T>& bias : out_bias) out_bias_.push_back({std::move(bias)});
+    in_bias.resize(in.size());  // Empty ones for none.
+    out_bias.resize(in.size());
+    for (std::size_t e = 0; e < in.size(); ++e) {
+      in_.add(std::move(in[e]), std::move(in_bias[e]));
+      out_.add(std::move(out[e]), std::move(out_bias[e]));
+    }
   }
 
   const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
@@ -97,9 +95,9 @@ class MlpBank {
     auto hidden = cache.hidden.reshape(slots, d_hidden());
     auto out = cache.out.reshape(slots, d_out());
 
-    multiply_all(cache.x.view(), in_, in_bias_, dispatch, inner, cache);
+    in_.forward(cache.x.view(), dispatch, inner, cache.workspace);
     activation_forward<Act, T>(inner, hidden);
-    multiply_all(hidden, out_, out_bias_, dispatch, out, cache);
+    out_.forward(hidden, dispatch, out, cache.workspace);
 
     cache.y.resize(x.rows(), d_out());
     combine<T>(out, dispatch, cache.y);
@@ -110,7 +108,7 @@ class MlpBank {
   /// \throws StateError   if the weights are stored for inference.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache) {
-    expect_trainable("MlpBank::backward", in_[0].storage());
+    expect_trainable("MlpBank::backward", in_.storage());
     const Index slots = dispatch.slots();
     auto d_out_packed = cache.d_out.reshape(slots, d_out());
     auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
@@ -118,10 +116,10 @@ class MlpBank {
     auto d_packed = cache.d_packed.reshape(slots, d_in());
 
     combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
-    backward_all(d_out_packed, cache.hidden.view(), out_, out_bias_, dispatch, d_hidden_packed,
-                 cache);
+    out_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
+                  cache.workspace);
     activation_backward<Act, T>(cache.inner.view(), d_hidden_packed, d_inner);
-    backward_all(d_inner, cache.x.view(), in_, in_bias_, dispatch, d_packed, cache);
+    in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.workspace);
 
     cache.dx.resize(dy.rows(), d_in());
     gather_backward<T>(d_packed, dispatch, cache.dx);
@@ -130,74 +128,25 @@ class MlpBank {
 
   /// See `weir::set_storage`; biases stay parameters.
   void set_storage(Storage storage) {
-    for (kernels::Weight<T>& weight : in_) weight.set_storage(storage);
-    for (kernels::Weight<T>& weight : out_) weight.set_storage(storage);
+    in_.set_storage(storage);
+    out_.set_storage(storage);
   }
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    for (std::size_t e = 0; e < self.in_.size(); ++e) {
-      const std::string expert = std::to_string(e);
-      const bool trainable = self.in_[e].storage() == Storage::kTrainable;
-      if (trainable) visit(expert + ".in", self.in_[e].parameter());
-      if (!self.in_bias_.empty()) visit(expert + ".in_bias", self.in_bias_[e]);
-      if (trainable) visit(expert + ".out", self.out_[e].parameter());
-      if (!self.out_bias_.empty()) visit(expert + ".out_bias", self.out_bias_[e]);
+    for (std::size_t e = 0; e < static_cast<std::size_t>(self.experts()); ++e) {
+      ExpertLinear<T>::visit(self.in_, e, "in", visit);
+      ExpertLinear<T>::visit(self.out_, e, "out", visit);
     }
   }
 
-  Index experts() const { return static_cast<Index>(in_.size()); }
-  Index d_in() const { return in_[0].cols(); }
-  Index d_hidden() const { return in_[0].rows(); }
-  Index d_out() const { return out_[0].rows(); }
+  Index experts() const { return in_.experts(); }
+  Index d_in() const { return in_.d_in(); }
+  Index d_hidden() const { return in_.d_out(); }
+  Index d_out() const { return out_.d_out(); }
 
  private:
-  /// y_e = x_e W_e^T + b_e for each expert's slots.
-  static void multiply_all(MatrixIn<T> x, const std::vector<kernels::Weight<T>>& weight,
-                           const std::vector<Parameter<T>>& bias, const Dispatch<T>& dispatch,
-                           MatrixOut<T> y, Cache& cache) {
-    cache.products.clear();
-    cache.packed.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      auto y_e = y.middleRows(begin, rows);
-      if (weight[e].storage() == Storage::kTrainable) {
-        if (!bias.empty()) y_e.rowwise() = bias[e].value.row(0);
-        cache.products.push_back(product_nt<T>(x.middleRows(begin, rows),
-                                               weight[e].parameter().value, y_e, !bias.empty()));
-      } else {
-        cache.packed.push_back({&weight[e].packed(), begin, rows, y_e.data(), y.outerStride()});
-      }
-    });
-    multiply<T>(cache.products);
-    kernels::multiply_packed<T>(x, cache.packed);
-    if (cache.packed.empty() || bias.empty()) return;
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      y.middleRows(begin, rows).rowwise() += bias[e].value.row(0);
-    });
-  }
-
-  /// The derivative of `multiply_all`: dx_e = dy_e W_e, and the gradients of W_e and b_e.
-  static void backward_all(MatrixIn<T> dy, MatrixIn<T> x, std::vector<kernels::Weight<T>>& weight,
-                           std::vector<Parameter<T>>& bias, const Dispatch<T>& dispatch,
-                           MatrixOut<T> dx, Cache& cache) {
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      const auto dy_e = dy.middleRows(begin, rows);
-      Parameter<T>& w = weight[e].parameter();
-      cache.products.push_back(product_nn<T>(dy_e, w.value, dx.middleRows(begin, rows)));
-      cache.products.push_back(product_tn<T>(dy_e, x.middleRows(begin, rows), w.gradient(), true));
-      if (!bias.empty()) {
-        add_over_rows<T>(rows, dy.cols(), bias[e].gradient().data(),
-                         [&](Index r, Index col, Index count) {
-                           return load_lanes<T>(&dy.coeffRef(begin + r, col), count);
-                         });
-      }
-    });
-    multiply<T>(cache.products);
-  }
-
-  std::vector<kernels::Weight<T>> in_, out_;
-  std::vector<Parameter<T>> in_bias_, out_bias_;
+  ExpertLinear<T> in_, out_;
 };
 
 }  // namespace weir

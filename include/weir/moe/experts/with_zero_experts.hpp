@@ -109,8 +109,8 @@ class WithZeroExperts {
       parallel_rows(rows, 4 * d_in(), [&](Index from, Index to) {
         for (Index s = begin + from; s < begin + to; ++s) {
           // The softmax of two is a sigmoid of their difference.
-          const T difference =
-              dot(mix, cache, dispatch.token(s)) - dot(mix + d_in(), cache, dispatch.token(s));
+          const T* const token = &cache.x(dispatch.token(s), 0);
+          const T difference = dot<T>(d_in(), mix, token) - dot<T>(d_in(), mix + d_in(), token);
           share(s - first, 0) = T(1) / (T(1) + std::exp(-difference));
           share(s - first, 1) = T(1) / (T(1) + std::exp(difference));
         }
@@ -119,11 +119,11 @@ class WithZeroExperts {
     for_each_cheap_slot(dispatch, [&](Index t, Index s) {
       const T weight = dispatch.weight(s);
       if (s < first) {
-        add(weight, &cache.x(t, 0), &cache.y(t, 0));
+        add_scaled<T>(d_in(), weight, &cache.x(t, 0), &cache.y(t, 0));
       } else {
         const Parameter<T>& constant = constant_[expert_of(dispatch, s)];
-        add(weight * share(s - first, 0), &cache.x(t, 0), &cache.y(t, 0));
-        add(weight * share(s - first, 1), constant.value.data(), &cache.y(t, 0));
+        add_scaled<T>(d_in(), weight * share(s - first, 0), &cache.x(t, 0), &cache.y(t, 0));
+        add_scaled<T>(d_in(), weight * share(s - first, 1), constant.value.data(), &cache.y(t, 0));
       }
     });
     return cache.y;
@@ -152,21 +152,21 @@ class WithZeroExperts {
       const T* const d = &dy.coeffRef(t, 0);
       const T weight = dispatch.weight(s);
       T& dw = d_weight[static_cast<std::size_t>(dispatch.assignment(s))];
-      const T along_x = dot(d, cache, t);
+      const T along_x = dot<T>(d_in(), d, &cache.x(t, 0));
       if (s < first) {
         dw = along_x;
-        add(weight, d, &cache.dx(t, 0));
+        add_scaled<T>(d_in(), weight, d, &cache.dx(t, 0));
         return;
       }
       const Index i = s - first;
       const std::size_t e = expert_of(dispatch, s);
-      const T along_constant = dot(d, constant_[e].value.data());
+      const T along_constant = dot<T>(d_in(), d, constant_[e].value.data());
       dw = share(i, 0) * along_x + share(i, 1) * along_constant;
       d_logit(i, 0) = weight * share(i, 0) * share(i, 1) * (along_x - along_constant);
       d_constant(i, 0) = weight * share(i, 1);
-      add(weight * share(i, 0), d, &cache.dx(t, 0));
-      add(d_logit(i, 0), mix_[e].value.data(), &cache.dx(t, 0));
-      add(-d_logit(i, 0), mix_[e].value.data() + d_in(), &cache.dx(t, 0));
+      add_scaled<T>(d_in(), weight * share(i, 0), d, &cache.dx(t, 0));
+      add_scaled<T>(d_in(), d_logit(i, 0), mix_[e].value.data(), &cache.dx(t, 0));
+      add_scaled<T>(d_in(), -d_logit(i, 0), mix_[e].value.data() + d_in(), &cache.dx(t, 0));
     });
     for_each_constant(dispatch, [&](std::size_t e, Index begin, Index rows) {
       const auto of_x = [&](T sign) {
@@ -282,20 +282,6 @@ class WithZeroExperts {
     Index e = first_constant();
     while (slot >= dispatch.end(e)) ++e;
     return static_cast<std::size_t>(e - first_constant());
-  }
-
-  T dot(const T* a, const T* b) const {
-    const auto product = [](const Lanes<T>& u, const Lanes<T>& v) -> Lanes<T> { return u * v; };
-    return sum_lanes<T>(d_in(), product, a, b);
-  }
-  T dot(const T* a, const Cache& cache, Index t) const { return dot(a, &cache.x(t, 0)); }
-
-  /// sum += factor * row.
-  void add(T factor, const T* row, T* sum) const {
-    const auto f = [factor](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
-      return a + factor * b;
-    };
-    map_lanes<T>(d_in(), f, sum, sum, row);
   }
 
   Bank bank_;

@@ -145,8 +145,7 @@ class SigmoidTopK {
         const T* p = routing.probabilities.row(t).data();
         T* ds = gradient.probabilities.row(t).data();  // First dL/dp, then dL/ds.
         const T total = total_score<Score>(z, experts);
-        const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-        const T through_total = sum_lanes<T>(experts, product, ds, p);
+        const T through_total = dot<T>(experts, ds, p);
         const auto of_score = [&](const Lanes<T>& dp) -> Lanes<T> {
           return (dp - through_total) / total;
         };
