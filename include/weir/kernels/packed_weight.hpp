@@ -63,7 +63,7 @@ class PackedWeight {
   /// Panel j; `followed` tells whether panel j + 1 will be multiplied after it.
   template <class Arithmetic>
   PackedPanel<Arithmetic> panel(Index j, bool followed) const {
-    const typename Arithmetic::Right* all;
+    const typename Arithmetic::Right* all = nullptr;
     if constexpr (std::is_same_v<typename Arithmetic::Right, T>) {
       all = exact_.get();
     } else {
@@ -129,7 +129,7 @@ class PackedWeight {
   template <class Number, class Convert>
   std::shared_ptr<Number[]> packed(MatrixIn<T> first, MatrixIn<T> second,  // NOLINT: as below.
                                    SharedMemory& memory, Convert&& convert) const {
-    const auto to = memory.take<Number>(numbers());
+    auto to = memory.take<Number>(numbers());
     parallel_for(panels(), [&](Index j) {
       std::fill_n(to.get() + j * panel_numbers(), panel_numbers(), Number());
     });
