@@ -2,10 +2,10 @@
 // Draws what moe_bench and peers_bench found, and writes it as tables:
 //
 //     moe_bench --benchmark_out=moe.json; peers_bench --benchmark_out=peers.json
-//     plot moe.json peers.json --svg benchmarks.svg --markdown > tables.md
+//     plot peers.json moe.json --svg benchmarks.svg --markdown > tables.md
 //
 // Rows with the most threads and with tokens spread evenly are drawn. Rows that occur more than
-// once, also in several files, count with their median.
+// once, also in several files, count with their median; the machine's limits are the last file's.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <exception>
