@@ -22,9 +22,9 @@ struct Pieces {
   Index together = 1;
 };
 
-/// Tasks 0 to `tasks` - 1 in `shares` consecutive parts. Who works on a share takes its tasks from
-/// the front, so that one begins in memory where the last ended; when none is left, he helps with
-/// the back of others.
+/// Tasks 0 to `tasks` - 1 in `shares` consecutive parts. A thread takes the tasks of its own share
+/// from the front, so that one begins in memory where the last ended; when none is left, it takes
+/// those of others from the back.
 class SharedTasks {
  public:
   static constexpr Index kMostShares = 64;
@@ -35,7 +35,7 @@ class SharedTasks {
     }
   }
 
-  /// The next task for whoever works on share `own`, or -1.
+  /// The next task for the thread of share `own`, or -1.
   Index take(Index own) {
     for (Index i = 0; i < shares_; ++i) {
       std::atomic<std::uint64_t>& from = share((own + i) % shares_);
