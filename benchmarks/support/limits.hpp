@@ -7,22 +7,18 @@
 #include <atomic>
 #include <bit>
 #include <cstddef>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
-#include <stdexcept>
 #include <thread>
 #include <vector>
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <benchmark/benchmark.h>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/register_block.hpp>
@@ -119,7 +115,7 @@ inline double multiply_add_bfloat16(Index /*thread*/) {
 /// next goes on, so that short ones do not find their data in a cache either.
 class Stream {
  public:
-  Stream() : memory_(allocate()), position_(static_cast<std::size_t>(weir::threads())) {
+  Stream() : position_(static_cast<std::size_t>(weir::threads())) {
     constexpr Index kPiece = Index{1} << 20;
     parallel_for(kCount / kPiece,
                  [&](Index i) { std::fill_n(memory_.get() + i * kPiece, kPiece, 1.0F); });
@@ -157,28 +153,15 @@ class Stream {
  private:
   static constexpr Index kCount = Index{1} << 27;  ///< Floats: 512 MiB.
 
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  using Memory = std::unique_ptr<float, Free>;
-
   /// Where a thread goes on reading, on a cache line of its own.
   struct alignas(64) Position {
     Index value = 0;
   };
 
-  static Memory allocate() {
-    constexpr std::size_t kHugePage = std::size_t{2} << 20;
-    constexpr std::size_t kBytes = static_cast<std::size_t>(kCount) * sizeof(float);
-    void* const memory = std::aligned_alloc(kHugePage, kBytes);
-    if (memory == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-    madvise(memory, kBytes, MADV_HUGEPAGE);  // A wish: small pages are a little slower.
-#endif
-    return Memory(static_cast<float*>(memory));
-  }
+  static constexpr auto kSize = static_cast<std::size_t>(kCount);
 
-  Memory memory_;
+  std::shared_ptr<float[]> memory_ =  // NOLINT(modernize-avoid-c-arrays)
+      SharedMemory(SharedMemory::bytes_of<float>(kSize)).take<float>(kSize);
   std::vector<Position> position_;
 };
 

@@ -34,8 +34,8 @@ struct CacheLineAllocator {
     void* const memory = ::operator new(bytes, alignment(bytes));
 #if defined(__linux__)
     if (bytes >= kHugePage) {
-      // What was in use before came back in small pages; without them, huge ones can take their
-      // place. Both are advice: where it is not taken, nothing is lost but time.
+      // Memory that was in use before has small pages; once they are given up, with what nobody
+      // needs any more, huge ones can take their place. Where that fails, nothing is lost but time.
       static_cast<void>(madvise(memory, bytes, MADV_DONTNEED));
       static_cast<void>(madvise(memory, bytes, MADV_HUGEPAGE));
     }
@@ -81,21 +81,21 @@ class SharedMemory {
                 [bytes](std::byte* memory) {
                   CacheLineAllocator<std::byte>().deallocate(memory, bytes);
                 }),
-        free_(bytes) {}
+        bytes_(bytes) {}
 
   /// An array that begins at a cache line, contents unspecified. There has to be room for it.
   template <class T>
   std::shared_ptr<T[]> take(std::size_t count) {  // NOLINT(modernize-avoid-c-arrays)
-    assert(bytes_of<T>(count) <= free_);
+    assert(bytes_of<T>(count) <= bytes_ - used_);
     std::byte* const at = memory_.get() + used_;
     used_ += bytes_of<T>(count);
-    free_ -= bytes_of<T>(count);
     return {memory_, reinterpret_cast<T*>(at)};
   }
 
  private:
   std::shared_ptr<std::byte> memory_;
-  std::size_t used_ = 0, free_ = 0;
+  [[maybe_unused]] std::size_t bytes_ = 0;  // For the assertion.
+  std::size_t used_ = 0;
 };
 
 }  // namespace weir

@@ -16,6 +16,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
+#include "support/same_draws.hpp"
 
 using namespace weir;
 
@@ -46,33 +47,6 @@ Matrix<typename R::Scalar> jittered(const R& router, MatrixIn<typename R::Scalar
   typename R::Cache cache;
   return router.forward(x, training_pass(rng), cache);
 }
-
-/// Draws the same jitter in every training pass, so that it can be differentiated numerically.
-struct Replayed {
-  using Scalar = double;
-  using Inner = JitterRouter<LinearRouter<double>>;
-  using Cache = Inner::Cache;
-
-  Inner inner;
-
-  Matrix<double> forward(MatrixIn<double> x) const { return inner.forward(x); }
-  const Matrix<double>& forward(MatrixIn<double> x, Cache& cache) const {
-    return inner.forward(x, cache);
-  }
-  const Matrix<double>& forward(MatrixIn<double> x, const Pass& pass, Cache& cache) const {
-    Rng rng(77);
-    Pass replayed = pass;
-    replayed.rng = &rng;
-    return inner.forward(x, replayed, cache);
-  }
-  const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) {
-    return inner.backward(dy, cache);
-  }
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    Inner::visit(self.inner, visit);
-  }
-};
 
 }  // namespace
 
@@ -157,7 +131,8 @@ TEST_CASE("JitterRouter leaves what the experts see alone", "[moe][jitter_router
 TEST_CASE("JitterRouter gradients agree with finite differences",
           "[moe][jitter_router][gradient]") {
   Rng init(15);
-  Replayed router{JitterRouter(LinearRouter<double>(5, 4, init, {.bias = true}), 0.4)};
+  test::SameDraws<JitterRouter<LinearRouter<double>>> router{
+      JitterRouter(LinearRouter<double>(5, 4, init, {.bias = true}), 0.4)};
   Pass pass;
   pass.training = GENERATE(false, true);
   test::check_gradients(router, test::random_matrix(7, 5, 16), pass);
