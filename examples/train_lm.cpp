@@ -24,6 +24,7 @@
 #include <weir/moe/balance/bias_balance.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
@@ -33,7 +34,6 @@
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/rms_norm.hpp>

@@ -18,6 +18,7 @@
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
@@ -25,7 +26,6 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/nn/glu.hpp>
 
 #include "support/limits.hpp"

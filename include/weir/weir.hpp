@@ -17,9 +17,12 @@
 #include <weir/core/sequences.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/thread_pool.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 
 #include <weir/ops/activation.hpp>
+#include <weir/ops/clamp.hpp>
+#include <weir/ops/coordinate_descent.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
@@ -40,7 +43,6 @@
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/register_block.hpp>
 #include <weir/kernels/schedule.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/kernels/transpose.hpp>
 #include <weir/kernels/weight.hpp>
 
@@ -73,6 +75,8 @@
 #include <weir/moe/balance/similarity_loss.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/beside/residual_moe.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/adaptive_capacity.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
 #include <weir/moe/capacity/capacity_wrapper.hpp>
@@ -80,12 +84,13 @@
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/capacity/dynamic_capacity.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
-#include <weir/moe/capacity/output_masking.hpp>
 #include <weir/moe/capacity/overflow.hpp>
 #include <weir/moe/capacity/renormalise_kept.hpp>
-#include <weir/moe/choice_loss.hpp>
-#include <weir/moe/chosen_tokens.hpp>
 #include <weir/moe/concepts.hpp>
+#include <weir/moe/depths/choice_loss.hpp>
+#include <weir/moe/depths/chosen_tokens.hpp>
+#include <weir/moe/depths/mixture_of_depths.hpp>
+#include <weir/moe/depths/token_predictor.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/expert_mask.hpp>
 #include <weir/moe/experts/any_bank.hpp>
@@ -94,11 +99,10 @@
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/input_weighted.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/experts/output_masking.hpp>
 #include <weir/moe/experts/with_zero_experts.hpp>
-#include <weir/moe/mixture_of_depths.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/report.hpp>
-#include <weir/moe/residual_moe.hpp>
 #include <weir/moe/router/cosine_router.hpp>
 #include <weir/moe/router/d_select_k_router.hpp>
 #include <weir/moe/router/expert_vectors.hpp>
@@ -116,20 +120,19 @@
 #include <weir/moe/router/temperature_router.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/routing_trace.hpp>
+#include <weir/moe/selector/around/rank_policy.hpp>
+#include <weir/moe/selector/around/replay.hpp>
+#include <weir/moe/selector/around/sampled_choice.hpp>
+#include <weir/moe/selector/around/selector_wrapper.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
-#include <weir/moe/selector/coordinate_descent.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
-#include <weir/moe/selector/rank_policy.hpp>
 #include <weir/moe/selector/relaxed_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
-#include <weir/moe/selector/replay.hpp>
-#include <weir/moe/selector/sampled_choice.hpp>
 #include <weir/moe/selector/score_function.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
-#include <weir/moe/selector/selector_wrapper.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
@@ -139,12 +142,9 @@
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/moe/selector/top_p.hpp>
 #include <weir/moe/selector/variable_choice.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/moe/soft_moe.hpp>
-#include <weir/moe/token_predictor.hpp>
 
 #include <weir/attention/causal.hpp>
-#include <weir/attention/clamp.hpp>
 #include <weir/attention/few_queries.hpp>
 #include <weir/attention/grouped_query.hpp>
 #include <weir/attention/grouped_query_config.hpp>

@@ -4,8 +4,8 @@
 #include <limits>
 #include <vector>
 
-#include <weir/attention/clamp.hpp>
 #include <weir/attention/qk_norm.hpp>
+#include <weir/ops/clamp.hpp>
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"

@@ -11,12 +11,12 @@
 #include <weir/attention/latent.hpp>
 #include <weir/model/block.hpp>
 #include <weir/model/decoder.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/glu.hpp>

@@ -7,13 +7,13 @@
 #include <vector>
 
 #include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/linear.hpp>
 

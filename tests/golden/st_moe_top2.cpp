@@ -16,7 +16,7 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/router/linear_router.hpp>
-#include <weir/moe/selector/rank_policy.hpp>
+#include <weir/moe/selector/around/rank_policy.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/activation.hpp>

@@ -8,6 +8,7 @@
 #include <weir/attention/grouped_query.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/model/decoder.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/any_bank.hpp>
 #include <weir/moe/experts/clamped_glu_bank.hpp>
@@ -16,7 +17,6 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/nn/mlp.hpp>

@@ -7,19 +7,21 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/moe/beside/residual_moe.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/adaptive_capacity.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
 #include <weir/moe/capacity/device_capacity.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/capacity/dynamic_capacity.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
-#include <weir/moe/capacity/output_masking.hpp>
 #include <weir/moe/capacity/renormalise_kept.hpp>
+#include <weir/moe/depths/mixture_of_depths.hpp>
+#include <weir/moe/depths/token_predictor.hpp>
 #include <weir/moe/experts/any_bank.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
-#include <weir/moe/mixture_of_depths.hpp>
+#include <weir/moe/experts/output_masking.hpp>
 #include <weir/moe/moe_layer.hpp>
-#include <weir/moe/residual_moe.hpp>
 #include <weir/moe/router/cosine_router.hpp>
 #include <weir/moe/router/d_select_k_router.hpp>
 #include <weir/moe/router/gumbel_router.hpp>
@@ -30,15 +32,15 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/router/temperature_router.hpp>
+#include <weir/moe/selector/around/rank_policy.hpp>
+#include <weir/moe/selector/around/replay.hpp>
+#include <weir/moe/selector/around/sampled_choice.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
-#include <weir/moe/selector/rank_policy.hpp>
 #include <weir/moe/selector/relaxed_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
-#include <weir/moe/selector/replay.hpp>
-#include <weir/moe/selector/sampled_choice.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
@@ -47,9 +49,7 @@
 #include <weir/moe/selector/threshold.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/moe/selector/top_p.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/moe/soft_moe.hpp>
-#include <weir/moe/token_predictor.hpp>
 #include <weir/nn/linear.hpp>
 
 #include "support/catch.hpp"

@@ -14,6 +14,7 @@
 #include <weir/moe/balance/device_loss.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
 #include <weir/moe/capacity/device_capacity.hpp>
 #include <weir/moe/capacity/dropless.hpp>
@@ -28,7 +29,6 @@
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/layer_norm.hpp>
 #include <weir/ops/activation.hpp>

@@ -9,8 +9,8 @@
 
 #include <weir/attention/heads.hpp>
 #include <weir/core/scratch.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/tanh.hpp>
@@ -44,7 +44,7 @@ struct FewQueries {
     std::fill_n(top, shape.heads, std::numeric_limits<T>::lowest());
     std::fill_n(sums, shape.heads * value_dim, T(0));
 
-    auto& space = kernels::ThreadSpace<T, FewQueries>::of_this_thread();
+    auto& space = ThreadSpace<T, FewQueries>::of_this_thread();
     space.reserve(shape.heads * kRows);
     T* const scores = space.take(shape.heads * kRows);
     const T* const of_query = in.q.data() + (span.query_begin + query) * in.q.outerStride();

@@ -15,7 +15,6 @@
 #include <vector>
 
 #include <weir/attention/causal.hpp>
-#include <weir/attention/clamp.hpp>
 #include <weir/attention/grouped_query_config.hpp>
 #include <weir/attention/kv_cache.hpp>
 #include <weir/attention/qk_norm.hpp>
@@ -30,6 +29,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/ops/clamp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/rope.hpp>
 

@@ -11,10 +11,10 @@
 #include <weir/attention/heads.hpp>
 #include <weir/attention/rows_apart.hpp>
 #include <weir/core/scratch.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/register_block.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/kernels/transpose.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
@@ -55,7 +55,7 @@ struct QueryBlocks {
     const Index dim = in.shape.head_dim;
     const Index value_dim = in.shape.value_dim;
 
-    auto& space = kernels::ThreadSpace<T, QueryBlocks>::of_this_thread();
+    auto& space = ThreadSpace<T, QueryBlocks>::of_this_thread();
     space.reserve(kBlock * (dim + value_dim + 2) + kRowBlock * kStrip);
     T* const right = space.take(kBlock * dim);
     T* const sums = space.take_zeros(kBlock * value_dim);
@@ -122,7 +122,7 @@ struct QueryBlocks {
     const Index value_dim = in.shape.value_dim;
     const bool capped = in.shape.softcap > 0;
 
-    auto& space = kernels::ThreadSpace<T, QueryBlocks>::of_this_thread();
+    auto& space = ThreadSpace<T, QueryBlocks>::of_this_thread();
     space.reserve(kBlock * (2 * dim + value_dim + 2) + 3 * kRowBlock * kStrip);
     T* const right = space.take(kBlock * dim);
     T* const d_right = space.take(kBlock * value_dim);
@@ -181,7 +181,7 @@ struct QueryBlocks {
     const Index value_dim = in.shape.value_dim;
     const bool capped = in.shape.softcap > 0;
 
-    auto& space = kernels::ThreadSpace<T, QueryBlocks>::of_this_thread();
+    auto& space = ThreadSpace<T, QueryBlocks>::of_this_thread();
     space.reserve(2 * kBlock * (dim + value_dim) + 3 * kRowBlock * kStrip);
     T* const right = space.take(kBlock * dim);
     T* const value_right = space.take(kBlock * value_dim);

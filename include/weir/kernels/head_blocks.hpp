@@ -8,12 +8,12 @@
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/panel.hpp>
-#include <weir/kernels/thread_space.hpp>
 
 namespace weir::kernels {
 

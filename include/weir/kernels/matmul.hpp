@@ -8,10 +8,10 @@
 #include <span>
 
 #include <weir/core/error.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/schedule.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {

@@ -8,11 +8,11 @@
 #include <type_traits>
 
 #include <weir/core/parallel.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/schedule.hpp>
-#include <weir/kernels/thread_space.hpp>
 
 namespace weir::kernels {
 

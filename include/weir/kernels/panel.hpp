@@ -7,10 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/register_block.hpp>
 #include <weir/kernels/schedule.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/kernels/transpose.hpp>
 
 namespace weir::kernels {

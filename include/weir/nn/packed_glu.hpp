@@ -11,10 +11,10 @@
 #include <weir/core/aligned.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/packed_product.hpp>
 #include <weir/kernels/packed_weight.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/ops/activation.hpp>
 #include <weir/ops/lanes.hpp>
 
@@ -95,7 +95,7 @@ void packed_glu_forward(Index rows, RowOf&& row_of, std::span<const PackedGluGro
     kernels::arrange_rows<Arithmetic>(rows, one.cols(), row_of, x);
 
     const auto activate = [&](Index g, Index row, Index height, Index j, auto&& compute) {
-      auto& space = kernels::ThreadSpace<T, PackedGlu<T>>::of_this_thread();
+      auto& space = ThreadSpace<T, PackedGlu<T>>::of_this_thread();
       space.reserve((kernels::Cut::kMostRows + 1) * kCols);
       T* const sums = space.take(kernels::Cut::kMostRows * kCols);
       T* const activated = space.take(kCols);

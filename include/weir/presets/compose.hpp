@@ -20,11 +20,11 @@
 #include <weir/model/block.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/experts/any_bank.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/linear.hpp>

@@ -14,7 +14,7 @@
 #include <weir/moe/capacity/fixed_capacity.hpp>
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/dispatch.hpp>
-#include <weir/moe/selector/rank_policy.hpp>
+#include <weir/moe/selector/around/rank_policy.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>

@@ -7,6 +7,7 @@
 
 #include <weir/core/storage.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
 #include <weir/moe/concepts.hpp>
@@ -17,7 +18,6 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
-#include <weir/moe/shared_experts.hpp>
 #include <weir/nn/glu.hpp>
 
 #include "support/allocations.hpp"

@@ -14,8 +14,8 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/router/temperature_router.hpp>
+#include <weir/moe/selector/around/rank_policy.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
-#include <weir/moe/selector/rank_policy.hpp>
 #include <weir/ops/softmax.hpp>
 
 #include "support/allocations.hpp"

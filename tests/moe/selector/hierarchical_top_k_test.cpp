@@ -22,8 +22,8 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
-#include <weir/moe/selector/replay.hpp>
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"

@@ -12,7 +12,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
-#include <weir/kernels/thread_space.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/noisy_choice.hpp>
 #include <weir/moe/concepts.hpp>
@@ -139,7 +139,7 @@ struct HierarchicalLoadLoss {
     GroupChoice(const Routing<T>& routing, Index t) {
       const Index groups = routing.groups;
       const Index size = size_of(routing);
-      auto& space = kernels::ThreadSpace<T, HierarchicalLoadLoss>::of_this_thread();
+      auto& space = ThreadSpace<T, HierarchicalLoadLoss>::of_this_thread();
       space.reserve(4 * groups);
       T* const noisy = space.take(groups);
       T* const clean = space.take(groups);
@@ -149,7 +149,7 @@ struct HierarchicalLoadLoss {
         noisy[g] = logsumexp(&routing.logits(t, g * size), size);
         clean[g] = noisy[g] - routing.group_noise(t, g);
       }
-      auto& indices = kernels::ThreadSpace<Index, HierarchicalLoadLoss>::of_this_thread();
+      auto& indices = ThreadSpace<Index, HierarchicalLoadLoss>::of_this_thread();
       const auto experts = routing.experts_of(t);
       const auto count = static_cast<Index>(experts.size());
       indices.reserve(count);

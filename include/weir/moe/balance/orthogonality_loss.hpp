@@ -10,9 +10,9 @@
 #include <Eigen/Core>
 
 #include <weir/core/error.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/moe/router/expert_vectors.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/unit_rows.hpp>
@@ -110,7 +110,7 @@ struct OrthogonalityLoss {
   /// This thread's workspace.
   struct Space {
     Space(Index experts, Index d, Index groups) : cols(d), size(experts / groups) {
-      auto& space = kernels::ThreadSpace<T, OrthogonalityLoss>::of_this_thread();
+      auto& space = ThreadSpace<T, OrthogonalityLoss>::of_this_thread();
       space.reserve(2 * experts * d + size * size + experts);
       units = space.take(experts * d);
       d_units = space.take(experts * d);

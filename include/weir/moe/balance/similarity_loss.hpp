@@ -8,8 +8,8 @@
 
 #include <Eigen/Core>
 
+#include <weir/core/thread_space.hpp>
 #include <weir/kernels/matmul.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/lanes.hpp>
 
@@ -67,7 +67,7 @@ struct SimilarityLoss {
   /// P W, in this thread's workspace.
   static Map product(const Routing<T>& routing) {
     const Index experts = routing.experts();
-    auto& space = kernels::ThreadSpace<T, SimilarityLoss>::of_this_thread();
+    auto& space = ThreadSpace<T, SimilarityLoss>::of_this_thread();
     space.reserve(experts * experts + routing.tokens() * experts);
     Map w(space.take_zeros(experts * experts), experts, experts);
     Map pw(space.take(routing.tokens() * experts), routing.tokens(), experts);

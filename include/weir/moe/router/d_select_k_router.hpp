@@ -13,8 +13,8 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/softmax.hpp>
@@ -161,7 +161,7 @@ class DSelectKRouter {
     cache.d_z.resize(z.rows(), z.cols());
     cache.d_share.resize(z.rows(), config_.k);
     parallel_rows(z.rows(), 2 * bits_ * row_cost(), [&](Index begin, Index end) {
-      auto& space = kernels::ThreadSpace<T, DSelectKRouter>::of_this_thread();
+      auto& space = ThreadSpace<T, DSelectKRouter>::of_this_thread();
       space.reserve(experts_);
       T* const d_chance = space.take(experts_);  // Of r_i.
       for (Index t = begin; t < end; ++t) {

@@ -10,8 +10,8 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
-#include <weir/kernels/thread_space.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
@@ -71,7 +71,7 @@ struct GroupLimit {
     if (!limits()) return scores;
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     const Index size = experts / count;
-    auto& space = kernels::ThreadSpace<T, GroupLimit>::of_this_thread();
+    auto& space = ThreadSpace<T, GroupLimit>::of_this_thread();
     space.reserve(experts + count + size);
     T* const candidate = space.take(experts);
     T* const of_group = space.take(count);

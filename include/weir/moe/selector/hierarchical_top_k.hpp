@@ -8,7 +8,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
-#include <weir/kernels/thread_space.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/moe/router/group_count.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/logsumexp.hpp>
@@ -165,11 +165,11 @@ struct HierarchicalTopK {
     T* const weight = routing.weight.data() + routing.first(t);
     softmax_row(z, experts, p);
 
-    auto& space = kernels::ThreadSpace<T, HierarchicalTopK>::of_this_thread();
+    auto& space = ThreadSpace<T, HierarchicalTopK>::of_this_thread();
     space.reserve(groups + group_k);
     T* const log_group = space.take(groups);
     T* const u = space.take(group_k);
-    auto& indices = kernels::ThreadSpace<Index, HierarchicalTopK>::of_this_thread();
+    auto& indices = ThreadSpace<Index, HierarchicalTopK>::of_this_thread();
     indices.reserve(group_k);
     Index* const best = indices.take(group_k);
     for (Index g = 0; g < groups; ++g) log_group[g] = logsumexp(z + g * size, size);

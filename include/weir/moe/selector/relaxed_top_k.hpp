@@ -9,7 +9,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>
-#include <weir/moe/selector/coordinate_descent.hpp>
+#include <weir/ops/coordinate_descent.hpp>
 #include <weir/ops/softmax.hpp>
 
 namespace weir {

@@ -14,8 +14,8 @@
 #include <weir/moe/router/noise.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/routing_trace.hpp>
-#include <weir/moe/selector/replay.hpp>
-#include <weir/moe/selector/selector_wrapper.hpp>
+#include <weir/moe/selector/around/replay.hpp>
+#include <weir/moe/selector/around/selector_wrapper.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {

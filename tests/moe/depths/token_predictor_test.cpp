@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <vector>
 
-#include <weir/moe/choice_loss.hpp>
-#include <weir/moe/token_predictor.hpp>
+#include <weir/moe/depths/choice_loss.hpp>
+#include <weir/moe/depths/token_predictor.hpp>
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"

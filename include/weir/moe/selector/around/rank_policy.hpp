@@ -13,7 +13,7 @@
 
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
-#include <weir/moe/selector/selector_wrapper.hpp>
+#include <weir/moe/selector/around/selector_wrapper.hpp>
 
 namespace weir {
 

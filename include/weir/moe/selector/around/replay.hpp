@@ -10,7 +10,7 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/routing_trace.hpp>
-#include <weir/moe/selector/selector_wrapper.hpp>
+#include <weir/moe/selector/around/selector_wrapper.hpp>
 
 namespace weir {
 

@@ -11,11 +11,11 @@
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/around/rank_policy.hpp>
+#include <weir/moe/selector/around/replay.hpp>
+#include <weir/moe/selector/around/sampled_choice.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
-#include <weir/moe/selector/rank_policy.hpp>
 #include <weir/moe/selector/relaxed_top_k.hpp>
-#include <weir/moe/selector/replay.hpp>
-#include <weir/moe/selector/sampled_choice.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/straight_through.hpp>

@@ -5,10 +5,10 @@
 
 #include <weir/core/storage.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/beside/residual_moe.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
-#include <weir/moe/residual_moe.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/nn/glu.hpp>

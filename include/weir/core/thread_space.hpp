@@ -9,7 +9,7 @@
 
 #include <weir/core/types.hpp>
 
-namespace weir::kernels {
+namespace weir {
 
 /// A thread's space for the blocks it works on, aligned to cache lines; grows and never shrinks.
 /// `User` keeps apart those whose blocks are in use at the same time.
@@ -49,4 +49,4 @@ class ThreadSpace {
   T* next_ = nullptr;
 };
 
-}  // namespace weir::kernels
+}  // namespace weir

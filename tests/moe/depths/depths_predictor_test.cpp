@@ -9,8 +9,8 @@
 
 #include <weir/attention/grouped_query.hpp>
 #include <weir/model/any_layer.hpp>
-#include <weir/moe/mixture_of_depths.hpp>
-#include <weir/moe/token_predictor.hpp>
+#include <weir/moe/depths/mixture_of_depths.hpp>
+#include <weir/moe/depths/token_predictor.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/optim/adamw.hpp>

@@ -19,8 +19,8 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
-#include <weir/moe/choice_loss.hpp>
-#include <weir/moe/chosen_tokens.hpp>
+#include <weir/moe/depths/choice_loss.hpp>
+#include <weir/moe/depths/chosen_tokens.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {

@@ -10,15 +10,15 @@
 #include <weir/moe/capacity/adaptive_capacity.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
-#include <weir/moe/capacity/output_masking.hpp>
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/input_weighted.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/experts/output_masking.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
-#include <weir/moe/selector/rank_policy.hpp>
+#include <weir/moe/selector/around/rank_policy.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>

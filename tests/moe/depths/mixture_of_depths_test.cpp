@@ -8,8 +8,8 @@
 #include <weir/core/layer.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/depths/mixture_of_depths.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
-#include <weir/moe/mixture_of_depths.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/hash_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
