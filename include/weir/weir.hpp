@@ -5,20 +5,28 @@
 
 // clang-format off
 #include <weir/core/aligned.hpp>
-#include <weir/core/decode_states.hpp>
+#include <weir/core/cache_state.hpp>
+#include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
+#include <weir/core/list.hpp>
+#include <weir/core/name_pattern.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
+#include <weir/core/pass_record.hpp>
 #include <weir/core/random.hpp>
+#include <weir/core/report.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/sequences.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/thread_pool.hpp>
 #include <weir/core/thread_space.hpp>
+#include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/verbs.hpp>
+#include <weir/core/walk.hpp>
 
 #include <weir/ops/activation.hpp>
 #include <weir/ops/clamp.hpp>
@@ -75,6 +83,7 @@
 #include <weir/moe/balance/similarity_loss.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/balancers.hpp>
 #include <weir/moe/beside/residual_moe.hpp>
 #include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/adaptive_capacity.hpp>
@@ -101,6 +110,7 @@
 #include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/experts/output_masking.hpp>
 #include <weir/moe/experts/with_zero_experts.hpp>
+#include <weir/moe/forbidden_experts.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/router/cosine_router.hpp>
@@ -129,6 +139,7 @@
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
+#include <weir/moe/selector/k_best.hpp>
 #include <weir/moe/selector/relaxed_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/score_function.hpp>

@@ -27,30 +27,38 @@ Matrix<double> numeric_gradient(Matrix<double>& x, F&& f, double step = 1e-5) {
   return g;
 }
 
+/// `pass` as one that trains and tells `record`.
+inline Pass recorded(Pass pass, PassRecord& record) {
+  pass.training = true;
+  pass.record = &record;
+  return pass;
+}
+
 /// Compares every gradient `layer` computes, of its input and of each parameter by name, with
 /// finite differences of
 ///
-///     sum(forward(x) * weight) + aux_loss
+///     sum(forward(x) * weight) + the auxiliary losses that the pass records
 ///
-/// for a fixed random `weight`; `aux_loss` is that of the cache, where it has one. `tolerance` is
-/// relative to the norm of each gradient.
+/// for a fixed random `weight`. The pass trains. `tolerance` is relative to the norm of each
+/// gradient.
 template <class L>
 void check_gradients(L& layer, Matrix<double> x, const Pass& pass = {}, double tolerance = 1e-6) {
+  PassRecord record;
+  const Pass training = recorded(pass, record);
   typename L::Cache cache;
   const Matrix<double> weight = [&] {
-    const Matrix<double> y = apply(layer, x, pass, cache);
+    const Matrix<double>& y = layer.forward(x, training, cache);
     return random_matrix(y.rows(), y.cols(), 12345);
   }();
   const auto objective = [&] {
     typename L::Cache fresh;
-    const Matrix<double> y = apply(layer, x, pass, fresh);
-    double value = y.cwiseProduct(weight).sum();
-    if constexpr (requires { fresh.aux_loss; }) value += fresh.aux_loss;
-    return value;
+    record.clear();
+    const Matrix<double>& y = layer.forward(x, training, fresh);
+    return y.cwiseProduct(weight).sum() + record.aux_loss();
   };
 
   zero_gradients(layer);
-  apply(layer, x, pass, cache);
+  layer.forward(x, training, cache);
   const Matrix<double> dx = layer.backward(weight, cache);
   {
     INFO("input");

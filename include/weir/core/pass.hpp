@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/pass_record.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
 #include <weir/core/types.hpp>
@@ -16,13 +18,15 @@ namespace weir {
 /// The circumstances of one forward pass. Everything is optional, and nothing is owned: what it
 /// points to has to live until the forward call returns.
 struct Pass {
-  /// Training: input jitter is on and capacity takes its training factor. Off for evaluation.
+  /// Whether a backward pass may follow. In training, noise and jitter are on, capacity takes its
+  /// training factor, auxiliary losses are computed and caches keep what `backward` needs. An
+  /// inference pass does none of that, and `backward` refuses its cache.
   bool training = false;
 
   /// Which rows belong together. Null: all rows are one sequence.
   const Sequences* sequences = nullptr;
 
-  /// One byte a token, 0 for padding, which is routed nowhere, counted nowhere and attended to by
+  /// One byte per token, 0 for padding, which is routed nowhere, counted nowhere and attended to by
   /// no one. Empty: every token is real.
   std::span<const std::uint8_t> mask = {};
 
@@ -31,36 +35,58 @@ struct Pass {
 
   /// Which experts tokens may go to, one byte each, 0 for a forbidden one: [experts], for all
   /// tokens (experts that failed or are switched off), or [tokens * experts], token by token
-  /// (experts of a modality). Empty: all. See expert_mask.hpp; what becomes of it,
-  /// `Routing::begin`.
+  /// (experts of a modality). Empty: all. See expert_mask.hpp and `Routing::begin`.
   std::span<const std::uint8_t> allowed = {};
 
   /// Where random decisions come from. Only mechanisms that draw need it, and they say so.
   Rng* rng = nullptr;
 
-  /// What auxiliary losses, and their gradients, are multiplied by. With a batch split into
-  /// micro-batches, the micro-batch's share of it; times the loss scale, if there is one.
+  /// The factor of auxiliary losses and of their gradients. With a batch split into micro-batches
+  /// it is the micro-batch's share of the batch; with a loss scale it is multiplied by that. With 0
+  /// there are no auxiliary losses.
   double aux_scale = 1.0;
+
+  /// Where layers tell their auxiliary losses and reports. Null: nobody asks; in training the
+  /// losses are differentiated all the same.
+  PassRecord* record = nullptr;
 
   bool is_padding(Index token) const {
     return !mask.empty() && mask[static_cast<std::size_t>(token)] == 0;
   }
 
+  /// Whether auxiliary losses are computed.
+  bool has_aux_losses() const { return aux_scale != 0.0 && (training || record != nullptr); }
+
+  /// Where `who` has its random numbers from.
+  /// \throws ConfigError  if the pass came without a generator.
+  Rng& generator(std::string_view who) const {
+    if (rng == nullptr) {
+      fail<ConfigError>(who, ": pass.rng = null, expected a generator",
+                        training ? " in training" : "");
+    }
+    return *rng;
+  }
+
   /// \throws ShapeError   if mask, token_ids or sequences do not cover exactly `tokens` rows.
   void check(std::string_view where, Index tokens) const {
-    if (!mask.empty() && static_cast<Index>(mask.size()) != tokens) {
-      fail<ShapeError>(where, ": pass.mask has ", mask.size(), " entries, expected ", tokens,
-                       " (one per token)");
-    }
-    if (!token_ids.empty() && static_cast<Index>(token_ids.size()) != tokens) {
-      fail<ShapeError>(where, ": pass.token_ids has ", token_ids.size(), " entries, expected ",
-                       tokens, " (one per token)");
-    }
+    expect_one_each(where, "mask", static_cast<Index>(mask.size()), tokens);
+    expect_one_each(where, "token_ids", static_cast<Index>(token_ids.size()), tokens);
     if (sequences != nullptr && sequences->tokens() != tokens) {
       fail<ShapeError>(where, ": pass.sequences cover ", sequences->tokens(), " tokens, expected ",
                        tokens);
     }
   }
+
+ private:
+  static void expect_one_each(std::string_view where, std::string_view name, Index size,
+                              Index tokens) {
+    if (size == 0 || size == tokens) return;
+    fail<ShapeError>(where, ": pass.", name, " has ", size, " entries, expected ", tokens,
+                     " (one per token)");
+  }
 };
+
+/// A pass that trains and has no other circumstances.
+inline constexpr Pass kTraining{.training = true};
 
 }  // namespace weir

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// The roles in a mixture of experts. Any type that satisfies a concept plugs into MoELayer;
-/// nothing has to be derived from or registered.
+/// The roles in a mixture of experts, each as a concept and a base. A type of your own plays a role
+/// if it satisfies the concept; deriving from the base gives it everything that most types have no
+/// use for. Nothing has to be registered.
 #pragma once
 
 #include <concepts>
 #include <span>
+#include <string_view>
 
 #include <weir/core/layer.hpp>
 #include <weir/moe/dispatch.hpp>
@@ -13,126 +15,228 @@
 
 namespace weir {
 
-/// Scores every expert for every token: a layer [tokens, d_model] -> [tokens, experts].
-template <class R>
-concept Router = Layer<R> && requires(const R& router) {
-  { router.d_model() } -> std::convertible_to<Index>;
-  { router.experts() } -> std::convertible_to<Index>;
+// --- Routers --------------------------------------------------------------------------------
+
+/// What a router has unless it says otherwise: no noise, one level, no vectors of its experts, and
+/// weights that keep full precision in every storage.
+template <class T>
+class RouterBase {
+ public:
+  using Scalar = T;
+
+  /// The noise that the last pass with `cache` drew: none.
+  template <class Cache>
+  std::span<const NoiseLevel<T>> noise(const Cache& /*cache*/) const {
+    return {};
+  }
+
+  /// Takes the gradient of that noise, which the next `backward` includes.
+  template <class Cache>
+  void add_noise_gradient(std::span<const NoiseLevel<T>> /*d_noise*/, Cache& /*cache*/) const {}
+
+  /// The number of groups that a router of two levels chooses from first; 0 for one level.
+  Index groups() const { return 0; }
+
+  /// The parameter [experts, n] whose row e stands for expert e, for OrthogonalityLoss; null: none.
+  Parameter<T>* expert_vectors() { return nullptr; }
+  const Parameter<T>* expert_vectors() const { return nullptr; }
+
+  void set_storage(Storage /*storage*/) {}
 };
 
-/// The loss that a router has of its own: `aux_loss` in its cache, scaled by its coefficient and by
-/// pass.aux_scale, which its `backward` differentiates; or that of the router in it, whose cache is
-/// `inner`; 0 if there is none.
-template <class T, class Cache>
-T aux_loss_of_router(const Cache& cache) {
-  if constexpr (requires { cache.aux_loss; }) {
-    return cache.aux_loss;
-  } else if constexpr (requires { cache.inner; }) {
-    return aux_loss_of_router<T>(cache.inner);
-  } else {
-    return T(0);
-  }
-}
-
-/// A router that adds noise to its logits, and lets balancers know of it.
-///
-///     void annotate(const Cache&, Routing<T>&) const;      sets clean_logits, noise_std and noisy
-///                                            if the last pass drew noise; if it has two levels,
-///                                            group_noise, group_noise_std and groups as well
-///     void receive(const RoutingGradient<T>&, Cache&) const;      takes the gradients of these
-///                                            matrices, before `backward` is given that of the
-///                                            logits
+/// Scores every expert for every token: a layer [tokens, d_model] -> [tokens, experts]. A router
+/// that draws noise tells balancers the noise's levels, and takes their gradients.
 template <class R>
-concept AnnotatingRouter = requires(const R& router, typename R::Cache& cache,
-                                    Routing<typename R::Scalar>& routing,
-                                    const RoutingGradient<typename R::Scalar>& gradient) {
-  router.annotate(cache, routing);
-  router.receive(gradient, cache);
+concept Router = Layer<R> &&
+    requires(const R& router, R& trained, const typename R::Cache& filled, typename R::Cache& cache,
+             std::span<const NoiseLevel<typename R::Scalar>> d_noise) {
+  { router.d_model() } -> std::convertible_to<Index>;
+  { router.experts() } -> std::convertible_to<Index>;
+  { router.groups() } -> std::convertible_to<Index>;
+  { router.noise(filled) } -> std::same_as<std::span<const NoiseLevel<typename R::Scalar>>>;
+  trained.add_noise_gradient(d_noise, cache);
+  { trained.expert_vectors() } -> std::same_as<Parameter<typename R::Scalar>*>;
+};
+
+// --- Selectors ------------------------------------------------------------------------------
+
+/// What a selector has unless it says otherwise: nothing to keep between forward and backward,
+/// nothing to save, and no wishes about the router.
+template <class T>
+class SelectorBase {
+ public:
+  using Scalar = T;
+  struct Cache {};
+
+  /// \throws ConfigError  if the selector does not fit the router.
+  template <class R>
+  void check_router(const R& /*router*/) const {}
+
+  template <class Self, class Visit>
+  static void visit(Self& /*self*/, Visit& /*visit*/) {}
 };
 
 /// Turns logits into a routing, and gradients of its weights and probabilities back into gradients
 /// of the logits.
 ///
 ///     void check(Index experts) const;       throws ConfigError if it cannot serve that many
-///     void select(MatrixIn<T> logits, const Pass&, Routing<T>&) const;
-///     void backward(const Routing<T>&, RoutingGradient<T>&) const;      adds to gradient.logits,
-///                                            may overwrite gradient.weights and .probabilities
+///     void forward(MatrixIn<T> logits, const Pass&, Routing<T>&, Cache&) const;
+///                                            begins the routing, and sets its probabilities,
+///                                            assignments and weights
+///     void backward(const Routing<T>&, RoutingGradient<T>&, Cache&) const;
+///                                            adds to gradient.logits, may overwrite
+///                                            gradient.weights and gradient.probabilities
 template <class S, class T>
-concept Selector = requires(const S& selector, MatrixIn<T> logits, const Pass& pass,
-                            Routing<T>& routing, RoutingGradient<T>& gradient, Index experts) {
+concept Selector = std::default_initializable<typename S::Cache> &&
+    requires(const S& selector, S& trained, MatrixIn<T> logits, const Pass& pass,
+             Routing<T>& routing, RoutingGradient<T>& gradient, typename S::Cache& cache,
+             Index experts, Walk<T>& walk) {
   selector.check(experts);
-  selector.select(logits, pass, routing);
-  selector.backward(routing, gradient);
+  selector.forward(logits, pass, routing, cache);
+  selector.backward(routing, gradient, cache);
+  S::visit(trained, walk);
 };
 
-/// Bounds how many tokens an expert takes: clears `kept` of the assignments beyond, and never
-/// reorders. One that learns from the load has `observe(routing)`, called once for each backward
-/// pass, and `update()`, called by MoELayer::update; its buffers are visited.
-template <class C, class T>
-concept CapacityPolicy = requires(const C& capacity, Routing<T>& routing) {
-  capacity.check();
-  capacity.apply(routing);
+// --- Capacity policies ----------------------------------------------------------------------
+
+/// What a capacity policy has unless it says otherwise: nothing to keep, nothing to learn, nothing
+/// to save, and weights as the selector made them.
+class CapacityBase {
+ public:
+  template <class T>
+  struct Cache {};
+
+  void check() const {}
+
+  template <class T, class Cache>
+  void backward(const Routing<T>& /*routing*/, RoutingGradient<T>& /*gradient*/,
+                Cache& /*cache*/) const {}
+
+  template <class T>
+  void observe(const Routing<T>& /*routing*/) {}
+
+  template <class Self, class Visit>
+  static void visit(Self& /*self*/, Visit& /*visit*/) {}
 };
+
+/// Bounds how many tokens an expert takes.
+///
+///     void check() const;                    throws ConfigError if a setting is out of range
+///     void forward(const Pass&, Routing<T>&, Cache<T>&) const;
+///                                            clears `kept` of the assignments beyond, never
+///                                            reorders, and may set `applied`
+///     void backward(const Routing<T>&, RoutingGradient<T>&, Cache<T>&) const;
+///                                            makes gradient.weights, that of what was applied, the
+///                                            gradient of the selector's weights
+///     void observe(const Routing<T>&);       called once for each backward pass
+template <class C, class T>
+concept CapacityPolicy = std::default_initializable<typename C::template Cache<T>> &&
+    requires(const C& capacity, C& trained, const Pass& pass, Routing<T>& routing,
+             RoutingGradient<T>& gradient, typename C::template Cache<T>& cache, Walk<T>& walk) {
+  capacity.check();
+  capacity.forward(pass, routing, cache);
+  capacity.backward(routing, gradient, cache);
+  trained.observe(routing);
+  C::visit(trained, walk);
+};
+
+// --- Experts --------------------------------------------------------------------------------
 
 /// All experts of a layer as one object. `forward` gives [tokens, d_out], the weighted sum of what
 /// the experts make of the rows of x [tokens, d_in] that `dispatch` sends them; `backward` returns
 /// dL/dx and sets `d_weight[a]` to dL/d(weight) of each assignment a that has a slot. Both return
 /// references to matrices that live in the cache. `visit` names the members of expert e "e.*".
 template <class B>
-concept ExpertBank = requires(const B& bank, B& trained, MatrixIn<typename B::Scalar> x,
-                              const Dispatch<typename B::Scalar>& dispatch,
-                              std::span<typename B::Scalar> d_weight, typename B::Cache& cache,
-                              Collector<typename B::Scalar>& collector) {
+concept ExpertBank = std::default_initializable<typename B::Cache> &&
+    requires(const B& bank, B& trained, MatrixIn<typename B::Scalar> x,
+             const Dispatch<typename B::Scalar>& dispatch, const Pass& pass,
+             std::span<typename B::Scalar> d_weight, typename B::Cache& cache,
+             Walk<typename B::Scalar>& walk) {
   { bank.experts() } -> std::convertible_to<Index>;
   { bank.d_in() } -> std::convertible_to<Index>;
   { bank.d_out() } -> std::convertible_to<Index>;
-  { bank.forward(x, dispatch, cache) } -> std::same_as<const Matrix<typename B::Scalar>&>;
+  { bank.forward(x, dispatch, pass, cache) } -> std::same_as<const Matrix<typename B::Scalar>&>;
   {
     trained.backward(x, dispatch, d_weight, cache)
     } -> std::same_as<const Matrix<typename B::Scalar>&>;
-  B::visit(trained, collector);
+  B::visit(trained, walk);
 };
 
-/// A balancer that is a term of the training objective.
+// --- Balancers ------------------------------------------------------------------------------
+
+/// What a balancer has unless it says otherwise: nothing to keep between forward and backward,
+/// nothing to save, no settings to check and no wishes about the router.
+class BalancerBase {
+ public:
+  static constexpr std::string_view kName = "loss";  ///< Its name in records and reports.
+  struct Cache {};
+
+  /// \throws ConfigError  if a setting is out of range.
+  void check() const {}
+
+  /// \throws ConfigError  if the balancer does not fit the router.
+  template <class R>
+  void check_router(const R& /*router*/) const {}
+
+  template <class Self, class Visit>
+  static void visit(Self& /*self*/, Visit& /*visit*/) {}
+};
+
+/// A balancer that is a term of the training objective and looks at the routing.
 ///
-///     T loss(const Routing<T>&) const;                                  scaled by its coefficient
-///     void add_gradient(const Routing<T>&, RoutingGradient<T>&) const;
+///     double forward(const Routing<T>&, Cache&) const;       the loss, scaled by its coefficient
+///     void backward(const Routing<T>&, double scale, RoutingGradient<T>&, Cache&) const;
+///                                            adds `scale` times the gradient of that loss
 template <class B, class T>
-concept BalancingLoss = requires(const B& balancer, const Routing<T>& routing,
-                                 RoutingGradient<T>& gradient) {
-  { balancer.loss(routing) } -> std::convertible_to<T>;
-  balancer.add_gradient(routing, gradient);
+concept RoutingLoss = requires(const B& balancer, const Routing<T>& routing, double scale,
+                               RoutingGradient<T>& gradient, typename B::Cache& cache) {
+  { balancer.forward(routing, cache) } -> std::convertible_to<double>;
+  balancer.backward(routing, scale, gradient, cache);
 };
 
-/// A balancer that acts on the selector between optimizer steps. `observe` is called once for each
-/// backward pass, `update(selector)` when the user calls MoELayer::update.
+/// A balancer that is a term of the training objective and looks at the parameters of the router:
+/// it is the same for any tokens, also for none.
+///
+///     double forward(const R& router, Cache&) const;         the loss, scaled by its coefficient
+///     void backward(R& router, double scale, Cache&) const;  adds `scale` times its gradient to
+///                                            that of the parameters, frozen or not
+template <class B, class R>
+concept RouterLoss = requires(const B& balancer, const R& router, R& trained, double scale,
+                              typename B::Cache& cache) {
+  { balancer.forward(router, cache) } -> std::convertible_to<double>;
+  balancer.backward(trained, scale, cache);
+};
+
+/// A balancer that watches routings; it may be a loss as well.
+///
+///     void observe(const Routing<T>&);       called once for each backward pass
 template <class B, class T>
-concept BalancingRule = requires(B& balancer, const Routing<T>& routing) {
+concept ObservingBalancer = requires(B& balancer, const Routing<T>& routing) {
   balancer.observe(routing);
 };
 
-/// A term of the training objective that looks at the parameters of the router, not at a routing:
-/// it is the same for any tokens, also for none.
+/// A balancer that acts on the selector S between optimizer steps.
 ///
-///     T router_loss(const R&) const;                       scaled by its coefficient
-///     void add_router_gradient(R&, T scale) const;         adds `scale` times its gradient to that
-///                                            of the parameters, of frozen ones as of others
-///
-/// It may have `check_router(router)`, as any balancer or selector may, which throws ConfigError if
-/// it does not fit the router.
-template <class B, class R>
-concept RouterLoss = requires(const B& balancer, const R& router, R& trained,
-                              typename R::Scalar scale) {
-  { balancer.router_loss(router) } -> std::convertible_to<typename R::Scalar>;
-  balancer.add_router_gradient(trained, scale);
+///     void observe(const Routing<T>&);       called once for each backward pass
+///     void update(S& selector);              called by `weir::update`, once for each step
+template <class B, class S>
+concept BalancingRule = ObservingBalancer<B, typename S::Scalar> &&
+    requires(B& balancer, S& selector) {
+  balancer.update(selector);
 };
 
-/// Keeps the load level. Its name in reports is `B::kName`, if it has one.
-template <class B, class T>
-concept Balancer = BalancingLoss<B, T> || BalancingRule<B, T>;
-
-/// What a layer with the router R takes as a balancer.
+/// Keeps the load level in a layer with the router R: a loss of the routing, a loss of the router's
+/// parameters, a rule, or several of these at once.
 template <class B, class R>
-concept BalancerFor = Balancer<B, typename R::Scalar> || RouterLoss<B, R>;
+concept Balancer = std::default_initializable<typename B::Cache> &&
+    (RoutingLoss<B, typename R::Scalar> || RouterLoss<B, R> ||
+     ObservingBalancer<B, typename R::Scalar>)&&requires(const B& balancer, B& trained,
+                                                         const R& router,
+                                                         Walk<typename R::Scalar>& walk) {
+  { B::kName } -> std::convertible_to<std::string_view>;
+  balancer.check();
+  balancer.check_router(router);
+  B::visit(trained, walk);
+};
 
 }  // namespace weir

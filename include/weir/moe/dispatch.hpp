@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// The assignments that are run, sorted by expert, and the moves between token order and expert
+/// The assignments that are kept, sorted by expert, and the moves between token order and expert
 /// order.
 #pragma once
 
 #include <algorithm>
 #include <span>
-#include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/routing.hpp>
@@ -16,53 +16,102 @@
 
 namespace weir {
 
-/// Gives each assignment that is run a slot: expert e owns the slots `begin(e)` to `end(e)`, in
-/// token order. The sort is stable, so the order of every sum over slots is fixed.
+/// Gives each assignment that is kept a slot: expert e owns the slots `begin(e)` to `end(e)`, in
+/// token order. The sort is stable, so the order of every sum over slots is fixed. Assignments that
+/// were dropped are listed apart.
 template <class T>
 class Dispatch {
  public:
-  /// Sorts the assignments of `routing` that are kept and not masked; nothing of an earlier one
-  /// remains but the memory.
-  void build(const Routing<T>& routing) {
-    assignments_ = routing.assignments();
-    offsets_.assign(static_cast<std::size_t>(routing.experts()) + 1, 0);
-    for (std::size_t a = 0; a < routing.expert.size(); ++a) {
-      if (!routing.is_run(static_cast<Index>(a))) continue;
-      ++offsets_[static_cast<std::size_t>(routing.expert[a]) + 1];
-    }
-    for (std::size_t e = 1; e < offsets_.size(); ++e) offsets_[e] += offsets_[e - 1];
+  /// An assignment without a slot, since it was dropped.
+  struct Dropped {
+    Index token = 0;
+    Index assignment = 0;
+    T weight = T(0);
+  };
 
-    const auto slots = static_cast<std::size_t>(offsets_.back());
-    token_.resize(slots);
-    weight_.resize(slots);
-    assignment_.resize(slots);
-    slot_.resize(slots);
-    token_offsets_.resize(routing.offsets.size());
-    next_.assign(offsets_.begin(), offsets_.end() - 1);
+  /// Sorts `assignments`, whose outputs are multiplied by `weight` [assignments]. Reuses the memory
+  /// of an earlier call.
+  void build(const Assignments& assignments, std::span<const T> weight) {
+    assignments_ = assignments.assignments();
+    offsets_.assign(assignments.experts() + 1, 0);
     Index kept = 0;
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      token_offsets_[static_cast<std::size_t>(t)] = kept;
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        if (!routing.is_run(a)) continue;
-        const auto i = static_cast<std::size_t>(a);
-        const Index slot = next_[static_cast<std::size_t>(routing.expert[i])]++;
-        token_[static_cast<std::size_t>(slot)] = t;
-        weight_[static_cast<std::size_t>(slot)] = routing.weight[i];
-        assignment_[static_cast<std::size_t>(slot)] = a;
-        slot_[static_cast<std::size_t>(kept++)] = slot;
+    for (Index a = 0; a < assignments_; ++a) {
+      if (assignments.kept[a] == 0) continue;
+      ++offsets_[assignments.expert[a] + 1];
+      ++kept;
+    }
+    for (Index e = 1; e < offsets_.count(); ++e) offsets_[e] += offsets_[e - 1];
+
+    token_.resize(kept);
+    weight_.resize(kept);
+    assignment_.resize(kept);
+    slot_.resize(kept);
+    dropped_.clear();
+    token_offsets_.resize(assignments.offsets.count());
+    next_.assign(offsets_.begin(), offsets_.end() - 1);
+    kept = 0;
+    for (Index t = 0; t < assignments.tokens(); ++t) {
+      token_offsets_[t] = kept;
+      for (Index a = assignments.first(t); a < assignments.last(t); ++a) {
+        const T weight_of_a = weight[static_cast<std::size_t>(a)];
+        if (assignments.kept[a] == 0) {
+          dropped_.push_back({t, a, weight_of_a});
+          continue;
+        }
+        const Index slot = next_[assignments.expert[a]]++;
+        token_[slot] = t;
+        weight_[slot] = weight_of_a;
+        assignment_[slot] = a;
+        slot_[kept++] = slot;
       }
     }
     token_offsets_.back() = kept;
   }
 
-  Index experts() const { return static_cast<Index>(offsets_.size()) - 1; }
-  Index tokens() const { return static_cast<Index>(token_offsets_.size()) - 1; }
-  Index slots() const { return static_cast<Index>(token_.size()); }
-  Index assignments() const { return assignments_; }  ///< Of the routing, run or not.
+  /// Sorts the assignments of `routing`.
+  void build(const Routing<T>& routing) {
+    build(routing, routing.applied.empty() ? routing.weight : routing.applied);
+  }
+
+  /// A part of `whole`: the slots for which `is_in(expert, slot)`, of its first `experts` experts.
+  /// Assignments keep their numbers; nothing counts as dropped.
+  template <class IsIn>
+  void build_part(const Dispatch& whole, Index experts, IsIn&& is_in) {
+    assignments_ = whole.assignments_;
+    offsets_.assign(1, 0);
+    token_.clear();
+    weight_.clear();
+    assignment_.clear();
+    dropped_.clear();
+    next_.assign(whole.slots(), kNoSlot);  // The slot here of each slot of `whole`.
+    for (Index e = 0; e < experts; ++e) {
+      for (Index s = whole.begin(e); s < whole.end(e); ++s) {
+        if (!is_in(e, s)) continue;
+        next_[s] = token_.count();
+        token_.push_back(whole.token_[s]);
+        weight_.push_back(whole.weight_[s]);
+        assignment_.push_back(whole.assignment_[s]);
+      }
+      offsets_.push_back(token_.count());
+    }
+    slot_.clear();
+    token_offsets_.assign(1, 0);
+    for (Index t = 0; t < whole.tokens(); ++t) {
+      for (const Index s : whole.slots_of(t)) {
+        if (next_[s] != kNoSlot) slot_.push_back(next_[s]);
+      }
+      token_offsets_.push_back(slot_.count());
+    }
+  }
+
+  Index experts() const { return offsets_.count() - 1; }
+  Index tokens() const { return token_offsets_.count() - 1; }
+  Index slots() const { return token_.count(); }
+  Index assignments() const { return assignments_; }  ///< Of the routing, dropped or not.
 
   /// The slots of expert e.
-  Index begin(Index e) const { return offsets_[static_cast<std::size_t>(e)]; }
-  Index end(Index e) const { return offsets_[static_cast<std::size_t>(e) + 1]; }
+  Index begin(Index e) const { return offsets_[e]; }
+  Index end(Index e) const { return offsets_[e + 1]; }
   Index rows(Index e) const { return end(e) - begin(e); }
 
   /// Calls `body(e, begin(e), rows(e))` for each expert that has any slot.
@@ -74,23 +123,27 @@ class Dispatch {
   }
 
   /// What a slot holds.
-  Index token(Index slot) const { return token_[static_cast<std::size_t>(slot)]; }
-  T weight(Index slot) const { return weight_[static_cast<std::size_t>(slot)]; }
-  Index assignment(Index slot) const { return assignment_[static_cast<std::size_t>(slot)]; }
+  Index token(Index slot) const { return token_[slot]; }
+  T weight(Index slot) const { return weight_[slot]; }
+  Index assignment(Index slot) const { return assignment_[slot]; }
 
   /// The slots of token t, best choice first.
   std::span<const Index> slots_of(Index t) const {
-    const Index first = token_offsets_[static_cast<std::size_t>(t)];
-    const Index last = token_offsets_[static_cast<std::size_t>(t) + 1];
-    return {slot_.data() + first, static_cast<std::size_t>(last - first)};
+    return {slot_.data() + token_offsets_[t], slot_.data() + token_offsets_[t + 1]};
   }
 
+  /// The assignments that were dropped, in their order.
+  std::span<const Dropped> dropped() const { return dropped_; }
+
  private:
+  static constexpr Index kNoSlot = -1;
+
   Index assignments_ = 0;
-  std::vector<Index> offsets_ = {0};        // [experts + 1] into slots
-  std::vector<Index> token_offsets_ = {0};  // [tokens + 1] into slot_
-  std::vector<Index> token_, assignment_, slot_, next_;
-  std::vector<T> weight_;
+  List<Index> offsets_ = {0};        // [experts + 1] into slots
+  List<Index> token_offsets_ = {0};  // [tokens + 1] into slot_
+  List<Index> token_, assignment_, slot_, next_;
+  List<T> weight_;
+  List<Dropped> dropped_;
 };
 
 namespace detail {

@@ -5,15 +5,12 @@
 #pragma once
 
 #include <concepts>
-#include <span>
 #include <string>
-#include <tuple>
-#include <type_traits>
 #include <utility>
-#include <vector>
 
 #include <weir/core/layer.hpp>
-#include <weir/moe/capacity/renormalise_kept.hpp>
+#include <weir/core/report.hpp>
+#include <weir/moe/balancers.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/report.hpp>
@@ -36,41 +33,42 @@ namespace weir {
 ///
 /// Kinds are types, deduced from the constructor's arguments; numbers are run-time settings:
 ///
-///     MoELayer moe(LinearRouter<float>(64, 8, rng), TopKSoftmax<float>{.k = 2}, Dropless{},
-///                  GluBank<float>(8, 64, 128, rng), SwitchLoss<float>{}, ZLoss<float>{});
+///     MoELayer moe(LinearRouter<float>(64, 8, rng), TopKSoftmax<float>({.k = 2}), Dropless(),
+///                  GluBank<float>(64, 8, 128, rng), SwitchLoss<float>(), ZLoss<float>());
 ///
-/// The loss that `backward` differentiates is the caller's plus `cache.aux_loss`, the sum of the
-/// balancers' losses times `pass.aux_scale`. A RouterLoss, which looks at parameters alone, is one
-/// of them: with a batch split into micro-batches it counts once, if their scales sum to one. A
-/// loss that the router has of its own is added (see aux_loss_of_router). With `pass.aux_scale` =
-/// 0, as for inference, no loss is computed.
+/// The loss that `backward` differentiates is the caller's plus the auxiliary losses: those of the
+/// balancers, of the router, and of mixtures among the experts, all times `pass.aux_scale`. Their
+/// values go to `pass.record`. A RouterLoss, which looks at parameters alone, is one of them: with
+/// a batch split into micro-batches it counts once, if their scales sum to one.
 template <class R, class S, class C, class B, class... L>
 class MoELayer {
  public:
   using Scalar = typename R::Scalar;
   using T = Scalar;
 
-  static_assert(Router<R>, "the first argument of MoELayer has to be a Router");
-  static_assert(Selector<S, T>, "the second argument of MoELayer has to be a Selector");
-  static_assert(CapacityPolicy<C, T>, "the third argument of MoELayer has to be a CapacityPolicy");
+  static_assert(Router<R>, "the first argument of MoELayer has to be a Router, see RouterBase");
+  static_assert(Selector<S, T>,
+                "the second argument of MoELayer has to be a Selector of the "
+                "router's scalar, see SelectorBase");
+  static_assert(CapacityPolicy<C, T>,
+                "the third argument of MoELayer has to be a CapacityPolicy, "
+                "see CapacityBase");
   static_assert(ExpertBank<B>, "the fourth argument of MoELayer has to be an ExpertBank");
-  static_assert(
-      (BalancerFor<L, R> && ...),
-      "the other arguments of MoELayer have to be Balancers, or RouterLosses of its router");
   static_assert(std::same_as<T, typename B::Scalar>, "router and bank differ in their scalar");
 
   struct Cache {
+    CacheState state;
     typename R::Cache router;
+    typename S::Cache selector;
+    typename C::template Cache<T> capacity;
+    typename B::Cache bank;
+    typename Balancers<R, S, L...>::Cache balancers;
     Routing<T> routing;
     Dispatch<T> dispatch;
-    typename B::Cache bank;
     RoutingGradient<T> gradient;
-    std::vector<T> d_weight;
-    Matrix<T> x;  ///< Only where there is padding, or where dropped tokens are passed through.
-    Matrix<T> y, scaled_dy, dx;
-    T aux_loss = T(0);   ///< Sum of the balancers' losses, times pass.aux_scale, and the router's.
-    T aux_scale = T(1);  ///< pass.aux_scale of the last forward pass.
-    bool filled = false;
+    PassRecord record;  ///< What the last forward pass told.
+    Matrix<T> x;        ///< Only where there is padding.
+    Matrix<T> dx;
   };
 
   /// \throws ConfigError  if router and bank differ in the number of experts or in width, or if a
@@ -92,159 +90,82 @@ class MoELayer {
     check();
   }
 
-  /// Inference: no capacity for training, no noise. Keeps nothing.
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
   /// \param x        [tokens, d_model]; any number of tokens, also none.
   /// \return         [tokens, d_out of the bank].
   /// \throws ShapeError      if x, pass.mask or pass.sequences do not fit.
-  /// \throws ConfigError     if a part's settings are out of range, or if dropped tokens are to be
-  ///                         passed through a bank that changes their width.
+  /// \throws ConfigError     if a part's settings are out of range.
   /// \throws NonFiniteError  if the router gives a real token a logit that is not finite.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    expect_columns("MoELayer::forward", "x", x, router_.d_model());
+    cache.state.begin();
+    expect_columns("MoELayer::forward", "x", x, d_model());
     pass.check("MoELayer::forward", x.rows());
-    cache.filled = false;
     check();
-    if (pass.mask.empty()) {
-      selector_.select(apply(router_, x, pass, cache.router), pass, cache.routing);
-    } else {
-      // Padding may hold anything, and 0 * NaN would spoil the gradient of the router's weight.
-      copy_rows<T>(x, cache.x);
-      for (Index t = 0; t < x.rows(); ++t) {
-        if (pass.is_padding(t)) cache.x.row(t).setZero();
-      }
-      selector_.select(apply(router_, cache.x, pass, cache.router), pass, cache.routing);
-    }
-    if constexpr (AnnotatingRouter<R>) router_.annotate(cache.router, cache.routing);
-    capacity_.apply(cache.routing);
-    if (cache.routing.pass_dropped && bank_.d_out() != d_model()) {
-      fail<ConfigError>("MoELayer::forward: the bank yields ", bank_.d_out(),
-                        " features, expected ", d_model(),
-                        " where dropped tokens are passed through");
-    }
+    cache.record.restart(pass.record);
+    Pass own = pass;
+    own.record = pass.has_aux_losses() || pass.record != nullptr ? &cache.record : nullptr;
+
+    const Matrix<T>& logits = forward_router(without_padding<T>(x, pass, cache.x), own, cache);
+    selector_.forward(logits, own, cache.routing, cache.selector);
+    cache.routing.noise = router_.noise(cache.router);
+    capacity_.forward(own, cache.routing, cache.capacity);
     cache.dispatch.build(cache.routing);
-    const Matrix<T>& y = bank_.forward(x, cache.dispatch, cache.bank);
+    const Matrix<T>& y = forward_experts(x, own, cache);
+    balancers_.forward(cache.routing, router_, own, cache.balancers);
 
-    cache.aux_scale = static_cast<T>(pass.aux_scale);
-    cache.aux_loss = T(0);
-    if (cache.aux_scale != T(0)) {
-      for_each_loss(
-          [&](const auto& balancer) { cache.aux_loss += loss_of(balancer, cache.routing); });
-      cache.aux_loss *= cache.aux_scale;
-      cache.aux_loss += aux_loss_of_router<T>(cache.router);
+    if (pass.record != nullptr) {
+      pass.record->add(cache.record);
+      if (pass.record->wants_reports()) pass.record->add_report(report(cache));
     }
-    cache.filled = true;
-    const T scale = cache.routing.output_scale;
-    if (scale == T(1) && !cache.routing.pass_dropped) return y;
-
-    copy_rows<T>(y, cache.y);
-    if (scale != T(1)) cache.y *= scale;
-    if (!cache.routing.pass_dropped) return cache.y;
-    copy_rows<T>(x, cache.x);
-    for_each_dropped(cache.routing, [&](Index t, std::size_t a) {
-      cache.y.row(t) += cache.routing.weight[a] * x.row(t);
-    });
-    return cache.y;
+    return cache.state.finish(*this, pass, y);
   }
 
   /// \param dy       dL/dy, as `forward` returned y; for the pass that filled `cache` last.
-  /// \return         dL/dx, the balancers' losses included.
-  /// \throws StateError   if the last forward pass with `cache` did not succeed, or there was none.
+  /// \return         dL/dx, the auxiliary losses included.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of y.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    if (!cache.filled) {
-      fail<StateError>("MoELayer::backward: the cache is empty, expected a forward pass before");
-    }
-    const Routing<T>& routing = cache.routing;
-    expect_shape("MoELayer::backward", "dy", dy, routing.tokens(), bank_.d_out());
+    cache.state.begin_backward("MoELayer::backward", *this, dy);
+    Routing<T>& routing = cache.routing;
+    RoutingGradient<T>& d = cache.gradient;
+    routing.noise = router_.noise(cache.router);  // The cache may have been moved.
+    d.reset(routing);
 
-    cache.gradient.reset(routing);
-    const bool has_losses = cache.aux_scale != T(0);
-    for_each_loss([&](const auto& balancer) {
-      if constexpr (BalancingLoss<std::remove_cvref_t<decltype(balancer)>, T>) {
-        if (has_losses) balancer.add_gradient(routing, cache.gradient);
-      }
-    });
-    if (has_losses && cache.aux_scale != T(1)) cache.gradient.scale(cache.aux_scale, routing);
-    for_each_balancer([&](auto& balancer) {
-      if constexpr (BalancingRule<std::remove_cvref_t<decltype(balancer)>, T>) {
-        balancer.observe(routing);
-      }
-    });
-    if constexpr (requires { capacity_.observe(routing); }) capacity_.observe(routing);
-
-    cache.d_weight.assign(routing.expert.size(), T(0));
-    const std::span<T> d_weight = cache.d_weight;
-    const Matrix<T>& d_experts =
-        bank_.backward(scaled(dy, cache), cache.dispatch, d_weight, cache.bank);
-    if (routing.pass_dropped) {
-      for_each_dropped(
-          routing, [&](Index t, std::size_t a) { d_weight[a] = dy.row(t).dot(cache.x.row(t)); });
-    }
-    cache.gradient.weights +=
-        Eigen::Map<const RowVector<T>>(d_weight.data(), routing.assignments());
-    select_backward(selector_, cache.routing, cache.gradient);
-    if constexpr (AnnotatingRouter<R>) router_.receive(cache.gradient, cache.router);
+    const std::span<T> d_weight(d.weights.data(), routing.expert.size());
+    const Matrix<T>& through_experts = bank_.backward(dy, cache.dispatch, d_weight, cache.bank);
+    capacity_.backward(routing, d, cache.capacity);
+    balancers_.backward(routing, router_, d, cache.balancers);
+    selector_.backward(routing, d, cache.selector);
+    router_.add_noise_gradient(d.noise, cache.router);
+    const Matrix<T>& through_router = router_.backward(d.logits, cache.router);
     cache.dx.resize(dy.rows(), d_model());
-    add_rows<T>(d_experts, router_.backward(cache.gradient.logits, cache.router), cache.dx);
-    for_each_loss([&](const auto& balancer) {
-      if constexpr (RouterLoss<std::remove_cvref_t<decltype(balancer)>, R>) {
-        if (has_losses) balancer.add_router_gradient(router_, cache.aux_scale);
-      }
-    });
-    if (routing.pass_dropped) {
-      for_each_dropped(routing, [&](Index t, std::size_t a) {
-        cache.dx.row(t) += routing.weight[a] * dy.row(t);
-      });
-    }
+    add_rows<T>(through_experts, through_router, cache.dx);
+
+    capacity_.observe(routing);
+    balancers_.observe(routing);
     return cache.dx;
   }
 
-  /// Lets the balancing rules, and a capacity policy that adapts, act: once after each optimizer
-  /// step.
-  void update() {
-    if constexpr (requires { capacity_.update(); }) capacity_.update();
-    for_each_balancer([&](auto& balancer) {
-      using Rule = std::remove_cvref_t<decltype(balancer)>;
-      if constexpr (BalancingRule<Rule, T>) {
-        static_assert(
-            requires { balancer.update(selector_); },
-            "this balancing rule cannot act on this selector; BiasBalance needs one with "
-            "a selection bias, such as SigmoidTopK");
-        balancer.update(selector_);
-      }
-    });
-  }
+  /// Lets the balancing rules act on the selector; for `weir::update`, which reaches all parts.
+  void update_self() { balancers_.update(selector_); }
 
-  /// What the routing of the last forward pass with `cache` did.
-  MoEReport report(const Cache& cache) const {
-    MoEReport report = report_of(cache.routing);
-    for_each_loss([&](const auto& balancer) {
-      using Loss = std::remove_cvref_t<decltype(balancer)>;
-      std::string name = "loss";
-      if constexpr (requires { Loss::kName; }) name = Loss::kName;
-      report.losses.emplace_back(name, static_cast<double>(loss_of(balancer, cache.routing)));
-    });
-    const T own = aux_loss_of_router<T>(cache.router);
-    if (own != T(0)) {
-      report.losses.emplace_back("router", static_cast<double>(own / cache.aux_scale));
+  /// What the last forward pass with `cache` did. Its losses are the values that were recorded
+  /// then: scaled by `pass.aux_scale`, as they are differentiated.
+  LayerReport report(const Cache& cache) const {
+    LayerReport report = report_of(cache.routing);
+    for (const PassRecord::Loss& loss : cache.record.losses()) {
+      report.losses.emplace_back(loss.name, loss.value);
     }
     return report;
   }
 
-  /// Parameters `router.*` and `experts.*`; buffers `selector.*` and `capacity.*`.
+  /// Members `router.*`, `selector.*`, `capacity.*`, `experts.*` and `balancers.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("router", self.router_);
-    if constexpr (requires { S::visit(self.selector_, visit); }) visit("selector", self.selector_);
-    if constexpr (requires { C::visit(self.capacity_, visit); }) visit("capacity", self.capacity_);
+    visit("selector", self.selector_);
+    visit("capacity", self.capacity_);
     visit("experts", self.bank_);
+    visit("balancers", self.balancers_);
   }
 
   Index d_model() const { return router_.d_model(); }
@@ -262,71 +183,36 @@ class MoELayer {
   /// Balancer number `i`, in the constructor's order.
   template <std::size_t i>
   auto& balancer() {
-    return std::get<i>(balancers_);
+    return balancers_.template get<i>();
   }
   template <std::size_t i>
   const auto& balancer() const {
-    return std::get<i>(balancers_);
+    return balancers_.template get<i>();
   }
 
  private:
   void check() const {
     selector_.check(router_.experts());
-    if constexpr (requires { selector_.check_router(router_); }) selector_.check_router(router_);
+    selector_.check_router(router_);
     capacity_.check();
-    for_each_balancer([&](const auto& balancer) {
-      if constexpr (requires { balancer.check(); }) balancer.check();
-      if constexpr (requires { balancer.check_router(router_); }) balancer.check_router(router_);
-    });
+    balancers_.check(router_);
   }
 
-  template <class Body>
-  void for_each_balancer(Body&& body) {
-    std::apply([&](auto&... balancer) { (body(balancer), ...); }, balancers_);
-  }
-  template <class Body>
-  void for_each_balancer(Body&& body) const {
-    std::apply([&](const auto&... balancer) { (body(balancer), ...); }, balancers_);
+  const Matrix<T>& forward_router(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    const PassRecord::Scope scope(pass.record, "router");
+    return router_.forward(x, pass, cache.router);
   }
 
-  template <class Body>
-  void for_each_loss(Body&& body) const {
-    for_each_balancer([&](const auto& balancer) {
-      using Loss = std::remove_cvref_t<decltype(balancer)>;
-      if constexpr (BalancingLoss<Loss, T> || RouterLoss<Loss, R>) body(balancer);
-    });
-  }
-
-  template <class Loss>
-  T loss_of(const Loss& balancer, const Routing<T>& routing) const {
-    T loss = T(0);
-    if constexpr (BalancingLoss<Loss, T>) loss += balancer.loss(routing);
-    if constexpr (RouterLoss<Loss, R>) loss += balancer.router_loss(router_);
-    return loss;
-  }
-
-  /// dL/d(outputs of the experts).
-  static Eigen::Ref<const Matrix<T>> scaled(MatrixIn<T> dy, Cache& cache) {
-    if (cache.routing.output_scale == T(1)) return dy;
-    copy_rows<T>(dy, cache.scaled_dy);
-    cache.scaled_dy *= cache.routing.output_scale;
-    return cache.scaled_dy;
-  }
-
-  template <class Body>
-  static void for_each_dropped(const Routing<T>& routing, Body&& body) {
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        if (routing.kept[static_cast<std::size_t>(a)] == 0) body(t, static_cast<std::size_t>(a));
-      }
-    }
+  const Matrix<T>& forward_experts(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    const PassRecord::Scope scope(pass.record, "experts");
+    return bank_.forward(x, cache.dispatch, pass, cache.bank);
   }
 
   R router_;
   S selector_;
   C capacity_;
   B bank_;
-  std::tuple<L...> balancers_;
+  Balancers<R, S, L...> balancers_;
 };
 
 }  // namespace weir

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <utility>
-#include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -30,13 +30,12 @@ class RoutingTrace {
   /// \param kept     Likewise, 0 for a dropped one. Empty: all are kept.
   /// \throws ConfigError  unless experts >= 1, the offsets ascend from 0 to the number of
   ///                      assignments, and each token's experts differ and are in range.
-  RoutingTrace(Index experts, std::vector<Index> offsets, std::vector<Index> expert,
-               std::vector<std::uint8_t> kept = {})
+  RoutingTrace(Index experts, List<Index> offsets, List<Index> expert, List<std::uint8_t> kept = {})
       : experts_(experts),
         offsets_(std::move(offsets)),
         expert_(std::move(expert)),
         kept_(std::move(kept)) {
-    if (kept_.empty()) kept_.assign(expert_.size(), 1);
+    if (kept_.empty()) kept_.assign(expert_.count(), 1);
     check();
   }
 
@@ -50,17 +49,17 @@ class RoutingTrace {
     kept_.assign(routing.kept.begin(), routing.kept.end());
   }
 
-  Index tokens() const { return static_cast<Index>(offsets_.size()) - 1; }
+  Index tokens() const { return offsets_.count() - 1; }
   Index experts() const { return experts_; }
-  Index assignments() const { return static_cast<Index>(expert_.size()); }
-  Index first(Index token) const { return offsets_[static_cast<std::size_t>(token)]; }
-  Index last(Index token) const { return offsets_[static_cast<std::size_t>(token) + 1]; }
-  Index expert(Index assignment) const { return expert_[static_cast<std::size_t>(assignment)]; }
-  bool kept(Index assignment) const { return kept_[static_cast<std::size_t>(assignment)] != 0; }
+  Index assignments() const { return expert_.count(); }
+  Index first(Index token) const { return offsets_[token]; }
+  Index last(Index token) const { return offsets_[token + 1]; }
+  Index expert(Index assignment) const { return expert_[assignment]; }
+  bool kept(Index assignment) const { return kept_[assignment] != 0; }
 
-  const std::vector<Index>& offsets() const { return offsets_; }
-  const std::vector<Index>& experts_chosen() const { return expert_; }
-  const std::vector<std::uint8_t>& all_kept() const { return kept_; }
+  const List<Index>& offsets() const { return offsets_; }
+  const List<Index>& experts_chosen() const { return expert_; }
+  const List<std::uint8_t>& all_kept() const { return kept_; }
 
   bool operator==(const RoutingTrace&) const = default;
 
@@ -92,9 +91,9 @@ class RoutingTrace {
   }
 
   Index experts_ = 0;
-  std::vector<Index> offsets_ = {0};
-  std::vector<Index> expert_;
-  std::vector<std::uint8_t> kept_;
+  List<Index> offsets_ = {0};
+  List<Index> expert_;
+  List<std::uint8_t> kept_;
 };
 
 }  // namespace weir

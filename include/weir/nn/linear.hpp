@@ -8,6 +8,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/layer.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -57,6 +58,7 @@ class Linear {
   using Scalar = T;
 
   struct Cache {
+    CacheState state;
     Matrix<T> x, y, dx;
   };
 
@@ -79,32 +81,24 @@ class Linear {
   /// \param x        [tokens, d_in].
   /// \return         [tokens, d_out].
   /// \throws ShapeError   if x does not have d_in columns.
-  Matrix<T> forward(MatrixIn<T> x) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("Linear::forward", "x", x, d_in());
-    Matrix<T> y(x.rows(), d_out());
-    linear_forward<T>(x, weight_, bias_.value, y);
-    return y;
-  }
-
-  /// The same, keeping what `backward` needs.
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
-    expect_columns("Linear::forward", "x", x, d_in());
-    cache.x = x;
+    if (pass.training) cache.x = x;
     cache.y.resize(x.rows(), d_out());
     linear_forward<T>(x, weight_, bias_.value, cache.y);
-    return cache.y;
+    return cache.state.finish(*this, pass, cache.y);
   }
 
   /// Adds to the gradients of weight and bias.
   /// \param dy       [tokens, d_out], of the last forward pass.
   /// \return         dL/dx, [tokens, d_in].
-  /// \throws StateError   if the cache has seen no forward pass, or if the weight is stored for
+  /// \throws StateError   if the cache does not fit, see CacheState, or if the weight is stored for
   ///                      inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     expect_trainable("Linear::backward", weight_.storage());
-    if (cache.y.cols() != d_out()) fail<StateError>("Linear::backward: no forward pass before it");
-    expect_shape("Linear::backward", "dy", dy, cache.x.rows(), d_out());
+    cache.state.begin_backward("Linear::backward", *this, dy);
     cache.dx.resize(dy.rows(), d_in());
     linear_backward<T>(dy, cache.x, weight_, bias_, cache.dx);
     return cache.dx;

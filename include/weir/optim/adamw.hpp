@@ -6,16 +6,20 @@
 #include <algorithm>
 #include <cmath>
 #include <concepts>
-#include <functional>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
+#include <weir/core/name_pattern.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/verbs.hpp>
+#include <weir/core/walk.hpp>
 
 namespace weir {
 
@@ -23,7 +27,7 @@ namespace weir {
 template <class T>
 struct Moments {
   Matrix<T> first;   ///< m, shaped like the parameter; empty until its first update.
-  Matrix<T> second;  ///< v, likewise.
+  Matrix<T> second;  ///< v, shaped like the parameter; empty until its first update.
   Index steps = 0;   ///< t: how many updates the parameter has had.
 };
 
@@ -32,6 +36,24 @@ template <class T>
 struct NamedMoments {
   std::string name;
   Moments<T>* moments;
+};
+
+/// Settings of the parameters whose names match a pattern, in which '*' stands for any characters.
+struct ParameterGroup {
+  std::string pattern;                      ///< Such as "*.router.*".
+  double learning_rate_factor = 1.0;        ///< Multiplies the learning rate.
+  std::optional<double> weight_decay = {};  ///< Replaces the weight decay, also of vectors.
+};
+
+/// Settings of AdamW. The defaults are those of language models, not those of PyTorch.
+struct AdamWConfig {
+  double learning_rate = 1e-3;
+  double beta1 = 0.9;
+  double beta2 = 0.95;
+  double epsilon = 1e-8;
+  double weight_decay = 0.1;
+  bool decay_vectors = false;  ///< Whether one-row parameters (norm weights, biases) decay too.
+  std::vector<ParameterGroup> groups = {};  ///< The first that matches a name holds for it.
 };
 
 /// Adam with decoupled weight decay. Per step and parameter, with g its accumulated gradient:
@@ -44,6 +66,9 @@ struct NamedMoments {
 /// is the custom: the paper's lambda is weight_decay times the base learning rate. t counts the
 /// updates of this parameter, so that its moments are unbiased whenever it is first used.
 /// (Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.)
+///
+/// The optimizer holds no pointers. `step` finds the parameters of the model by their names, so
+/// that a model may be moved, frozen in part, or lose and gain parts between steps.
 ///
 /// Three kinds of parameter stand apart:
 /// - frozen: keeps value, moments and t; its gradient is cleared.
@@ -58,58 +83,51 @@ class AdamW {
  public:
   using Scalar = T;
 
-  struct Config {
-    double learning_rate = 1e-3;
-    double beta1 = 0.9;
-    double beta2 = 0.95;
-    double epsilon = 1e-8;
-    double weight_decay = 0.1;
-    bool decay_vectors = false;  ///< Whether one-row parameters (norm weights, biases) decay too.
-  };
-
-  /// \param parameters    Those of one or more layers, as `parameters(layer)` lists them. They have
-  ///                      to outlive the optimizer, and must not be moved or resized.
-  /// \throws ConfigError   if a number is out of range, or a parameter is listed twice.
-  explicit AdamW(const std::vector<NamedParameter<T>>& parameters, const Config& config = {})
-      : config_(config) {
-    expect_rate("AdamW", "learning_rate", config.learning_rate);
-    expect_fraction("beta1", config.beta1);
-    expect_fraction("beta2", config.beta2);
-    expect_positive("AdamW", "epsilon", static_cast<T>(config.epsilon));
-    expect_rate("AdamW", "weight_decay", config.weight_decay);
-    expect_distinct(parameters);
-    slots_.reserve(parameters.size());
-    for (const auto& [name, parameter] : parameters) {
-      const Index begin = blocks_;
-      const Matrix<T>& value = parameter->value;
-      blocks_ += (value.size() + kBlock - 1) / kBlock;
-      slots_.push_back({name, parameter, value.rows(), value.cols(), begin, blocks_});
+  /// \throws ConfigError   if a number is out of range.
+  explicit AdamW(AdamWConfig config = {}) : config_(std::move(config)) {
+    expect_rate("AdamW", "learning_rate", config_.learning_rate);
+    expect_fraction("beta1", config_.beta1);
+    expect_fraction("beta2", config_.beta2);
+    expect_positive("AdamW", "epsilon", static_cast<T>(config_.epsilon));
+    expect_rate("AdamW", "weight_decay", config_.weight_decay);
+    for (const ParameterGroup& group : config_.groups) {
+      expect_rate("AdamW", "learning_rate_factor", group.learning_rate_factor);
+      if (group.weight_decay) expect_rate("AdamW", "weight_decay", *group.weight_decay);
     }
   }
 
-  /// Updates every parameter by its accumulated gradient, then sets the gradient to zero.
-  /// Allocates nothing but the moments of a parameter at its first update.
-  /// \throws ShapeError   if a gradient or a moment is not shaped like its parameter.
-  /// \throws StateError   if a parameter was resized since the optimizer was made.
-  void step() {
-    for (const Slot& slot : slots_) check(slot);
-    for (Slot& slot : slots_) {
-      if (slot.learns()) prepare(slot);
+  /// Updates every parameter of `model` by its accumulated gradient, sets the gradients to zero,
+  /// and lets balancing rules and schedules act (`weir::update`). Allocates nothing but the moments
+  /// of a parameter at its first update. \throws ShapeError   if a gradient or a moment is not
+  /// shaped like its parameter; nothing has
+  ///                      changed then.
+  /// \throws ConfigError  if two parameters have the same name, or are the same.
+  template <class Model>
+  void step(Model& model) {
+    find_parameters(model);
+    for (const Active& active : active_) check(active);
+    Index blocks = 0;
+    for (Active& active : active_) {
+      active.begin = blocks;
+      blocks += (active.parameter->value.size() + kBlock - 1) / kBlock;
+      active.end = blocks;
+      if (active.learns()) prepare(active);
     }
-    parallel_for((blocks_ + kTaskBlocks - 1) / kTaskBlocks, [&](Index task) {
+    parallel_for((blocks + kTaskBlocks - 1) / kTaskBlocks, [&](Index task) {
       const Index begin = task * kTaskBlocks;
-      const Index end = std::min(blocks_, begin + kTaskBlocks);
-      auto slot = std::partition_point(slots_.begin(), slots_.end(),
-                                       [&](const Slot& s) { return s.end <= begin; });
+      const Index end = std::min(blocks, begin + kTaskBlocks);
+      auto active = std::partition_point(active_.begin(), active_.end(),
+                                         [&](const Active& a) { return a.end <= begin; });
       for (Index block = begin; block < end; ++block) {
-        while (slot->end <= block) ++slot;
-        update(*slot, (block - slot->begin) * kBlock);
+        while (active->end <= block) ++active;
+        update_block(*active, (block - active->begin) * kBlock);
       }
     });
     ++steps_;
+    update(model);
   }
 
-  const Config& config() const { return config_; }
+  const AdamWConfig& config() const { return config_; }
 
   /// The learning rate of the next step.
   double learning_rate() const { return config_.learning_rate; }
@@ -130,22 +148,31 @@ class AdamW {
     steps_ = steps;
   }
 
-  /// The moments of each parameter, in the order given to the constructor: to be saved, or to be
-  /// overwritten with saved ones. The pointers are good for as long as the optimizer lives.
+  /// The moments of each parameter that has had a step, to be saved. The pointers are good until
+  /// the next call of a member.
   std::vector<NamedMoments<T>> moments() {
     std::vector<NamedMoments<T>> named;
-    named.reserve(slots_.size());
     for (Slot& slot : slots_) named.push_back({slot.name, &slot.moments});
     return named;
+  }
+
+  /// The moments of the parameter `name`, empty if it has had no step, to be overwritten with saved
+  /// ones. The reference is good until the next call of a member.
+  Moments<T>& moments(std::string_view name) { return slots_[slot_of(name)].moments; }
+
+  /// Forgets the moments of the parameters whose names match `pattern`, which start anew; of those
+  /// that are no longer in the model, too.
+  void forget(std::string_view pattern) {
+    std::erase_if(slots_, [&](const Slot& slot) { return matches_pattern(pattern, slot.name); });
   }
 
  private:
   using Values = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
 
   // Parameters are worked off in blocks that stay in the first-level cache over the statements of
-  // `update`, and a task is a run of blocks, of one large parameter or of many small ones. A block
-  // starts at a multiple of kBlock within its parameter: how an element is rounded then depends on
-  // nothing but its place there.
+  // `update_block`, and a task is a run of blocks, of one large parameter or of many small ones. A
+  // block starts at a multiple of kBlock within its parameter: how an element is rounded then
+  // depends on nothing but its place there.
   static constexpr Index kBlock = 512;
   static constexpr Index kTaskBlocks = 32;
 
@@ -156,15 +183,35 @@ class AdamW {
     T root = T(1);
   };
 
+  // What is remembered from step to step.
   struct Slot {
     std::string name;
-    Parameter<T>* parameter = nullptr;
-    Index rows = 0, cols = 0;
-    Index begin = 0, end = 0;  // Its blocks.
     Moments<T> moments = {};
+    double learning_rate_factor = 1.0;
+    std::optional<double> weight_decay = {};  // That of the parameter's group.
+  };
+
+  // A parameter of the model during a step.
+  struct Active {
+    Parameter<T>* parameter = nullptr;
+    Slot* slot = nullptr;
+    Index begin = 0, end = 0;  // Its blocks.
     Coefficients coefficients = {};
 
     bool learns() const { return !parameter->frozen && parameter->grad.size() > 0; }
+  };
+
+  struct Found {
+    Parameter<T>* parameter;
+    Index slot;
+  };
+
+  struct FindParameters final : Walk<T> {
+    explicit FindParameters(AdamW& optimizer) : optimizer(optimizer) {}
+    void at_parameter(const std::string& name, Parameter<T>& parameter) override {
+      optimizer.found_.push_back({&parameter, optimizer.slot_of(name, optimizer.found_.count())});
+    }
+    AdamW& optimizer;
   };
 
   static void expect_rate(std::string_view where, std::string_view name, double value) {
@@ -179,58 +226,110 @@ class AdamW {
     }
   }
 
-  static void expect_distinct(std::vector<NamedParameter<T>> parameters) {
-    const auto address = [](const NamedParameter<T>& p) { return p.parameter; };
-    std::ranges::stable_sort(parameters, std::less<>{}, address);
-    const auto twice = std::ranges::adjacent_find(parameters, std::equal_to<>{}, address);
-    if (twice != parameters.end()) {
-      fail<ConfigError>("AdamW: parameters has ", twice->name, " and ", std::next(twice)->name,
-                        ", which are the same parameter, expected each once");
+  // The slot of that name, a new one if there is none. In most steps it is slot `guess`.
+  Index slot_of(std::string_view name, Index guess = 0) {
+    if (guess < slots_.count() && slots_[guess].name == name) return guess;
+    const auto found = std::ranges::find(slots_, name, &Slot::name);
+    if (found != slots_.end()) return static_cast<Index>(found - slots_.begin());
+    Slot slot{.name = std::string(name)};
+    for (const ParameterGroup& group : config_.groups) {
+      if (!matches_pattern(group.pattern, name)) continue;
+      slot.learning_rate_factor = group.learning_rate_factor;
+      slot.weight_decay = group.weight_decay;
+      break;
+    }
+    slots_.push_back(std::move(slot));
+    return slots_.count() - 1;
+  }
+
+  template <class Model>
+  void find_parameters(Model& model) {
+    found_.clear();
+    FindParameters find(*this);
+    find("", model);
+    bool in_order = true;
+    for (Index i = 0; i < found_.count(); ++i) in_order = in_order && found_[i].slot == i;
+    if (!in_order) sort_slots();
+    expect_distinct();
+    active_.clear();
+    for (Index i = 0; i < found_.count(); ++i) {
+      active_.push_back({found_[i].parameter, &slots_[found_[i].slot]});
     }
   }
 
-  static void check(const Slot& slot) {
-    const Matrix<T>& value = slot.parameter->value;
-    if (value.rows() != slot.rows || value.cols() != slot.cols) {
-      fail<StateError>("AdamW::step: ", slot.name, " is ", shape_of(value), ", but was [",
-                       slot.rows, ", ", slot.cols, "] when the optimizer was made");
+  // Puts the slots into the order of the model, so that the next step finds them at once.
+  void sort_slots() {
+    List<Index> place(slots_.count(), -1);
+    Index next = 0;
+    for (const Found& found : found_) {
+      if (place[found.slot] >= 0) {
+        fail<ConfigError>("AdamW::step: two parameters are named ", slots_[found.slot].name,
+                          ", expected different names");
+      }
+      place[found.slot] = next++;
     }
+    for (Index& p : place) p = p < 0 ? next++ : p;
+    List<Slot> sorted(slots_.count());
+    for (Index i = 0; i < slots_.count(); ++i) sorted[place[i]] = std::move(slots_[i]);
+    slots_ = std::move(sorted);
+    for (Found& found : found_) found.slot = place[found.slot];
+  }
+
+  void expect_distinct() {
+    addresses_.clear();
+    for (const Found& found : found_) addresses_.push_back(found.parameter);
+    std::sort(addresses_.begin(), addresses_.end());
+    const auto twice = std::adjacent_find(addresses_.begin(), addresses_.end());
+    if (twice == addresses_.end()) return;
+    std::string names;
+    for (const Found& found : found_) {
+      if (found.parameter == *twice)
+        names += (names.empty() ? "" : " and ") + slots_[found.slot].name;
+    }
+    fail<ConfigError>("AdamW::step: ", names, " are the same parameter, expected each once");
+  }
+
+  static void check(const Active& active) {
+    const Matrix<T>& value = active.parameter->value;
     const auto expect_like_value = [&](std::string_view what, const Matrix<T>& m) {
-      if (m.size() > 0 && (m.rows() != slot.rows || m.cols() != slot.cols)) {
-        fail<ShapeError>("AdamW::step: ", what, slot.name, " is ", shape_of(m), ", expected ",
-                         shape_of(value));
+      if (m.size() > 0 && (m.rows() != value.rows() || m.cols() != value.cols())) {
+        fail<ShapeError>("AdamW::step: ", what, active.slot->name, " is ", shape_of(m),
+                         ", expected ", shape_of(value));
       }
     };
-    expect_like_value("gradient of ", slot.parameter->grad);
-    expect_like_value("first moment of ", slot.moments.first);
-    expect_like_value("second moment of ", slot.moments.second);
+    expect_like_value("gradient of ", active.parameter->grad);
+    expect_like_value("first moment of ", active.slot->moments.first);
+    expect_like_value("second moment of ", active.slot->moments.second);
   }
 
-  void prepare(Slot& slot) const {
-    Moments<T>& moments = slot.moments;
-    if (moments.first.size() == 0) moments.first.setZero(slot.rows, slot.cols);
-    if (moments.second.size() == 0) moments.second.setZero(slot.rows, slot.cols);
+  void prepare(Active& active) const {
+    const Matrix<T>& value = active.parameter->value;
+    Moments<T>& moments = active.slot->moments;
+    if (moments.first.size() == 0) moments.first.setZero(value.rows(), value.cols());
+    if (moments.second.size() == 0) moments.second.setZero(value.rows(), value.cols());
     ++moments.steps;
     const auto t = static_cast<double>(moments.steps);
-    const bool decays = slot.rows != 1 || config_.decay_vectors;
-    const double decay = decays ? config_.learning_rate * config_.weight_decay : 0.0;
-    slot.coefficients = {
-        .keep = static_cast<T>(1.0 - decay),
-        .rate = static_cast<T>(config_.learning_rate / (1.0 - std::pow(config_.beta1, t))),
+    const bool decays = value.rows() != 1 || config_.decay_vectors;
+    const double weight_decay =
+        active.slot->weight_decay.value_or(decays ? config_.weight_decay : 0.0);
+    const double rate = config_.learning_rate * active.slot->learning_rate_factor;
+    active.coefficients = {
+        .keep = static_cast<T>(1.0 - rate * weight_decay),
+        .rate = static_cast<T>(rate / (1.0 - std::pow(config_.beta1, t))),
         .root = static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(config_.beta2, t)))};
   }
 
   // One block of a parameter, from element `begin`.
-  void update(Slot& slot, Index begin) const {
-    Parameter<T>& parameter = *slot.parameter;
+  void update_block(const Active& active, Index begin) const {
+    Parameter<T>& parameter = *active.parameter;
     if (parameter.grad.size() == 0) return;
     const Index size = std::min(kBlock, parameter.value.size() - begin);
     Values g(parameter.grad.data() + begin, size);
-    if (slot.learns()) {
+    if (active.learns()) {
       Values w(parameter.value.data() + begin, size);
-      Values m(slot.moments.first.data() + begin, size);
-      Values v(slot.moments.second.data() + begin, size);
-      const auto [keep, rate, root] = slot.coefficients;
+      Values m(active.slot->moments.first.data() + begin, size);
+      Values v(active.slot->moments.second.data() + begin, size);
+      const auto [keep, rate, root] = active.coefficients;
       m = static_cast<T>(config_.beta1) * m + static_cast<T>(1.0 - config_.beta1) * g;
       v = static_cast<T>(config_.beta2) * v + static_cast<T>(1.0 - config_.beta2) * g.square();
       w = keep * w - rate * m / (root * v.sqrt() + static_cast<T>(config_.epsilon));
@@ -238,9 +337,11 @@ class AdamW {
     g.setZero();
   }
 
-  Config config_;
-  std::vector<Slot> slots_;
-  Index blocks_ = 0;
+  AdamWConfig config_;
+  List<Slot> slots_;
+  List<Found> found_;    // Those of the step at hand, as are
+  List<Active> active_;  // these, once the slots stay where they are.
+  List<const void*> addresses_;
   Index steps_ = 0;
 };
 

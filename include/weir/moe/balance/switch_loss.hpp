@@ -8,6 +8,9 @@
 #include <concepts>
 #include <string_view>
 
+#include <weir/core/error.hpp>
+#include <weir/moe/balance/priced_probability.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
@@ -18,6 +21,13 @@ enum class LoadFraction {
                    ///< MegaBlocks, DeepSpeed).
   kOfTokens,       ///< f sums to k, the loss at uniform load is k times the coefficient (Hugging
                    ///< Face's Mixtral and DBRX, flaxformer).
+};
+
+/// Settings of SwitchLoss.
+struct SwitchLossConfig {
+  double coefficient = 0.01;
+  LoadFraction fraction = LoadFraction::kOfAssignments;
+  Scope scope = Scope::kBatch;
 };
 
 /// Rewards a router for spreading tokens evenly over the experts:
@@ -33,61 +43,47 @@ enum class LoadFraction {
 /// f_e counts decisions and is constant to the derivative; the gradient reaches the router through
 /// P_e alone.
 template <std::floating_point T>
-struct SwitchLoss {
+class SwitchLoss : public BalancerBase {
+ public:
   static constexpr std::string_view kName = "switch";
+  using Cache = PriceSpace<T>;
 
-  T coefficient = T(0.01);
-  LoadFraction fraction = LoadFraction::kOfAssignments;
-  Scope scope = Scope::kBatch;
+  explicit SwitchLoss(SwitchLossConfig config = {}) : config_(config) { check(); }
 
   /// \throws ConfigError  if the coefficient is negative.
-  void check() const { expect_at_least("SwitchLoss", "coefficient", coefficient, T(0)); }
+  void check() const { expect_at_least("SwitchLoss", "coefficient", config_.coefficient, 0.0); }
 
   /// \return         The loss, already scaled by `coefficient`.
-  T loss(const Routing<T>& routing) const {
-    T sum = T(0);
-    Index groups = 0;
-    RowVector<T>& f = routing.scratch[0];
-    RowVector<T>& p = routing.scratch[1];
-    routing.for_each_group(scope, [&](Index begin, Index end) {
-      const Index tokens = routing.real_tokens(begin, end);
-      if (tokens == 0) return;
-      ++groups;
-      fractions(routing, begin, end, tokens, f);
-      p.setZero(routing.experts());
-      for (Index t = begin; t < end; ++t) p += routing.probabilities.row(t);
-      sum += p.dot(f) / static_cast<T>(tokens);
-    });
-    if (groups == 0) return T(0);
-    return coefficient * static_cast<T>(routing.experts()) * sum / static_cast<T>(groups);
+  double forward(const Routing<T>& routing, Cache& cache) const {
+    return static_cast<double>(
+        factor(routing) * priced_probability(routing, config_.scope, fractions(routing), cache));
   }
 
-  /// Adds d(loss)/d(probabilities).
-  void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    Index groups = 0;
-    routing.for_each_group(scope, [&](Index begin, Index end) {
-      if (routing.real_tokens(begin, end) > 0) ++groups;
-    });
-    RowVector<T>& f = routing.scratch[0];
-    routing.for_each_group(scope, [&](Index begin, Index end) {
-      const Index tokens = routing.real_tokens(begin, end);
-      if (tokens == 0) return;
-      fractions(routing, begin, end, tokens, f);
-      f *= coefficient * static_cast<T>(routing.experts()) / static_cast<T>(groups * tokens);
-      for (Index t = begin; t < end; ++t) {
-        if (!routing.is_padding(t)) gradient.probabilities.row(t) += f;
-      }
-    });
+  /// Adds `scale` times d(loss)/d(probabilities).
+  void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                Cache& cache) const {
+    add_priced_probability_gradient(routing, config_.scope, static_cast<T>(scale) * factor(routing),
+                                    fractions(routing), cache, gradient);
   }
+
+  const SwitchLossConfig& config() const { return config_; }
 
  private:
-  void fractions(const Routing<T>& routing, Index begin, Index end, Index tokens,
-                 RowVector<T>& f) const {
-    f.setZero(routing.experts());
-    routing.add_load(begin, end, f);
-    const T assignments = f.sum();
-    f /= fraction == LoadFraction::kOfTokens ? static_cast<T>(tokens) : std::max(assignments, T(1));
+  T factor(const Routing<T>& routing) const {
+    return static_cast<T>(config_.coefficient) * static_cast<T>(routing.experts());
   }
+
+  auto fractions(const Routing<T>& routing) const {
+    return [&routing, this](Index begin, Index end, Index tokens, RowVector<T>& f) {
+      f.setZero(routing.experts());
+      routing.add_load(begin, end, f);
+      const T assignments = f.sum();
+      f /= config_.fraction == LoadFraction::kOfTokens ? static_cast<T>(tokens)
+                                                       : std::max(assignments, T(1));
+    };
+  }
+
+  SwitchLossConfig config_;
 };
 
 }  // namespace weir

@@ -22,6 +22,11 @@
 
 namespace weir {
 
+/// Settings of GluBank.
+struct GluBankConfig {
+  double init_scale = 1.0;  ///< `scale` of `switch_init`. Switch trains its experts with 0.1.
+};
+
 /// `experts` networks
 ///
 ///     E_e(x) = (act(x Wg_e^T) * (x Wu_e^T)) Wd_e^T
@@ -44,17 +49,17 @@ class GluBank {
     std::vector<Product<T>> products;
   };
 
-  /// Initialised like Switch's experts, with the fan-in of one expert.
+  /// Weights from `switch_init`, with the fan-in of one expert, as those of Glu.
   /// \throws ConfigError  if a size is below 1.
-  GluBank(Index experts, Index d_model, Index d_hidden, Rng& rng, double init_scale = 0.1)
+  GluBank(Index d_model, Index experts, Index d_hidden, Rng& rng, GluBankConfig config = {})
       : d_in_(d_model), d_hidden_(d_hidden), d_out_(d_model) {
-    expect_at_least<Index>("GluBank", "experts", experts, 1);
     expect_at_least<Index>("GluBank", "d_model", d_model, 1);
+    expect_at_least<Index>("GluBank", "experts", experts, 1);
     expect_at_least<Index>("GluBank", "d_hidden", d_hidden, 1);
     for (Index e = 0; e < experts; ++e) {
-      gate_.push_back({switch_init<T>(d_hidden, d_model, rng, init_scale)});
-      up_.push_back({switch_init<T>(d_hidden, d_model, rng, init_scale)});
-      down_.push_back({switch_init<T>(d_model, d_hidden, rng, init_scale)});
+      gate_.push_back({switch_init<T>(d_hidden, d_model, rng, config.init_scale)});
+      up_.push_back({switch_init<T>(d_hidden, d_model, rng, config.init_scale)});
+      down_.push_back({switch_init<T>(d_model, d_hidden, rng, config.init_scale)});
     }
   }
 
@@ -82,7 +87,8 @@ class GluBank {
     }
   }
 
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
+                           Cache& cache) const {
     if (storage_ == Storage::kTrainable) {
       forward_trainable(x, dispatch, cache);
     } else {

@@ -10,6 +10,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/nn/linear.hpp>
 
 namespace weir {
@@ -24,9 +25,8 @@ struct LinearRouterConfig {
 ///
 /// (Fedus et al. 2021, arXiv:2101.03961, eq. 1. Bias: gpt-oss, FastMoE.)
 template <std::floating_point T>
-class LinearRouter {
+class LinearRouter : public RouterBase<T> {
  public:
-  using Scalar = T;
   using Cache = typename Linear<T>::Cache;
 
   /// Weights from `switch_init`; the bias starts at zero.
@@ -40,16 +40,12 @@ class LinearRouter {
   explicit LinearRouter(Matrix<T> weight, Matrix<T> bias = {})
       : linear_(std::move(weight), std::move(bias)) {}
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
   /// \param x        [tokens, d_model]
   /// \return         [tokens, experts]
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("LinearRouter::forward", "x", x, d_model());
-    return linear_.forward(x, cache);
+    return linear_.forward(x, pass, cache);
   }
 
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
@@ -58,11 +54,14 @@ class LinearRouter {
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    Linear<T>::visit(self.linear_, visit);
+    visit("", self.linear_);
   }
 
   Index d_model() const { return linear_.d_in(); }
   Index experts() const { return linear_.d_out(); }
+
+  Parameter<T>* expert_vectors() { return &linear_.weight(); }
+  const Parameter<T>* expert_vectors() const { return &linear_.weight(); }
 
   /// [experts, d_model]
   const Parameter<T>& weight() const { return linear_.weight(); }

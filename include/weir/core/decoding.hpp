@@ -1,21 +1,45 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// What attention layers expect of the states they continue.
+/// Layers that continue sequences token by token.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <span>
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/layer.hpp>
 #include <weir/core/pass.hpp>
+#include <weir/core/types.hpp>
 
 namespace weir {
+
+/// A layer whose output for a token depends on the tokens before it. `decode` continues several
+/// sequences at once: their new tokens are the rows of x, packed as `pass.sequences` says (null:
+/// one sequence), and `states` has what the layer knows of each, `State{}` in the beginning.
+/// `state.truncate(length)` makes a state forget all tokens but the first `length`.
+template <class L>
+concept DecodingLayer = Layer<L> && std::semiregular<typename L::State> &&
+    requires(const L& layer, MatrixIn<typename L::Scalar> x, const Pass& pass,
+             std::span<typename L::State* const> states, typename L::State& state, Index length,
+             typename L::Cache& cache) {
+  { layer.decode(x, pass, states, cache) } -> std::same_as<const Matrix<typename L::Scalar>&>;
+  state.truncate(length);
+};
+
+/// Continues one sequence by the tokens x [new tokens, d_model].
+template <DecodingLayer L>
+const Matrix<typename L::Scalar>& decode(const L& layer, MatrixIn<typename L::Scalar> x,
+                                         typename L::State& state, typename L::Cache& cache) {
+  typename L::State* const states[] = {&state};
+  return layer.decode(x, Pass{}, states, cache);
+}
 
 /// Whether `states` can continue the sequences of `pass`, in a layer's `decode`.
 /// \throws StateError   unless there is one state for each sequence (without sequences, one), no
 /// two
-///                      the same.
+///                      of them the same.
 /// \throws ConfigError  if a token is padding: a state has no place for it.
 template <class State>
 void expect_states(std::string_view where, const Pass& pass, std::span<State* const> states) {

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What the routing of one layer did in one pass, in numbers.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+/// Load, drops, entropy and losses of one layer that routes tokens, in one pass. Padding is not
+/// counted.
+struct LayerReport {
+  Index tokens = 0;          ///< Real tokens.
+  Index assignments = 0;     ///< Assignments of tokens to experts, dropped or not.
+  Index dropped = 0;         ///< Assignments beyond a capacity.
+  Index dropped_tokens = 0;  ///< Tokens that kept no expert at all.
+  std::vector<Index> load;   ///< Assignments of each expert, dropped or not.
+  std::vector<Index> kept;   ///< Assignments of each expert that it computed.
+  double entropy = 0.0;      ///< Mean over tokens of -sum_e p_e ln p_e, in nats.
+
+  /// The value that the forward pass computed for each auxiliary loss, by its balancer's name and
+  /// scaled by its coefficient. Empty if the pass computed none.
+  std::vector<std::pair<std::string, double>> losses;
+
+  /// The share of assignments that were dropped; 0 without any.
+  double drop_rate() const {
+    return assignments > 0 ? static_cast<double>(dropped) / static_cast<double>(assignments) : 0.0;
+  }
+
+  /// max_e load_e / mean_e load_e: 1 when level, `experts` when one has it all; 1 without load.
+  double imbalance() const {
+    Index largest = 0;
+    for (const Index l : load) largest = std::max(largest, l);
+    return assignments > 0 ? static_cast<double>(largest) * static_cast<double>(load.size()) /
+                                 static_cast<double>(assignments)
+                           : 1.0;
+  }
+};
+
+}  // namespace weir

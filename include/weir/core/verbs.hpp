@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What can be done to a whole tree of layers. Each verb reaches every part: routers, selectors,
+/// capacity policies, experts, balancers, and what wrappers wrap.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/name_pattern.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/core/types.hpp>
+#include <weir/core/walk.hpp>
+
+namespace weir {
+
+namespace detail {
+
+template <class T>
+struct CollectTensors final : Walk<T> {
+  std::vector<NamedParameter<T>> parameters;
+  std::vector<NamedBuffer<T>> buffers;
+
+  void at_parameter(const std::string& name, Parameter<T>& parameter) override {
+    parameters.push_back({name, &parameter});
+  }
+  void at_buffer(const std::string& name, Buffer<T>& buffer) override {
+    buffers.push_back({name, &buffer});
+  }
+};
+
+template <class T>
+struct ZeroGradients final : Walk<T> {
+  void at_parameter(const std::string& /*name*/, Parameter<T>& parameter) override {
+    parameter.grad.setZero();
+  }
+};
+
+template <class T>
+struct UpdateNodes final : Walk<T> {
+  bool at_node(const Node& node) override {
+    node.update();
+    return true;
+  }
+};
+
+template <class T>
+struct SetStorage final : Walk<T> {
+  explicit SetStorage(Storage storage) : storage(storage) {}
+  bool at_node(const Node& node) override { return !node.set_storage(storage); }
+  Storage storage;
+};
+
+template <class T>
+struct Freeze final : Walk<T> {
+  Freeze(std::string_view pattern, bool frozen) : pattern(pattern), frozen(frozen) {}
+  void at_parameter(const std::string& name, Parameter<T>& parameter) override {
+    if (!matches_pattern(pattern, name)) return;
+    parameter.frozen = frozen;
+    ++count;
+  }
+  std::string_view pattern;
+  bool frozen;
+  Index count = 0;
+};
+
+}  // namespace detail
+
+/// Every parameter of `layer` under its dotted name, in checkpoint order. The
+/// pointers stay valid as long as the layer lives and is not moved.
+template <class Layer>
+std::vector<NamedParameter<typename Layer::Scalar>> parameters(Layer& layer) {
+  detail::CollectTensors<typename Layer::Scalar> collect;
+  collect("", layer);
+  return std::move(collect.parameters);
+}
+
+/// Every buffer of `layer`, as `parameters` lists the parameters.
+template <class Layer>
+std::vector<NamedBuffer<typename Layer::Scalar>> buffers(Layer& layer) {
+  detail::CollectTensors<typename Layer::Scalar> collect;
+  collect("", layer);
+  return std::move(collect.buffers);
+}
+
+/// Sets every gradient of `layer` to zero.
+template <class Layer>
+void zero_gradients(Layer& layer) {
+  detail::ZeroGradients<typename Layer::Scalar> zero;
+  zero("", layer);
+}
+
+/// How many numbers `layer` trains.
+template <class Layer>
+Index parameter_count(Layer& layer) {
+  Index count = 0;
+  for (auto& [name, parameter] : parameters(layer)) count += parameter->value.size();
+  return count;
+}
+
+/// Lets everything act that acts between optimizer steps: balancing rules, adaptive capacities,
+/// schedules. Optimizers call it at the end of their `step`; call it yourself only if you update
+/// the parameters without one.
+template <class Layer>
+void update(Layer& layer) {
+  detail::UpdateNodes<typename Layer::Scalar> walk;
+  walk("", layer);
+}
+
+/// Stores the weights of `layer` and of all layers in it as `storage` says; layers that have no
+/// large weights stay as they are. From `kPacked` and back, every bit is kept; from `kBfloat16` the
+/// rounded values come back. With `kTrainable` the parameters return, without gradients until the
+/// next backward pass.
+///
+///     set_storage(decoder, Storage::kBfloat16);   // after loading or training, before inference
+///
+/// Pointers to parameters are no longer valid afterwards.
+template <class Layer>
+void set_storage(Layer& layer, Storage storage) {
+  detail::SetStorage<typename Layer::Scalar> walk(storage);
+  walk("", layer);
+}
+
+/// Freezes each parameter whose name matches `pattern`, in which '*' stands for any characters:
+///
+///     freeze(decoder, "*.router.*");
+///
+/// A frozen parameter still gets a gradient; optimizers leave its value alone.
+/// \return              How many parameters matched.
+/// \throws ConfigError  if none does.
+template <class Layer>
+Index freeze(Layer& layer, std::string_view pattern, bool frozen = true) {
+  detail::Freeze<typename Layer::Scalar> walk(pattern, frozen);
+  walk("", layer);
+  if (walk.count == 0) {
+    fail<ConfigError>("freeze: no parameter matches '", pattern, "', expected at least one");
+  }
+  return walk.count;
+}
+
+/// The opposite of `freeze`.
+template <class Layer>
+Index unfreeze(Layer& layer, std::string_view pattern) {
+  return freeze(layer, pattern, false);
+}
+
+}  // namespace weir

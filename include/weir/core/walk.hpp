@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// One way through a tree of layers, for everything that is done to all of its parts.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <weir/core/parameter.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+/// What a walk can ask of one node of the tree (a layer, a stage of a mixture, a balancer),
+/// whatever its type. A type offers what it has:
+///
+///     void update_self()                   acts after an optimizer's step, for itself alone
+///     void set_storage(Storage storage)    stores its weights, and those of all that is in it
+class Node {
+ public:
+  template <class Member>
+  explicit Node(Member& member) : self_(&member) {
+    if constexpr (requires { member.update_self(); }) {
+      update_ = [](void* self) { static_cast<Member*>(self)->update_self(); };
+    }
+    if constexpr (requires { member.set_storage(Storage::kTrainable); }) {
+      set_storage_ = [](void* self, Storage storage) {
+        static_cast<Member*>(self)->set_storage(storage);
+      };
+    }
+  }
+
+  /// Does nothing where the type offers nothing.
+  void update() const {
+    if (update_ != nullptr) update_(self_);
+  }
+
+  /// \return         Whether the type took care of itself and all that is in it.
+  bool set_storage(Storage storage) const {
+    if (set_storage_ != nullptr) set_storage_(self_, storage);
+    return set_storage_ != nullptr;
+  }
+
+ private:
+  void* self_;
+  void (*update_)(void*) = nullptr;
+  void (*set_storage_)(void*, Storage) = nullptr;
+};
+
+/// Walks a tree of layers. A type hands its members over in a static `visit`, one line each:
+///
+///     template <class Self, class Visit>
+///     static void visit(Self& self, Visit& visit) {
+///       visit("weight", self.weight_);
+///       visit("experts", self.experts_);
+///       visit("", self.inner_);       // the members of `inner_` under their own names
+///     }
+///
+/// Members are parameters, buffers, everything that has a `visit` of its own, and vectors of those.
+/// A part that is not visited is not trained, saved, updated or stored: there is no other way to
+/// reach it. Verbs such as `parameters` and `update` derive from this class.
+template <class T>
+class Walk {
+ public:
+  Walk() = default;
+  Walk(const Walk&) = delete;
+  Walk& operator=(const Walk&) = delete;
+  virtual ~Walk() = default;
+
+  void operator()(std::string_view name, Parameter<T>& parameter) {
+    const std::size_t parent = path_.size();
+    path_.append(name);
+    at_parameter(path_, parameter);
+    path_.resize(parent);
+  }
+
+  void operator()(std::string_view name, Buffer<T>& buffer) {
+    const std::size_t parent = path_.size();
+    path_.append(name);
+    at_buffer(path_, buffer);
+    path_.resize(parent);
+  }
+
+  /// Members are named `name.0`, `name.1`, ...
+  template <class Member>
+  void operator()(std::string_view name, std::vector<Member>& members) {
+    const std::size_t parent = path_.size();
+    if (!name.empty()) path_.append(name).push_back('.');
+    for (std::size_t i = 0; i < members.size(); ++i) (*this)(std::to_string(i), members[i]);
+    path_.resize(parent);
+  }
+
+  template <class Member>
+  void operator()(std::string_view name, Member& member) {
+    const std::size_t parent = path_.size();
+    if (!name.empty()) path_.append(name).push_back('.');
+    if (at_node(Node(member))) Member::visit(member, *this);
+    path_.resize(parent);
+  }
+
+ protected:
+  virtual void at_parameter(const std::string& /*name*/, Parameter<T>& /*parameter*/) {}
+  virtual void at_buffer(const std::string& /*name*/, Buffer<T>& /*buffer*/) {}
+  /// \return         Whether to go on to the members of the node.
+  virtual bool at_node(const Node& /*node*/) { return true; }
+
+ private:
+  std::string path_;  // Of the node, with a dot at the end.
+};
+
+}  // namespace weir

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What becomes of logits where a pass forbids experts to tokens (Pass::allowed).
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <string_view>
+
+#include <weir/core/error.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/types.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir {
+
+/// Whether the pass allows expert e, of `experts`, to the token. pass.allowed has to fit.
+inline bool is_allowed(const Pass& pass, Index experts, Index token, Index e) {
+  if (pass.allowed.empty()) return true;
+  const auto size = static_cast<Index>(pass.allowed.size());
+  return pass.allowed[static_cast<std::size_t>(size == experts ? e : token * experts + e)] != 0;
+}
+
+/// \param k        How many experts each token is to have; 0 if that is not fixed.
+/// \throws ShapeError   unless pass.allowed is empty, [experts] or [tokens * experts].
+/// \throws ConfigError  if a real token is allowed fewer than k experts, or none.
+inline void expect_allowed_fits(std::string_view who, Index tokens, Index experts, const Pass& pass,
+                                Index k) {
+  if (pass.allowed.empty()) return;
+  const auto size = static_cast<Index>(pass.allowed.size());
+  if (size != experts && size != tokens * experts) {
+    fail<ShapeError>(who, ": pass.allowed has ", size, " entries, expected ", experts,
+                     " (one per expert) or ", tokens * experts, " (for each token)");
+  }
+  for (Index t = 0; t < tokens; ++t) {
+    if (pass.is_padding(t)) continue;
+    Index allowed = 0;
+    for (Index e = 0; e < experts; ++e) allowed += is_allowed(pass, experts, t, e) ? 1 : 0;
+    if (allowed >= std::max(k, Index(1))) continue;
+    fail<ConfigError>(who, ": token ", t, " is allowed ", allowed, " of ", experts,
+                      " experts, expected at least ", k > 0 ? "k = " : "", std::max(k, Index(1)));
+  }
+}
+
+/// \throws NonFiniteError  if a logit of a real token is NaN or infinite, where it is allowed.
+template <class T>
+void expect_finite_logits(std::string_view who, MatrixIn<T> logits, const Pass& pass) {
+  std::atomic<bool> finite = true;
+  parallel_rows(logits.rows(), logits.cols(), [&](Index begin, Index end) {
+    const auto zero = [](const Lanes<T>& z) -> Lanes<T> { return z - z; };  // NaN if not finite.
+    for (Index t = begin; t < end; ++t) {
+      if (pass.is_padding(t)) continue;
+      if (sum_lanes<T>(logits.cols(), zero, &logits.coeffRef(t, 0)) != T(0)) finite = false;
+    }
+  });
+  if (finite) return;
+  for (Index t = 0; t < logits.rows(); ++t) {
+    if (pass.is_padding(t)) continue;
+    for (Index e = 0; e < logits.cols(); ++e) {
+      if (std::isfinite(logits(t, e)) || !is_allowed(pass, logits.cols(), t, e)) continue;
+      fail<NonFiniteError>(who, ": logits[", t, ", ", e, "] = ", logits(t, e),
+                           ", expected a finite number");
+    }
+  }
+}
+
+/// Makes the logits [tokens, experts] -infinity where the pass forbids the expert to the token.
+template <class T>
+void forbid_experts(const Pass& pass, Matrix<T>& logits) {
+  for (Index t = 0; t < logits.rows(); ++t) {
+    for (Index e = 0; e < logits.cols(); ++e) {
+      if (is_allowed(pass, logits.cols(), t, e)) continue;
+      logits(t, e) = -std::numeric_limits<T>::infinity();
+    }
+  }
+}
+
+}  // namespace weir
