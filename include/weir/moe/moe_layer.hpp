@@ -19,6 +19,7 @@
 #include <weir/moe/report.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 

@@ -19,7 +19,9 @@
 #include <weir/core/types.hpp>
 #include <weir/moe/routing_trace.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 #include <weir/ops/top_k.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
