@@ -36,11 +36,13 @@
 #include <weir/ops/logsumexp.hpp>
 #include <weir/ops/normal.hpp>
 #include <weir/ops/rope.hpp>
+#include <weir/ops/rows.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/tanh.hpp>
 #include <weir/ops/top_k.hpp>
 #include <weir/ops/trigonometry.hpp>
 #include <weir/ops/unit_rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 #include <weir/ops/yarn.hpp>
 
 #include <weir/kernels/bfloat16.hpp>

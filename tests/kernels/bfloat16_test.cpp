@@ -47,7 +47,7 @@ TEST_CASE("Many numbers are rounded as each by itself", "[kernels][bfloat16]") {
     if (std::isnan(from[i])) {
       CHECK(std::isnan(static_cast<float>(to[i])));
     } else {
-      CHECK(to[i].bits == BFloat16(from[i]).bits);
+      CHECK(to[i].value == BFloat16(from[i]).value);
     }
   }
 }

@@ -129,24 +129,3 @@ TEST_CASE("Activations have names", "[ops][activation]") {
   CHECK(Gelu::kName == "gelu");
   CHECK(GeluTanh::kName == "gelu_tanh");
 }
-
-TEST_CASE("Sums over rows are added to what was there, for any width", "[ops][activation]") {
-  const auto cols = GENERATE(as<Index>{}, 1, 16, 33, 64, 65, 200);
-  const auto rows = GENERATE(as<Index>{}, 0, 1, 50);
-  const Matrix<double> x = test::random_matrix(rows, cols, 3);
-  Matrix<double> sums = Matrix<double>::Ones(1, cols);
-  add_over_rows<double>(rows, cols, sums.data(), [&](Index t, Index col, Index count) {
-    return load_lanes<double>(&x(t, col), count);
-  });
-  const Matrix<double> expected = x.colwise().sum().array() + 1.0;
-  CHECK(test::relative_error(sums, expected) <= 1e-14);
-}
-
-TEST_CASE("Pieces cover a matrix once", "[ops][activation]") {
-  const auto cols = GENERATE(as<Index>{}, 0, 1, 1023, 1024, 1025, 3000);
-  Matrix<double> seen = Matrix<double>::Zero(3, cols);
-  parallel_pieces(3, cols, 1, [&](Index t, Index col, Index count) {
-    for (Index j = col; j < col + count; ++j) seen(t, j) += 1.0;
-  });
-  CHECK(seen == Matrix<double>::Ones(3, cols));
-}

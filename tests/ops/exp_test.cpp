@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include <weir/core/random.hpp>
 #include <weir/ops/exp.hpp>
@@ -70,4 +71,26 @@ TEMPLATE_TEST_CASE("sigmoid_lanes is 1 / (1 + exp(-x)) and saturates", "[ops][ex
   CHECK(sigmoid(std::numeric_limits<T>::infinity()) == T(1));
   CHECK(sigmoid(-std::numeric_limits<T>::infinity()) == T(0));
   CHECK(std::isnan(sigmoid(std::numeric_limits<T>::quiet_NaN())));
+}
+
+TEMPLATE_TEST_CASE("Loops of exponentials over any count are exp_lanes of each number",
+                   "[ops][exp]", float, double) {
+  using T = TestType;
+  const T shift = T(0.75);
+  const T factor = T(0.5);  // A power of two, so that a fused multiply-add gives the same bits.
+  for (Index count = 0; count < 40; ++count) {
+    INFO("count " << count);
+    std::vector<T> x, out(static_cast<std::size_t>(count) + 1, T(2)), sum(out);
+    for (Index i = 0; i < count; ++i) x.push_back(static_cast<T>(i % 9) * T(0.3) - T(1));
+    loops::exp_shifted(count, x.data(), shift, out.data());
+    loops::add_exp_shifted(count, factor, x.data(), shift, sum.data());
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      CHECK(out[i] == exp_of(x[i] - shift));
+      CHECK(sum[i] == T(2) + factor * out[i]);
+    }
+    CHECK(out.back() == T(2));  // Nothing beyond.
+    CHECK(sum.back() == T(2));
+    loops::exp_shifted<T>(count, x.data(), shift, x.data());  // In place.
+    CHECK(std::equal(x.begin(), x.end(), out.begin()));
+  }
 }

@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: MIT
-#include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <vector>
 
 #include <weir/ops/lanes.hpp>
 
 #include "support/catch.hpp"
-#include "support/matrices.hpp"
-#include "support/threads.hpp"
 
 using namespace weir;
 
@@ -58,8 +54,8 @@ TEMPLATE_TEST_CASE("Lanes are combined, zipped and summed", "[ops][lanes]", floa
   CHECK(any_lane<T>(a == static_cast<T>(n)));
   CHECK_FALSE(any_lane<T>(a > static_cast<T>(n)));
 
-  const auto [even, odd] = unzip<T>(a, b);
-  const auto [again_a, again_b] = zip<T>(even, odd);
+  const auto [even, odd] = unzip_lanes<T>(a, b);
+  const auto [again_a, again_b] = zip_lanes<T>(even, odd);
   Lanes<T> blocks[kLanes<T>];
   for (Index i = 0; i < n; ++i) blocks[i] = load_lanes<T>(numbers.data() + i * n);
   const Lanes<T> sums = sums_of<T>(blocks);
@@ -70,114 +66,6 @@ TEMPLATE_TEST_CASE("Lanes are combined, zipped and summed", "[ops][lanes]", floa
     CHECK(again_b[i] == b[i]);
     CHECK(sums[i] == static_cast<T>(n * i * n + n * (n + 1) / 2));
   }
-}
-
-TEMPLATE_TEST_CASE("Sums and maxima over any count are those of the standard library",
-                   "[ops][lanes]", float, double) {
-  using T = TestType;
-  const auto same = [](const Lanes<T>& x) -> Lanes<T> { return x; };
-  const auto nan_at_zero = [](const Lanes<T>& x) -> Lanes<T> { return x / x; };
-  for (Index count = 0; count < 150; ++count) {
-    INFO("count " << count);
-    std::vector<T> numbers = counted<T>(count);
-    CHECK(sum_lanes<T>(count, same, numbers.data()) == static_cast<T>(count * (count + 1) / 2));
-    CHECK(sum_lanes<T>(count, nan_at_zero, numbers.data()) == static_cast<T>(count));
-    std::rotate(numbers.begin(), numbers.begin() + count / 3, numbers.end());
-    if (count == 0) {
-      CHECK(max_of(numbers.data(), count) == -std::numeric_limits<T>::infinity());
-      continue;
-    }
-    CHECK(max_of(numbers.data(), count) == static_cast<T>(count));
-    for (T& x : numbers) x = -x;
-    CHECK(max_of(numbers.data(), count) == T(-1));
-    if (count > 1) {
-      *std::max_element(numbers.begin(), numbers.end()) = std::numeric_limits<T>::quiet_NaN();
-      CHECK(max_of(numbers.data(), count) == T(-2));
-    }
-  }
-}
-
-TEMPLATE_TEST_CASE("Dot products and scaled sums over any count are those of whole numbers",
-                   "[ops][lanes]", float, double) {
-  using T = TestType;
-  for (Index count = 0; count < 100; ++count) {
-    INFO("count " << count);
-    const auto n = static_cast<std::size_t>(count);
-    const std::vector<T> a = counted<T>(count);
-    std::vector<T> b(n), sum(n + 1, T(-1));
-    T expected = T(0);
-    for (std::size_t i = 0; i < n; ++i) {
-      b[i] = static_cast<T>(i % 3) - T(1);
-      expected += a[i] * b[i];
-    }
-    CHECK(dot<T>(count, a.data(), b.data()) == expected);
-    CHECK(dot<T>(count, a.data(), a.data()) ==
-          static_cast<T>(count * (count + 1) * (2 * count + 1) / 6));
-    add_scaled<T>(count, T(-2), a.data(), sum.data());
-    for (std::size_t i = 0; i < n; ++i) CHECK(sum[i] == T(-1) - T(2) * a[i]);
-    CHECK(sum.back() == T(-1));  // Nothing beyond.
-  }
-  // A sum may be added to itself.
-  std::vector<T> twice = counted<T>(37);
-  add_scaled<T>(37, T(1), twice.data(), twice.data());
-  CHECK(twice[36] == T(74));
-  // What is not a number stays none.
-  const std::vector<T> nan(2, std::numeric_limits<T>::quiet_NaN());
-  CHECK(std::isnan(dot<T>(2, twice.data(), nan.data())));
-  add_scaled<T>(2, T(0), nan.data(), twice.data());
-  CHECK(std::isnan(twice[0]));
-}
-
-TEMPLATE_TEST_CASE("An element is mapped to the same bits wherever it lies", "[ops][lanes]", float,
-                   double) {
-  using T = TestType;
-  const auto third = [](const Lanes<T>& x) -> Lanes<T> { return x * T(0.3) + x / T(3); };
-  const auto root = [](const Lanes<double>& x) -> Lanes<double> { return 1.0 / (x + 0.1); };
-  const Index count = 5 * kLanes<T> + 3;
-  const std::vector<T> numbers = counted<T>(count);
-  std::vector<T> whole(numbers), as_double(numbers);
-  map_lanes<T>(count, third, whole.data(), whole.data());
-  map_as_double<T>(count, root, as_double.data(), as_double.data());
-  for (Index i = 0; i < count; ++i) {
-    T one = 0;
-    map_lanes<T>(1, third, &one, &numbers[static_cast<std::size_t>(i)]);
-    CHECK(one == whole[static_cast<std::size_t>(i)]);
-    CHECK(as_double[static_cast<std::size_t>(i)] ==
-          static_cast<T>(1.0 / (static_cast<double>(i + 1) + 0.1)));
-  }
-}
-
-TEMPLATE_TEST_CASE("Rows are copied, added and summed alike by any number of threads",
-                   "[ops][lanes]", float, double) {
-  using T = TestType;
-  const auto rows = GENERATE(as<Index>{}, 0, 1, 15, 16, 17, 700, 1500);
-  const auto cols = GENERATE(as<Index>{}, 1, 9, 130);
-  const Matrix<T> a = test::random_matrix<T>(rows, cols, 1);
-  const Matrix<T> b = test::random_matrix<T>(rows, cols, 2);
-
-  const auto column_sums = [&](int threads) {
-    const test::Threads scope(threads);
-    Matrix<T> copy, sum(rows, cols);
-    copy_rows<T>(a, copy);
-    add_rows<T>(a, b, sum);
-    CHECK(copy == a);
-    CHECK(sum == a + b);
-
-    RowVector<T> sums = RowVector<T>::Ones(cols);
-    Scratch<T> of_runs;
-    sum_runs_of_rows<T>(rows, cols, of_runs, [&](Index t, T* to) {
-      map_lanes<T>(
-          cols, [](const Lanes<T>& x, const Lanes<T>& y) -> Lanes<T> { return x + y; }, to, to,
-          &a(t, 0));
-    });
-    add_rows_to<T>(of_runs.view(), sums.data());
-    return sums;
-  };
-  const RowVector<T> sums = column_sums(1);
-  const RowVector<T> expected = a.colwise().sum().array() + T(1);
-  CHECK((sums - expected).norm() <= T(rows + 1) * std::numeric_limits<T>::epsilon() * T(cols));
-  CHECK(column_sums(2) == sums);
-  CHECK(column_sums(3) == sums);
 }
 
 TEST_CASE("Rectified and larger lanes keep a NaN", "[ops][lanes]") {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include <weir/core/random.hpp>
 #include <weir/ops/tanh.hpp>
@@ -44,4 +45,17 @@ TEMPLATE_TEST_CASE("tanh_lanes is odd, and saturates", "[ops][tanh]", float, dou
   CHECK(tanh_of(-std::numeric_limits<T>::infinity()) == T(-1));
   CHECK(tanh_of(std::numeric_limits<T>::max()) == T(1));
   CHECK(std::isnan(tanh_of(std::numeric_limits<T>::quiet_NaN())));
+}
+
+TEMPLATE_TEST_CASE("scaled_tanh over any count is that of each number", "[ops][tanh]", float,
+                   double) {
+  using T = TestType;
+  for (Index count = 0; count < 40; ++count) {
+    INFO("count " << count);
+    std::vector<T> x, out(static_cast<std::size_t>(count) + 1, T(9));
+    for (Index i = 0; i < count; ++i) x.push_back(static_cast<T>(i % 9) * T(0.3) - T(1));
+    loops::scaled_tanh(count, T(30), x.data(), out.data());
+    for (std::size_t i = 0; i < x.size(); ++i) CHECK(out[i] == T(30) * tanh_of(x[i]));
+    CHECK(out.back() == T(9));  // Nothing beyond.
+  }
 }

@@ -19,6 +19,7 @@
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -123,8 +124,8 @@ class CausalAttention {
     parallel_rows(in_.q.rows(), 2 * out.cols(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         for (Index head = 0; head < shape.heads; ++head) {
-          dots(head, i) =
-              dot<T>(width, &out.coeffRef(i, head * width), &d_out.coeffRef(i, head * width));
+          dots(head, i) = loops::dot<T>(width, &out.coeffRef(i, head * width),
+                                        &d_out.coeffRef(i, head * width));
         }
       }
     });

@@ -14,6 +14,7 @@
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/tanh.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -72,19 +73,14 @@ struct FewQueries {
           if (in.is_padding(span, row + r)) p[r] = -std::numeric_limits<T>::infinity();
         }
         const T old_top = top[head];
-        top[head] = std::max(old_top, max_of(p, kRows));
-        const auto exp = [top = top[head]](const Lanes<T>& x) -> Lanes<T> {
-          return exp_lanes<T>(x - top);
-        };
-        map_lanes<T>(kRows, exp, p, p);
+        top[head] = std::max(old_top, loops::max<T>(kRows, p));
+        loops::exp_shifted<T>(kRows, p, top[head], p);
         if (top[head] != old_top) {
           const T shrink = std::exp(old_top - top[head]);
           total[head] *= shrink;
-          const auto times = [shrink](const Lanes<T>& x) -> Lanes<T> { return shrink * x; };
-          map_lanes<T>(value_dim, times, sums + head * value_dim, sums + head * value_dim);
+          loops::scale<T>(value_dim, shrink, sums + head * value_dim, sums + head * value_dim);
         }
-        const auto same = [](const Lanes<T>& x) -> Lanes<T> { return x; };
-        total[head] += sum_lanes<T>(kRows, same, p);
+        total[head] += loops::sum<T>(kRows, p);
       }
       for (Index head = 0; head < shape.heads; ++head) {
         const T* const values =
@@ -126,9 +122,8 @@ struct FewQueries {
   /// scores [heads, kRows], of which `rows` columns count.
   void cap(Index rows, T* scores) const {
     const auto softcap = static_cast<T>(in.shape.softcap);
-    const auto f = [softcap](const Lanes<T>& x) -> Lanes<T> { return softcap * tanh_lanes<T>(x); };
     for (Index head = 0; head < in.shape.heads; ++head) {
-      map_lanes<T>(rows, f, scores + head * kRows, scores + head * kRows);
+      loops::scaled_tanh<T>(rows, softcap, scores + head * kRows, scores + head * kRows);
     }
   }
 

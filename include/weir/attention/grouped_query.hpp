@@ -30,8 +30,8 @@
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/ops/clamp.hpp>
-#include <weir/ops/lanes.hpp>
 #include <weir/ops/rope.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 

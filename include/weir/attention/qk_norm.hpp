@@ -14,6 +14,8 @@
 #include <weir/core/types.hpp>
 #include <weir/nn/rms_norm.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -73,14 +75,12 @@ struct HeadL2Norm {
   void forward(Matrix<T>& x, Scratch<T>& inverse) const {
     auto r = inverse.reshape(x.rows(), x.cols() / dim);
     parallel_rows(x.rows(), 2 * x.cols(), [&](Index begin, Index end) {
-      const auto square = [](const Lanes<T>& v) -> Lanes<T> { return v * v; };
       for (Index t = begin; t < end; ++t) {
         for (Index head = 0; head < r.cols(); ++head) {
           T* const row = &x(t, head * dim);
-          const T mean = sum_lanes<T>(dim, square, row) / static_cast<T>(dim);
+          const T mean = loops::sum_of_squares<T>(dim, row) / static_cast<T>(dim);
           r(t, head) = T(1) / std::sqrt(mean + static_cast<T>(epsilon));
-          const auto times = [f = r(t, head)](const Lanes<T>& v) -> Lanes<T> { return f * v; };
-          map_lanes<T>(dim, times, row, row);
+          loops::scale<T>(dim, r(t, head), row, row);
         }
       }
     });
@@ -95,7 +95,7 @@ struct HeadL2Norm {
         for (Index head = 0; head < r.cols(); ++head) {
           const T* const of_y = &y(t, head * dim);
           T* const of_d = &d(t, head * dim);
-          const T along = dot<T>(dim, of_y, of_d) / static_cast<T>(dim);
+          const T along = loops::dot<T>(dim, of_y, of_d) / static_cast<T>(dim);
           const auto f = [along, scale = r(t, head)](const Lanes<T>& dy,
                                                      const Lanes<T>& v) -> Lanes<T> {
             return scale * (dy - along * v);

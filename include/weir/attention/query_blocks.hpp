@@ -19,6 +19,7 @@
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/tanh.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -160,7 +161,7 @@ struct QueryBlocks {
             store_lanes<T>(p * (load_lanes<T>(d_p + r * kStrip + j) - along_out), ds);
           }
         }
-        if (capped) multiply_by(slopes, keys.count * kStrip, scores);
+        if (capped) loops::multiply<T>(keys.count * kStrip, scores, slopes, scores);
         if (padding || keys.partly_hidden) hide(span, keys, own + column, T(0), scores);
         multiply_strip(columns_of(cache.k, key, kv_head), dim, scores, keys.count,
                        sums + column * dim, true);
@@ -229,7 +230,7 @@ struct QueryBlocks {
               store_lanes<T>(share * (load_lanes<T>(ds) - dot[query + r]), ds);
             }
           }
-          if (capped) multiply_by(slopes, rows * kStrip, d_p);
+          if (capped) loops::multiply<T>(rows * kStrip, d_p, slopes, d_p);
           if (begin < key + kStrip - 1 || in.first_key(span, end - 1) > key) {
             hide_keys(span, begin, rows, key, scores, d_p);
           }
@@ -310,8 +311,7 @@ struct QueryBlocks {
   /// scores = softcap * tanh(scores), [rows, kStrip].
   void cap(Index rows, T* scores) const {
     const auto softcap = static_cast<T>(in.shape.softcap);
-    const auto f = [softcap](const Lanes<T>& x) -> Lanes<T> { return softcap * tanh_lanes<T>(x); };
-    map_lanes<T>(rows * kStrip, f, scores, scores);
+    loops::scaled_tanh<T>(rows * kStrip, softcap, scores, scores);
   }
 
   /// The same, with the slopes 1 - tanh(scores)^2.
@@ -322,11 +322,6 @@ struct QueryBlocks {
       store_lanes<T>(softcap * tangent, scores + i);
       store_lanes<T>(T(1) - tangent * tangent, slopes + i);
     }
-  }
-
-  static void multiply_by(const T* factors, Index count, T* numbers) {
-    const auto times = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-    map_lanes<T>(count, times, numbers, numbers, factors);
   }
 
   /// Turns scores [rows, kStrip] into exp(score - top), `top` being raised to the largest of its
@@ -378,14 +373,14 @@ struct QueryBlocks {
                            T factor, T* to) {
     kernels::pack<kStrip>(from.data() + row * from.outerStride() + head * dim, from.outerStride(),
                           1, count, dim, to);
-    if (factor != T(1)) scale(to, strips(count) * kStrip * dim, factor);
+    if (factor != T(1)) loops::scale(strips(count) * kStrip * dim, factor, to, to);
   }
 
   /// The inverse for results: multiplies the strips by `factor` and writes them to `count` rows of
   /// one head.
   static void unpack_columns(T* from, T factor, Index row, Index count, Index head, Index dim,
                              MatrixOut<T>& to) {
-    if (factor != T(1)) scale(from, strips(count) * kStrip * dim, factor);
+    if (factor != T(1)) loops::scale(strips(count) * kStrip * dim, factor, from, from);
     for (Index i = 0; i < count; i += kLanes<T>) {
       const T* const columns = from + i / kStrip * kStrip * dim + i % kStrip;
       const Index lanes = std::min(kLanes<T>, count - i);
@@ -402,11 +397,6 @@ struct QueryBlocks {
         }
       }
     }
-  }
-
-  static void scale(T* numbers, Index count, T factor) {
-    const auto times = [factor](const Lanes<T>& x) -> Lanes<T> { return factor * x; };
-    map_lanes<T>(count, times, numbers, numbers);
   }
 
   /// out [rows, kStrip] (+)= left [rows, depth] * right [depth, kStrip].

@@ -4,10 +4,12 @@
 /// parameter, the value it has and the value it should have.
 #pragma once
 
+#include <cmath>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include <weir/core/types.hpp>
 
@@ -67,18 +69,59 @@ void expect_shape(std::string_view where, std::string_view name, const M& m, Ind
   }
 }
 
-/// \throws ConfigError  unless `value`, the setting `name` of `where`, is at least `least`.
+namespace detail {
+
+/// Begins what a message says of the values that are expected: numbers have to be finite.
 template <class V>
-void expect_at_least(std::string_view where, std::string_view name, V value, V least) {
-  if (!(value >= least)) {
-    fail<ConfigError>(where, ": ", name, " = ", value, ", expected >= ", least);
+constexpr std::string_view kExpectedNumber =
+    std::is_floating_point_v<V> ? ", expected a finite number " : ", expected ";
+
+template <class V>
+bool is_finite(V value) {
+  if constexpr (std::is_floating_point_v<V>) {
+    return std::isfinite(value);
+  } else {
+    return true;
   }
 }
 
-/// \throws ConfigError  unless `value`, the setting `name` of `where`, is above zero.
+}  // namespace detail
+
+/// \throws ConfigError  unless `value`, the setting `name` of `where`, is finite and at least
+///                      `least`.
+template <class V>
+void expect_at_least(std::string_view where, std::string_view name, V value, V least) {
+  if (value >= least && detail::is_finite(value)) return;
+  fail<ConfigError>(where, ": ", name, " = ", value, detail::kExpectedNumber<V>, ">= ", least);
+}
+
+/// \throws ConfigError  unless `value`, the setting `name` of `where`, is finite and above zero.
 template <class V>
 void expect_positive(std::string_view where, std::string_view name, V value) {
-  if (!(value > V(0))) fail<ConfigError>(where, ": ", name, " = ", value, ", expected > 0");
+  if (value > V(0) && detail::is_finite(value)) return;
+  fail<ConfigError>(where, ": ", name, " = ", value, detail::kExpectedNumber<V>, "> 0");
+}
+
+/// \throws ConfigError  unless `value`, the setting `name` of `where`, is finite.
+template <class V>
+void expect_finite(std::string_view where, std::string_view name, V value) {
+  if (std::isfinite(value)) return;
+  fail<ConfigError>(where, ": ", name, " = ", value, ", expected a finite number");
+}
+
+/// \throws ConfigError  unless low <= `value` <= high, `value` being the setting `name` of `where`.
+template <class V>
+void expect_in(std::string_view where, std::string_view name, V value, V low, V high) {
+  if (value >= low && value <= high) return;
+  fail<ConfigError>(where, ": ", name, " = ", value, ", expected ", low, " <= ", name,
+                    " <= ", high);
+}
+
+/// \throws ConfigError  unless 0 <= `value` < 1, `value` being the setting `name` of `where`.
+template <class V>
+void expect_fraction(std::string_view where, std::string_view name, V value) {
+  if (value >= V(0) && value < V(1)) return;
+  fail<ConfigError>(where, ": ", name, " = ", value, ", expected 0 <= ", name, " < 1");
 }
 
 }  // namespace weir

@@ -4,9 +4,8 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
-#include <vector>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -23,12 +22,8 @@ class ThreadSpace {
 
   /// Makes room for `count` numbers in all and starts handing them out from the front.
   void reserve(Index count) {
-    constexpr std::size_t kAlign = 64;
-    const auto size = static_cast<std::size_t>(count);
-    if (storage_.size() < size + kAlign / sizeof(T)) storage_.resize(size + kAlign / sizeof(T));
-    void* start = storage_.data();
-    std::size_t space = storage_.size() * sizeof(T);
-    next_ = static_cast<T*>(std::align(kAlign, size * sizeof(T), start, space));
+    storage_.resize(std::max(storage_.size(), static_cast<std::size_t>(count)));
+    next_ = storage_.data();
   }
 
   /// The next `count` numbers, contents unspecified.
@@ -45,7 +40,7 @@ class ThreadSpace {
   }
 
  private:
-  std::vector<T> storage_;
+  AlignedVector<T> storage_;
   T* next_ = nullptr;
 };
 

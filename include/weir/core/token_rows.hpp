@@ -75,16 +75,4 @@ class TokenRows {
   Sequences sequences_;
 };
 
-/// x, or a copy of it in `space` in which padding is zero. Padding may hold anything, and 0 * NaN
-/// would spoil gradients of weights.
-template <class T>
-Eigen::Ref<const Matrix<T>> without_padding(MatrixIn<T> x, const Pass& pass, Matrix<T>& space) {
-  if (pass.mask.empty()) return x;
-  space = x;
-  for (Index t = 0; t < x.rows(); ++t) {
-    if (pass.is_padding(t)) space.row(t).setZero();
-  }
-  return space;
-}
-
 }  // namespace weir

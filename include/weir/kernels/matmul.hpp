@@ -13,6 +13,7 @@
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/schedule.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -42,7 +43,7 @@ template <class T>
 void multiply_few_rows(const Product<T>& p, Index col, Index cols) {
   for (Index i = 0; i < p.m; ++i) {
     for (Index j = col; j < col + cols; ++j) {
-      const T total = dot<T>(p.k, p.a + i * p.a_row, p.b + j * p.b_col);
+      const T total = loops::dot<T>(p.k, p.a + i * p.a_row, p.b + j * p.b_col);
       T& target = p.out[i * p.out_row + j];
       target = p.accumulate ? target + total : total;
     }

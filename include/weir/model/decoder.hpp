@@ -23,7 +23,7 @@
 #include <weir/model/logit_scale.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/linear.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
@@ -368,12 +368,7 @@ class Decoder {
   }
 
   void multiply_embedding(MatrixIn<T> x, Matrix<T>& y) const {
-    const T e = static_cast<T>(config_.embedding_multiplier);
-    y.resize(x.rows(), x.cols());
-    parallel_pieces(x.rows(), x.cols(), 1, [&](Index t, Index col, Index count) {
-      const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return e * v; };
-      map_lanes<T>(count, f, &y(t, col), &x.coeffRef(t, col));
-    });
+    scale_rows<T>(static_cast<T>(config_.embedding_multiplier), x, y);
   }
 
   const Matrix<T>& product_backward(MatrixIn<T> dz, HeadCache& cache) {

@@ -10,7 +10,9 @@
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 #include <weir/ops/tanh.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -33,13 +35,12 @@ struct LogitScale {
   void forward(MatrixIn<T> z, MatrixOut<T> logits) const {
     const T m = static_cast<T>(softcap > 0.0 ? multiplier / softcap : multiplier);
     const T c = static_cast<T>(softcap);
+    const auto capped = [=](const Lanes<T>& v) -> Lanes<T> { return c * tanh_lanes<T>(m * v); };
     parallel_pieces(z.rows(), z.cols(), 8, [&](Index t, Index col, Index count) {
       if (c == T(0)) {
-        const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return m * v; };
-        map_lanes<T>(count, f, &logits(t, col), &z.coeffRef(t, col));
+        loops::scale<T>(count, m, &z.coeffRef(t, col), &logits(t, col));
       } else {
-        const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return c * tanh_lanes<T>(m * v); };
-        map_lanes<T>(count, f, &logits(t, col), &z.coeffRef(t, col));
+        map_lanes<T>(count, capped, &logits(t, col), &z.coeffRef(t, col));
       }
     });
   }

@@ -13,6 +13,7 @@
 #include <weir/core/types.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 

@@ -13,7 +13,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 

@@ -15,7 +15,8 @@
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/routing.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 

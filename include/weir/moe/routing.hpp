@@ -17,6 +17,7 @@
 #include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/forbidden_experts.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
@@ -102,7 +103,7 @@ struct Routing : Assignments {
     expect_allowed_fits(who, router_logits.rows(), router_logits.cols(), pass, k);
     expect_finite_logits<T>(who, router_logits, pass);
     rows.set(who, pass, router_logits.rows());
-    logits = router_logits;
+    copy_rows<T>(router_logits, logits);
     restricted = !pass.allowed.empty();
     if (restricted) forbid_experts<T>(pass, logits);
     probabilities.resize(logits.rows(), logits.cols());

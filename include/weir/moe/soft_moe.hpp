@@ -19,7 +19,9 @@
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 #include <weir/ops/softmax.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -189,7 +191,7 @@ class SoftMoe {
       const T scale = scale_.value(0, 0);
       T& d_scale = scale_.gradient()(0, 0);
       for (Index i = 0; i < slots(); ++i) {
-        d_scale += dot<T>(d_model(), &cache.d_phi(i, 0), &cache.unit_phi(i, 0));
+        d_scale += loops::dot<T>(d_model(), &cache.d_phi(i, 0), &cache.unit_phi(i, 0));
       }
       Matrix<T>& d_phi = phi_.gradient();
       for (Index i = 0; i < slots(); ++i) {
@@ -259,16 +261,17 @@ class SoftMoe {
 
   /// unit = factor * v / (|v| + kTiny).
   void unit_row(T factor, const T* v, T* unit) const {
-    const T by = T(1) / (std::sqrt(dot<T>(d_model(), v, v)) + kTiny);
+    const T by = T(1) / (std::sqrt(loops::sum_of_squares(d_model(), v)) + kTiny);
     const auto f = [=](const Lanes<T>& a) -> Lanes<T> { return factor * (by * a); };
     map_lanes<T>(d_model(), f, unit, v);
   }
 
   /// dv += factor * (du - v (du . v) / (|v| (|v| + kTiny))) / (|v| + kTiny).
   void add_unit_backward(T factor, const T* v, const T* du, T* dv) const {
-    const T length = std::sqrt(dot<T>(d_model(), v, v));
+    const T length = std::sqrt(loops::sum_of_squares(d_model(), v));
     const T by = factor / (length + kTiny);
-    const T along = length > T(0) ? dot<T>(d_model(), du, v) / (length * (length + kTiny)) : T(0);
+    const T along =
+        length > T(0) ? loops::dot<T>(d_model(), du, v) / (length * (length + kTiny)) : T(0);
     const auto f = [=](const Lanes<T>& sum, const Lanes<T>& d, const Lanes<T>& a) -> Lanes<T> {
       return sum + by * (d - along * a);
     };

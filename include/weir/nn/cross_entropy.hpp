@@ -14,6 +14,7 @@
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 

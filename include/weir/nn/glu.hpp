@@ -16,6 +16,8 @@
 #include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -24,10 +26,9 @@ template <Activation Act, class T>
 void glu_forward(MatrixIn<T> gate, MatrixIn<T> up, MatrixOut<T> h) {
   constexpr Index kCost = 8;
   parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index t, Index col, Index count) {
-    const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
     T* const out = &h(t, col);
     Act::value(count, &gate.coeffRef(t, col), out);
-    map_lanes<T>(count, product, out, out, &up.coeffRef(t, col));
+    loops::multiply<T>(count, out, &up.coeffRef(t, col), out);
   });
 }
 
@@ -41,12 +42,11 @@ void glu_backward(MatrixIn<T> gate, MatrixIn<T> up, MatrixIn<T> dh, MatrixOut<T>
                   MatrixOut<T> d_up) {
   constexpr Index kCost = 16;
   parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index t, Index col, Index count) {
-    const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
     const auto triple = [](const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) -> Lanes<T> {
       return a * b * c;
     };
     Act::value(count, &gate.coeffRef(t, col), &d_up(t, col));
-    map_lanes<T>(count, product, &d_up(t, col), &d_up(t, col), &dh.coeffRef(t, col));
+    loops::multiply<T>(count, &d_up(t, col), &dh.coeffRef(t, col), &d_up(t, col));
     Act::derivative(count, &gate.coeffRef(t, col), &d_gate(t, col));
     map_lanes<T>(count, triple, &d_gate(t, col), &d_gate(t, col), &dh.coeffRef(t, col),
                  &up.coeffRef(t, col));

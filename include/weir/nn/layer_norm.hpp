@@ -12,6 +12,8 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -98,12 +100,9 @@ class LayerNorm {
       const T* const d = &dy.coeffRef(t, 0);
       const T* const normal = &cache.normal(t, 0);
       const T inverse_std = cache.inverse_std(t, 0);
-      const auto triple = [](const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) -> Lanes<T> {
-        return a * b * c;
-      };
       const auto columns = static_cast<T>(d_model());
-      const T mean = dot<T>(d_model(), d, g) / columns;
-      const T along = sum_lanes<T>(d_model(), triple, d, g, normal) / columns;
+      const T mean = loops::dot(d_model(), d, g) / columns;
+      const T along = loops::dot(d_model(), d, g, normal) / columns;
       const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& n) -> Lanes<T> {
         return inverse_std * (dv * w - mean - along * n);
       };
@@ -112,8 +111,7 @@ class LayerNorm {
                                 const Lanes<T>& n) -> Lanes<T> { return sum + dv * n; };
       map_lanes<T>(d_model(), to_weight, sums, sums, d, normal);
       T* const d_bias = sums + d_model();
-      const auto add = [](const Lanes<T>& sum, const Lanes<T>& dv) -> Lanes<T> { return sum + dv; };
-      map_lanes<T>(d_model(), add, d_bias, d_bias, d);
+      loops::add<T>(d_model(), d_bias, d, d_bias);
     });
     const auto sums = cache.d_parameters.view();
     add_rows_to<T>(sums.leftCols(d_model()), weight_.gradient().data());
@@ -141,8 +139,7 @@ class LayerNorm {
   /// Writes the normalized row and returns 1 / sqrt(var + epsilon).
   T normalize_row(const T* x, T* normal) const {
     const auto d = static_cast<T>(d_model());
-    const auto same = [](const Lanes<T>& v) -> Lanes<T> { return v; };
-    const T mean = sum_lanes<T>(d_model(), same, x) / d;
+    const T mean = loops::sum(d_model(), x) / d;
     const auto square = [mean](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * (v - mean); };
     const T variance = sum_lanes<T>(d_model(), square, x) / d;
     const T inverse_std = T(1) / std::sqrt(variance + static_cast<T>(epsilon_));
@@ -158,8 +155,7 @@ class LayerNorm {
       };
       map_lanes<T>(d_model(), f, y, normal, weight_.value.data(), bias_.value.data());
     } else {
-      const auto f = [](const Lanes<T>& n, const Lanes<T>& w) -> Lanes<T> { return n * w; };
-      map_lanes<T>(d_model(), f, y, normal, weight_.value.data());
+      loops::multiply(d_model(), normal, weight_.value.data(), y);
     }
   }
 

@@ -14,7 +14,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
@@ -23,11 +23,7 @@ template <class T>
 void linear_forward(MatrixIn<T> x, const kernels::Weight<T>& weight, const Matrix<T>& bias,
                     MatrixOut<T> y) {
   kernels::multiply_weights<T, 1>(x, {{{weight, y}}});
-  if (bias.size() == 0) return;
-  parallel_pieces(y.rows(), y.cols(), 1, [&](Index t, Index col, Index count) {
-    const auto add = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; };
-    map_lanes<T>(count, add, &y(t, col), &y(t, col), &bias(0, col));
-  });
+  if (bias.size() != 0) add_to_each_row<T>(bias.data(), y);
 }
 
 /// The derivative of `linear_forward` with respect to everything:
@@ -39,10 +35,7 @@ void linear_backward(MatrixIn<T> dy, MatrixIn<T> x, kernels::Weight<T>& weight, 
   const Product<T> products[] = {product_nn<T>(dy, weight.parameter().value, dx),
                                  product_tn<T>(dy, x, weight.parameter().gradient(), true)};
   multiply<T>(products);
-  if (bias.value.size() == 0) return;
-  add_over_rows<T>(
-      dy.rows(), dy.cols(), bias.gradient().data(),
-      [&](Index t, Index col, Index count) { return load_lanes<T>(&dy.coeffRef(t, col), count); });
+  if (bias.value.size() != 0) add_rows_to<T>(dy, bias.gradient().data());
 }
 
 /// Settings of `Linear`.

@@ -12,7 +12,8 @@
 #include <weir/core/types.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/activation.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -30,9 +31,8 @@ template <Activation Act, class T>
 void activation_backward(MatrixIn<T> z, MatrixIn<T> da, MatrixOut<T> dz) {
   constexpr Index kCost = 8;
   parallel_pieces(z.rows(), z.cols(), kCost, [&](Index t, Index col, Index count) {
-    const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
     Act::derivative(count, &z.coeffRef(t, col), &dz(t, col));
-    map_lanes<T>(count, product, &dz(t, col), &dz(t, col), &da.coeffRef(t, col));
+    loops::multiply<T>(count, &dz(t, col), &da.coeffRef(t, col), &dz(t, col));
   });
 }
 

@@ -16,7 +16,7 @@
 #include <weir/kernels/packed_product.hpp>
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/ops/activation.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -103,14 +103,13 @@ void packed_glu_forward(Index rows, RowOf&& row_of, std::span<const PackedGluGro
       const Index width = std::min(kHalf, d_hidden - j * kHalf);
       const bool last = j * kHalf + width == d_hidden;
       Left* h = hidden + (group_of(g).first + row) * hidden_row + j * kHalf;
-      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
       for (Index i = 0; i < height; ++i, h += hidden_row) {
         const T* const gate = sums + i * kCols;
         Act::value(width, gate, activated);
         if constexpr (std::is_same_v<Left, T>) {
-          map_lanes<T>(width, product, h, activated, gate + kHalf);
+          loops::multiply(width, activated, gate + kHalf, h);
         } else {
-          map_lanes<T>(width, product, activated, activated, gate + kHalf);
+          loops::multiply<T>(width, activated, gate + kHalf, activated);
           kernels::round_to_bfloat16(width, activated, h);
         }
         if (last) std::fill(h + width, h + width + hidden_row - d_hidden, Left());

@@ -13,6 +13,8 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -89,11 +91,7 @@ class RmsNorm {
       const T* const d = &dy.coeffRef(t, 0);
       const T* const x = &cache.x(t, 0);
       const T r = cache.inverse_rms(t, 0);
-      const auto triple = [](const Lanes<T>& a, const Lanes<T>& b, const Lanes<T>& c) -> Lanes<T> {
-        return a * b * c;
-      };
-      const T along_x =
-          r * r * sum_lanes<T>(d_model(), triple, d, g, x) / static_cast<T>(d_model());
+      const T along_x = r * r * loops::dot(d_model(), d, g, x) / static_cast<T>(d_model());
       const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& v) -> Lanes<T> {
         return r * (dv * w - along_x * v);
       };
@@ -119,8 +117,7 @@ class RmsNorm {
 
  private:
   T inverse_rms(const T* x) const {
-    const auto square = [](const Lanes<T>& v) -> Lanes<T> { return v * v; };
-    const T mean = sum_lanes<T>(d_model(), square, x) / static_cast<T>(d_model());
+    const T mean = loops::sum_of_squares(d_model(), x) / static_cast<T>(d_model());
     return T(1) / std::sqrt(mean + static_cast<T>(epsilon_));
   }
 

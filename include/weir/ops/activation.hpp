@@ -11,6 +11,7 @@
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/normal.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include <weir/core/types.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 

@@ -14,6 +14,7 @@
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -78,7 +79,7 @@ class CoordinateDescent {
         scores_(scores),
         marks_(marks),
         count_(count),
-        top_(max_of(scores, count)) {
+        top_(loops::max(count, scores)) {
     double epsilon = std::max(config.first_epsilon, config.epsilon);
     const auto allowed = static_cast<double>(
         count - std::count(marks, marks + count, -std::numeric_limits<T>::infinity()));

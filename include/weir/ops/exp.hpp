@@ -8,6 +8,7 @@
 
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -103,5 +104,25 @@ template <class T>
 [[gnu::always_inline]] inline Lanes<T> sigmoid_lanes(const Lanes<T>& x) {
   return T(1) / (T(1) + exp_lanes<T>(-x));
 }
+
+namespace loops {
+
+/// out[i] = exp(x[i] - shift).
+template <class T>
+void exp_shifted(Index count, const T* x, T shift, T* out) {
+  const auto f = [shift](const Lanes<T>& v) -> Lanes<T> { return exp_lanes<T>(v - shift); };
+  map_lanes<T>(count, f, out, x);
+}
+
+/// sum[i] += factor exp(x[i] - shift).
+template <class T>
+void add_exp_shifted(Index count, T factor, const T* x, T shift, T* sum) {
+  const auto f = [factor, shift](const Lanes<T>& so_far, const Lanes<T>& v) -> Lanes<T> {
+    return so_far + factor * exp_lanes<T>(v - shift);
+  };
+  map_lanes<T>(count, f, sum, sum, x);
+}
+
+}  // namespace loops
 
 }  // namespace weir

@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Blocks of numbers as wide as a vector register, and loops over contiguous numbers made of them:
-/// what activations, softmax and norms are computed in.
+/// Blocks of numbers as wide as a vector register.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -15,8 +12,6 @@
 #include <immintrin.h>
 #endif
 
-#include <weir/core/parallel.hpp>
-#include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -175,15 +170,15 @@ Lanes<T> rectify_lanes(const Lanes<T>& x) {
 namespace detail {
 
 template <class T, int... lane>
-std::pair<Lanes<T>, Lanes<T>> unzip(const Lanes<T>& a, const Lanes<T>& b,
-                                    std::integer_sequence<int, lane...>) {
+std::pair<Lanes<T>, Lanes<T>> unzip_lanes(const Lanes<T>& a, const Lanes<T>& b,
+                                          std::integer_sequence<int, lane...>) {
   return {__builtin_shufflevector(a, b, (2 * lane)...),
           __builtin_shufflevector(a, b, (2 * lane + 1)...)};
 }
 
 template <class T, int... lane>
-std::pair<Lanes<T>, Lanes<T>> zip(const Lanes<T>& a, const Lanes<T>& b,
-                                  std::integer_sequence<int, lane...>) {
+std::pair<Lanes<T>, Lanes<T>> zip_lanes(const Lanes<T>& a, const Lanes<T>& b,
+                                        std::integer_sequence<int, lane...>) {
   constexpr int kCount = static_cast<int>(kLanes<T>);
   return {__builtin_shufflevector(a, b, (lane / 2 + lane % 2 * kCount)...),
           __builtin_shufflevector(a, b, ((kCount + lane) / 2 + lane % 2 * kCount)...)};
@@ -193,14 +188,15 @@ std::pair<Lanes<T>, Lanes<T>> zip(const Lanes<T>& a, const Lanes<T>& b,
 
 /// Of 2 kLanes numbers those with an even index, and those with an odd one.
 template <class T>
-auto unzip(const Lanes<T>& a, const Lanes<T>& b) {
-  return detail::unzip<T>(a, b, std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
+auto unzip_lanes(const Lanes<T>& a, const Lanes<T>& b) {
+  return detail::unzip_lanes<T>(a, b,
+                                std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
 }
 
 /// The inverse: a[0], b[0], a[1], b[1] and so on.
 template <class T>
-auto zip(const Lanes<T>& a, const Lanes<T>& b) {
-  return detail::zip<T>(a, b, std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
+auto zip_lanes(const Lanes<T>& a, const Lanes<T>& b) {
+  return detail::zip_lanes<T>(a, b, std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
 }
 
 namespace detail {
@@ -240,7 +236,7 @@ Lanes<T> sums_of(Lanes<T> (&blocks)[kLanes<T>]) {
   for (Index count = kLanes<T> / 2; count > 0; count /= 2) {
 #pragma GCC unroll 8
     for (Index i = 0; i < count; ++i) {
-      const auto [even, odd] = unzip<T>(blocks[2 * i], blocks[2 * i + 1]);
+      const auto [even, odd] = unzip_lanes<T>(blocks[2 * i], blocks[2 * i + 1]);
       blocks[i] = even + odd;
     }
   }
@@ -269,17 +265,6 @@ template <class T, std::size_t n>
 #pragma GCC unroll 32
   for (std::size_t i = n - 1; i > 0; --i) sum = sum * x + c[i - 1];
   return sum;
-}
-
-/// out[i] = f(in[i]...) for i in [0, count), `f` being given and returning `Lanes<T>`. `out` may be
-/// one of the inputs.
-template <class T, class F, class... In>
-void map_lanes(Index count, F&& f, T* out, const In*... in) {
-  Index i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    store_lanes<T>(f(load_lanes<T>(in + i)...), out + i);
-  }
-  if (i < count) store_lanes<T>(f(load_lanes<T>(in + i, count - i)...), out + i, count - i);
 }
 
 /// The `count` <= kLanes<double> numbers from `from` on as doubles, followed by zeros.
@@ -312,152 +297,6 @@ void store_rounded(const Lanes<double>& lanes, T* to, Index count) {
       for (Index lane = 0; lane < count; ++lane) to[lane] = half[lane];
     }
   }
-}
-
-/// `map_lanes` of numbers of type T that are computed with as doubles.
-template <class T, class F>
-void map_as_double(Index count, F&& f, T* out, const T* in) {
-  Index i = 0;
-  for (; i + kLanes<double> <= count; i += kLanes<double>) {
-    store_rounded<T>(f(load_as_double<T>(in + i, kLanes<double>)), out + i, kLanes<double>);
-  }
-  if (i < count) store_rounded<T>(f(load_as_double<T>(in + i, count - i)), out + i, count - i);
-}
-
-/// The sum of f(in[i]...) for i in [0, count), in an order that depends on `count` alone.
-template <class T, class F, class... In>
-T sum_lanes(Index count, F&& f, const In*... in) {
-  constexpr Index kSums = 4;  // As many as are under way at once, one waiting for none.
-  Lanes<T> sum[kSums] = {};
-  Index i = 0;
-  for (; i + kSums * kLanes<T> <= count; i += kSums * kLanes<T>) {
-#pragma GCC unroll 4
-    for (Index s = 0; s < kSums; ++s) sum[s] += f(load_lanes<T>(in + i + s * kLanes<T>)...);
-  }
-  for (; i + kLanes<T> <= count; i += kLanes<T>) sum[0] += f(load_lanes<T>(in + i)...);
-  if (i < count) {
-    sum[1] += first_lanes<T>(f(load_lanes<T>(in + i, count - i)...), count - i);
-  }
-  return sum_of<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-/// sum_i a[i] b[i] for i in [0, count), in an order that depends on `count` alone.
-template <class T>
-T dot(Index count, const T* a, const T* b) {
-  const auto product = [](const Lanes<T>& x, const Lanes<T>& y) -> Lanes<T> { return x * y; };
-  return sum_lanes<T>(count, product, a, b);
-}
-
-/// sum[i] += factor * x[i] for i in [0, count). `sum` may be x.
-template <class T>
-void add_scaled(Index count, T factor, const T* x, T* sum) {
-  const auto f = [factor](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
-    return a + factor * b;
-  };
-  map_lanes<T>(count, f, sum, sum, x);
-}
-
-/// The largest of `count` numbers; -inf if there are none. NaNs are passed over.
-template <class T>
-T max_of(const T* values, Index count) {
-  constexpr T kLowest = -std::numeric_limits<T>::infinity();
-  Lanes<T> best = Lanes<T>{} + kLowest;
-  Lanes<T> second = best;
-  Index i = 0;
-  for (; i + 2 * kLanes<T> <= count; i += 2 * kLanes<T>) {
-    best = max_lanes<T>(best, load_lanes<T>(values + i));
-    second = max_lanes<T>(second, load_lanes<T>(values + i + kLanes<T>));
-  }
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    best = max_lanes<T>(best, load_lanes<T>(values + i));
-  }
-  if (i < count) second = max_lanes<T>(second, load_lanes<T>(values + i, count - i, second));
-  return max_of<T>(max_lanes<T>(best, second));
-}
-
-/// Calls `body(row, col, count)` for pieces of at most 1024 columns that cover [rows, cols], on all
-/// threads: elementwise work in steps that stay in L1, shared out even if there is only one row.
-/// `cost` is roughly how many elementary operations one element takes.
-template <class Body>
-void parallel_pieces(Index rows, Index cols, Index cost, Body&& body) {
-  constexpr Index kPiece = 1024;
-  const Index per_row = (cols + kPiece - 1) / kPiece;
-  parallel_rows(rows * per_row, cost * std::min(cols, kPiece), [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) {
-      const Index col = i % per_row * kPiece;
-      body(i / per_row, col, std::min(kPiece, cols - col));
-    }
-  });
-}
-
-/// `to` = `from`, on all threads; `to` is resized.
-template <class T>
-void copy_rows(MatrixIn<T> from, Matrix<T>& to) {
-  to.resize(from.rows(), from.cols());
-  parallel_pieces(from.rows(), from.cols(), 1, [&](Index t, Index col, Index count) {
-    std::copy_n(&from.coeffRef(t, col), count, &to(t, col));
-  });
-}
-
-/// sum = a + b, on all threads; `sum` has their shape and may be one of them.
-template <class T>
-void add_rows(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> sum) {
-  parallel_pieces(a.rows(), a.cols(), 1, [&](Index t, Index col, Index count) {
-    const auto add = [](const Lanes<T>& x, const Lanes<T>& y) -> Lanes<T> { return x + y; };
-    map_lanes<T>(count, add, &sum(t, col), &a.coeffRef(t, col), &b.coeffRef(t, col));
-  });
-}
-
-/// out[j] += sum_t f(t, j, count) for j in [0, cols), `f` giving the `count` lanes from column j on
-/// of row t: the gradient of what all rows share. Threads divide the columns, rows are added from
-/// the first to the last.
-template <class T, class F>
-void add_over_rows(Index rows, Index cols, T* out, F&& f) {
-  constexpr Index kBlocks = 8;  // Side by side, so that whole cache lines are read.
-  constexpr Index kWidth = kBlocks * kLanes<T>;
-  parallel_rows((cols + kWidth - 1) / kWidth, rows * kWidth, [&](Index begin, Index end) {
-    for (Index first = begin * kWidth; first < std::min(cols, end * kWidth); first += kWidth) {
-      Lanes<T> sum[kBlocks] = {};
-      for (Index t = 0; t < rows; ++t) {
-        for (Index b = 0; b < kBlocks; ++b) {
-          const Index col = first + b * kLanes<T>;
-          if (col < cols) sum[b] += f(t, col, std::min(kLanes<T>, cols - col));
-        }
-      }
-      for (Index b = 0; b < kBlocks; ++b) {
-        const Index col = first + b * kLanes<T>;
-        if (col >= cols) break;
-        const Index count = std::min(kLanes<T>, cols - col);
-        store_lanes<T>(load_lanes<T>(out + col, count) + sum[b], out + col, count);
-      }
-    }
-  });
-}
-
-/// out[j] += sum_t rows[t, j], from the first row to the last.
-template <class T>
-void add_rows_to(MatrixIn<T> rows, T* out) {
-  const auto row = [&](Index t, Index col, Index count) -> Lanes<T> {
-    return load_lanes<T>(&rows.coeffRef(t, col), count);
-  };
-  add_over_rows<T>(rows.rows(), rows.cols(), out, row);
-}
-
-/// Sums over rows that are read for another purpose as well: `body(t, sums)` adds to `sums` [width]
-/// what row t contributes. Runs of rows, which do not depend on the number of threads, have sums of
-/// their own, each the work of one thread: the rows of `sums`, for `add_rows_to` to add up.
-template <class T, class Body>
-void sum_runs_of_rows(Index rows, Index width, Scratch<T>& sums, Body&& body) {
-  constexpr Index kMostRuns = 64;
-  constexpr Index kFewestRows = 16;
-  const Index run = std::max(kFewestRows, (rows + kMostRuns - 1) / kMostRuns);
-  auto of_runs = sums.reshape((rows + run - 1) / run, width);
-  parallel_rows(of_runs.rows(), run * width, [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) {
-      of_runs.row(i).setZero();
-      for (Index t = i * run; t < std::min(rows, (i + 1) * run); ++t) body(t, &of_runs(i, 0));
-    }
-  });
 }
 
 }  // namespace weir

@@ -9,6 +9,7 @@
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -16,10 +17,9 @@ namespace weir {
 /// values, or none above -inf; NaN where a value is NaN.
 template <class T>
 T logsumexp(const T* values, Index count) {
-  const T top = max_of(values, count);
+  const T top = loops::max(count, values);
   if (top == -std::numeric_limits<T>::infinity()) {
-    const auto same = [](const Lanes<T>& x) -> Lanes<T> { return x; };
-    return count == 0 ? top : sum_lanes<T>(count, same, values);  // -inf, or the NaN.
+    return count == 0 ? top : loops::sum(count, values);  // -inf, or the NaN.
   }
   const auto f = [top](const Lanes<T>& x) -> Lanes<T> { return exp_lanes<T>(x - top); };
   return top + std::log(sum_lanes<T>(count, f, values));

@@ -203,8 +203,8 @@ class Rope {
         T* const upper = lower + in_lower;
         const Index in_upper = 2 * count - in_lower;
         const auto [a, b] =
-            unzip<T>(load_lanes<T>(lower, in_lower), load_lanes<T>(upper, in_upper));
-        const auto [first, second] = zip<T>(a * cosine - b * sine, b * cosine + a * sine);
+            unzip_lanes<T>(load_lanes<T>(lower, in_lower), load_lanes<T>(upper, in_upper));
+        const auto [first, second] = zip_lanes<T>(a * cosine - b * sine, b * cosine + a * sine);
         store_lanes<T>(first, lower, in_lower);
         store_lanes<T>(second, upper, in_upper);
       }

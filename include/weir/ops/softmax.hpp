@@ -8,6 +8,7 @@
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -21,13 +22,8 @@ namespace weir {
 /// \param p        May be `logits`.
 template <class T>
 void softmax_row(const T* logits, Index count, T* p) {
-  const T top = max_of(logits, count);
-  const auto exp = [top](const Lanes<T>& z) -> Lanes<T> { return exp_lanes<T>(z - top); };
-  map_lanes<T>(count, exp, p, logits);
-  const auto same = [](const Lanes<T>& e) -> Lanes<T> { return e; };
-  const T scale = T(1) / sum_lanes<T>(count, same, p);
-  const auto share = [scale](const Lanes<T>& e) -> Lanes<T> { return scale * e; };
-  map_lanes<T>(count, share, p, p);
+  loops::exp_shifted(count, logits, loops::max(count, logits), p);
+  loops::scale(count, T(1) / loops::sum(count, p), p, p);
 }
 
 /// Softmax of each row of [tokens, n]; `p` has the shape of `logits` and may be the same matrix.
@@ -56,7 +52,7 @@ Matrix<T> softmax(MatrixIn<T> logits) {
 ///     d_logits[i] += p[i] (dp[i] - sum_j p[j] dp[j])
 template <class T>
 void add_softmax_backward_row(const T* p, const T* dp, Index count, T* d_logits) {
-  const T mean = dot<T>(count, p, dp);
+  const T mean = loops::dot(count, p, dp);
   const auto add = [mean](const Lanes<T>& d, const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
     return d + a * (b - mean);
   };

@@ -6,6 +6,7 @@
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -39,5 +40,16 @@ template <class T>
   const Lanes<T> of_size = x < T(0) ? -far : far;
   return size < kSmall ? near : of_size;
 }
+
+namespace loops {
+
+/// out[i] = factor tanh(x[i]).
+template <class T>
+void scaled_tanh(Index count, T factor, const T* x, T* out) {
+  const auto f = [factor](const Lanes<T>& v) -> Lanes<T> { return factor * tanh_lanes<T>(v); };
+  map_lanes<T>(count, f, out, x);
+}
+
+}  // namespace loops
 
 }  // namespace weir

@@ -9,6 +9,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -24,12 +25,10 @@ void unit_rows(MatrixIn<T> rows, MatrixOut<T> unit, T* norm) {
   parallel_rows(rows.rows(), 4 * rows.cols(), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
       const T* row = &rows.coeffRef(i, 0);
-      const auto product = [](const Lanes<T>& a) -> Lanes<T> { return a * a; };
-      norm[i] = std::sqrt(sum_lanes<T>(rows.cols(), product, row));
+      norm[i] = std::sqrt(loops::sum_of_squares(rows.cols(), row));
       if (norm[i] < kLeast) norm[i] = T(0);
       const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
-      const auto scaled = [factor](const Lanes<T>& a) -> Lanes<T> { return factor * a; };
-      map_lanes<T>(rows.cols(), scaled, &unit(i, 0), row);
+      loops::scale(rows.cols(), factor, row, &unit(i, 0));
     }
   });
 }
@@ -43,7 +42,7 @@ void unit_rows_backward(MatrixIn<T> unit, const T* norm, MatrixOut<T> d) {
   expect_shape("unit_rows_backward", "d", d, unit.rows(), unit.cols());
   parallel_rows(d.rows(), 4 * d.cols(), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
-      const T along = dot<T>(d.cols(), &d(i, 0), &unit.coeffRef(i, 0));
+      const T along = loops::dot<T>(d.cols(), &d(i, 0), &unit.coeffRef(i, 0));
       const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
       const auto f = [=](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
         return factor * (a - along * b);

@@ -85,14 +85,14 @@ class AdamW {
 
   /// \throws ConfigError   if a number is out of range.
   explicit AdamW(AdamWConfig config = {}) : config_(std::move(config)) {
-    expect_rate("AdamW", "learning_rate", config_.learning_rate);
-    expect_fraction("beta1", config_.beta1);
-    expect_fraction("beta2", config_.beta2);
+    expect_at_least("AdamW", "learning_rate", config_.learning_rate, 0.0);
+    expect_fraction("AdamW", "beta1", config_.beta1);
+    expect_fraction("AdamW", "beta2", config_.beta2);
     expect_positive("AdamW", "epsilon", static_cast<T>(config_.epsilon));
-    expect_rate("AdamW", "weight_decay", config_.weight_decay);
+    expect_at_least("AdamW", "weight_decay", config_.weight_decay, 0.0);
     for (const ParameterGroup& group : config_.groups) {
-      expect_rate("AdamW", "learning_rate_factor", group.learning_rate_factor);
-      if (group.weight_decay) expect_rate("AdamW", "weight_decay", *group.weight_decay);
+      expect_at_least("AdamW", "learning_rate_factor", group.learning_rate_factor, 0.0);
+      if (group.weight_decay) expect_at_least("AdamW", "weight_decay", *group.weight_decay, 0.0);
     }
   }
 
@@ -134,7 +134,7 @@ class AdamW {
 
   /// \throws ConfigError  if `learning_rate` is negative, infinite or NaN.
   void set_learning_rate(double learning_rate) {
-    expect_rate("AdamW::set_learning_rate", "learning_rate", learning_rate);
+    expect_at_least("AdamW::set_learning_rate", "learning_rate", learning_rate, 0.0);
     config_.learning_rate = learning_rate;
   }
 
@@ -213,18 +213,6 @@ class AdamW {
     }
     AdamW& optimizer;
   };
-
-  static void expect_rate(std::string_view where, std::string_view name, double value) {
-    if (!(value >= 0.0 && std::isfinite(value))) {
-      fail<ConfigError>(where, ": ", name, " = ", value, ", expected finite and >= 0");
-    }
-  }
-
-  static void expect_fraction(std::string_view name, double value) {
-    if (!(value >= 0.0 && value < 1.0)) {
-      fail<ConfigError>("AdamW: ", name, " = ", value, ", expected in [0, 1)");
-    }
-  }
 
   // The slot of that name, a new one if there is none. In most steps it is slot `guess`.
   Index slot_of(std::string_view name, Index guess = 0) {

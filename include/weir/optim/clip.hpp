@@ -14,6 +14,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -54,22 +55,6 @@ void parallel_gradients(const std::vector<NamedParameter<T>>& parameters, Body&&
   });
 }
 
-/// Sum of squares, on as many independent sums as keep the vector units busy.
-template <class T>
-double squared_norm(const T* x, Index count) {
-  constexpr Index kLanes = 16;
-  std::array<double, kLanes> sums{};
-  Index i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (Index lane = 0; lane < kLanes; ++lane) {
-      const auto value = static_cast<double>(x[i + lane]);
-      sums[static_cast<std::size_t>(lane)] += value * value;
-    }
-  }
-  for (; i < count; ++i) sums[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
-}
-
 /// Throws for the parameter whose gradient makes the sum of squares NaN or infinite.
 template <class T>
 [[noreturn]] void fail_non_finite(std::string_view where,
@@ -77,7 +62,7 @@ template <class T>
   double total = 0.0;
   std::string_view name;
   for (const NamedParameter<T>& named : parameters) {
-    total += squared_norm(named.parameter->grad.data(), gradient_size(named));
+    total += loops::sum_of_squares_as_double(gradient_size(named), named.parameter->grad.data());
     name = named.name;
     if (!std::isfinite(total)) break;
   }
@@ -90,7 +75,7 @@ double finite_global_norm(std::string_view where,
                           const std::vector<NamedParameter<T>>& parameters) {
   std::array<double, kGradientTasks> sums{};
   parallel_gradients(parameters, [&](Index task, const T* numbers, Index count) {
-    sums[static_cast<std::size_t>(task)] += squared_norm(numbers, count);
+    sums[static_cast<std::size_t>(task)] += loops::sum_of_squares_as_double(count, numbers);
   });
   const double norm = std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
   if (!std::isfinite(norm)) fail_non_finite(where, parameters);
@@ -128,7 +113,7 @@ double clip_global_norm(const std::vector<NamedParameter<T>>& parameters, double
   if (norm > max_norm) {
     const auto scale = static_cast<T>(max_norm / norm);
     detail::parallel_gradients(parameters, [&](Index, T* numbers, Index count) {
-      Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>(numbers, count) *= scale;
+      loops::scale<T>(count, scale, numbers, numbers);
     });
   }
   return norm;

@@ -6,14 +6,13 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/activation.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir::presets {
 
@@ -54,7 +53,7 @@ class OpenMoENetwork {
   const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
     expect_columns("OpenMoENetwork::forward", "x", x, gate_.d_in());
     const Matrix<T>& gate = gate_.forward(x, cache.gate);
-    multiply(up_.forward(x, cache.up), linear_.forward(x, cache.linear), cache.product);
+    multiply_rows<T>(up_.forward(x, cache.up), linear_.forward(x, cache.linear), cache.product);
     cache.h.resize(x.rows(), gate.cols());
     glu_forward<Silu, T>(gate, cache.product, cache.h);
     return down_.forward(cache.h, cache.down);
@@ -77,9 +76,9 @@ class OpenMoENetwork {
     cache.d_product.resize(dh.rows(), dh.cols());
     glu_backward<Silu, T>(cache.gate.y, cache.product, dh, cache.d_gate, cache.d_product);
     cache.dx = gate_.backward(cache.d_gate, cache.gate);
-    multiply(cache.d_product, cache.linear.y, cache.d_factor);
+    multiply_rows<T>(cache.d_product, cache.linear.y, cache.d_factor);
     add_rows<T>(cache.dx, up_.backward(cache.d_factor, cache.up), cache.dx);
-    multiply(cache.d_product, cache.up.y, cache.d_factor);
+    multiply_rows<T>(cache.d_product, cache.up.y, cache.d_factor);
     add_rows<T>(cache.dx, linear_.backward(cache.d_factor, cache.linear), cache.dx);
     return cache.dx;
   }
@@ -100,14 +99,6 @@ class OpenMoENetwork {
   }
 
  private:
-  static void multiply(MatrixIn<T> a, MatrixIn<T> b, Matrix<T>& product) {
-    product.resize(a.rows(), a.cols());
-    parallel_pieces(a.rows(), a.cols(), 1, [&](Index t, Index col, Index count) {
-      const auto times = [](const Lanes<T>& x, const Lanes<T>& y) -> Lanes<T> { return x * y; };
-      map_lanes<T>(count, times, &product(t, col), &a.coeffRef(t, col), &b.coeffRef(t, col));
-    });
-  }
-
   Linear<T> gate_, up_, linear_, down_;
   Storage storage_ = Storage::kTrainable;
 };

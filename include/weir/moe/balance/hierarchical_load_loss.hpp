@@ -172,11 +172,8 @@ struct HierarchicalLoadLoss {
         d_noise[g] -= d_clean[g];
         const T d = d_noisy[g] + d_clean[g];
         if (d == T(0)) continue;  // Also where all experts of the group are forbidden.
-        const T together = choice.noisy[g];
-        const auto more = [=](const Lanes<T>& so_far, const Lanes<T>& z) -> Lanes<T> {
-          return so_far + d * exp_lanes<T>(z - together);
-        };
-        map_lanes<T>(size, more, dz + g * size, dz + g * size, &routing.logits(t, g * size));
+        loops::add_exp_shifted<T>(size, d, &routing.logits(t, g * size), choice.noisy[g],
+                                  dz + g * size);
       }
     }
 

@@ -14,8 +14,8 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/moe/router/expert_vectors.hpp>
-#include <weir/ops/lanes.hpp>
 #include <weir/ops/unit_rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -76,8 +76,7 @@ struct OrthogonalityLoss {
     const Space space(w.rows(), w.cols(), groups);
     T sum = T(0);
     space.for_each_group(w, [&](Index, Map, Map gram) {
-      const auto square = [](const Lanes<T>& g) -> Lanes<T> { return g * g; };
-      sum += sum_lanes<T>(gram.size(), square, gram.data());
+      sum += loops::sum_of_squares<T>(gram.size(), gram.data());
     });
     return factor(w.rows()) * sum;
   }

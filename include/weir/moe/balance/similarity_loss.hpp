@@ -11,7 +11,8 @@
 #include <weir/core/thread_space.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/moe/routing.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -44,7 +45,7 @@ struct SimilarityLoss {
   T loss(const Routing<T>& routing) const {
     if (routing.assignments() == 0) return T(0);
     const Map pw = product(routing);
-    return factor(routing) * dot<T>(pw.size(), routing.probabilities.data(), pw.data());
+    return factor(routing) * loops::dot<T>(pw.size(), routing.probabilities.data(), pw.data());
   }
 
   /// Adds d(loss)/d(probabilities).
@@ -53,7 +54,7 @@ struct SimilarityLoss {
     const Map pw = product(routing);
     const T twice = T(2) * factor(routing);
     parallel_pieces(pw.rows(), pw.cols(), 1, [&](Index t, Index col, Index count) {
-      add_scaled<T>(count, twice, &pw(t, col), &gradient.probabilities(t, col));
+      loops::add_scaled<T>(count, twice, &pw(t, col), &gradient.probabilities(t, col));
     });
   }
 

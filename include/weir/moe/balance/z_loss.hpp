@@ -9,7 +9,6 @@
 #include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/exp.hpp>
-#include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
 
 namespace weir {
@@ -54,10 +53,7 @@ struct ZLoss {
       T* const dz = &gradient.logits(t, 0);
       const T lse = logsumexp(z, routing.experts());
       const T factor = T(2) * coefficient * lse / static_cast<T>(tokens);
-      const auto add = [=](const Lanes<T>& d, const Lanes<T>& logit) -> Lanes<T> {
-        return d + factor * exp_lanes<T>(logit - lse);
-      };
-      map_lanes<T>(routing.experts(), add, dz, dz, z);
+      loops::add_exp_shifted(routing.experts(), factor, z, lse, dz);
     });
   }
 

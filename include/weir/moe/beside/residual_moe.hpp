@@ -8,8 +8,9 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/nn/linear.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 #include <weir/ops/softmax.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -65,12 +66,8 @@ class ResidualMoe {
     softmax<T>(mix_.forward(x, cache.mix), cache.share);
     cache.y.resize(cache.moe_out.rows(), cache.moe_out.cols());
     parallel_pieces(cache.y.rows(), cache.y.cols(), 3, [&](Index t, Index col, Index count) {
-      const auto blend = [first = cache.share(t, 0), second = cache.share(t, 1)](
-                             const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
-        return first * a + second * b;
-      };
-      map_lanes<T>(count, blend, &cache.y(t, col), &cache.moe_out(t, col),
-                   &cache.dense_out(t, col));
+      loops::blend<T>(count, cache.share(t, 0), &cache.moe_out(t, col), cache.share(t, 1),
+                      &cache.dense_out(t, col), &cache.y(t, col));
     });
     return cache.y;
   }
@@ -86,13 +83,10 @@ class ResidualMoe {
     parallel_rows(dy.rows(), 6 * dy.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const T* const d = &dy.coeffRef(t, 0);
-        cache.d_share(t, 0) = dot<T>(dy.cols(), d, &cache.moe_out(t, 0));
-        cache.d_share(t, 1) = dot<T>(dy.cols(), d, &cache.dense_out(t, 0));
-        const auto scale = [](T factor) {
-          return [factor](const Lanes<T>& v) -> Lanes<T> { return factor * v; };
-        };
-        map_lanes<T>(dy.cols(), scale(cache.share(t, 0)), &cache.d_moe(t, 0), d);
-        map_lanes<T>(dy.cols(), scale(cache.share(t, 1)), &cache.d_dense(t, 0), d);
+        cache.d_share(t, 0) = loops::dot<T>(dy.cols(), d, &cache.moe_out(t, 0));
+        cache.d_share(t, 1) = loops::dot<T>(dy.cols(), d, &cache.dense_out(t, 0));
+        loops::scale<T>(dy.cols(), cache.share(t, 0), d, &cache.d_moe(t, 0));
+        loops::scale<T>(dy.cols(), cache.share(t, 1), d, &cache.d_dense(t, 0));
       }
     });
     cache.d_logits.setZero(dy.rows(), 2);

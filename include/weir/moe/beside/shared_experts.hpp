@@ -12,7 +12,8 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/nn/linear.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -114,10 +115,8 @@ class SharedExperts {
         return cache.y;
       }
       parallel_pieces(routed.rows(), routed.cols(), 3, [&](Index t, Index col, Index count) {
-        const auto blend = [=](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
-          return routed_weight * a + shared_weight * b;
-        };
-        map_lanes<T>(count, blend, &cache.y(t, col), &routed(t, col), &shared(t, col));
+        loops::blend(count, routed_weight, &routed(t, col), shared_weight, &shared(t, col),
+                     &cache.y(t, col));
       });
       return cache.y;
     }
@@ -126,11 +125,8 @@ class SharedExperts {
     cache.shared_out.resize(shared.rows(), shared.cols());
     parallel_rows(x.rows(), 3 * x.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const auto add = [=, open = shared_weight * cache.open(t, 0)](
-                             const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> {
-          return routed_weight * a + open * b;
-        };
-        map_lanes<T>(routed.cols(), add, &cache.y(t, 0), &routed(t, 0), &shared(t, 0));
+        loops::blend(routed.cols(), routed_weight, &routed(t, 0), shared_weight * cache.open(t, 0),
+                     &shared(t, 0), &cache.y(t, 0));
         std::copy_n(&shared(t, 0), shared.cols(), &cache.shared_out(t, 0));
       }
     });
@@ -141,13 +137,13 @@ class SharedExperts {
     const T routed_weight = static_cast<T>(config_.routed_weight);
     const T shared_weight = static_cast<T>(config_.shared_weight);
     const bool plain_routed = routed_weight == T(1);
-    if (!plain_routed) scale_rows(routed_weight, dy, cache.d_routed);
+    if (!plain_routed) scale_rows<T>(routed_weight, dy, cache.d_routed);
     const Matrix<T>& d_routed =
         plain_routed ? moe_.backward(dy, cache.moe) : moe_.backward(cache.d_routed, cache.moe);
     cache.dx.resize(d_routed.rows(), d_routed.cols());
     if (!gate_) {
       const bool plain_shared = shared_weight == T(1);
-      if (!plain_shared) scale_rows(shared_weight, dy, cache.d_shared);
+      if (!plain_shared) scale_rows<T>(shared_weight, dy, cache.d_shared);
       add_rows<T>(d_routed,
                   plain_shared ? shared_.backward(dy, cache.shared)
                                : shared_.backward(cache.d_shared, cache.shared),
@@ -160,12 +156,9 @@ class SharedExperts {
       for (Index t = begin; t < end; ++t) {
         const T open = cache.open(t, 0);
         const T* const d = &dy.coeffRef(t, 0);
-        cache.d_gate(t, 0) =
-            shared_weight * dot<T>(dy.cols(), d, &cache.shared_out(t, 0)) * open * (T(1) - open);
-        const auto scale = [factor = shared_weight * open](const Lanes<T>& g) -> Lanes<T> {
-          return factor * g;
-        };
-        map_lanes<T>(dy.cols(), scale, &cache.d_shared(t, 0), d);
+        cache.d_gate(t, 0) = shared_weight * loops::dot<T>(dy.cols(), d, &cache.shared_out(t, 0)) *
+                             open * (T(1) - open);
+        loops::scale(dy.cols(), shared_weight * open, d, &cache.d_shared(t, 0));
       }
     });
     add_rows<T>(d_routed, shared_.backward(cache.d_shared, cache.shared), cache.dx);
@@ -198,15 +191,6 @@ class SharedExperts {
   const Shared& shared() const { return shared_; }
 
  private:
-  /// to = factor * from.
-  static void scale_rows(T factor, MatrixIn<T> from, Matrix<T>& to) {
-    to.resize(from.rows(), from.cols());
-    parallel_pieces(from.rows(), from.cols(), 1, [&](Index t, Index col, Index count) {
-      const auto scale = [factor](const Lanes<T>& v) -> Lanes<T> { return factor * v; };
-      map_lanes<T>(count, scale, &to(t, col), &from.coeffRef(t, col));
-    });
-  }
-
   SharedExpertsConfig config_;
   Moe moe_;
   Shared shared_;

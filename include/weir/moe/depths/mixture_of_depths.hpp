@@ -22,6 +22,8 @@
 #include <weir/moe/depths/choice_loss.hpp>
 #include <weir/moe/depths/chosen_tokens.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -267,22 +269,22 @@ class MixtureOfDepths {
       for (Index i = begin; i < end; ++i) {
         const Index t = cache.token_of(i);
         const T* const d = &dy.coeffRef(t, 0);
-        cache.d_score(t, 0) += dot<T>(d_model(), d, &cache.chosen_y(i, 0));
-        const auto scale = [r = cache.score(t, 0)](const Lanes<T>& v) -> Lanes<T> { return r * v; };
-        map_lanes<T>(d_model(), scale, &cache.d_chosen_y(i, 0), d);
+        cache.d_score(t, 0) += loops::dot<T>(d_model(), d, &cache.chosen_y(i, 0));
+        loops::scale<T>(d_model(), cache.score(t, 0), d, &cache.d_chosen_y(i, 0));
       }
     });
     if (count > 0) {
       const Matrix<T>& d_inner =
           keep<T>(cache.inner_place, inner_.backward(cache.d_chosen_y, cache.inner));
       for (Index i = 0; i < count; ++i) {
-        add_scaled<T>(d_model(), T(1), &d_inner(i, 0), &cache.dx(cache.token_of(i), 0));
+        loops::add_scaled<T>(d_model(), T(1), &d_inner(i, 0), &cache.dx(cache.token_of(i), 0));
       }
     }
     parallel_rows(dy.rows(), 2 * d_model(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         if (cache.is_real(t)) {
-          add_scaled<T>(d_model(), cache.d_score(t, 0), weight_.value.data(), &cache.dx(t, 0));
+          loops::add_scaled<T>(d_model(), cache.d_score(t, 0), weight_.value.data(),
+                               &cache.dx(t, 0));
         }
       }
     });
@@ -359,7 +361,7 @@ class MixtureOfDepths {
     parallel_rows(count, 2 * d_model(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         const Index t = cache.token_of(i);
-        add_scaled<T>(d_model(), cache.score(t, 0), &cache.chosen_y(i, 0), &cache.y(t, 0));
+        loops::add_scaled<T>(d_model(), cache.score(t, 0), &cache.chosen_y(i, 0), &cache.y(t, 0));
       }
     });
     return cache.y;
@@ -417,7 +419,7 @@ class MixtureOfDepths {
     cache.score.resize(cache.x.rows(), 1);
     for (Index t = 0; t < cache.x.rows(); ++t) {
       cache.score(t, 0) =
-          cache.is_real(t) ? dot<T>(d_model(), &cache.x(t, 0), weight_.value.data()) : T(0);
+          cache.is_real(t) ? loops::dot<T>(d_model(), &cache.x(t, 0), weight_.value.data()) : T(0);
       if (!std::isfinite(cache.score(t, 0))) {
         fail<NonFiniteError>("MixtureOfDepths: the score of token ", t, " is ", cache.score(t, 0),
                              ", expected a finite number");

@@ -17,7 +17,7 @@
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/moe/dispatch.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
@@ -61,11 +61,7 @@ class ExpertLinear {
     kernels::multiply_packed<T>(x, workspace.packed);
     if (bias_.empty()) return;
     dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      const T* const bias = bias_[e].value.data();
-      parallel_pieces(rows, y.cols(), 1, [&](Index r, Index col, Index count) {
-        const auto add = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; };
-        map_lanes<T>(count, add, &y(begin + r, col), &y(begin + r, col), bias + col);
-      });
+      add_to_each_row<T>(bias_[e].value.data(), y.middleRows(begin, rows));
     });
   }
 

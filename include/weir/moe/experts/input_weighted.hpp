@@ -14,7 +14,8 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/routing.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -53,11 +54,8 @@ class InputWeighted {
     auto weighted = cache.weighted.reshape(dispatch.assignments(), d_in());
     parallel_rows(dispatch.slots(), 2 * d_in(), [&](Index begin, Index end) {
       for (Index s = begin; s < end; ++s) {
-        const auto scale = [weight = dispatch.weight(s)](const Lanes<T>& v) -> Lanes<T> {
-          return weight * v;
-        };
-        map_lanes<T>(d_in(), scale, &weighted(dispatch.assignment(s), 0),
-                     &x.coeffRef(dispatch.token(s), 0));
+        loops::scale<T>(d_in(), dispatch.weight(s), &x.coeffRef(dispatch.token(s), 0),
+                        &weighted(dispatch.assignment(s), 0));
       }
     });
     divide(dispatch, cache);
@@ -84,7 +82,7 @@ class InputWeighted {
       for (Index s = begin; s < end; ++s) {
         const Index a = dispatch.assignment(s);
         d_weight[static_cast<std::size_t>(a)] =
-            dot<T>(d_in(), &d_weighted(a, 0), &cache.x(dispatch.token(s), 0));
+            loops::dot<T>(d_in(), &d_weighted(a, 0), &cache.x(dispatch.token(s), 0));
       }
     });
     cache.dx.resize(dy.rows(), d_in());
@@ -138,8 +136,8 @@ class InputWeighted {
       for (Index t = begin; t < end; ++t) {
         sum.row(t).setZero();
         for (const Index s : dispatch.slots_of(t)) {
-          add_scaled<T>(sum.cols(), weight(s), &rows.coeffRef(dispatch.assignment(s), 0),
-                        &sum(t, 0));
+          loops::add_scaled<T>(sum.cols(), weight(s), &rows.coeffRef(dispatch.assignment(s), 0),
+                               &sum(t, 0));
         }
       }
     });

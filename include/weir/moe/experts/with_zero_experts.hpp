@@ -19,6 +19,8 @@
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -110,7 +112,8 @@ class WithZeroExperts {
         for (Index s = begin + from; s < begin + to; ++s) {
           // The softmax of two is a sigmoid of their difference.
           const T* const token = &cache.x(dispatch.token(s), 0);
-          const T difference = dot<T>(d_in(), mix, token) - dot<T>(d_in(), mix + d_in(), token);
+          const T difference =
+              loops::dot<T>(d_in(), mix, token) - loops::dot<T>(d_in(), mix + d_in(), token);
           share(s - first, 0) = T(1) / (T(1) + std::exp(-difference));
           share(s - first, 1) = T(1) / (T(1) + std::exp(difference));
         }
@@ -119,11 +122,12 @@ class WithZeroExperts {
     for_each_cheap_slot(dispatch, [&](Index t, Index s) {
       const T weight = dispatch.weight(s);
       if (s < first) {
-        add_scaled<T>(d_in(), weight, &cache.x(t, 0), &cache.y(t, 0));
+        loops::add_scaled<T>(d_in(), weight, &cache.x(t, 0), &cache.y(t, 0));
       } else {
         const Parameter<T>& constant = constant_[expert_of(dispatch, s)];
-        add_scaled<T>(d_in(), weight * share(s - first, 0), &cache.x(t, 0), &cache.y(t, 0));
-        add_scaled<T>(d_in(), weight * share(s - first, 1), constant.value.data(), &cache.y(t, 0));
+        loops::add_scaled<T>(d_in(), weight * share(s - first, 0), &cache.x(t, 0), &cache.y(t, 0));
+        loops::add_scaled<T>(d_in(), weight * share(s - first, 1), constant.value.data(),
+                             &cache.y(t, 0));
       }
     });
     return cache.y;
@@ -152,21 +156,21 @@ class WithZeroExperts {
       const T* const d = &dy.coeffRef(t, 0);
       const T weight = dispatch.weight(s);
       T& dw = d_weight[static_cast<std::size_t>(dispatch.assignment(s))];
-      const T along_x = dot<T>(d_in(), d, &cache.x(t, 0));
+      const T along_x = loops::dot<T>(d_in(), d, &cache.x(t, 0));
       if (s < first) {
         dw = along_x;
-        add_scaled<T>(d_in(), weight, d, &cache.dx(t, 0));
+        loops::add_scaled<T>(d_in(), weight, d, &cache.dx(t, 0));
         return;
       }
       const Index i = s - first;
       const std::size_t e = expert_of(dispatch, s);
-      const T along_constant = dot<T>(d_in(), d, constant_[e].value.data());
+      const T along_constant = loops::dot<T>(d_in(), d, constant_[e].value.data());
       dw = share(i, 0) * along_x + share(i, 1) * along_constant;
       d_logit(i, 0) = weight * share(i, 0) * share(i, 1) * (along_x - along_constant);
       d_constant(i, 0) = weight * share(i, 1);
-      add_scaled<T>(d_in(), weight * share(i, 0), d, &cache.dx(t, 0));
-      add_scaled<T>(d_in(), d_logit(i, 0), mix_[e].value.data(), &cache.dx(t, 0));
-      add_scaled<T>(d_in(), -d_logit(i, 0), mix_[e].value.data() + d_in(), &cache.dx(t, 0));
+      loops::add_scaled<T>(d_in(), weight * share(i, 0), d, &cache.dx(t, 0));
+      loops::add_scaled<T>(d_in(), d_logit(i, 0), mix_[e].value.data(), &cache.dx(t, 0));
+      loops::add_scaled<T>(d_in(), -d_logit(i, 0), mix_[e].value.data() + d_in(), &cache.dx(t, 0));
     });
     for_each_constant(dispatch, [&](std::size_t e, Index begin, Index rows) {
       const auto of_x = [&](T sign) {

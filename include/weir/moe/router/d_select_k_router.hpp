@@ -16,7 +16,7 @@
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/nn/linear.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 #include <weir/ops/softmax.hpp>
 
 namespace weir {

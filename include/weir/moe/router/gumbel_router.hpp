@@ -10,7 +10,7 @@
 #include <weir/core/types.hpp>
 #include <weir/moe/router/group_count.hpp>
 #include <weir/moe/router/noise.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 

@@ -16,6 +16,8 @@
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
+#include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -112,9 +114,8 @@ class HierarchicalRouter {
           const T at = a(t, g);
           if constexpr (kTellsNoise) cache.shift(t, g) = at - sum;
           const auto joint = [=](const Lanes<T>& z) -> Lanes<T> { return at + (z - sum); };
-          const auto share = [=](const Lanes<T>& z) -> Lanes<T> { return exp_lanes<T>(z - sum); };
           map_lanes<T>(size, joint, &cache.logits(t, g * size), from);
-          map_lanes<T>(size, share, &cache.within(t, g * size), from);
+          loops::exp_shifted<T>(size, from, sum, &cache.within(t, g * size));
         }
       }
     });
@@ -138,9 +139,8 @@ class HierarchicalRouter {
           // da_g = sum_e dz_e,   db_e = dz_e - within_e sum_j dz_j,   and z without the noise of b
           // depends on a and the logarithm as z does.
           const T* const dz = &d_logits.coeffRef(t, g * size);
-          const auto same = [](const Lanes<T>& d) -> Lanes<T> { return d; };
-          T sum = sum_lanes<T>(size, same, dz);
-          if (cache.received) sum += sum_lanes<T>(size, same, &cache.d_clean(t, g * size));
+          T sum = loops::sum(size, dz);
+          if (cache.received) sum += loops::sum<T>(size, &cache.d_clean(t, g * size));
           cache.da(t, g) = sum;
           const auto rest = [=](const Lanes<T>& d, const Lanes<T>& share) -> Lanes<T> {
             return d - sum * share;

@@ -14,7 +14,7 @@
 #include <weir/core/types.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/router/group_count.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
@@ -74,11 +74,7 @@ class ScaledInputRouter {
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
     const Matrix<T>& dx = keep(cache.dx, inner_.backward(d_logits, cache.inner));
     if (!cache.scaled) return dx;
-    cache.dx.resize(dx.rows(), dx.cols());
-    parallel_pieces(dx.rows(), dx.cols(), 1, [&](Index t, Index col, Index count) {
-      const auto product = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a * b; };
-      map_lanes<T>(count, product, &cache.dx(t, col), &dx(t, col), &cache.factor(t, col));
-    });
+    multiply_rows<T>(dx, cache.factor, cache.dx);
     return cache.dx;
   }
 

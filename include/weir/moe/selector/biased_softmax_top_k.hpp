@@ -11,8 +11,8 @@
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
-#include <weir/ops/lanes.hpp>
 #include <weir/ops/softmax.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -72,8 +72,7 @@ class BiasedSoftmaxTopK {
         const T* const z = routing.logits.row(t).data();
         Index* const chosen = routing.expert.data() + routing.first(t);
         softmax_row(z, experts, p);
-        const auto add = [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; };
-        map_lanes<T>(experts, add, p, p, bias_.value.data());
+        loops::add<T>(experts, p, bias_.value.data(), p);
         routing.forbid(t, p);
         routing.choose(t, p, config_.k, chosen);
         softmax_row(z, experts, p);

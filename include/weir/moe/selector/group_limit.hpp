@@ -12,7 +12,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
-#include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -94,7 +94,7 @@ struct GroupLimit {
  private:
   template <class T>
   T score(const T* scores, Index size, T* sorted) const {
-    if (summed == 1) return max_of(scores, size);
+    if (summed == 1) return loops::max(size, scores);
     std::partial_sort_copy(scores, scores + size, sorted, sorted + summed, std::greater<T>());
     T sum = T(0);
     for (Index i = 0; i < summed; ++i) sum += sorted[i];

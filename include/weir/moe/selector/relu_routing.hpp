@@ -8,7 +8,6 @@
 #include <weir/core/parallel.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/variable_choice.hpp>
-#include <weir/ops/lanes.hpp>
 #include <weir/ops/top_k.hpp>
 
 namespace weir {

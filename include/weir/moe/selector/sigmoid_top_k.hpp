@@ -12,6 +12,7 @@
 #include <weir/moe/selector/score_function.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -126,8 +127,7 @@ class SigmoidTopK {
         map_lanes<T>(experts, score_of, p, z);
         const T factor = static_cast<T>(config_.scale) / divisor(p, T(1), chosen);
         for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
-        const auto same = [](const Lanes<T>& score) -> Lanes<T> { return score; };
-        const T total = sum_lanes<T>(experts, same, p) + kTiny;
+        const T total = loops::sum<T>(experts, p) + kTiny;
         const auto share = [total](const Lanes<T>& score) -> Lanes<T> { return score / total; };
         map_lanes<T>(experts, share, p, p);
       }
@@ -145,7 +145,7 @@ class SigmoidTopK {
         const T* p = routing.probabilities.row(t).data();
         T* ds = gradient.probabilities.row(t).data();  // First dL/dp, then dL/ds.
         const T total = total_score<Score>(z, experts);
-        const T through_total = dot<T>(experts, ds, p);
+        const T through_total = loops::dot<T>(experts, ds, p);
         const auto of_score = [&](const Lanes<T>& dp) -> Lanes<T> {
           return (dp - through_total) / total;
         };

@@ -17,6 +17,7 @@
 #include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/around/selector_wrapper.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
