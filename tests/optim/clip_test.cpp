@@ -8,6 +8,7 @@
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
+#include "support/parameter_set.hpp"
 
 using namespace weir;
 
@@ -24,18 +25,18 @@ TEST_CASE("clip_global_norm scales all gradients alike", "[optim][clip][golden]"
   // ||a||^2 = 4 * 9 = 36, ||b||^2 = 4 * 16 = 64: the norm is 10.
   Parameter<double> a = with_gradient(2, 2, 3.0);
   Parameter<double> b = with_gradient(1, 4, -4.0);
-  const std::vector<NamedParameter<double>> parameters = {{"a", &a}, {"b", &b}};
-  CHECK(global_norm(parameters) == 10.0);
+  test::ParameterSet<double> model{{"a", &a}, {"b", &b}};
+  CHECK(global_norm(model) == 10.0);
 
   SECTION("when the norm is above the limit") {
-    CHECK(clip_global_norm(parameters, 5.0) == 10.0);
+    CHECK(clip_global_norm(model, 5.0) == 10.0);
     CHECK(a.grad == Matrix<double>::Constant(2, 2, 1.5));
     CHECK(b.grad == Matrix<double>::Constant(1, 4, -2.0));
-    CHECK(global_norm(parameters) == 5.0);
+    CHECK(global_norm(model) == 5.0);
   }
   SECTION("and leaves them as they are when it is not") {
-    CHECK(clip_global_norm(parameters, 10.0) == 10.0);
-    CHECK(clip_global_norm(parameters, 11.0) == 10.0);
+    CHECK(clip_global_norm(model, 10.0) == 10.0);
+    CHECK(clip_global_norm(model, 11.0) == 10.0);
     CHECK(a.grad == Matrix<double>::Constant(2, 2, 3.0));
     CHECK(b.grad == Matrix<double>::Constant(1, 4, -4.0));
   }
@@ -46,8 +47,8 @@ TEST_CASE("clip_global_norm passes by frozen and unused parameters", "[optim][cl
   frozen.frozen = true;
   Parameter<double> unused{Matrix<double>::Zero(3, 3)};
   Parameter<double> trained = with_gradient(2, 2, 1.0);
-  CHECK(clip_global_norm<double>({{"frozen", &frozen}, {"unused", &unused}, {"w", &trained}},
-                                 1.0) == 2.0);
+  test::ParameterSet<double> model{{"frozen", &frozen}, {"unused", &unused}, {"w", &trained}};
+  CHECK(clip_global_norm(model, 1.0) == 2.0);
   CHECK(frozen.grad == Matrix<double>::Constant(2, 2, 100.0));
   CHECK(unused.grad.size() == 0);
   CHECK(trained.grad == Matrix<double>::Constant(2, 2, 0.5));
@@ -62,15 +63,16 @@ TEST_CASE("clip_global_norm covers every piece of every gradient", "[optim][clip
                        test::random_matrix<float>(1, size, static_cast<std::uint64_t>(size))});
     squares += weights.back().grad.cast<double>().squaredNorm();
   }
-  std::vector<NamedParameter<float>> parameters;
+  std::vector<NamedParameter<float>> named;
   std::vector<Matrix<float>> before;
   for (Parameter<float>& w : weights) {
-    parameters.push_back({"w", &w});
+    named.push_back({"w", &w});
     before.push_back(w.grad);
   }
-  CHECK(global_norm(parameters) == Approx(std::sqrt(squares)).epsilon(1e-13));
+  test::ParameterSet<float> model(named);
+  CHECK(global_norm(model) == Approx(std::sqrt(squares)).epsilon(1e-13));
 
-  clip_global_norm(parameters, 0.5 * std::sqrt(squares));
+  clip_global_norm(model, 0.5 * std::sqrt(squares));
   for (std::size_t i = 0; i < weights.size(); ++i) {
     CHECK(test::relative_error(weights[i].grad, 0.5F * before[i]) <= 1e-6);
   }
@@ -81,7 +83,8 @@ TEST_CASE("clip_global_norm sums in double", "[optim][clip]") {
   const float large = 1 << 12;
   Parameter<float> w{Matrix<float>::Zero(1, 17), Matrix<float>::Ones(1, 17)};
   w.grad(0, 0) = large;
-  CHECK(global_norm<float>({{"w", &w}}) == std::sqrt(double{1 << 24} + 16.0));
+  test::ParameterSet<float> model{{"w", &w}};
+  CHECK(global_norm(model) == std::sqrt(double{1 << 24} + 16.0));
 }
 
 TEST_CASE("clip_global_norm gives the same bits for any number of threads", "[optim][clip]") {
@@ -89,7 +92,8 @@ TEST_CASE("clip_global_norm gives the same bits for any number of threads", "[op
     Parameter<float> a{Matrix<float>::Zero(300, 211), test::random_matrix<float>(300, 211, 1)};
     Parameter<float> b{Matrix<float>::Zero(1, 999), test::random_matrix<float>(1, 999, 2)};
     set_threads(thread_count);
-    const double norm = clip_global_norm<float>({{"a", &a}, {"b", &b}}, 0.3);
+    test::ParameterSet<float> model{{"a", &a}, {"b", &b}};
+    const double norm = clip_global_norm(model, 0.3);
     set_threads(1);
     return std::make_pair(norm, std::make_pair(a.grad, b.grad));
   };
@@ -98,29 +102,32 @@ TEST_CASE("clip_global_norm gives the same bits for any number of threads", "[op
 
 TEST_CASE("clip_global_norm of nothing is zero", "[optim][clip]") {
   Parameter<double> zero = with_gradient(2, 3, 0.0);
-  CHECK(global_norm(std::vector<NamedParameter<double>>{}) == 0.0);
-  CHECK(clip_global_norm<double>({{"zero", &zero}}, 1.0) == 0.0);
+  test::ParameterSet<double> none{};
+  CHECK(global_norm(none) == 0.0);
+  test::ParameterSet<double> model{{"zero", &zero}};
+  CHECK(clip_global_norm(model, 1.0) == 0.0);
   CHECK(zero.grad.isZero(0.0));
 }
 
 TEST_CASE("clip_global_norm names the parameter that is not finite", "[optim][clip]") {
   Parameter<double> good = with_gradient(2, 2, 3.0);
   Parameter<double> bad = with_gradient(2, 2, 3.0);
-  const std::vector<NamedParameter<double>> parameters = {{"good", &good}, {"experts.3.up", &bad}};
+  test::ParameterSet<double> model{{"good", &good}, {"experts.3.up", &bad}};
 
   bad.grad(1, 0) = std::numeric_limits<double>::quiet_NaN();
-  CHECK(test::message_of<NonFiniteError>([&] { clip_global_norm(parameters, 1.0); }) ==
+  CHECK(test::message_of<NonFiniteError>([&] { clip_global_norm(model, 1.0); }) ==
         "clip_global_norm: gradient of experts.3.up has norm nan, expected finite");
   bad.grad(1, 0) = -std::numeric_limits<double>::infinity();
-  CHECK(test::message_of<NonFiniteError>([&] { global_norm(parameters); }) ==
+  CHECK(test::message_of<NonFiniteError>([&] { global_norm(model); }) ==
         "global_norm: gradient of experts.3.up has norm inf, expected finite");
   CHECK(good.grad == Matrix<double>::Constant(2, 2, 3.0));
 
   bad.frozen = true;
-  CHECK(global_norm(parameters) == 6.0);
+  CHECK(global_norm(model) == 6.0);
 }
 
 TEST_CASE("clip_global_norm refuses a limit that is not positive", "[optim][clip]") {
-  CHECK(test::message_of<ConfigError>([&] { clip_global_norm<float>({}, 0.0); }) ==
-        "clip_global_norm: max_norm = 0, expected > 0");
+  test::ParameterSet<float> none{};
+  CHECK(test::message_of<ConfigError>([&] { clip_global_norm(none, 0.0); }) ==
+        "clip_global_norm: max_norm = 0, expected a finite number > 0");
 }

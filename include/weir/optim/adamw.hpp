@@ -19,7 +19,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
-#include <weir/core/walk.hpp>
+#include <weir/optim/parameter_states.hpp>
 
 namespace weir {
 
@@ -104,7 +104,10 @@ class AdamW {
   /// \throws ConfigError  if two parameters have the same name, or are the same.
   template <class Model>
   void step(Model& model) {
-    find_parameters(model);
+    active_.clear();
+    for (const auto& [parameter, named] : states_.find("AdamW::step", model, new_state())) {
+      active_.push_back({parameter, &named->name, &named->state});
+    }
     for (const Active& active : active_) check(active);
     Index blocks = 0;
     for (Active& active : active_) {
@@ -148,23 +151,20 @@ class AdamW {
     steps_ = steps;
   }
 
-  /// The moments of each parameter that has had a step, to be saved. The pointers are good until
-  /// the next call of a member.
+  /// The moments of each parameter that has been in a step, to be saved. The pointers are good
+  /// until the next call of a member.
   std::vector<NamedMoments<T>> moments() {
     std::vector<NamedMoments<T>> named;
-    for (Slot& slot : slots_) named.push_back({slot.name, &slot.moments});
+    for (auto& [name, state] : states_.all()) named.push_back({name, &state.moments});
     return named;
   }
 
-  /// The moments of the parameter `name`, empty if it has had no step, to be overwritten with saved
-  /// ones. The reference is good until the next call of a member.
-  Moments<T>& moments(std::string_view name) { return slots_[slot_of(name)].moments; }
+  /// The moments of the parameter `name`, empty if it has been in no step, to be overwritten with
+  /// saved ones. The reference is good until the next call of a member.
+  Moments<T>& moments(std::string_view name) { return states_.of(name, new_state()).moments; }
 
-  /// Forgets the moments of the parameters whose names match `pattern`, which start anew; of those
-  /// that are no longer in the model, too.
-  void forget(std::string_view pattern) {
-    std::erase_if(slots_, [&](const Slot& slot) { return matches_pattern(pattern, slot.name); });
-  }
+  /// Forgets the moments of the parameters whose names match `pattern`: they start anew.
+  void forget(std::string_view pattern) { states_.forget(pattern); }
 
  private:
   using Values = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
@@ -184,8 +184,7 @@ class AdamW {
   };
 
   // What is remembered from step to step.
-  struct Slot {
-    std::string name;
+  struct State {
     Moments<T> moments = {};
     double learning_rate_factor = 1.0;
     std::optional<double> weight_decay = {};  // That of the parameter's group.
@@ -194,113 +193,51 @@ class AdamW {
   // A parameter of the model during a step.
   struct Active {
     Parameter<T>* parameter = nullptr;
-    Slot* slot = nullptr;
+    const std::string* name = nullptr;
+    State* state = nullptr;
     Index begin = 0, end = 0;  // Its blocks.
     Coefficients coefficients = {};
 
     bool learns() const { return !parameter->frozen && parameter->grad.size() > 0; }
   };
 
-  struct Found {
-    Parameter<T>* parameter;
-    Index slot;
-  };
-
-  struct FindParameters final : Walk<T> {
-    explicit FindParameters(AdamW& optimizer) : optimizer(optimizer) {}
-    void at_parameter(const std::string& name, Parameter<T>& parameter) override {
-      optimizer.found_.push_back({&parameter, optimizer.slot_of(name, optimizer.found_.count())});
-    }
-    AdamW& optimizer;
-  };
-
-  // The slot of that name, a new one if there is none. In most steps it is slot `guess`.
-  Index slot_of(std::string_view name, Index guess = 0) {
-    if (guess < slots_.count() && slots_[guess].name == name) return guess;
-    const auto found = std::ranges::find(slots_, name, &Slot::name);
-    if (found != slots_.end()) return static_cast<Index>(found - slots_.begin());
-    Slot slot{.name = std::string(name)};
-    for (const ParameterGroup& group : config_.groups) {
-      if (!matches_pattern(group.pattern, name)) continue;
-      slot.learning_rate_factor = group.learning_rate_factor;
-      slot.weight_decay = group.weight_decay;
-      break;
-    }
-    slots_.push_back(std::move(slot));
-    return slots_.count() - 1;
-  }
-
-  template <class Model>
-  void find_parameters(Model& model) {
-    found_.clear();
-    FindParameters find(*this);
-    find("", model);
-    bool in_order = true;
-    for (Index i = 0; i < found_.count(); ++i) in_order = in_order && found_[i].slot == i;
-    if (!in_order) sort_slots();
-    expect_distinct();
-    active_.clear();
-    for (Index i = 0; i < found_.count(); ++i) {
-      active_.push_back({found_[i].parameter, &slots_[found_[i].slot]});
-    }
-  }
-
-  // Puts the slots into the order of the model, so that the next step finds them at once.
-  void sort_slots() {
-    List<Index> place(slots_.count(), -1);
-    Index next = 0;
-    for (const Found& found : found_) {
-      if (place[found.slot] >= 0) {
-        fail<ConfigError>("AdamW::step: two parameters are named ", slots_[found.slot].name,
-                          ", expected different names");
+  auto new_state() const {
+    return [this](std::string_view name) {
+      State state;
+      for (const ParameterGroup& group : config_.groups) {
+        if (!matches_pattern(group.pattern, name)) continue;
+        state.learning_rate_factor = group.learning_rate_factor;
+        state.weight_decay = group.weight_decay;
+        break;
       }
-      place[found.slot] = next++;
-    }
-    for (Index& p : place) p = p < 0 ? next++ : p;
-    List<Slot> sorted(slots_.count());
-    for (Index i = 0; i < slots_.count(); ++i) sorted[place[i]] = std::move(slots_[i]);
-    slots_ = std::move(sorted);
-    for (Found& found : found_) found.slot = place[found.slot];
-  }
-
-  void expect_distinct() {
-    addresses_.clear();
-    for (const Found& found : found_) addresses_.push_back(found.parameter);
-    std::sort(addresses_.begin(), addresses_.end());
-    const auto twice = std::adjacent_find(addresses_.begin(), addresses_.end());
-    if (twice == addresses_.end()) return;
-    std::string names;
-    for (const Found& found : found_) {
-      if (found.parameter == *twice)
-        names += (names.empty() ? "" : " and ") + slots_[found.slot].name;
-    }
-    fail<ConfigError>("AdamW::step: ", names, " are the same parameter, expected each once");
+      return state;
+    };
   }
 
   static void check(const Active& active) {
     const Matrix<T>& value = active.parameter->value;
     const auto expect_like_value = [&](std::string_view what, const Matrix<T>& m) {
       if (m.size() > 0 && (m.rows() != value.rows() || m.cols() != value.cols())) {
-        fail<ShapeError>("AdamW::step: ", what, active.slot->name, " is ", shape_of(m),
-                         ", expected ", shape_of(value));
+        fail<ShapeError>("AdamW::step: ", what, *active.name, " is ", shape_of(m), ", expected ",
+                         shape_of(value));
       }
     };
     expect_like_value("gradient of ", active.parameter->grad);
-    expect_like_value("first moment of ", active.slot->moments.first);
-    expect_like_value("second moment of ", active.slot->moments.second);
+    expect_like_value("first moment of ", active.state->moments.first);
+    expect_like_value("second moment of ", active.state->moments.second);
   }
 
   void prepare(Active& active) const {
     const Matrix<T>& value = active.parameter->value;
-    Moments<T>& moments = active.slot->moments;
+    Moments<T>& moments = active.state->moments;
     if (moments.first.size() == 0) moments.first.setZero(value.rows(), value.cols());
     if (moments.second.size() == 0) moments.second.setZero(value.rows(), value.cols());
     ++moments.steps;
     const auto t = static_cast<double>(moments.steps);
     const bool decays = value.rows() != 1 || config_.decay_vectors;
     const double weight_decay =
-        active.slot->weight_decay.value_or(decays ? config_.weight_decay : 0.0);
-    const double rate = config_.learning_rate * active.slot->learning_rate_factor;
+        active.state->weight_decay.value_or(decays ? config_.weight_decay : 0.0);
+    const double rate = config_.learning_rate * active.state->learning_rate_factor;
     active.coefficients = {
         .keep = static_cast<T>(1.0 - rate * weight_decay),
         .rate = static_cast<T>(rate / (1.0 - std::pow(config_.beta1, t))),
@@ -315,8 +252,8 @@ class AdamW {
     Values g(parameter.grad.data() + begin, size);
     if (active.learns()) {
       Values w(parameter.value.data() + begin, size);
-      Values m(active.slot->moments.first.data() + begin, size);
-      Values v(active.slot->moments.second.data() + begin, size);
+      Values m(active.state->moments.first.data() + begin, size);
+      Values v(active.state->moments.second.data() + begin, size);
       const auto [keep, rate, root] = active.coefficients;
       m = static_cast<T>(config_.beta1) * m + static_cast<T>(1.0 - config_.beta1) * g;
       v = static_cast<T>(config_.beta2) * v + static_cast<T>(1.0 - config_.beta2) * g.square();
@@ -326,10 +263,8 @@ class AdamW {
   }
 
   AdamWConfig config_;
-  List<Slot> slots_;
-  List<Found> found_;    // Those of the step at hand, as are
-  List<Active> active_;  // these, once the slots stay where they are.
-  List<const void*> addresses_;
+  ParameterStates<T, State> states_;
+  List<Active> active_;
   Index steps_ = 0;
 };
 

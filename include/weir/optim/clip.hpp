@@ -14,6 +14,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/verbs.hpp>
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
@@ -91,9 +92,9 @@ double finite_global_norm(std::string_view where,
 /// Summed in double, and the same to the last bit for any number of threads. Frozen parameters, and
 /// those that never had a gradient, do not count.
 /// \throws NonFiniteError   if it is NaN or infinite; names the first parameter at fault.
-template <class T>
-double global_norm(const std::vector<NamedParameter<T>>& parameters) {
-  return detail::finite_global_norm("global_norm", parameters);
+template <class Model>
+double global_norm(Model& model) {
+  return detail::finite_global_norm("global_norm", parameters(model));
 }
 
 /// Makes a long step short without turning it. Where the norm of all gradients is above `max_norm`:
@@ -106,14 +107,16 @@ double global_norm(const std::vector<NamedParameter<T>>& parameters) {
 /// \return              The norm before clipping.
 /// \throws ConfigError      if max_norm is not above zero.
 /// \throws NonFiniteError   as `global_norm` does; no gradient is changed then.
-template <class T>
-double clip_global_norm(const std::vector<NamedParameter<T>>& parameters, double max_norm) {
+template <class Model>
+double clip_global_norm(Model& model, double max_norm) {
+  using T = typename Model::Scalar;
   expect_positive("clip_global_norm", "max_norm", max_norm);
-  const double norm = detail::finite_global_norm("clip_global_norm", parameters);
+  const std::vector<NamedParameter<T>> all = parameters(model);
+  const double norm = detail::finite_global_norm("clip_global_norm", all);
   if (norm > max_norm) {
-    const auto scale = static_cast<T>(max_norm / norm);
-    detail::parallel_gradients(parameters, [&](Index, T* numbers, Index count) {
-      loops::scale<T>(count, scale, numbers, numbers);
+    const auto factor = static_cast<T>(max_norm / norm);
+    detail::parallel_gradients(all, [&](Index, T* numbers, Index count) {
+      loops::scale(count, factor, numbers, numbers);
     });
   }
   return norm;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
 
-#include <weir/optim/schedule.hpp>
+#include <weir/optim/warmup_cosine.hpp>
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
@@ -41,9 +41,9 @@ TEST_CASE("WarmupCosine refuses impossible settings", "[optim][schedule]") {
     return test::message_of<ConfigError>([&] { schedule.at(step); });
   };
   CHECK(message({.peak = -1.0, .warmup_steps = 0, .total_steps = 1}) ==
-        "WarmupCosine: peak = -1, expected finite and >= 0");
+        "WarmupCosine: peak = -1, expected a finite number >= 0");
   CHECK(message({.peak = 1.0, .warmup_steps = 0, .total_steps = 1, .floor = 2.0}) ==
-        "WarmupCosine: floor = 2, expected in [0, peak = 1]");
+        "WarmupCosine: floor = 2, expected 0 <= floor <= 1");
   CHECK(message({.peak = 1.0, .warmup_steps = -3, .total_steps = 1}) ==
         "WarmupCosine: warmup_steps = -3, expected >= 0");
   CHECK(message({.peak = 1.0, .warmup_steps = 8, .total_steps = 8}) ==

@@ -23,7 +23,7 @@ namespace weir {
 /// (Loshchilov & Hutter 2016, arXiv:1608.03983, eq. 5, without restarts.)
 ///
 ///     optimizer.set_learning_rate(schedule.at(optimizer.steps()));
-///     optimizer.step();
+///     optimizer.step(model);
 struct WarmupCosine {
   double peak = 0.0;       ///< The highest rate.
   Index warmup_steps = 0;  ///< How many steps the rise takes; 0 starts at the peak.
@@ -45,12 +45,8 @@ struct WarmupCosine {
   static double count(Index steps) { return static_cast<double>(steps); }
 
   void check() const {
-    if (!(peak >= 0.0 && std::isfinite(peak))) {
-      fail<ConfigError>("WarmupCosine: peak = ", peak, ", expected finite and >= 0");
-    }
-    if (!(floor >= 0.0 && floor <= peak)) {
-      fail<ConfigError>("WarmupCosine: floor = ", floor, ", expected in [0, peak = ", peak, "]");
-    }
+    expect_at_least("WarmupCosine", "peak", peak, 0.0);
+    expect_in("WarmupCosine", "floor", floor, 0.0, peak);
     expect_at_least<Index>("WarmupCosine", "warmup_steps", warmup_steps, 0);
     if (total_steps <= warmup_steps) {
       fail<ConfigError>("WarmupCosine: total_steps = ", total_steps,

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What an optimizer remembers of each parameter, found by the parameter's name.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
+#include <weir/core/name_pattern.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/types.hpp>
+#include <weir/core/walk.hpp>
+
+namespace weir {
+
+/// Keeps a `State` for each parameter name, so that an optimizer holds no pointers: a model may be
+/// moved, and lose and gain parts, between steps. The states of parameters that are no longer in
+/// the model are kept until they are forgotten.
+template <class T, class State>
+class ParameterStates {
+ public:
+  struct Named {
+    std::string name;
+    State state = {};
+  };
+
+  /// A parameter of the model at hand, and its state.
+  struct Found {
+    Parameter<T>* parameter = nullptr;
+    Named* named = nullptr;
+  };
+
+  /// Finds the parameters of `model`, in the order of the walk, each with its state; a new name
+  /// gets `make(name)`. Allocates nothing as long as the model has the same parameters as last
+  /// time. The pointers are good until the next call of a member. \throws ConfigError  if two
+  /// parameters have the same name, or are the same. `who` is the
+  ///                      function's name.
+  template <class Model, class Make>
+  const List<Found>& find(std::string_view who, Model& model, Make&& make) {
+    places_.clear();
+    Finder<Make> finder(*this, make);
+    finder("", model);
+    bool in_order = true;
+    for (Index i = 0; i < places_.count(); ++i) in_order = in_order && places_[i].index == i;
+    if (!in_order) sort(who);
+    expect_distinct(who);
+    found_.clear();
+    for (const Place& place : places_) found_.push_back({place.parameter, &states_[place.index]});
+    return found_;
+  }
+
+  /// The state of the parameter `name`; a new name gets `make(name)`.
+  template <class Make>
+  State& of(std::string_view name, Make&& make) {
+    return states_[index_of(name, 0, make)].state;
+  }
+
+  /// All states, in the order of the model.
+  List<Named>& all() { return states_; }
+
+  void forget(std::string_view pattern) {
+    std::erase_if(states_, [&](const Named& n) { return matches_pattern(pattern, n.name); });
+  }
+
+ private:
+  struct Place {
+    Parameter<T>* parameter;
+    Index index;
+  };
+
+  template <class Make>
+  struct Finder final : Walk<T> {
+    Finder(ParameterStates& s, Make& m) : states(s), make(m) {}
+    void at_parameter(const std::string& name, Parameter<T>& parameter) override {
+      const Index guess = states.places_.count();  // Right in every step but the first.
+      states.places_.push_back({&parameter, states.index_of(name, guess, make)});
+    }
+    ParameterStates& states;
+    Make& make;
+  };
+
+  template <class Make>
+  Index index_of(std::string_view name, Index guess, Make& make) {
+    if (guess < states_.count() && states_[guess].name == name) return guess;
+    const auto found = std::ranges::find(states_, name, &Named::name);
+    if (found != states_.end()) return static_cast<Index>(found - states_.begin());
+    states_.push_back({std::string(name), make(name)});
+    return states_.count() - 1;
+  }
+
+  /// Puts the states into the order of the model, so that the next step finds them at once.
+  void sort(std::string_view who) {
+    List<Index> moved_to(states_.count(), -1);
+    Index next = 0;
+    for (const Place& place : places_) {
+      if (moved_to[place.index] >= 0) {
+        fail<ConfigError>(who, ": two parameters are named ", states_[place.index].name,
+                          ", expected different names");
+      }
+      moved_to[place.index] = next++;
+    }
+    for (Index& to : moved_to) to = to < 0 ? next++ : to;
+    List<Named> sorted(states_.count());
+    for (Index i = 0; i < states_.count(); ++i) sorted[moved_to[i]] = std::move(states_[i]);
+    states_ = std::move(sorted);
+    for (Place& place : places_) place.index = moved_to[place.index];
+  }
+
+  void expect_distinct(std::string_view who) {
+    addresses_.clear();
+    for (const Place& place : places_) addresses_.push_back(place.parameter);
+    std::sort(addresses_.begin(), addresses_.end());
+    const auto twice = std::adjacent_find(addresses_.begin(), addresses_.end());
+    if (twice == addresses_.end()) return;
+    std::string names;
+    for (const Place& place : places_) {
+      if (place.parameter != *twice) continue;
+      names += (names.empty() ? "" : " and ") + states_[place.index].name;
+    }
+    fail<ConfigError>(who, ": ", names, " are the same parameter, expected each once");
+  }
+
+  List<Named> states_;
+  List<Place> places_;  // Those of the model at hand, as are
+  List<Found> found_;   // these, once the states stay where they are.
+  List<const Parameter<T>*> addresses_;
+};
+
+}  // namespace weir
