@@ -230,9 +230,9 @@ TEST_CASE("AdamW follows a model that is moved, gains and loses parameters", "[o
 }
 
 TEST_CASE("AdamW gives groups of parameters their own rates", "[optim][adamw]") {
-  Parameter<double> router{column({2.0})};
-  Parameter<double> gate{column({2.0})};
-  Parameter<double> other{column({2.0})};
+  Parameter<double> router{column({2.0, 2.0})};
+  Parameter<double> gate{column({2.0, 2.0})};
+  Parameter<double> other{column({2.0, 2.0})};
   test::ParameterSet<double> model{
       {"layers.0.router.weight", &router}, {"experts.1.gate", &gate}, {"experts.1.up", &other}};
   AdamW<double> optimizer({.learning_rate = 0.5,
@@ -262,7 +262,7 @@ TEST_CASE("AdamW allocates nothing after its first step", "[optim][adamw]") {
   step();
   CHECK(test::count_allocations([&] {
           for (int i = 0; i < 3; ++i) step();
-        }) <= 3);  // The walk's path, once a step.
+        }) == 0);
 }
 
 TEST_CASE("AdamW descends a quadratic to its minimum", "[optim][adamw]") {

@@ -24,17 +24,17 @@ struct CollectTensors final : Walk<T> {
   std::vector<NamedParameter<T>> parameters;
   std::vector<NamedBuffer<T>> buffers;
 
-  void at_parameter(const std::string& name, Parameter<T>& parameter) override {
-    parameters.push_back({name, &parameter});
+  void at_parameter(std::string_view name, Parameter<T>& parameter) override {
+    parameters.push_back({std::string(name), &parameter});
   }
-  void at_buffer(const std::string& name, Buffer<T>& buffer) override {
-    buffers.push_back({name, &buffer});
+  void at_buffer(std::string_view name, Buffer<T>& buffer) override {
+    buffers.push_back({std::string(name), &buffer});
   }
 };
 
 template <class T>
 struct ZeroGradients final : Walk<T> {
-  void at_parameter(const std::string& /*name*/, Parameter<T>& parameter) override {
+  void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
     parameter.grad.setZero();
   }
 };
@@ -57,7 +57,7 @@ struct SetStorage final : Walk<T> {
 template <class T>
 struct Freeze final : Walk<T> {
   Freeze(std::string_view pattern, bool frozen) : pattern(pattern), frozen(frozen) {}
-  void at_parameter(const std::string& name, Parameter<T>& parameter) override {
+  void at_parameter(std::string_view name, Parameter<T>& parameter) override {
     if (!matches_pattern(pattern, name)) return;
     parameter.frozen = frozen;
     ++count;

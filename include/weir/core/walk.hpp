@@ -3,6 +3,8 @@
 /// One way through a tree of layers, for everything that is done to all of its parts.
 #pragma once
 
+#include <array>
+#include <memory_resource>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -64,7 +66,7 @@ class Node {
 template <class T>
 class Walk {
  public:
-  Walk() = default;
+  Walk() { path_.reserve(kPathInside); }
   Walk(const Walk&) = delete;
   Walk& operator=(const Walk&) = delete;
   virtual ~Walk() = default;
@@ -101,13 +103,17 @@ class Walk {
   }
 
  protected:
-  virtual void at_parameter(const std::string& /*name*/, Parameter<T>& /*parameter*/) {}
-  virtual void at_buffer(const std::string& /*name*/, Buffer<T>& /*buffer*/) {}
+  virtual void at_parameter(std::string_view /*name*/, Parameter<T>& /*parameter*/) {}
+  virtual void at_buffer(std::string_view /*name*/, Buffer<T>& /*buffer*/) {}
   /// \return         Whether to go on to the members of the node.
   virtual bool at_node(const Node& /*node*/) { return true; }
 
  private:
-  std::string path_;  // Of the node, with a dot at the end.
+  static constexpr std::size_t kPathInside = 400;  // Longer paths are allocated.
+
+  std::array<char, kPathInside + 1> memory_{};
+  std::pmr::monotonic_buffer_resource resource_{memory_.data(), memory_.size()};
+  std::pmr::string path_{&resource_};  // Of the node, with a dot at the end.
 };
 
 }  // namespace weir

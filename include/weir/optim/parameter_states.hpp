@@ -75,7 +75,7 @@ class ParameterStates {
   template <class Make>
   struct Finder final : Walk<T> {
     Finder(ParameterStates& s, Make& m) : states(s), make(m) {}
-    void at_parameter(const std::string& name, Parameter<T>& parameter) override {
+    void at_parameter(std::string_view name, Parameter<T>& parameter) override {
       const Index guess = states.places_.count();  // Right in every step but the first.
       states.places_.push_back({&parameter, states.index_of(name, guess, make)});
     }
