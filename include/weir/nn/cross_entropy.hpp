@@ -5,11 +5,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <span>
-#include <vector>
 
+#include <weir/core/cache_state.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/token_ids.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
@@ -18,7 +20,13 @@
 
 namespace weir {
 
-/// Mean negative log-likelihood of the targets, and optionally a penalty that keeps the normalizer
+/// Settings of `CrossEntropy`.
+struct CrossEntropyConfig {
+  Index ignore_index = -100;  ///< Tokens with this target are skipped.
+  double z_loss = 0.0;        ///< The coefficient of the penalty.
+};
+
+/// Mean negative log-likelihood of the targets, and optionally a penalty that keeps the normaliser
 /// of the softmax near one:
 ///
 ///     loss = 1/N sum_t (Z_t - logits[t, target_t]) + z_loss 1/N sum_t Z_t^2
@@ -29,83 +37,89 @@ namespace weir {
 /// the whole batch, and losses and gradients add up to those of the batch. (The penalty: Chowdhery
 /// et al. 2022, arXiv:2204.02311, section 5, with z_loss = 1e-4.)
 template <class T>
-struct CrossEntropy {
-  Index ignore_index = -100;
-  double z_loss = 0.0;
-
+class CrossEntropy {
+ public:
   struct Cache {
     T nll = T(0);      ///< The loss without the penalty.
     T z_loss = T(0);   ///< The penalty alone.
     Index tokens = 0;  ///< N.
 
-    bool filled = false;  ///< Whether a forward pass went through.
+    CacheState state;
     Matrix<T> logits, d_logits;
-    std::vector<T> log_normalizer;  ///< Z, one per token.
-    std::vector<Index> targets;
+    List<T> log_normaliser;  ///< Z, one per token.
+    List<Index> targets;
   };
+
+  /// \throws ConfigError  if `z_loss` is negative or not finite.
+  explicit CrossEntropy(CrossEntropyConfig config = {}) : config_(config) {
+    expect_at_least("CrossEntropy", "z_loss", config_.z_loss, 0.0);
+  }
+
+  const CrossEntropyConfig& config() const { return config_; }
 
   /// \param logits   [tokens, vocab].
   /// \param targets  One per token, in [0, vocab) or `ignore_index`.
   /// \param tokens   N; 0 for the number of tokens that are not ignored.
   /// \return         The loss; 0 if there is nothing to predict.
   /// \throws ShapeError      unless there is one target per token.
-  /// \throws ConfigError     if a target is out of range, or `z_loss` or `tokens` negative.
+  /// \throws ConfigError     if a target is out of range, or `tokens` negative.
   /// \throws NonFiniteError  if a logit is NaN or +inf, or that of a target -inf.
-  T forward(MatrixIn<T> logits, std::span<const Index> targets, Cache& cache,
-            Index tokens = 0) const {
+  T forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens = 0) const {
+    cache.state.begin();
     cache.tokens = check(logits, targets, tokens);
-    cache.filled = false;
     cache.logits.resize(logits.rows(), logits.cols());
-    cache.targets.assign(targets.begin(), targets.end());
-    cache.log_normalizer.resize(targets.size());
+    targets.copy_to(cache.targets);
+    cache.log_normaliser.resize(targets.count());
     parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const auto i = static_cast<std::size_t>(t);
-        if (targets[i] == ignore_index) continue;  // Nobody reads the row.
+        if (cache.targets[t] == config_.ignore_index) continue;  // Nobody reads the row.
         std::copy_n(&logits.coeffRef(t, 0), logits.cols(), &cache.logits(t, 0));
-        cache.log_normalizer[i] = logsumexp(&cache.logits(t, 0), logits.cols());
+        cache.log_normaliser[t] = logsumexp(&cache.logits(t, 0), logits.cols());
       }
     });
 
     double nll = 0.0;
     double squares = 0.0;
     for (Index t = 0; t < logits.rows(); ++t) {
-      const auto i = static_cast<std::size_t>(t);
-      if (targets[i] == ignore_index) continue;
-      const auto z = static_cast<double>(cache.log_normalizer[i]);
-      const double loss = z - static_cast<double>(logits(t, targets[i]));
+      const Index target = cache.targets[t];
+      if (target == config_.ignore_index) continue;
+      const auto z = static_cast<double>(cache.log_normaliser[t]);
+      const double loss = z - static_cast<double>(logits(t, target));
       if (!std::isfinite(loss)) {
         fail<NonFiniteError>("CrossEntropy::forward: row ", t, " of logits has log sum exp ", z,
-                             " and target logit ", logits(t, targets[i]), ", expected finite");
+                             " and target logit ", logits(t, target), ", expected finite");
       }
       nll += loss;
       squares += z * z;
     }
     const auto divisor = static_cast<double>(std::max<Index>(1, cache.tokens));
     cache.nll = static_cast<T>(nll / divisor);
-    cache.z_loss = static_cast<T>(z_loss * squares / divisor);
-    cache.filled = true;
-    return static_cast<T>((nll + z_loss * squares) / divisor);
+    cache.z_loss = static_cast<T>(config_.z_loss * squares / divisor);
+    cache.state.finish(*this, kTraining, cache.logits);
+    return static_cast<T>((nll + config_.z_loss * squares) / divisor);
   }
 
+  /// Nothing is accumulated: it may be called any number of times.
   /// \param scale    What the gradient is multiplied by, such as a loss scale.
   /// \return         scale * d(loss)/d(logits), [tokens, vocab]; zero for ignored tokens.
-  /// \throws StateError   if the cache has seen no forward pass that succeeded.
+  /// \throws StateError   if the cache is empty or its last forward pass failed.
   const Matrix<T>& backward(Cache& cache, T scale = T(1)) const {
-    if (!cache.filled) fail<StateError>("CrossEntropy::backward: no forward pass before it");
+    if (!cache.state.is_filled()) {
+      fail<StateError>(
+          "CrossEntropy::backward: the cache is empty, expected a forward pass that succeeded");
+    }
     const Matrix<T>& logits = cache.logits;
     const T share = scale / static_cast<T>(std::max<Index>(1, cache.tokens));
     cache.d_logits.resize(logits.rows(), logits.cols());
     parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const auto i = static_cast<std::size_t>(t);
-        const Index target = cache.targets[i];
-        if (target == ignore_index) {
+        const Index target = cache.targets[t];
+        if (target == config_.ignore_index) {
           cache.d_logits.row(t).setZero();
           continue;
         }
-        const T z = cache.log_normalizer[i];
-        const T factor = share * (T(1) + T(2) * static_cast<T>(z_loss) * z);
+        const T z = cache.log_normaliser[t];
+        const T factor = share * (T(1) + T(2) * static_cast<T>(config_.z_loss) * z);
         const auto f = [=](const Lanes<T>& logit) -> Lanes<T> {
           return factor * exp_lanes<T>(logit - z);
         };
@@ -118,24 +132,25 @@ struct CrossEntropy {
 
  private:
   /// Returns N.
-  Index check(MatrixIn<T> logits, std::span<const Index> targets, Index tokens) const {
-    expect_at_least("CrossEntropy", "z_loss", z_loss, 0.0);
+  Index check(MatrixIn<T> logits, TokenIds targets, Index tokens) const {
     expect_at_least<Index>("CrossEntropy::forward", "tokens", tokens, 0);
-    if (static_cast<Index>(targets.size()) != logits.rows()) {
-      fail<ShapeError>("CrossEntropy::forward: targets has ", targets.size(), " entries, expected ",
-                       logits.rows(), " (one per token)");
+    if (targets.count() != logits.rows()) {
+      fail<ShapeError>("CrossEntropy::forward: targets has ", targets.count(),
+                       " entries, expected ", logits.rows(), " (one per token)");
     }
     Index counted = 0;
-    for (std::size_t t = 0; t < targets.size(); ++t) {
-      if (targets[t] == ignore_index) continue;
+    for (Index t = 0; t < targets.count(); ++t) {
+      if (targets[t] == config_.ignore_index) continue;
       if (targets[t] < 0 || targets[t] >= logits.cols()) {
         fail<ConfigError>("CrossEntropy::forward: targets[", t, "] = ", targets[t],
-                          ", expected 0 <= target < ", logits.cols(), " or ", ignore_index);
+                          ", expected 0 <= target < ", logits.cols(), " or ", config_.ignore_index);
       }
       ++counted;
     }
     return tokens > 0 ? tokens : counted;
   }
+
+  CrossEntropyConfig config_;
 };
 
 }  // namespace weir

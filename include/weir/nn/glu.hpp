@@ -9,6 +9,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/layer.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -36,7 +37,7 @@ void glu_forward(MatrixIn<T> gate, MatrixIn<T> up, MatrixOut<T> h) {
 ///
 ///     d_gate = dh * up * act'(gate),   d_up = dh * act(gate)
 ///
-/// All are [rows, d_hidden]; the results are no other matrix than themselves.
+/// All are [rows, d_hidden]; each result has a matrix of its own.
 template <Activation Act, class T>
 void glu_backward(MatrixIn<T> gate, MatrixIn<T> up, MatrixIn<T> dh, MatrixOut<T> d_gate,
                   MatrixOut<T> d_up) {
@@ -69,6 +70,7 @@ class Glu {
   using Scalar = T;
 
   struct Cache {
+    CacheState state;
     Matrix<T> x, gate, up, h, y;
     Matrix<T> dh, d_gate, d_up, dx;
     PackedGluCache<T> packed;
@@ -95,47 +97,35 @@ class Glu {
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  Matrix<T> forward(MatrixIn<T> x) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("Glu::forward", "x", x, d_model());
-    Matrix<T> y(x.rows(), d_model());
+    cache.y.resize(x.rows(), d_model());
     if (packed_) {
-      PackedGluCache<T> cache;
-      run_packed(x, cache, y);
-      return y;
-    }
-    Matrix<T> gate(x.rows(), d_hidden());
-    Matrix<T> up(x.rows(), d_hidden());
-    run(x, gate, up, gate, y);
-    return y;
-  }
-
-  /// The same, keeping what `backward` needs.
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
-    expect_columns("Glu::forward", "x", x, d_model());
-    if (packed_) {
-      cache.y.resize(x.rows(), d_model());
       run_packed(x, cache.packed, cache.y);
-      return cache.y;
+      return cache.state.finish(*this, Pass{}, cache.y);  // Nothing is kept for `backward`.
     }
-    cache.x = x;
     cache.gate.resize(x.rows(), d_hidden());
     cache.up.resize(x.rows(), d_hidden());
-    cache.h.resize(x.rows(), d_hidden());
-    cache.y.resize(x.rows(), d_model());
-    run(x, cache.gate, cache.up, cache.h, cache.y);
-    return cache.y;
+    if (pass.training) {
+      cache.x = x;
+      cache.h.resize(x.rows(), d_hidden());
+      run(x, cache.gate, cache.up, cache.h, cache.y);
+    } else {
+      run(x, cache.gate, cache.up, cache.gate, cache.y);
+    }
+    return cache.state.finish(*this, pass, cache.y);
   }
 
   /// Adds to the gradients of gate, up and down.
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
-  /// \throws StateError   if the cache has seen no forward pass, or if the weights are stored for
-  ///                      inference.
+  /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
+  ///                      for inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     expect_trainable("Glu::backward", storage_);
-    if (cache.y.cols() != d_model()) fail<StateError>("Glu::backward: no forward pass before it");
-    expect_shape("Glu::backward", "dy", dy, cache.x.rows(), d_model());
+    cache.state.begin_backward("Glu::backward", *this, dy);
     cache.dh.resize(dy.rows(), d_hidden());
     cache.d_gate.resize(dy.rows(), d_hidden());
     cache.d_up.resize(dy.rows(), d_hidden());
@@ -169,7 +159,7 @@ class Glu {
   Index d_model() const { return packed_ ? packed_->gate_up.cols() : gate_.value.cols(); }
   Index d_hidden() const { return packed_ ? packed_->gate_up.rows() : gate_.value.rows(); }
 
-  /// Empty if the weights are stored for inference; likewise `up` and `down`.
+  /// The three weights are empty if they are stored for inference.
   const Parameter<T>& gate() const { return gate_; }
   Parameter<T>& gate() { return gate_; }
   const Parameter<T>& up() const { return up_; }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Layer normalization (Ba et al. 2016, arXiv:1607.06450).
+/// Layer normalisation (Ba et al. 2016, arXiv:1607.06450).
 #pragma once
 
 #include <cmath>
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
@@ -35,17 +36,18 @@ class LayerNorm {
   using Scalar = T;
 
   struct Cache {
+    CacheState state;
     Matrix<T> normal;       ///< [tokens, d_model]: (x - mean) / sqrt(var + epsilon).
     Matrix<T> inverse_std;  ///< [tokens, 1].
     Matrix<T> y, dx;
-    Scratch<T> d_parameters;  ///< Of runs of tokens, [., 2 d_model]: of the weight, of the bias.
+    Scratch<T> d_parameters;  ///< [runs of tokens, 2 d_model]: the weight's, then the bias's.
   };
 
   /// The weight starts at one, the bias at zero.
   /// \throws ConfigError  unless d_model and epsilon are positive.
-  explicit LayerNorm(Index d_model, LayerNormConfig config = {}) : epsilon_(config.epsilon) {
+  explicit LayerNorm(Index d_model, LayerNormConfig config = {}) : config_(config) {
     expect_positive("LayerNorm", "d_model", d_model);
-    expect_positive("LayerNorm", "epsilon", epsilon_);
+    expect_positive("LayerNorm", "epsilon", config_.epsilon);
     weight_.value.setOnes(1, d_model);
     if (config.bias) bias_.value.setZero(1, d_model);
   }
@@ -53,47 +55,36 @@ class LayerNorm {
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  Matrix<T> forward(MatrixIn<T> x) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("LayerNorm::forward", "x", x, d_model());
-    Matrix<T> y(x.rows(), d_model());
-    parallel_rows(x.rows(), 4 * d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        normalize_row(&x.coeffRef(t, 0), &y(t, 0));
-        affine_row(&y(t, 0), &y(t, 0));
-      }
-    });
-    return y;
-  }
-
-  /// The same, keeping what `backward` needs.
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
-    expect_columns("LayerNorm::forward", "x", x, d_model());
-    cache.normal.resize(x.rows(), d_model());
-    cache.inverse_std.resize(x.rows(), 1);
     cache.y.resize(x.rows(), d_model());
+    if (pass.training) {
+      cache.normal.resize(x.rows(), d_model());
+      cache.inverse_std.resize(x.rows(), 1);
+    }
     parallel_rows(x.rows(), 4 * d_model(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        cache.inverse_std(t, 0) = normalize_row(&x.coeffRef(t, 0), &cache.normal(t, 0));
-        affine_row(&cache.normal(t, 0), &cache.y(t, 0));
+        T* const normal = pass.training ? &cache.normal(t, 0) : &cache.y(t, 0);
+        const T inverse_std = normalise_row(&x.coeffRef(t, 0), normal);
+        if (pass.training) cache.inverse_std(t, 0) = inverse_std;
+        affine_row(normal, &cache.y(t, 0));
       }
     });
-    return cache.y;
+    return cache.state.finish(*this, pass, cache.y);
   }
 
-  /// With n the normalized row and a = dy g:
+  /// With n the normalised row and a = dy g:
   ///
-  ///     dg += sum_t dy n,   db += sum_t dy,   dx = (a - mean(a) - n mean(a n)) / sqrt(var +
-  ///     epsilon)
+  ///     dg += sum_t dy n,   db += sum_t dy
+  ///     dx = (a - mean(a) - n mean(a n)) / sqrt(var + epsilon)
   ///
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    if (cache.y.cols() != d_model()) {
-      fail<StateError>("LayerNorm::backward: no forward pass before it");
-    }
-    expect_shape("LayerNorm::backward", "dy", dy, cache.y.rows(), d_model());
+    cache.state.begin_backward("LayerNorm::backward", *this, dy);
     cache.dx.resize(dy.rows(), d_model());
     const T* const g = weight_.value.data();
     sum_runs_of_rows<T>(dy.rows(), 2 * d_model(), cache.d_parameters, [&](Index t, T* sums) {
@@ -120,8 +111,8 @@ class LayerNorm {
   }
 
   Index d_model() const { return weight_.value.cols(); }
-  double epsilon() const { return epsilon_; }
-  bool has_bias() const { return bias_.value.size() != 0; }
+  const LayerNormConfig& config() const { return config_; }
+  bool has_bias() const { return config_.bias; }
 
   const Parameter<T>& weight() const { return weight_; }
   Parameter<T>& weight() { return weight_; }
@@ -136,13 +127,13 @@ class LayerNorm {
   }
 
  private:
-  /// Writes the normalized row and returns 1 / sqrt(var + epsilon).
-  T normalize_row(const T* x, T* normal) const {
+  /// Writes the normalised row and returns 1 / sqrt(var + epsilon).
+  T normalise_row(const T* x, T* normal) const {
     const auto d = static_cast<T>(d_model());
     const T mean = loops::sum(d_model(), x) / d;
     const auto square = [mean](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * (v - mean); };
     const T variance = sum_lanes<T>(d_model(), square, x) / d;
-    const T inverse_std = T(1) / std::sqrt(variance + static_cast<T>(epsilon_));
+    const T inverse_std = T(1) / std::sqrt(variance + static_cast<T>(config_.epsilon));
     const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * inverse_std; };
     map_lanes<T>(d_model(), f, normal, x);
     return inverse_std;
@@ -161,7 +152,7 @@ class LayerNorm {
 
   Parameter<T> weight_;  // [1, d_model]
   Parameter<T> bias_;    // [1, d_model] or empty
-  double epsilon_;
+  LayerNormConfig config_;
 };
 
 }  // namespace weir

@@ -8,7 +8,9 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/layer.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/activation.hpp>
@@ -53,6 +55,7 @@ class Mlp {
   using Scalar = T;
 
   struct Cache {
+    CacheState state;
     Matrix<T> x, z, h, y;
     Matrix<T> dh, dz, dx;
   };
@@ -86,35 +89,30 @@ class Mlp {
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  Matrix<T> forward(MatrixIn<T> x) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("Mlp::forward", "x", x, d_model());
-    Matrix<T> h(x.rows(), d_hidden());
-    Matrix<T> y(x.rows(), d_model());
-    run(x, h, h, y);
-    return y;
-  }
-
-  /// The same, keeping what `backward` needs.
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
-    expect_columns("Mlp::forward", "x", x, d_model());
-    cache.x = x;
-    cache.z.resize(x.rows(), d_hidden());
     cache.h.resize(x.rows(), d_hidden());
     cache.y.resize(x.rows(), d_model());
-    run(x, cache.z, cache.h, cache.y);
-    return cache.y;
+    if (pass.training) {
+      cache.x = x;
+      cache.z.resize(x.rows(), d_hidden());
+      run(x, cache.z, cache.h, cache.y);
+    } else {
+      run(x, cache.h, cache.h, cache.y);
+    }
+    return cache.state.finish(*this, pass, cache.y);
   }
 
   /// Adds to the gradients of weights and biases.
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
-  /// \throws StateError   if the cache has seen no forward pass, or if the weights are stored for
-  ///                      inference.
+  /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
+  ///                      for inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     expect_trainable("Mlp::backward", in_.storage());
-    if (cache.y.cols() != d_model()) fail<StateError>("Mlp::backward: no forward pass before it");
-    expect_shape("Mlp::backward", "dy", dy, cache.x.rows(), d_model());
+    cache.state.begin_backward("Mlp::backward", *this, dy);
     cache.dh.resize(dy.rows(), d_hidden());
     cache.dz.resize(dy.rows(), d_hidden());
     cache.dx.resize(dy.rows(), d_model());
@@ -133,14 +131,14 @@ class Mlp {
   Index d_model() const { return in_.cols(); }
   Index d_hidden() const { return in_.rows(); }
 
-  /// Empty if the weights are stored for inference; likewise `out`.
+  /// The two weights are empty if they are stored for inference.
   const Parameter<T>& in() const { return in_.parameter(); }
   Parameter<T>& in() { return in_.parameter(); }
-  /// Empty if there is none; likewise `out_bias`.
-  const Parameter<T>& in_bias() const { return in_bias_; }
-  Parameter<T>& in_bias() { return in_bias_; }
   const Parameter<T>& out() const { return out_.parameter(); }
   Parameter<T>& out() { return out_.parameter(); }
+  /// The two biases are empty if there are none.
+  const Parameter<T>& in_bias() const { return in_bias_; }
+  Parameter<T>& in_bias() { return in_bias_; }
   const Parameter<T>& out_bias() const { return out_bias_; }
   Parameter<T>& out_bias() { return out_bias_; }
 

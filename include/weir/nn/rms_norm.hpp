@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Root mean square layer normalization (Zhang & Sennrich 2019, arXiv:1910.07467).
+/// Root mean square layer normalisation (Zhang & Sennrich 2019, arXiv:1910.07467).
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
@@ -17,6 +18,11 @@
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
+
+/// Settings of `RmsNorm`.
+struct RmsNormConfig {
+  double epsilon = 1e-5;
+};
 
 /// Scales each row to unit root mean square, then each column by a trained weight:
 ///
@@ -29,47 +35,43 @@ class RmsNorm {
   using Scalar = T;
 
   struct Cache {
+    CacheState state;
     Matrix<T> x, y, dx;
     Matrix<T> inverse_rms;  ///< [tokens, 1].
-    Scratch<T> d_weight;    ///< Of runs of tokens.
+    Scratch<T> d_weight;    ///< [runs of tokens, d_model].
   };
 
   /// The weight starts at one.
   /// \throws ConfigError  unless d_model and epsilon are positive.
-  explicit RmsNorm(Index d_model, double epsilon = 1e-5) : epsilon_(epsilon) {
+  explicit RmsNorm(Index d_model, RmsNormConfig config = {}) : config_(config) {
     expect_positive("RmsNorm", "d_model", d_model);
-    expect_positive("RmsNorm", "epsilon", epsilon);
+    expect_positive("RmsNorm", "epsilon", config_.epsilon);
     weight_.value.setOnes(1, d_model);
   }
 
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  Matrix<T> forward(MatrixIn<T> x) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("RmsNorm::forward", "x", x, d_model());
-    Matrix<T> y(x.rows(), d_model());
-    parallel_rows(x.rows(), 2 * d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t)
-        scale_row(&x.coeffRef(t, 0), inverse_rms(&x.coeffRef(t, 0)), &y(t, 0));
-    });
-    return y;
-  }
-
-  /// The same, keeping what `backward` needs.
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
-    expect_columns("RmsNorm::forward", "x", x, d_model());
-    cache.x.resize(x.rows(), d_model());
     cache.y.resize(x.rows(), d_model());
-    cache.inverse_rms.resize(x.rows(), 1);
+    if (pass.training) {
+      cache.x.resize(x.rows(), d_model());
+      cache.inverse_rms.resize(x.rows(), 1);
+    }
     parallel_rows(x.rows(), 3 * d_model(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const T* const row = &x.coeffRef(t, 0);
-        std::copy_n(row, d_model(), &cache.x(t, 0));
-        cache.inverse_rms(t, 0) = inverse_rms(row);
-        scale_row(row, cache.inverse_rms(t, 0), &cache.y(t, 0));
+        const T r = inverse_rms(row);
+        if (pass.training) {
+          std::copy_n(row, d_model(), &cache.x(t, 0));
+          cache.inverse_rms(t, 0) = r;
+        }
+        scale_row(row, r, &cache.y(t, 0));
       }
     });
-    return cache.y;
+    return cache.state.finish(*this, pass, cache.y);
   }
 
   /// With r the inverse root mean square of a row:
@@ -78,13 +80,10 @@ class RmsNorm {
   ///
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    if (cache.y.cols() != d_model()) {
-      fail<StateError>("RmsNorm::backward: no forward pass before it");
-    }
-    expect_shape("RmsNorm::backward", "dy", dy, cache.x.rows(), d_model());
+    cache.state.begin_backward("RmsNorm::backward", *this, dy);
     cache.dx.resize(dy.rows(), d_model());
     const T* const g = weight_.value.data();
     sum_runs_of_rows<T>(dy.rows(), d_model(), cache.d_weight, [&](Index t, T* d_weight) {
@@ -105,7 +104,7 @@ class RmsNorm {
   }
 
   Index d_model() const { return weight_.value.cols(); }
-  double epsilon() const { return epsilon_; }
+  const RmsNormConfig& config() const { return config_; }
 
   const Parameter<T>& weight() const { return weight_; }
   Parameter<T>& weight() { return weight_; }
@@ -118,7 +117,7 @@ class RmsNorm {
  private:
   T inverse_rms(const T* x) const {
     const T mean = loops::sum_of_squares(d_model(), x) / static_cast<T>(d_model());
-    return T(1) / std::sqrt(mean + static_cast<T>(epsilon_));
+    return T(1) / std::sqrt(mean + static_cast<T>(config_.epsilon));
   }
 
   void scale_row(const T* x, T factor, T* y) const {
@@ -129,7 +128,7 @@ class RmsNorm {
   }
 
   Parameter<T> weight_;  // [1, d_model]
-  double epsilon_;
+  RmsNormConfig config_;
 };
 
 }  // namespace weir
