@@ -12,19 +12,14 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/cache_state.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/any_layer.hpp>
-#include <weir/moe/report.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
-
-/// The report of one mixture of experts inside a model.
-struct NamedReport {
-  std::string name;  ///< Such as "layers.3.moe".
-  MoEReport report;
-};
 
 /// layer(norm(x)) or post_norm(layer(norm(x))), under the names `name`, `name_norm` and
 /// `name_post_norm`.
@@ -56,12 +51,11 @@ class Block {
       typename AnyLayer<T>::Cache norm, layer, post_norm;
       Matrix<T> out;  ///< The sum with this branch.
     };
+    CacheState state;
     std::vector<OfBranch> branches;
     Matrix<T> dx;
     Matrix<T> d_sum;  ///< The gradient of what parallel branches add up to.
     std::vector<typename AnyLayer<T>::State*> states;  ///< Those of one branch.
-    T aux_loss = T(0);                                 ///< Sum over the branches.
-    bool filled = false;
   };
 
   /// What decoding keeps of one sequence.
@@ -91,38 +85,26 @@ class Block {
     }
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
   /// \param x        [tokens, d_model]
   /// \return         [tokens, d_model]
   /// \throws ShapeError   if a layer does not yield the shape of x.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.filled = false;
+    cache.state.begin();
     const Matrix<T>& y =
         run("Block::forward", x, pass, cache,
             [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
               return branches_[i].layer.forward(normed, pass, cache.branches[i].layer);
             });
-    cache.filled = true;
-    return y;
+    return cache.state.finish(*this, pass, y);
   }
 
   /// Adds to the gradients of all branches, their auxiliary losses included.
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
-  /// \throws StateError   if the last pass with `cache` was no forward pass that succeeded.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    if (!cache.filled) {
-      fail<StateError>("Block::backward: the cache is empty, expected a forward pass before");
-    }
-    const Matrix<T>& y = cache.branches.back().out;
-    expect_shape("Block::backward", "dy", dy, y.rows(), y.cols());
+    cache.state.begin_backward("Block::backward", *this, dy);
     cache.dx = dy;
     for (std::size_t i = branches_.size(); i-- > 0;) {
       // A group of parallel branches shares the gradient of its sum; each adds to that of its x.
@@ -134,16 +116,10 @@ class Block {
     return cache.dx;
   }
 
-  /// Continues one sequence by the tokens x [new tokens, d_model].
-  const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const {
-    State* const states[] = {&state};
-    return decode(x, {}, states, cache);
-  }
-
   /// Continues the sequences of `pass` by the tokens x [new tokens, d_model], see DecodingLayer.
   const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
                           Cache& cache) const {
-    cache.filled = false;
+    cache.state.begin();
     for (State* state : states) state->branches.resize(branches_.size());
     return run("Block::decode", x, pass, cache,
                [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
@@ -152,22 +128,6 @@ class Block {
                  return branches_[i].layer.decode(normed, pass, cache.states,
                                                   cache.branches[i].layer);
                });
-  }
-
-  /// See MoELayer::update.
-  void update() {
-    for (Branch<T>& branch : branches_) branch.layer.update();
-  }
-
-  /// Adds what the routing of the last pass with `cache` did, for each mixture of experts, under
-  /// its branch's name behind `prefix`.
-  void add_reports(const std::string& prefix, const Cache& cache,
-                   std::vector<NamedReport>& reports) const {
-    for (std::size_t i = 0; i < std::min(branches_.size(), cache.branches.size()); ++i) {
-      if (auto report = branches_[i].layer.report(cache.branches[i].layer)) {
-        reports.push_back({prefix + branches_[i].name, *report});
-      }
-    }
   }
 
   /// Parameters `name_norm.*`, `name.*` and `name_post_norm.*` of each branch.
@@ -190,7 +150,6 @@ class Block {
                        Run&& layer) const {
     using In = Eigen::Ref<const Matrix<T>>;
     cache.branches.resize(branches_.size());
-    cache.aux_loss = T(0);
     const auto sum_before = [&](std::size_t i) -> In {
       return i == 0 ? In(x) : In(cache.branches[i - 1].out);
     };
@@ -199,12 +158,13 @@ class Block {
       const Branch<T>& branch = branches_[i];
       auto& own = cache.branches[i];
       if (!branch.parallel) group = i;
+      const PassRecord::Scope scope(pass.record, branch.name);
       const Matrix<T>* y = &layer(i, branch.norm.forward(sum_before(group), pass, own.norm));
       if (branch.post_norm) y = &branch.post_norm->forward(*y, pass, own.post_norm);
       const In sum = sum_before(i);
       expect_shape(where, branch.name, *y, sum.rows(), sum.cols());
-      own.out = sum + *y;
-      cache.aux_loss += own.layer.aux_loss;
+      own.out.resize(sum.rows(), sum.cols());
+      add_rows<T>(sum, *y, own.out);
     }
     return cache.branches.back().out;
   }

@@ -4,7 +4,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <concepts>
 #include <optional>
 #include <span>
@@ -12,14 +12,16 @@
 #include <utility>
 #include <vector>
 
-#include <weir/core/decode_states.hpp>
+#include <weir/core/cache_state.hpp>
+#include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/pass.hpp>
+#include <weir/core/token_ids.hpp>
 #include <weir/core/types.hpp>
-#include <weir/kernels/matmul.hpp>
-#include <weir/kernels/packed_product.hpp>
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
+#include <weir/model/language_head.hpp>
 #include <weir/model/logit_scale.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/linear.hpp>
@@ -49,29 +51,26 @@ template <std::floating_point T>
 class Decoder {
  public:
   using Scalar = T;
+  using HeadCache = typename LanguageHead<T>::Cache;
 
   struct EmbedCache {
     typename Embedding<T>::Cache table;
     Matrix<T> x, dx;  ///< Multiplied, where there is a multiplier.
   };
 
-  struct HeadCache {
-    typename Linear<T>::Cache linear;  ///< Of a head of its own.
-    Matrix<T> x, dx;                   ///< [tokens, d_model], where the head is tied.
-    Matrix<T> logits, d_z;             ///< [tokens, vocab], where it is tied or logits are scaled.
-  };
-
   struct Cache {
+    CacheState state;
     EmbedCache embedding;
-    std::vector<typename Block<T>::Cache> layers;
+    std::vector<typename Block<T>::Cache> layers;       ///< One for each layer, in training.
+    std::array<typename Block<T>::Cache, 2> workspace;  ///< Layers take turns, in inference.
     typename AnyLayer<T>::Cache norm;
     HeadCache head;
+    Matrix<T> normed;  ///< The head's input.
     Matrix<T> d_normed, d_hidden;
-    std::vector<Index> last;                        ///< The rows of the last new tokens, decoding.
+    List<Index> last;                               ///< The rows of the last new tokens, decoding.
     Matrix<T> x_last;                               ///< Those rows, where they are not all.
     std::vector<typename Block<T>::State*> states;  ///< Those of one layer.
-    T aux_loss = T(0);                              ///< Sum over the layers.
-    bool filled = false;
+    bool training = false;                          ///< Whether the last pass trained.
   };
 
   /// What decoding keeps of one sequence. A copy continues on its own.
@@ -95,8 +94,8 @@ class Decoder {
   /// The gradient of what is made of h beside the logits; null: none. What is there has to live
   /// until `backward` returns.
   struct HiddenGradient {
-    const Matrix<T>* hidden = nullptr;  ///< Of `hidden`, [tokens, d_model].
-    const Matrix<T>* normed = nullptr;  ///< Of `normed`, [tokens, d_model].
+    const Matrix<T>* hidden = nullptr;  ///< That of `hidden`, [tokens, d_model].
+    const Matrix<T>* normed = nullptr;  ///< That of `normed`, [tokens, d_model].
   };
 
   /// \param head     Empty for tied weights.
@@ -106,62 +105,49 @@ class Decoder {
       : embedding_(std::move(embedding)),
         layers_(std::move(layers)),
         norm_(std::move(norm)),
-        head_(std::move(head)),
-        config_(config),
-        scale_{config.logit_multiplier, config.logit_softcap} {
-    if (!(config.embedding_multiplier > 0.0 && std::isfinite(config.embedding_multiplier))) {
-      fail<ConfigError>("Decoder: embedding_multiplier = ", config.embedding_multiplier,
-                        ", expected finite and > 0");
-    }
-    scale_.check("Decoder");
-    if (head_ && (head_->d_in() != d_model() || head_->d_out() != vocab())) {
-      fail<ConfigError>("Decoder: the head is [", head_->d_out(), ", ", head_->d_in(),
-                        "], expected [", vocab(), ", ", d_model(), "] as the embedding");
+        head_("Decoder", std::move(head),
+              {.multiplier = config.logit_multiplier, .softcap = config.logit_softcap}),
+        config_(config) {
+    expect_positive("Decoder", "embedding_multiplier", config.embedding_multiplier);
+    const std::optional<Linear<T>>& own = head_.linear();
+    if (own && (own->d_in() != d_model() || own->d_out() != vocab())) {
+      fail<ConfigError>("Decoder: the head is [", own->d_out(), ", ", own->d_in(), "], expected [",
+                        vocab(), ", ", d_model(), "] as the embedding");
     }
   }
 
   /// \param ids      One per token; with several sequences, packed one after the other as
   ///                 pass.sequences says.
-  /// \return         Logits [tokens, vocab], for inference. Keeps nothing.
-  Matrix<T> forward(std::span<const Index> ids, const Pass& pass = {}) const {
-    Cache cache;
-    return forward(ids, pass, cache);
-  }
-
-  /// The same, keeping what `backward` needs.
+  /// \return         Logits [tokens, vocab].
   /// \throws ConfigError  if an id is out of range.
   /// \throws ShapeError   if pass.mask or pass.sequences do not fit.
-  const Matrix<T>& forward(std::span<const Index> ids, const Pass& pass, Cache& cache) const {
-    pass.check("Decoder::forward", static_cast<Index>(ids.size()));
-    cache.filled = false;
-    Pass own = pass;
-    if (own.token_ids.empty()) own.token_ids = ids;
+  const Matrix<T>& forward(TokenIds ids, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
+    pass.check("Decoder::forward", ids.count());
     const Matrix<T>& logits =
-        run(ids, cache, false, [&](std::size_t l, MatrixIn<T> x) -> const Matrix<T>& {
-          return layers_[l].forward(x, own, cache.layers[l]);
-        });
-    cache.filled = true;
-    return logits;
+        run(ids, pass, false, cache,
+            [&](std::size_t l, MatrixIn<T> x, const Pass& own) -> const Matrix<T>& {
+              return layers_[l].forward(x, own, layer_cache(l, own, cache));
+            });
+    return cache.state.finish(*this, pass, logits);
   }
 
   /// Adds to all gradients; the layers' auxiliary losses are part of the objective.
   /// \param d_logits  [tokens, vocab], of the last forward pass.
   /// \param also      The gradient of h from elsewhere.
-  /// \throws StateError   if the last pass with `cache` was no forward pass that succeeded.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if d_logits does not have the shape of the logits, or a gradient in
   ///                      `also` that of h.
   void backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradient& also = {}) {
-    if (!cache.filled) {
-      fail<StateError>("Decoder::backward: the cache is empty, expected a forward pass before");
+    const auto expect_like_h = [&](std::string_view name, const Matrix<T>* d) {
+      if (d == nullptr) return;
+      expect_shape("Decoder::backward", name, *d, hidden(cache).rows(), d_model());
+    };
+    if (cache.state.is_filled()) {
+      expect_like_h("also.hidden", also.hidden);
+      expect_like_h("also.normed", also.normed);
     }
-    const Index tokens = hidden(cache).rows();
-    expect_shape("Decoder::backward", "d_logits", d_logits, tokens, vocab());
-    if (also.hidden != nullptr) {
-      expect_shape("Decoder::backward", "also.hidden", *also.hidden, tokens, d_model());
-    }
-    if (also.normed != nullptr) {
-      expect_shape("Decoder::backward", "also.normed", *also.normed, tokens, d_model());
-    }
+    cache.state.begin_backward("Decoder::backward", *this, d_logits);
     const auto sum = [](const Matrix<T>& a, const Matrix<T>* b, Matrix<T>& place) {
       if (b == nullptr) return &a;
       place.resize(a.rows(), a.cols());
@@ -174,92 +160,14 @@ class Decoder {
     embed_backward(*d, cache.embedding);
   }
 
-  /// h behind the last block, before the norm, of all tokens of the last pass with `cache`:
-  /// [tokens, d_model].
-  const Matrix<T>& hidden(const Cache& cache) const {
-    return layers_.empty() ? embedded(cache.embedding) : cache.layers.back().branches.back().out;
-  }
-
-  /// norm(h), which the head was given: [rows of the logits, d_model].
-  const Matrix<T>& normed(const Cache& cache) const {
-    return head_ ? cache.head.linear.x : cache.head.x;
-  }
-
-  /// norm(h) for inference, of any rows: [rows, d_model].
-  const Matrix<T>& norm(MatrixIn<T> h, typename AnyLayer<T>::Cache& cache) const {
-    return norm_.forward(h, cache);
-  }
-
-  /// e embedding[ids], [ids, d_model].
-  /// \throws ConfigError  if an id is out of range.
-  const Matrix<T>& embed(std::span<const Index> ids, EmbedCache& cache) const {
-    const Matrix<T>& x = embedding_.forward(ids, cache.table);
-    if (config_.embedding_multiplier == 1.0) return x;
-    multiply_embedding(x, cache.x);
-    return cache.x;
-  }
-
-  /// Adds to the gradient of the embedding.
-  /// \param dx       [ids, d_model], of the last `embed` with `cache`.
-  void embed_backward(MatrixIn<T> dx, EmbedCache& cache) {
-    if (config_.embedding_multiplier == 1.0) return embedding_.backward(dx, cache.table);
-    multiply_embedding(dx, cache.dx);
-    embedding_.backward(cache.dx, cache.table);
-  }
-
-  /// scale(x W^T), [rows, vocab].
-  /// \param x        [rows, d_model]
-  const Matrix<T>& head(MatrixIn<T> x, HeadCache& cache) const {
-    if (head_) {
-      const Matrix<T>& z = head_->forward(x, cache.linear);
-      if (scale_.is_identity()) return z;
-      cache.logits.resize(z.rows(), z.cols());
-      scale_.forward(z, cache.logits);
-      return cache.logits;
-    }
-    cache.x = x;
-    cache.logits.resize(x.rows(), vocab());
-    if (tied_head_.empty()) {
-      multiply_nt<T>(cache.x, embedding_.weight().value, cache.logits);
-    } else {
-      const kernels::PackedTo<T> to = {&tied_head_, 0, x.rows(), cache.logits.data(), vocab()};
-      kernels::multiply_packed<T>(cache.x, {&to, 1});
-    }
-    if (!scale_.is_identity()) scale_.forward(cache.logits, cache.logits);
-    return cache.logits;
-  }
-
-  /// Adds to the gradient of the head or, tied, of the embedding.
-  /// \param d_logits  [rows, vocab], of the last `head` with `cache`.
-  /// \return         dL/dx, [rows, d_model].
-  const Matrix<T>& head_backward(MatrixIn<T> d_logits, HeadCache& cache) {
-    if (!scale_.is_identity()) {
-      cache.d_z.resize(d_logits.rows(), d_logits.cols());
-      scale_.backward(cache.logits, d_logits, cache.d_z);
-      return product_backward(cache.d_z, cache);
-    }
-    return product_backward(d_logits, cache);
-  }
-
-  /// Continues one sequence by `ids`, a whole prompt or a single token, for inference. However the
-  /// sequence is cut into calls, the logits are to rounding those that `forward` gives for the
-  /// whole, provided that no token's result depends on later ones; a capacity can make it so.
-  /// \param last_only  Computes the logits of the last of them alone.
-  /// \return         Logits [ids, vocab]; [1, vocab] with last_only, if there are ids at all.
-  /// \throws ConfigError  if an id is out of range; `state` is as it was. After any other exception
-  ///                      `state.truncate(state.length)` makes it so, if it can.
-  const Matrix<T>& decode(std::span<const Index> ids, State& state, Cache& cache,
-                          bool last_only = false) const {
-    State* const states[] = {&state};
-    return decode(ids, {}, states, cache, last_only);
-  }
-
-  /// Continues several sequences at once, each by any number of tokens. Mixtures of experts see the
-  /// tokens of all of them in one pass; the logits of each are to rounding those it gets alone,
-  /// under the same condition.
-  /// \param ids      The new tokens, packed one sequence after the other as pass.sequences says;
+  /// Continues several sequences at once, each by any number of tokens, for inference. However a
+  /// sequence is cut into calls, and whatever others are beside it, its logits are to rounding
+  /// those that `forward` gives for the whole, provided that no token's result depends on later
+  /// ones or on other sequences; a capacity can make it so. Mixtures of experts see the tokens of
+  /// all sequences in one pass. For a single sequence, see the free function `decode`. \param ids
+  /// The new tokens, packed one sequence after the other as pass.sequences says;
   ///                 without, there is one sequence.
-  /// \param pass     Is taken as not training, and without auxiliary losses.
+  /// \param pass     Counts as one that does not train, without auxiliary losses.
   /// \param states   One for each sequence, all different.
   /// \param last_only  Computes the logits of the last new token of each sequence alone.
   /// \return         Logits [ids, vocab]; with last_only, a row for each sequence that has new
@@ -269,125 +177,160 @@ class Decoder {
   /// \throws ConfigError  if a token is padding, of which a state keeps nothing, or an id is out of
   ///                      range. The states are as they were in these cases; after any other
   ///                      exception truncating each to its length makes them so, if it can.
-  const Matrix<T>& decode(std::span<const Index> ids, const Pass& pass,
-                          std::span<State* const> states, Cache& cache,
-                          bool last_only = false) const {
-    pass.check("Decoder::decode", static_cast<Index>(ids.size()));
+  const Matrix<T>& decode(TokenIds ids, const Pass& pass, std::span<State* const> states,
+                          Cache& cache, bool last_only = false) const {
+    cache.state.begin();
+    pass.check("Decoder::decode", ids.count());
     expect_states<State>("Decoder::decode", pass, states);
-    cache.filled = false;
     Pass own = pass;
     own.training = false;
     own.aux_scale = 0.0;
-    if (own.token_ids.empty()) own.token_ids = ids;
     for (State* state : states) state->layers.resize(layers_.size());
     const auto end_of = [&](std::size_t s) {
-      return pass.sequences == nullptr ? static_cast<Index>(ids.size())
-                                       : pass.sequences->end(static_cast<Index>(s));
+      return pass.sequences == nullptr ? ids.count() : pass.sequences->end(static_cast<Index>(s));
     };
     cache.last.clear();
     for (std::size_t s = 0; s < states.size(); ++s) {
       if (end_of(s) > (s == 0 ? 0 : end_of(s - 1))) cache.last.push_back(end_of(s) - 1);
     }
     const Matrix<T>& logits =
-        run(ids, cache, last_only, [&](std::size_t l, MatrixIn<T> x) -> const Matrix<T>& {
-          cache.states.clear();
-          for (State* state : states) cache.states.push_back(&state->layers[l]);
-          return layers_[l].decode(x, own, cache.states, cache.layers[l]);
-        });
+        run(ids, own, last_only, cache,
+            [&](std::size_t l, MatrixIn<T> x, const Pass& with_ids) -> const Matrix<T>& {
+              cache.states.clear();
+              for (State* state : states) cache.states.push_back(&state->layers[l]);
+              return layers_[l].decode(x, with_ids, cache.states, layer_cache(l, with_ids, cache));
+            });
     for (std::size_t s = 0; s < states.size(); ++s) {
       states[s]->length += end_of(s) - (s == 0 ? 0 : end_of(s - 1));
     }
     return logits;
   }
 
-  /// Lets the balancing rules of all layers act, once after each optimizer step.
-  void update() {
-    for (Block<T>& layer : layers_) layer.update();
+  /// h behind the blocks, [tokens, d_model], and norm(h), [rows of the logits, d_model], of the
+  /// last pass with `cache`. Both live in the cache until its next pass.
+  const Matrix<T>& hidden(const Cache& cache) const {
+    if (layers_.empty()) return embedded(cache.embedding);
+    const auto& last =
+        cache.training ? cache.layers.back() : cache.workspace[(layers_.size() - 1) % 2];
+    return last.branches.back().out;
+  }
+  const Matrix<T>& normed(const Cache& cache) const { return cache.normed; }
+
+  /// norm(h) for inference, of any rows: [rows, d_model].
+  const Matrix<T>& norm(MatrixIn<T> h, typename AnyLayer<T>::Cache& cache) const {
+    return norm_.forward(h, Pass{}, cache);
   }
 
-  /// What the routing of the last pass with `cache` did, for each mixture of experts; nothing
-  /// before the first pass.
-  std::vector<NamedReport> reports(const Cache& cache) const {
-    std::vector<NamedReport> reports;
-    for (std::size_t l = 0; l < std::min(layers_.size(), cache.layers.size()); ++l) {
-      layers_[l].add_reports("layers." + std::to_string(l) + ".", cache.layers[l], reports);
-    }
-    return reports;
+  /// e embedding[ids], [ids, d_model].
+  /// \throws ConfigError  if an id is out of range.
+  const Matrix<T>& embed(TokenIds ids, const Pass& pass, EmbedCache& cache) const {
+    const Matrix<T>& x = embedding_.forward(ids, pass, cache.table);
+    if (config_.embedding_multiplier == 1.0) return x;
+    scale_rows<T>(static_cast<T>(config_.embedding_multiplier), x, cache.x);
+    return cache.x;
+  }
+
+  /// Adds to the gradient of the embedding.
+  /// \param dx       [ids, d_model], of the last `embed` with `cache`.
+  void embed_backward(MatrixIn<T> dx, EmbedCache& cache) {
+    if (config_.embedding_multiplier == 1.0) return embedding_.backward(dx, cache.table);
+    scale_rows<T>(static_cast<T>(config_.embedding_multiplier), dx, cache.dx);
+    embedding_.backward(cache.dx, cache.table);
+  }
+
+  /// scale(x W^T), [rows, vocab].
+  /// \param x        [rows, d_model]
+  const Matrix<T>& head(MatrixIn<T> x, const Pass& pass, HeadCache& cache) const {
+    return head_.forward(x, embedding_, pass, cache);
+  }
+
+  /// Adds to the gradient of the head or, tied, of the embedding.
+  /// \param d_logits  [rows, vocab], of the last `head` with `cache`.
+  /// \return         dL/dx, [rows, d_model].
+  const Matrix<T>& head_backward(MatrixIn<T> d_logits, HeadCache& cache) {
+    return head_.backward(d_logits, embedding_, cache);
   }
 
   /// See `weir::set_storage`. A tied head is stored beside the embedding, which then is no
   /// parameter either.
   void set_storage(Storage storage) {
     for (Block<T>& layer : layers_) weir::set_storage(layer, storage);
-    norm_.set_storage(storage);
-    if (head_) return head_->set_storage(storage);
-    tied_head_ = storage == Storage::kTrainable
-                     ? kernels::PackedWeight<T>()
-                     : kernels::PackedWeight<T>(embedding_.weight().value, storage);
+    weir::set_storage(norm_, storage);
+    head_.set_storage(storage, embedding_);
   }
 
   /// Parameters `embedding.*`, `layers.N.*`, `norm.*` and, unless tied, `head.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    if (self.tied_head_.empty()) visit("embedding", self.embedding_);
+    if (!self.head_.is_tied_and_stored()) visit("embedding", self.embedding_);
     visit("layers", self.layers_);
     visit("norm", self.norm_);
-    if (self.head_) visit("head", *self.head_);
+    visit("head", self.head_);
   }
 
   Index vocab() const { return embedding_.vocab(); }
   Index d_model() const { return embedding_.d_model(); }
-  bool tied() const { return !head_; }
+  bool tied() const { return head_.is_tied(); }
   const DecoderConfig& config() const { return config_; }
   std::vector<Block<T>>& layers() { return layers_; }
   const std::vector<Block<T>>& layers() const { return layers_; }
 
  private:
+  /// What `forward` and `decode` have in common; `layer(l, x, pass)` runs layer l.
   template <class Run>
-  const Matrix<T>& run(std::span<const Index> ids, Cache& cache, bool last_only,
+  const Matrix<T>& run(TokenIds ids, const Pass& pass, bool last_only, Cache& cache,
                        Run&& layer) const {
-    cache.layers.resize(layers_.size());
-    cache.aux_loss = T(0);
-    const Matrix<T>* x = &embed(ids, cache.embedding);
+    const Matrix<T>* x = &embed(ids, pass, cache.embedding);
+    cache.training = pass.training;
+    Pass own = pass;
+    if (own.token_ids.empty()) own.token_ids = cache.embedding.table.ids;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
-      x = &layer(l, *x);
-      cache.aux_loss += cache.layers[l].aux_loss;
+      const PassRecord::Scope scope(pass.record, "layers", static_cast<Index>(l));
+      x = &layer(l, *x, own);
     }
-    if (last_only && static_cast<Index>(cache.last.size()) < x->rows()) {
-      cache.x_last.resize(static_cast<Index>(cache.last.size()), d_model());
-      for (std::size_t i = 0; i < cache.last.size(); ++i) {
-        cache.x_last.row(static_cast<Index>(i)) = x->row(cache.last[i]);
-      }
+    if (last_only && cache.last.count() < x->rows()) {
+      cache.x_last.resize(cache.last.count(), d_model());
+      for (Index i = 0; i < cache.last.count(); ++i) cache.x_last.row(i) = x->row(cache.last[i]);
       x = &cache.x_last;
     }
-    return head(norm_.forward(*x, cache.norm), cache.head);
+    copy_rows<T>(norm_.forward(*x, pass, cache.norm), cache.normed);
+    return head(cache.normed, pass, cache.head);
   }
 
   const Matrix<T>& embedded(const EmbedCache& cache) const {
     return config_.embedding_multiplier == 1.0 ? cache.table.y : cache.x;
   }
 
-  void multiply_embedding(MatrixIn<T> x, Matrix<T>& y) const {
-    scale_rows<T>(static_cast<T>(config_.embedding_multiplier), x, y);
-  }
-
-  const Matrix<T>& product_backward(MatrixIn<T> dz, HeadCache& cache) {
-    if (head_) return head_->backward(dz, cache.linear);
-    expect_trainable("Decoder::backward",
-                     tied_head_.empty() ? Storage::kTrainable : Storage::kPacked);
-    cache.dx.resize(dz.rows(), d_model());
-    multiply_nn<T>(dz, embedding_.weight().value, cache.dx);
-    multiply_tn<T>(dz, cache.x, embedding_.weight().gradient(), true);
-    return cache.dx;
+  /// A cache for each layer where `backward` may follow; else two for all, so that a layer does not
+  /// write where its input is.
+  typename Block<T>::Cache& layer_cache(std::size_t l, const Pass& pass, Cache& cache) const {
+    if (!pass.training) return cache.workspace[l % 2];
+    cache.layers.resize(layers_.size());
+    return cache.layers[l];
   }
 
   Embedding<T> embedding_;
   std::vector<Block<T>> layers_;
   AnyLayer<T> norm_;
-  std::optional<Linear<T>> head_;
+  LanguageHead<T> head_;
   DecoderConfig config_;
-  LogitScale<T> scale_;
-  kernels::PackedWeight<T> tied_head_;  // Empty unless the head is tied and stored for inference.
 };
+
+/// The logits [tokens, vocab] that `model` gives, for those who keep no cache.
+template <std::floating_point T>
+Matrix<T> infer(const Decoder<T>& model, TokenIds ids, const Pass& pass = {}) {
+  typename Decoder<T>::Cache cache;
+  return model.forward(ids, pass, cache);
+}
+
+/// Continues one sequence by `ids`, a whole prompt or a single token; see Decoder::decode.
+/// \param last_only  Computes the logits of the last of them alone.
+/// \return         Logits [ids, vocab]; [1, vocab] with last_only, if there are ids at all.
+template <std::floating_point T>
+const Matrix<T>& decode(const Decoder<T>& model, TokenIds ids, typename Decoder<T>::State& state,
+                        typename Decoder<T>::Cache& cache, bool last_only = false) {
+  typename Decoder<T>::State* const states[] = {&state};
+  return model.decode(ids, Pass{}, states, cache, last_only);
+}
 
 }  // namespace weir

@@ -64,12 +64,8 @@ struct LogitScale {
   /// \throws ConfigError  unless the multiplier is positive, the softcap not negative, and both
   /// finite.
   void check(std::string_view where) const {
-    if (!(multiplier > 0.0 && std::isfinite(multiplier))) {
-      fail<ConfigError>(where, ": logit_multiplier = ", multiplier, ", expected finite and > 0");
-    }
-    if (!(softcap >= 0.0 && std::isfinite(softcap))) {
-      fail<ConfigError>(where, ": logit_softcap = ", softcap, ", expected finite and >= 0");
-    }
+    expect_positive(where, "logit_multiplier", multiplier);
+    expect_at_least(where, "logit_softcap", softcap, 0.0);
   }
 };
 

@@ -9,14 +9,15 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <span>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/sequences.hpp>
+#include <weir/core/token_ids.hpp>
+#include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
@@ -61,7 +62,7 @@ struct MultiTokenConfig {
   /// kNormed is what serving engines give to the released weights of DeepSeek-V3 (vLLM).
   HiddenSource source = HiddenSource::kNormed;
   TargetMean mean = TargetMean::kMain;
-  Index ignore_index = -100;  ///< A target that is none.
+  Index ignore_index = -100;  ///< Targets with this value are skipped.
 };
 
 /// D modules behind a Decoder, the k-th of which predicts the token k + 1 places on. With h^0 that
@@ -96,12 +97,13 @@ class MultiToken {
   using Scalar = T;
   using State = typename Block<T>::State;  ///< What decoding keeps of one sequence in one module.
 
-  /// Of one module.
+  /// The cache of one module.
   struct ModuleCache {
+    TokenRows main;  ///< The rows of the main model.
     Sequences sequences;
-    std::vector<Index> rows;  ///< Where its positions are among those of the module before it.
-    std::vector<Index> ids, token_ids, targets;
-    std::vector<std::uint8_t> mask;
+    List<Index> rows;  ///< Where its positions are among those of the module before it.
+    List<Index> ids, token_ids, targets;
+    List<std::uint8_t> mask;
     Matrix<T> h;       ///< h^{k-1}, [positions, d_model].
     Matrix<T> joined;  ///< [positions, 2 d_model]
     typename Decoder<T>::EmbedCache embed;
@@ -110,22 +112,22 @@ class MultiToken {
     typename Block<T>::Cache layer;
     typename Decoder<T>::HeadCache head;
     typename CrossEntropy<T>::Cache loss;
-    Matrix<T> d_h;  ///< Of h^k.
+    Matrix<T> d_h;  ///< The gradient of h^k.
   };
 
   struct Cache {
     std::vector<ModuleCache> modules;
     std::vector<T> losses;  ///< L_k, without lambda / D.
-    T aux_loss = T(0);      ///< Sum over the modules' blocks.
-    Matrix<T> d_source;     ///< Of h^0.
-    bool filled = false;
+    Matrix<T> d_source;     ///< The gradient of h^0.
   };
 
   /// \param modules  D of them.
   /// \throws ConfigError  without modules, if a projection is not [d, 2 d] with the same d for all,
   ///                      or if the weight is negative or not finite.
   explicit MultiToken(std::vector<MultiTokenModule<T>> modules, const MultiTokenConfig& config = {})
-      : modules_(std::move(modules)), config_(config), loss_{.ignore_index = config.ignore_index} {
+      : modules_(std::move(modules)),
+        config_(config),
+        loss_({.ignore_index = config.ignore_index}) {
     expect_at_least<std::size_t>("MultiToken", "modules", modules_.size(), 1);
     for (std::size_t k = 0; k < modules_.size(); ++k) {
       const Linear<T>& projection = modules_[k].projection;
@@ -133,9 +135,7 @@ class MultiToken {
       fail<ConfigError>("MultiToken: projection ", k, " is [", projection.d_out(), ", ",
                         projection.d_in(), "], expected [", d_model(), ", ", 2 * d_model(), "]");
     }
-    if (!(config.weight >= 0.0 && std::isfinite(config.weight))) {
-      fail<ConfigError>("MultiToken: weight = ", config.weight, ", expected finite and >= 0");
-    }
+    expect_at_least("MultiToken", "weight", config.weight, 0.0);
   }
 
   /// \param model    The main model.
@@ -143,13 +143,12 @@ class MultiToken {
   /// \param ids      One per token, as in that pass.
   /// \param targets  The token that follows each, or `ignore_index`: those of the main model.
   /// \param tokens   N; 0 for the number of targets. See CrossEntropy. Of no use with kOwn.
-  /// \return         L, without the auxiliary losses, which are in the cache.
+  /// \return         L, without the auxiliary losses, which go to pass.record.
   /// \throws ShapeError      if h of the main model, targets or pass do not fit the ids.
   /// \throws ConfigError     if a target is out of range, if pass.allowed is given, or N with kOwn.
   /// \throws NonFiniteError  as CrossEntropy does.
-  T forward(const Decoder<T>& model, const typename Decoder<T>::Cache& main,
-            std::span<const Index> ids, std::span<const Index> targets, const Pass& pass,
-            Cache& cache, Index tokens = 0) const {
+  T forward(const Decoder<T>& model, const typename Decoder<T>::Cache& main, TokenIds ids,
+            TokenIds targets, const Pass& pass, Cache& cache, Index tokens = 0) const {
     const Matrix<T>& source =
         config_.source == HiddenSource::kHidden ? model.hidden(main) : model.normed(main);
     check(source, ids, targets, pass);
@@ -158,29 +157,26 @@ class MultiToken {
                         ", expected 0 where each module divides by its own number of targets");
     }
     if (config_.mean == TargetMean::kMain && tokens == 0) tokens = count_targets(targets);
-    cache.filled = false;
     cache.modules.resize(modules_.size());
     cache.losses.assign(modules_.size(), T(0));
-    cache.aux_loss = T(0);
     cache.d_source.resize(source.rows(), source.cols());
     const Matrix<T>* h = &source;
     for (std::size_t k = 0; k < modules_.size(); ++k) {
       ModuleCache& own = cache.modules[k];
       place(k, ids, targets, pass, k == 0 ? nullptr : &cache.modules[k - 1], own);
-      own.h.resize(static_cast<Index>(own.rows.size()), d_model());
-      for (std::size_t r = 0; r < own.rows.size(); ++r) {
-        own.h.row(static_cast<Index>(r)) = h->row(own.rows[r]);
-      }
+      own.h.resize(own.rows.count(), d_model());
+      for (Index r = 0; r < own.rows.count(); ++r) own.h.row(r) = h->row(own.rows[r]);
       Pass inner = pass;
       inner.sequences = &own.sequences;
       inner.mask = own.mask;
       inner.token_ids = own.token_ids;
+      const PassRecord::Scope module_scope(pass.record, "modules", static_cast<Index>(k));
+      const PassRecord::Scope layer_scope(pass.record, "layer");
       h = &modules_[k].layer.forward(join(k, model, own.ids, own.h, inner, own), inner, own.layer);
-      const Matrix<T>& logits = model.head(modules_[k].norm.forward(*h, inner, own.norm), own.head);
+      const Matrix<T>& logits =
+          model.head(modules_[k].norm.forward(*h, inner, own.norm), inner, own.head);
       cache.losses[k] = loss_.forward(logits, own.targets, own.loss, tokens);
-      cache.aux_loss += own.layer.aux_loss;
     }
-    cache.filled = true;
     T sum = T(0);
     for (const T loss : cache.losses) sum += loss;
     return scale() * sum;
@@ -189,10 +185,11 @@ class MultiToken {
   /// Adds to the gradients of the modules and to those of embedding and head of `model`.
   /// \param model    That of the last forward pass.
   /// \return         The gradient of h, for `model.backward`; lives in the cache.
-  /// \throws StateError   if the last pass with `cache` was no forward pass that succeeded.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   typename Decoder<T>::HiddenGradient backward(Decoder<T>& model, Cache& cache) {
-    if (!cache.filled) {
-      fail<StateError>("MultiToken::backward: the cache is empty, expected a forward pass before");
+    if (cache.modules.size() != modules_.size()) {
+      fail<StateError>(
+          "MultiToken::backward: the cache is empty, expected a forward pass that succeeded");
     }
     const Index d = d_model();
     for (std::size_t k = modules_.size(); k-- > 0;) {
@@ -215,9 +212,7 @@ class MultiToken {
       Matrix<T>& to = k == 0 ? cache.d_source : cache.modules[k - 1].d_h;
       const Index rows = k == 0 ? cache.d_source.rows() : cache.modules[k - 1].h.rows();
       to.setZero(rows, d);
-      for (std::size_t r = 0; r < own.rows.size(); ++r) {
-        to.row(own.rows[r]) = d_before.row(static_cast<Index>(r));
-      }
+      for (Index r = 0; r < own.rows.count(); ++r) to.row(own.rows[r]) = d_before.row(r);
     }
     if (config_.source == HiddenSource::kHidden) return {.hidden = &cache.d_source};
     return {.normed = &cache.d_source};
@@ -229,10 +224,11 @@ class MultiToken {
   ///                 [ids, d_model].
   /// \return         What the module after it reads, [ids, d_model].
   /// \throws ConfigError  if an id is out of range; the state is as it was.
-  const Matrix<T>& decode(std::size_t k, const Decoder<T>& model, std::span<const Index> ids,
-                          MatrixIn<T> h, State& state, ModuleCache& cache) const {
-    expect_shape("MultiToken::decode", "h", h, static_cast<Index>(ids.size()), d_model());
-    const Pass pass = {.token_ids = ids};
+  const Matrix<T>& decode(std::size_t k, const Decoder<T>& model, TokenIds ids, MatrixIn<T> h,
+                          State& state, ModuleCache& cache) const {
+    expect_shape("MultiToken::decode", "h", h, ids.count(), d_model());
+    ids.copy_to(cache.ids);
+    const Pass pass = {.token_ids = cache.ids};
     State* const states[] = {&state};
     return modules_[k].layer.decode(join(k, model, ids, h, pass, cache), pass, states, cache.layer);
   }
@@ -240,22 +236,7 @@ class MultiToken {
   /// The logits of t_{i+k+2} for rows of what `decode` gave: [rows, vocab].
   const Matrix<T>& logits(std::size_t k, const Decoder<T>& model, MatrixIn<T> h,
                           ModuleCache& cache) const {
-    return model.head(modules_[k].norm.forward(h, cache.norm), cache.head);
-  }
-
-  /// Lets the balancing rules of the modules' blocks act, once after each optimizer step.
-  void update() {
-    for (MultiTokenModule<T>& module : modules_) module.layer.update();
-  }
-
-  /// As Decoder::reports, under names such as "modules.0.layer.moe".
-  std::vector<NamedReport> reports(const Cache& cache) const {
-    std::vector<NamedReport> reports;
-    for (std::size_t k = 0; k < std::min(modules_.size(), cache.modules.size()); ++k) {
-      modules_[k].layer.add_reports("modules." + std::to_string(k) + ".layer.",
-                                    cache.modules[k].layer, reports);
-    }
-    return reports;
+    return model.head(modules_[k].norm.forward(h, Pass{}, cache.norm), Pass{}, cache.head);
   }
 
   /// Parameters `modules.K.*`.
@@ -274,18 +255,18 @@ class MultiToken {
  private:
   T scale() const { return static_cast<T>(config_.weight / static_cast<double>(modules_.size())); }
 
-  Index count_targets(std::span<const Index> targets) const {
-    return static_cast<Index>(targets.size()) -
-           static_cast<Index>(std::count(targets.begin(), targets.end(), config_.ignore_index));
+  Index count_targets(TokenIds targets) const {
+    Index count = 0;
+    for (Index t = 0; t < targets.count(); ++t) count += targets[t] != config_.ignore_index ? 1 : 0;
+    return count;
   }
 
-  void check(const Matrix<T>& source, std::span<const Index> ids, std::span<const Index> targets,
-             const Pass& pass) const {
+  void check(const Matrix<T>& source, TokenIds ids, TokenIds targets, const Pass& pass) const {
     constexpr auto kWhere = "MultiToken::forward";
-    const auto count = static_cast<Index>(ids.size());
+    const Index count = ids.count();
     expect_shape(kWhere, "h of the main model", source, count, d_model());
-    if (targets.size() != ids.size()) {
-      fail<ShapeError>(kWhere, ": targets has ", targets.size(), " entries, expected ", count,
+    if (targets.count() != count) {
+      fail<ShapeError>(kWhere, ": targets has ", targets.count(), " entries, expected ", count,
                        " (one per token)");
     }
     pass.check(kWhere, count);
@@ -295,49 +276,47 @@ class MultiToken {
     }
   }
 
-  /// The positions of module k, counted from 0, and what belongs to each.
-  void place(std::size_t k, std::span<const Index> ids, std::span<const Index> targets,
-             const Pass& pass, const ModuleCache* before, ModuleCache& own) const {
+  /// Finds the positions of module k, counted from 0, and what belongs to each.
+  void place(std::size_t k, TokenIds ids, TokenIds targets, const Pass& pass,
+             const ModuleCache* before, ModuleCache& own) const {
     const auto shift = static_cast<Index>(k) + 1;
-    const std::span<const Index> known = pass.token_ids.empty() ? ids : pass.token_ids;
     own.sequences.clear();
     own.rows.clear();
     own.ids.clear();
     own.token_ids.clear();
     own.targets.clear();
     own.mask.clear();
-    const Index count = pass.sequences == nullptr ? 1 : pass.sequences->count();
-    for (Index s = 0; s < count; ++s) {
-      const Index begin = pass.sequences == nullptr ? 0 : pass.sequences->begin(s);
-      const Index length =
-          pass.sequences == nullptr ? static_cast<Index>(ids.size()) : pass.sequences->length(s);
-      const Index first = before == nullptr ? begin : before->sequences.begin(s);
-      own.sequences.append(std::max<Index>(0, length - shift));
-      for (Index i = 0; i + shift < length; ++i) {
-        const auto token = static_cast<std::size_t>(begin + i + shift);
+    const bool masked = !pass.mask.empty();
+    own.main.set("MultiToken::forward", pass, ids.count());
+    const Sequences& main = own.main.sequences();
+    for (Index s = 0; s < main.count(); ++s) {
+      const Index first = before == nullptr ? main.begin(s) : before->sequences.begin(s);
+      own.sequences.append(std::max<Index>(0, main.length(s) - shift));
+      for (Index i = 0; i + shift < main.length(s); ++i) {
+        const Index token = main.begin(s) + i + shift;
         const bool padding =
-            pass.is_padding(begin + i + shift) ||
-            (before == nullptr
-                 ? pass.is_padding(begin + i)
-                 : !pass.mask.empty() && before->mask[static_cast<std::size_t>(first + i)] == 0);
+            masked &&
+            (pass.is_padding(token) ||
+             (before == nullptr ? pass.is_padding(first + i) : before->mask[first + i] == 0));
         own.rows.push_back(first + i);
         own.ids.push_back(ids[token]);
-        own.token_ids.push_back(known[token]);
+        own.token_ids.push_back(
+            pass.token_ids.empty() ? ids[token] : pass.token_ids[static_cast<std::size_t>(token)]);
         own.targets.push_back(padding ? config_.ignore_index : targets[token]);
-        if (!pass.mask.empty()) own.mask.push_back(padding ? 0 : 1);
+        if (masked) own.mask.push_back(padding ? 0 : 1);
       }
     }
   }
 
-  /// x.
-  const Matrix<T>& join(std::size_t k, const Decoder<T>& model, std::span<const Index> ids,
-                        MatrixIn<T> h, const Pass& pass, ModuleCache& own) const {
+  /// The input of module k's block.
+  const Matrix<T>& join(std::size_t k, const Decoder<T>& model, TokenIds ids, MatrixIn<T> h,
+                        const Pass& pass, ModuleCache& own) const {
     const MultiTokenModule<T>& module = modules_[k];
     own.joined.resize(h.rows(), 2 * d_model());
     own.joined.leftCols(d_model()) =
-        module.embedding_norm.forward(model.embed(ids, own.embed), pass, own.embedding_norm);
+        module.embedding_norm.forward(model.embed(ids, pass, own.embed), pass, own.embedding_norm);
     own.joined.rightCols(d_model()) = module.hidden_norm.forward(h, pass, own.hidden_norm);
-    return module.projection.forward(own.joined, own.projection);
+    return module.projection.forward(own.joined, pass, own.projection);
   }
 
   std::vector<MultiTokenModule<T>> modules_;

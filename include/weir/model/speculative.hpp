@@ -115,7 +115,7 @@ class Speculation {
 
   /// A pass of the main model.
   const Matrix<T>& feed(std::span<const Index> ids, bool last_only) {
-    const Matrix<T>& logits = model_.decode(ids, state_.main, cache_, last_only);
+    const Matrix<T>& logits = decode(model_, ids, state_.main, cache_, last_only);
     ++report_.passes;
     return logits;
   }

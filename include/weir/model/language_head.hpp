@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// What makes logits of a decoder's hidden states.
+#pragma once
+
+#include <concepts>
+#include <optional>
+#include <utility>
+
+#include <weir/core/cache_state.hpp>
+#include <weir/core/error.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/core/types.hpp>
+#include <weir/kernels/matmul.hpp>
+#include <weir/kernels/packed_product.hpp>
+#include <weir/model/logit_scale.hpp>
+#include <weir/nn/embedding.hpp>
+#include <weir/nn/linear.hpp>
+
+namespace weir {
+
+/// logits = scale(x W^T): W [vocab, d_model] is a matrix of its own or, tied, the embedding, which
+/// is given to each call. For `scale`, see LogitScale.
+template <std::floating_point T>
+class LanguageHead {
+ public:
+  using Scalar = T;
+
+  struct Cache {
+    CacheState state;
+    typename Linear<T>::Cache linear;  ///< That of a matrix of its own.
+    Matrix<T> x, dx;                   ///< [tokens, d_model], where the head is tied.
+    Matrix<T> logits, d_z;             ///< [tokens, vocab], where it is tied or logits are scaled.
+  };
+
+  /// \param linear   Empty for a tied head.
+  /// \throws ConfigError  if the scale is out of range, naming `where`.
+  LanguageHead(std::string_view where, std::optional<Linear<T>> linear, LogitScale<T> scale)
+      : linear_(std::move(linear)), scale_(scale) {
+    scale_.check(where);
+  }
+
+  /// \param x        [rows, d_model]
+  /// \return         [rows, vocab]
+  const Matrix<T>& forward(MatrixIn<T> x, const Embedding<T>& embedding, const Pass& pass,
+                           Cache& cache) const {
+    cache.state.begin();
+    const Matrix<T>& z =
+        linear_ ? linear_->forward(x, pass, cache.linear) : tied_forward(x, embedding, pass, cache);
+    if (scale_.is_identity()) return cache.state.finish(*this, pass, z);
+    cache.logits.resize(z.rows(), z.cols());
+    scale_.forward(z, cache.logits);
+    return cache.state.finish(*this, pass, cache.logits);
+  }
+
+  /// Adds to the gradient of the head or, tied, of the embedding.
+  /// \param d_logits  [rows, vocab], of the last forward pass with `cache`.
+  /// \return         dL/dx, [rows, d_model].
+  /// \throws StateError   if the cache does not fit, see CacheState, or if the weight is stored for
+  ///                      inference.
+  /// \throws ShapeError   if d_logits does not have the shape of the logits.
+  const Matrix<T>& backward(MatrixIn<T> d_logits, Embedding<T>& embedding, Cache& cache) {
+    expect_trainable("LanguageHead::backward", storage());
+    cache.state.begin_backward("LanguageHead::backward", *this, d_logits);
+    if (scale_.is_identity()) return product_backward(d_logits, embedding, cache);
+    cache.d_z.resize(d_logits.rows(), d_logits.cols());
+    scale_.backward(cache.logits, d_logits, cache.d_z);
+    return product_backward(cache.d_z, embedding, cache);
+  }
+
+  /// A tied head is stored beside the embedding.
+  void set_storage(Storage storage, const Embedding<T>& embedding) {
+    if (linear_) return linear_->set_storage(storage);
+    tied_ = storage == Storage::kTrainable
+                ? kernels::PackedWeight<T>()
+                : kernels::PackedWeight<T>(embedding.weight().value, storage);
+  }
+
+  /// Whether the weight is the embedding.
+  bool is_tied() const { return !linear_; }
+  /// Whether the weight is the embedding, stored for inference.
+  bool is_tied_and_stored() const { return !tied_.empty(); }
+
+  const std::optional<Linear<T>>& linear() const { return linear_; }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    if (self.linear_) visit("", *self.linear_);
+  }
+
+ private:
+  Storage storage() const {
+    return tied_.empty() ? Storage::kTrainable : Storage::kPacked;  // Linear checks its own.
+  }
+
+  const Matrix<T>& tied_forward(MatrixIn<T> x, const Embedding<T>& embedding, const Pass& pass,
+                                Cache& cache) const {
+    if (pass.training) cache.x = x;
+    cache.logits.resize(x.rows(), embedding.vocab());
+    if (tied_.empty()) {
+      multiply_nt<T>(x, embedding.weight().value, cache.logits);
+    } else {
+      const kernels::PackedTo<T> to = {&tied_, 0, x.rows(), cache.logits.data(), embedding.vocab()};
+      kernels::multiply_packed<T>(x, {&to, 1});
+    }
+    return cache.logits;
+  }
+
+  const Matrix<T>& product_backward(MatrixIn<T> dz, Embedding<T>& embedding, Cache& cache) {
+    if (linear_) return linear_->backward(dz, cache.linear);
+    cache.dx.resize(dz.rows(), embedding.d_model());
+    multiply_nn<T>(dz, embedding.weight().value, cache.dx);
+    multiply_tn<T>(dz, cache.x, embedding.weight().gradient(), true);
+    return cache.dx;
+  }
+
+  std::optional<Linear<T>> linear_;
+  LogitScale<T> scale_;
+  kernels::PackedWeight<T> tied_;  // Empty unless the head is tied and stored for inference.
+};
+
+}  // namespace weir
