@@ -220,11 +220,8 @@ void combine_backward(MatrixIn<T> dy, MatrixIn<T> packed, const Dispatch<T>& dis
     for (Index s = begin; s < end; ++s) {
       const T* const gradient = &dy.coeffRef(dispatch.token(s), 0);
       d_weight[static_cast<std::size_t>(dispatch.assignment(s))] =
-          dot<T>(dy.cols(), gradient, &packed.coeffRef(s, 0));
-      const auto weighted = [weight = dispatch.weight(s)](const Lanes<T>& g) -> Lanes<T> {
-        return weight * g;
-      };
-      map_lanes<T>(dy.cols(), weighted, &d_packed(s, 0), gradient);
+          loops::dot<T>(dy.cols(), gradient, &packed.coeffRef(s, 0));
+      loops::scale<T>(dy.cols(), dispatch.weight(s), gradient, &d_packed(s, 0));
     }
   });
 }

@@ -5,34 +5,46 @@
 
 #include <utility>
 
+#include <weir/core/pass.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
 
-/// The part of a capacity policy around another that is the inner one's: a base for `apply` to be
-/// added to.
+/// A capacity policy that does what the one inside does: a base for wrappers, which replace what
+/// they change. A wrapper with a cache of its own derives it from `Cache`, and hands `cache.inner`
+/// to the policy inside.
 template <class Inner>
-class CapacityWrapper {
+class CapacityWrapper : public CapacityBase {
  public:
+  template <class T>
+  struct Cache {
+    typename Inner::template Cache<T> inner;
+  };
+
   /// \throws ConfigError  as the inner policy.
   void check() const { inner_.check(); }
 
-  /// What the inner policy learns from, where it learns.
   template <class T>
-  void observe(const Routing<T>& routing) requires requires(Inner& inner) {
-    inner.observe(routing);
+  void forward(const Pass& pass, Routing<T>& routing, Cache<T>& cache) const {
+    inner_.forward(pass, routing, cache.inner);
   }
-  { inner_.observe(routing); }
 
-  void update() requires requires(Inner& inner) { inner.update(); }
-  { inner_.update(); }
+  template <class T>
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache<T>& cache) const {
+    inner_.backward(routing, gradient, cache.inner);
+  }
 
-  /// The buffers of the inner policy, under its own names.
+  /// Lets the inner policy learn.
+  template <class T>
+  void observe(const Routing<T>& routing) {
+    inner_.observe(routing);
+  }
+
+  /// The members of the inner policy, under its own names.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    if constexpr (requires { Inner::visit(self.inner(), visit); }) {
-      Inner::visit(self.inner(), visit);
-    }
+    visit("", self.inner());
   }
 
   Inner& inner() { return inner_; }

@@ -8,10 +8,20 @@
 #include <cstdint>
 
 #include <weir/core/error.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/moe/capacity/overflow.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
+
+/// Settings of DeviceCapacity.
+struct DeviceCapacityConfig {
+  Index devices = 8;
+  double factor = 1.0;
+  double protected_share = 0.1;  ///< With 0, no sequence is protected, and no `pass.rng` is needed.
+  bool evaluate = false;         ///< Whether evaluation drops, too.
+};
 
 /// The experts are cut into `devices` contiguous groups of the same size. In training, the experts
 /// of one device together take at most
@@ -19,7 +29,7 @@ namespace weir {
 ///     B = ceil(factor * A / devices)
 ///
 /// assignments of the pass, A being the number of all assignments. Beyond it, those with the lowest
-/// affinity are dropped: the lowest probability p_te, of equal ones the later. A sequence is
+/// affinity are dropped: the lowest probability p_te; among equal ones, the later. A sequence is
 /// protected with the chance `protected_share`, drawn for each sequence of each pass: what it was
 /// assigned is never dropped, but does use up the budget, so that a device can exceed it. In
 /// evaluation nothing is dropped, unless `evaluate` is set.
@@ -30,82 +40,75 @@ namespace weir {
 /// released.)
 ///
 /// Not causal. Assignments that are not kept already use up nothing, and are not in A.
-struct DeviceCapacity {
-  Index devices = 8;
-  double factor = 1.0;
-  double protected_share = 0.1;  ///< 0: no sequence, and no `pass.rng` is needed.
-  bool evaluate = false;         ///< Drop in evaluation, too.
-  OnDrop on_drop = OnDrop::kZero;
+class DeviceCapacity : public CapacityBase {
+ public:
+  template <class T>
+  using Cache = OverflowSpace<T>;
+
+  /// \throws ConfigError  as `check`.
+  explicit DeviceCapacity(DeviceCapacityConfig config = {}) : config_(config) { check(); }
 
   /// \throws ConfigError  unless devices >= 1, factor is finite and > 0, and protected_share is in
   ///                      [0, 1].
   void check() const {
-    expect_at_least<Index>("DeviceCapacity", "devices", devices, 1);
-    if (!(factor > 0.0 && std::isfinite(factor))) {
-      fail<ConfigError>("DeviceCapacity: factor = ", factor, ", expected a finite number > 0");
-    }
-    if (!(protected_share >= 0.0 && protected_share <= 1.0)) {
-      fail<ConfigError>("DeviceCapacity: protected_share = ", protected_share,
-                        ", expected 0 <= protected_share <= 1");
-    }
+    expect_at_least<Index>("DeviceCapacity", "devices", config_.devices, 1);
+    expect_positive("DeviceCapacity", "factor", config_.factor);
+    expect_in("DeviceCapacity", "protected_share", config_.protected_share, 0.0, 1.0);
   }
 
-  /// \throws ConfigError  as `check`; unless the experts divide among the devices; if sequences are
-  ///                      to be protected without pass.rng.
+  /// \throws ConfigError  unless the experts divide among the devices; if sequences are to be
+  ///                      protected without pass.rng.
   template <class T>
-  void apply(Routing<T>& routing) const {
-    check();
+  void forward(const Pass& pass, Routing<T>& routing, Cache<T>& cache) const {
     const Index experts = routing.experts();
-    if (experts % devices != 0) {
-      fail<ConfigError>("DeviceCapacity: devices = ", devices,
+    if (experts % config_.devices != 0) {
+      fail<ConfigError>("DeviceCapacity: devices = ", config_.devices,
                         ", expected a divisor of experts = ", experts);
     }
-    const bool drops = routing.training || evaluate;
-    if (drops) find_affinities(routing);
-    routing.pass_dropped = on_drop == OnDrop::kPass;
-    if (!drops) return;
+    if (!pass.training && !config_.evaluate) return;
+    List<T>& affinity = cache.priority;
+    find_affinities(pass, routing, affinity);
 
     Index assignments = 0;
     for (const std::uint8_t kept : routing.kept) assignments += kept;
-    const double exact = factor * static_cast<double>(assignments) / static_cast<double>(devices);
+    const double exact =
+        config_.factor * static_cast<double>(assignments) / static_cast<double>(config_.devices);
     const auto budget =
         static_cast<Index>(std::min(std::ceil(exact), static_cast<double>(assignments)));
-    const Index per_device = experts / devices;
-    const auto before = [&](Index a, Index b) {
-      const T affinity_a = routing.per_assignment[a];
-      const T affinity_b = routing.per_assignment[b];
-      return affinity_a != affinity_b ? affinity_a > affinity_b : a < b;
-    };
+    const Index per_device = experts / config_.devices;
     detail::drop_last(
-        routing, 0, routing.assignments(), devices,
-        [&](Index expert) { return expert / per_device; }, budget, before,
+        routing, 0, routing.assignments(), config_.devices,
+        [&](Index expert) { return expert / per_device; }, budget,
+        detail::larger_first([&](Index a) { return affinity[a]; }),
         [&](Index a) {
-          if (routing.per_assignment[a] < kProtected<T>) {
-            routing.kept[static_cast<std::size_t>(a)] = 0;
-          }
-        });
+          if (affinity[a] < kProtected<T>) routing.kept[a] = 0;
+        },
+        cache);
   }
+
+  const DeviceCapacityConfig& config() const { return config_; }
 
  private:
   /// The affinity of what is protected: no probability reaches it.
   template <class T>
   static constexpr T kProtected = T(2);
 
+  /// \param affinity  The result, one per assignment.
   template <class T>
-  void find_affinities(Routing<T>& routing) const {
-    Rng* const rng = protected_share > 0.0 ? &routing.generator("DeviceCapacity") : nullptr;
-    routing.per_assignment.resize(routing.assignments());
-    for (Index s = 0; s < routing.sequences.count(); ++s) {
-      const bool is_protected = rng != nullptr && rng->uniform() < protected_share;
-      for (Index t = routing.sequences.begin(s); t < routing.sequences.end(s); ++t) {
+  void find_affinities(const Pass& pass, const Routing<T>& routing, List<T>& affinity) const {
+    Rng* const rng = config_.protected_share > 0.0 ? &pass.generator("DeviceCapacity") : nullptr;
+    affinity.resize(routing.assignments());
+    routing.rows.for_each_group(Scope::kSequence, [&](Index begin, Index end) {
+      const bool is_protected = rng != nullptr && rng->uniform() < config_.protected_share;
+      for (Index t = begin; t < end; ++t) {
         for (Index a = routing.first(t); a < routing.last(t); ++a) {
-          routing.per_assignment[a] =
-              is_protected ? kProtected<T>
-                           : routing.probabilities(t, routing.expert[static_cast<std::size_t>(a)]);
+          affinity[a] = is_protected ? kProtected<T> : routing.probabilities(t, routing.expert[a]);
         }
       }
-    }
+    });
   }
+
+  DeviceCapacityConfig config_;
 };
 
 }  // namespace weir

@@ -5,13 +5,22 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/moe/capacity/overflow.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
+
+/// Settings of DynamicCapacity.
+struct DynamicCapacityConfig {
+  double factor = 0.0;
+  Index alignment = 1;
+  DropOrder order = DropOrder::kRankMajor;
+  Scope scope = Scope::kBatch;
+};
 
 /// Each expert takes at most C assignments of each group that `scope` names:
 ///
@@ -31,47 +40,45 @@ namespace weir {
 /// what is kept is computed: factor 0 costs what Dropless costs, and an alignment only raises C.
 /// Because C depends on T, no drop order makes an earlier token independent of later ones, unless
 /// the factor is 0.
-struct DynamicCapacity {
-  double factor = 0.0;
-  Index alignment = 1;
-  DropOrder order = DropOrder::kRankMajor;
-  Scope scope = Scope::kBatch;
-  OnDrop on_drop = OnDrop::kZero;
+class DynamicCapacity : public CapacityBase {
+ public:
+  template <class T>
+  using Cache = OverflowSpace<T>;
+
+  /// \throws ConfigError  as `check`.
+  explicit DynamicCapacity(DynamicCapacityConfig config = {}) : config_(config) { check(); }
 
   /// \throws ConfigError  unless the factor is finite and alignment >= 1.
   void check() const {
-    if (!std::isfinite(factor)) {
-      fail<ConfigError>("DynamicCapacity: factor = ", factor, ", expected a finite number");
-    }
-    expect_at_least<Index>("DynamicCapacity", "alignment", alignment, 1);
+    expect_finite("DynamicCapacity", "factor", config_.factor);
+    expect_at_least<Index>("DynamicCapacity", "alignment", config_.alignment, 1);
   }
 
   /// C for the tokens `begin` to `end`.
   template <class T>
-  Index capacity(Routing<T>& routing, Index begin, Index end) const {
-    Index c = factor > 0.0 ? bound(routing, begin, end) : largest_load(routing, begin, end);
-    if (factor < 0.0) c = std::min(c, bound(routing, begin, end));
-    return (c + alignment - 1) / alignment * alignment;
+  Index capacity(const Routing<T>& routing, Index begin, Index end, Cache<T>& cache) const {
+    Index c = config_.factor > 0.0 ? bound(routing, begin, end)
+                                   : largest_load(routing, begin, end, cache.count);
+    if (config_.factor < 0.0) c = std::min(c, bound(routing, begin, end));
+    return (c + config_.alignment - 1) / config_.alignment * config_.alignment;
   }
 
-  /// \throws ConfigError  as `check`; if a random order has no pass.rng in training.
+  /// \throws ConfigError  if a random order has no pass.rng in training.
   template <class T>
-  void apply(Routing<T>& routing) const {
-    check();
-    routing.pass_dropped = on_drop == OnDrop::kPass;
-    routing.for_each_group(scope, [&](Index begin, Index end) {
-      drop_overflow(routing, begin, end, capacity(routing, begin, end), order);
+  void forward(const Pass& pass, Routing<T>& routing, Cache<T>& cache) const {
+    routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
+      const Index c = capacity(routing, begin, end, cache);
+      drop_overflow(pass, routing, begin, end, c, config_.order, cache);
     });
   }
 
+  const DynamicCapacityConfig& config() const { return config_; }
+
  private:
-  template <class T>
-  static Index largest_load(Routing<T>& routing, Index begin, Index end) {
-    std::vector<Index>& load = routing.workspace;
-    load.assign(static_cast<std::size_t>(routing.experts()), 0);
-    for (Index a = routing.first(begin); a < routing.offsets[static_cast<std::size_t>(end)]; ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      if (routing.kept[i] != 0) ++load[static_cast<std::size_t>(routing.expert[i])];
+  static Index largest_load(const Assignments& routing, Index begin, Index end, List<Index>& load) {
+    load.assign(routing.experts(), 0);
+    for (Index a = routing.first(begin); a < routing.offsets[end]; ++a) {
+      if (routing.kept[a] != 0) ++load[routing.expert[a]];
     }
     return load.empty() ? 0 : *std::max_element(load.begin(), load.end());
   }
@@ -81,11 +88,13 @@ struct DynamicCapacity {
   Index bound(const Routing<T>& routing, Index begin, Index end) const {
     Index k = 0;
     for (Index t = begin; t < end; ++t) k = std::max(k, routing.last(t) - routing.first(t));
-    const Index tokens = routing.real_tokens(begin, end);
+    const Index tokens = routing.rows.real(begin, end);
     const Index share = (tokens + routing.experts() - 1) / routing.experts();
-    const double places = std::floor(std::abs(factor) * static_cast<double>(share));
+    const double places = std::floor(std::abs(config_.factor) * static_cast<double>(share));
     return k * static_cast<Index>(std::min(places, static_cast<double>(tokens)));
   }
+
+  DynamicCapacityConfig config_;
 };
 
 }  // namespace weir

@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
-#include <vector>
 
+#include <weir/core/list.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/token_rows.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
@@ -44,87 +47,134 @@ enum class DropOrder {
   kRandom,
 };
 
-/// What an assignment yields whose expert is full.
-enum class OnDrop {
-  kZero,  ///< Nothing: the residual carries the token (Switch, GShard, Megatron-Core).
-  kPass,  ///< weight * x, as if the expert were the identity (Hugging Face's Switch until 2025).
+/// The working space of those who limit experts, and the cache of policies that keep nothing else.
+template <class T>
+struct OverflowSpace {
+  List<Index> count;   ///< One number for each expert, or each bin.
+  List<Index> listed;  ///< Tokens or assignments in the order that matters.
+  List<T> priority;    ///< One for each token or assignment; the larger comes first.
 };
 
 namespace detail {
 
-/// Of the kept assignments `first` to `last`, the `capacity` of each bin that come first in the
-/// strict total order `before` stay; calls `drop(a)` for each of the others. `bin_of(expert)` is in
-/// [0, bins).
+/// The strict order of assignments or tokens by `value(i)`, the largest first; equal ones come in
+/// their own order.
+template <class Value>
+auto larger_first(Value value) {
+  return [value](Index i, Index j) {
+    const auto value_i = value(i);
+    const auto value_j = value(j);
+    return value_i != value_j ? value_i > value_j : i < j;
+  };
+}
+
+/// Sorts the kept assignments `first` to `last` into bins; the `capacity` of each bin that come
+/// first in the strict total order `before` stay, and `drop(a)` is called for each other one.
+/// `bin_of(expert)` is in [0, bins).
 template <class T, class Bin, class Before, class Drop>
-void drop_last(Routing<T>& routing, Index first, Index last, Index bins, const Bin& bin_of,
-               Index capacity, const Before& before, const Drop& drop) {
+void drop_last(const Routing<T>& routing, Index first, Index last, Index bins, const Bin& bin_of,
+               Index capacity, const Before& before, const Drop& drop, OverflowSpace<T>& space) {
   const auto for_each_kept = [&](auto&& body) {
     for (Index a = first; a < last; ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      if (routing.kept[i] != 0) body(a, static_cast<std::size_t>(bin_of(routing.expert[i])));
+      if (routing.kept[a] != 0) body(a, bin_of(routing.expert[a]));
     }
   };
-  // The kept assignments bin by bin; before them, where those of each bin end.
-  const auto count = static_cast<std::size_t>(bins);
-  std::vector<Index>& work = routing.workspace;
-  work.reserve(count + 1 + static_cast<std::size_t>(last - first));
-  work.assign(count + 1, 0);
-  for_each_kept([&](Index, std::size_t bin) { ++work[bin + 1]; });
-  for (std::size_t bin = 0; bin < count; ++bin) work[bin + 1] += work[bin];
-  work.resize(count + 1 + static_cast<std::size_t>(work[count]));
-  Index* const lists = work.data() + count + 1;
-  for_each_kept([&](Index a, std::size_t bin) { lists[work[bin]++] = a; });
+  // First where each bin begins in the list; once it is filled, where it ends.
+  List<Index>& end_of = space.count;
+  end_of.assign(bins + 1, 0);
+  for_each_kept([&](Index, Index bin) { ++end_of[bin + 1]; });
+  for (Index bin = 0; bin < bins; ++bin) end_of[bin + 1] += end_of[bin];
+  space.listed.resize(end_of[bins]);
+  Index* const listed = space.listed.data();
+  for_each_kept([&](Index a, Index bin) { listed[end_of[bin]++] = a; });
 
   Index begin = 0;
-  for (std::size_t bin = 0; bin < count; ++bin) {
-    const Index end = work[bin];
+  for (Index bin = 0; bin < bins; ++bin) {
+    const Index end = end_of[bin];
     if (end - begin > capacity) {
-      std::nth_element(lists + begin, lists + begin + capacity, lists + end, before);
-      for (Index i = begin + capacity; i < end; ++i) drop(lists[i]);
+      std::nth_element(listed + begin, listed + begin + capacity, listed + end, before);
+      for (Index i = begin + capacity; i < end; ++i) drop(listed[i]);
     }
     begin = end;
   }
 }
 
-/// Clears `kept` of the assignments `first` to `last` but for the `capacity` of each expert with
-/// the largest `value(a)`, of equal ones the first.
+/// Keeps of the assignments `first` to `last` the `capacity` of each expert with the largest
+/// `value(a)`, among equal ones the first, and clears `kept` of the others.
 template <class T, class Value>
-void keep_largest(Routing<T>& routing, Index first, Index last, Index capacity,
-                  const Value& value) {
-  const auto before = [&](Index a, Index b) {
-    const auto value_a = value(a);
-    const auto value_b = value(b);
-    return value_a != value_b ? value_a > value_b : a < b;
-  };
+void keep_largest(Routing<T>& routing, Index first, Index last, Index capacity, const Value& value,
+                  OverflowSpace<T>& space) {
   drop_last(
       routing, first, last, routing.experts(), [](Index expert) { return expert; }, capacity,
-      before, [&](Index a) { routing.kept[static_cast<std::size_t>(a)] = 0; });
+      larger_first(value), [&](Index a) { routing.kept[a] = 0; }, space);
 }
 
-/// Puts into `routing.per_token` the largest, or the sum, of the probabilities of each token's
-/// experts.
+/// Sets `priority[t]` of the tokens `begin` to `end` to the largest, or the sum, of the
+/// probabilities of the token's experts.
 template <class T>
-void find_priorities(const Routing<T>& routing, Index begin, Index end, bool sum) {
-  routing.per_token.resize(routing.tokens());
+void find_priorities(const Routing<T>& routing, Index begin, Index end, bool sum,
+                     List<T>& priority) {
+  priority.resize(routing.tokens());
   for (Index t = begin; t < end; ++t) {
-    T priority = T(0);
-    for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const T p = routing.probabilities(t, routing.expert[static_cast<std::size_t>(a)]);
-      priority = sum ? priority + p : std::max(priority, p);
+    T of_token = T(0);
+    for (const Index e : routing.experts_of(t)) {
+      const T p = routing.probabilities(t, e);
+      of_token = sum ? of_token + p : std::max(of_token, p);
     }
-    routing.per_token[t] = priority;
+    priority[t] = of_token;
   }
 }
+
+/// Gives places to the kept assignments that it is told, one after the other, and clears `kept`
+/// where an expert has no place left.
+template <class T>
+class Admission {
+ public:
+  /// \param count    For the number of taken places of each expert.
+  Admission(Routing<T>& routing, Index capacity, List<Index>& count)
+      : routing_(routing), capacity_(capacity), count_(count) {
+    count_.assign(routing.experts(), 0);
+  }
+
+  void admit(Index a) {
+    if (routing_.kept[a] == 0) return;
+    Index& count = count_[routing_.expert[a]];
+    if (count < capacity_) {
+      ++count;
+    } else {
+      routing_.kept[a] = 0;
+    }
+  }
+
+  /// The first choices of all tokens, then the second, and so on. `token(i)` is who is number i of
+  /// `tokens`.
+  template <class Token>
+  void admit_by_rank(Index tokens, Token&& token) {
+    const auto choices = [&](Index t) { return routing_.last(t) - routing_.first(t); };
+    Index ranks = 0;
+    for (Index i = 0; i < tokens; ++i) ranks = std::max(ranks, choices(token(i)));
+    for (Index r = 0; r < ranks; ++r) {
+      for (Index i = 0; i < tokens; ++i) {
+        const Index t = token(i);
+        if (r < choices(t)) admit(routing_.first(t) + r);
+      }
+    }
+  }
+
+ private:
+  Routing<T>& routing_;
+  Index capacity_;
+  List<Index>& count_;
+};
 
 }  // namespace detail
 
 /// Calls `body(begin, end)` for the tokens of each group that shares a capacity: those that `scope`
 /// makes, each cut into pieces of `group_size` rows unless that is 0. The last piece may be
 /// shorter. Padding takes a row, as it does in Mesh TensorFlow.
-template <class T, class Body>
-void for_each_capacity_group(const Routing<T>& routing, Scope scope, Index group_size,
-                             Body&& body) {
-  routing.for_each_group(scope, [&](Index begin, Index end) {
+template <class Body>
+void for_each_capacity_group(const TokenRows& rows, Scope scope, Index group_size, Body&& body) {
+  rows.for_each_group(scope, [&](Index begin, Index end) {
     if (group_size == 0) return body(begin, end);
     for (Index piece = begin; piece < end; piece += group_size) {
       body(piece, std::min(piece + group_size, end));
@@ -138,69 +188,45 @@ void for_each_capacity_group(const Routing<T>& routing, Scope scope, Index group
 /// demand) Megatron-Core pad it, with the same result.
 /// \throws ConfigError  if a random order has no pass.rng in training.
 template <class T>
-void drop_overflow(Routing<T>& routing, Index begin, Index end, Index capacity, DropOrder order) {
-  std::vector<Index>& work = routing.workspace;
-  const auto experts = static_cast<std::size_t>(routing.experts());
+void drop_overflow(const Pass& pass, Routing<T>& routing, Index begin, Index end, Index capacity,
+                   DropOrder order, OverflowSpace<T>& space) {
   const Index first = routing.first(begin);
-  const Index last = routing.offsets[static_cast<std::size_t>(end)];
-  const auto admit = [&](Index assignment) {
-    const auto a = static_cast<std::size_t>(assignment);
-    if (routing.kept[a] == 0) return;
-    Index& count = work[static_cast<std::size_t>(routing.expert[a])];
-    if (count < capacity) {
-      ++count;
-    } else {
-      routing.kept[a] = 0;
-    }
-  };
-  // `token(i)`: who is number i, 0 <= i < end - begin.
-  const auto admit_by_rank = [&](auto&& token) {
-    Index ranks = 0;
-    for (Index t = begin; t < end; ++t) ranks = std::max(ranks, routing.last(t) - routing.first(t));
-    for (Index r = 0; r < ranks; ++r) {
-      for (Index i = 0; i < end - begin; ++i) {
-        const Index t = token(i);
-        if (r < routing.last(t) - routing.first(t)) admit(routing.first(t) + r);
-      }
-    }
-  };
-
-  if (order == DropOrder::kRandom && !routing.training) order = DropOrder::kRankMajor;
+  const Index last = routing.offsets[end];
+  const Index tokens = end - begin;
+  if (order == DropOrder::kRandom && !pass.training) order = DropOrder::kRankMajor;
   switch (order) {
     case DropOrder::kRankMajor: {
-      work.assign(experts, 0);
-      admit_by_rank([&](Index i) { return begin + i; });
+      detail::Admission admission(routing, capacity, space.count);
+      admission.admit_by_rank(tokens, [&](Index i) { return begin + i; });
       break;
     }
     case DropOrder::kTokenMajor: {
-      work.assign(experts, 0);
-      for (Index a = first; a < last; ++a) admit(a);
+      detail::Admission admission(routing, capacity, space.count);
+      for (Index a = first; a < last; ++a) admission.admit(a);
       break;
     }
     case DropOrder::kProbability: {
-      detail::keep_largest(routing, first, last, capacity,
-                           [&](Index a) { return routing.weight[static_cast<std::size_t>(a)]; });
+      const auto weight = [&](Index a) { return routing.weight[a]; };
+      detail::keep_largest(routing, first, last, capacity, weight, space);
       break;
     }
     case DropOrder::kBatchPrioritised:
     case DropOrder::kBatchPrioritisedSum: {
-      detail::find_priorities(routing, begin, end, order == DropOrder::kBatchPrioritisedSum);
-      work.assign(experts + static_cast<std::size_t>(end - begin), 0);
-      Index* const tokens = work.data() + experts;
-      std::iota(tokens, tokens + (end - begin), begin);
-      std::sort(tokens, tokens + (end - begin), [&](Index a, Index b) {
-        const T priority_a = routing.per_token[a];
-        const T priority_b = routing.per_token[b];
-        return priority_a != priority_b ? priority_a > priority_b : a < b;
-      });
-      admit_by_rank([&](Index i) { return tokens[i]; });
+      const bool sum = order == DropOrder::kBatchPrioritisedSum;
+      detail::find_priorities(routing, begin, end, sum, space.priority);
+      List<Index>& listed = space.listed;
+      listed.resize(tokens);
+      std::iota(listed.begin(), listed.end(), begin);
+      const auto priority = [&](Index t) { return space.priority[t]; };
+      std::sort(listed.begin(), listed.end(), detail::larger_first(priority));
+      detail::Admission admission(routing, capacity, space.count);
+      admission.admit_by_rank(tokens, [&](Index i) { return listed[i]; });
       break;
     }
     case DropOrder::kRandom: {
-      const Rng draws = routing.generator("DropOrder::kRandom").split();
-      detail::keep_largest(routing, first, last, capacity, [&](Index a) {
-        return draws.at(static_cast<std::uint64_t>(a - first));
-      });
+      const Rng draws = pass.generator("DropOrder::kRandom").split();
+      const auto draw = [&](Index a) { return draws.at(static_cast<std::uint64_t>(a - first)); };
+      detail::keep_largest(routing, first, last, capacity, draw, space);
       break;
     }
   }

@@ -9,15 +9,30 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/error.hpp>
 #include <weir/core/layer.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/pass_record.hpp>
+#include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/moe/dispatch.hpp>
+#include <weir/moe/experts/gathered_pass.hpp>
 
 namespace weir {
 
 /// A bank made of a vector of layers [tokens, d_in] -> [tokens, d_out], each run on the rows of its
-/// expert. For experts of different kinds or sizes, let `Expert` be an AnyLayer.
+/// expert. For experts of different kinds or sizes, let `Expert` be an AnyLayer; mixtures of
+/// experts may be experts themselves.
+///
+/// The rows of an expert are its tokens in their order; to the expert, they are neither sequences
+/// nor padded, and it may use all that is in it. Its pass has the ids of its tokens, if they are
+/// known, and a generator of its own, split from pass.rng for each expert whether it has tokens or
+/// not: what it draws depends neither on the others nor on threads. Auxiliary losses and reports of
+/// expert e are told to the record of the pass as those of a part "e".
+///
+/// An expert without tokens is not run: it has no gradient and no auxiliary loss.
 ///
 /// An expert's cache follows the number of its tokens: where its matrices are Eigen's, memory is
 /// allocated whenever that number changes. GluBank and MlpBank do without.
@@ -29,6 +44,9 @@ class AnyBank {
 
   struct Cache {
     std::vector<typename Expert::Cache> experts;
+    List<Rng> rngs;                      ///< One per expert.
+    std::vector<PassRecord> records;     ///< One per expert.
+    List<Index> token_ids;               ///< [slots], where the pass has ids.
     Scratch<T> x, out, d_out, d_packed;  ///< [slots, .]
     Matrix<T> y, dx;                     ///< [tokens, .]
   };
@@ -43,22 +61,29 @@ class AnyBank {
   }
 
   /// \throws ShapeError   if an expert's output is not d_out wide.
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
-    cache.experts.resize(experts_.size());
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                           Cache& cache) const {
     gather<T>(x, dispatch, cache.x.reshape(dispatch.slots(), d_in_));
     auto out = cache.out.reshape(dispatch.slots(), d_out_);
+    const Pass shared = prepare(pass, dispatch, cache);
     run(dispatch, [&](std::size_t e, Index begin, Index rows) {
+      const Pass own = pass_of_expert(shared, e, begin, rows, cache);
       const Matrix<T>& y =
-          experts_[e].forward(cache.x.view().middleRows(begin, rows), cache.experts[e]);
+          experts_[e].forward(cache.x.view().middleRows(begin, rows), own, cache.experts[e]);
       expect_shape("AnyBank::forward", "an expert's output", y, rows, d_out_);
       out.middleRows(begin, rows) = y;
     });
+    for (std::size_t e = 0; pass.record != nullptr && e < experts_.size(); ++e) {
+      const PassRecord::Scope scope(pass.record, std::to_string(e));
+      pass.record->add(cache.records[e]);
+    }
     cache.y.resize(x.rows(), d_out_);
     combine<T>(out, dispatch, cache.y);
     return cache.y;
   }
 
   /// Experts without tokens are not called.
+  /// \throws StateError   if an expert does.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache) {
     auto d_out = cache.d_out.reshape(dispatch.slots(), d_out_);
@@ -84,7 +109,37 @@ class AnyBank {
   Index d_in() const { return d_in_; }
   Index d_out() const { return d_out_; }
 
+  /// Expert number e.
+  Expert& expert(Index e) { return experts_[static_cast<std::size_t>(e)]; }
+  const Expert& expert(Index e) const { return experts_[static_cast<std::size_t>(e)]; }
+
  private:
+  /// Prepares what each expert has for itself, and returns what all of their passes share.
+  Pass prepare(const Pass& pass, const Dispatch<T>& dispatch, Cache& cache) const {
+    cache.experts.resize(experts_.size());
+    cache.records.resize(experts_.size());
+    for (PassRecord& record : cache.records) record.restart(pass.record);
+    cache.rngs.clear();
+    for (Index e = 0; pass.rng != nullptr && e < experts(); ++e) {
+      cache.rngs.push_back(pass.rng->split());
+    }
+    const auto row_of = [](Index slot) { return slot; };
+    return gathered_pass(pass, dispatch, dispatch.slots(), row_of, cache.token_ids);
+  }
+
+  /// The pass of expert e, whose rows are `rows` slots from `begin` on.
+  static Pass pass_of_expert(const Pass& shared, std::size_t e, Index begin, Index rows,
+                             Cache& cache) {
+    Pass own = shared;
+    if (shared.rng != nullptr) own.rng = cache.rngs.data() + e;
+    if (shared.record != nullptr) own.record = &cache.records[e];
+    if (!shared.token_ids.empty()) {
+      own.token_ids =
+          shared.token_ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(rows));
+    }
+    return own;
+  }
+
   /// Calls `body` for each expert with slots: side by side, or, where one expert has more than a
   /// thread's share of them, one after the other with all threads inside each.
   template <class Body>

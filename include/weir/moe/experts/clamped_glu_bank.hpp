@@ -3,16 +3,15 @@
 /// Experts that are gated networks with clamped pre-activations and biases: gpt-oss.
 #pragma once
 
-#include <cmath>
 #include <concepts>
 #include <span>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/moe/dispatch.hpp>
@@ -28,20 +27,7 @@ namespace weir {
 struct ClampedGluBankConfig {
   double alpha = 1.702;     ///< Slope of the sigmoid: x sigmoid(1.702 x) is close to GELU.
   double limit = 7.0;       ///< Where pre-activations are cut.
-  double init_scale = 0.1;  ///< Of switch_init.
-
-  /// \throws ConfigError  unless alpha and limit are finite and > 0.
-  void check() const {
-    expect_finite_and_positive("alpha", alpha);
-    expect_finite_and_positive("limit", limit);
-  }
-
- private:
-  static void expect_finite_and_positive(std::string_view name, double value) {
-    if (!(value > 0.0 && std::isfinite(value))) {
-      fail<ConfigError>("ClampedGluBank: ", name, " = ", value, ", expected a finite number > 0");
-    }
-  }
+  double init_scale = 1.0;  ///< `scale` of `switch_init`.
 };
 
 /// The weights of a ClampedGluBank, one of each per expert.
@@ -76,14 +62,14 @@ class ClampedGluBank {
     typename ExpertLinear<T>::Workspace workspace;
   };
 
-  /// Initialised like Switch's experts, with the fan-in of one expert; biases zero.
+  /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
   /// \throws ConfigError  if a size is below 1, or if a setting is out of range.
-  ClampedGluBank(Index experts, Index d_model, Index d_hidden, Rng& rng,
+  ClampedGluBank(Index d_model, Index experts, Index d_hidden, Rng& rng,
                  ClampedGluBankConfig config = {})
       : config_(config) {
-    config_.check();
-    expect_at_least<Index>("ClampedGluBank", "experts", experts, 1);
+    check();
     expect_at_least<Index>("ClampedGluBank", "d_model", d_model, 1);
+    expect_at_least<Index>("ClampedGluBank", "experts", experts, 1);
     expect_at_least<Index>("ClampedGluBank", "d_hidden", d_hidden, 1);
     const auto initial = [&](Index rows, Index cols) {
       return switch_init<T>(rows, cols, rng, config.init_scale);
@@ -101,7 +87,7 @@ class ClampedGluBank {
   /// \throws ShapeError   if a weight's shape does not fit the others.
   explicit ClampedGluBank(ClampedGluWeights<T> weights, ClampedGluBankConfig config = {})
       : config_(config) {
-    config_.check();
+    check();
     auto& [gate, up, gate_bias, up_bias, down, down_bias] = weights;
     const std::size_t experts = gate.size();
     if (experts == 0 || up.size() != experts || gate_bias.size() != experts ||
@@ -129,7 +115,8 @@ class ClampedGluBank {
     }
   }
 
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
+                           Cache& cache) const {
     const Index slots = dispatch.slots();
     auto packed = cache.x.reshape(slots, d_in());
     auto gate = cache.gate.reshape(slots, d_hidden());
@@ -168,11 +155,9 @@ class ClampedGluBank {
     return cache.dx;
   }
 
-  /// See `weir::set_storage`; biases stay parameters.
+  /// See `weir::set_storage`; biases stay parameters. If memory runs out, nothing has changed.
   void set_storage(Storage storage) {
-    gate_.set_storage(storage);
-    up_.set_storage(storage);
-    down_.set_storage(storage);
+    ExpertLinear<T>::set_storage({&gate_, &up_, &down_}, storage);
   }
 
   Storage storage() const { return gate_.storage(); }
@@ -193,6 +178,11 @@ class ClampedGluBank {
   const ClampedGluBankConfig& config() const { return config_; }
 
  private:
+  void check() const {
+    expect_positive("ClampedGluBank", "alpha", config_.alpha);
+    expect_positive("ClampedGluBank", "limit", config_.limit);
+  }
+
   static constexpr Index kCost = 16;
 
   void activate(MatrixIn<T> gate, MatrixIn<T> up, MatrixOut<T> hidden) const {

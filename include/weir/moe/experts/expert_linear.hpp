@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
 #include <string>
 #include <utility>
 #include <vector>
@@ -33,9 +34,9 @@ class ExpertLinear {
 
   ExpertLinear() = default;
 
-  /// One more expert.
-  /// \param weight   Of the same shape as the others.
-  /// \param bias     Empty for none, as the others'.
+  /// Adds an expert.
+  /// \param weight   [d_out, d_in], the same shape for each expert.
+  /// \param bias     [1, d_out], or empty for all experts.
   void add(Matrix<T> weight, Matrix<T> bias = {}) {
     weight_.emplace_back(std::move(weight));
     if (bias.size() != 0) bias_.push_back({std::move(bias)});
@@ -85,15 +86,30 @@ class ExpertLinear {
     multiply<T>(workspace.products);
   }
 
-  /// See `weir::set_storage`; biases stay parameters.
-  void set_storage(Storage storage) {
-    if (storage == this->storage()) return;
+  /// Stores the weights of all `linears` of a bank; biases stay parameters. If memory runs out,
+  /// nothing has changed.
+  static void set_storage(std::initializer_list<ExpertLinear*> linears, Storage storage) {
+    const Storage before = (*linears.begin())->storage();
+    if (storage == before) return;
     // One memory for all: the weights of a small expert fill no huge page.
-    const std::size_t one = storage == Storage::kTrainable
-                                ? 0
-                                : kernels::PackedWeight<T>::bytes(d_out(), d_in(), storage);
-    SharedMemory memory(weight_.size() * one);
-    for (kernels::Weight<T>& weight : weight_) weight.set_storage(storage, &memory);
+    std::size_t bytes = 0;
+    for (const ExpertLinear* linear : linears) bytes += linear->packed_bytes(storage);
+    SharedMemory memory(bytes);
+    if (before == Storage::kTrainable) {
+      // Takes no further memory, and gives back that of each weight when it is packed.
+      for (ExpertLinear* linear : linears) {
+        for (kernels::Weight<T>& weight : linear->weight_) weight.set_storage(storage, &memory);
+      }
+      return;
+    }
+    // Works on copies, which share what is packed.
+    std::vector<std::vector<kernels::Weight<T>>> changed;
+    for (const ExpertLinear* linear : linears) changed.push_back(linear->weight_);
+    for (auto& weights : changed) {
+      for (kernels::Weight<T>& weight : weights) weight.set_storage(storage, &memory);
+    }
+    auto next = changed.begin();
+    for (ExpertLinear* linear : linears) linear->weight_.swap(*next++);
   }
 
   Storage storage() const { return weight_[0].storage(); }
@@ -111,6 +127,12 @@ class ExpertLinear {
   Index d_out() const { return weight_[0].rows(); }
 
  private:
+  /// How much memory the packed weights of all experts take.
+  std::size_t packed_bytes(Storage storage) const {
+    if (storage == Storage::kTrainable) return 0;
+    return weight_.size() * kernels::PackedWeight<T>::bytes(d_out(), d_in(), storage);
+  }
+
   std::vector<kernels::Weight<T>> weight_;
   std::vector<Parameter<T>> bias_;  // One per expert, or none.
 };

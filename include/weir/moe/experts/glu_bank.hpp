@@ -50,7 +50,7 @@ class GluBank {
   };
 
   /// Weights from `switch_init`, with the fan-in of one expert, as those of Glu.
-  /// \throws ConfigError  if a size is below 1.
+  /// \throws ConfigError  if a size is below 1 or init_scale not positive.
   GluBank(Index d_model, Index experts, Index d_hidden, Rng& rng, GluBankConfig config = {})
       : d_in_(d_model), d_hidden_(d_hidden), d_out_(d_model) {
     expect_at_least<Index>("GluBank", "d_model", d_model, 1);
@@ -154,7 +154,7 @@ class GluBank {
     return cache.dx;
   }
 
-  /// See `weir::set_storage`.
+  /// See `weir::set_storage`. If memory runs out, nothing has changed.
   void set_storage(Storage storage) {
     if (storage == storage_) return;
     const auto trainable = [&](std::size_t e) {

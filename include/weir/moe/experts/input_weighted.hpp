@@ -4,15 +4,19 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <span>
 #include <utility>
-#include <vector>
 
+#include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
-#include <weir/core/storage.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
+#include <weir/moe/experts/bank_wrapper.hpp>
+#include <weir/moe/experts/gathered_pass.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
@@ -30,27 +34,30 @@ namespace weir {
 /// (Meta 2025, Llama4TextMoe of Hugging Face's transformers; Megatron-LM's
 /// moe_apply_probs_on_input.)
 template <ExpertBank Bank>
-class InputWeighted {
+class InputWeighted : public BankWrapper<Bank> {
  public:
-  using Scalar = typename Bank::Scalar;
-  using T = Scalar;
+  using typename BankWrapper<Bank>::T;
+  using BankWrapper<Bank>::d_in;
+  using BankWrapper<Bank>::d_out;
 
   /// The bank inside sees one token per assignment, with a weight of one.
-  struct Cache {
-    typename Bank::Cache bank;
-    Routing<T> routing;
-    Dispatch<T> dispatch;
-    Matrix<T> x;               ///< [tokens, d_in]
+  struct Cache : BankWrapper<Bank>::Cache {
+    Assignments assignments;   ///< Those that the bank inside sees.
+    List<T> ones;              ///< The weights that it sees.
+    Dispatch<T> dispatch;      ///< Where they go.
+    List<Index> token_ids;     ///< [assignments], where the pass has ids.
+    Matrix<T> x;               ///< [tokens, d_in], if the pass trains.
     Scratch<T> weighted, d_y;  ///< [assignments, .]; rows of dropped ones are unspecified.
-    std::vector<T> d_weight;   ///< Of the weights that are one.
+    List<T> d_ones;            ///< The gradient of the weights that are one.
     Matrix<T> y, dx;           ///< [tokens, .]
   };
 
-  explicit InputWeighted(Bank bank) : bank_(std::move(bank)) {}
+  explicit InputWeighted(Bank bank) : BankWrapper<Bank>(std::move(bank)) {}
 
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                           Cache& cache) const {
     expect_shape("InputWeighted::forward", "x", x, dispatch.tokens(), d_in());
-    copy_rows<T>(x, cache.x);
+    if (pass.training) copy_rows<T>(x, cache.x);
     auto weighted = cache.weighted.reshape(dispatch.assignments(), d_in());
     parallel_rows(dispatch.slots(), 2 * d_in(), [&](Index begin, Index end) {
       for (Index s = begin; s < end; ++s) {
@@ -59,7 +66,9 @@ class InputWeighted {
       }
     });
     divide(dispatch, cache);
-    const Matrix<T>& out = bank_.forward(weighted, cache.dispatch, cache.bank);
+    const auto row_of = [&](Index s) { return dispatch.assignment(s); };
+    const Pass own = gathered_pass(pass, dispatch, dispatch.assignments(), row_of, cache.token_ids);
+    const Matrix<T>& out = bank_.forward(weighted, cache.dispatch, own, cache.inner);
     cache.y.resize(x.rows(), d_out());
     const auto one = [](Index) { return T(1); };
     add_up(out, dispatch, one, cache.y);
@@ -75,8 +84,8 @@ class InputWeighted {
         std::copy_n(&dy.coeffRef(dispatch.token(s), 0), d_out(), &d_y(dispatch.assignment(s), 0));
       }
     });
-    cache.d_weight.resize(static_cast<std::size_t>(dispatch.assignments()));
-    const Matrix<T>& d_weighted = bank_.backward(d_y, cache.dispatch, cache.d_weight, cache.bank);
+    cache.d_ones.resize(dispatch.assignments());
+    const Matrix<T>& d_weighted = bank_.backward(d_y, cache.dispatch, cache.d_ones, cache.inner);
 
     parallel_rows(dispatch.slots(), 2 * d_in(), [&](Index begin, Index end) {
       for (Index s = begin; s < end; ++s) {
@@ -91,41 +100,26 @@ class InputWeighted {
     return cache.dx;
   }
 
-  /// See `weir::set_storage`.
-  void set_storage(Storage storage) { weir::set_storage(bank_, storage); }
-
-  /// The members of the bank inside, under its names.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    Bank::visit(self.bank_, visit);
-  }
-
-  Index experts() const { return bank_.experts(); }
-  Index d_in() const { return bank_.d_in(); }
-  Index d_out() const { return bank_.d_out(); }
-
-  Bank& bank() { return bank_; }
-  const Bank& bank() const { return bank_; }
-
  private:
+  using BankWrapper<Bank>::bank_;
+
   /// The dispatch of the bank inside: each kept assignment a token of its own.
   static void divide(const Dispatch<T>& dispatch, Cache& cache) {
-    Routing<T>& inner = cache.routing;
-    const auto assignments = static_cast<std::size_t>(dispatch.assignments());
-    inner.logits.resize(dispatch.assignments(), dispatch.experts());
-    inner.offsets.resize(assignments + 1);
-    for (std::size_t a = 0; a <= assignments; ++a) inner.offsets[a] = static_cast<Index>(a);
-    inner.expert.assign(assignments, 0);
-    inner.weight.assign(assignments, T(1));
-    inner.kept.assign(assignments, 0);
+    Assignments& inner = cache.assignments;
+    const Index count = dispatch.assignments();
+    inner.expert_count = dispatch.experts();
+    inner.offsets.resize(count + 1);
+    std::iota(inner.offsets.begin(), inner.offsets.end(), Index(0));
+    inner.expert.assign(count, 0);
+    inner.kept.assign(count, 0);
     dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
       for (Index s = begin; s < begin + rows; ++s) {
-        const auto a = static_cast<std::size_t>(dispatch.assignment(s));
-        inner.expert[a] = static_cast<Index>(e);
-        inner.kept[a] = 1;
+        inner.expert[dispatch.assignment(s)] = static_cast<Index>(e);
+        inner.kept[dispatch.assignment(s)] = 1;
       }
     });
-    cache.dispatch.build(inner);
+    cache.ones.assign(count, T(1));
+    cache.dispatch.build(inner, cache.ones);
   }
 
   /// sum[t] = sum over the slots s of t of weight(s) * rows[assignment of s].
@@ -142,8 +136,6 @@ class InputWeighted {
       }
     });
   }
-
-  Bank bank_;
 };
 
 }  // namespace weir

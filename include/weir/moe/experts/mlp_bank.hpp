@@ -11,6 +11,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/moe/dispatch.hpp>
@@ -23,7 +24,7 @@ namespace weir {
 /// Settings of MlpBank.
 struct MlpBankConfig {
   bool bias = false;
-  double init_scale = 0.1;  ///< Of switch_init.
+  double init_scale = 1.0;  ///< `scale` of `switch_init`. Switch trains its experts with 0.1.
 };
 
 /// `experts` networks
@@ -44,11 +45,11 @@ class MlpBank {
     typename ExpertLinear<T>::Workspace workspace;
   };
 
-  /// Initialised like Switch's experts, with the fan-in of one expert; biases zero.
-  /// \throws ConfigError  if a size is below 1.
-  MlpBank(Index experts, Index d_model, Index d_hidden, Rng& rng, MlpBankConfig config = {}) {
-    expect_at_least<Index>("MlpBank", "experts", experts, 1);
+  /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
+  /// \throws ConfigError  if a size is below 1 or init_scale not positive.
+  MlpBank(Index d_model, Index experts, Index d_hidden, Rng& rng, MlpBankConfig config = {}) {
     expect_at_least<Index>("MlpBank", "d_model", d_model, 1);
+    expect_at_least<Index>("MlpBank", "experts", experts, 1);
     expect_at_least<Index>("MlpBank", "d_hidden", d_hidden, 1);
     const auto add = [&](ExpertLinear<T>& linear, Index d_out, Index d_in) {
       linear.add(switch_init<T>(d_out, d_in, rng, config.init_scale),
@@ -88,7 +89,8 @@ class MlpBank {
     }
   }
 
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
+                           Cache& cache) const {
     const Index slots = dispatch.slots();
     gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
     auto inner = cache.inner.reshape(slots, d_hidden());
@@ -108,7 +110,7 @@ class MlpBank {
   /// \throws StateError   if the weights are stored for inference.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache) {
-    expect_trainable("MlpBank::backward", in_.storage());
+    expect_trainable("MlpBank::backward", storage());
     const Index slots = dispatch.slots();
     auto d_out_packed = cache.d_out.reshape(slots, d_out());
     auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
@@ -126,11 +128,10 @@ class MlpBank {
     return cache.dx;
   }
 
-  /// See `weir::set_storage`; biases stay parameters.
-  void set_storage(Storage storage) {
-    in_.set_storage(storage);
-    out_.set_storage(storage);
-  }
+  /// See `weir::set_storage`; biases stay parameters. If memory runs out, nothing has changed.
+  void set_storage(Storage storage) { ExpertLinear<T>::set_storage({&in_, &out_}, storage); }
+
+  Storage storage() const { return in_.storage(); }
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {

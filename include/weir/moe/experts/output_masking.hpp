@@ -5,12 +5,16 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <utility>
 
 #include <weir/core/error.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
-#include <weir/moe/capacity/capacity_wrapper.hpp>
-#include <weir/moe/routing.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/dispatch.hpp>
+#include <weir/moe/experts/bank_wrapper.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
@@ -33,8 +37,7 @@ struct OutputMaskingConfig {
   MaskScaling scaling = MaskScaling::kEvaluation;
 };
 
-/// Any capacity policy, after which outputs of experts are zero with probability `rate` in
-/// training:
+/// A bank in which outputs of experts are zero with probability `rate` in training:
 ///
 ///     y_t = s * sum_{e in S_t, kept} m_te g_te E_e(x_t)
 ///
@@ -45,64 +48,97 @@ struct OutputMaskingConfig {
 ///     s = 1 in training, 1 - rate otherwise      kEvaluation
 ///     s = 1 / (1 - rate) in training, else 1     kTraining
 ///
-/// All else is as if there were no mask: an assignment whose output is masked has its place in the
-/// expert, and capacity, RenormaliseKept, balancers and reports see it with the weight that it has.
-/// The token's other experts do not get that weight. The expert is not run, though, where nothing
-/// is made of its output. The mask is constant to the derivative: through a masked output, nothing
-/// reaches expert, token or weight. What a dropped assignment passes on (OnDrop::kPass) and
-/// what shared experts yield is neither masked nor scaled.
+/// Everything but the experts is as if there were no mask: an assignment whose output is masked has
+/// its place in the expert, and capacity, RenormaliseKept, balancers and reports see it with the
+/// weight that it has. The token's other experts do not get that weight. The expert is not run,
+/// though, where nothing is made of its output. The mask is constant to the derivative: through a
+/// masked output, nothing reaches expert, token or weight. What a PassDropped around it passes on,
+/// and what shared experts yield, is neither masked nor scaled.
 ///
 /// Needs `pass.rng` in training, unless rate is 0; the draws do not depend on the number of
-/// threads. As causal as the inner policy. One within the other has both units, and both factors s.
+/// threads. Causal: what a token is masked by depends on its place alone. One within the other has
+/// both units, and both factors s.
 ///
 /// (NLLB Team 2022, arXiv:2207.04672, and Elbayad et al. 2022, arXiv:2212.07571; in fairseq
 /// `moe_eom` and `moe_fom`, with kEvaluation. Hugging Face's NLLB-MoE evaluates as fairseq does
 /// with `moe_token_dropout` as the rate. It trains with a dropout of single features instead,
 /// divided by 1 - rate as well, so that the mean differs from that of evaluation; there is no
 /// setting for it.)
-template <class Inner>
-class OutputMasking : public CapacityWrapper<Inner> {
+template <ExpertBank Bank>
+class OutputMasking : public BankWrapper<Bank> {
  public:
+  using typename BankWrapper<Bank>::T;
+
+  struct Cache : BankWrapper<Bank>::Cache {
+    bool masks = false;    ///< Whether the last forward pass drew.
+    Dispatch<T> unmasked;  ///< The slots whose outputs count, if it did.
+    T scale = T(1);        ///< s
+    Matrix<T> y, dy;       ///< [tokens, d_out], only where s is not 1.
+  };
+
   /// \throws ConfigError  unless 0 <= rate < 1.
-  explicit OutputMasking(Inner inner, OutputMaskingConfig config = {})
-      : CapacityWrapper<Inner>(std::move(inner)), config_(config) {
-    if (!(config_.rate >= 0.0 && config_.rate < 1.0)) {
-      fail<ConfigError>("OutputMasking: rate = ", config_.rate, ", expected 0 <= rate < 1");
-    }
+  explicit OutputMasking(Bank bank, OutputMaskingConfig config = {})
+      : BankWrapper<Bank>(std::move(bank)), config_(config) {
+    expect_fraction("OutputMasking", "rate", config_.rate);
   }
 
-  /// \throws ConfigError  as the inner policy; if it draws without pass.rng.
-  template <class T>
-  void apply(Routing<T>& routing) const {
-    inner_.apply(routing);
-    if (config_.rate == 0.0) return;
-    if (routing.training) {
-      const Rng draws = routing.generator("OutputMasking").split();
-      mask(routing,
-           [&](Index i) { return unit_interval(draws.at(static_cast<std::uint64_t>(i))); });
+  /// \throws ConfigError  if it draws without pass.rng.
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                           Cache& cache) const {
+    cache.masks = pass.training && config_.rate > 0.0;
+    cache.scale = scale(pass.training);
+    if (cache.masks) {
+      const Rng draws = pass.generator("OutputMasking").split();
+      const auto draw = [&](Index i) {
+        return unit_interval(draws.at(static_cast<std::uint64_t>(i)));
+      };
+      mask(dispatch, draw, cache.unmasked);
     }
-    const bool scales = routing.training == (config_.scaling == MaskScaling::kTraining);
-    const double left = 1.0 - config_.rate;
-    if (scales) routing.output_scale *= static_cast<T>(routing.training ? 1.0 / left : left);
+    const Matrix<T>& y = bank_.forward(x, seen_by_bank(dispatch, cache), pass, cache.inner);
+    if (cache.scale == T(1)) return y;
+    scale_rows<T>(cache.scale, y, cache.y);
+    return cache.y;
+  }
+
+  const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
+                            Cache& cache) {
+    if (cache.masks) {
+      for (Index s = 0; s < dispatch.slots(); ++s) {
+        d_weight[static_cast<std::size_t>(dispatch.assignment(s))] = T(0);
+      }
+    }
+    const Dispatch<T>& seen = seen_by_bank(dispatch, cache);
+    if (cache.scale == T(1)) return bank_.backward(dy, seen, d_weight, cache.inner);
+    scale_rows<T>(cache.scale, dy, cache.dy);
+    return bank_.backward(cache.dy, seen, d_weight, cache.inner);
   }
 
   /// Masks what the draws say.
   /// \param draw     `draw(i)` is u of the assignment or token i, which is masked if u < rate.
-  template <class T, class Draw>
-  void mask(Routing<T>& routing, Draw&& draw) const {
-    routing.output_masked.resize(routing.expert.size(), 0);
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        const Index drawn = config_.unit == MaskedUnit::kToken ? t : a;
-        if (draw(drawn) < config_.rate) routing.output_masked[static_cast<std::size_t>(a)] = 1;
-      }
-    }
+  /// \param unmasked  What is left of `dispatch`.
+  template <class Draw>
+  void mask(const Dispatch<T>& dispatch, Draw&& draw, Dispatch<T>& unmasked) const {
+    unmasked.build_part(dispatch, dispatch.experts(), [&](Index /*expert*/, Index s) {
+      const bool by_token = config_.unit == MaskedUnit::kToken;
+      return draw(by_token ? dispatch.token(s) : dispatch.assignment(s)) >= config_.rate;
+    });
   }
 
   const OutputMaskingConfig& config() const { return config_; }
 
  private:
-  using CapacityWrapper<Inner>::inner_;
+  using BankWrapper<Bank>::bank_;
+
+  T scale(bool training) const {
+    const double left = 1.0 - config_.rate;
+    const bool scales = training == (config_.scaling == MaskScaling::kTraining);
+    return static_cast<T>(!scales ? 1.0 : training ? 1.0 / left : left);
+  }
+
+  static const Dispatch<T>& seen_by_bank(const Dispatch<T>& dispatch, const Cache& cache) {
+    return cache.masks ? cache.unmasked : dispatch;
+  }
+
   OutputMaskingConfig config_;
 };
 

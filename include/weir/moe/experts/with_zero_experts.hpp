@@ -3,21 +3,21 @@
 /// Experts that compute nothing, or next to nothing, behind those of a bank: MoE++, LongCat-Flash.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
-#include <weir/core/storage.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
-#include <weir/moe/routing.hpp>
+#include <weir/moe/experts/bank_wrapper.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
@@ -25,7 +25,7 @@
 namespace weir {
 
 /// How many experts of each kind stand behind those of the bank, in this order.
-struct ZeroExpertsConfig {
+struct WithZeroExpertsConfig {
   Index zero = 0;      ///< E(x) = 0
   Index identity = 0;  ///< E(x) = x; LongCat-Flash has these alone.
   Index constant = 0;  ///< E(x) = a_1 x + a_2 v
@@ -42,19 +42,15 @@ struct ZeroExpertsConfig {
 /// exact gradient, and the weight of a zero expert has the gradient zero.
 /// (Jin et al. 2024, arXiv:2410.07348, eq. 3-5; identity alone: Meituan 2025, arXiv:2509.01322.)
 template <ExpertBank Bank>
-class WithZeroExperts {
+class WithZeroExperts : public BankWrapper<Bank> {
  public:
-  using Scalar = typename Bank::Scalar;
-  using T = Scalar;
+  using typename BankWrapper<Bank>::T;
+  using BankWrapper<Bank>::d_in;
+  using BankWrapper<Bank>::d_out;
 
-  struct Cache {
-    typename Bank::Cache bank;
-    Routing<T> routing;              ///< What of the routing is for the bank.
-    Dispatch<T> dispatch;            ///< Likewise.
-    std::vector<Index> expert;       ///< Of each slot of the bank.
-    std::vector<Index> assignment;   ///< Of each of the bank's, in the whole routing.
-    std::vector<T> d_weight;         ///< Of the bank's assignments.
-    Matrix<T> x;                     ///< [tokens, d_model]
+  struct Cache : BankWrapper<Bank>::Cache {
+    Dispatch<T> dispatch;            ///< The slots of the bank's experts.
+    Matrix<T> x;                     ///< [tokens, d_model], if the pass trains.
     Scratch<T> share;                ///< [slots of constant experts, 2], a_1 and a_2.
     Scratch<T> d_logit, d_constant;  ///< [slots of constant experts, 1], dL/d(W_c x)_1 and w a_2.
     Matrix<T> y, dx;
@@ -63,8 +59,8 @@ class WithZeroExperts {
   /// W_c from `switch_init` and v from N(0, 1), as the authors' code.
   /// \throws ConfigError  if a number is negative, or if identity or constant experts stand behind
   ///                      a bank that changes the width.
-  WithZeroExperts(Bank bank, ZeroExpertsConfig config, Rng& rng)
-      : bank_(std::move(bank)), config_(config) {
+  WithZeroExperts(Bank bank, Rng& rng, WithZeroExpertsConfig config = {})
+      : BankWrapper<Bank>(std::move(bank)), config_(config) {
     check();
     for (Index e = 0; e < config_.constant; ++e) {
       mix_.push_back({switch_init<T>(2, d_in(), rng, 1.0)});
@@ -72,14 +68,19 @@ class WithZeroExperts {
     }
   }
 
+  /// Without constant experts, which have weights.
+  /// \throws ConfigError  as above, or if there are to be constant experts.
+  explicit WithZeroExperts(Bank bank, WithZeroExpertsConfig config = {})
+      : WithZeroExperts(std::move(bank), {}, {}, config) {}
+
   /// From existing weights, one of each per constant expert.
   /// \param mix       W_c, [2, d_model]
   /// \param constant  v, [1, d_model]
   /// \throws ConfigError  as above, or if there are not as many weights as constant experts.
   /// \throws ShapeError   if a weight has another shape.
-  explicit WithZeroExperts(Bank bank, ZeroExpertsConfig config, std::vector<Matrix<T>> mix = {},
-                           std::vector<Matrix<T>> constant = {})
-      : bank_(std::move(bank)), config_(config) {
+  WithZeroExperts(Bank bank, std::vector<Matrix<T>> mix, std::vector<Matrix<T>> constant,
+                  WithZeroExpertsConfig config)
+      : BankWrapper<Bank>(std::move(bank)), config_(config) {
     check();
     const auto count = static_cast<std::size_t>(config_.constant);
     if (mix.size() != count || constant.size() != count) {
@@ -98,11 +99,12 @@ class WithZeroExperts {
     }
   }
 
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                           Cache& cache) const {
     expect_shape("WithZeroExperts::forward", "x", x, dispatch.tokens(), d_in());
-    separate(dispatch, cache);
-    copy_rows<T>(x, cache.x);
-    copy_rows<T>(bank_.forward(x, cache.dispatch, cache.bank), cache.y);
+    if (pass.training) copy_rows<T>(x, cache.x);
+    cache.dispatch.build_part(dispatch, bank_.experts(), [](Index, Index) { return true; });
+    copy_rows<T>(bank_.forward(x, cache.dispatch, pass, cache.inner), cache.y);
 
     const Index first = dispatch.begin(first_constant());
     auto share = cache.share.reshape(dispatch.slots() - first, 2);
@@ -111,7 +113,7 @@ class WithZeroExperts {
       parallel_rows(rows, 4 * d_in(), [&](Index from, Index to) {
         for (Index s = begin + from; s < begin + to; ++s) {
           // The softmax of two is a sigmoid of their difference.
-          const T* const token = &cache.x(dispatch.token(s), 0);
+          const T* const token = &x.coeffRef(dispatch.token(s), 0);
           const T difference =
               loops::dot<T>(d_in(), mix, token) - loops::dot<T>(d_in(), mix + d_in(), token);
           share(s - first, 0) = T(1) / (T(1) + std::exp(-difference));
@@ -122,10 +124,11 @@ class WithZeroExperts {
     for_each_cheap_slot(dispatch, [&](Index t, Index s) {
       const T weight = dispatch.weight(s);
       if (s < first) {
-        loops::add_scaled<T>(d_in(), weight, &cache.x(t, 0), &cache.y(t, 0));
+        loops::add_scaled<T>(d_in(), weight, &x.coeffRef(t, 0), &cache.y(t, 0));
       } else {
         const Parameter<T>& constant = constant_[expert_of(dispatch, s)];
-        loops::add_scaled<T>(d_in(), weight * share(s - first, 0), &cache.x(t, 0), &cache.y(t, 0));
+        loops::add_scaled<T>(d_in(), weight * share(s - first, 0), &x.coeffRef(t, 0),
+                             &cache.y(t, 0));
         loops::add_scaled<T>(d_in(), weight * share(s - first, 1), constant.value.data(),
                              &cache.y(t, 0));
       }
@@ -139,11 +142,7 @@ class WithZeroExperts {
   ///     dW_c1 += dz x,   dW_c2 -= dz x,   dv += w a_2 dy
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache) {
-    cache.d_weight.assign(cache.assignment.size(), T(0));
-    copy_rows<T>(bank_.backward(dy, cache.dispatch, cache.d_weight, cache.bank), cache.dx);
-    for (std::size_t a = 0; a < cache.assignment.size(); ++a) {
-      d_weight[static_cast<std::size_t>(cache.assignment[a])] = cache.d_weight[a];
-    }
+    copy_rows<T>(bank_.backward(dy, cache.dispatch, d_weight, cache.inner), cache.dx);
     for (Index s = dispatch.begin(bank_.experts()); s < dispatch.begin(first_identity()); ++s) {
       d_weight[static_cast<std::size_t>(dispatch.assignment(s))] = T(0);
     }
@@ -192,14 +191,10 @@ class WithZeroExperts {
     return cache.dx;
   }
 
-  /// Stores the weights of the bank, see `weir::set_storage`; those of constant experts stay
-  /// parameters.
-  void set_storage(Storage storage) { weir::set_storage(bank_, storage); }
-
   /// The members of the bank under its names, and `e.mix` and `e.constant` of constant experts.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    Bank::visit(self.bank_, visit);
+    visit("", self.bank());
     for (std::size_t e = 0; e < self.mix_.size(); ++e) {
       const std::string name = std::to_string(self.first_constant() + static_cast<Index>(e));
       visit(name + ".mix", self.mix_[e]);
@@ -207,16 +202,14 @@ class WithZeroExperts {
     }
   }
 
-  /// Those of the bank and those behind.
+  /// The number of all experts, those of the bank and those behind.
   Index experts() const { return first_constant() + config_.constant; }
-  Index d_in() const { return bank_.d_in(); }
-  Index d_out() const { return bank_.d_out(); }
 
-  const ZeroExpertsConfig& config() const { return config_; }
-  Bank& bank() { return bank_; }
-  const Bank& bank() const { return bank_; }
+  const WithZeroExpertsConfig& config() const { return config_; }
 
  private:
+  using BankWrapper<Bank>::bank_;
+
   void check() const {
     expect_at_least<Index>("WithZeroExperts", "zero", config_.zero, 0);
     expect_at_least<Index>("WithZeroExperts", "identity", config_.identity, 0);
@@ -229,33 +222,6 @@ class WithZeroExperts {
 
   Index first_identity() const { return bank_.experts() + config_.zero; }
   Index first_constant() const { return first_identity() + config_.identity; }
-
-  /// Sorts out what is for the bank. Slots are in the order of experts: its slots come first.
-  void separate(const Dispatch<T>& dispatch, Cache& cache) const {
-    const Index own = dispatch.begin(bank_.experts());
-    cache.expert.resize(static_cast<std::size_t>(own));
-    for (Index e = 0; e < bank_.experts(); ++e) {
-      std::fill(cache.expert.begin() + dispatch.begin(e), cache.expert.begin() + dispatch.end(e),
-                e);
-    }
-    Routing<T>& inner = cache.routing;
-    inner.logits.resize(dispatch.tokens(), bank_.experts());
-    inner.offsets.assign(1, 0);
-    inner.expert.clear();
-    inner.weight.clear();
-    cache.assignment.clear();
-    for (Index t = 0; t < dispatch.tokens(); ++t) {
-      for (const Index s : dispatch.slots_of(t)) {
-        if (s >= own) continue;
-        inner.expert.push_back(cache.expert[static_cast<std::size_t>(s)]);
-        inner.weight.push_back(dispatch.weight(s));
-        cache.assignment.push_back(dispatch.assignment(s));
-      }
-      inner.offsets.push_back(inner.assignments());
-    }
-    inner.kept.assign(inner.expert.size(), 1);
-    cache.dispatch.build(inner);
-  }
 
   /// Calls `body(e, first slot, slots)` for each constant expert that has any, counted from 0.
   template <class Body>
@@ -288,8 +254,7 @@ class WithZeroExperts {
     return static_cast<std::size_t>(e - first_constant());
   }
 
-  Bank bank_;
-  ZeroExpertsConfig config_;
+  WithZeroExpertsConfig config_;
   std::vector<Parameter<T>> mix_, constant_;
 };
 
