@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include <weir/core/layer.hpp>
@@ -12,26 +13,29 @@ using namespace weir;
 
 namespace {
 
-/// Multiplies by two; by three in training, if it is told of it.
-struct Plain {
+/// Multiplies by two; by three in training.
+struct Multiplies {
   using Scalar = double;
-  struct Cache {};
-  Matrix<double> forward(MatrixIn<double> x) const { return 2.0 * x; }
-  Matrix<double> forward(MatrixIn<double> x, Cache&) const { return 2.0 * x; }
-  Matrix<double> backward(MatrixIn<double> dy, Cache&) { return 2.0 * dy; }
+  struct Cache {
+    CacheState state;
+    Matrix<double> y, dx;
+  };
+  const Matrix<double>& forward(MatrixIn<double> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
+    if (x.cols() == 0) fail<ShapeError>("no columns");
+    cache.y = (pass.training ? 3.0 : 2.0) * x;
+    return cache.state.finish(*this, pass, cache.y);
+  }
+  const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) {
+    cache.state.begin_backward("Multiplies::backward", *this, dy);
+    cache.dx = 3.0 * dy;
+    return cache.dx;
+  }
   template <class Self, class Visit>
   static void visit(Self&, Visit&) {}
 };
 
-struct Told : Plain {
-  using Plain::forward;
-  Matrix<double> forward(MatrixIn<double> x, const Pass& pass, Cache&) const {
-    return (pass.training ? 3.0 : 2.0) * x;
-  }
-};
-
-static_assert(Layer<Plain> && !PassLayer<Plain>);
-static_assert(Layer<Told> && PassLayer<Told>);
+static_assert(Layer<Multiplies>);
 static_assert(!Layer<int>);
 
 }  // namespace
@@ -42,6 +46,8 @@ TEST_CASE("A default pass knows nothing", "[core][pass]") {
   CHECK(pass.sequences == nullptr);
   CHECK(pass.rng == nullptr);
   CHECK(pass.aux_scale == 1.0);
+  CHECK(pass.record == nullptr);
+  CHECK_FALSE(pass.has_aux_losses());
   CHECK_FALSE(pass.is_padding(1000));
   pass.check("here", 7);
 }
@@ -72,11 +78,57 @@ TEST_CASE("A pass says what does not fit the tokens", "[core][pass]") {
         "Attention::forward: pass.sequences cover 5 tokens, expected 4");
 }
 
-TEST_CASE("apply hands the pass to layers that take one", "[core][pass]") {
-  const Matrix<double> x = Matrix<double>::Ones(1, 1);
-  Plain::Cache cache;
-  const Pass training{.training = true};
-  CHECK(apply(Plain{}, x, training, cache)(0, 0) == 2.0);
-  CHECK(apply(Told{}, x, training, cache)(0, 0) == 3.0);
-  CHECK(apply(Told{}, x, {}, cache)(0, 0) == 2.0);
+TEST_CASE("Auxiliary losses are computed where they are differentiated or asked for",
+          "[core][pass]") {
+  PassRecord record;
+  CHECK(kTraining.has_aux_losses());
+  CHECK((Pass{.record = &record}).has_aux_losses());
+  CHECK_FALSE((Pass{.training = true, .aux_scale = 0.0, .record = &record}).has_aux_losses());
+}
+
+TEST_CASE("A pass without a generator says who wanted one", "[core][pass]") {
+  CHECK(test::message_of<ConfigError>([] { Pass{}.generator("RankPolicy"); }) ==
+        "RankPolicy: pass.rng = null, expected a generator");
+  CHECK(test::message_of<ConfigError>([] { kTraining.generator("NormalNoise"); }) ==
+        "NormalNoise: pass.rng = null, expected a generator in training");
+  Rng rng(1);
+  CHECK(&Pass{.rng = &rng}.generator("x") == &rng);
+}
+
+TEST_CASE("infer runs a layer without a cache", "[core][layer]") {
+  const Matrix<double> x = Matrix<double>::Ones(2, 1);
+  CHECK(infer(Multiplies{}, x) == 2.0 * x);
+  CHECK(infer(Multiplies{}, x, kTraining) == 3.0 * x);
+}
+
+TEST_CASE("A cache knows whose it is and where it stands", "[core][cache_state]") {
+  Multiplies layer;
+  Multiplies other;
+  Multiplies::Cache cache;
+  const Matrix<double> x = Matrix<double>::Ones(2, 3);
+  const auto message = [&](Multiplies& of) {
+    return test::message_of<StateError>([&] { of.backward(x, cache); });
+  };
+  const std::string empty =
+      "Multiplies::backward: the cache is empty, expected a forward pass that succeeded";
+  CHECK(message(layer) == empty);
+
+  layer.forward(x, {}, cache);
+  CHECK(message(layer) ==
+        "Multiplies::backward: the forward pass did not train, expected one with pass.training = "
+        "true");
+  layer.forward(x, kTraining, cache);
+  CHECK(message(other) ==
+        "Multiplies::backward: the cache was filled by another layer, expected a forward pass of "
+        "this one");
+  CHECK(test::message_of<ShapeError>([&] { layer.backward(x.topRows(1), cache); }) ==
+        "Multiplies::backward: dy is [1, 3], expected [2, 3]");
+  CHECK(layer.backward(x, cache) == 3.0 * x);  // What was refused before has changed nothing.
+  CHECK(message(layer) ==
+        "Multiplies::backward: the cache was used by a backward pass already, expected a forward "
+        "pass between the two");
+
+  layer.forward(x, kTraining, cache);
+  CHECK_THROWS_AS(layer.forward(Matrix<double>(2, 0), kTraining, cache), ShapeError);
+  CHECK(message(layer) == empty);
 }
