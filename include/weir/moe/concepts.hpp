@@ -68,6 +68,10 @@ class SelectorBase {
   using Scalar = T;
   struct Cache {};
 
+  /// Whether the selection bias, if there is one, is added to the probabilities; QuantileBalance
+  /// needs that.
+  static constexpr bool kBiasesProbabilities = false;
+
   /// \throws ConfigError  if the selector does not fit the router.
   template <class R>
   void check_router(const R& /*router*/) const {}
@@ -91,6 +95,7 @@ concept Selector = std::default_initializable<typename S::Cache> &&
     requires(const S& selector, S& trained, MatrixIn<T> logits, const Pass& pass,
              Routing<T>& routing, RoutingGradient<T>& gradient, typename S::Cache& cache,
              Index experts, Walk<T>& walk) {
+  { S::kBiasesProbabilities } -> std::convertible_to<bool>;
   selector.check(experts);
   selector.forward(logits, pass, routing, cache);
   selector.backward(routing, gradient, cache);

@@ -12,23 +12,23 @@
 
 namespace weir {
 
-/// All experts but the failed ones, [experts]. One may be named twice.
-/// \throws ConfigError  unless experts >= 1 and 0 <= failed[i] < experts.
-inline std::vector<std::uint8_t> without(Index experts, std::span<const Index> failed) {
-  expect_at_least<Index>("without", "experts", experts, 1);
+/// Allows all experts but those named, [experts]. An expert may be named twice.
+/// \throws ConfigError  unless experts >= 1 and 0 <= excluded[i] < experts.
+inline std::vector<std::uint8_t> all_but(Index experts, std::span<const Index> excluded) {
+  expect_at_least<Index>("all_but", "experts", experts, 1);
   std::vector<std::uint8_t> allowed(static_cast<std::size_t>(experts), 1);
-  for (std::size_t i = 0; i < failed.size(); ++i) {
-    if (failed[i] < 0 || failed[i] >= experts) {
-      fail<ConfigError>("without: failed[", i, "] = ", failed[i],
-                        ", expected 0 <= failed < experts = ", experts);
+  for (std::size_t i = 0; i < excluded.size(); ++i) {
+    if (excluded[i] < 0 || excluded[i] >= experts) {
+      fail<ConfigError>("all_but: excluded[", i, "] = ", excluded[i],
+                        ", expected 0 <= excluded < experts = ", experts);
     }
-    allowed[static_cast<std::size_t>(failed[i])] = 0;
+    allowed[static_cast<std::size_t>(excluded[i])] = 0;
   }
   return allowed;
 }
 
-/// Modality-aware routing: the experts that the table has for the modality of each token,
-/// [tokens * experts]. (Lin et al. 2024, arXiv:2407.21770, MoMa: a group of experts for each
+/// Allows each token the experts that the table has for its modality, [tokens * experts]:
+/// modality-aware routing. (Lin et al. 2024, arXiv:2407.21770, MoMa: a group of experts for each
 /// modality; here groups may overlap.)
 /// \param modality  The modality of each token.
 /// \param table     [modalities * experts], modality by modality, 0 for a forbidden expert.

@@ -93,6 +93,8 @@ struct Routing : Assignments {
   /// that the token is routed as if the router had no such expert. Balancing losses still count all
   /// experts, where their formulas have a number of them.
   ///
+  /// The probabilities of padding become zero; the others are for the selector to set.
+  ///
   /// \param who      The selector's name, for messages.
   /// \param k        How many experts each token is to have; 0 if that is not fixed.
   /// \throws ConfigError     if a real token is allowed fewer than k experts, or none.
@@ -107,6 +109,9 @@ struct Routing : Assignments {
     restricted = !pass.allowed.empty();
     if (restricted) forbid_experts<T>(pass, logits);
     probabilities.resize(logits.rows(), logits.cols());
+    for (Index t = 0; rows.has_padding() && t < logits.rows(); ++t) {
+      if (rows.is_padding(t)) probabilities.row(t).setZero();
+    }
     expert_count = logits.cols();
     offsets.assign(logits.rows() + 1, 0);
     expert.clear();

@@ -21,13 +21,13 @@ struct Routing;
 /// recorded; see Replay.
 class RoutingTrace {
  public:
-  /// Of no tokens and no experts.
+  /// A trace of no tokens and no experts.
   RoutingTrace() = default;
 
   /// \param offsets  [tokens + 1]; token t has the entries offsets[t] to offsets[t + 1] of the
   ///                 others.
   /// \param expert   One per assignment.
-  /// \param kept     Likewise, 0 for a dropped one. Empty: all are kept.
+  /// \param kept     One per assignment, 0 if it was dropped. Empty: all are kept.
   /// \throws ConfigError  unless experts >= 1, the offsets ascend from 0 to the number of
   ///                      assignments, and each token's experts differ and are in range.
   RoutingTrace(Index experts, List<Index> offsets, List<Index> expert, List<std::uint8_t> kept = {})
@@ -39,8 +39,8 @@ class RoutingTrace {
     check();
   }
 
-  /// Of the routing of a pass. The capacity's drops are those at the time of the call. Allocates
-  /// only where there are more assignments than ever before.
+  /// Takes over the choice of a routing, with the drops at the time of the call. Allocates only if
+  /// there are more assignments than ever before.
   template <class T>
   void record(const Routing<T>& routing) {
     experts_ = routing.experts();

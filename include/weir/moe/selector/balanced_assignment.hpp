@@ -9,12 +9,19 @@
 #include <concepts>
 #include <limits>
 
-#include <weir/core/parallel.hpp>
+#include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/top_k.hpp>
 
 namespace weir {
+
+/// Settings of BalancedAssignment.
+struct BalancedAssignmentConfig {
+  double epsilon = 1e-3;  ///< How far from the best assignment the auction may end.
+};
 
 /// One expert a_t for each token, with the weight sigmoid(z_ta). In training
 ///
@@ -37,75 +44,72 @@ namespace weir {
 /// (Lewis et al. 2021, arXiv:2103.16716, eq. 1-4; Bertsekas 1992, "Auction algorithms for network
 /// flow problems".)
 template <std::floating_point T>
-struct BalancedAssignment {
-  using Scalar = T;
+class BalancedAssignment : public SelectorBase<T> {
+ public:
+  /// Workspace of the auction, one entry for each place.
+  struct Cache {
+    List<T> price;
+    List<Index> owner;
+  };
 
-  double epsilon = 1e-3;
+  explicit BalancedAssignment(BalancedAssignmentConfig config = {}) : config_(config) {}
 
   /// \throws ConfigError  unless 1e-6 <= epsilon <= 1.
   void check(Index /*experts*/) const {
-    if (!(epsilon >= 1e-6 && epsilon <= 1.0)) {
-      fail<ConfigError>("BalancedAssignment: epsilon = ", epsilon,
-                        ", expected 1e-6 <= epsilon <= 1");
-    }
+    expect_in("BalancedAssignment", "epsilon", config_.epsilon, 1e-6, 1.0);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+  /// \throws ConfigError     as `check`; in training if an expert is forbidden to a token.
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
     check(logits.cols());
     routing.begin("BalancedAssignment", logits, pass, 1);
     routing.assign_each(1);
-    if (pass.training) auction(routing);
+    if (pass.training) auction(routing, cache);
     const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) {
-          routing.probabilities.row(t).setZero();
-          continue;
-        }
-        const T* const z = routing.logits.row(t).data();
-        const auto a = static_cast<std::size_t>(routing.first(t));
-        if (!pass.training) top_k(z, experts, 1, &routing.expert[a]);
-        softmax_row(z, experts, routing.probabilities.row(t).data());
-        routing.weight[a] = T(1) / (T(1) + std::exp(-z[routing.expert[a]]));
-      }
+    routing.rows.for_each_real(16 * experts, [&](Index t) {
+      const T* const z = routing.logits.row(t).data();
+      const Index a = routing.first(t);
+      if (!pass.training) top_k(z, experts, 1, &routing.expert[a]);
+      softmax_row(z, experts, routing.probabilities.row(t).data());
+      routing.weight[a] = T(1) / (T(1) + std::exp(-z[routing.expert[a]]));
     });
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
     const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 8 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        const auto a = static_cast<std::size_t>(routing.first(t));
-        const T w = routing.weight[a];
-        T* const dz = gradient.logits.row(t).data();
-        dz[routing.expert[a]] += w * (T(1) - w) * gradient.weights[routing.first(t)];
-        add_softmax_backward_row(routing.probabilities.row(t).data(),
-                                 gradient.probabilities.row(t).data(), experts, dz);
-      }
+    routing.rows.for_each_real(8 * experts, [&](Index t) {
+      const Index a = routing.first(t);
+      const T w = routing.weight[a];
+      T* const dz = gradient.logits.row(t).data();
+      dz[routing.expert[a]] += w * (T(1) - w) * gradient.weights[a];
+      add_softmax_backward_row(routing.probabilities.row(t).data(),
+                               gradient.probabilities.row(t).data(), experts, dz);
     });
   }
+
+  const BalancedAssignmentConfig& config() const { return config_; }
 
  private:
   static constexpr Index kFree = -1;
 
-  /// The places of an expert: those it has to fill, or the one more it may have. A heap, the
-  /// cheapest first.
+  /// The places of an expert: those it has to fill, or the one more it may have. They form a heap,
+  /// the cheapest first.
   struct Places {
     T* price;
     Index* owner;
     Index count;
 
-    /// The second lowest price; infinite if there is but one place.
+    /// The second lowest price; infinite if there is only one place.
     T second() const {
       T result = std::numeric_limits<T>::infinity();
       for (Index i = 1; i < std::min(count, Index(3)); ++i) result = std::min(result, price[i]);
       return result;
     }
 
-    /// Gives the cheapest place to `token` for `bid`; who had it.
+    /// Gives the cheapest place to `token` for `bid`.
+    /// \return         The token that had it.
     Index sell(Index token, T bid) const {
       const Index before = owner[0];
       Index i = 0;
@@ -122,28 +126,27 @@ struct BalancedAssignment {
     }
   };
 
-  /// Where T does not divide evenly, each expert has one place more than it has to fill, for which
-  /// tokens contend with as many nobodies as are to stay empty.
-  void auction(Routing<T>& routing) const {
+  /// Where T does not divide evenly, each expert has one place more than it has to fill. Tokens
+  /// contend for these with nobodies, one for each place that has to stay empty.
+  void auction(Routing<T>& routing, Cache& cache) const {
     const Index experts = routing.experts();
     const Index tokens = routing.tokens();
-    const Index real = routing.real_tokens();
+    const Index real = routing.rows.real();
     if (real == 0) return;
     const Index full = real / experts;
     const Index more = real % experts == 0 ? 0 : 1;
     const Index places = experts * (full + more);
-    routing.scratch[0].setZero(places);
-    routing.workspace.assign(static_cast<std::size_t>(places), kFree);
+    cache.price.assign(places, T(0));
+    cache.owner.assign(places, kFree);
     const auto places_of = [&](Index e, bool extra) {
       const Index first = extra ? experts * full + e : e * full;
-      return Places{routing.scratch[0].data() + first, routing.workspace.data() + first,
-                    extra ? more : full};
+      return Places{cache.price.data() + first, cache.owner.data() + first, extra ? more : full};
     };
 
     T smallest = std::numeric_limits<T>::infinity();
     T largest = -smallest;
     for (Index t = 0; t < tokens; ++t) {
-      if (routing.is_padding(t)) continue;
+      if (routing.rows.is_padding(t)) continue;
       smallest = std::min(smallest, routing.logits.row(t).minCoeff());
       largest = std::max(largest, routing.logits.row(t).maxCoeff());
     }
@@ -154,7 +157,7 @@ struct BalancedAssignment {
           "assignment");
     }
     const T range = largest > smallest ? largest - smallest : T(1);
-    const T least_raise = static_cast<T>(epsilon) * range;
+    const T least_raise = static_cast<T>(config_.epsilon) * range;
 
     const auto bid = [&](Index token) {
       const bool nobody = token >= tokens;
@@ -184,7 +187,7 @@ struct BalancedAssignment {
       while (token != kFree) token = bid(token);
     };
     for (Index t = 0; t < tokens; ++t) {
-      if (!routing.is_padding(t)) seat(t);
+      if (!routing.rows.is_padding(t)) seat(t);
     }
     for (Index i = 0; i < places - real; ++i) seat(tokens + i);
 
@@ -193,11 +196,13 @@ struct BalancedAssignment {
         const Places seats = places_of(e, extra);
         for (Index i = 0; i < seats.count; ++i) {
           if (seats.owner[i] >= tokens) continue;
-          routing.expert[static_cast<std::size_t>(routing.first(seats.owner[i]))] = e;
+          routing.expert[routing.first(seats.owner[i])] = e;
         }
       }
     }
   }
+
+  BalancedAssignmentConfig config_;
 };
 
 }  // namespace weir

@@ -6,9 +6,10 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/k_best.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/ops/softmax.hpp>
@@ -30,15 +31,15 @@ struct BiasedSoftmaxTopKConfig {
 /// by gradient, moved by a balancer, QuantileBalance or BiasBalance. It enters the choice alone,
 /// which is constant to the derivative. (Megatron-Core's quantile balancing, with b = -beta.)
 template <std::floating_point T>
-class BiasedSoftmaxTopK {
+class BiasedSoftmaxTopK : public SelectorBase<T> {
  public:
-  using Scalar = T;
-  static constexpr bool kImposable = true;            ///< See Replay.
-  static constexpr bool kBiasesProbabilities = true;  ///< What the bias is added to.
+  using typename SelectorBase<T>::Cache;
+  static constexpr bool kBiasesProbabilities = true;
 
   /// A bias of zeros.
   /// \throws ConfigError  unless 1 <= k <= experts and scale > 0.
-  explicit BiasedSoftmaxTopK(Index experts, BiasedSoftmaxTopKConfig config = {}) : config_(config) {
+  explicit BiasedSoftmaxTopK(Index experts, BiasedSoftmaxTopKConfig config = {})
+      : config_(config), soft_({.k = config.k, .scale = config.scale}) {
     expect_at_least<Index>("BiasedSoftmaxTopK", "experts", experts, 1);
     bias_.value.setZero(1, experts);
     check(experts);
@@ -47,45 +48,25 @@ class BiasedSoftmaxTopK {
   /// \throws ConfigError     unless 1 <= k <= experts, scale > 0 and the bias is [1, experts].
   /// \throws NonFiniteError  if the bias is not finite.
   void check(Index experts) const {
-    if (config_.k < 1 || config_.k > experts) {
-      fail<ConfigError>("BiasedSoftmaxTopK: k = ", config_.k,
-                        ", expected 1 <= k <= experts = ", experts);
-    }
+    expect_k("BiasedSoftmaxTopK", config_.k, experts);
     expect_positive("BiasedSoftmaxTopK", "scale", config_.scale);
     expect_selection_bias("BiasedSoftmaxTopK", bias_, experts);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token, or the bias, is not finite.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
-    check(logits.cols());
-    routing.begin("BiasedSoftmaxTopK", logits, pass, config_.k);
-    routing.assign_each(config_.k);
-    const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        T* const p = routing.probabilities.row(t).data();
-        if (routing.is_padding(t)) {
-          routing.probabilities.row(t).setZero();
-          continue;
-        }
-        const T* const z = routing.logits.row(t).data();
-        Index* const chosen = routing.expert.data() + routing.first(t);
-        softmax_row(z, experts, p);
-        loops::add<T>(experts, p, bias_.value.data(), p);
-        routing.forbid(t, p);
-        routing.choose(t, p, config_.k, chosen);
-        softmax_row(z, experts, p);
-        T* const weight = routing.weight.data() + routing.first(t);
-        for (Index i = 0; i < config_.k; ++i) {
-          weight[i] = static_cast<T>(config_.scale) * p[chosen[i]];
-        }
-      }
-    });
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& /*cache*/) const {
+    route(logits, pass, nullptr, routing);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    SoftmaxTopK<T>{.k = config_.k, .scale = config_.scale}.backward(routing, gradient);
+  /// `forward` with an imposed choice, see Replay.
+  void forward_imposed(MatrixIn<T> logits, const Pass& pass, const RoutingTrace& imposed,
+                       Routing<T>& routing, Cache& /*cache*/) const {
+    route(logits, pass, &imposed, routing);
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const {
+    soft_.backward(routing, gradient, cache);
   }
 
   /// Buffer `bias`.
@@ -100,7 +81,27 @@ class BiasedSoftmaxTopK {
   const BiasedSoftmaxTopKConfig& config() const { return config_; }
 
  private:
+  void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+             Routing<T>& routing) const {
+    check(logits.cols());
+    const Index experts = logits.cols();
+    route_k_best(
+        {.who = "BiasedSoftmaxTopK", .k = config_.k, .imposed = imposed}, logits, pass, routing,
+        [&](Index t, T* p) -> const T* {
+          softmax_row(routing.logits.row(t).data(), experts, p);
+          loops::add<T>(experts, p, bias_.value.data(), p);
+          return p;
+        },
+        [&](Index t, const Index* chosen, T* weight, T* p) {
+          softmax_row(routing.logits.row(t).data(), experts, p);
+          for (Index i = 0; i < config_.k; ++i) {
+            weight[i] = static_cast<T>(config_.scale) * p[chosen[i]];
+          }
+        });
+  }
+
   BiasedSoftmaxTopKConfig config_;
+  SoftmaxTopK<T> soft_;  // Has the same weights, as functions of the logits.
   Buffer<T> bias_;
 };
 

@@ -5,17 +5,29 @@
 #pragma once
 
 #include <concepts>
+#include <string_view>
 
 #include <weir/core/error.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/thread_space.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/router/group_count.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/k_best.hpp>
 #include <weir/ops/logsumexp.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/top_k.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
+
+/// Settings of HierarchicalTopK.
+struct HierarchicalTopKConfig {
+  Index groups = 2;         ///< How many groups the experts are cut into.
+  Index group_k = 2;        ///< How many groups a token has.
+  Index k = 2;              ///< How many experts it has in the first of them.
+  Index rest_k = 1;         ///< How many it has in each of the others.
+  bool renormalise = true;  ///< On by default, as in Shazeer et al. and Mesh TensorFlow.
+};
 
 /// Chooses groups, then experts in them, with the product of the two levels' weights:
 ///
@@ -37,127 +49,115 @@ namespace weir {
 ///
 /// With k = rest_k this is the gate of Shazeer et al. 2017 (arXiv:1701.06538, appendix B, eq. 12);
 /// ImportanceLoss of its weights is their Importance_H (eq. 13), HierarchicalLoadLoss has their
-/// Load_H (eq. 14). The defaults are Mesh TensorFlow's
-/// top-2 of top-2 (mesh_tensorflow/transformer/moe.py, transformer_moe_layer_v2), which sends a
-/// token to one expert of its second group, and adds 1e-9 to each denominator.
+/// Load_H (eq. 14). The defaults are Mesh TensorFlow's top-2 of top-2
+/// (mesh_tensorflow/transformer/moe.py, transformer_moe_layer_v2), which sends a token to one
+/// expert of its second group, and adds 1e-9 to each denominator.
 template <std::floating_point T>
-struct HierarchicalTopK {
-  using Scalar = T;
+class HierarchicalTopK : public SelectorBase<T> {
+ public:
+  using typename SelectorBase<T>::Cache;
 
-  Index groups = 2;   ///< Into which the experts are cut.
-  Index group_k = 2;  ///< Groups of a token.
-  Index k = 2;        ///< Its experts in the first of them,
-  Index rest_k = 1;   ///< and in each of the others.
-  bool renormalise = true;
+  explicit HierarchicalTopK(HierarchicalTopKConfig config = {}) : config_(config) {}
 
-  /// The experts of a token.
-  Index assignments() const { return k + (group_k - 1) * rest_k; }
+  /// How many experts a token has.
+  Index assignments() const { return config_.k + (config_.group_k - 1) * config_.rest_k; }
 
   /// \throws ConfigError  unless groups divides the experts, 1 <= group_k <= groups and both k and
   ///                      rest_k are from 1 to experts / groups.
   void check(Index experts) const {
-    expect_at_least<Index>("HierarchicalTopK", "groups", groups, 1);
-    if (experts % groups != 0) {
-      fail<ConfigError>("HierarchicalTopK: groups = ", groups,
+    expect_at_least<Index>("HierarchicalTopK", "groups", config_.groups, 1);
+    if (experts % config_.groups != 0) {
+      fail<ConfigError>("HierarchicalTopK: groups = ", config_.groups,
                         ", expected a divisor of experts = ", experts);
     }
-    if (group_k < 1 || group_k > groups) {
-      fail<ConfigError>("HierarchicalTopK: group_k = ", group_k,
-                        ", expected 1 <= group_k <= groups = ", groups);
-    }
-    const Index size = experts / groups;
-    if (k < 1 || k > size) {
-      fail<ConfigError>("HierarchicalTopK: k = ", k,
-                        ", expected 1 <= k <= experts / groups = ", size);
-    }
-    if (rest_k < 1 || rest_k > size) {
-      fail<ConfigError>("HierarchicalTopK: rest_k = ", rest_k,
-                        ", expected 1 <= rest_k <= experts / groups = ", size);
-    }
+    expect_up_to("group_k", config_.group_k, "groups", config_.groups);
+    expect_up_to("k", config_.k, "experts / groups", experts / config_.groups);
+    expect_up_to("rest_k", config_.rest_k, "experts / groups", experts / config_.groups);
   }
 
   /// \throws ConfigError  if the router has groups, and another number of them.
   template <class R>
   void check_router(const R& router) const {
-    expect_groups_of(router, "HierarchicalTopK", groups);
+    expect_groups_of(router, "HierarchicalTopK", config_.groups);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   /// \throws ConfigError     as `check`; if a token is allowed too few experts in its groups.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& /*cache*/) const {
     check(logits.cols());
     routing.begin("HierarchicalTopK", logits, pass, assignments());
     routing.assign_each(assignments());
-    const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 32 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) {
-          routing.probabilities.row(t).setZero();
-        } else {
-          choose(t, routing);
-        }
-      }
-    });
-    routing.expect_allowed("HierarchicalTopK");
+    routing.rows.for_each_real(32 * routing.experts(), [&](Index t) { choose(t, routing); });
+    expect_allowed_chosen("HierarchicalTopK", routing);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
     const Index experts = routing.experts();
-    const Index size = experts / groups;
-    parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        const T* const p = routing.probabilities.row(t).data();
-        T* const dp = gradient.probabilities.row(t).data();
-        T* const dz = gradient.logits.row(t).data();
-        const Index* const chosen = routing.expert.data() + routing.first(t);
-        const T* const weight = routing.weight.data() + routing.first(t);
-        const T* const d_weight = gradient.weights.data() + routing.first(t);
-        if (!renormalise) {
-          for (Index i = 0; i < assignments(); ++i) dp[chosen[i]] += d_weight[i];
-        } else {
-          // du_G = m_G = sum_e v_e dg_e,    dv_e = u_G dg_e;  u is a softmax of log P over S, v one
-          // of z over S_G, and d log P_G / dz_e = q_e.
-          T mean = T(0);
-          for (Index i = 0; i < assignments(); ++i) mean += weight[i] * d_weight[i];
-          for_each_group([&](Index first, Index count) {
-            T u = T(0);
-            T m = T(0);
-            for (Index i = first; i < first + count; ++i) {
-              u += weight[i];
-              m += weight[i] * d_weight[i];
-            }
-            if (!(u > T(0))) return;  // No weight that a gradient could go through.
-            m /= u;
-            for (Index i = first; i < first + count; ++i) {
-              dz[chosen[i]] += weight[i] * (d_weight[i] - m);
-            }
-            const Index begin_of_group = chosen[first] / size * size;
-            T sum = T(0);
-            for (Index e = begin_of_group; e < begin_of_group + size; ++e) sum += p[e];
-            if (!(sum > T(0))) return;
-            const T through_group = u * (m - mean) / sum;
-            for (Index e = begin_of_group; e < begin_of_group + size; ++e) {
-              dz[e] += through_group * p[e];
-            }
-          });
-        }
-        add_softmax_backward_row(p, dp, experts, dz);
+    routing.rows.for_each_real(16 * experts, [&](Index t) {
+      const T* const p = routing.probabilities.row(t).data();
+      T* const dp = gradient.probabilities.row(t).data();
+      T* const dz = gradient.logits.row(t).data();
+      const Index* const chosen = routing.expert.data() + routing.first(t);
+      const T* const weight = routing.weight.data() + routing.first(t);
+      const T* const d_weight = gradient.weights.data() + routing.first(t);
+      if (config_.renormalise) {
+        add_renormalised_backward(p, chosen, weight, d_weight, experts, dz);
+      } else {
+        for (Index i = 0; i < assignments(); ++i) dp[chosen[i]] += d_weight[i];
       }
+      add_softmax_backward_row(p, dp, experts, dz);
     });
   }
+
+  const HierarchicalTopKConfig& config() const { return config_; }
 
  private:
+  static void expect_up_to(std::string_view name, Index value, std::string_view most_name,
+                           Index most) {
+    if (value >= 1 && value <= most) return;
+    fail<ConfigError>("HierarchicalTopK: ", name, " = ", value, ", expected 1 <= ", name,
+                      " <= ", most_name, " = ", most);
+  }
+
   /// Calls `body(first, count)` for the assignments of each group of a token, best first.
   template <class Body>
   void for_each_group(Body&& body) const {
-    body(Index(0), k);
-    for (Index i = 0; i < group_k - 1; ++i) body(k + i * rest_k, rest_k);
+    body(Index(0), config_.k);
+    for (Index i = 0; i < config_.group_k - 1; ++i) {
+      body(config_.k + i * config_.rest_k, config_.rest_k);
+    }
+  }
+
+  /// Adds what reaches dz through renormalised weights, where u is a softmax of log P over S, v one
+  /// of z over S_G, and d log P_G / dz_e = q_e:
+  ///
+  ///     du_G = m_G = sum_e v_e dg_e,    dv_e = u_G dg_e
+  void add_renormalised_backward(const T* p, const Index* chosen, const T* weight,
+                                 const T* d_weight, Index experts, T* dz) const {
+    const Index size = experts / config_.groups;
+    T mean = T(0);
+    for (Index i = 0; i < assignments(); ++i) mean += weight[i] * d_weight[i];
+    for_each_group([&](Index first, Index count) {
+      T u = T(0);
+      T m = T(0);
+      for (Index i = first; i < first + count; ++i) {
+        u += weight[i];
+        m += weight[i] * d_weight[i];
+      }
+      if (!(u > T(0))) return;  // No weight that a gradient could go through.
+      m /= u;
+      for (Index i = first; i < first + count; ++i) dz[chosen[i]] += weight[i] * (d_weight[i] - m);
+      const Index begin = chosen[first] / size * size;
+      const T sum = loops::sum(size, p + begin);
+      if (sum > T(0)) loops::add_scaled(size, u * (m - mean) / sum, p + begin, dz + begin);
+    });
   }
 
   void choose(Index t, Routing<T>& routing) const {
     const Index experts = routing.experts();
+    const Index groups = config_.groups;
+    const Index group_k = config_.group_k;
     const Index size = experts / groups;
     const T* const z = routing.logits.row(t).data();
     T* const p = routing.probabilities.row(t).data();
@@ -183,15 +183,17 @@ struct HierarchicalTopK {
       top_k(z + start, size, count, chosen + first);
       for (Index i = first; i < first + count; ++i) {
         chosen[i] += start;
-        weight[i] = renormalise ? z[chosen[i]] : p[chosen[i]];
+        weight[i] = config_.renormalise ? z[chosen[i]] : p[chosen[i]];
       }
-      if (renormalise) {
+      if (config_.renormalise) {
         softmax_row(weight + first, count, weight + first);
         for (Index i = first; i < first + count; ++i) weight[i] *= u[rank];
       }
       ++rank;
     });
   }
+
+  HierarchicalTopKConfig config_;
 };
 
 }  // namespace weir

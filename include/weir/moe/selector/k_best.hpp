@@ -4,12 +4,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <concepts>
 #include <limits>
 #include <string_view>
 
 #include <weir/core/error.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/routing.hpp>
@@ -29,12 +29,66 @@ concept ImposableSelector = requires(const S& selector, MatrixIn<typename S::Sca
   selector.forward_imposed(logits, pass, imposed, routing, cache);
 };
 
+/// \throws ConfigError  unless 1 <= k <= experts.
+inline void expect_k(std::string_view who, Index k, Index experts) {
+  if (k < 1 || k > experts) {
+    fail<ConfigError>(who, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
+  }
+}
+
+/// \throws ConfigError  if a token got an expert that is forbidden to it, since its groups had no
+///                      other.
+template <class T>
+void expect_allowed_chosen(std::string_view who, const Routing<T>& routing) {
+  if (!routing.restricted) return;
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    Index forbidden = 0;
+    for (const Index e : routing.experts_of(t)) forbidden += routing.is_forbidden(t, e) ? 1 : 0;
+    if (forbidden == 0) continue;
+    const Index k = routing.last(t) - routing.first(t);
+    fail<ConfigError>(who, ": token ", t, " is allowed ", k - forbidden,
+                      " experts in its groups, expected at least k = ", k);
+  }
+}
+
+/// For choices that are not the selector's own, which may divide by a sum of weights that are all
+/// zero to rounding.
+/// \throws NonFiniteError  if a weight is not finite.
+template <class T>
+void expect_finite_weights(std::string_view who, const Routing<T>& routing) {
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      if (std::isfinite(routing.weight[a])) continue;
+      fail<NonFiniteError>(who, ": the weight of token ", t, " for expert ", routing.expert[a],
+                           " is ", routing.weight[a], ", expected a finite number");
+    }
+  }
+}
+
+/// Makes those of the numbers [experts] of a token `value` whose expert is forbidden to it.
+template <class T>
+void set_forbidden(const Routing<T>& routing, Index token, T value, T* numbers) {
+  if (!routing.restricted) return;
+  for (Index e = 0; e < routing.experts(); ++e) {
+    if (routing.is_forbidden(token, e)) numbers[e] = value;
+  }
+}
+
 namespace detail {
 
+/// \throws ShapeError   if the trace has another number of tokens or experts.
 /// \throws ConfigError  if another number of experts than k, or a forbidden one, is imposed on a
 ///                      token.
 template <class T>
 void expect_imposed_fits(const Routing<T>& routing, const RoutingTrace& imposed, Index k) {
+  if (imposed.tokens() != routing.tokens()) {
+    fail<ShapeError>("Replay: the trace has ", imposed.tokens(), " tokens, expected ",
+                     routing.tokens());
+  }
+  if (imposed.experts() != routing.experts()) {
+    fail<ShapeError>("Replay: the trace has ", imposed.experts(), " experts, expected ",
+                     routing.experts());
+  }
   for (Index t = 0; t < routing.tokens(); ++t) {
     const Index count = imposed.last(t) - imposed.first(t);
     const bool is_padding = routing.rows.is_padding(t);
@@ -54,82 +108,66 @@ void expect_imposed_fits(const Routing<T>& routing, const RoutingTrace& imposed,
   }
 }
 
-/// \throws ConfigError  if a token got an expert that is forbidden to it, since its groups had no
-///                      other.
+}  // namespace detail
+
+/// How a selector finds the k best.
+struct KBest {
+  std::string_view who;  ///< The selector's name, for messages.
+  Index k = 1;           ///< How many experts each token has.
+  GroupLimit groups = {};
+  const RoutingTrace* imposed = nullptr;  ///< The choice that takes the place of the selector's
+                                          ///< own, see Replay; null: none.
+  Index cost = 16;  ///< Roughly how many elementary operations a token takes for each expert.
+};
+
+/// The first half of `route_k_best`: begins the routing and makes room for the assignments.
 template <class T>
-void expect_allowed_chosen(std::string_view who, const Routing<T>& routing) {
-  if (!routing.restricted) return;
-  for (Index t = 0; t < routing.tokens(); ++t) {
-    Index forbidden = 0;
-    for (const Index e : routing.experts_of(t)) forbidden += routing.is_forbidden(t, e) ? 1 : 0;
-    if (forbidden == 0) continue;
-    const Index k = routing.last(t) - routing.first(t);
-    fail<ConfigError>(who, ": token ", t, " is allowed ", k - forbidden,
-                      " experts in its groups, expected at least k = ", k);
-  }
+void begin_k_best(const KBest& best, MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) {
+  routing.begin(best.who, logits, pass, best.k);
+  if (best.imposed != nullptr) detail::expect_imposed_fits(routing, *best.imposed, best.k);
+  routing.assign_each(best.k);
 }
 
-}  // namespace detail
+/// The second half of `route_k_best`.
+template <class T, class Score, class Weigh>
+void choose_k_best(const KBest& best, Routing<T>& routing, Score&& score, Weigh&& weigh) {
+  const Index k = best.k;
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(best.cost * experts, [&](Index t) {
+    T* const p = routing.probabilities.row(t).data();
+    Index* const chosen = routing.expert.data() + routing.first(t);
+    const T* const scores = score(t, p);
+    if (scores == p) set_forbidden(routing, t, -std::numeric_limits<T>::infinity(), p);
+    if (best.imposed == nullptr) {
+      top_k(best.groups.candidates(scores, experts), experts, k, chosen);
+    } else {
+      for (Index i = 0; i < k; ++i) chosen[i] = best.imposed->expert(best.imposed->first(t) + i);
+      std::sort(chosen, chosen + k, [scores](Index a, Index b) {
+        return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+      });
+    }
+    if (scores == p) set_forbidden(routing, t, T(0), p);
+    weigh(t, chosen, routing.weight.data() + routing.first(t), p);
+  });
+  expect_allowed_chosen(best.who, routing);
+}
 
 /// Routes each real token to the k experts of its largest scores, as `top_k` does, in reach of its
 /// group limit; or to those that are imposed, in the order in which `top_k` would list them.
 /// Forbidden experts are not chosen, whatever their scores.
 ///
-/// \param who      The selector's name, for messages.
-/// \param imposed  Null: none.
 /// \param score    `score(t, p)` returns the scores [experts] of token t: its logits, or `p`, the
 ///                 token's row of probabilities, after writing scores to it.
 /// \param weigh    `weigh(t, chosen, weight, p)` sets the weights [k] of the experts `chosen` [k],
 ///                 and the probabilities p [experts] unless `score` has left them there.
 /// \throws              As `Routing::begin`; ConfigError if too few experts are allowed within the
-///                      groups, or if the imposed experts do not fit.
+///                      groups, or if the imposed experts do not fit; ShapeError if the trace does
+///                      not have the shape of the logits.
 template <class T, class Score, class Weigh>
-void route_k_best(std::string_view who, MatrixIn<T> logits, const Pass& pass, Index k,
-                  const GroupLimit& groups, const RoutingTrace* imposed, Routing<T>& routing,
+void route_k_best(const KBest& best, MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
                   Score&& score, Weigh&& weigh) {
-  routing.begin(who, logits, pass, k);
-  if (imposed != nullptr) detail::expect_imposed_fits(routing, *imposed, k);
-  routing.assign_each(k);
-  const Index experts = routing.experts();
-  parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
-    for (Index t = begin; t < end; ++t) {
-      T* const p = routing.probabilities.row(t).data();
-      if (routing.rows.is_padding(t)) {
-        std::fill_n(p, experts, T(0));
-        continue;
-      }
-      Index* const chosen = routing.expert.data() + routing.first(t);
-      const T* const scores = score(t, p);
-      const bool marks = routing.restricted && scores == p;
-      if (marks) {
-        for (Index e = 0; e < experts; ++e) {
-          if (routing.is_forbidden(t, e)) p[e] = -std::numeric_limits<T>::infinity();
-        }
-      }
-      if (imposed == nullptr) {
-        top_k(groups.candidates(scores, experts), experts, k, chosen);
-      } else {
-        for (Index i = 0; i < k; ++i) chosen[i] = imposed->expert(imposed->first(t) + i);
-        std::sort(chosen, chosen + k, [scores](Index a, Index b) {
-          return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
-        });
-      }
-      if (marks) {
-        for (Index e = 0; e < experts; ++e) {
-          if (routing.is_forbidden(t, e)) p[e] = T(0);
-        }
-      }
-      weigh(t, chosen, routing.weight.data() + routing.first(t), p);
-    }
-  });
-  detail::expect_allowed_chosen(who, routing);
-}
-
-/// \throws ConfigError  unless 1 <= k <= experts.
-inline void expect_k(std::string_view who, Index k, Index experts) {
-  if (k < 1 || k > experts) {
-    fail<ConfigError>(who, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
-  }
+  begin_k_best<T>(best, logits, pass, routing);
+  choose_k_best(best, routing, score, weigh);
 }
 
 }  // namespace weir

@@ -7,8 +7,9 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
-#include <weir/core/parallel.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/k_best.hpp>
 #include <weir/ops/coordinate_descent.hpp>
 #include <weir/ops/softmax.hpp>
 
@@ -25,13 +26,14 @@ enum class RelaxedWeight {
 struct RelaxedTopKConfig {
   Index k = 2;
   RelaxedWeight weight = RelaxedWeight::kRelaxed;
-  bool renormalise = true;
+  bool renormalise = true;   ///< On by default, as in st-moe-pytorch: the lambdas of the chosen
+                             ///< experts do not sum to a given number.
   double ratio = 9.0 / 8.0;  ///< The relaxation is of ratio * k experts, at most of all.
   CoordinateDescentConfig descent = {};
 };
 
 /// Chooses the k experts S of largest probability p = softmax(logits), and takes their weights, or
-/// the derivatives of these, from a relaxation lambda of the choice (CoordinateDescent):
+/// the derivatives of these, from a relaxation lambda of the choice (`coordinate_descent`):
 ///
 ///     lambda = soft top-k of p with k' = min(ratio * k, experts)
 ///     h_e = lambda_e                           kRelaxed
@@ -39,100 +41,73 @@ struct RelaxedTopKConfig {
 ///     g_e = h_e,  or  h_e / max(sum_{j in S} h_j, 1e-9)  if renormalised
 ///
 /// The constraint that the lambdas sum to k' makes the weights compete with those of experts that
-/// were not chosen. A lambda at its bound of 1 has no derivative; where all chosen ones are, all
-/// that kRelaxed has is none: smaller `descent.epsilon` makes it so. Equal probabilities: the
-/// lowest index first. Forbidden experts are not among the `experts` of k'. Causal.
+/// were not chosen. A lambda at its bound of 1 has no derivative; if all chosen ones are there,
+/// kRelaxed teaches the router nothing, and a smaller `descent.epsilon` makes that more likely.
+/// Equal probabilities: the lowest index first. Forbidden experts are not among the `experts` of
+/// k'. Causal.
 ///
 /// (kRelaxed renormalised: st-moe-pytorch with `differentiable_topk`. kStraightThrough, not
 /// renormalised: the values of `topk` in colt5-attention. The relaxation: Ainslie et al. 2023,
 /// arXiv:2303.09752, whose ratio this is, there of tokens; Lei et al. 2023, arXiv:2304.04947.)
 template <std::floating_point T>
-class RelaxedTopK {
+class RelaxedTopK : public SelectorBase<T> {
  public:
-  using Scalar = T;
-  static constexpr bool kImposable = true;  ///< See Replay.
+  struct Cache {
+    Matrix<T> multiplier;  ///< [tokens, iterations], the results of `coordinate_descent`, unless
+                           ///< nothing needs them.
+  };
 
   /// \throws ConfigError  unless k >= 1, ratio >= 1 and the descent's settings are in range.
   explicit RelaxedTopK(RelaxedTopKConfig config = {}) : config_(config) {
     expect_at_least<Index>("RelaxedTopK", "k", config_.k, 1);
     expect_at_least("RelaxedTopK", "ratio", config_.ratio, 1.0);
-    CoordinateDescent<T>::check("RelaxedTopK", config_.descent);
+    config_.descent.check("RelaxedTopK");
   }
 
   /// \throws ConfigError  unless k <= experts.
-  void check(Index experts) const {
-    if (config_.k > experts) {
-      fail<ConfigError>("RelaxedTopK: k = ", config_.k, ", expected 1 <= k <= experts = ", experts);
-    }
-  }
+  void check(Index experts) const { expect_k("RelaxedTopK", config_.k, experts); }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
-    check(logits.cols());
-    const Index k = config_.k;
-    routing.begin("RelaxedTopK", logits, pass, k);
-    routing.assign_each(k);
-    const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), row_cost(experts), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        T* p = routing.probabilities.row(t).data();
-        if (routing.is_padding(t)) {
-          routing.probabilities.row(t).setZero();
-          continue;
-        }
-        softmax_row(routing.logits.row(t).data(), experts, p);
-        Index* chosen = routing.expert.data() + routing.first(t);
-        T* weight = routing.weight.data() + routing.first(t);
-        routing.forbid(t, p);
-        routing.choose(t, p, k, chosen);
-        routing.clear_forbidden(t, p);
-        if (config_.weight == RelaxedWeight::kRelaxed) {
-          const CoordinateDescent<T> relaxed = relax(routing, t);
-          for (Index i = 0; i < k; ++i) weight[i] = relaxed.lambda(chosen[i]);
-        } else {
-          for (Index i = 0; i < k; ++i) weight[i] = p[chosen[i]];
-        }
-        if (!config_.renormalise) continue;
-        T sum = T(0);
-        for (Index i = 0; i < k; ++i) sum += weight[i];
-        for (Index i = 0; i < k; ++i) weight[i] /= std::max(sum, kLeastSum);
-      }
-    });
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
+    route(logits, pass, nullptr, routing, cache);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+  /// `forward` with an imposed choice, see Replay.
+  void forward_imposed(MatrixIn<T> logits, const Pass& pass, const RoutingTrace& imposed,
+                       Routing<T>& routing, Cache& cache) const {
+    route(logits, pass, &imposed, routing, cache);
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const {
     const Index k = config_.k;
     const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 2 * row_cost(experts), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        const T* p = routing.probabilities.row(t).data();
-        const Index* chosen = routing.expert.data() + routing.first(t);
-        const T* weight = routing.weight.data() + routing.first(t);
-        T* dh = gradient.weights.data() + routing.first(t);  // As yet dL/dg.
-        T* dp = gradient.probabilities.row(t).data();
-        const bool is_relaxed = config_.weight == RelaxedWeight::kRelaxed;
-        const CoordinateDescent<T> relaxed = relax(routing, t);
-        if (config_.renormalise) {
-          T sum = T(0);
-          T inner = T(0);
-          for (Index i = 0; i < k; ++i) {
-            sum += is_relaxed ? relaxed.lambda(chosen[i]) : p[chosen[i]];
-            inner += dh[i] * weight[i];
-          }
-          if (!(sum > kLeastSum)) inner = T(0);
-          for (Index i = 0; i < k; ++i) dh[i] = (dh[i] - inner) / std::max(sum, kLeastSum);
+    routing.rows.for_each_real(experts * cost(), [&](Index t) {
+      const T* p = routing.probabilities.row(t).data();
+      const T* a = cache.multiplier.row(t).data();
+      const Index* chosen = routing.expert.data() + routing.first(t);
+      const T* weight = routing.weight.data() + routing.first(t);
+      T* dh = gradient.weights.data() + routing.first(t);  // First dL/dg.
+      T* dp = gradient.probabilities.row(t).data();
+      if (config_.renormalise) {
+        T sum = T(0);
+        T inner = T(0);
+        for (Index i = 0; i < k; ++i) {
+          sum += raw_weight(p[chosen[i]], a);
+          inner += dh[i] * weight[i];
         }
-        if (!is_relaxed) {
-          for (Index i = 0; i < k; ++i) {
-            dp[chosen[i]] += dh[i];
-            dh[i] *= p[chosen[i]];
-          }
-        }
-        relaxed.backward(chosen, dh, k, dp);
-        add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
+        if (!(sum > kLeastSum)) inner = T(0);
+        for (Index i = 0; i < k; ++i) dh[i] = (dh[i] - inner) / std::max(sum, kLeastSum);
       }
+      if (config_.weight == RelaxedWeight::kStraightThrough) {
+        for (Index i = 0; i < k; ++i) {
+          dp[chosen[i]] += dh[i];
+          dh[i] *= p[chosen[i]];
+        }
+      }
+      add_coordinate_descent_backward(config_.descent, p, routing.logits.row(t).data(), experts, a,
+                                      chosen, dh, k, dp);
+      add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
     });
   }
 
@@ -141,11 +116,42 @@ class RelaxedTopK {
  private:
   static constexpr T kLeastSum = T(1e-9);
 
-  Index row_cost(Index experts) const { return 16 * experts * (1 + config_.descent.iterations); }
+  /// What a token takes for each expert.
+  Index cost() const { return 16 * (1 + config_.descent.iterations); }
 
-  CoordinateDescent<T> relax(const Routing<T>& routing, Index t) const {
-    return {config_.descent, routing.probabilities.row(t).data(), routing.logits.row(t).data(),
-            routing.experts(), config_.ratio * static_cast<double>(config_.k)};
+  /// h of an expert with the probability p.
+  T raw_weight(T p, const T* a) const {
+    return config_.weight == RelaxedWeight::kRelaxed
+               ? coordinate_descent_lambda(config_.descent, p, a)
+               : p;
+  }
+
+  void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed, Routing<T>& routing,
+             Cache& cache) const {
+    check(logits.cols());
+    const Index k = config_.k;
+    const Index experts = logits.cols();
+    const bool relaxes = config_.weight == RelaxedWeight::kRelaxed || pass.training;
+    cache.multiplier.resize(relaxes ? logits.rows() : 0, config_.descent.iterations);
+    const KBest best{.who = "RelaxedTopK", .k = k, .imposed = imposed, .cost = cost()};
+    route_k_best(
+        best, logits, pass, routing,
+        [&](Index t, T* p) -> const T* {
+          softmax_row(routing.logits.row(t).data(), experts, p);
+          return p;
+        },
+        [&](Index t, const Index* chosen, T* weight, const T* p) {
+          T* const a = relaxes ? cache.multiplier.row(t).data() : nullptr;
+          if (relaxes) {
+            coordinate_descent(config_.descent, p, routing.logits.row(t).data(), experts,
+                               config_.ratio * static_cast<double>(k), a);
+          }
+          for (Index i = 0; i < k; ++i) weight[i] = raw_weight(p[chosen[i]], a);
+          if (!config_.renormalise) return;
+          T sum = T(0);
+          for (Index i = 0; i < k; ++i) sum += weight[i];
+          for (Index i = 0; i < k; ++i) weight[i] /= std::max(sum, kLeastSum);
+        });
   }
 
   RelaxedTopKConfig config_;

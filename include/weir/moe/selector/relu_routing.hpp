@@ -5,7 +5,8 @@
 
 #include <concepts>
 
-#include <weir/core/parallel.hpp>
+#include <weir/core/error.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/variable_choice.hpp>
 #include <weir/ops/top_k.hpp>
@@ -18,19 +19,20 @@ namespace weir {
 ///
 /// so that the layer is continuous: an expert comes in with the weight zero. A token may have no
 /// expert at all, or every one; ReluL1Loss brings the mean number to what is wanted. The largest
-/// logit comes first, of equal ones the lowest index. The derivative is that of the ReLU, with 0 at
-/// z = 0. The probabilities that balancers see are g_e / (sum_j g_j + 1e-20), all zero where there
-/// is no expert. (Wang et al. 2024, arXiv:2412.14711, eq. 4.)
+/// logit comes first, among equal ones the lowest index. The derivative is that of the ReLU, with 0
+/// at z = 0. The probabilities that balancers see are g_e / (sum_j g_j + 1e-20), all zero where
+/// there is no expert. (Wang et al. 2024, arXiv:2412.14711, eq. 4.)
 template <std::floating_point T>
-struct ReluRouting {
-  using Scalar = T;
+class ReluRouting : public SelectorBase<T> {
+ public:
+  using Cache = VariableChoice;
 
   /// \throws ConfigError  unless experts >= 1.
   void check(Index experts) const { expect_at_least<Index>("ReluRouting", "experts", experts, 1); }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
     check(logits.cols());
     routing.begin("ReluRouting", logits, pass);
     const Index experts = routing.experts();
@@ -41,35 +43,29 @@ struct ReluRouting {
       top_k(z, experts, n, chosen);
       return n;
     };
-    assign_chosen(routing, experts, 16 * experts, choose);
-    for (Index t = 0; t < routing.tokens(); ++t) {
+    assign_chosen(routing, experts, 16 * experts, cache, choose);
+    routing.rows.for_each_real(4 * experts, [&](Index t) {
       auto p = routing.probabilities.row(t);
       p.setZero();
       const T total = sum_of(routing, t);
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        const auto i = static_cast<std::size_t>(a);
-        routing.weight[i] = routing.logits(t, routing.expert[i]);
-        p[routing.expert[i]] = routing.weight[i] / total;
+        routing.weight[a] = routing.logits(t, routing.expert[a]);
+        p[routing.expert[a]] = routing.weight[a] / total;
       }
-    }
+    });
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    parallel_rows(routing.tokens(), 8 * routing.experts(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        // With s = sum g: d p_i / d g_j = (1[i = j] - p_i) / s
-        const auto p = routing.probabilities.row(t);
-        const auto dp = gradient.probabilities.row(t);
-        const T total = sum_of(routing, t);
-        T inner = T(0);
-        for (Index a = routing.first(t); a < routing.last(t); ++a) {
-          const Index e = routing.expert[static_cast<std::size_t>(a)];
-          inner += dp[e] * p[e];
-        }
-        for (Index a = routing.first(t); a < routing.last(t); ++a) {
-          const Index e = routing.expert[static_cast<std::size_t>(a)];
-          gradient.logits(t, e) += gradient.weights[a] + (dp[e] - inner) / total;
-        }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
+    routing.rows.for_each_real(8 * routing.experts(), [&](Index t) {
+      // With s = sum g: d p_i / d g_j = (1[i = j] - p_i) / s
+      const auto p = routing.probabilities.row(t);
+      const auto dp = gradient.probabilities.row(t);
+      const T total = sum_of(routing, t);
+      T inner = T(0);
+      for (const Index e : routing.experts_of(t)) inner += dp[e] * p[e];
+      for (Index a = routing.first(t); a < routing.last(t); ++a) {
+        const Index e = routing.expert[a];
+        gradient.logits(t, e) += gradient.weights[a] + (dp[e] - inner) / total;
       }
     });
   }
@@ -77,9 +73,7 @@ struct ReluRouting {
  private:
   static T sum_of(const Routing<T>& routing, Index t) {
     T sum = T(1e-20);
-    for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      sum += routing.logits(t, routing.expert[static_cast<std::size_t>(a)]);
-    }
+    for (const Index e : routing.experts_of(t)) sum += routing.logits(t, e);
     return sum;
   }
 };

@@ -8,6 +8,7 @@
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -19,41 +20,49 @@ enum class ScoreFunction {
 
 namespace detail {
 
-struct SigmoidScore {
-  template <class T>
-  static Lanes<T> value(const Lanes<T>& z) {
-    return sigmoid_lanes<T>(z);
+template <class T>
+Lanes<T> sqrt_softplus_lanes(const Lanes<T>& z) {
+  Lanes<T> score{};
+  for (int lane = 0; lane < static_cast<int>(kLanes<T>); ++lane) {
+    const T x = z[lane];
+    const T softplus = (x > T(0) ? x : T(0)) + std::log1p(std::exp(-std::abs(x)));
+    score[lane] = std::sqrt(softplus);
   }
-
-  /// ds/dz.
-  template <class T>
-  static Lanes<T> slope(const Lanes<T>& z) {
-    const Lanes<T> score = sigmoid_lanes<T>(z);
-    return score * (T(1) - score);
-  }
-};
-
-struct SqrtSoftplusScore {
-  template <class T>
-  static Lanes<T> value(const Lanes<T>& z) {
-    Lanes<T> score{};
-    for (int lane = 0; lane < static_cast<int>(kLanes<T>); ++lane) {
-      const T x = z[lane];
-      const T softplus = (x > T(0) ? x : T(0)) + std::log1p(std::exp(-std::abs(x)));
-      score[lane] = std::sqrt(softplus);
-    }
-    return score;
-  }
-
-  /// sigmoid(z) / (2 s); zero where s is zero, which is its limit.
-  template <class T>
-  static Lanes<T> slope(const Lanes<T>& z) {
-    const Lanes<T> score = value<T>(z);
-    const Lanes<T> slope = sigmoid_lanes<T>(z) / (T(2) * score);
-    return score > T(0) ? slope : Lanes<T>{};
-  }
-};
+  return score;
+}
 
 }  // namespace detail
+
+/// The scores [count] of the logits z [count]; `score` may be `z`.
+template <class T>
+void score_row(ScoreFunction function, Index count, const T* z, T* score) {
+  if (function == ScoreFunction::kSigmoid) {
+    map_lanes<T>(count, sigmoid_lanes<T>, score, z);
+  } else {
+    map_lanes<T>(count, detail::sqrt_softplus_lanes<T>, score, z);
+  }
+}
+
+/// Adds the gradient of the logits z [count]: dz[i] += ds[i] s'(z[i]).
+template <class T>
+void add_score_backward_row(ScoreFunction function, Index count, const T* z, const T* ds, T* dz) {
+  const auto of_sigmoid = [](const Lanes<T>& sum, const Lanes<T>& x,
+                             const Lanes<T>& d) -> Lanes<T> {
+    const Lanes<T> s = sigmoid_lanes<T>(x);
+    return sum + d * (s * (T(1) - s));
+  };
+  // sigmoid(z) / (2 s); zero where s is zero, which is its limit.
+  const auto of_sqrt_softplus = [](const Lanes<T>& sum, const Lanes<T>& x,
+                                   const Lanes<T>& d) -> Lanes<T> {
+    const Lanes<T> s = detail::sqrt_softplus_lanes<T>(x);
+    const Lanes<T> slope = sigmoid_lanes<T>(x) / (T(2) * s);
+    return sum + d * (s > T(0) ? slope : Lanes<T>{});
+  };
+  if (function == ScoreFunction::kSigmoid) {
+    map_lanes<T>(count, of_sigmoid, dz, dz, z, ds);
+  } else {
+    map_lanes<T>(count, of_sqrt_softplus, dz, dz, z, ds);
+  }
+}
 
 }  // namespace weir

@@ -9,11 +9,21 @@
 #include <concepts>
 #include <utility>
 
+#include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/k_best.hpp>
 #include <weir/ops/softmax.hpp>
 
 namespace weir {
+
+/// Settings of Sinkhorn.
+struct SinkhornConfig {
+  Index k = 1;
+  double tolerance = 1e-4;
+  Index iterations = 1000;  ///< The most iterations; the plan is then taken as it is.
+};
 
 /// In training, chooses the k largest entries of each row of the plan pi, which spreads the tokens
 /// evenly over the experts:
@@ -41,73 +51,51 @@ namespace weir {
 /// router.py, `sinkhorn_load_balancing`. Megatron-Core iterates without a limit, and overflows
 /// where exp(z) does.)
 template <std::floating_point T>
-struct Sinkhorn {
-  using Scalar = T;
-  static constexpr bool kImposable = true;  ///< See Replay.
+class Sinkhorn : public SelectorBase<T> {
+ public:
+  /// Workspace of the plan.
+  struct Cache {
+    Matrix<T> kernel;     ///< [tokens, experts], K, each row scaled to a largest entry of 1.
+    RowVector<T> d0;      ///< [tokens], scaled to make up for that.
+    RowVector<T> d1;      ///< [experts]
+    RowVector<T> column;  ///< [experts], sum_t d0_t K_te.
+  };
 
-  Index k = 1;
-  double tolerance = 1e-4;
-  Index iterations = 1000;  ///< At most; the plan is then taken as it is.
+  explicit Sinkhorn(SinkhornConfig config = {}) : config_(config) {}
 
   /// \throws ConfigError  unless 1 <= k <= experts, tolerance > 0 and iterations >= 1.
   void check(Index experts) const {
-    if (k < 1 || k > experts) {
-      fail<ConfigError>("Sinkhorn: k = ", k, ", expected 1 <= k <= experts = ", experts);
-    }
-    expect_positive("Sinkhorn", "tolerance", tolerance);
-    expect_at_least<Index>("Sinkhorn", "iterations", iterations, 1);
+    expect_k("Sinkhorn", config_.k, experts);
+    expect_positive("Sinkhorn", "tolerance", config_.tolerance);
+    expect_at_least<Index>("Sinkhorn", "iterations", config_.iterations, 1);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
-    check(logits.cols());
-    routing.begin("Sinkhorn", logits, pass, k);
-    routing.assign_each(k);
-    if (pass.training) balance(routing);
-    const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        T* const p = routing.probabilities.row(t).data();
-        if (routing.is_padding(t)) {
-          routing.probabilities.row(t).setZero();
-          continue;
-        }
-        const T* const z = routing.logits.row(t).data();
-        Index* const chosen = routing.expert.data() + routing.first(t);
-        T* const weight = routing.weight.data() + routing.first(t);
-        if (pass.training) {
-          // A row of log pi, but for a constant: nothing that matters is lost to underflow.
-          for (Index e = 0; e < experts; ++e) p[e] = z[e] + std::log(routing.scratch[0][e]);
-          routing.choose(t, p, k, chosen);
-        } else {
-          routing.choose(t, z, k, chosen);
-        }
-        softmax_row(z, experts, p);
-        for (Index i = 0; i < k; ++i) {
-          weight[i] = k == 1 ? T(1) / (T(1) + std::exp(-z[chosen[i]])) : p[chosen[i]];
-        }
-      }
-    });
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
+    route(logits, pass, nullptr, routing, cache);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+  /// `forward` with an imposed choice, see Replay.
+  void forward_imposed(MatrixIn<T> logits, const Pass& pass, const RoutingTrace& imposed,
+                       Routing<T>& routing, Cache& cache) const {
+    route(logits, pass, &imposed, routing, cache);
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
     const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 8 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        const Index* const chosen = routing.expert.data() + routing.first(t);
-        const T* const weight = routing.weight.data() + routing.first(t);
-        const T* const d_weight = gradient.weights.data() + routing.first(t);
-        T* const dp = gradient.probabilities.row(t).data();
-        T* const dz = gradient.logits.row(t).data();
-        if (k == 1) {
-          dz[chosen[0]] += weight[0] * (T(1) - weight[0]) * d_weight[0];
-        } else {
-          for (Index i = 0; i < k; ++i) dp[chosen[i]] += d_weight[i];
-        }
-        add_softmax_backward_row(routing.probabilities.row(t).data(), dp, experts, dz);
+    routing.rows.for_each_real(8 * experts, [&](Index t) {
+      const Index* const chosen = routing.expert.data() + routing.first(t);
+      const T* const weight = routing.weight.data() + routing.first(t);
+      const T* const d_weight = gradient.weights.data() + routing.first(t);
+      T* const dp = gradient.probabilities.row(t).data();
+      T* const dz = gradient.logits.row(t).data();
+      if (config_.k == 1) {
+        dz[chosen[0]] += weight[0] * (T(1) - weight[0]) * d_weight[0];
+      } else {
+        for (Index i = 0; i < config_.k; ++i) dp[chosen[i]] += d_weight[i];
       }
+      add_softmax_backward_row(routing.probabilities.row(t).data(), dp, experts, dz);
     });
   }
 
@@ -115,24 +103,51 @@ struct Sinkhorn {
   Matrix<T> plan(MatrixIn<T> logits, const Pass& pass = {}) const {
     check(logits.cols());
     Routing<T> routing;
-    routing.begin("Sinkhorn", logits, pass, k);
-    balance(routing);
-    Matrix<T> pi = std::move(routing.probabilities);
+    routing.begin("Sinkhorn", logits, pass, config_.k);
+    Cache cache;
+    balance(routing, cache);
+    Matrix<T> pi = std::move(cache.kernel);
     for (Index t = 0; t < pi.rows(); ++t) {
-      pi.row(t) = (routing.per_token[t] * pi.row(t)).cwiseProduct(routing.scratch[0]);
+      pi.row(t) = (cache.d0[t] * pi.row(t)).cwiseProduct(cache.d1);
     }
     return pi;
   }
 
+  const SinkhornConfig& config() const { return config_; }
+
  private:
   static constexpr double kEpsilon = 1e-8;
+
+  void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed, Routing<T>& routing,
+             Cache& cache) const {
+    check(logits.cols());
+    const KBest best{.who = "Sinkhorn", .k = config_.k, .imposed = imposed};
+    begin_k_best<T>(best, logits, pass, routing);
+    if (pass.training) balance(routing, cache);
+    choose_k_best(
+        best, routing,
+        [&](Index t, T* p) -> const T* {
+          const T* const z = routing.logits.row(t).data();
+          if (!pass.training) return z;
+          // A row of log pi, up to a constant: nothing that matters is lost to underflow.
+          for (Index e = 0; e < routing.experts(); ++e) p[e] = z[e] + std::log(cache.d1[e]);
+          return p;
+        },
+        [&](Index t, const Index* chosen, T* weight, T* p) {
+          const T* const z = routing.logits.row(t).data();
+          softmax_row(z, routing.experts(), p);
+          for (Index i = 0; i < config_.k; ++i) {
+            weight[i] = config_.k == 1 ? T(1) / (T(1) + std::exp(-z[chosen[i]])) : p[chosen[i]];
+          }
+        });
+  }
 
   /// Starts d1: 1 for the experts that some token may go to, the number of which is returned; 0 for
   /// the others, which the plan leaves out.
   static Index reach(const Routing<T>& routing, RowVector<T>& d1) {
     d1.setConstant(routing.experts(), routing.restricted ? T(0) : T(1));
     for (Index t = 0; routing.restricted && t < routing.tokens(); ++t) {
-      if (routing.is_padding(t)) continue;
+      if (routing.rows.is_padding(t)) continue;
       for (Index e = 0; e < routing.experts(); ++e) {
         if (!routing.is_forbidden(t, e)) d1[e] = T(1);
       }
@@ -140,51 +155,44 @@ struct Sinkhorn {
     return std::count(d1.begin(), d1.end(), T(1));
   }
 
-  /// Leaves d1 in scratch[0] and, each row being scaled to a largest entry of 1, K in
-  /// probabilities and d0 in per_token. eps is scaled along: the plan stays the same.
-  void balance(Routing<T>& routing) const {
+  /// Leaves the plan's factors in the cache. With each row of K, eps is scaled too, so that the
+  /// plan stays the same.
+  void balance(const Routing<T>& routing, Cache& cache) const {
     const Index tokens = routing.tokens();
     const Index experts = routing.experts();
-    Matrix<T>& kernel = routing.probabilities;
-    parallel_rows(tokens, 16 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        const T largest = routing.logits.row(t).maxCoeff();
-        if (routing.is_padding(t) || !std::isfinite(largest)) {
-          kernel.row(t).setZero();
-        } else {
-          for (Index e = 0; e < experts; ++e) {
-            kernel(t, e) = std::exp(routing.logits(t, e) - largest);
-          }
-        }
+    cache.kernel.setZero(tokens, experts);
+    routing.rows.for_each_real(16 * experts, [&](Index t) {
+      const T largest = routing.logits.row(t).maxCoeff();
+      if (!std::isfinite(largest)) return;
+      for (Index e = 0; e < experts; ++e) {
+        cache.kernel(t, e) = std::exp(routing.logits(t, e) - largest);
       }
     });
-    RowVector<T>& d1 = routing.scratch[0];
-    RowVector<T>& sum = routing.scratch[1];
-    RowVector<T>& d0 = routing.per_token;
+    RowVector<T>& d1 = cache.d1;
     const Index reachable = reach(routing, d1);
-    d0.setZero(tokens);
-    const auto real = static_cast<T>(routing.real_tokens());
+    cache.d0.setZero(tokens);
+    const auto real = static_cast<T>(routing.rows.real());
     if (real == T(0)) return;
-    for (Index i = 0; i < iterations; ++i) {
-      parallel_rows(tokens, 2 * experts, [&](Index begin, Index end) {
-        for (Index t = begin; t < end; ++t) {
-          if (routing.is_padding(t)) continue;
-          const T epsilon = static_cast<T>(kEpsilon) * std::exp(-routing.logits.row(t).maxCoeff());
-          d0[t] = T(1) / (real * (kernel.row(t).dot(d1) + epsilon));
-        }
+    for (Index i = 0; i < config_.iterations; ++i) {
+      routing.rows.for_each_real(2 * experts, [&](Index t) {
+        const T epsilon = static_cast<T>(kEpsilon) * std::exp(-routing.logits.row(t).maxCoeff());
+        cache.d0[t] = T(1) / (real * (cache.kernel.row(t).dot(d1) + epsilon));
       });
-      sum.setZero(experts);
-      for (Index t = 0; t < tokens; ++t) sum += d0[t] * kernel.row(t);
+      cache.column.setZero(experts);
+      for (Index t = 0; t < tokens; ++t) cache.column += cache.d0[t] * cache.kernel.row(t);
       T change = T(0);
       for (Index e = 0; e < experts; ++e) {
         if (d1[e] == T(0)) continue;
-        const T next = T(1) / (static_cast<T>(reachable) * (sum[e] + static_cast<T>(kEpsilon)));
+        const T next =
+            T(1) / (static_cast<T>(reachable) * (cache.column[e] + static_cast<T>(kEpsilon)));
         change += std::abs(next - d1[e]);
         d1[e] = next;
       }
-      if (change / static_cast<T>(reachable) <= static_cast<T>(tolerance)) return;
+      if (change / static_cast<T>(reachable) <= static_cast<T>(config_.tolerance)) return;
     }
   }
+
+  SinkhornConfig config_;
 };
 
 }  // namespace weir

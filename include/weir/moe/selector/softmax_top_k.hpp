@@ -6,12 +6,25 @@
 #include <cmath>
 #include <concepts>
 
-#include <weir/core/parallel.hpp>
+#include <weir/core/error.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/group_limit.hpp>
+#include <weir/moe/selector/k_best.hpp>
 #include <weir/ops/softmax.hpp>
 
 namespace weir {
+
+/// Settings of SoftmaxTopK.
+struct SoftmaxTopKConfig {
+  Index k = 2;
+  bool renormalise = false;  ///< Off by default, as in Switch and DeepSeek-V2: probabilities are
+                             ///< weights as they are, and with k = 1 they are what the router
+                             ///< learns from.
+  double scale = 1.0;
+  double norm = 1.0;       ///< The p of the p-norm that renormalised weights have.
+  GroupLimit groups = {};  ///< Limits the choice by the probabilities.
+};
 
 /// Chooses the k experts S of largest probability p = softmax(logits), with the weights
 ///
@@ -24,92 +37,91 @@ namespace weir {
 /// arXiv:2006.16668), Qwen3-MoE, and DBRX, whose norm is a setting. With k = 1 and renormalisation
 /// the weight is constant, so that the task's loss does not reach the router.
 template <std::floating_point T>
-struct SoftmaxTopK {
-  using Scalar = T;
-  static constexpr bool kImposable = true;  ///< See Replay.
+class SoftmaxTopK : public SelectorBase<T> {
+ public:
+  using typename SelectorBase<T>::Cache;
 
-  Index k = 2;
-  bool renormalise = false;
-  double scale = 1.0;
-  double norm = 1.0;       ///< Of the renormalisation.
-  GroupLimit groups = {};  ///< By the probabilities.
+  explicit SoftmaxTopK(SoftmaxTopKConfig config = {}) : config_(config) {}
 
-  /// \throws ConfigError  unless 1 <= k <= experts, scale > 0, norm >= 1 and the groups fit.
+  /// \throws ConfigError  unless 1 <= k <= experts, scale > 0, norm >= 1 (it may be infinite) and
+  ///                      the groups fit.
   void check(Index experts) const {
-    if (k < 1 || k > experts) {
-      fail<ConfigError>("SoftmaxTopK: k = ", k, ", expected 1 <= k <= experts = ", experts);
+    expect_k("SoftmaxTopK", config_.k, experts);
+    expect_positive("SoftmaxTopK", "scale", config_.scale);
+    if (!(config_.norm >= 1.0)) {
+      fail<ConfigError>("SoftmaxTopK: norm = ", config_.norm, ", expected >= 1");
     }
-    expect_positive("SoftmaxTopK", "scale", scale);
-    expect_at_least("SoftmaxTopK", "norm", norm, 1.0);
-    groups.check("SoftmaxTopK", experts, k);
+    config_.groups.check("SoftmaxTopK", experts, config_.k);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
-    check(logits.cols());
-    routing.begin("SoftmaxTopK", logits, pass, k);
-    routing.assign_each(k);
-    const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 16 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        T* p = routing.probabilities.row(t).data();
-        if (routing.is_padding(t)) {
-          routing.probabilities.row(t).setZero();
-          continue;
-        }
-        softmax_row(routing.logits.row(t).data(), experts, p);
-        Index* chosen = routing.expert.data() + routing.first(t);
-        T* weight = routing.weight.data() + routing.first(t);
-        routing.forbid(t, p);
-        const T* const among = routing.imposed != nullptr ? p : groups.candidates(p, experts);
-        routing.choose(t, among, k, chosen);
-        routing.clear_forbidden(t, p);
-        const T factor = static_cast<T>(scale) / divisor(p, chosen);
-        for (Index i = 0; i < k; ++i) weight[i] = factor * p[chosen[i]];
-      }
-    });
-    routing.expect_allowed("SoftmaxTopK");
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& /*cache*/) const {
+    route(logits, pass, nullptr, routing);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+  /// `forward` with an imposed choice, see Replay.
+  void forward_imposed(MatrixIn<T> logits, const Pass& pass, const RoutingTrace& imposed,
+                       Routing<T>& routing, Cache& /*cache*/) const {
+    route(logits, pass, &imposed, routing);
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
+    const Index k = config_.k;
     const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 8 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        const T* p = routing.probabilities.row(t).data();
-        const Index* chosen = routing.expert.data() + routing.first(t);
-        const T* d_weight = gradient.weights.data() + routing.first(t);
-        T* dp = gradient.probabilities.row(t).data();
-        // d g_i / d p_j = scale / N * (1[i = j] - p_i / N * (p_j / N)^(norm - 1))
-        const T n = divisor(p, chosen);
-        const T factor = static_cast<T>(scale) / n;
-        T inner = T(0);
-        for (Index i = 0; i < k; ++i) inner += d_weight[i] * p[chosen[i]];
-        for (Index i = 0; i < k; ++i) {
-          const T through_norm =
-              renormalise ? inner / n * power(p[chosen[i]] / n, norm - 1.0) : T(0);
-          dp[chosen[i]] += factor * (d_weight[i] - through_norm);
-        }
-        add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
+    routing.rows.for_each_real(8 * experts, [&](Index t) {
+      const T* p = routing.probabilities.row(t).data();
+      const Index* chosen = routing.expert.data() + routing.first(t);
+      const T* d_weight = gradient.weights.data() + routing.first(t);
+      T* dp = gradient.probabilities.row(t).data();
+      // d g_i / d p_j = scale / N * (1[i = j] - p_i / N * (p_j / N)^(norm - 1))
+      const T n = divisor(p, chosen);
+      const T factor = static_cast<T>(config_.scale) / n;
+      T inner = T(0);
+      for (Index i = 0; i < k; ++i) inner += d_weight[i] * p[chosen[i]];
+      for (Index i = 0; i < k; ++i) {
+        const T through_norm =
+            config_.renormalise ? inner / n * power(p[chosen[i]] / n, config_.norm - 1.0) : T(0);
+        dp[chosen[i]] += factor * (d_weight[i] - through_norm);
       }
+      add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
     });
   }
+
+  const SoftmaxTopKConfig& config() const { return config_; }
 
  private:
+  void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+             Routing<T>& routing) const {
+    check(logits.cols());
+    route_k_best(
+        {"SoftmaxTopK", config_.k, config_.groups, imposed}, logits, pass, routing,
+        [&](Index t, T* p) -> const T* {
+          softmax_row(routing.logits.row(t).data(), routing.experts(), p);
+          return p;
+        },
+        [&](Index /*t*/, const Index* chosen, T* weight, const T* p) {
+          const T factor = static_cast<T>(config_.scale) / divisor(p, chosen);
+          for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
+        });
+  }
+
   static T power(T base, double exponent) {
     return exponent == 1.0   ? base
            : exponent == 0.0 ? T(1)
                              : static_cast<T>(std::pow(static_cast<double>(base), exponent));
   }
 
+  /// N, what raw weights are divided by.
   T divisor(const T* p, const Index* chosen) const {
-    if (!renormalise) return T(1);
+    if (!config_.renormalise) return T(1);
     const T largest = p[chosen[0]];  // Relative to it, the sum of the powers is at least 1.
     T sum = T(0);
-    for (Index i = 0; i < k; ++i) sum += power(p[chosen[i]] / largest, norm);
-    return largest * power(sum, 1.0 / norm);
+    for (Index i = 0; i < config_.k; ++i) sum += power(p[chosen[i]] / largest, config_.norm);
+    return largest * power(sum, 1.0 / config_.norm);
   }
+
+  SoftmaxTopKConfig config_;
 };
 
 }  // namespace weir

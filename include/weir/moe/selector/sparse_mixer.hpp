@@ -10,12 +10,18 @@
 #include <limits>
 
 #include <weir/core/error.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/random.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/softmax.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
+
+/// Settings of SparseMixer.
+struct SparseMixerConfig {
+  double epsilon = 0.01;  ///< `router_jitter_noise`.
+};
 
 /// Chooses two experts one after the other, each from a softmax of its own over those whose logits
 /// are near the largest:
@@ -25,95 +31,86 @@ namespace weir {
 ///     e_1 drawn from q, by Gumbel noise             in training
 ///     g_1 = q_{e_1} * h,   h = 1 if e_1 = argmax q or u > 0.75, else 0.3333; in evaluation h = 1
 ///
-/// and likewise e_2 and g_2 with e_1 left out, q and m being made anew. The two weights do not sum
-/// to 1; where logits are well apart, both are 1.
+/// and in the same way e_2 and g_2 with e_1 left out, q and m being made anew. The two weights do
+/// not sum to 1; where logits are well apart, both are 1.
 ///
 /// The derivative of each weight is that of its softmax,
 ///
 ///     d g_i / d z_j = q_{e_i} (1[j = e_i] - q_j),
 ///
 /// in training too: leaving out h there is what makes the estimate third-order (Heun) on average,
-/// and so training's derivative is not that of its forward pass; evaluation's is. The choice is
-/// constant to the derivative. The probabilities that balancers see are the softmax over all
-/// experts. Needs `pass.rng` in training; the draws do not depend on the number of threads.
-/// Causal. Equal logits: the lowest index.
+/// and so training's derivative is not that of its forward pass. The choice is constant to the
+/// derivative. The probabilities that balancers see are the softmax over all experts. Needs
+/// `pass.rng` in training; the draws do not depend on the number of threads. Causal. Equal logits:
+/// the lowest index.
 ///
 /// (Liu et al. 2024, arXiv:2409.12136, GRIN; `sparsemixer` and `MultiplierProcessor` of PhiMoE in
 /// Hugging Face's transformers, whose constants these are.)
 template <std::floating_point T>
-struct SparseMixer {
-  using Scalar = T;
+class SparseMixer : public SelectorBase<T> {
+ public:
+  using typename SelectorBase<T>::Cache;
 
-  double epsilon = 0.01;  ///< `router_jitter_noise`.
+  explicit SparseMixer(SparseMixerConfig config = {}) : config_(config) {}
 
   /// \throws ConfigError  unless experts >= 2 and epsilon is finite and >= 0.
   void check(Index experts) const {
     expect_at_least<Index>("SparseMixer", "experts", experts, 2);
-    if (!(epsilon >= 0.0 && std::isfinite(epsilon))) {
-      fail<ConfigError>("SparseMixer: epsilon = ", epsilon, ", expected a finite number >= 0");
-    }
+    expect_at_least("SparseMixer", "epsilon", config_.epsilon, 0.0);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   /// \throws ConfigError     as `check`; in training without pass.rng.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& /*cache*/) const {
     check(logits.cols());
     routing.begin("SparseMixer", logits, pass, kChosen);
-    const Rng draws = pass.training ? routing.generator("SparseMixer").split() : Rng(0);
+    const Rng draws = pass.training ? pass.generator("SparseMixer").split() : Rng(0);
     routing.assign_each(kChosen);
     const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 64 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        T* const q = routing.probabilities.row(t).data();
-        if (routing.is_padding(t)) {
-          routing.probabilities.row(t).setZero();
-          continue;
+    routing.rows.for_each_real(64 * experts, [&](Index t) {
+      T* const q = routing.probabilities.row(t).data();
+      const T* const z = routing.logits.row(t).data();
+      Index* const chosen = routing.expert.data() + routing.first(t);
+      T* const weight = routing.weight.data() + routing.first(t);
+      Index left_out = kNone;
+      for (Index i = 0; i < kChosen; ++i) {
+        near_softmax(z, experts, left_out, q);
+        const Index best = best_of(z, experts, left_out);
+        chosen[i] = best;
+        weight[i] = q[best];
+        if (pass.training) {
+          const auto first = static_cast<std::uint64_t>((t * kChosen + i) * (experts + 1));
+          chosen[i] = sample(z, q, experts, draws, first);
+          const double u = unit_interval(draws.at(first + static_cast<std::uint64_t>(experts)));
+          const bool whole = chosen[i] == best || u > 0.75;
+          weight[i] = q[chosen[i]] * (whole ? T(1) : T(0.3333));
         }
-        const T* const z = routing.logits.row(t).data();
-        Index* const chosen = routing.expert.data() + routing.first(t);
-        T* const weight = routing.weight.data() + routing.first(t);
-        Index left_out = kNone;
-        for (Index i = 0; i < kChosen; ++i) {
-          near_softmax(z, experts, left_out, q);
-          const Index best = best_of(z, experts, left_out);
-          chosen[i] = best;
-          weight[i] = q[best];
-          if (pass.training) {
-            const std::uint64_t first =
-                static_cast<std::uint64_t>((t * kChosen + i) * (experts + 1));
-            chosen[i] = sample(z, q, experts, draws, first);
-            const double u = unit_interval(draws.at(first + static_cast<std::uint64_t>(experts)));
-            const bool whole = chosen[i] == best || u > 0.75;
-            weight[i] = q[chosen[i]] * (whole ? T(1) : T(0.3333));
-          }
-          left_out = chosen[i];
-        }
-        softmax_row(z, experts, q);
+        left_out = chosen[i];
+      }
+      softmax_row(z, experts, q);
+    });
+  }
+
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
+    const Index experts = routing.experts();
+    routing.rows.for_each_real(32 * experts, [&](Index t) {
+      T* const dz = gradient.logits.row(t).data();
+      T* const q = gradient.probabilities.row(t).data();
+      add_softmax_backward_row(routing.probabilities.row(t).data(), q, experts, dz);
+      Index left_out = kNone;
+      for (Index a = routing.first(t); a < routing.last(t); ++a) {
+        const Index e = routing.expert[a];
+        near_softmax(routing.logits.row(t).data(), experts, left_out, q);
+        const T d = gradient.weights[a] * q[e];
+        loops::add_scaled(experts, -d, q, dz);
+        dz[e] += d;
+        left_out = e;
       }
     });
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 32 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        T* const dz = gradient.logits.row(t).data();
-        T* const q = gradient.probabilities.row(t).data();
-        add_softmax_backward_row(routing.probabilities.row(t).data(), q, experts, dz);
-        Index left_out = kNone;
-        for (Index a = routing.first(t); a < routing.last(t); ++a) {
-          const Index e = routing.expert[static_cast<std::size_t>(a)];
-          near_softmax(routing.logits.row(t).data(), experts, left_out, q);
-          const T d = gradient.weights[a] * q[e];
-          for (Index j = 0; j < experts; ++j) dz[j] -= d * q[j];
-          dz[e] += d;
-          left_out = e;
-        }
-      }
-    });
-  }
+  const SparseMixerConfig& config() const { return config_; }
 
  private:
   static constexpr Index kChosen = 2;
@@ -127,10 +124,10 @@ struct SparseMixer {
     return best;
   }
 
-  /// q over the experts but `left_out`; zero for those that are not near.
+  /// q over all experts except `left_out`; zero for those that are not near.
   void near_softmax(const T* z, Index experts, Index left_out, T* q) const {
     const T m = z[best_of(z, experts, left_out)];
-    const auto reach = static_cast<T>(2.0 * epsilon);
+    const auto reach = static_cast<T>(2.0 * config_.epsilon);
     T sum = T(0);
     for (Index e = 0; e < experts; ++e) {
       const bool out = e == left_out || m - z[e] > reach * std::max(std::abs(z[e]), m);
@@ -156,6 +153,8 @@ struct SparseMixer {
     }
     return best;
   }
+
+  SparseMixerConfig config_;
 };
 
 }  // namespace weir

@@ -4,14 +4,26 @@
 #pragma once
 
 #include <concepts>
+#include <limits>
 
-#include <weir/core/parallel.hpp>
+#include <weir/core/error.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/k_best.hpp>
 #include <weir/moe/selector/variable_choice.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/top_k.hpp>
 
 namespace weir {
+
+/// Settings of Threshold.
+struct ThresholdConfig {
+  Index k = 2;      ///< The most experts of a token.
+  Index k_min = 1;  ///< The fewest.
+  double threshold = 0.2;
+  bool renormalise = false;  ///< Off by default, as in SoftmaxTopK.
+  double scale = 1.0;
+};
 
 /// Of the k experts of largest probability p = softmax(logits), keeps the first k_min, and of the
 /// others those within reach of the best:
@@ -24,88 +36,78 @@ namespace weir {
 /// constant to the derivative. (ik_llama.cpp, option `-ser k_min,threshold`, pull request 239;
 /// meant for inference with a model trained with plain top-k.)
 template <std::floating_point T>
-struct Threshold {
-  using Scalar = T;
+class Threshold : public SelectorBase<T> {
+ public:
+  using Cache = VariableChoice;
 
-  Index k = 2;
-  Index k_min = 1;
-  double threshold = 0.2;
-  bool renormalise = false;
-  double scale = 1.0;
+  explicit Threshold(ThresholdConfig config = {}) : config_(config) {}
 
   /// \throws ConfigError  unless 1 <= k_min <= k <= experts, 0 <= threshold <= 1 and scale > 0.
   void check(Index experts) const {
-    if (k < 1 || k > experts) {
-      fail<ConfigError>("Threshold: k = ", k, ", expected 1 <= k <= experts = ", experts);
+    expect_k("Threshold", config_.k, experts);
+    if (config_.k_min < 1 || config_.k_min > config_.k) {
+      fail<ConfigError>("Threshold: k_min = ", config_.k_min,
+                        ", expected 1 <= k_min <= k = ", config_.k);
     }
-    if (k_min < 1 || k_min > k) {
-      fail<ConfigError>("Threshold: k_min = ", k_min, ", expected 1 <= k_min <= k = ", k);
-    }
-    if (!(threshold >= 0.0 && threshold <= 1.0)) {
-      fail<ConfigError>("Threshold: threshold = ", threshold, ", expected 0 <= threshold <= 1");
-    }
-    expect_positive("Threshold", "scale", scale);
+    expect_in("Threshold", "threshold", config_.threshold, 0.0, 1.0);
+    expect_positive("Threshold", "scale", config_.scale);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
     check(logits.cols());
-    routing.begin("Threshold", logits, pass, k);
+    routing.begin("Threshold", logits, pass, config_.k);
     const Index experts = routing.experts();
     const auto choose = [&](Index t, Index* chosen) {
       T* p = routing.probabilities.row(t).data();
       softmax_row(routing.logits.row(t).data(), experts, p);
-      routing.forbid(t, p);
-      top_k(p, experts, k, chosen);
-      routing.clear_forbidden(t, p);
-      const T least = static_cast<T>(threshold) * p[chosen[0]];
-      Index n = k_min;
-      while (n < k && p[chosen[n]] >= least) ++n;  // They are sorted.
+      set_forbidden(routing, t, -std::numeric_limits<T>::infinity(), p);
+      top_k(p, experts, config_.k, chosen);
+      set_forbidden(routing, t, T(0), p);
+      const T least = static_cast<T>(config_.threshold) * p[chosen[0]];
+      Index n = config_.k_min;
+      while (n < config_.k && p[chosen[n]] >= least) ++n;  // They are sorted.
       return n;
     };
-    assign_chosen(routing, k, 16 * experts, choose);
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      if (routing.is_padding(t)) routing.probabilities.row(t).setZero();
-      const T factor = static_cast<T>(scale) / divisor(routing, t);
+    assign_chosen(routing, config_.k, 16 * experts, cache, choose);
+    routing.rows.for_each_real(2 * config_.k, [&](Index t) {
+      const T factor = static_cast<T>(config_.scale) / divisor(routing, t);
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        const auto i = static_cast<std::size_t>(a);
-        routing.weight[i] = factor * routing.probabilities(t, routing.expert[i]);
-      }
-    }
-  }
-
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    const Index experts = routing.experts();
-    parallel_rows(routing.tokens(), 8 * experts, [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        // With n = sum_S p: d g_i / d p_j = scale / n * (1[i = j] - p_i / n)
-        const T* p = routing.probabilities.row(t).data();
-        T* dp = gradient.probabilities.row(t).data();
-        const T n = divisor(routing, t);
-        T inner = T(0);
-        for (Index a = routing.first(t); renormalise && a < routing.last(t); ++a) {
-          inner += gradient.weights[a] * p[routing.expert[static_cast<std::size_t>(a)]] / n;
-        }
-        for (Index a = routing.first(t); a < routing.last(t); ++a) {
-          dp[routing.expert[static_cast<std::size_t>(a)]] +=
-              static_cast<T>(scale) / n * (gradient.weights[a] - inner);
-        }
-        add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
+        routing.weight[a] = factor * routing.probabilities(t, routing.expert[a]);
       }
     });
   }
 
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
+    const Index experts = routing.experts();
+    routing.rows.for_each_real(8 * experts, [&](Index t) {
+      // With n = sum_S p: d g_i / d p_j = scale / n * (1[i = j] - p_i / n)
+      const T* p = routing.probabilities.row(t).data();
+      T* dp = gradient.probabilities.row(t).data();
+      const T n = divisor(routing, t);
+      T inner = T(0);
+      for (Index a = routing.first(t); config_.renormalise && a < routing.last(t); ++a) {
+        inner += gradient.weights[a] * p[routing.expert[a]] / n;
+      }
+      for (Index a = routing.first(t); a < routing.last(t); ++a) {
+        dp[routing.expert[a]] += static_cast<T>(config_.scale) / n * (gradient.weights[a] - inner);
+      }
+      add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
+    });
+  }
+
+  const ThresholdConfig& config() const { return config_; }
+
  private:
   T divisor(const Routing<T>& routing, Index t) const {
-    if (!renormalise || routing.is_padding(t)) return T(1);
+    if (!config_.renormalise) return T(1);
     T sum = T(0);
-    for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      sum += routing.probabilities(t, routing.expert[static_cast<std::size_t>(a)]);
-    }
+    for (const Index e : routing.experts_of(t)) sum += routing.probabilities(t, e);
     return sum;
   }
+
+  ThresholdConfig config_;
 };
 
 }  // namespace weir

@@ -5,12 +5,13 @@
 
 #include <concepts>
 
-#include <weir/core/parallel.hpp>
+#include <weir/core/error.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/k_best.hpp>
 #include <weir/ops/softmax.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -81,14 +82,14 @@ class TopKSoftmax : public SelectorBase<T> {
     check(logits.cols());
     const Index k = config_.k;
     route_k_best(
-        "TopKSoftmax", logits, pass, k, config_.groups, imposed, routing,
+        {"TopKSoftmax", k, config_.groups, imposed}, logits, pass, routing,
         [&](Index t, T* /*p*/) -> const T* { return routing.logits.row(t).data(); },
         [&](Index t, const Index* chosen, T* weight, T* p) {
           const T* z = routing.logits.row(t).data();
           softmax_row(z, routing.experts(), p);
           for (Index i = 0; i < k; ++i) weight[i] = z[chosen[i]];
           softmax_row(weight, k, weight);
-          for (Index i = 0; i < k; ++i) weight[i] *= static_cast<T>(config_.scale);
+          loops::scale(k, static_cast<T>(config_.scale), weight, weight);
         });
   }
 

@@ -5,37 +5,38 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
-#include <weir/core/parallel.hpp>
+#include <weir/core/list.hpp>
+#include <weir/core/types.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
 
+/// What selectors of a variable number of experts keep in their caches.
+struct VariableChoice {
+  List<Index> chosen;  ///< [tokens * most], workspace of `assign_chosen`.
+};
+
 /// Gives each real token the experts that `choose(t, chosen)` writes to `chosen` [most], best
-/// first, and the number of which it returns; the weights are zero as yet. Uses the workspace of
-/// `routing`.
+/// first, and the number of which it returns. The weights are zero, for the selector to set.
+///
 /// \param row_cost What `choose` takes, as in `parallel_rows`.
 template <class T, class Choose>
-void assign_chosen(Routing<T>& routing, Index most, Index row_cost, Choose&& choose) {
+void assign_chosen(Routing<T>& routing, Index most, Index row_cost, VariableChoice& space,
+                   Choose&& choose) {
   const Index tokens = routing.tokens();
-  std::vector<Index>& chosen = routing.workspace;
-  chosen.resize(static_cast<std::size_t>(tokens * most));
-  parallel_rows(tokens, row_cost, [&](Index begin, Index end) {
-    for (Index t = begin; t < end; ++t) {
-      routing.offsets[static_cast<std::size_t>(t) + 1] =
-          routing.is_padding(t) ? 0 : choose(t, chosen.data() + t * most);
-    }
+  space.chosen.resize(tokens * most);
+  routing.offsets.assign(tokens + 1, 0);
+  routing.rows.for_each_real(row_cost, [&](Index t) {
+    routing.offsets[t + 1] = choose(t, space.chosen.data() + t * most);
   });
-  for (Index t = 0; t < tokens; ++t) {
-    routing.offsets[static_cast<std::size_t>(t) + 1] += routing.first(t);
-  }
-  const auto count = static_cast<std::size_t>(routing.offsets.back());
+  for (Index t = 0; t < tokens; ++t) routing.offsets[t + 1] += routing.first(t);
+  const Index count = routing.offsets.back();
   routing.expert.resize(count);
   routing.weight.assign(count, T(0));
   routing.kept.assign(count, std::uint8_t{1});
   for (Index t = 0; t < tokens; ++t) {
-    std::copy_n(chosen.data() + t * most, routing.last(t) - routing.first(t),
+    std::copy_n(space.chosen.data() + t * most, routing.last(t) - routing.first(t),
                 routing.expert.data() + routing.first(t));
   }
 }

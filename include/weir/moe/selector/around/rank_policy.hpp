@@ -9,9 +9,12 @@
 #include <cstdint>
 #include <string>
 #include <utility>
-#include <vector>
 
-#include <weir/moe/concepts.hpp>
+#include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/around/selector_wrapper.hpp>
 
@@ -31,9 +34,10 @@ enum class RankRule {
 struct RankPolicyConfig {
   RankRule train = RankRule::kRandom;
   RankRule evaluate = RankRule::kThreshold;
-  std::vector<double> train_threshold = {0.2};
-  std::vector<double> evaluate_threshold = {0.2};
-  bool of_weight = false;  ///< The share is the weight itself, not its part of the token's weights.
+  List<double> train_threshold = {0.2};
+  List<double> evaluate_threshold = {0.2};
+  bool of_weight = false;  ///< Whether the share is the weight itself, not its part of the sum of
+                           ///< the token's weights.
 };
 
 /// Any selector, some of whose second and further choices are rejected before a capacity sees them.
@@ -48,10 +52,10 @@ struct RankPolicyConfig {
 ///     s_r > u * max(tau_r, 1e-9)          kRandom
 ///
 /// A rejected assignment is one that is not kept: it takes no place in an expert. Balancers count
-/// it, and so does a CapacityFactor that reckons C from assignments; where dropped ones are passed
-/// on (OnDrop::kPass), it is passed on, too. Its weight is not given to the token's other experts:
-/// the weights of a token with renormalised weights then sum to less than 1 (Mesh TensorFlow,
-/// ST-MoE). To renormalise after the drop, as NLLB may, see RenormaliseKept.
+/// it, and so does a CapacityFactor that computes C from assignments; a bank that passes dropped
+/// tokens on passes it on too. Its weight is not given to the token's other experts: the weights of
+/// a token with renormalised weights then sum to less than 1 (Mesh TensorFlow, ST-MoE). To
+/// renormalise after the drop, as NLLB may, see RenormaliseKept.
 ///
 /// What a token keeps depends on no other token: causal. Which is rejected is constant to the
 /// derivative; the weights have the gradient that the inner selector gives them.
@@ -66,34 +70,36 @@ template <class Inner>
 class RankPolicy : public SelectorWrapper<Inner> {
  public:
   using T = typename Inner::Scalar;
+  using typename SelectorWrapper<Inner>::Cache;
 
   /// \throws ConfigError  unless there are thresholds, all of them finite and >= 0.
   explicit RankPolicy(Inner inner, RankPolicyConfig config = {})
       : SelectorWrapper<Inner>(std::move(inner)), config_(std::move(config)) {
-    check_settings();
+    check_thresholds("train_threshold", config_.train_threshold);
+    check_thresholds("evaluate_threshold", config_.evaluate_threshold);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws ConfigError     as the inner selector; if a random rule has no pass.rng.
   /// \throws NonFiniteError  as the inner selector.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
-    inner_.select(logits, pass, routing);
-    if (rule(pass.training) != RankRule::kRandom) {
-      return reject(routing, [](Index) { return 0.0; });
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
+    inner_.forward(logits, pass, routing, cache.inner);
+    if (rule(pass) != RankRule::kRandom) {
+      return reject(pass, routing, [](Index) { return 0.0; });
     }
-    const Rng draws = routing.generator("RankPolicy").split();
-    reject(routing,
+    const Rng draws = pass.generator("RankPolicy").split();
+    reject(pass, routing,
            [&](Index a) { return unit_interval(draws.at(static_cast<std::uint64_t>(a))); });
   }
 
-  /// Clears `kept` of what the rule rejects in a routing of the inner selector.
+  /// Clears `kept` of what the rule for the pass rejects in a routing of the inner selector.
   /// \param draw     `draw(a)` is u of the assignment a, for a random rule.
   template <class Draw>
-  void reject(Routing<T>& routing, Draw&& draw) const {
-    const RankRule active = rule(routing.training);
+  void reject(const Pass& pass, Routing<T>& routing, Draw&& draw) const {
+    const RankRule active = rule(pass);
     if (active == RankRule::kAll) return;
-    const std::vector<double>& thresholds =
-        routing.training ? config_.train_threshold : config_.evaluate_threshold;
+    const List<double>& thresholds =
+        pass.training ? config_.train_threshold : config_.evaluate_threshold;
     for (Index t = 0; t < routing.tokens(); ++t) {
       const Index first = routing.first(t);
       const Index last = routing.last(t);
@@ -103,12 +109,12 @@ class RankPolicy : public SelectorWrapper<Inner> {
         for (Index a = first; a < last; ++a) total += weight_of(routing, a);
       }
       for (Index a = first + 1; a < last; ++a) {
-        const auto rank = std::min(static_cast<std::size_t>(a - first), thresholds.size()) - 1;
-        const double threshold = active == RankRule::kThreshold
-                                     ? thresholds[rank]
-                                     : draw(a) * std::max(thresholds[rank], kLeastThreshold);
-        const bool keep = active != RankRule::kNone && weight_of(routing, a) > threshold * total;
-        if (!keep) routing.kept[static_cast<std::size_t>(a)] = 0;
+        const double threshold = thresholds[std::min(a - first, thresholds.count()) - 1];
+        const double least = active == RankRule::kThreshold
+                                 ? threshold
+                                 : draw(a) * std::max(threshold, kLeastThreshold);
+        const bool keep = active != RankRule::kNone && weight_of(routing, a) > least * total;
+        if (!keep) routing.kept[a] = 0;
       }
     }
   }
@@ -118,26 +124,18 @@ class RankPolicy : public SelectorWrapper<Inner> {
  private:
   static constexpr double kLeastThreshold = 1e-9;
 
-  RankRule rule(bool training) const { return training ? config_.train : config_.evaluate; }
+  RankRule rule(const Pass& pass) const { return pass.training ? config_.train : config_.evaluate; }
 
   static double weight_of(const Routing<T>& routing, Index assignment) {
-    return static_cast<double>(routing.weight[static_cast<std::size_t>(assignment)]);
+    return static_cast<double>(routing.weight[assignment]);
   }
 
-  void check_settings() const {
-    check_thresholds("train_threshold", config_.train_threshold);
-    check_thresholds("evaluate_threshold", config_.evaluate_threshold);
-  }
-
-  static void check_thresholds(const std::string& name, const std::vector<double>& thresholds) {
+  static void check_thresholds(const std::string& name, const List<double>& thresholds) {
     if (thresholds.empty()) {
-      fail<ConfigError>("RankPolicy: ", name, " is empty, expected one of rank 2 at least");
+      fail<ConfigError>("RankPolicy: ", name, " is empty, expected at least one threshold");
     }
-    for (std::size_t i = 0; i < thresholds.size(); ++i) {
-      if (!(thresholds[i] >= 0.0 && std::isfinite(thresholds[i]))) {
-        fail<ConfigError>("RankPolicy: ", name, "[", i, "] = ", thresholds[i],
-                          ", expected a finite number >= 0");
-      }
+    for (Index i = 0; i < thresholds.count(); ++i) {
+      expect_at_least("RankPolicy", name + "[" + std::to_string(i) + "]", thresholds[i], 0.0);
     }
   }
 

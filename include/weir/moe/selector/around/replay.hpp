@@ -3,41 +3,21 @@
 /// A recorded choice of experts instead of the selector's own: routing replay.
 #pragma once
 
-#include <cmath>
-#include <concepts>
 #include <utility>
 
-#include <weir/moe/concepts.hpp>
+#include <weir/core/pass.hpp>
+#include <weir/core/types.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/routing_trace.hpp>
 #include <weir/moe/selector/around/selector_wrapper.hpp>
+#include <weir/moe/selector/k_best.hpp>
 
 namespace weir {
 
-/// A selector that chooses its k experts through `Routing::choose`, and so takes an imposed choice.
-template <class S>
-concept ImposableSelector = requires {
-  requires S::kImposable;
-};
-
-/// Imposes a trace on a routing for the duration of a scope.
-template <class T>
-class Imposition {
- public:
-  Imposition(Routing<T>& routing, const RoutingTrace& trace) : routing_(routing) {
-    routing_.imposed = &trace;
-  }
-  Imposition(const Imposition&) = delete;
-  Imposition& operator=(const Imposition&) = delete;
-  ~Imposition() { routing_.imposed = nullptr; }
-
- private:
-  Routing<T>& routing_;
-};
-
 /// Settings of Replay.
 struct ReplayConfig {
-  bool kept = true;  ///< What the trace dropped is dropped again, before a capacity sees it.
+  bool kept = true;  ///< Whether what the trace dropped is dropped again, before the capacity
+                     ///< policy sees it.
 };
 
 /// Any selector of the k best, on which the choice of another pass can be imposed: the experts are
@@ -45,7 +25,7 @@ struct ReplayConfig {
 ///
 ///     S_t = the trace's,    g_te, p_te = the inner selector's formulas for S_t and z_t
 ///
-/// in the gradient, too. What the inner selector makes of all logits (the softmax, the
+/// in the gradient too. What the inner selector makes of all logits (the softmax, the
 /// probabilities of balancers) it still makes of all, as Megatron-Core does, so that a weight may
 /// be smaller than that of an expert that is not in S_t. Over TopKSoftmax, and SoftmaxTopK if
 /// renormalised, the weights are a softmax over the recorded experts alone: rollout routing replay,
@@ -63,6 +43,7 @@ template <ImposableSelector Inner>
 class Replay : public SelectorWrapper<Inner> {
  public:
   using T = typename Inner::Scalar;
+  using typename SelectorWrapper<Inner>::Cache;
 
   /// Without a trace.
   explicit Replay(Inner inner, ReplayConfig config = {})
@@ -85,33 +66,20 @@ class Replay : public SelectorWrapper<Inner> {
   /// \throws ShapeError      if the trace has another number of tokens or experts.
   /// \throws NonFiniteError  as the inner selector; if it divides by the sum of a token's weights,
   ///                         all of which are zero to rounding.
-  void select(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing) const {
-    if (!imposing_) return inner_.select(logits, pass, routing);
-    if (trace_.tokens() != logits.rows()) {
-      fail<ShapeError>("Replay: the trace has ", trace_.tokens(), " tokens, expected ",
-                       logits.rows());
-    }
-    if (trace_.experts() != logits.cols()) {
-      fail<ShapeError>("Replay: the trace has ", trace_.experts(), " experts, expected ",
-                       logits.cols());
-    }
-    {
-      const Imposition<T> imposed(routing, trace_);
-      inner_.select(logits, pass, routing);
-    }
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
+    if (!imposing_) return inner_.forward(logits, pass, routing, cache.inner);
+    inner_.forward_imposed(logits, pass, trace_, routing, cache.inner);
+    expect_finite_weights("Replay", routing);
+    if (!config_.kept) return;
     for (Index t = 0; t < routing.tokens(); ++t) {
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        const auto i = static_cast<std::size_t>(a);
-        if (!std::isfinite(routing.weight[i])) {
-          fail<NonFiniteError>("Replay: the weight of token ", t, " for expert ", routing.expert[i],
-                               " is ", routing.weight[i], ", expected a finite number");
-        }
-        if (config_.kept && !kept(t, routing.expert[i])) routing.kept[i] = 0;
+        if (!kept(t, routing.expert[a])) routing.kept[a] = 0;
       }
     }
   }
 
-  const RoutingTrace& trace() const { return trace_; }  ///< Not one of the buffers.
+  /// It is not saved with the buffers.
+  const RoutingTrace& trace() const { return trace_; }
   const ReplayConfig& config() const { return config_; }
 
  private:

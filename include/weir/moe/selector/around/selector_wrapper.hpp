@@ -6,19 +6,22 @@
 #include <utility>
 
 #include <weir/core/types.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/selection_bias.hpp>
 
 namespace weir {
 
-/// The part of a selector around another that is the inner one's: a base for `select` to be added
-/// to.
+/// The base of a selector around another one. Everything is the inner selector's, except for
+/// `forward`, which the wrapper adds. A wrapper whose cache holds more derives it from this one.
 template <class Inner>
-class SelectorWrapper {
+class SelectorWrapper : public SelectorBase<typename Inner::Scalar> {
  public:
-  using Scalar = typename Inner::Scalar;
-  using T = Scalar;
-  static constexpr bool kBiasesProbabilities = requires {  // For QuantileBalance.
-    requires Inner::kBiasesProbabilities;
+  using T = typename Inner::Scalar;
+  static constexpr bool kBiasesProbabilities = Inner::kBiasesProbabilities;
+
+  struct Cache {
+    typename Inner::Cache inner;
   };
 
   /// \throws ConfigError  as the inner selector.
@@ -27,24 +30,24 @@ class SelectorWrapper {
   /// \throws ConfigError  as the inner selector.
   template <class R>
   void check_router(const R& router) const {
-    if constexpr (requires { inner_.check_router(router); }) inner_.check_router(router);
+    inner_.check_router(router);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    inner_.backward(routing, gradient);
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const {
+    inner_.backward(routing, gradient, cache.inner);
   }
 
-  /// The buffers of the inner selector, under its own names.
+  /// The members of the inner selector, under their own names.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    if constexpr (requires { Inner::visit(self.inner(), visit); }) {
-      Inner::visit(self.inner(), visit);
-    }
+    visit("", self.inner());
   }
 
-  /// Of the inner selector, where it has one, for BiasBalance.
-  auto& selection_bias() requires requires(Inner& inner) { inner.selection_bias(); }
-  { return inner_.selection_bias(); }
+  /// The bias of the inner selector, where it has one, for BiasBalance and QuantileBalance.
+  Buffer<T>& selection_bias() requires BiasedSelector<Inner> { return inner_.selection_bias(); }
+  const Buffer<T>& selection_bias() const requires BiasedSelector<Inner> {
+    return inner_.selection_bias();
+  }
 
   Inner& inner() { return inner_; }
   const Inner& inner() const { return inner_; }
