@@ -244,4 +244,12 @@ concept Balancer = std::default_initializable<typename B::Cache> &&
   B::visit(trained, walk);
 };
 
+// --- Layers that route ----------------------------------------------------------------------
+
+/// A layer that tells how many experts it routes tokens among.
+template <class L>
+concept HasExperts = requires(const L& layer) {
+  { layer.experts() } -> std::convertible_to<Index>;
+};
+
 }  // namespace weir

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <span>
 
+#include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -19,33 +20,30 @@ namespace weir {
 /// Zero without real tokens. Finite for any finite logit.
 /// \param logits   [tokens, 1]
 /// \param chosen   [tokens], c: 1 for what was chosen, else 0.
-/// \param real     [tokens], 0 for padding, which is not counted.
+/// \param rows     Which tokens are padding, which is not counted.
 template <class T>
 double choice_loss(MatrixIn<T> logits, std::span<const std::uint8_t> chosen,
-                   std::span<const std::uint8_t> real) {
+                   const TokenRows& rows) {
   double sum = 0.0;
-  Index count = 0;
-  for (std::size_t t = 0; t < real.size(); ++t) {
-    if (real[t] == 0) continue;
-    const auto r = static_cast<double>(logits(static_cast<Index>(t), 0));
-    sum += std::max(r, 0.0) - r * chosen[t] + std::log1p(std::exp(-std::abs(r)));
-    ++count;
+  for (Index t = 0; t < rows.count(); ++t) {
+    if (rows.is_padding(t)) continue;
+    const auto r = static_cast<double>(logits(t, 0));
+    const double c = chosen[static_cast<std::size_t>(t)];
+    sum += std::max(r, 0.0) - r * c + std::log1p(std::exp(-std::abs(r)));
   }
-  return count > 0 ? sum / static_cast<double>(count) : 0.0;
+  return sum / static_cast<double>(std::max<Index>(1, rows.real()));
 }
 
 /// d_logits = factor * d(choice_loss)/d(logits) = factor * (sigmoid(r) - c) / (real tokens), and
 /// zero for padding; [tokens, 1], of the size of `logits`.
 template <class T>
 void choice_loss_backward(MatrixIn<T> logits, std::span<const std::uint8_t> chosen,
-                          std::span<const std::uint8_t> real, T factor, MatrixOut<T> d_logits) {
-  const auto padding = std::count(real.begin(), real.end(), std::uint8_t{0});
-  const auto count = static_cast<T>(static_cast<Index>(real.size()) - padding);
-  for (std::size_t t = 0; t < real.size(); ++t) {
-    const auto row = static_cast<Index>(t);
-    const T probability = T(1) / (T(1) + std::exp(-logits(row, 0)));
-    d_logits(row, 0) =
-        real[t] == 0 ? T(0) : factor * (probability - static_cast<T>(chosen[t])) / count;
+                          const TokenRows& rows, T factor, MatrixOut<T> d_logits) {
+  const auto count = static_cast<T>(rows.real());
+  for (Index t = 0; t < rows.count(); ++t) {
+    const T probability = T(1) / (T(1) + std::exp(-logits(t, 0)));
+    const T c = static_cast<T>(chosen[static_cast<std::size_t>(t)]);
+    d_logits(t, 0) = rows.is_padding(t) ? T(0) : factor * (probability - c) / count;
   }
 }
 

@@ -46,23 +46,19 @@ class TokenPredictor {
     }
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
   /// \param x        [tokens, d_model]
   /// \return         [tokens, 1]
   /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
-    const Matrix<T>& z = in_.forward(x, cache.in);
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    const Matrix<T>& z = in_.forward(x, pass, cache.in);
     cache.h.resize(z.rows(), z.cols());
     activation_forward<Act, T>(z, cache.h);
-    return out_.forward(cache.h, cache.out);
+    return out_.forward(cache.h, pass, cache.out);
   }
 
   /// \param dy       [tokens, 1], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     const Matrix<T>& dh = out_.backward(dy, cache.out);
