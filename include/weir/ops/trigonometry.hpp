@@ -31,9 +31,25 @@ inline constexpr double kCosine[] = {0.041666666666666599482,    -0.001388888888
 /// pi / 2 in three parts. The first two times an integer below 2^20 are exact.
 inline constexpr double kHalfPi[] = {0x1.921fb544p+0, 0x1.0b4611a6p-34, 0x1.3198a2e037073p-69};
 
+/// `of_x` with those lanes from the standard library whose x is too far for the reduction. Not
+/// inlined: GCC 12 would call the library for every lane of every block, and discard it.
+[[gnu::noinline]] inline SineCosine with_far_lanes(const Lanes<double>& x, double farthest,
+                                                   SineCosine of_x) {
+  for (int lane = 0; lane < static_cast<int>(kLanes<double>); ++lane) {
+    if (std::abs(x[lane]) <= farthest) continue;
+    of_x.sine[lane] = std::sin(x[lane]);
+    of_x.cosine[lane] = std::cos(x[lane]);
+  }
+  return of_x;
+}
+
 }  // namespace detail
 
 /// Sine and cosine of x to 2 units in the last place of the larger of the two.
+///
+/// Nanoseconds for a number, and the worst error in these units for x in [-10^4, 10^4] (parts_bench
+/// on one virtual core of Zen 3, AVX2, GCC 12): 2.7 ns and 1.4 against 34 ns and 0.50 of std::sin
+/// and std::cos in the same run.
 inline SineCosine sine_cosine_lanes(const Lanes<double>& x) {
   constexpr double kFarthest = 1e6;
   constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52: a sum with it is an integer.
@@ -51,12 +67,10 @@ inline SineCosine sine_cosine_lanes(const Lanes<double>& x) {
   SineCosine result{swapped ? cosine : sine, swapped ? sine : cosine};
   result.sine = (quadrant & 2) != 0 ? -result.sine : result.sine;
   result.cosine = ((quadrant + 1) & 2) != 0 ? -result.cosine : result.cosine;
-  for (int lane = 0; lane < static_cast<int>(kLanes<double>); ++lane) {
-    if (std::abs(x[lane]) <= kFarthest) continue;
-    result.sine[lane] = std::sin(x[lane]);
-    result.cosine[lane] = std::cos(x[lane]);
-  }
-  return result;
+  const Lanes<double> size = x < 0.0 ? -x : x;
+  const Lanes<double> farthest = Lanes<double>{} + kFarthest;
+  const LaneBits<double> near = size <= farthest;
+  return any_lane<double>(~near) ? detail::with_far_lanes(x, kFarthest, result) : result;
 }
 
 }  // namespace weir
