@@ -25,7 +25,7 @@ TEST_CASE("CrossEntropy matches tokens worked out by hand", "[nn][cross_entropy]
   // Z is log 4 and log 2: with z_loss 0.1 the penalty is 0.1 (4 + 1)/2 log^2 2.
   Matrix<double> logits(2, 2);
   logits << std::log(3.0), 0.0, 0.0, 0.0;
-  const CrossEntropy<double> loss{.z_loss = 0.1};
+  const CrossEntropy<double> loss({.z_loss = 0.1});
   CrossEntropy<double>::Cache cache;
   const double log2 = std::log(2.0);
   CHECK(loss.forward(logits, Targets{1, 0}, cache) == Approx(1.5 * log2 + 0.25 * log2 * log2));
@@ -34,7 +34,7 @@ TEST_CASE("CrossEntropy matches tokens worked out by hand", "[nn][cross_entropy]
   CHECK(cache.tokens == 2);
 
   // Without the penalty the gradient is (p - one_hot) / 2.
-  const CrossEntropy<double> plain{};
+  const CrossEntropy<double> plain;
   plain.forward(logits, Targets{1, 0}, cache);
   Matrix<double> expected(2, 2);
   expected << 0.375, -0.375, -0.25, 0.25;
@@ -44,7 +44,7 @@ TEST_CASE("CrossEntropy matches tokens worked out by hand", "[nn][cross_entropy]
 TEST_CASE("CrossEntropy gradient agrees with finite differences", "[nn][cross_entropy][gradient]") {
   const auto z_loss = GENERATE(0.0, 0.3);
   const auto tokens = GENERATE(as<Index>{}, 0, 9);
-  const CrossEntropy<double> loss{.ignore_index = -1, .z_loss = z_loss};
+  const CrossEntropy<double> loss({.ignore_index = -1, .z_loss = z_loss});
   Matrix<double> logits = test::random_matrix(4, 19, 1);
   const Targets targets = {3, -1, 18, 0};
   CrossEntropy<double>::Cache cache;
@@ -59,7 +59,7 @@ TEST_CASE("CrossEntropy gradient agrees with finite differences", "[nn][cross_en
 }
 
 TEST_CASE("CrossEntropy does not look at ignored tokens", "[nn][cross_entropy]") {
-  const CrossEntropy<float> loss{.z_loss = 1e-3};
+  const CrossEntropy<float> loss({.z_loss = 1e-3});
   Matrix<float> logits = test::random_matrix<float>(3, 7, 1);
   CrossEntropy<float>::Cache cache;
   const float expected = loss.forward(logits.topRows(2), Targets{2, 5}, cache);
@@ -68,8 +68,20 @@ TEST_CASE("CrossEntropy does not look at ignored tokens", "[nn][cross_entropy]")
   CHECK(loss.backward(cache).row(2).isZero(0.F));
 }
 
+TEST_CASE("CrossEntropy takes targets that are int, and gives its gradient more than once",
+          "[nn][cross_entropy]") {
+  const CrossEntropy<double> loss;
+  const Matrix<double> logits = test::random_matrix(3, 7, 1);
+  CrossEntropy<double>::Cache cache;
+  const double expected = loss.forward(logits, Targets{2, -100, 5}, cache);
+  const Matrix<double> gradient = loss.backward(cache);
+  CHECK(loss.forward(logits, std::vector<int>{2, -100, 5}, cache) == expected);
+  CHECK(loss.backward(cache) == gradient);
+  CHECK(loss.backward(cache, 2.0) == 2.0 * gradient);
+}
+
 TEST_CASE("CrossEntropy of nothing is zero", "[nn][cross_entropy]") {
-  const CrossEntropy<float> loss{.z_loss = 1e-3};
+  const CrossEntropy<float> loss({.z_loss = 1e-3});
   CrossEntropy<float>::Cache cache;
   CHECK(loss.forward(test::random_matrix<float>(2, 5, 1), Targets{-100, -100}, cache) == 0.F);
   CHECK(loss.backward(cache).isZero(0.F));
@@ -79,7 +91,7 @@ TEST_CASE("CrossEntropy of nothing is zero", "[nn][cross_entropy]") {
 }
 
 TEST_CASE("CrossEntropy of micro-batches adds up to that of the batch", "[nn][cross_entropy]") {
-  const CrossEntropy<double> loss{.z_loss = 0.01};
+  const CrossEntropy<double> loss({.z_loss = 0.01});
   const Matrix<double> logits = test::random_matrix(6, 9, 1);
   const Targets targets = {1, -100, 3, 4, 8, 6};
   CrossEntropy<double>::Cache cache;
@@ -99,7 +111,7 @@ TEMPLATE_TEST_CASE("CrossEntropy survives extreme logits", "[nn][cross_entropy]"
   Matrix<TestType> logits(2, 3);
   logits << TestType(1e4), TestType(0), TestType(-1e4), TestType(0), TestType(0),
       -static_cast<TestType>(HUGE_VAL);
-  const CrossEntropy<TestType> loss{};
+  const CrossEntropy<TestType> loss;
   typename CrossEntropy<TestType>::Cache cache;
   CHECK(loss.forward(logits, Targets{1, 0}, cache) == Approx((1e4 + std::log(2.0)) / 2));
   const Matrix<TestType>& d_logits = loss.backward(cache);
@@ -113,7 +125,7 @@ TEST_CASE("CrossEntropy gives the same bits on one thread and on two", "[nn][cro
   const Matrix<float> logits = test::random_matrix<float>(400, 101, 1);
   Targets targets(400);
   for (std::size_t t = 0; t < 400; ++t) targets[t] = static_cast<Index>(t % 101);
-  const CrossEntropy<float> loss{.z_loss = 1e-4};
+  const CrossEntropy<float> loss({.z_loss = 1e-4});
   const auto run = [&](int threads) {
     set_threads(threads);
     CrossEntropy<float>::Cache cache;
@@ -126,11 +138,11 @@ TEST_CASE("CrossEntropy gives the same bits on one thread and on two", "[nn][cro
 }
 
 TEST_CASE("CrossEntropy says what is wrong", "[nn][cross_entropy]") {
-  const CrossEntropy<float> loss{};
+  const CrossEntropy<float> loss;
   CrossEntropy<float>::Cache cache;
   Matrix<float> logits = Matrix<float>::Zero(2, 4);
   CHECK(test::message_of<StateError>([&] { loss.backward(cache); }) ==
-        "CrossEntropy::backward: no forward pass before it");
+        "CrossEntropy::backward: the cache is empty, expected a forward pass that succeeded");
   CHECK(test::message_of<ShapeError>([&] { loss.forward(logits, Targets{1}, cache); }) ==
         "CrossEntropy::forward: targets has 1 entries, expected 2 (one per token)");
   CHECK(test::message_of<ConfigError>([&] {
@@ -142,10 +154,8 @@ TEST_CASE("CrossEntropy says what is wrong", "[nn][cross_entropy]") {
   CHECK(test::message_of<ConfigError>([&] {
           loss.forward(logits, Targets{0, 3}, cache, -1);
         }) == "CrossEntropy::forward: tokens = -1, expected >= 0");
-  const CrossEntropy<float> negative{.z_loss = -1.0};
-  CHECK(test::message_of<ConfigError>([&] {
-          negative.forward(logits, Targets{0, 3}, cache);
-        }) == "CrossEntropy: z_loss = -1, expected >= 0");
+  CHECK(test::message_of<ConfigError>([] { CrossEntropy<float>({.z_loss = -1.0}); }) ==
+        "CrossEntropy: z_loss = -1, expected a finite number >= 0");
 
   loss.forward(logits, Targets{0, 3}, cache);
   logits(1, 2) = std::nanf("");

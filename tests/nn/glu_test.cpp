@@ -5,6 +5,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/nn/glu.hpp>
 
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -20,7 +21,7 @@ TEST_CASE("Glu is its formula", "[nn][glu]") {
   const Matrix<double> gate = x * layer.gate().value.transpose();
   const Matrix<double> up = x * layer.up().value.transpose();
   const Matrix<double> h = gate.array() / (1.0 + (-gate.array()).exp()) * up.array();
-  CHECK(test::relative_error(layer.forward(x), h * layer.down().value.transpose()) <= 1e-13);
+  CHECK(test::relative_error(infer(layer, x), h * layer.down().value.transpose()) <= 1e-13);
 }
 
 TEST_CASE("Glu matches a token worked out by hand", "[nn][glu]") {
@@ -32,7 +33,7 @@ TEST_CASE("Glu matches a token worked out by hand", "[nn][glu]") {
   Matrix<double> down(1, 2);
   down << 5, 7;
   const Glu<double, Relu> layer(gate, up, down);
-  CHECK(layer.forward(Matrix<double>::Ones(1, 1))(0, 0) == 10.0);
+  CHECK(infer(layer, Matrix<double>::Ones(1, 1))(0, 0) == 10.0);
 }
 
 TEMPLATE_TEST_CASE("Glu gradients agree with finite differences", "[nn][glu][gradient]", Silu, Gelu,
@@ -70,15 +71,38 @@ TEST_CASE("The elementwise part of Glu agrees with finite differences", "[nn][gl
   CHECK(gate == h);
 }
 
-TEST_CASE("Glu forward is the same with and without a cache, and for no tokens", "[nn][glu]") {
+TEST_CASE("Glu forward is the same in training and in inference, and for no tokens", "[nn][glu]") {
   Rng rng(1);
   Glu<float> layer(8, 33, rng);
   Glu<float>::Cache cache;
   for (const Index tokens : {5, 1, 0}) {
     const Matrix<float> x = test::random_matrix<float>(tokens, 8, 2);
-    CHECK(layer.forward(x, cache) == layer.forward(x));
+    CHECK(layer.forward(x, kTraining, cache) == infer(layer, x));
     CHECK(layer.backward(x, cache).rows() == tokens);
   }
+}
+
+TEST_CASE("Glu keeps nothing for backward in a pass that does not train", "[nn][glu]") {
+  Rng rng(1);
+  const Glu<float> layer(8, 33, rng);
+  Glu<float>::Cache cache;
+  layer.forward(test::random_matrix<float>(5, 8, 2), Pass{}, cache);
+  CHECK(cache.x.size() == 0);
+  CHECK(cache.h.size() == 0);
+}
+
+TEST_CASE("Glu stored for inference has nothing for backward, even in a pass that trains",
+          "[nn][glu]") {
+  Rng rng(1);
+  Glu<float> layer(8, 33, rng);
+  const Matrix<float> x = test::random_matrix<float>(5, 8, 2);
+  Glu<float>::Cache cache;
+  layer.set_storage(Storage::kPacked);
+  layer.forward(x, kTraining, cache);
+  CHECK_THROWS_AS(layer.backward(x, cache), StateError);
+  layer.set_storage(Storage::kTrainable);
+  CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
+        "Glu::backward: the forward pass did not train, expected one with pass.training = true");
 }
 
 TEST_CASE("Glu gives the same bits on one thread and on two", "[nn][glu]") {
@@ -88,7 +112,7 @@ TEST_CASE("Glu gives the same bits on one thread and on two", "[nn][glu]") {
     Rng rng(1);
     Glu<float> layer(40, 130, rng);
     Glu<float>::Cache cache;
-    layer.forward(test::random_matrix<float>(200, 40, 2), cache);
+    layer.forward(test::random_matrix<float>(200, 40, 2), kTraining, cache);
     layer.backward(test::random_matrix<float>(200, 40, 3), cache);
     set_threads(1);
     return std::vector<Matrix<float>>{cache.y, cache.dx, layer.gate().grad, layer.up().grad,
@@ -97,7 +121,7 @@ TEST_CASE("Glu gives the same bits on one thread and on two", "[nn][glu]") {
   CHECK(run(1) == run(2));
 }
 
-TEST_CASE("Glu names and initializes its parameters", "[nn][glu]") {
+TEST_CASE("Glu names and initialises its parameters", "[nn][glu]") {
   Rng rng(1);
   Glu<double> layer(100, 400, rng, {.init_scale = 0.1});
   const auto named = parameters(layer);
@@ -118,18 +142,13 @@ TEST_CASE("Glu names and initializes its parameters", "[nn][glu]") {
 TEST_CASE("Glu says what is wrong", "[nn][glu]") {
   Rng rng(1);
   Glu<double> layer(4, 6, rng);
-  Glu<double>::Cache cache;
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(Matrix<double>(3, 5)); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(layer, Matrix<double>(3, 5)); }) ==
         "Glu::forward: x is [3, 5], expected [tokens, 4]");
-  CHECK(test::message_of<StateError>([&] { layer.backward(Matrix<double>(3, 4), cache); }) ==
-        "Glu::backward: no forward pass before it");
-  layer.forward(Matrix<double>::Zero(2, 4), cache);
-  CHECK(test::message_of<ShapeError>([&] { layer.backward(Matrix<double>(3, 4), cache); }) ==
-        "Glu::backward: dy is [3, 4], expected [2, 4]");
+  test::check_refused_caches(layer, test::random_matrix(2, 4, 1), "Glu::backward");
   CHECK(test::message_of<ConfigError>([&] { Glu<double>(4, 0, rng); }) ==
         "Glu: d_hidden = 0, expected > 0");
   CHECK(test::message_of<ConfigError>([&] { Glu<double>(4, 4, rng, {.init_scale = 0.0}); }) ==
-        "switch_init: scale = 0, expected > 0");
+        "switch_init: scale = 0, expected a finite number > 0");
   const Matrix<double> m = Matrix<double>::Ones(6, 4);
   CHECK(test::message_of<ShapeError>([&] { Glu<double>(m, m, m); }) ==
         "Glu: down is [6, 4], expected [4, 6]");

@@ -4,6 +4,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/nn/linear.hpp>
 
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -11,7 +12,6 @@
 using namespace weir;
 
 static_assert(Layer<Linear<float>> && Layer<Linear<double>>);
-static_assert(!PassLayer<Linear<float>>);
 
 TEST_CASE("Linear matches a product worked out by hand", "[nn][linear]") {
   Matrix<double> weight(2, 3);
@@ -23,9 +23,9 @@ TEST_CASE("Linear matches a product worked out by hand", "[nn][linear]") {
   Matrix<double> y(1, 2);
   y << -2, -2;
 
-  CHECK(Linear<double>(weight).forward(x) == y);
+  CHECK(infer(Linear<double>(weight), x) == y);
   y << 8, 18;
-  CHECK(Linear<double>(weight, bias).forward(x) == y);
+  CHECK(infer(Linear<double>(weight, bias), x) == y);
 }
 
 TEST_CASE("Linear gradients agree with finite differences", "[nn][linear][gradient]") {
@@ -42,22 +42,23 @@ TEST_CASE("Linear adds to the gradients that are there", "[nn][linear]") {
   const Matrix<double> x = test::random_matrix(6, 4, 2);
   const Matrix<double> dy = test::random_matrix(6, 3, 3);
   Linear<double>::Cache cache;
-  layer.forward(x, cache);
+  layer.forward(x, kTraining, cache);
   layer.backward(dy, cache);
   const Matrix<double> once = layer.weight().grad;
   const Matrix<double> bias_once = layer.bias().grad;
+  layer.forward(x, kTraining, cache);
   layer.backward(dy, cache);
   CHECK(test::relative_error(layer.weight().grad, 2.0 * once) <= 1e-14);
   CHECK(test::relative_error(layer.bias().grad, 2.0 * bias_once) <= 1e-14);
 }
 
-TEST_CASE("Linear forward is the same with and without a cache, at any size", "[nn][linear]") {
+TEST_CASE("Linear forward is the same in training and in inference, at any size", "[nn][linear]") {
   Rng rng(1);
   const Linear<float> layer(33, 20, rng, {.bias = true});
   Linear<float>::Cache cache;
   for (const Index tokens : {5, 0, 1, 9}) {
     const Matrix<float> x = test::random_matrix<float>(tokens, 33, 2);
-    CHECK(layer.forward(x, cache) == layer.forward(x));
+    CHECK(layer.forward(x, kTraining, cache) == infer(layer, x));
     CHECK(cache.y.rows() == tokens);
   }
 }
@@ -67,17 +68,25 @@ TEST_CASE("Linear keeps its memory from pass to pass", "[nn][linear]") {
   Linear<float> layer(8, 8, rng);
   const Matrix<float> x = test::random_matrix<float>(5, 8, 2);
   Linear<float>::Cache cache;
-  const float* const y = layer.forward(x, cache).data();
+  const float* const y = layer.forward(x, kTraining, cache).data();
   const float* const dx = layer.backward(x, cache).data();
-  CHECK(layer.forward(x, cache).data() == y);
+  CHECK(layer.forward(x, kTraining, cache).data() == y);
   CHECK(layer.backward(x, cache).data() == dx);
+}
+
+TEST_CASE("Linear keeps nothing for backward in a pass that does not train", "[nn][linear]") {
+  Rng rng(1);
+  const Linear<float> layer(8, 8, rng);
+  Linear<float>::Cache cache;
+  layer.forward(test::random_matrix<float>(5, 8, 2), Pass{}, cache);
+  CHECK(cache.x.size() == 0);
 }
 
 TEST_CASE("Linear takes no tokens", "[nn][linear]") {
   Rng rng(1);
   Linear<double> layer(4, 3, rng, {.bias = true});
   Linear<double>::Cache cache;
-  CHECK(layer.forward(Matrix<double>(0, 4), cache).cols() == 3);
+  CHECK(layer.forward(Matrix<double>(0, 4), kTraining, cache).cols() == 3);
   const Matrix<double>& dx = layer.backward(Matrix<double>(0, 3), cache);
   CHECK(dx.rows() == 0);
   CHECK(dx.cols() == 4);
@@ -91,7 +100,7 @@ TEST_CASE("Linear gives the same bits on one thread and on two", "[nn][linear]")
     Rng rng(1);
     Linear<float> layer(130, 200, rng, {.bias = true});
     Linear<float>::Cache cache;
-    layer.forward(test::random_matrix<float>(300, 130, 2), cache);
+    layer.forward(test::random_matrix<float>(300, 130, 2), kTraining, cache);
     layer.backward(test::random_matrix<float>(300, 200, 3), cache);
     set_threads(1);
     return std::vector<Matrix<float>>{cache.y, cache.dx, layer.weight().grad, layer.bias().grad};
@@ -116,14 +125,9 @@ TEST_CASE("Linear names its parameters", "[nn][linear]") {
 TEST_CASE("Linear says what is wrong", "[nn][linear]") {
   Rng rng(1);
   Linear<double> layer(4, 3, rng);
-  Linear<double>::Cache cache;
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(Matrix<double>(3, 5)); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(layer, Matrix<double>(3, 5)); }) ==
         "Linear::forward: x is [3, 5], expected [tokens, 4]");
-  CHECK(test::message_of<StateError>([&] { layer.backward(Matrix<double>(3, 3), cache); }) ==
-        "Linear::backward: no forward pass before it");
-  layer.forward(Matrix<double>::Zero(2, 4), cache);
-  CHECK(test::message_of<ShapeError>([&] { layer.backward(Matrix<double>(3, 3), cache); }) ==
-        "Linear::backward: dy is [3, 3], expected [2, 3]");
+  test::check_refused_caches(layer, test::random_matrix(2, 4, 1), "Linear::backward");
   CHECK(test::message_of<ConfigError>([&] { Linear<double>(0, 3, rng); }) ==
         "Linear: d_in = 0, expected > 0");
   CHECK(test::message_of<ConfigError>([&] { Linear<double>(3, -1, rng); }) ==

@@ -4,6 +4,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/nn/mlp.hpp>
 
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -24,11 +25,11 @@ TEST_CASE("Mlp matches a token worked out by hand", "[nn][mlp]") {
   const Matrix<double> x = Matrix<double>::Constant(1, 1, 2.0);
 
   // z = (2, -2), h = (2, 0), y = 10.
-  CHECK(Mlp<double>(in, out).forward(x)(0, 0) == 10.0);
+  CHECK(infer(Mlp<double>(in, out), x)(0, 0) == 10.0);
   // z = (3, 2), y = 15 + 14 + 100.
-  CHECK(Mlp<double>(in, out, in_bias, out_bias).forward(x)(0, 0) == 129.0);
+  CHECK(infer(Mlp<double>(in, out, in_bias, out_bias), x)(0, 0) == 129.0);
   // One bias without the other: z = (2, -2) again, y = 10 + 100.
-  CHECK(Mlp<double>(in, out, {}, out_bias).forward(x)(0, 0) == 110.0);
+  CHECK(infer(Mlp<double>(in, out, {}, out_bias), x)(0, 0) == 110.0);
 }
 
 TEMPLATE_TEST_CASE("Mlp gradients agree with finite differences", "[nn][mlp][gradient]", Relu,
@@ -55,15 +56,24 @@ TEST_CASE("The elementwise part of Mlp works in place", "[nn][mlp]") {
   CHECK(test::relative_error(dz, expected) <= 1e-14);
 }
 
-TEST_CASE("Mlp forward is the same with and without a cache, and for no tokens", "[nn][mlp]") {
+TEST_CASE("Mlp forward is the same in training and in inference, and for no tokens", "[nn][mlp]") {
   Rng rng(1);
   Mlp<float> layer(8, 33, rng, {.bias = true});
   Mlp<float>::Cache cache;
   for (const Index tokens : {5, 1, 0}) {
     const Matrix<float> x = test::random_matrix<float>(tokens, 8, 2);
-    CHECK(layer.forward(x, cache) == layer.forward(x));
+    CHECK(layer.forward(x, kTraining, cache) == infer(layer, x));
     CHECK(layer.backward(x, cache).rows() == tokens);
   }
+}
+
+TEST_CASE("Mlp keeps nothing for backward in a pass that does not train", "[nn][mlp]") {
+  Rng rng(1);
+  const Mlp<float> layer(8, 33, rng);
+  Mlp<float>::Cache cache;
+  layer.forward(test::random_matrix<float>(5, 8, 2), Pass{}, cache);
+  CHECK(cache.x.size() == 0);
+  CHECK(cache.z.size() == 0);
 }
 
 TEST_CASE("Mlp gives the same bits on one thread and on two", "[nn][mlp]") {
@@ -73,7 +83,7 @@ TEST_CASE("Mlp gives the same bits on one thread and on two", "[nn][mlp]") {
     Rng rng(1);
     Mlp<float, GeluTanh> layer(40, 130, rng, {.bias = true});
     Mlp<float, GeluTanh>::Cache cache;
-    layer.forward(test::random_matrix<float>(200, 40, 2), cache);
+    layer.forward(test::random_matrix<float>(200, 40, 2), kTraining, cache);
     layer.backward(test::random_matrix<float>(200, 40, 3), cache);
     set_threads(1);
     return std::vector<Matrix<float>>{cache.y,          cache.dx,
@@ -99,14 +109,9 @@ TEST_CASE("Mlp names its parameters", "[nn][mlp]") {
 TEST_CASE("Mlp says what is wrong", "[nn][mlp]") {
   Rng rng(1);
   Mlp<double> layer(4, 6, rng);
-  Mlp<double>::Cache cache;
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(Matrix<double>(3, 5)); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(layer, Matrix<double>(3, 5)); }) ==
         "Mlp::forward: x is [3, 5], expected [tokens, 4]");
-  CHECK(test::message_of<StateError>([&] { layer.backward(Matrix<double>(3, 4), cache); }) ==
-        "Mlp::backward: no forward pass before it");
-  layer.forward(Matrix<double>::Zero(2, 4), cache);
-  CHECK(test::message_of<ShapeError>([&] { layer.backward(Matrix<double>(3, 4), cache); }) ==
-        "Mlp::backward: dy is [3, 4], expected [2, 4]");
+  test::check_refused_caches(layer, test::random_matrix(2, 4, 1), "Mlp::backward");
   CHECK(test::message_of<ConfigError>([&] { Mlp<double>(0, 4, rng); }) ==
         "Mlp: d_model = 0, expected > 0");
   const Matrix<double> m = Matrix<double>::Ones(6, 4);

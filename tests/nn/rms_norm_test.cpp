@@ -4,6 +4,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/nn/rms_norm.hpp>
 
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -14,29 +15,29 @@ static_assert(Layer<RmsNorm<float>> && Layer<RmsNorm<double>>);
 
 TEST_CASE("RmsNorm rows have unit root mean square, whatever their scale", "[nn][rms_norm]") {
   const auto d_model = GENERATE(as<Index>{}, 1, 8, 17, 100);
-  const RmsNorm<double> layer(d_model, 1e-12);
+  const RmsNorm<double> layer(d_model, {.epsilon = 1e-12});
   const Matrix<double> x = test::random_matrix(4, d_model, 1);
-  const Matrix<double> y = layer.forward(x);
+  const Matrix<double> y = infer(layer, x);
   for (Index t = 0; t < 4; ++t) {
     CHECK(y.row(t).squaredNorm() / static_cast<double>(d_model) == Approx(1.0));
   }
-  CHECK(test::relative_error(layer.forward(7.0 * x), y) <= 1e-9);
+  CHECK(test::relative_error(infer(layer, 7.0 * x), y) <= 1e-9);
 }
 
 TEST_CASE("RmsNorm matches a row worked out by hand", "[nn][rms_norm]") {
   // mean(x^2) = (9 + 16) / 2 = 12.5; with epsilon 3.5 the root is 4.
-  RmsNorm<double> layer(2, 3.5);
+  RmsNorm<double> layer(2, {.epsilon = 3.5});
   layer.weight().value << 1, 10;
   Matrix<double> x(1, 2);
   x << 3, -4;
-  const Matrix<double> y = layer.forward(x);
+  const Matrix<double> y = infer(layer, x);
   CHECK(y(0, 0) == Approx(0.75));
   CHECK(y(0, 1) == Approx(-10.0));
 }
 
 TEST_CASE("RmsNorm gradients agree with finite differences", "[nn][rms_norm][gradient]") {
   const auto d_model = GENERATE(as<Index>{}, 1, 5, 19);
-  RmsNorm<double> layer(d_model, 0.1);
+  RmsNorm<double> layer(d_model, {.epsilon = 0.1});
   layer.weight().value = test::random_matrix(1, d_model, 3);
   test::check_gradients(layer, test::random_matrix(4, d_model, 2));
 }
@@ -44,19 +45,27 @@ TEST_CASE("RmsNorm gradients agree with finite differences", "[nn][rms_norm][gra
 TEST_CASE("RmsNorm of a row of zeros is zeros, and so is its gradient finite", "[nn][rms_norm]") {
   RmsNorm<float> layer(6);
   RmsNorm<float>::Cache cache;
-  CHECK(layer.forward(Matrix<float>::Zero(2, 6), cache).isZero());
+  CHECK(layer.forward(Matrix<float>::Zero(2, 6), kTraining, cache).isZero());
   CHECK(layer.backward(Matrix<float>::Ones(2, 6), cache).allFinite());
 }
 
-TEST_CASE("RmsNorm forward is the same with and without a cache, and for no tokens",
+TEST_CASE("RmsNorm forward is the same in training and in inference, and for no tokens",
           "[nn][rms_norm]") {
   RmsNorm<float> layer(33);
   RmsNorm<float>::Cache cache;
   for (const Index tokens : {5, 1, 0}) {
     const Matrix<float> x = test::random_matrix<float>(tokens, 33, 2);
-    CHECK(layer.forward(x, cache) == layer.forward(x));
+    CHECK(layer.forward(x, kTraining, cache) == infer(layer, x));
     CHECK(layer.backward(x, cache).rows() == tokens);
   }
+}
+
+TEST_CASE("RmsNorm keeps nothing for backward in a pass that does not train", "[nn][rms_norm]") {
+  const RmsNorm<float> layer(8);
+  RmsNorm<float>::Cache cache;
+  layer.forward(test::random_matrix<float>(5, 8, 2), Pass{}, cache);
+  CHECK(cache.x.size() == 0);
+  CHECK(cache.inverse_rms.size() == 0);
 }
 
 TEST_CASE("RmsNorm gives the same bits on one thread and on two", "[nn][rms_norm]") {
@@ -65,7 +74,7 @@ TEST_CASE("RmsNorm gives the same bits on one thread and on two", "[nn][rms_norm
     set_threads(threads);
     RmsNorm<float> layer(130);
     RmsNorm<float>::Cache cache;
-    layer.forward(test::random_matrix<float>(500, 130, 2), cache);
+    layer.forward(test::random_matrix<float>(500, 130, 2), kTraining, cache);
     layer.backward(test::random_matrix<float>(500, 130, 3), cache);
     set_threads(1);
     return std::vector<Matrix<float>>{cache.y, cache.dx, layer.weight().grad};
@@ -79,21 +88,16 @@ TEST_CASE("RmsNorm starts as ones under one name", "[nn][rms_norm]") {
   REQUIRE(named.size() == 1);
   CHECK(named[0].name == "weight");
   CHECK(named[0].parameter->value == Matrix<float>::Ones(1, 5));
-  CHECK(layer.epsilon() == 1e-5);
+  CHECK(layer.config().epsilon == 1e-5);
 }
 
 TEST_CASE("RmsNorm says what is wrong", "[nn][rms_norm]") {
   RmsNorm<double> layer(4);
-  RmsNorm<double>::Cache cache;
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(Matrix<double>(3, 5), cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(layer, Matrix<double>(3, 5)); }) ==
         "RmsNorm::forward: x is [3, 5], expected [tokens, 4]");
-  CHECK(test::message_of<StateError>([&] { layer.backward(Matrix<double>(3, 4), cache); }) ==
-        "RmsNorm::backward: no forward pass before it");
-  layer.forward(Matrix<double>::Zero(2, 4), cache);
-  CHECK(test::message_of<ShapeError>([&] { layer.backward(Matrix<double>(3, 4), cache); }) ==
-        "RmsNorm::backward: dy is [3, 4], expected [2, 4]");
+  test::check_refused_caches(layer, test::random_matrix(2, 4, 1), "RmsNorm::backward");
   CHECK(test::message_of<ConfigError>([] { RmsNorm<double>(0); }) ==
         "RmsNorm: d_model = 0, expected > 0");
-  CHECK(test::message_of<ConfigError>([] { RmsNorm<double>(4, 0.0); }) ==
-        "RmsNorm: epsilon = 0, expected > 0");
+  CHECK(test::message_of<ConfigError>([] { RmsNorm<double>(4, {.epsilon = 0.0}); }) ==
+        "RmsNorm: epsilon = 0, expected a finite number > 0");
 }
