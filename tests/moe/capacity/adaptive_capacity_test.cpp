@@ -32,7 +32,7 @@ Routing<double> with_load(const std::vector<Index>& load, const Sequences* seque
   routing.begin("Test", Matrix<double>::Zero(tokens, static_cast<Index>(load.size())),
                 {.sequences = sequences});
   routing.assign_each(1);
-  std::size_t t = 0;
+  Index t = 0;
   for (std::size_t e = 0; e < load.size(); ++e) {
     for (Index i = 0; i < load[e]; ++i) routing.expert[t++] = static_cast<Index>(e);
   }
@@ -44,7 +44,7 @@ double needed(const std::vector<Index>& load, double tolerated) {
   AdaptiveCapacity<double> capacity(
       {.initial = 1.0, .least = 1e-6, .most = 1e6, .tolerated = tolerated, .rate = 1.0});
   capacity.observe(with_load(load));
-  capacity.update();
+  capacity.update_self();
   return capacity.factor();
 }
 
@@ -82,22 +82,22 @@ TEST_CASE("AdaptiveCapacity moves by its rate, within its bounds",
   AdaptiveCapacity<double> capacity(
       {.initial = 1.5, .least = 1.25, .most = 2.0, .tolerated = 0.0, .rate = 0.25});
   CHECK(capacity.factor() == 1.5);
-  capacity.update();  // Nothing seen.
+  capacity.update_self();  // Nothing seen.
   CHECK(capacity.factor() == 1.5);
   capacity.observe(with_load({6, 2, 2, 2}));  // 2
   capacity.observe(with_load({4, 3, 3, 2}));  // 4/3
-  capacity.update();
+  capacity.update_self();
   CHECK(capacity.factor() == Approx(1.5 + 0.25 * (5.0 / 3.0 - 1.5)));
-  capacity.update();
+  capacity.update_self();
   CHECK(capacity.factor() == Approx(1.5 + 0.25 * (5.0 / 3.0 - 1.5)));
   for (int step = 0; step < 50; ++step) {
     capacity.observe(with_load({12, 0, 0, 0}));
-    capacity.update();
+    capacity.update_self();
   }
   CHECK(capacity.factor() == 2.0);
   for (int step = 0; step < 50; ++step) {
     capacity.observe(with_load({3, 3, 3, 3}));
-    capacity.update();
+    capacity.update_self();
   }
   CHECK(capacity.factor() == 1.25);
 }
@@ -109,15 +109,15 @@ TEST_CASE("AdaptiveCapacity looks at groups, and at none without assignments",
   const Routing<double> routing = with_load({2, 2}, &sequences);
   AdaptiveCapacity<double> batch(config);
   batch.observe(routing);
-  batch.update();
+  batch.update_self();
   CHECK(batch.factor() == 1.0);
   config.scope = Scope::kSequence;
   AdaptiveCapacity<double> sequence(config);
   sequence.observe(with_load({0, 0}));
-  sequence.update();
+  sequence.update_self();
   CHECK(sequence.factor() == 1.0);
   sequence.observe(routing);
-  sequence.update();
+  sequence.update_self();
   CHECK(sequence.factor() == 2.0);
 }
 
@@ -125,10 +125,11 @@ TEST_CASE("AdaptiveCapacity drops as a CapacityFactor of its factor does",
           "[moe][capacity][adaptive_capacity]") {
   const Matrix<double> logits = test::random_matrix(40, 5, 1);
   AdaptiveCapacity<double> capacity({.initial = 0.8, .least = 0.5, .minimum = 0});
-  Routing<double> ours = test::route(TopKSoftmax<double>{2}, logits);
+  const CapacityFactor same({.train = 9.0, .evaluate = 0.8, .minimum = 0});
+  Routing<double> ours = test::route(TopKSoftmax<double>({.k = 2}), logits);
   Routing<double> expected = ours;
-  capacity.apply(ours);
-  CapacityFactor{.train = 9.0, .evaluate = 0.8, .minimum = 0}.apply(expected);
+  test::limit(capacity, ours);
+  test::limit(same, expected);
   CHECK(ours.kept == expected.kept);
   CHECK(std::count(ours.kept.begin(), ours.kept.end(), std::uint8_t{0}) > 0);
 }
@@ -136,21 +137,22 @@ TEST_CASE("AdaptiveCapacity drops as a CapacityFactor of its factor does",
 TEST_CASE("AdaptiveCapacity learns inside a layer and is saved with it",
           "[moe][capacity][adaptive_capacity]") {
   Rng rng(1);
-  MoELayer layer(LinearRouter<double>(4, 4, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{.k = 2},
-                 RenormaliseKept(AdaptiveCapacity<double>(
-                     {.initial = 1.0, .tolerated = 0.0, .rate = 1.0, .minimum = 0})),
-                 GluBank<double>(4, 4, 3, rng, 1.0));
+  MoELayer layer(
+      LinearRouter<double>(4, 4, rng, {.init_scale = 5.0}), SoftmaxTopK<double>({.k = 2}),
+      RenormaliseKept(
+          AdaptiveCapacity<double>({.initial = 1.0, .tolerated = 0.0, .rate = 1.0, .minimum = 0})),
+      GluBank<double>(4, 4, 3, rng));
   const Matrix<double> x = test::random_matrix(12, 4, 2);
   decltype(layer)::Cache cache;
-  layer.forward(x, cache);
-  const MoEReport before = layer.report(cache);
+  layer.forward(x, kTraining, cache);
+  const LayerReport before = layer.report(cache);
   CHECK(before.dropped > 0);
-  layer.update();  // No backward pass, nothing observed.
+  update(layer);  // No backward pass, nothing observed.
   CHECK(layer.capacity().inner().factor() == 1.0);
   layer.backward(test::random_matrix(12, 4, 3), cache);
-  layer.update();
+  update(layer);
   CHECK(layer.capacity().inner().factor() == Approx(before.imbalance()));
-  layer.forward(x, cache);
+  layer.forward(x, {}, cache);
   CHECK(layer.report(cache).dropped == 0);
 
   const auto named = buffers(layer);
@@ -164,11 +166,10 @@ TEST_CASE("AdaptiveCapacity names the setting that is wrong",
   const auto message = [](const AdaptiveCapacityConfig& config) {
     return test::message_of<ConfigError>([&] { AdaptiveCapacity<double>{config}; });
   };
-  CHECK(message({.least = 0.0}) == "AdaptiveCapacity: least = 0, expected > 0");
-  CHECK(message({.most = 0.5}) ==
-        "AdaptiveCapacity: most = 0.5, expected a finite number >= least = 1");
+  CHECK(message({.least = 0.0}) == "AdaptiveCapacity: least = 0, expected a finite number > 0");
+  CHECK(message({.most = 0.5}) == "AdaptiveCapacity: most = 0.5, expected a finite number >= 1");
   CHECK(message({.most = std::numeric_limits<double>::infinity()}) ==
-        "AdaptiveCapacity: most = inf, expected a finite number >= least = 1");
+        "AdaptiveCapacity: most = inf, expected a finite number >= 1");
   CHECK(message({.initial = 5.0}) == "AdaptiveCapacity: factor = 5, expected 1 <= factor <= 4");
   CHECK(message({.tolerated = -0.1}) ==
         "AdaptiveCapacity: tolerated = -0.1, expected 0 <= tolerated <= 1");
@@ -181,5 +182,8 @@ TEST_CASE("AdaptiveCapacity names the setting that is wrong",
         "AdaptiveCapacity: factor = 0, expected 1 <= factor <= 4");
   buffers(capacity)[0].buffer->value.setConstant(1, 2, 1.0);
   CHECK(test::message_of<ConfigError>([&] { capacity.check(); }) ==
+        "AdaptiveCapacity: the factor is [1, 2], expected [1, 1]");
+  Routing<double> routing = with_load({3, 3});
+  CHECK(test::message_of<ConfigError>([&] { test::limit(capacity, routing); }) ==
         "AdaptiveCapacity: the factor is [1, 2], expected [1, 1]");
 }

@@ -23,7 +23,7 @@ namespace {
 using Kept = std::vector<std::uint8_t>;
 
 Routing<double> select(const Matrix<double>& logits, Index k, const Pass& pass = {}) {
-  return test::route(TopKSoftmax<double>{k}, logits, pass);
+  return test::route(TopKSoftmax<double>({.k = k}), logits, pass);
 }
 
 /// `tokens` tokens that all choose experts 0, 1, ... in this order.
@@ -32,17 +32,18 @@ Matrix<double> crowd(Index tokens, Index experts) {
 }
 
 /// How many assignments the most loaded expert keeps.
-Index most_kept(const CapacityFactor& policy, Routing<double> routing) {
-  policy.apply(routing);
-  std::vector<Index> load(static_cast<std::size_t>(routing.experts()), 0);
-  for (std::size_t a = 0; a < routing.expert.size(); ++a) {
-    if (routing.kept[a] != 0) ++load[static_cast<std::size_t>(routing.expert[a])];
+Index most_kept(const CapacityFactorConfig& config, Routing<double> routing,
+                const Pass& pass = {}) {
+  test::limit(CapacityFactor(config), routing, pass);
+  List<Index> load(routing.experts());
+  for (Index a = 0; a < routing.assignments(); ++a) {
+    if (routing.kept[a] != 0) ++load[routing.expert[a]];
   }
   return *std::max_element(load.begin(), load.end());
 }
 
-Kept kept_of(const CapacityFactor& policy, Routing<double> routing) {
-  policy.apply(routing);
+Kept kept_of(const CapacityFactorConfig& config, Routing<double> routing) {
+  test::limit(CapacityFactor(config), routing);
   return routing.kept;
 }
 
@@ -50,8 +51,8 @@ Kept kept_of(const CapacityFactor& policy, Routing<double> routing) {
 
 TEST_CASE("CapacityFactor rounds as it says", "[moe][capacity_factor]") {
   const auto capacity = [](Rounding rounding, double factor, Index count, Index experts) {
-    return CapacityFactor{.train = factor, .rounding = rounding, .minimum = 0}.capacity(
-        count, experts, true);
+    const CapacityFactor policy({.train = factor, .rounding = rounding, .minimum = 0});
+    return policy.capacity(count, experts, true);
   };
   CHECK(capacity(Rounding::kDown, 1.25, 10, 4) == 3);  // 3.125
   CHECK(capacity(Rounding::kNearest, 1.25, 10, 4) == 3);
@@ -71,7 +72,7 @@ TEST_CASE("CapacityFactor rounds as it says", "[moe][capacity_factor]") {
 
 TEST_CASE("CapacityFactor has a minimum", "[moe][capacity_factor]") {
   // Mesh TensorFlow, 2048 experts: int(4096 * 1.25 / 2048) = 2, raised to 4.
-  const CapacityFactor mesh{.count_k = false, .rounding = Rounding::kDown};
+  const CapacityFactor mesh({.count_k = false, .rounding = Rounding::kDown});
   CHECK(mesh.capacity(4096, 2048, true) == 4);
   CHECK(mesh.capacity(16384, 2048, true) == 10);
   CHECK(mesh.capacity(1, 2048, true) == 4);
@@ -83,10 +84,8 @@ TEST_CASE("CapacityFactor has a minimum", "[moe][capacity_factor]") {
 
 TEST_CASE("CapacityFactor has one factor for training and one for the rest",
           "[moe][capacity_factor]") {
-  Pass training;
-  training.training = true;
   // 100 tokens, 10 experts: 12.5 and 20.
-  CHECK(most_kept({}, select(crowd(100, 10), 1, training)) == 13);
+  CHECK(most_kept({}, select(crowd(100, 10), 1, kTraining), kTraining) == 13);
   CHECK(most_kept({}, select(crowd(100, 10), 1)) == 20);
 }
 
@@ -111,7 +110,7 @@ TEST_CASE("CapacityFactor counts per batch or per sequence", "[moe][capacity_fac
   Pass pass;
   pass.sequences = &lengths;
   const Routing<double> routing = select(crowd(12, 4), 1, pass);
-  CapacityFactor policy{.evaluate = 1.0, .minimum = 0};
+  CapacityFactorConfig policy{.evaluate = 1.0, .minimum = 0};
   CHECK(kept_of(policy, routing) == Kept{1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0});
   policy.scope = Scope::kSequence;
   CHECK(kept_of(policy, routing) == Kept{1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0});
@@ -123,7 +122,7 @@ TEST_CASE("CapacityFactor counts per group of rows, padding included", "[moe][ca
   Pass pass;
   pass.mask = mask;
   const Routing<double> routing = select(crowd(10, 2), 1, pass);
-  const CapacityFactor policy{
+  const CapacityFactorConfig policy{
       .evaluate = 1.0, .rounding = Rounding::kDown, .minimum = 0, .group_size = 4};
   CHECK(kept_of(policy, routing) == Kept{1, 0, 0, 1, 1, 0, 0, 1, 0});
 }
@@ -136,8 +135,8 @@ TEST_CASE("CapacityFactor follows its order", "[moe][capacity_factor]") {
       0.1, -9.0, 0.0,        // 0.52 and 0.48
       0.0, -9.0, 0.2;        // 0.55 and 0.45
   const Routing<double> routing = select(logits, 2);
-  REQUIRE(routing.expert == std::vector<Index>{1, 0, 0, 1, 0, 2, 2, 0});
-  CapacityFactor policy{.evaluate = 0.75, .minimum = 0};  // C = 0.75 * 8 / 3 = 2
+  REQUIRE(routing.expert == List<Index>{1, 0, 0, 1, 0, 2, 2, 0});
+  CapacityFactorConfig policy{.evaluate = 0.75, .minimum = 0};  // C = 0.75 * 8 / 3 = 2
   CHECK(kept_of(policy, routing) == Kept{1, 0, 1, 1, 1, 1, 1, 0});
   policy.order = DropOrder::kTokenMajor;
   CHECK(kept_of(policy, routing) == Kept{1, 1, 1, 1, 0, 1, 1, 0});
@@ -149,7 +148,7 @@ TEST_CASE("CapacityFactor follows its order", "[moe][capacity_factor]") {
 
 TEST_CASE("CapacityFactor drops nothing of a balanced dense routing", "[moe][capacity_factor]") {
   const Matrix<double> logits = test::random_matrix(7, 5, 1);
-  const CapacityFactor policy{.evaluate = 1.0, .minimum = 0};
+  const CapacityFactorConfig policy{.evaluate = 1.0, .minimum = 0};
   CHECK(kept_of(policy, select(logits, 5)) == Kept(35, 1));  // C = 7 * 5 / 5
   CHECK(kept_of(policy, select(Matrix<double>(0, 5), 5)).empty());
   CHECK(kept_of(policy, select(logits.topRows(1), 1)) == Kept{1});
@@ -169,21 +168,23 @@ TEST_CASE("CapacityFactor never exceeds C and never drops without need", "[moe][
     pass.mask = mask;
     pass.training = rng.uniform() < 0.5;
     pass.rng = &rng;
+    const SigmoidTopK<float> selector(experts, {.k = k});
     Routing<float> routing;
-    SigmoidTopK<float>(experts, {.k = k})
-        .select(normal_init<float>(tokens, experts, 1.0, rng), pass, routing);
+    SigmoidTopK<float>::Cache cache;
+    selector.forward(normal_init<float>(tokens, experts, 1.0, rng), pass, routing, cache);
 
-    const CapacityFactor policy{.train = rng.uniform(0.2, 1.5),
-                                .evaluate = rng.uniform(0.2, 1.5),
-                                .count_k = rng.uniform() < 0.5,
-                                .rounding = static_cast<Rounding>(rng.below(3)),
-                                .minimum = rng.below(3),
-                                .order = static_cast<DropOrder>(rng.below(6)),
-                                .scope = static_cast<Scope>(rng.below(2))};
+    const CapacityFactorConfig policy{.train = rng.uniform(0.2, 1.5),
+                                      .evaluate = rng.uniform(0.2, 1.5),
+                                      .count_k = rng.uniform() < 0.5,
+                                      .rounding = static_cast<Rounding>(rng.below(3)),
+                                      .minimum = rng.below(3),
+                                      .order = static_cast<DropOrder>(rng.below(6)),
+                                      .scope = static_cast<Scope>(rng.below(2))};
     const Routing<float> chosen = routing;
-    policy.apply(routing);
+    test::limit(CapacityFactor(policy), routing, pass);
     REQUIRE(routing.weight == chosen.weight);  // Not given to the token's other experts.
-    routing.for_each_group(policy.scope, [&](Index begin, Index end) {
+    REQUIRE(routing.applied.empty());
+    routing.rows.for_each_group(policy.scope, [&](Index begin, Index end) {
       Index real = 0;
       for (Index t = begin; t < end; ++t) real += mask[static_cast<std::size_t>(t)];
       const double share = (pass.training ? policy.train : policy.evaluate) *
@@ -193,15 +194,13 @@ TEST_CASE("CapacityFactor never exceeds C and never drops without need", "[moe][
                              : policy.rounding == Rounding::kUp ? std::ceil(share)
                                                                 : std::rint(share);
       const Index capacity = std::max(policy.minimum, static_cast<Index>(rounded));
-      std::vector<Index> wanted(static_cast<std::size_t>(experts), 0);
-      std::vector<Index> taken = wanted;
-      for (Index a = routing.first(begin); a < routing.offsets[static_cast<std::size_t>(end)];
-           ++a) {
-        const auto e = static_cast<std::size_t>(routing.expert[static_cast<std::size_t>(a)]);
-        ++wanted[e];
-        taken[e] += routing.kept[static_cast<std::size_t>(a)];
+      List<Index> wanted(experts);
+      List<Index> taken(experts);
+      for (Index a = routing.first(begin); a < routing.offsets[end]; ++a) {
+        ++wanted[routing.expert[a]];
+        taken[routing.expert[a]] += routing.kept[a];
       }
-      for (std::size_t e = 0; e < taken.size(); ++e) {
+      for (Index e = 0; e < experts; ++e) {
         REQUIRE(taken[e] == std::min(wanted[e], capacity));
       }
     });
@@ -213,26 +212,15 @@ TEST_CASE("CapacityFactor lets the number of tokens decide about earlier ones",
   // Each order, and k = 1: two tokens more make room for token 1.
   for (const DropOrder order :
        {DropOrder::kRankMajor, DropOrder::kTokenMajor, DropOrder::kProbability}) {
-    const CapacityFactor policy{.evaluate = 1.0, .minimum = 0, .order = order};
+    const CapacityFactorConfig policy{.evaluate = 1.0, .minimum = 0, .order = order};
     CHECK(kept_of(policy, select(crowd(2, 2), 1)) == Kept{1, 0});
     CHECK(kept_of(policy, select(crowd(4, 2), 1)) == Kept{1, 1, 0, 0});
   }
 }
 
-TEST_CASE("CapacityFactor says what becomes of the dropped", "[moe][capacity_factor]") {
-  Routing<double> routing = select(crowd(30, 3), 1);
-  CapacityFactor{.on_drop = OnDrop::kPass}.apply(routing);
-  CHECK(routing.pass_dropped);
-  CapacityFactor{}.apply(routing);
-  CHECK_FALSE(routing.pass_dropped);
-}
-
 TEST_CASE("CapacityFactor names the setting that is out of range", "[moe][capacity_factor]") {
-  const auto message = [](const CapacityFactor& policy) {
-    return test::message_of<ConfigError>([&] {
-      Routing<double> routing = select(crowd(3, 3), 1);
-      policy.apply(routing);
-    });
+  const auto message = [](const CapacityFactorConfig& config) {
+    return test::message_of<ConfigError>([&] { CapacityFactor{config}; });
   };
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const double inf = std::numeric_limits<double>::infinity();
@@ -245,4 +233,5 @@ TEST_CASE("CapacityFactor names the setting that is out of range", "[moe][capaci
   CHECK(message({.minimum = -1}) == "CapacityFactor: minimum = -1, expected >= 0");
   CHECK(message({.group_size = -4}) == "CapacityFactor: group_size = -4, expected >= 0");
   CHECK(message({.minimum = 0}) == "no exception");
+  CHECK(CapacityFactor({.minimum = 3}).config().minimum == 3);
 }

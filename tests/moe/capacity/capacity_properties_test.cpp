@@ -61,13 +61,14 @@ std::pair<Routing<double>, double> random_routing(Setting& s, Rng& rng) {
   const double scale = rng.uniform(0.5, 3.0);
   switch (rng.below(5)) {
     case 0:
-      return {test::route(SoftmaxTopK<double>{.k = s.k, .scale = scale}, s.logits, s.pass()), 0.0};
+      return {test::route(SoftmaxTopK<double>({.k = s.k, .scale = scale}), s.logits, s.pass()),
+              0.0};
     case 1: {
-      const SoftmaxTopK<double> selector{.k = s.k, .renormalise = true, .scale = scale};
+      const SoftmaxTopK<double> selector({.k = s.k, .renormalise = true, .scale = scale});
       return {test::route(selector, s.logits, s.pass()), scale};
     }
     case 2:
-      return {test::route(TopKSoftmax<double>{.k = s.k, .scale = scale}, s.logits, s.pass()),
+      return {test::route(TopKSoftmax<double>({.k = s.k, .scale = scale}), s.logits, s.pass()),
               scale};
     case 3: {
       const SigmoidTopK<double> selector(s.experts, {.k = s.k, .scale = scale});
@@ -75,7 +76,7 @@ std::pair<Routing<double>, double> random_routing(Setting& s, Rng& rng) {
     }
     default: {
       const auto rule = [&] { return static_cast<RankRule>(rng.below(4)); };
-      const RankPolicy selector(TopKSoftmax<double>{.k = s.k, .scale = scale}, {rule(), rule()});
+      const RankPolicy selector(TopKSoftmax<double>({.k = s.k, .scale = scale}), {rule(), rule()});
       return {test::route(selector, s.logits, s.pass()), scale};
     }
   }
@@ -86,11 +87,10 @@ DropOrder any_order(Rng& rng) {
 }
 
 /// Over the tokens `begin` to `end`, how many assignments each expert keeps.
-std::vector<Index> kept_load(const Routing<double>& routing, Index begin, Index end) {
-  std::vector<Index> load(static_cast<std::size_t>(routing.experts()), 0);
-  for (Index a = routing.first(begin); a < routing.offsets[static_cast<std::size_t>(end)]; ++a) {
-    const auto i = static_cast<std::size_t>(a);
-    load[static_cast<std::size_t>(routing.expert[i])] += routing.kept[i];
+List<Index> kept_load(const Routing<double>& routing, Index begin, Index end) {
+  List<Index> load(routing.experts());
+  for (Index a = routing.first(begin); a < routing.offsets[end]; ++a) {
+    load[routing.expert[a]] += routing.kept[a];
   }
   return load;
 }
@@ -98,24 +98,25 @@ std::vector<Index> kept_load(const Routing<double>& routing, Index begin, Index 
 /// Applies `policy`. Each expert has to keep min(what it had, capacity(begin, end)) of each group,
 /// and nothing else may change.
 template <class Policy, class Capacity>
-void require_exactly(const Policy& policy, Routing<double>& routing, Scope scope, Index group_size,
-                     Capacity&& capacity) {
+void require_exactly(const Policy& policy, const Pass& pass, Routing<double>& routing, Scope scope,
+                     Index group_size, Capacity&& capacity) {
   std::vector<Index> expected;
-  for_each_capacity_group(routing, scope, group_size, [&](Index begin, Index end) {
+  for_each_capacity_group(routing.rows, scope, group_size, [&](Index begin, Index end) {
     for (const Index load : kept_load(routing, begin, end)) {
       expected.push_back(std::min(load, capacity(begin, end)));
     }
   });
   const Routing<double> before = routing;
-  policy.apply(routing);
+  test::limit(policy, routing, pass);
   std::vector<Index> taken;
-  for_each_capacity_group(routing, scope, group_size, [&](Index begin, Index end) {
+  for_each_capacity_group(routing.rows, scope, group_size, [&](Index begin, Index end) {
     for (const Index load : kept_load(routing, begin, end)) taken.push_back(load);
   });
   REQUIRE(taken == expected);
   REQUIRE(routing.expert == before.expert);
   REQUIRE(routing.offsets == before.offsets);
   REQUIRE(routing.weight == before.weight);
+  REQUIRE(routing.applied.empty());
   REQUIRE(std::equal(routing.kept.begin(), routing.kept.end(), before.kept.begin(),
                      [](std::uint8_t now, std::uint8_t then) { return now <= then; }));
 }
@@ -142,8 +143,7 @@ Matrix<double> used_weights(const Routing<double>& routing) {
   Matrix<double> dense = Matrix<double>::Zero(routing.tokens(), routing.experts());
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      if (routing.kept[i] != 0) dense(t, routing.expert[i]) = routing.weight[i];
+      if (routing.kept[a] != 0) dense(t, routing.expert[a]) = routing.applied_weight(a);
     }
   }
   return dense;
@@ -157,41 +157,45 @@ TEST_CASE("No expert keeps more than its capacity, or less than it could",
   for (int draw = 0; draw < kDraws; ++draw) {
     Setting s(rng);
     Routing<double> routing = random_routing(s, rng).first;
+    const Pass pass = s.pass();
     const auto scope = static_cast<Scope>(rng.below(2));
     const Index group_size = rng.below(7);
     switch (rng.below(4)) {
       case 0: {
-        const FixedCapacity policy{.capacity = 1 + rng.below(5),
-                                   .order = any_order(rng),
-                                   .scope = scope,
-                                   .group_size = group_size};
-        require_exactly(policy, routing, scope, group_size,
-                        [&](Index, Index) { return policy.capacity; });
+        const FixedCapacity policy({.capacity = 1 + rng.below(5),
+                                    .order = any_order(rng),
+                                    .scope = scope,
+                                    .group_size = group_size});
+        require_exactly(policy, pass, routing, scope, group_size,
+                        [&](Index, Index) { return policy.config().capacity; });
         break;
       }
       case 1: {
-        const CapacityFactor policy{.train = rng.uniform(0.1, 2.0),
-                                    .evaluate = rng.uniform(0.1, 2.0),
-                                    .count_k = rng.uniform() < 0.5,
-                                    .rounding = static_cast<Rounding>(rng.below(3)),
-                                    .minimum = rng.below(3),
-                                    .order = any_order(rng),
-                                    .scope = scope,
-                                    .group_size = group_size};
-        require_exactly(policy, routing, scope, group_size, [&](Index begin, Index end) {
-          const Index real = routing.real_tokens(begin, end);
-          return policy.capacity(policy.count_k ? real * s.k : real, s.experts, s.training);
+        const CapacityFactor policy({.train = rng.uniform(0.1, 2.0),
+                                     .evaluate = rng.uniform(0.1, 2.0),
+                                     .count_k = rng.uniform() < 0.5,
+                                     .rounding = static_cast<Rounding>(rng.below(3)),
+                                     .minimum = rng.below(3),
+                                     .order = any_order(rng),
+                                     .scope = scope,
+                                     .group_size = group_size});
+        require_exactly(policy, pass, routing, scope, group_size, [&](Index begin, Index end) {
+          const Index real = routing.rows.real(begin, end);
+          return policy.capacity(policy.config().count_k ? real * s.k : real, s.experts,
+                                 s.training);
         });
         break;
       }
       case 2: {
-        const DynamicCapacity policy{.factor = rng.uniform(-2.0, 2.0),
-                                     .alignment = 1 + rng.below(4),
-                                     .order = any_order(rng),
-                                     .scope = scope};
-        Routing<double> copy = routing;
-        require_exactly(policy, routing, scope, 0,
-                        [&](Index begin, Index end) { return policy.capacity(copy, begin, end); });
+        const DynamicCapacity policy({.factor = rng.uniform(-2.0, 2.0),
+                                      .alignment = 1 + rng.below(4),
+                                      .order = any_order(rng),
+                                      .scope = scope});
+        const Routing<double> copy = routing;
+        OverflowSpace<double> space;
+        require_exactly(policy, pass, routing, scope, 0, [&](Index begin, Index end) {
+          return policy.capacity(copy, begin, end, space);
+        });
         break;
       }
       default: {
@@ -200,9 +204,9 @@ TEST_CASE("No expert keeps more than its capacity, or less than it could",
                                                .minimum = rng.below(3),
                                                .order = any_order(rng),
                                                .scope = scope});
-        require_exactly(policy, routing, scope, 0, [&](Index begin, Index end) {
-          const CapacityFactor same{.train = policy.factor(), .minimum = policy.config().minimum};
-          return same.capacity(routing.real_tokens(begin, end) * s.k, s.experts, true);
+        require_exactly(policy, pass, routing, scope, 0, [&](Index begin, Index end) {
+          const CapacityFactor same({.train = policy.factor(), .minimum = policy.config().minimum});
+          return same.capacity(routing.rows.real(begin, end) * s.k, s.experts, true);
         });
       }
     }
@@ -216,25 +220,27 @@ TEST_CASE("A capacity policy that has seen a routing of this size allocates noth
   const Sequences sequences = Sequences::uniform(3, 20);
   Rng rng(5);
   const Pass pass{.training = true, .sequences = &sequences, .rng = &rng};
-  const RankPolicy selector(SoftmaxTopK<double>{.k = 3});
+  const RankPolicy selector(SoftmaxTopK<double>({.k = 3}));
+  RankPolicy<SoftmaxTopK<double>>::Cache selector_cache;
   Routing<double> routing;
-  const auto check = [&](auto&& policy) {
+  const auto check = [&](auto policy) {
+    typename decltype(policy)::template Cache<double> cache;
     const auto run = [&] {
-      selector.select(logits, pass, routing);
-      policy.apply(routing);
-      if constexpr (requires { policy.observe(routing); }) policy.observe(routing);
+      selector.forward(logits, pass, routing, selector_cache);
+      policy.forward(pass, routing, cache);
+      policy.observe(routing);
     };
     run();
     for (int again = 0; again < 4; ++again) CHECK(test::count_allocations(run) == 0);
   };
   for (int order = 0; order < 6; ++order) {
-    check(CapacityFactor{
-        .train = 0.7, .order = static_cast<DropOrder>(order), .scope = Scope::kSequence});
-    check(FixedCapacity{.capacity = 3, .order = static_cast<DropOrder>(order), .group_size = 7});
+    check(CapacityFactor(
+        {.train = 0.7, .order = static_cast<DropOrder>(order), .scope = Scope::kSequence}));
+    check(FixedCapacity({.capacity = 3, .order = static_cast<DropOrder>(order), .group_size = 7}));
   }
-  check(DynamicCapacity{.factor = -0.5});
+  check(DynamicCapacity({.factor = -0.5}));
   check(AdaptiveCapacity<double>());
-  check(RenormaliseKept(DeviceCapacity{.devices = 3, .factor = 0.7}));
+  check(RenormaliseKept(DeviceCapacity({.devices = 3, .factor = 0.7})));
 }
 
 TEST_CASE("Weights sum to what the convention says, before and after a drop",
@@ -244,25 +250,24 @@ TEST_CASE("Weights sum to what the convention says, before and after a drop",
     Setting s(rng);
     auto [routing, convention] = random_routing(s, rng);
     const double scale = rng.uniform(0.5, 3.0);
-    const FixedCapacity capacity{.capacity = 1 + rng.below(4), .order = any_order(rng)};
+    const FixedCapacity capacity({.capacity = 1 + rng.below(4), .order = any_order(rng)});
     const bool renormalised = rng.uniform() < 0.5;
     if (renormalised) {
-      RenormaliseKept(capacity, scale).apply(routing);
+      test::limit(RenormaliseKept(capacity, {.scale = scale}), routing, s.pass());
     } else {
-      capacity.apply(routing);
+      test::limit(capacity, routing, s.pass());
     }
     for (Index t = 0; t < s.tokens(); ++t) {
       double all = 0.0;
       double kept = 0.0;
       bool any = false;
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        const auto i = static_cast<std::size_t>(a);
-        all += renormalised ? routing.selector_weight[i] : routing.weight[i];
-        if (routing.kept[i] == 0) continue;
+        all += routing.weight[a];
+        if (routing.kept[a] == 0) continue;
         any = true;
-        kept += routing.weight[i];
+        kept += routing.applied_weight(a);
       }
-      if (routing.is_padding(t)) {
+      if (routing.rows.is_padding(t)) {
         REQUIRE(routing.first(t) == routing.last(t));
         continue;
       }
@@ -275,10 +280,8 @@ TEST_CASE("Weights sum to what the convention says, before and after a drop",
     }
     Dispatch<double> dispatch;
     dispatch.build(routing);
-    const std::vector<Index> load = kept_load(routing, 0, s.tokens());
-    for (Index e = 0; e < s.experts; ++e) {
-      REQUIRE(dispatch.rows(e) == load[static_cast<std::size_t>(e)]);
-    }
+    const List<Index> load = kept_load(routing, 0, s.tokens());
+    for (Index e = 0; e < s.experts; ++e) REQUIRE(dispatch.rows(e) == load[e]);
   }
 }
 
@@ -293,7 +296,7 @@ TEST_CASE("Permuting tokens permutes the routing, unless positions matter",
     const std::vector<Index> order = random_order(tokens, rng);
     // With k = 1, renormalised weights are all equal, and ties go by position.
     const bool renormalise = k > 1 && rng.uniform() < 0.5;
-    const RankPolicy selector(SoftmaxTopK<double>{.k = k, .renormalise = renormalise},
+    const RankPolicy selector(SoftmaxTopK<double>({.k = k, .renormalise = renormalise}),
                               {RankRule::kThreshold, RankRule::kAll});
     const Pass pass{.training = rng.uniform() < 0.5};
     Routing<double> plain = test::route(selector, logits, pass);
@@ -301,8 +304,8 @@ TEST_CASE("Permuting tokens permutes the routing, unless positions matter",
     REQUIRE(used_weights(moved) == permuted(used_weights(plain), order));
 
     const auto apply = [&](const auto& policy) {
-      policy.apply(plain);
-      policy.apply(moved);
+      test::limit(policy, plain, pass);
+      test::limit(policy, moved, pass);
     };
     constexpr DropOrder kByToken[] = {DropOrder::kProbability, DropOrder::kBatchPrioritised,
                                       DropOrder::kBatchPrioritisedSum};
@@ -310,21 +313,21 @@ TEST_CASE("Permuting tokens permutes the routing, unless positions matter",
     // The probabilities of all experts sum to one for each token: ties again.
     const DropOrder by_token = kByToken[rng.below(k == experts ? 2 : 3)];
     const double factor = rng.uniform(0.2, 1.2);
-    const CapacityFactor positional{
-        .train = factor, .evaluate = factor, .minimum = 0, .order = kByPosition[rng.below(2)]};
+    const CapacityFactor positional(
+        {.train = factor, .evaluate = factor, .minimum = 0, .order = kByPosition[rng.below(2)]});
     switch (rng.below(5)) {
       case 0:
-        apply(Dropless{});
+        apply(Dropless());
         break;
       case 1:
-        apply(FixedCapacity{.capacity = 1 + rng.below(5), .order = by_token});
+        apply(FixedCapacity({.capacity = 1 + rng.below(5), .order = by_token}));
         break;
       case 2:
-        apply(DynamicCapacity{.factor = factor, .order = by_token});
+        apply(DynamicCapacity({.factor = factor, .order = by_token}));
         break;
       case 3: {
-        apply(RenormaliseKept(DeviceCapacity{
-            .devices = 2, .factor = factor, .protected_share = 0.0, .evaluate = true}));
+        apply(RenormaliseKept(DeviceCapacity(
+            {.devices = 2, .factor = factor, .protected_share = 0.0, .evaluate = true})));
         break;
       }
       default: {

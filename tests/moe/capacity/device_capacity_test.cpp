@@ -27,7 +27,7 @@ using Kept = std::vector<std::uint8_t>;
 /// 0.6, 0.4 and 0.2, those on device 1 are 0.1, 0.35 and 0.25.
 Routing<double> small_routing() {
   Routing<double> routing;
-  routing.begin("Test", Matrix<double>::Zero(4, 4), {.training = true});
+  routing.begin("Test", Matrix<double>::Zero(4, 4), {});
   routing.assign_each(2);
   routing.expert = {0, 1, 1, 2, 0, 3, 2, 1};
   routing.probabilities << 0.5, 0.3, 0.1, 0.1,  //
@@ -37,12 +37,13 @@ Routing<double> small_routing() {
   return routing;
 }
 
-Kept kept_of(const DeviceCapacity& policy, Routing<double> routing) {
-  policy.apply(routing);
+Kept kept_of(const DeviceCapacityConfig& config, Routing<double> routing,
+             const Pass& pass = kTraining) {
+  test::limit(DeviceCapacity(config), routing, pass);
   return routing.kept;
 }
 
-constexpr DeviceCapacity kTwo{.devices = 2, .protected_share = 0.0};
+constexpr DeviceCapacityConfig kTwo{.devices = 2, .protected_share = 0.0};
 
 }  // namespace
 
@@ -50,7 +51,7 @@ TEST_CASE("DeviceCapacity drops the lowest affinities of a device over its budge
           "[moe][capacity][device_capacity]") {
   // Eight assignments: four for each device. Device 0 has five.
   CHECK(kept_of(kTwo, small_routing()) == Kept{1, 1, 1, 1, 1, 1, 1, 0});
-  DeviceCapacity half = kTwo;
+  DeviceCapacityConfig half = kTwo;
   half.factor = 0.5;
   CHECK(kept_of(half, small_routing()) == Kept{1, 0, 1, 0, 0, 1, 1, 0});
   half.factor = 0.6;  // 2.4 are 3.
@@ -74,15 +75,14 @@ TEST_CASE("DeviceCapacity prefers the earlier of equals, and counts what is kept
 
 TEST_CASE("DeviceCapacity drops in evaluation only if told to",
           "[moe][capacity][device_capacity]") {
-  Routing<double> routing = small_routing();
-  routing.training = false;
-  DeviceCapacity policy = kTwo;
-  CHECK(kept_of(policy, routing) == Kept(8, 1));
+  const Routing<double> routing = small_routing();
+  DeviceCapacityConfig policy = kTwo;
+  CHECK(kept_of(policy, routing, {}) == Kept(8, 1));
   policy.protected_share = 0.1;  // Needs no generator either.
-  CHECK(kept_of(policy, routing) == Kept(8, 1));
+  CHECK(kept_of(policy, routing, {}) == Kept(8, 1));
   policy = kTwo;
   policy.evaluate = true;
-  CHECK(kept_of(policy, routing) == Kept{1, 1, 1, 1, 1, 1, 1, 0});
+  CHECK(kept_of(policy, routing, {}) == Kept{1, 1, 1, 1, 1, 1, 1, 0});
 }
 
 TEST_CASE("DeviceCapacity never drops of a protected sequence",
@@ -93,34 +93,34 @@ TEST_CASE("DeviceCapacity never drops of a protected sequence",
   Matrix<double> logits = test::random_matrix(400, 4, 2);
   logits.leftCols(2).array() += 20.0;
   const Pass pass{.training = true, .sequences = &sequences, .rng = &rng};
-  const Routing<double> routing = test::route(SoftmaxTopK<double>{.k = 2}, logits, pass);
+  const Routing<double> routing = test::route(SoftmaxTopK<double>({.k = 2}), logits, pass);
   const auto count = [](const Kept& kept) { return std::count(kept.begin(), kept.end(), 1); };
 
-  DeviceCapacity policy{.devices = 2, .factor = 0.1};
+  DeviceCapacityConfig policy{.devices = 2, .factor = 0.1};
   policy.protected_share = 1.0;
-  CHECK(count(kept_of(policy, routing)) == 800);
+  CHECK(count(kept_of(policy, routing, pass)) == 800);
   policy.protected_share = 0.1;
-  const Kept kept = kept_of(policy, routing);
+  const Kept kept = kept_of(policy, routing, pass);
   // 40 places, taken by about 40 protected sequences with two assignments each.
   Index whole = 0;
   for (std::size_t t = 0; t < 400; ++t) whole += kept[2 * t] + kept[2 * t + 1] == 2 ? 1 : 0;
   CHECK(std::abs(static_cast<double>(whole) - 40.0) < 24.0);  // Four standard deviations.
   CHECK(count(kept) == 2 * whole);
-  CHECK(kept_of(policy, routing) != kept);  // Other sequences in another pass.
+  CHECK(kept_of(policy, routing, pass) != kept);  // Other sequences in another pass.
   Rng same(1);
-  Routing<double> again = routing;
+  Pass again = pass;
   again.rng = &same;
-  (void)kept_of({.devices = 2, .protected_share = 1.0}, again);
-  CHECK(kept_of(policy, again) == kept);
+  (void)kept_of({.devices = 2, .protected_share = 1.0}, routing, again);
+  CHECK(kept_of(policy, routing, again) == kept);
 
   // Where there is room, it goes to the best of the others.
   policy.factor = 0.5;
-  CHECK(count(kept_of(policy, routing)) == 200);
+  CHECK(count(kept_of(policy, routing, pass)) == 200);
 }
 
 TEST_CASE("DeviceCapacity knows padding and no tokens", "[moe][capacity][device_capacity]") {
   const std::vector<std::uint8_t> mask = {0, 1};
-  const SoftmaxTopK<double> selector{.k = 2};
+  const SoftmaxTopK<double> selector({.k = 2});
   CHECK(kept_of(kTwo, test::route(selector, test::random_matrix(2, 4, 1),
                                   {.training = true, .mask = mask}))
             .size() == 2);
@@ -137,18 +137,19 @@ TEST_CASE("DeviceCapacity never exceeds the budget without protection",
     const Index tokens = rng.below(30);
     const double factor = rng.uniform(0.2, 1.5);
     Routing<double> routing =
-        test::route(SoftmaxTopK<double>{.k = k}, normal_init<double>(tokens, experts, 1.0, rng),
+        test::route(SoftmaxTopK<double>({.k = k}), normal_init<double>(tokens, experts, 1.0, rng),
                     {.training = true});
     const auto on_device = [&](Index device) {
       Index count = 0;
-      for (std::size_t a = 0; a < routing.expert.size(); ++a) {
+      for (Index a = 0; a < routing.assignments(); ++a) {
         if (routing.expert[a] / (experts / devices) == device) count += routing.kept[a];
       }
       return count;
     };
     std::vector<Index> wanted;
     for (Index d = 0; d < devices; ++d) wanted.push_back(on_device(d));
-    DeviceCapacity{.devices = devices, .factor = factor, .protected_share = 0.0}.apply(routing);
+    const DeviceCapacity policy({.devices = devices, .factor = factor, .protected_share = 0.0});
+    test::limit(policy, routing, kTraining);
     const auto budget = static_cast<Index>(
         std::ceil(factor * static_cast<double>(tokens * k) / static_cast<double>(devices)));
     for (Index d = 0; d < devices; ++d) {
@@ -160,20 +161,22 @@ TEST_CASE("DeviceCapacity never exceeds the budget without protection",
 TEST_CASE("DeviceCapacity leaves the layer's gradients exact",
           "[moe][capacity][device_capacity][gradient]") {
   Rng rng(1);
-  MoELayer layer(LinearRouter<double>(4, 4, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{.k = 2},
-                 DeviceCapacity{.devices = 2, .factor = 0.7, .protected_share = 0.0},
-                 GluBank<double>(4, 4, 3, rng, 1.0));
+  MoELayer layer(LinearRouter<double>(4, 4, rng, {.init_scale = 5.0}),
+                 SoftmaxTopK<double>({.k = 2}),
+                 DeviceCapacity({.devices = 2, .factor = 0.7, .protected_share = 0.0}),
+                 GluBank<double>(4, 4, 3, rng));
   const Matrix<double> x = test::random_matrix(8, 4, 2);
   decltype(layer)::Cache cache;
-  layer.forward(x, {.training = true}, cache);
+  layer.forward(x, kTraining, cache);
   CHECK(layer.report(cache).dropped > 0);
-  test::check_gradients(layer, x, {.training = true});
+  test::check_gradients(layer, x);
 }
 
 TEST_CASE("DeviceCapacity names the setting that is wrong", "[moe][capacity][device_capacity]") {
   Routing<double> routing = small_routing();
-  const auto message = [&](const DeviceCapacity& policy) {
-    return test::message_of<ConfigError>([&] { policy.apply(routing); });
+  const auto message = [&](const DeviceCapacityConfig& config) {
+    return test::message_of<ConfigError>(
+        [&] { test::limit(DeviceCapacity(config), routing, kTraining); });
   };
   CHECK(message({.devices = 0}) == "DeviceCapacity: devices = 0, expected >= 1");
   CHECK(message({.devices = 3}) ==

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include <cstdint>
-#include <vector>
 
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
 #include "support/catch.hpp"
-#include "support/matrices.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
 
@@ -17,14 +16,13 @@ TEST_CASE("Dropless keeps every assignment, even all to one expert", "[moe][drop
   const auto tokens = GENERATE(as<Index>{}, 0, 1, 100);
   Matrix<double> logits = Matrix<double>::Zero(tokens, 8);
   logits.col(5).setOnes();
-  Routing<double> routing;
-  TopKSoftmax<double>{1}.select(logits, {}, routing);
-  const std::vector<double> weight = routing.weight;
+  Routing<double> routing = test::route(TopKSoftmax<double>({.k = 1}), logits);
+  const List<double> weight = routing.weight;
 
-  Dropless{}.check();
-  Dropless{}.apply(routing);
-  CHECK(routing.kept == std::vector<std::uint8_t>(static_cast<std::size_t>(tokens), 1));
-  CHECK(routing.expert == std::vector<Index>(static_cast<std::size_t>(tokens), 5));
+  Dropless().check();
+  test::limit(Dropless(), routing);
+  CHECK(routing.kept == List<std::uint8_t>(tokens, 1));
+  CHECK(routing.expert == List<Index>(tokens, 5));
   CHECK(routing.weight == weight);
-  CHECK_FALSE(routing.pass_dropped);
+  CHECK(routing.applied.empty());
 }

@@ -20,7 +20,7 @@ namespace {
 using Kept = std::vector<std::uint8_t>;
 
 Routing<double> select(const Matrix<double>& logits, Index k, const Pass& pass = {}) {
-  return test::route(TopKSoftmax<double>{k}, logits, pass);
+  return test::route(TopKSoftmax<double>({.k = k}), logits, pass);
 }
 
 /// `tokens` tokens that all choose experts 0, 1, ... in this order.
@@ -28,12 +28,13 @@ Matrix<double> crowd(Index tokens, Index experts) {
   return RowVector<double>::LinSpaced(experts, 1.0, 0.0).replicate(tokens, 1);
 }
 
-Index capacity_of(const DynamicCapacity& policy, Routing<double> routing) {
-  return policy.capacity(routing, 0, routing.tokens());
+Index capacity_of(const DynamicCapacityConfig& config, const Routing<double>& routing) {
+  OverflowSpace<double> space;
+  return DynamicCapacity(config).capacity(routing, 0, routing.tokens(), space);
 }
 
-Kept kept_of(const DynamicCapacity& policy, Routing<double> routing) {
-  policy.apply(routing);
+Kept kept_of(const DynamicCapacityConfig& config, Routing<double> routing, const Pass& pass = {}) {
+  test::limit(DynamicCapacity(config), routing, pass);
   return routing.kept;
 }
 
@@ -62,8 +63,8 @@ TEST_CASE("DynamicCapacity drops nothing with a factor of zero",
   CHECK(kept_of({}, select(Matrix<double>(0, 4), 2)).empty());
   CHECK(kept_of({}, select(crowd(1, 1), 1)) == Kept{1});
   Rng rng(1);
-  CHECK(kept_of({.order = DropOrder::kRandom},
-                select(crowd(10, 4), 2, {.training = true, .rng = &rng})) == Kept(20, 1));
+  CHECK(kept_of({.order = DropOrder::kRandom}, select(crowd(10, 4), 2),
+                {.training = true, .rng = &rng}) == Kept(20, 1));
 }
 
 TEST_CASE("DynamicCapacity keeps what it says of each group", "[moe][capacity][dynamic_capacity]") {
@@ -84,18 +85,13 @@ TEST_CASE("DynamicCapacity counts neither padding nor what is not kept",
   CHECK(capacity_of({.factor = 0.0}, routing) == 2);
 }
 
-TEST_CASE("DynamicCapacity says what becomes of the dropped", "[moe][capacity][dynamic_capacity]") {
-  Routing<double> routing = select(crowd(3, 2), 1);
-  DynamicCapacity{.on_drop = OnDrop::kPass}.apply(routing);
-  CHECK(routing.pass_dropped);
-}
-
 TEST_CASE("DynamicCapacity names the setting that is wrong", "[moe][capacity][dynamic_capacity]") {
-  Routing<double> routing = select(crowd(3, 2), 1);
-  CHECK(test::message_of<ConfigError>([&] {
-          DynamicCapacity{.factor = std::numeric_limits<double>::infinity()}.apply(routing);
-        }) == "DynamicCapacity: factor = inf, expected a finite number");
-  CHECK(test::message_of<ConfigError>([] { DynamicCapacity{.alignment = 0}.check(); }) ==
-        "DynamicCapacity: alignment = 0, expected >= 1");
-  CHECK(routing.kept == Kept(3, 1));
+  const auto message = [](const DynamicCapacityConfig& config) {
+    return test::message_of<ConfigError>([&] { DynamicCapacity{config}; });
+  };
+  CHECK(message({.factor = std::numeric_limits<double>::infinity()}) ==
+        "DynamicCapacity: factor = inf, expected a finite number");
+  CHECK(message({.alignment = 0}) == "DynamicCapacity: alignment = 0, expected >= 1");
+  CHECK(message({.factor = -1.5}) == "no exception");
+  CHECK(DynamicCapacity({.alignment = 3}).config().alignment == 3);
 }

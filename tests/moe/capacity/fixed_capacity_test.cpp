@@ -20,11 +20,11 @@ namespace {
 using Kept = std::vector<std::uint8_t>;
 
 Routing<double> select(const Matrix<double>& logits, Index k, const Pass& pass = {}) {
-  return test::route(TopKSoftmax<double>{k}, logits, pass);
+  return test::route(TopKSoftmax<double>({.k = k}), logits, pass);
 }
 
-Kept kept_of(const FixedCapacity& policy, Routing<double> routing) {
-  policy.apply(routing);
+Kept kept_of(const FixedCapacityConfig& config, Routing<double> routing, const Pass& pass = {}) {
+  test::limit(FixedCapacity(config), routing, pass);
   return routing.kept;
 }
 
@@ -37,7 +37,7 @@ Matrix<double> crowd(Index tokens) {
 
 /// In how many of 200 random routings a change of the later tokens changes which assignments of the
 /// earlier ones are kept.
-int acausal_trials(const FixedCapacity& policy, Index k) {
+int acausal_trials(const FixedCapacityConfig& policy, Index k) {
   Rng rng(1);
   int changed = 0;
   for (int trial = 0; trial < 200; ++trial) {
@@ -54,7 +54,7 @@ int acausal_trials(const FixedCapacity& policy, Index k) {
 
 /// The same for a random order in training, with the same draws before and after.
 int acausal_random_trials(Index k) {
-  const FixedCapacity policy{.capacity = 2, .order = DropOrder::kRandom};
+  const FixedCapacityConfig policy{.capacity = 2, .order = DropOrder::kRandom};
   Rng rng(2);
   int changed = 0;
   for (int trial = 0; trial < 200; ++trial) {
@@ -62,7 +62,7 @@ int acausal_random_trials(Index k) {
     Matrix<double> logits = normal_init<double>(10, 4, 1.0, rng);
     const auto kept = [&] {
       Rng draws(static_cast<std::uint64_t>(trial));
-      return kept_of(policy, select(logits, k, {.training = true, .rng = &draws}));
+      return kept_of(policy, select(logits, k), {.training = true, .rng = &draws});
     };
     const Kept before = kept();
     logits.bottomRows(10 - earlier) = normal_init<double>(10 - earlier, 4, 1.0, rng);
@@ -117,14 +117,14 @@ TEST_CASE("FixedCapacity follows its order", "[moe][fixed_capacity]") {
 }
 
 TEST_CASE("FixedCapacity is as causal as it says", "[moe][fixed_capacity]") {
-  const FixedCapacity rank_major{.capacity = 2, .order = DropOrder::kRankMajor};
-  const FixedCapacity token_major{.capacity = 2, .order = DropOrder::kTokenMajor};
+  const FixedCapacityConfig rank_major{.capacity = 2, .order = DropOrder::kRankMajor};
+  const FixedCapacityConfig token_major{.capacity = 2, .order = DropOrder::kTokenMajor};
   for (const Index k : {1, 2}) {
     CHECK(acausal_trials({.capacity = 2, .order = DropOrder::kBatchPrioritised}, k) > 0);
     CHECK(acausal_trials({.capacity = 2, .order = DropOrder::kBatchPrioritisedSum}, k) > 0);
     CHECK(acausal_random_trials(k) > 0);
   }
-  const FixedCapacity probability{.capacity = 2, .order = DropOrder::kProbability};
+  const FixedCapacityConfig probability{.capacity = 2, .order = DropOrder::kProbability};
   CHECK(acausal_trials(token_major, 1) == 0);
   CHECK(acausal_trials(token_major, 2) == 0);
   CHECK(acausal_trials(token_major, 4) == 0);
@@ -138,27 +138,18 @@ TEST_CASE("FixedCapacity is as causal as it says", "[moe][fixed_capacity]") {
   routing.begin("Test", Matrix<double>::Zero(2, 1), {});
   routing.assign_each(1);
   routing.weight = {0.5, 0.4};
-  const FixedCapacity one{.capacity = 1, .order = DropOrder::kProbability};
+  const FixedCapacityConfig one{.capacity = 1, .order = DropOrder::kProbability};
   CHECK(kept_of(one, routing) == Kept{1, 0});
   routing.weight = {0.5, 0.6};
   CHECK(kept_of(one, routing) == Kept{0, 1});
 }
 
-TEST_CASE("FixedCapacity says what becomes of the dropped", "[moe][fixed_capacity]") {
-  Routing<double> routing = select(crowd(3), 1);
-  FixedCapacity{.capacity = 1, .on_drop = OnDrop::kPass}.apply(routing);
-  CHECK(routing.pass_dropped);
-  FixedCapacity{.capacity = 1}.apply(routing);
-  CHECK_FALSE(routing.pass_dropped);
-}
-
 TEST_CASE("FixedCapacity names the setting that is out of range", "[moe][fixed_capacity]") {
-  Routing<double> routing = select(crowd(3), 1);
-  CHECK(test::message_of<ConfigError>([&] { FixedCapacity{.capacity = 0}.apply(routing); }) ==
-        "FixedCapacity: capacity = 0, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { FixedCapacity{.capacity = -2}.check(); }) ==
-        "FixedCapacity: capacity = -2, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { FixedCapacity{.group_size = -1}.apply(routing); }) ==
-        "FixedCapacity: group_size = -1, expected >= 0");
-  CHECK(routing.kept == Kept(3, 1));
+  const auto message = [](const FixedCapacityConfig& config) {
+    return test::message_of<ConfigError>([&] { FixedCapacity{config}; });
+  };
+  CHECK(message({.capacity = 0}) == "FixedCapacity: capacity = 0, expected >= 1");
+  CHECK(message({.capacity = -2}) == "FixedCapacity: capacity = -2, expected >= 1");
+  CHECK(message({.group_size = -1}) == "FixedCapacity: group_size = -1, expected >= 0");
+  CHECK(FixedCapacity({.capacity = 3}).config().capacity == 3);
 }

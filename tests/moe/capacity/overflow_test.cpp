@@ -10,6 +10,7 @@
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
 
@@ -35,15 +36,14 @@ Routing<double> small_routing() {
   return routing;
 }
 
-/// The same in training, with a generator.
-Routing<double> drawing(Routing<double> routing, Rng& rng) {
-  routing.training = true;
-  routing.rng = &rng;
-  return routing;
+/// A pass in training, with a generator.
+Pass drawing(Rng& rng) {
+  return {.training = true, .rng = &rng};
 }
 
-Kept kept_of(Routing<double> routing, Index capacity, DropOrder order) {
-  drop_overflow(routing, 0, routing.tokens(), capacity, order);
+Kept kept_of(Routing<double> routing, Index capacity, DropOrder order, const Pass& pass = {}) {
+  OverflowSpace<double> space;
+  drop_overflow(pass, routing, 0, routing.tokens(), capacity, order, space);
   return routing.kept;
 }
 
@@ -97,22 +97,22 @@ TEST_CASE("drop_overflow at random is the same for a seed and another from pass 
   routing.begin("Test", Matrix<double>::Zero(64, 1), {});
   routing.assign_each(1);
   Rng first(7), second(7);
-  const Kept once = kept_of(drawing(routing, first), 32, DropOrder::kRandom);
-  CHECK(once == kept_of(drawing(routing, second), 32, DropOrder::kRandom));
+  const Kept once = kept_of(routing, 32, DropOrder::kRandom, drawing(first));
+  CHECK(once == kept_of(routing, 32, DropOrder::kRandom, drawing(second)));
   CHECK(first.position() == second.position());
-  const Kept again = kept_of(drawing(routing, first), 32, DropOrder::kRandom);
+  const Kept again = kept_of(routing, 32, DropOrder::kRandom, drawing(first));
   CHECK(again != once);
-  CHECK(again == kept_of(drawing(routing, second), 32, DropOrder::kRandom));
+  CHECK(again == kept_of(routing, 32, DropOrder::kRandom, drawing(second)));
 }
 
 TEST_CASE("drop_overflow at random gives every assignment the same chance", "[moe][overflow]") {
   // Expert 0 has four assignments for two places; expert 1 three for two; expert 2 is not full.
   Rng rng(3);
-  const Routing<double> routing = drawing(small_routing(), rng);
+  const Routing<double> routing = small_routing();
   constexpr int kTrials = 4000;
   std::vector<double> share(8, 0.0);
   for (int trial = 0; trial < kTrials; ++trial) {
-    const Kept kept = kept_of(routing, 2, DropOrder::kRandom);
+    const Kept kept = kept_of(routing, 2, DropOrder::kRandom, drawing(rng));
     for (std::size_t a = 0; a < kept.size(); ++a) share[a] += kept[a] / double{kTrials};
   }
   // Four standard deviations are 0.032.
@@ -124,9 +124,9 @@ TEST_CASE("drop_overflow at random gives every assignment the same chance", "[mo
 TEST_CASE("drop_overflow at random needs a generator, in training only", "[moe][overflow]") {
   Routing<double> routing = small_routing();
   CHECK(kept_of(routing, 1, DropOrder::kRandom) == kept_of(routing, 1, DropOrder::kRankMajor));
-  routing.training = true;
+  OverflowSpace<double> space;
   CHECK(test::message_of<ConfigError>([&] {
-          drop_overflow(routing, 0, routing.tokens(), 1, DropOrder::kRandom);
+          drop_overflow(kTraining, routing, 0, routing.tokens(), 1, DropOrder::kRandom, space);
         }) == "DropOrder::kRandom: pass.rng = null, expected a generator in training");
   CHECK(routing.kept == Kept(8, 1));
 }
@@ -140,7 +140,7 @@ TEST_CASE("for_each_capacity_group cuts each group of its scope", "[moe][overflo
   routing.begin("Test", Matrix<double>::Zero(8, 2), pass);
   const auto ranges = [&](Scope scope, Index group_size) {
     Ranges all;
-    for_each_capacity_group(routing, scope, group_size,
+    for_each_capacity_group(routing.rows, scope, group_size,
                             [&](Index begin, Index end) { all.emplace_back(begin, end); });
     return all;
   };
@@ -172,8 +172,10 @@ TEST_CASE("drop_overflow knows the extremes", "[moe][overflow]") {
 
 TEST_CASE("drop_overflow leaves the tokens of other groups alone", "[moe][overflow]") {
   for (const DropOrder order : kOrders) {
-    Routing<double> routing = small_routing();  // Not in training: random is rank-major.
-    drop_overflow(routing, 1, 3, 1, order);     // Experts 1, 0 and 0, 2.
+    Routing<double> routing = small_routing();
+    OverflowSpace<double> space;
+    // Experts 1, 0 and 0, 2. Not in training: random is rank-major.
+    drop_overflow({}, routing, 1, 3, 1, order, space);
     CHECK(routing.kept[0] + routing.kept[1] + routing.kept[6] + routing.kept[7] == 4);
     // Both tokens want expert 0: as second choice with 0.1, as first with 0.7.
     const bool earlier = order == DropOrder::kTokenMajor;
@@ -190,7 +192,7 @@ TEST_CASE("drop_overflow gives no place to what was dropped before", "[moe][over
   CHECK(kept_of(routing, 2, DropOrder::kTokenMajor) == Kept{0, 1, 1, 1, 1, 1, 0, 0});
   CHECK(kept_of(routing, 2, DropOrder::kBatchPrioritised) == Kept{0, 0, 1, 0, 1, 1, 1, 1});
   Rng rng(1);
-  CHECK(kept_of(drawing(routing, rng), 3, DropOrder::kRandom) == Kept{0, 1, 1, 1, 1, 1, 1, 1});
+  CHECK(kept_of(routing, 3, DropOrder::kRandom, drawing(rng)) == Kept{0, 1, 1, 1, 1, 1, 1, 1});
   routing = small_routing();
   routing.kept[6] = 0;
   CHECK(kept_of(routing, 2, DropOrder::kProbability) == Kept{1, 1, 1, 0, 1, 1, 0, 0});
@@ -221,16 +223,17 @@ TEST_CASE("drop_overflow keeps exactly as many as an expert can take", "[moe][ov
     const Index experts = 1 + rng.below(6);
     const Index k = 1 + rng.below(experts);
     const Index capacity = rng.below(8);
-    Routing<double> chosen;
-    TopKSoftmax<double>{k}.select(normal_init<double>(tokens, experts, 1.0, rng), {}, chosen);
+    const Routing<double> chosen =
+        test::route(TopKSoftmax<double>({.k = k}), normal_init<double>(tokens, experts, 1.0, rng));
     RowVector<double> wanted = RowVector<double>::Zero(experts);
     chosen.add_load(0, tokens, wanted);
 
     for (const DropOrder order : kOrders) {
-      Routing<double> routing = drawing(chosen, rng);
-      drop_overflow(routing, 0, tokens, capacity, order);
+      Routing<double> routing = chosen;
+      OverflowSpace<double> space;
+      drop_overflow(drawing(rng), routing, 0, tokens, capacity, order, space);
       RowVector<double> taken = RowVector<double>::Zero(experts);
-      for (std::size_t a = 0; a < routing.expert.size(); ++a) {
+      for (Index a = 0; a < routing.assignments(); ++a) {
         if (routing.kept[a] != 0) taken[routing.expert[a]] += 1.0;
       }
       REQUIRE(taken == wanted.cwiseMin(static_cast<double>(capacity)));

@@ -84,6 +84,7 @@ void drop_last(const Routing<T>& routing, Index first, Index last, Index bins, c
   end_of.assign(bins + 1, 0);
   for_each_kept([&](Index, Index bin) { ++end_of[bin + 1]; });
   for (Index bin = 0; bin < bins; ++bin) end_of[bin + 1] += end_of[bin];
+  space.listed.reserve(last - first);  // However many are kept, the next time needs no memory.
   space.listed.resize(end_of[bins]);
   Index* const listed = space.listed.data();
   for_each_kept([&](Index a, Index bin) { listed[end_of[bin]++] = a; });
