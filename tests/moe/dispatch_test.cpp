@@ -42,7 +42,7 @@ Routing<T> random_routing(Index tokens, Index experts, std::uint64_t seed) {
       routing.weight.push_back(static_cast<T>(rng.normal()));
       routing.kept.push_back(rng.uniform() < 0.8 ? 1 : 0);
     }
-    routing.offsets[static_cast<std::size_t>(t) + 1] = static_cast<Index>(routing.expert.size());
+    routing.offsets[t + 1] = routing.assignments();
   }
   return routing;
 }
@@ -106,13 +106,13 @@ TEST_CASE("Dispatch is stable and inverts itself", "[moe][dispatch]") {
   CHECK(dispatch.end(dispatch.experts() - 1) == kept);
   for (Index e = 0; e < dispatch.experts(); ++e) {
     for (Index s = dispatch.begin(e); s < dispatch.end(e); ++s) {
-      const auto a = static_cast<std::size_t>(dispatch.assignment(s));
+      const Index a = dispatch.assignment(s);
       CHECK(routing.kept[a] == 1);
       CHECK(routing.expert[a] == e);
       CHECK(routing.weight[a] == dispatch.weight(s));
-      CHECK(routing.first(dispatch.token(s)) <= dispatch.assignment(s));
-      CHECK(dispatch.assignment(s) < routing.last(dispatch.token(s)));
-      if (s > dispatch.begin(e)) CHECK(dispatch.assignment(s - 1) < dispatch.assignment(s));
+      CHECK(routing.first(dispatch.token(s)) <= a);
+      CHECK(a < routing.last(dispatch.token(s)));
+      if (s > dispatch.begin(e)) CHECK(dispatch.assignment(s - 1) < a);
     }
   }
   Index seen = 0;
@@ -144,6 +144,73 @@ TEST_CASE("Dispatch keeps nothing of the routing before", "[moe][dispatch]") {
   CHECK(dispatch.slots() == 7);
   CHECK(dispatch.experts() == 3);
   CHECK(slots_of(dispatch, 3) == std::vector<Index>{2, 6});
+}
+
+TEST_CASE("Dispatch lists what was dropped", "[moe][dispatch]") {
+  Routing<double> routing = small_routing();
+  routing.kept[6] = 0;
+  Dispatch<double> dispatch = dispatch_of(routing);
+  REQUIRE(dispatch.dropped().size() == 2);
+  CHECK(dispatch.dropped()[0].token == 2);
+  CHECK(dispatch.dropped()[0].assignment == 4);
+  CHECK(dispatch.dropped()[0].weight == 3.0);
+  CHECK(dispatch.dropped()[1].token == 3);
+  CHECK(dispatch.dropped()[1].assignment == 6);
+  CHECK(dispatch.dropped()[1].weight == 0.125);
+  routing.kept.assign(8, 1);
+  dispatch.build(routing);
+  CHECK(dispatch.dropped().empty());
+}
+
+TEST_CASE("Dispatch has the weights that are applied, or those it is given", "[moe][dispatch]") {
+  Routing<double> routing = small_routing();
+  routing.applied = {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0};
+  Dispatch<double> dispatch = dispatch_of(routing);
+  for (Index s = 0; s < 7; ++s) {
+    CHECK(dispatch.weight(s) == static_cast<double>(dispatch.assignment(s) + 1));
+  }
+  CHECK(dispatch.dropped()[0].weight == 5.0);
+
+  const Assignments assignments = routing;
+  const std::vector<double> weight(8, 0.5);
+  dispatch.build(assignments, weight);
+  CHECK(dispatch.slots() == 7);
+  for (Index s = 0; s < 7; ++s) CHECK(dispatch.weight(s) == 0.5);
+  CHECK(slots_of(dispatch, 3) == std::vector<Index>{2, 6});
+}
+
+TEST_CASE("A part of a dispatch has some of its slots", "[moe][dispatch]") {
+  const Dispatch<double> whole = dispatch_of(small_routing());
+  Dispatch<double> part;
+  std::vector<std::pair<Index, Index>> asked;
+  part.build_part(whole, 2, [&](Index e, Index s) {
+    asked.emplace_back(e, s);
+    return s != 1;
+  });
+  CHECK(asked == std::vector<std::pair<Index, Index>>{{0, 0}, {0, 1}, {0, 2}, {1, 3}, {1, 4}});
+  CHECK(part.experts() == 2);
+  CHECK(part.tokens() == 4);
+  CHECK(part.assignments() == 8);
+  CHECK(part.dropped().empty());
+  REQUIRE(part.slots() == 4);
+  CHECK(part.begin(1) == 2);
+  CHECK(part.end(1) == 4);
+  std::vector<Index> assignments;
+  for (Index s = 0; s < 4; ++s) {
+    const Index of_whole = s == 0 ? 0 : s + 1;
+    CHECK(part.token(s) == whole.token(of_whole));
+    CHECK(part.weight(s) == whole.weight(of_whole));
+    assignments.push_back(part.assignment(s));
+  }
+  CHECK(assignments == std::vector<Index>{1, 6, 3, 5});
+  CHECK(slots_of(part, 0) == std::vector<Index>{0});
+  CHECK(slots_of(part, 1) == std::vector<Index>{2});
+  CHECK(slots_of(part, 2) == std::vector<Index>{3});
+  CHECK(slots_of(part, 3) == std::vector<Index>{1});
+
+  part.build_part(whole, 3, [](Index, Index) { return true; });  // And nothing of before.
+  CHECK(part.slots() == 7);
+  for (Index t = 0; t < 4; ++t) CHECK(slots_of(part, t) == slots_of(whole, t));
 }
 
 TEST_CASE("Dispatch takes no tokens, and tokens without assignments", "[moe][dispatch]") {
@@ -249,8 +316,8 @@ TEST_CASE("combine and its derivative give a token the same bits wherever it sta
   Routing<float> routing;  // Every token sees both experts.
   routing.begin("Test", Matrix<float>::Zero(tokens, 2), {});
   routing.assign_each(2);
-  for (std::size_t a = 0; a < routing.expert.size(); ++a) {
-    routing.expert[a] = static_cast<Index>(a % 2);
+  for (Index a = 0; a < routing.assignments(); ++a) {
+    routing.expert[a] = a % 2;
     routing.weight[a] = a % 2 == 0 ? 0.7F : 0.3F;
   }
   const Dispatch<float> dispatch = dispatch_of(routing);

@@ -7,7 +7,7 @@
 #include <weir/moe/selector/softmax_top_k.hpp>
 
 #include "support/catch.hpp"
-#include "support/matrices.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
 
@@ -17,11 +17,10 @@ TEST_CASE("A report counts load, drops and entropy", "[moe][report]") {
   Matrix<double> logits(5, 3);
   logits << 2, 1, 0, 2, 1, 0, NAN, NAN, NAN, 2, 0, 1, 2, 1, 0;
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1};
-  Routing<double> routing;
-  SoftmaxTopK<double>{2}.select(logits, {.mask = mask}, routing);
-  FixedCapacity{1}.apply(routing);
+  Routing<double> routing = test::route(SoftmaxTopK<double>({.k = 2}), logits, {.mask = mask});
+  test::limit(FixedCapacity({.capacity = 1}), routing);
 
-  const MoEReport report = report_of(routing);
+  const LayerReport report = report_of(routing);
   CHECK(report.tokens == 4);
   CHECK(report.assignments == 8);
   CHECK(report.dropped == 5);
@@ -39,19 +38,21 @@ TEST_CASE("A report counts load, drops and entropy", "[moe][report]") {
 
 TEST_CASE("Entropy is ln experts for an undecided router and zero for a sure one",
           "[moe][report]") {
+  const SoftmaxTopK<float> selector({.k = 1});
+  SoftmaxTopK<float>::Cache cache;
   Routing<float> routing;
-  SoftmaxTopK<float>{1}.select(Matrix<float>::Constant(3, 8, 0.5F), {}, routing);
+  selector.forward(Matrix<float>::Constant(3, 8, 0.5F), {}, routing, cache);
   CHECK(report_of(routing).entropy == Approx(std::log(8.0)));
   CHECK(report_of(routing).imbalance() == 8.0);  // Ties: all to expert 0.
 
   Matrix<float> sure = Matrix<float>::Zero(2, 3);
   sure.col(1).setConstant(1000.0F);
-  SoftmaxTopK<float>{1}.select(sure, {}, routing);
+  selector.forward(sure, {}, routing, cache);
   CHECK(report_of(routing).entropy == 0.0);
 }
 
 TEST_CASE("A report of nothing is level and undropped", "[moe][report]") {
-  const auto check = [](const MoEReport& report) {
+  const auto check = [](const LayerReport& report) {
     CHECK(report.tokens == 0);
     CHECK(report.assignments == 0);
     CHECK(report.dropped_tokens == 0);
@@ -60,8 +61,7 @@ TEST_CASE("A report of nothing is level and undropped", "[moe][report]") {
     CHECK(report.imbalance() == 1.0);
   };
   check(report_of(Routing<double>{}));
-  Routing<double> routing;
-  SoftmaxTopK<double>{1}.select(Matrix<double>(0, 3), {}, routing);
+  const Routing<double> routing = test::route(SoftmaxTopK<double>({.k = 1}), Matrix<double>(0, 3));
   check(report_of(routing));
   CHECK(report_of(routing).load == std::vector<Index>{0, 0, 0});
 }

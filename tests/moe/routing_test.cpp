@@ -17,7 +17,8 @@ using Groups = std::vector<std::pair<Index, Index>>;
 
 Groups groups(const Routing<double>& routing, Scope scope) {
   Groups groups;
-  routing.for_each_group(scope, [&](Index begin, Index end) { groups.emplace_back(begin, end); });
+  routing.rows.for_each_group(scope,
+                              [&](Index begin, Index end) { groups.emplace_back(begin, end); });
   return groups;
 }
 
@@ -28,7 +29,7 @@ TEST_CASE("Routing without a pass is of no tokens", "[moe][routing]") {
   CHECK(routing.tokens() == 0);
   CHECK(routing.experts() == 0);
   CHECK(routing.assignments() == 0);
-  CHECK(routing.real_tokens() == 0);
+  CHECK(routing.rows.real() == 0);
   RoutingGradient<double> gradient;
   gradient.reset(routing);
   CHECK(gradient.weights.size() == 0);
@@ -41,15 +42,15 @@ TEST_CASE("Routing gives each real token its assignments", "[moe][routing]") {
   Routing<double> routing;
   routing.begin("Test", test::random_matrix(4, 3, 1), pass);
   CHECK(routing.assignments() == 0);
-  CHECK(routing.offsets == std::vector<Index>{0, 0, 0, 0, 0});
+  CHECK(routing.offsets == List<Index>{0, 0, 0, 0, 0});
 
   routing.assign_each(2);
-  CHECK(routing.offsets == std::vector<Index>{0, 2, 2, 4, 6});
+  CHECK(routing.offsets == List<Index>{0, 2, 2, 4, 6});
   CHECK(routing.first(2) == 2);
   CHECK(routing.last(2) == 4);
   CHECK(routing.assignments() == 6);
   CHECK(routing.weight.size() == 6);
-  CHECK(routing.kept == std::vector<std::uint8_t>(6, 1));
+  CHECK(routing.kept == List<std::uint8_t>(6, 1));
 }
 
 TEST_CASE("Routing knows its padding", "[moe][routing]") {
@@ -58,15 +59,15 @@ TEST_CASE("Routing knows its padding", "[moe][routing]") {
   pass.mask = mask;
   Routing<double> routing;
   routing.begin("Test", test::random_matrix(5, 3, 2), pass);
-  CHECK_FALSE(routing.is_padding(0));
-  CHECK(routing.is_padding(4));
-  CHECK(routing.real_tokens() == 2);
-  CHECK(routing.real_tokens(1, 3) == 1);
-  CHECK(routing.real_tokens(3, 5) == 0);
+  CHECK_FALSE(routing.rows.is_padding(0));
+  CHECK(routing.rows.is_padding(4));
+  CHECK(routing.rows.real() == 2);
+  CHECK(routing.rows.real(1, 3) == 1);
+  CHECK(routing.rows.real(3, 5) == 0);
 
   routing.begin("Test", test::random_matrix(5, 3, 2), {});
-  CHECK_FALSE(routing.is_padding(4));
-  CHECK(routing.real_tokens() == 5);
+  CHECK_FALSE(routing.rows.is_padding(4));
+  CHECK(routing.rows.real() == 5);
 }
 
 TEST_CASE("Routing groups tokens by batch or sequence", "[moe][routing]") {
@@ -132,17 +133,65 @@ TEST_CASE("Routing refuses a pass that does not fit", "[moe][routing]") {
   CHECK(routing.tokens() == 0);
 }
 
-TEST_CASE("Routing hands on the generator of its pass", "[moe][routing]") {
-  Rng rng(1);
+TEST_CASE("Routing applies the selector's weights unless a policy sets others", "[moe][routing]") {
   Routing<double> routing;
-  routing.begin("Test", test::random_matrix(3, 4, 7), {.training = true, .rng = &rng});
-  CHECK(&routing.generator("Someone") == &rng);
-  routing.begin("Test", test::random_matrix(3, 4, 7), {.training = true});
-  CHECK(test::message_of<ConfigError>([&] { routing.generator("Someone"); }) ==
-        "Someone: pass.rng = null, expected a generator in training");
-  routing.begin("Test", test::random_matrix(3, 4, 7), {});
-  CHECK(test::message_of<ConfigError>([&] { routing.generator("Someone"); }) ==
-        "Someone: pass.rng = null, expected a generator");
+  routing.begin("Test", test::random_matrix(2, 3, 7), {});
+  routing.assign_each(1);
+  routing.weight = {0.5, 0.25};
+  CHECK(routing.applied_weight(1) == 0.25);
+  routing.applied = {1.0, 2.0};
+  CHECK(routing.applied_weight(1) == 2.0);
+  CHECK(routing.weight[1] == 0.25);
+
+  routing.begin("Test", test::random_matrix(2, 3, 7), {});
+  CHECK(routing.applied.empty());
+}
+
+TEST_CASE("Routing knows which experts the pass forbids", "[moe][routing]") {
+  const std::vector<std::uint8_t> allowed = {1, 0, 1, 1, 1, 0};
+  const Matrix<double> logits = test::random_matrix(2, 3, 7);
+  Routing<double> routing;
+  routing.begin("Test", logits, {.allowed = allowed});
+  CHECK(routing.restricted);
+  for (Index t = 0; t < 2; ++t) {
+    for (Index e = 0; e < 3; ++e) {
+      const bool forbidden = allowed[static_cast<std::size_t>(3 * t + e)] == 0;
+      CHECK(routing.is_forbidden(t, e) == forbidden);
+      if (!forbidden) CHECK(routing.logits(t, e) == logits(t, e));
+    }
+  }
+  routing.begin("Test", logits, {});
+  CHECK_FALSE(routing.restricted);
+  CHECK_FALSE(routing.is_forbidden(0, 1));
+}
+
+TEST_CASE("Routing forgets the noise and the assignments of the pass before", "[moe][routing]") {
+  const std::vector<NoiseLevel<double>> levels(2);
+  Routing<double> routing;
+  routing.begin("Test", test::random_matrix(2, 3, 7), {});
+  routing.assign_each(2);
+  routing.noise = levels;
+  routing.begin("Test", test::random_matrix(4, 3, 7), {});
+  CHECK(routing.noise.empty());
+  CHECK(routing.tokens() == 4);
+  CHECK(routing.assignments() == 0);
+  CHECK(routing.weight.empty());
+}
+
+TEST_CASE("Assignments list the experts of a token, best first", "[moe][routing]") {
+  Assignments assignments;
+  assignments.expert_count = 4;
+  assignments.offsets = {0, 2, 2, 3};
+  assignments.expert = {3, 0, 1};
+  const auto of = [&](Index t) {
+    const auto experts = assignments.experts_of(t);
+    return std::vector<Index>(experts.begin(), experts.end());
+  };
+  CHECK(assignments.tokens() == 3);
+  CHECK(assignments.experts() == 4);
+  CHECK(of(0) == std::vector<Index>{3, 0});
+  CHECK(of(1).empty());
+  CHECK(of(2) == std::vector<Index>{1});
 }
 
 TEST_CASE("RoutingGradient is reset to zeros of the routing's shapes", "[moe][routing]") {
@@ -155,4 +204,12 @@ TEST_CASE("RoutingGradient is reset to zeros of the routing's shapes", "[moe][ro
   CHECK(gradient.logits == Matrix<double>::Zero(3, 4));
   CHECK(gradient.probabilities == Matrix<double>::Zero(3, 4));
   CHECK(gradient.weights == RowVector<double>::Zero(6));
+
+  std::vector<NoiseLevel<double>> noise(1);
+  noise[0].clean = noise[0].deviation = test::random_matrix(3, 4, 10);
+  routing.noise = noise;
+  gradient.reset(routing);
+  REQUIRE(gradient.noise.size() == 1);
+  CHECK(gradient.noise[0].clean == Matrix<double>::Zero(3, 4));
+  CHECK(gradient.noise[0].deviation == Matrix<double>::Zero(3, 4));
 }
