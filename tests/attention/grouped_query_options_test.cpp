@@ -106,7 +106,7 @@ TEST_CASE("GroupedQueryAttention is its definition with every option",
     pass.mask = mask;
     CHECK(test::relative_error(layer.forward(x, pass, cache), test::reference(layer, x, pass)) <=
           1e-13);
-    CHECK(test::relative_error(layer.forward(x), test::reference(layer, x)) <= 1e-13);
+    CHECK(test::relative_error(infer(layer, x), test::reference(layer, x)) <= 1e-13);
   }
 }
 
@@ -132,22 +132,22 @@ TEST_CASE("GroupedQueryAttention decodes what it would compute at once with ever
   for (const Option& option : options()) {
     INFO(option.name);
     const Gqa layer = test::random_attention(option.config);
-    const Matrix<double> whole = layer.forward(x);
+    const Matrix<double> whole = infer(layer, x);
     Gqa::State kv;
     Gqa::Cache cache;
     Matrix<double> y(tokens, 6);
     for (Index t = 0; t < tokens; t += chunk) {
       const Index count = std::min(chunk, tokens - t);
-      y.middleRows(t, count) = layer.decode(x.middleRows(t, count), kv, cache);
+      y.middleRows(t, count) = decode(layer, x.middleRows(t, count), kv, cache);
     }
     CHECK(kv.length() == tokens);
     CHECK(test::relative_error(y, whole) <= 1e-12);
     // A draft that was not accepted, and a copy that goes on by itself.
     kv.truncate(tokens - 30);
     Gqa::State copy = kv;
-    CHECK(test::relative_error(layer.decode(x.bottomRows(30), kv, cache), whole.bottomRows(30)) <=
+    CHECK(test::relative_error(decode(layer, x.bottomRows(30), kv, cache), whole.bottomRows(30)) <=
           1e-12);
-    CHECK(test::relative_error(layer.decode(x.middleRows(tokens - 30, 7), copy, cache),
+    CHECK(test::relative_error(decode(layer, x.middleRows(tokens - 30, 7), copy, cache),
                                whole.middleRows(tokens - 30, 7)) <= 1e-12);
   }
 }
@@ -163,13 +163,14 @@ TEST_CASE("GroupedQueryAttention in float is close to double with every option",
     Gqa::Cache cache;
     GroupedQueryAttention<float>::Cache narrow_cache;
     GroupedQueryAttention<float>::State kv;
-    const Matrix<double> y = wide.forward(x, cache);
-    const Matrix<double> narrow_y = narrow.forward(x.cast<float>(), narrow_cache).cast<double>();
+    const Matrix<double> y = wide.forward(x, kTraining, cache);
+    const Matrix<double> narrow_y =
+        narrow.forward(x.cast<float>(), kTraining, narrow_cache).cast<double>();
     CHECK(test::relative_error(narrow_y, y) <= 1e-5);
     CHECK(
         test::relative_error(narrow.backward(dy.cast<float>(), narrow_cache).cast<double>().eval(),
                              wide.backward(dy, cache)) <= 1e-5);
-    const Matrix<double> decoded = narrow.decode(x.cast<float>(), kv, narrow_cache).cast<double>();
+    const Matrix<double> decoded = decode(narrow, x.cast<float>(), kv, narrow_cache).cast<double>();
     CHECK(test::relative_error(decoded, y) <= 1e-5);
   }
 }
@@ -180,7 +181,7 @@ TEST_CASE("GroupedQueryAttention decodes conversations of different lengths behi
       {.d_model = 6, .heads = 2, .kv_heads = 1, .head_dim = 4, .window = 20, .sinks = true});
   constexpr std::size_t kCount = 3;
   const Matrix<double> x = test::random_matrix(400, 6, 4);
-  const Matrix<double> whole = layer.forward(x);
+  const Matrix<double> whole = infer(layer, x);
   std::vector<Gqa::State> conversations(kCount);
   std::vector<Gqa::State*> states;
   for (Gqa::State& state : conversations) states.push_back(&state);
@@ -213,7 +214,7 @@ TEST_CASE("The state of a window is bounded, and always gives 64 tokens back",
   GroupedQueryAttention<float>::Cache cache;
   const Index bound = (window + 64) * 5 / 4 + chunk;
   for (Index t = 0; t < 2000; t += chunk) {
-    layer.decode(x, kv, cache);
+    decode(layer, x, kv, cache);
     REQUIRE(kv.held() <= bound);
     REQUIRE(kv.capacity() <= bound);
     GroupedQueryAttention<float>::State copy = kv;
@@ -221,7 +222,7 @@ TEST_CASE("The state of a window is bounded, and always gives 64 tokens back",
     REQUIRE(copy.first() <= std::max<Index>(0, copy.length() - window + 1));
   }
   const auto steps = [&] {
-    for (int step = 0; step < 200; ++step) layer.decode(x, kv, cache);
+    for (int step = 0; step < 200; ++step) decode(layer, x, kv, cache);
   };
   CHECK(test::count_allocations(steps) == 0);
 }
@@ -233,7 +234,7 @@ TEST_CASE("The state of chunks holds one chunk", "[attention][grouped_query]") {
   Gqa::State kv;
   Gqa::Cache cache;
   for (Index t = 0; t < 1000; ++t) {
-    layer.decode(x, kv, cache);
+    decode(layer, x, kv, cache);
     REQUIRE(kv.held() <= (100 + 64) * 5 / 4 + 1);
   }
   CHECK(kv.first() == 900);  // The last 64 tokens may be taken back: none is of an earlier chunk.
@@ -245,19 +246,19 @@ TEST_CASE("Clamped queries, keys and values pass no gradient where they were out
       {.d_model = 4, .heads = 1, .kv_heads = 1, .head_dim = 4, .clip_qkv = 1e-3});
   const Matrix<double> x = test::random_matrix(5, 4, 7);
   Gqa::Cache cache;
-  layer.forward(x, cache);
+  layer.forward(x, kTraining, cache);
   CHECK(cache.v.cwiseAbs().maxCoeff() == 1e-3);
   CHECK(layer.backward(x, cache).norm() <= 1e-2);
   layer.value().value.setConstant(10.0);
   layer.query().value.setConstant(10.0);
   layer.key().value.setConstant(10.0);
   const Matrix<double> ones = Matrix<double>::Ones(5, 4);
-  layer.forward(ones, cache);
+  layer.forward(ones, kTraining, cache);
   CHECK(layer.backward(x, cache).isZero(0.0));
 
   Matrix<double> nan = x;
   nan(0, 0) = std::numeric_limits<double>::quiet_NaN();
-  CHECK(layer.forward(nan).hasNaN());
+  CHECK(infer(layer, nan).hasNaN());
 }
 
 TEST_CASE("GroupedQueryAttention forgets scale with a norm of queries and keys",
@@ -270,10 +271,10 @@ TEST_CASE("GroupedQueryAttention forgets scale with a norm of queries and keys",
                                       .qk_norm = norm,
                                       .qk_norm_epsilon = 1e-12});
   const Matrix<double> x = test::random_matrix(40, 6, 8);
-  const Matrix<double> before = layer.forward(x);
+  const Matrix<double> before = infer(layer, x);
   layer.query().value *= 7.0;
   layer.key().value *= 0.2;
-  CHECK(test::relative_error(layer.forward(x), before) <= 1e-9);
+  CHECK(test::relative_error(infer(layer, x), before) <= 1e-9);
 }
 
 TEST_CASE("GroupedQueryAttention without rotation does not see the order of earlier tokens",
@@ -284,12 +285,12 @@ TEST_CASE("GroupedQueryAttention without rotation does not see the order of earl
   swapped.row(5) = x.row(2);
   GroupedQueryConfig config{.d_model = 6, .heads = 2, .kv_heads = 1, .head_dim = 4, .rope = false};
   const Gqa unordered = test::random_attention(config);
-  CHECK(test::relative_error(unordered.forward(swapped).bottomRows(1),
-                             unordered.forward(x).bottomRows(1)) <= 1e-13);
+  CHECK(test::relative_error(infer(unordered, swapped).bottomRows(1),
+                             infer(unordered, x).bottomRows(1)) <= 1e-13);
   config.rope = true;
   const Gqa ordered = test::random_attention(config);
-  CHECK(test::relative_error(ordered.forward(swapped).bottomRows(1),
-                             ordered.forward(x).bottomRows(1)) > 1e-3);
+  CHECK(test::relative_error(infer(ordered, swapped).bottomRows(1),
+                             infer(ordered, x).bottomRows(1)) > 1e-3);
 }
 
 TEST_CASE("A window lets nothing through but what is in it", "[attention][grouped_query]") {
@@ -297,11 +298,11 @@ TEST_CASE("A window lets nothing through but what is in it", "[attention][groupe
   const Gqa layer = test::random_attention(
       {.d_model = 6, .heads = 2, .kv_heads = 1, .head_dim = 4, .window = window});
   const Matrix<double> x = test::random_matrix(150, 6, 10);
-  const Matrix<double> before = layer.forward(x);
+  const Matrix<double> before = infer(layer, x);
   for (const Index changed : {0, 3, 64, 79}) {
     Matrix<double> other = x;
     other.row(changed) *= -2.0;
-    const Matrix<double> after = layer.forward(other);
+    const Matrix<double> after = infer(layer, other);
     const Index end = changed + window;
     CHECK(after.bottomRows(150 - end) == before.bottomRows(150 - end));
     CHECK(after.row(end - 1) != before.row(end - 1));
@@ -320,11 +321,11 @@ TEST_CASE("GroupedQueryAttention with every option gives the same bits on any nu
       Gqa::Cache cache;
       Gqa::State kv;
       std::vector<Matrix<double>> results;
-      results.push_back(layer.forward(x, Pass{.sequences = &sequences}, cache));
+      results.push_back(layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache));
       results.push_back(layer.backward(x, cache));
       for (auto& [name, parameter] : parameters(layer)) results.push_back(parameter->grad);
-      results.push_back(layer.decode(x, kv, cache));
-      results.push_back(layer.decode(x.topRows(1), kv, cache));
+      results.push_back(decode(layer, x, kv, cache));
+      results.push_back(decode(layer, x.topRows(1), kv, cache));
       return results;
     };
     const auto one = run();
@@ -342,7 +343,7 @@ TEST_CASE("GroupedQueryAttention with every option allocates nothing once it has
     Gqa layer = test::random_attention(option.config);
     Gqa::Cache cache;
     const auto step = [&] {
-      layer.forward(x, cache);
+      layer.forward(x, kTraining, cache);
       layer.backward(x, cache);
     };
     step();
@@ -378,7 +379,7 @@ TEST_CASE("GroupedQueryAttention names the parameters of its options",
         Names{"query_bias [1, 16]", "key_bias [1, 8]", "value_bias [1, 8]", "sinks [1, 4]"});
 
   Rng rng(1);
-  Gqa fresh(config, rng);
+  Gqa fresh(rng, config);
   for (auto& [name, parameter] : parameters(fresh)) {
     if (name == "sinks") CHECK(parameter->value.isZero(0.0));
   }
@@ -404,7 +405,7 @@ TEST_CASE("GroupedQueryAttention says what is wrong with its options",
   CHECK(message([](auto& c) {
           c.qk_norm = QkNorm::kFull;
           c.qk_norm_epsilon = 0.0;
-        }) == layer + "qk_norm_epsilon = 0, expected > 0");
+        }) == layer + "qk_norm_epsilon = 0, expected a finite number > 0");
   CHECK(message([](auto& c) {
           c.qk_norm = QkNorm::kL2;
           c.rope = false;
@@ -414,7 +415,7 @@ TEST_CASE("GroupedQueryAttention says what is wrong with its options",
           c.rope = false;
         }) == layer + "yarn without rope, expected both");
   CHECK(message([](auto& c) { c.yarn = Yarn{.factor = 0.5}; }) ==
-        "Rope: yarn.factor = 0.5, expected >= 1");
+        "Rope: yarn.factor = 0.5, expected a finite number >= 1");
   CHECK(message([](auto& c) { c.temperature_scale = 0.1; }) ==
         layer + "temperature_scale = 0.1 with rope, expected it only without");
   CHECK(message([](auto& c) { c.temperature_floor = 0; }) ==
@@ -428,10 +429,10 @@ TEST_CASE("GroupedQueryAttention says what is wrong with its options",
   Gqa::State kv;
   Gqa::Cache cache;
   const Matrix<double> x = test::random_matrix(150, 6, 13);
-  narrow.decode(x, kv, cache);
-  narrow.decode(x.topRows(1), kv, cache);
+  decode(narrow, x, kv, cache);
+  decode(narrow, x.topRows(1), kv, cache);
   CHECK(
-      test::message_of<StateError>([&] { wide.decode(x, kv, cache); }) ==
+      test::message_of<StateError>([&] { decode(wide, x, kv, cache); }) ==
       "GroupedQueryAttention::decode: kv begins at position 82, expected 52 or before: it is of a "
       "layer with a smaller window");
   CHECK(test::message_of<StateError>([&] { kv.truncate(85); }) ==

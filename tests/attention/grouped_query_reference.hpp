@@ -10,8 +10,7 @@
 #include <string>
 
 #include <weir/attention/grouped_query.hpp>
-#include <weir/core/parameter.hpp>
-#include <weir/core/pass.hpp>
+#include <weir/core/layer.hpp>
 
 namespace weir::test {
 
@@ -20,7 +19,7 @@ template <class T = double>
 GroupedQueryAttention<T> random_attention(const GroupedQueryConfig& config,
                                           std::uint64_t seed = 1) {
   Rng rng(seed);
-  GroupedQueryAttention<T> layer(config, rng);
+  GroupedQueryAttention<T> layer(rng, config);
   for (auto& [name, parameter] : parameters(layer)) {
     const Index width = parameter->value.cols();
     if (name.ends_with("bias")) parameter->value = normal_init<T>(1, width, 0.5, rng);
@@ -51,7 +50,8 @@ inline void normalise(Eigen::Ref<Matrix<double>> row, Index dim, double epsilon)
 
 inline void rotate(Eigen::Ref<Matrix<double>> row, const GroupedQueryConfig& c, double position) {
   const Index half = c.head_dim / 2;
-  const Rope stretched(c.head_dim, c.rope_theta, c.rope_layout, c.yarn);
+  const Rope stretched(c.head_dim,
+                       {.theta = c.rope_theta, .layout = c.rope_layout, .yarn = c.yarn});
   for (Index head = 0; head < row.cols(); head += c.head_dim) {
     for (Index i = 0; i < half; ++i) {
       const double frequency =

@@ -8,18 +8,20 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/core/decoding.hpp>
 #include <weir/core/layer.hpp>
 
 #include "attention/grouped_query_reference.hpp"
 #include "support/allocations.hpp"
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
 using namespace weir;
 
-static_assert(PassLayer<GroupedQueryAttention<float>>);
-static_assert(PassLayer<GroupedQueryAttention<double>>);
+static_assert(DecodingLayer<GroupedQueryAttention<float>>);
+static_assert(DecodingLayer<GroupedQueryAttention<double>>);
 
 namespace {
 
@@ -42,7 +44,7 @@ TEST_CASE("GroupedQueryAttention matches a case worked by hand",
   // so p_0 = 1 / (1 + exp((1 + sin(1)) / sqrt(2))) = 0.213809 and y_1 = (p_0, 1 - p_0).
   Gqa layer = make({.d_model = 2, .heads = 1, .kv_heads = 1, .rope_theta = 1.0});
   for (auto& [name, parameter] : parameters(layer)) parameter->value.setIdentity();
-  const Matrix<double> y = layer.forward(Matrix<double>::Identity(2, 2));
+  const Matrix<double> y = infer(layer, Matrix<double>::Identity(2, 2));
 
   CHECK(y(0, 0) == Approx(1.0));
   CHECK(y(0, 1) == Approx(0.0).margin(1e-15));
@@ -69,8 +71,8 @@ TEST_CASE("GroupedQueryAttention is the softmax attention of its definition",
     for (const Index tokens : {1, 2, 17, 64, 65, 97, 230}) {
       INFO("tokens " << tokens);
       const Matrix<double> x = test::random_matrix(tokens, 10, 2);
-      CHECK(test::relative_error(layer.forward(x), test::reference(layer, x)) <= 1e-13);
-      CHECK(layer.forward(x, cache) == layer.forward(x));
+      CHECK(test::relative_error(infer(layer, x), test::reference(layer, x)) <= 1e-13);
+      CHECK(layer.forward(x, kTraining, cache) == infer(layer, x));
     }
   }
   SECTION("packed sequences, with and without padding") {
@@ -93,8 +95,8 @@ TEST_CASE("GroupedQueryAttention in float is close to double", "[attention][grou
   const auto wide = make<double>(config);
   const Matrix<double> x = 3.0 * test::random_matrix(150, 32, 4);
 
-  const Matrix<double> y = narrow.forward(x.cast<float>()).cast<double>();
-  CHECK(test::relative_error(y, wide.forward(x)) <= 1e-5);
+  const Matrix<double> y = infer(narrow, x.cast<float>()).cast<double>();
+  CHECK(test::relative_error(y, infer(wide, x)) <= 1e-5);
 }
 
 TEST_CASE("GroupedQueryAttention survives scores far beyond the range of exp",
@@ -105,7 +107,7 @@ TEST_CASE("GroupedQueryAttention survives scores far beyond the range of exp",
   GroupedQueryAttention<float>::Cache cache;
   const Matrix<float> x = test::random_matrix<float>(120, 8, 5);
 
-  CHECK(layer.forward(x, cache).allFinite());
+  CHECK(layer.forward(x, kTraining, cache).allFinite());
   CHECK(layer.backward(x, cache).allFinite());
 }
 
@@ -113,12 +115,12 @@ TEST_CASE("GroupedQueryAttention does not look ahead", "[attention][grouped_quer
   Gqa layer = make({.d_model = 8, .heads = 2, .kv_heads = 1});
   const Index tokens = 140;
   const Matrix<double> x = test::random_matrix(tokens, 8, 6);
-  const Matrix<double> before = layer.forward(x);
+  const Matrix<double> before = infer(layer, x);
   for (const Index changed : {1, 63, 64, 95, 96, 139}) {
     INFO("token " << changed);
     Matrix<double> other = x;
     other.row(changed) *= -5.0;
-    const Matrix<double> after = layer.forward(other);
+    const Matrix<double> after = infer(layer, other);
     CHECK(after.topRows(changed) == before.topRows(changed));
     CHECK(after.row(changed) != before.row(changed));
   }
@@ -129,11 +131,11 @@ TEST_CASE("GroupedQueryAttention keeps packed sequences apart", "[attention][gro
   const Sequences sequences({5, 0, 67, 1});
   const Matrix<double> x = test::random_matrix(sequences.tokens(), 8, 7);
   Gqa::Cache cache;
-  const Matrix<double> y = layer.forward(x, Pass{.sequences = &sequences}, cache);
+  const Matrix<double> y = layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache);
 
   for (Index s = 0; s < sequences.count(); ++s) {
     const Matrix<double> alone =
-        layer.forward(x.middleRows(sequences.begin(s), sequences.length(s)));
+        infer(layer, x.middleRows(sequences.begin(s), sequences.length(s)));
     CHECK(test::relative_error(y.middleRows(sequences.begin(s), sequences.length(s)), alone) <=
           1e-14);
   }
@@ -147,9 +149,9 @@ TEST_CASE("GroupedQueryAttention depends on distances, not on positions",
   std::vector<std::uint8_t> mask(30, 1);
   for (std::size_t t = 0; t < 9; ++t) mask[t] = 0;
   Gqa::Cache cache;
-  const Matrix<double> shifted = layer.forward(x, Pass{.mask = mask}, cache);
+  const Matrix<double> shifted = layer.forward(x, Pass{.training = true, .mask = mask}, cache);
 
-  CHECK(test::relative_error(shifted.bottomRows(21), layer.forward(x.bottomRows(21))) <= 1e-13);
+  CHECK(test::relative_error(shifted.bottomRows(21), infer(layer, x.bottomRows(21))) <= 1e-13);
 }
 
 TEST_CASE("A query that sees no key gets nothing and gives nothing", "[attention][grouped_query]") {
@@ -160,14 +162,14 @@ TEST_CASE("A query that sees no key gets nothing and gives nothing", "[attention
 
   SECTION("all tokens are padding") {
     const std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens), 0);
-    CHECK(layer.forward(x, Pass{.mask = mask}, cache).isZero(0.0));
+    CHECK(layer.forward(x, Pass{.training = true, .mask = mask}, cache).isZero(0.0));
     CHECK(layer.backward(x, cache).isZero(0.0));
     for (auto& [name, parameter] : parameters(layer)) CHECK(parameter->grad.isZero(0.0));
   }
   SECTION("the first tokens are padding") {
     std::vector<std::uint8_t> mask(static_cast<std::size_t>(tokens), 0);
     mask.back() = 1;
-    const Matrix<double> y = layer.forward(x, Pass{.mask = mask}, cache);
+    const Matrix<double> y = layer.forward(x, Pass{.training = true, .mask = mask}, cache);
     CHECK(y.topRows(tokens - 1).isZero(0.0));
     CHECK(y.row(tokens - 1) != Matrix<double>::Zero(1, 8));
     const Matrix<double> dx = layer.backward(x, cache);
@@ -186,13 +188,13 @@ TEST_CASE("GroupedQueryAttention decodes what it would compute at once",
     const Gqa layer = make(
         {.d_model = 16, .heads = 4, .kv_heads = kv_heads, .qkv_bias = true, .output_bias = true});
     const Matrix<double> x = test::random_matrix(tokens, 16, 10);
-    const Matrix<double> whole = layer.forward(x);
+    const Matrix<double> whole = infer(layer, x);
     Gqa::State kv;
     Gqa::Cache cache;
     Matrix<double> y(tokens, 16);
     for (Index t = 0; t < tokens; t += chunk) {
       const Index count = std::min(chunk, tokens - t);
-      y.middleRows(t, count) = layer.decode(x.middleRows(t, count), kv, cache);
+      y.middleRows(t, count) = decode(layer, x.middleRows(t, count), kv, cache);
       CHECK(kv.length() == t + count);
     }
     CHECK(test::relative_error(y, whole) <= 1e-12);
@@ -201,13 +203,13 @@ TEST_CASE("GroupedQueryAttention decodes what it would compute at once",
     const auto layer = make<float>(
         {.d_model = 16, .heads = 4, .kv_heads = kv_heads, .qkv_bias = true, .output_bias = true});
     const Matrix<float> x = test::random_matrix<float>(tokens, 16, 10);
-    const Matrix<float> whole = layer.forward(x);
+    const Matrix<float> whole = infer(layer, x);
     GroupedQueryAttention<float>::State kv;
     GroupedQueryAttention<float>::Cache cache;
     Matrix<float> y(tokens, 16);
     for (Index t = 0; t < tokens; t += chunk) {
       const Index count = std::min(chunk, tokens - t);
-      y.middleRows(t, count) = layer.decode(x.middleRows(t, count), kv, cache);
+      y.middleRows(t, count) = decode(layer, x.middleRows(t, count), kv, cache);
     }
     CHECK(test::relative_error(y, whole) <= 1e-5);
   }
@@ -219,14 +221,14 @@ TEST_CASE("GroupedQueryAttention continues a copied and a shortened cache",
   const Matrix<double> x = test::random_matrix(20, 8, 11);
   Gqa::Cache cache;
   Gqa::State kv;
-  layer.decode(x.topRows(12), kv, cache);
+  decode(layer, x.topRows(12), kv, cache);
   Gqa::State copy = kv;
-  const Matrix<double> rest = layer.decode(x.bottomRows(8), kv, cache);
+  const Matrix<double> rest = decode(layer, x.bottomRows(8), kv, cache);
 
-  CHECK(layer.decode(x.bottomRows(8), copy, cache) == rest);
+  CHECK(decode(layer, x.bottomRows(8), copy, cache) == rest);
   kv.truncate(12);
-  CHECK(layer.decode(x.bottomRows(8), kv, cache) == rest);
-  CHECK(layer.decode(Matrix<double>(0, 8), kv, cache).rows() == 0);
+  CHECK(decode(layer, x.bottomRows(8), kv, cache) == rest);
+  CHECK(decode(layer, Matrix<double>(0, 8), kv, cache).rows() == 0);
   CHECK(kv.length() == 20);
 }
 
@@ -249,8 +251,9 @@ TEST_CASE("GroupedQueryAttention decodes several conversations as it does each a
     const Matrix<double> y = layer.decode(x, Pass{.sequences = &sequences}, states, cache);
     REQUIRE(y.rows() == x.rows());
     for (Index s = 0; s < sequences.count(); ++s) {
-      const Matrix<double> own = layer.decode(x.middleRows(sequences.begin(s), sequences.length(s)),
-                                              alone[static_cast<std::size_t>(s)], other);
+      const Matrix<double> own =
+          decode(layer, x.middleRows(sequences.begin(s), sequences.length(s)),
+                 alone[static_cast<std::size_t>(s)], other);
       CHECK(test::relative_error(y.middleRows(sequences.begin(s), sequences.length(s)), own) <=
             1e-14);
     }
@@ -324,10 +327,11 @@ TEST_CASE("GroupedQueryAttention accumulates gradients", "[attention][grouped_qu
       make({.d_model = 4, .heads = 2, .kv_heads = 1, .qkv_bias = true, .output_bias = true});
   const Matrix<double> x = test::random_matrix(9, 4, 15);
   Gqa::Cache cache;
-  layer.forward(x, cache);
+  layer.forward(x, kTraining, cache);
   layer.backward(x, cache);
   std::vector<Matrix<double>> once;
   for (auto& [name, parameter] : parameters(layer)) once.push_back(parameter->grad);
+  layer.forward(x, kTraining, cache);
   layer.backward(x, cache);
   std::size_t i = 0;
   for (auto& [name, parameter] : parameters(layer)) {
@@ -347,11 +351,11 @@ TEST_CASE("GroupedQueryAttention gives the same bits on any number of threads",
     GroupedQueryAttention<float>::Cache cache;
     GroupedQueryAttention<float>::State kv;
     std::vector<Matrix<float>> results;
-    results.push_back(layer.forward(x, Pass{.sequences = &sequences}, cache));
+    results.push_back(layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache));
     results.push_back(layer.backward(x, cache));
     for (auto& [name, parameter] : parameters(layer)) results.push_back(parameter->grad);
-    results.push_back(layer.decode(x, kv, cache));
-    results.push_back(layer.decode(x.topRows(1), kv, cache));
+    results.push_back(decode(layer, x, kv, cache));
+    results.push_back(decode(layer, x.topRows(1), kv, cache));
     return results;
   };
   const auto one = run();
@@ -367,13 +371,13 @@ TEST_CASE("GroupedQueryAttention gives the same bits with a cache that has been 
   Gqa layer = make({.d_model = 8, .heads = 2, .kv_heads = 1});
   Gqa::Cache used;
   Gqa::State kv;
-  layer.backward(layer.forward(test::random_matrix(130, 8, 17), used), used);
-  layer.decode(test::random_matrix(3, 8, 17), kv, used);
+  layer.backward(layer.forward(test::random_matrix(130, 8, 17), kTraining, used), used);
+  decode(layer, test::random_matrix(3, 8, 17), kv, used);
   zero_gradients(layer);
   const Matrix<double> x = test::random_matrix(75, 8, 18);
   Gqa::Cache fresh;
 
-  CHECK(layer.forward(x, used) == layer.forward(x, fresh));
+  CHECK(layer.forward(x, kTraining, used) == layer.forward(x, kTraining, fresh));
   CHECK(layer.backward(x, used) == layer.backward(x, fresh));
 }
 
@@ -382,11 +386,11 @@ TEST_CASE("GroupedQueryAttention accepts no tokens", "[attention][grouped_query]
       make({.d_model = 4, .heads = 2, .kv_heads = 1, .qkv_bias = true, .output_bias = true});
   const Matrix<double> none(0, 4);
   Gqa::Cache cache;
-  CHECK(test::relative_error(layer.forward(none, cache), none) == 0.0);
+  CHECK(test::relative_error(layer.forward(none, kTraining, cache), none) == 0.0);
   CHECK(test::relative_error(layer.backward(none, cache), none) == 0.0);
   for (auto& [name, parameter] : parameters(layer)) CHECK(parameter->grad.isZero(0.0));
   const Sequences sequences({0, 0});
-  CHECK(layer.forward(none, Pass{.sequences = &sequences}, cache).rows() == 0);
+  CHECK(layer.forward(none, Pass{.training = true, .sequences = &sequences}, cache).rows() == 0);
 }
 
 TEST_CASE("GroupedQueryAttention names its parameters", "[attention][grouped_query]") {
@@ -429,50 +433,50 @@ TEST_CASE("GroupedQueryAttention says what is wrong", "[attention][grouped_query
   CHECK(message({.d_model = 6, .heads = 2, .kv_heads = 1}) ==
         "GroupedQueryAttention: head_dim = 3, expected an even number");
   CHECK(message({.d_model = 8, .heads = 2, .kv_heads = 1, .rope_theta = 0.0}) ==
-        "GroupedQueryAttention: rope_theta = 0, expected > 0");
+        "GroupedQueryAttention: rope_theta = 0, expected a finite number > 0");
 
   Gqa layer = make({.d_model = 4, .heads = 2, .kv_heads = 1});
   Gqa::Cache cache;
   Gqa::State kv;
   const Matrix<double> x = test::random_matrix(3, 4, 19);
   const Matrix<double> wide = test::random_matrix(3, 5, 19);
-  CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
-        "GroupedQueryAttention::backward: the cache holds no forward pass");
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(wide); }) ==
+  test::check_refused_caches(layer, x, "GroupedQueryAttention::backward");
+  CHECK(test::message_of<ShapeError>([&] { infer(layer, wide); }) ==
         "GroupedQueryAttention::forward: x is [3, 5], expected [tokens, 4]");
-  CHECK(test::message_of<ShapeError>([&] { layer.decode(wide, kv, cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { decode(layer, wide, kv, cache); }) ==
         "GroupedQueryAttention::decode: x is [3, 5], expected [tokens, 4]");
   const std::vector<std::uint8_t> mask(2, 1);
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(x, Pass{.mask = mask}, cache); }) ==
+  CHECK(test::message_of<ShapeError>(
+            [&] { layer.forward(x, Pass{.training = true, .mask = mask}, cache); }) ==
         "GroupedQueryAttention::forward: pass.mask has 2 entries, expected 3 (one per token)");
   const Sequences sequences({1, 1});
   CHECK(test::message_of<ShapeError>([&] {
-          layer.forward(x, Pass{.sequences = &sequences}, cache);
+          layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache);
         }) == "GroupedQueryAttention::forward: pass.sequences cover 2 tokens, expected 3");
-  layer.forward(x, cache);
-  CHECK(test::message_of<ShapeError>([&] { layer.backward(wide, cache); }) ==
-        "GroupedQueryAttention::backward: dy is [3, 5], expected [3, 4]");
-  layer.decode(x, kv, cache);
-  CHECK_THROWS_AS(layer.backward(x, cache), StateError);
+  layer.forward(x, kTraining, cache);
+  decode(layer, x, kv, cache);
+  CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
+        "GroupedQueryAttention::backward: the cache is empty, expected a forward pass that "
+        "succeeded");
   kv.clear();
   kv.append(wide, wide);
-  CHECK(test::message_of<ShapeError>([&] { layer.decode(x, kv, cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { decode(layer, x, kv, cache); }) ==
         "GroupedQueryAttention::decode: kv.keys is [3, 5], expected [3, 2]");
   CHECK(kv.length() == 3);
 
-  const auto decode = [&](const Pass& pass, const std::vector<Gqa::State*>& states) {
+  const auto refusal = [&](const Pass& pass, const std::vector<Gqa::State*>& states) {
     return test::message_of<StateError>([&] { layer.decode(x, pass, states, cache); });
   };
   const Sequences two({1, 2});
   kv.clear();
-  CHECK(decode({.sequences = &two}, {&kv}) ==
+  CHECK(refusal({.sequences = &two}, {&kv}) ==
         "GroupedQueryAttention::decode: 1 states, expected 2 (one for each sequence)");
-  CHECK(decode({}, {}) ==
+  CHECK(refusal({}, {}) ==
         "GroupedQueryAttention::decode: 0 states, expected 1 (one for each sequence)");
-  CHECK(decode({.sequences = &two}, {&kv, nullptr}) ==
+  CHECK(refusal({.sequences = &two}, {&kv, nullptr}) ==
         "GroupedQueryAttention::decode: states[1] is null");
   CHECK(
-      decode({.sequences = &two}, {&kv, &kv}) ==
+      refusal({.sequences = &two}, {&kv, &kv}) ==
       "GroupedQueryAttention::decode: states[0] and states[1] are the same, expected one for each "
       "sequence");
   const std::vector<std::uint8_t> padding = {1, 0, 1};
@@ -481,4 +485,29 @@ TEST_CASE("GroupedQueryAttention says what is wrong", "[attention][grouped_query
       test::message_of<ConfigError>([&] { layer.decode(x, Pass{.mask = padding}, one, cache); }) ==
       "GroupedQueryAttention::decode: token 1 is padding, expected none where tokens are kept");
   CHECK(kv.empty());
+  layer.forward(x, kTraining, cache);
+  CHECK_THROWS_AS(layer.decode(x, Pass{.mask = padding}, one, cache), ConfigError);
+  layer.backward(x, cache);  // What was refused has left the cache alone.
+}
+
+TEST_CASE("GroupedQueryAttention keeps nothing for backward in a pass that does not train",
+          "[attention][grouped_query]") {
+  const Gqa layer =
+      make({.d_model = 8, .heads = 2, .kv_heads = 1, .clip_qkv = 1.0, .qk_norm = QkNorm::kPerHead});
+  const Matrix<double> x = test::random_matrix(5, 8, 20);
+  Gqa::Cache cache;
+  layer.forward(x, Pass{}, cache);
+  Gqa::State kv;
+  decode(layer, x, kv, cache);
+  CHECK(cache.x.size() == 0);
+  CHECK(cache.stages.query_norm.x.size() == 0);
+  CHECK(cache.stages.query_outside.empty());
+}
+
+TEST_CASE("GroupedQueryAttention begins with the asked-for spread", "[attention][grouped_query]") {
+  const auto value = [](double init_scale) {
+    Gqa layer = make({.d_model = 8, .heads = 2, .kv_heads = 1, .init_scale = init_scale});
+    return Matrix<double>(layer.output().value);
+  };
+  CHECK(test::relative_error(value(4.0), 2.0 * value(1.0)) <= 1e-15);
 }

@@ -168,9 +168,9 @@ TEST_CASE("KvCache says what is wrong and stays as it was", "[attention][kv_cach
   CHECK(test::message_of<ShapeError>([&] { kv.append(rows, wide); }) ==
         "KvCache::append: values is [2, 5], expected [2, 4]");
   CHECK(test::message_of<ConfigError>([&] { kv.truncate(3); }) ==
-        "KvCache::truncate: length = 3, expected 0 to 2");
+        "KvCache::truncate: length = 3, expected 0 <= length <= 2");
   CHECK(test::message_of<ConfigError>([&] { kv.truncate(-1); }) ==
-        "KvCache::truncate: length = -1, expected 0 to 2");
+        "KvCache::truncate: length = -1, expected 0 <= length <= 2");
   CHECK(kv.keys() == rows);
   CHECK(kv.values() == rows);
 }

@@ -9,11 +9,12 @@
 #include <vector>
 
 #include <weir/attention/latent.hpp>
+#include <weir/core/decoding.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/storage.hpp>
-#include <weir/model/any_layer.hpp>
 
 #include "support/allocations.hpp"
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -21,8 +22,7 @@
 
 using namespace weir;
 
-static_assert(PassLayer<LatentAttention<float>>);
-static_assert(PassLayer<LatentAttention<double>>);
+static_assert(DecodingLayer<LatentAttention<float>>);
 static_assert(DecodingLayer<LatentAttention<double>>);
 
 namespace {
@@ -36,7 +36,7 @@ constexpr LatentDecoding kWays[] = {LatentDecoding::kAbsorbed, LatentDecoding::k
 template <class T = double>
 LatentAttention<T> make(const LatentConfig& config, std::uint64_t seed = 1) {
   Rng rng(seed);
-  LatentAttention<T> layer(config, rng);
+  LatentAttention<T> layer(rng, config);
   for (auto& [name, parameter] : parameters(layer)) {
     if (name.ends_with("norm.weight"))
       parameter->value += normal_init<T>(1, parameter->value.cols(), 0.3, rng);
@@ -83,7 +83,8 @@ Matrix<double> reference(Latent& layer, const Matrix<double>& x, const Pass& pas
     }
     return y;
   };
-  const Rope rope(c.rope_dim, c.rope_theta, RopeLayout::kInterleaved, c.yarn);
+  const Rope rope(c.rope_dim,
+                  {.theta = c.rope_theta, .layout = RopeLayout::kInterleaved, .yarn = c.yarn});
   const auto rotated = [&](Matrix<double> part, Index position) {
     rope.rotate<double>(part, std::vector<Index>{position});
     return part;
@@ -184,7 +185,7 @@ TEST_CASE("LatentAttention matches a case worked by hand", "[attention][latent][
     if (name == "value_up") w << 2;
     if (name == "output") w << 1, 0;
   }
-  const Matrix<double> y = layer.forward(Matrix<double>::Identity(2, 2));
+  const Matrix<double> y = infer(layer, Matrix<double>::Identity(2, 2));
   CHECK(y(0, 0) == Approx(2.0).epsilon(1e-6));
   CHECK(y(1, 0) == Approx(0.091463).epsilon(1e-5));
   CHECK(y.col(1).isZero(0.0));
@@ -202,8 +203,8 @@ TEST_CASE("LatentAttention is the softmax attention of its definition", "[attent
     for (const Index tokens : {1, 2, 17, 65, 140}) {
       INFO("tokens " << tokens);
       const Matrix<double> x = test::random_matrix(tokens, 9, 2);
-      CHECK(test::relative_error(layer.forward(x), reference(layer, x)) <= 1e-13);
-      CHECK(layer.forward(x, cache) == layer.forward(x));
+      CHECK(test::relative_error(infer(layer, x), reference(layer, x)) <= 1e-13);
+      CHECK(layer.forward(x, kTraining, cache) == infer(layer, x));
     }
   }
   SECTION("packed sequences, with and without padding") {
@@ -242,7 +243,8 @@ TEST_CASE("LatentAttention decodes each way what it would compute at once, in ra
     const Index most_at_once = draw(1, 12);
     Latent::Cache cache;
     Latent layer = make(config, seed);
-    const Matrix<double> whole = layer.forward(x, Pass{.sequences = &sequences}, cache);
+    const Matrix<double> whole =
+        layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache);
     CHECK(test::relative_error(whole, reference(layer, x, Pass{.sequences = &sequences})) <= 1e-12);
     for (const LatentDecoding way : kWays) {
       const Latent decoder = make(with(config, way), seed);
@@ -267,10 +269,10 @@ TEST_CASE("LatentAttention decodes long sequences token by token, in chunks and 
     Matrix<double> y(tokens, 9);
     for (Index t = 0; t < tokens; t += chunk) {
       const Index count = std::min(chunk, tokens - t);
-      y.middleRows(t, count) = layer.decode(x.middleRows(t, count), state, cache);
+      y.middleRows(t, count) = decode(layer, x.middleRows(t, count), state, cache);
       CHECK(state.length() == t + count);
     }
-    CHECK(test::relative_error(y, layer.forward(x)) <= 1e-12);
+    CHECK(test::relative_error(y, infer(layer, x)) <= 1e-12);
   }
   SECTION("float") {
     const auto layer = make<float>(config);
@@ -280,9 +282,9 @@ TEST_CASE("LatentAttention decodes long sequences token by token, in chunks and 
     Matrix<float> y(tokens, 9);
     for (Index t = 0; t < tokens; t += chunk) {
       const Index count = std::min(chunk, tokens - t);
-      y.middleRows(t, count) = layer.decode(x.middleRows(t, count), state, cache);
+      y.middleRows(t, count) = decode(layer, x.middleRows(t, count), state, cache);
     }
-    CHECK(test::relative_error(y, layer.forward(x)) <= 1e-5);
+    CHECK(test::relative_error(y, infer(layer, x)) <= 1e-5);
   }
 }
 
@@ -294,13 +296,13 @@ TEST_CASE("LatentAttention remembers kv_rank + rope_dim numbers per token, for a
   const Matrix<double> x = test::random_matrix(20, 9, 10);
   Latent::State state;
   Latent::Cache cache;
-  layer.decode(x, state, cache);
+  decode(layer, x, state, cache);
 
   CHECK(state.rows().size() == 20 * (7 + 4));
   CHECK(state.kv_rank() == 7);
   CHECK(state.rope_dim() == 4);
   // What it remembers is the latent after its norm, and the key rotated to its position.
-  layer.forward(x, cache);
+  layer.forward(x, kTraining, cache);
   CHECK(state.latents() == cache.kv_norm.y);
   CHECK(state.rope_keys() == cache.kv.rightCols(4));
   CHECK(sizeof(Latent::State) <= sizeof(std::vector<double>) + 3 * sizeof(Index));
@@ -319,15 +321,15 @@ TEST_CASE("LatentAttention takes the cheaper way: expanded for a prompt, absorbe
   const Matrix<double> x = test::random_matrix(30, 8, 11);
   Latent::State state;
   Latent::Cache cache;
-  const auto decode = [&](const Latent& layer, Index first, Index count) -> Matrix<double> {
+  const auto decoded_by = [&](const Latent& layer, Index first, Index count) -> Matrix<double> {
     Latent::State copy = state;
-    return layer.decode(x.middleRows(first, count), copy, cache);
+    return decode(layer, x.middleRows(first, count), copy, cache);
   };
-  CHECK(decode(cheaper, 0, 20) == decode(expanded, 0, 20));
-  CHECK(decode(cheaper, 0, 20) != decode(absorbed, 0, 20));
-  cheaper.decode(x.topRows(20), state, cache);
-  CHECK(decode(cheaper, 20, 1) == decode(absorbed, 20, 1));
-  CHECK(decode(cheaper, 20, 1) != decode(expanded, 20, 1));
+  CHECK(decoded_by(cheaper, 0, 20) == decoded_by(expanded, 0, 20));
+  CHECK(decoded_by(cheaper, 0, 20) != decoded_by(absorbed, 0, 20));
+  decode(cheaper, x.topRows(20), state, cache);
+  CHECK(decoded_by(cheaper, 20, 1) == decoded_by(absorbed, 20, 1));
+  CHECK(decoded_by(cheaper, 20, 1) != decoded_by(expanded, 20, 1));
 }
 
 TEST_CASE("LatentAttention serves a prompt and single tokens in one call", "[attention][latent]") {
@@ -338,10 +340,11 @@ TEST_CASE("LatentAttention serves a prompt and single tokens in one call", "[att
   const Sequences sequences({12, 25, 7});
   const Matrix<double> x = test::random_matrix(44, 8, 11);
   Latent::Cache cache;
-  const Matrix<double> whole = layer.forward(x, Pass{.sequences = &sequences}, cache);
+  const Matrix<double> whole =
+      layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache);
   Latent::State first, second, third;
-  layer.decode(x.topRows(11), first, cache);
-  layer.decode(x.bottomRows(7).topRows(6), third, cache);
+  decode(layer, x.topRows(11), first, cache);
+  decode(layer, x.bottomRows(7).topRows(6), third, cache);
   const Sequences now({1, 25, 1});
   Matrix<double> chunk(27, 8);
   chunk << x.row(11), x.middleRows(12, 25), x.row(43);
@@ -357,14 +360,14 @@ TEST_CASE("LatentAttention continues a copied and a shortened cache", "[attentio
   const Matrix<double> x = test::random_matrix(20, 9, 11);
   Latent::Cache cache;
   Latent::State state;
-  layer.decode(x.topRows(12), state, cache);
+  decode(layer, x.topRows(12), state, cache);
   Latent::State copy = state;
-  const Matrix<double> rest = layer.decode(x.bottomRows(8), state, cache);
+  const Matrix<double> rest = decode(layer, x.bottomRows(8), state, cache);
 
-  CHECK(layer.decode(x.bottomRows(8), copy, cache) == rest);
+  CHECK(decode(layer, x.bottomRows(8), copy, cache) == rest);
   state.truncate(12);
-  CHECK(layer.decode(x.bottomRows(8), state, cache) == rest);
-  CHECK(layer.decode(Matrix<double>(0, 9), state, cache).rows() == 0);
+  CHECK(decode(layer, x.bottomRows(8), state, cache) == rest);
+  CHECK(decode(layer, Matrix<double>(0, 9), state, cache).rows() == 0);
   CHECK(state.length() == 20);
 }
 
@@ -372,12 +375,12 @@ TEST_CASE("LatentAttention does not look ahead", "[attention][latent]") {
   const Latent layer = make(small());
   const Index tokens = 100;
   const Matrix<double> x = test::random_matrix(tokens, 9, 6);
-  const Matrix<double> before = layer.forward(x);
+  const Matrix<double> before = infer(layer, x);
   for (const Index changed : {1, 63, 64, 99}) {
     INFO("token " << changed);
     Matrix<double> other = x;
     other.row(changed) *= -5.0;
-    const Matrix<double> after = layer.forward(other);
+    const Matrix<double> after = infer(layer, other);
     CHECK(after.topRows(changed) == before.topRows(changed));
     CHECK(after.row(changed) != before.row(changed));
   }
@@ -395,7 +398,7 @@ TEST_CASE("LatentAttention keeps NaN within its sequence", "[attention][latent]"
     CHECK(y.middleRows(4, 3).array().isNaN().all());
   };
   Latent::Cache cache;
-  check(layer.forward(x, Pass{.sequences = &sequences}, cache));
+  check(layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache));
   std::vector<Latent::State> kept(3);
   std::vector<Latent::State*> states = {&kept[0], &kept[1], &kept[2]};
   check(layer.decode(x, Pass{.sequences = &sequences}, states, cache));
@@ -410,17 +413,17 @@ TEST_CASE("LatentAttention depends on distances, not on positions", "[attention]
   std::vector<std::uint8_t> mask(30, 1);
   for (std::size_t t = 0; t < 9; ++t) mask[t] = 0;
   Latent::Cache cache;
-  const Matrix<double> shifted = layer.forward(x, Pass{.mask = mask}, cache);
+  const Matrix<double> shifted = layer.forward(x, Pass{.training = true, .mask = mask}, cache);
 
-  CHECK(test::relative_error(shifted.bottomRows(21), layer.forward(x.bottomRows(21))) <= 1e-13);
+  CHECK(test::relative_error(shifted.bottomRows(21), infer(layer, x.bottomRows(21))) <= 1e-13);
 }
 
 TEST_CASE("LatentAttention in float is close to double", "[attention][latent]") {
   const auto narrow = make<float>(small());
   const auto wide = make<double>(small());
   const Matrix<double> x = 3.0 * test::random_matrix(100, 9, 4);
-  const Matrix<double> y = narrow.forward(x.cast<float>()).cast<double>();
-  CHECK(test::relative_error(y, wide.forward(x)) <= 1e-5);
+  const Matrix<double> y = infer(narrow, x.cast<float>()).cast<double>();
+  CHECK(test::relative_error(y, infer(wide, x)) <= 1e-5);
 }
 
 TEST_CASE("LatentAttention survives scores far beyond the range of exp", "[attention][latent]") {
@@ -431,10 +434,10 @@ TEST_CASE("LatentAttention survives scores far beyond the range of exp", "[atten
   LatentAttention<float>::Cache cache;
   LatentAttention<float>::State state;
   const Matrix<float> x = test::random_matrix<float>(40, 9, 5);
-  CHECK(layer.forward(x, cache).allFinite());
+  CHECK(layer.forward(x, kTraining, cache).allFinite());
   CHECK(layer.backward(x, cache).allFinite());
-  CHECK(layer.decode(x, state, cache).allFinite());
-  CHECK(layer.decode(x.topRows(1), state, cache).allFinite());
+  CHECK(decode(layer, x, state, cache).allFinite());
+  CHECK(decode(layer, x.topRows(1), state, cache).allFinite());
 }
 
 TEST_CASE("LatentAttention gradients agree with finite differences",
@@ -461,10 +464,11 @@ TEST_CASE("LatentAttention accumulates gradients", "[attention][latent]") {
   Latent layer = make(small());
   const Matrix<double> x = test::random_matrix(9, 9, 15);
   Latent::Cache cache;
-  layer.forward(x, cache);
+  layer.forward(x, kTraining, cache);
   layer.backward(x, cache);
   std::vector<Matrix<double>> once;
   for (auto& [name, parameter] : parameters(layer)) once.push_back(parameter->grad);
+  layer.forward(x, kTraining, cache);
   layer.backward(x, cache);
   std::size_t i = 0;
   for (auto& [name, parameter] : parameters(layer)) {
@@ -495,7 +499,7 @@ TEST_CASE("LatentAttention gives the same bits on any number of threads",
     std::vector<LatentCache<float>> kept(3);
     std::vector<LatentCache<float>*> states = {&kept[0], &kept[1], &kept[2]};
     std::vector<Matrix<float>> results;
-    results.push_back(layer.forward(x, Pass{.sequences = &sequences}, cache));
+    results.push_back(layer.forward(x, Pass{.training = true, .sequences = &sequences}, cache));
     if (storage == Storage::kTrainable) results.push_back(layer.backward(x, cache));
     for (auto& [name, parameter] : parameters(layer)) results.push_back(parameter->grad);
     results.push_back(layer.decode(x, Pass{.sequences = &sequences}, states, cache));
@@ -513,13 +517,13 @@ TEST_CASE("LatentAttention gives the same bits with a cache that has been used",
   Latent layer = make(small());
   Latent::Cache used;
   Latent::State state;
-  layer.backward(layer.forward(test::random_matrix(130, 9, 17), used), used);
-  layer.decode(test::random_matrix(3, 9, 17), state, used);
+  layer.backward(layer.forward(test::random_matrix(130, 9, 17), kTraining, used), used);
+  decode(layer, test::random_matrix(3, 9, 17), state, used);
   zero_gradients(layer);
   const Matrix<double> x = test::random_matrix(75, 9, 18);
   Latent::Cache fresh;
 
-  CHECK(layer.forward(x, used) == layer.forward(x, fresh));
+  CHECK(layer.forward(x, kTraining, used) == layer.forward(x, kTraining, fresh));
   CHECK(layer.backward(x, used) == layer.backward(x, fresh));
 }
 
@@ -532,7 +536,7 @@ TEST_CASE("LatentAttention allocates nothing in the steady state", "[attention][
   const Matrix<float> x = test::random_matrix<float>(40, 9, 18);
   LatentAttention<float>::Cache cache;
   const auto train = [&] {
-    layer.forward(x, cache);
+    layer.forward(x, kTraining, cache);
     if (storage == Storage::kTrainable) layer.backward(x, cache);
   };
   train();
@@ -569,7 +573,7 @@ TEMPLATE_TEST_CASE("LatentAttention computes the same in every storage",
   auto layer = make_layer();
   const Sequences sequences({12, 5});
   const Matrix<T> x = test::random_matrix<T>(17, 36, 1);
-  const Pass pass{.sequences = &sequences};
+  const Pass pass{.training = true, .sequences = &sequences};
   typename LatentAttention<T>::Cache cache;
   const Matrix<T> plain = layer.forward(x, pass, cache);
 
@@ -609,17 +613,17 @@ TEST_CASE("LatentAttention accepts no tokens and one token", "[attention][latent
   const Matrix<double> none(0, 9);
   Latent::Cache cache;
   Latent::State state;
-  CHECK(test::relative_error(layer.forward(none, cache), none) == 0.0);
+  CHECK(test::relative_error(layer.forward(none, kTraining, cache), none) == 0.0);
   CHECK(test::relative_error(layer.backward(none, cache), none) == 0.0);
   for (auto& [name, parameter] : parameters(layer)) CHECK(parameter->grad.isZero(0.0));
   const Sequences sequences({0, 0});
-  CHECK(layer.forward(none, Pass{.sequences = &sequences}, cache).rows() == 0);
-  CHECK(layer.decode(none, state, cache).rows() == 0);
+  CHECK(layer.forward(none, Pass{.training = true, .sequences = &sequences}, cache).rows() == 0);
+  CHECK(decode(layer, none, state, cache).rows() == 0);
   const Sequences no_sequence;
   CHECK(layer.decode(none, Pass{.sequences = &no_sequence}, {}, cache).rows() == 0);
   CHECK(state.length() == 0);
   const Matrix<double> x = test::random_matrix(1, 9, 3);
-  CHECK(test::relative_error(layer.decode(x, state, cache), layer.forward(x)) <= 1e-14);
+  CHECK(test::relative_error(decode(layer, x, state, cache), infer(layer, x)) <= 1e-14);
 }
 
 TEST_CASE("A latent query that sees no key gets nothing and gives nothing", "[attention][latent]") {
@@ -627,7 +631,7 @@ TEST_CASE("A latent query that sees no key gets nothing and gives nothing", "[at
   const Matrix<double> x = test::random_matrix(5, 9, 9);
   const std::vector<std::uint8_t> mask(5, 0);
   Latent::Cache cache;
-  CHECK(layer.forward(x, Pass{.mask = mask}, cache).isZero(0.0));
+  CHECK(layer.forward(x, Pass{.training = true, .mask = mask}, cache).isZero(0.0));
   CHECK(layer.backward(x, cache).isZero(0.0));
   for (auto& [name, parameter] : parameters(layer)) CHECK(parameter->grad.isZero(0.0));
 }
@@ -661,6 +665,33 @@ TEST_CASE("LatentAttention names its parameters, as many as the formula says",
   CHECK(count(full) == 9 * 3 * (5 + 4) + rest);
 }
 
+TEST_CASE("LatentAttention keeps nothing for backward in a pass that does not train",
+          "[attention][latent]") {
+  const Latent layer = make(small());
+  const Matrix<double> x = test::random_matrix(5, 9, 20);
+  Latent::Cache cache;
+  layer.forward(x, Pass{}, cache);
+  Latent::State state;
+  decode(layer, x, state, cache);
+  CHECK(cache.x.size() == 0);
+  CHECK(cache.query_norm.x.size() == 0);
+  CHECK(cache.kv_norm.x.size() == 0);
+}
+
+TEST_CASE("LatentAttention begins with the asked-for spread", "[attention][latent]") {
+  const auto tensors = [](double init_scale) {
+    LatentConfig config = small();
+    config.init_scale = init_scale;
+    Rng rng(1);
+    Latent layer(rng, config);
+    return std::vector<Matrix<double>>{weight(layer, "query"), weight(layer, "key_up"),
+                                       weight(layer, "output")};
+  };
+  for (std::size_t i = 0; i < 3; ++i) {
+    CHECK(test::relative_error(tensors(4.0)[i], 2.0 * tensors(1.0)[i]) <= 1e-15);
+  }
+}
+
 TEST_CASE("LatentCache holds what it is given", "[attention][latent]") {
   LatentCache<double> cache;
   CHECK(cache.empty());
@@ -678,9 +709,9 @@ TEST_CASE("LatentCache holds what it is given", "[attention][latent]") {
   CHECK(test::message_of<ShapeError>([&] { cache.append(latents, keys.topRows(2)); }) ==
         "LatentCache::append: rope_keys is [2, 2], expected [5, 2]");
   CHECK(test::message_of<ConfigError>([&] { cache.truncate(6); }) ==
-        "LatentCache::truncate: length = 6, expected 0 to 5");
+        "LatentCache::truncate: length = 6, expected 0 <= length <= 5");
   CHECK(test::message_of<ConfigError>([&] { cache.truncate(-1); }) ==
-        "LatentCache::truncate: length = -1, expected 0 to 5");
+        "LatentCache::truncate: length = -1, expected 0 <= length <= 5");
   CHECK(cache.latents() == latents);
 
   LatentCache<double> copy = cache;
@@ -721,11 +752,11 @@ TEST_CASE("LatentAttention says what is wrong with its configuration", "[attenti
   CHECK(message([](LatentConfig& c) { c.value_dim = 0; }) ==
         "LatentAttention: value_dim = 0, expected >= 1");
   CHECK(message([](LatentConfig& c) { c.rope_theta = std::nan(""); }) ==
-        "LatentAttention: rope_theta = nan, expected > 0");
+        "LatentAttention: rope_theta = nan, expected a finite number > 0");
   CHECK(message([](LatentConfig& c) { c.norm_epsilon = 0.0; }) ==
-        "LatentAttention: norm_epsilon = 0, expected > 0");
+        "LatentAttention: norm_epsilon = 0, expected a finite number > 0");
   CHECK(message([](LatentConfig& c) { c.yarn = Yarn{.factor = 0.0}; }) ==
-        "LatentAttention: yarn.factor = 0, expected >= 1");
+        "LatentAttention: yarn.factor = 0, expected a finite number >= 1");
 }
 
 TEST_CASE("LatentAttention says what is wrong with a call", "[attention][latent]") {
@@ -734,55 +765,53 @@ TEST_CASE("LatentAttention says what is wrong with a call", "[attention][latent]
   Latent::State state;
   const Matrix<double> x = test::random_matrix(3, 9, 19);
   const Matrix<double> wide = test::random_matrix(3, 10, 19);
-  CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
-        "LatentAttention::backward: the cache holds no forward pass");
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(wide); }) ==
+  test::check_refused_caches(layer, x, "LatentAttention::backward");
+  CHECK(test::message_of<ShapeError>([&] { infer(layer, wide); }) ==
         "LatentAttention::forward: x is [3, 10], expected [tokens, 9]");
-  CHECK(test::message_of<ShapeError>([&] { layer.decode(wide, state, cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { decode(layer, wide, state, cache); }) ==
         "LatentAttention::decode: x is [3, 10], expected [tokens, 9]");
   std::vector<std::uint8_t> mask(2, 1);
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(x, Pass{.mask = mask}, cache); }) ==
-        "LatentAttention::forward: pass.mask has 2 entries, expected 3 (one per token)");
+  CHECK(test::message_of<ShapeError>([&] {
+          layer.forward(x, Pass{.training = true, .mask = mask}, cache);
+        }) == "LatentAttention::forward: pass.mask has 2 entries, expected 3 (one per token)");
   const Sequences sequences({1, 2});
-  layer.forward(x, cache);
-  CHECK(test::message_of<ShapeError>([&] { layer.backward(wide, cache); }) ==
-        "LatentAttention::backward: dy is [3, 10], expected [3, 9]");
+  layer.forward(x, kTraining, cache);
 
   Latent::State other;
-  const auto decode = [&](std::vector<Latent::State*> states, Pass pass) {
+  const auto decode_all = [&](std::vector<Latent::State*> states, Pass pass) {
     layer.decode(x, pass, states, cache);
   };
   const Pass pass{.sequences = &sequences};
-  CHECK(test::message_of<StateError>([&] { decode({&state}, pass); }) ==
+  CHECK(test::message_of<StateError>([&] { decode_all({&state}, pass); }) ==
         "LatentAttention::decode: 1 states, expected 2 (one for each sequence)");
   CHECK(test::message_of<StateError>([&] {
-          decode({&state, &other}, {});
+          decode_all({&state, &other}, {});
         }) == "LatentAttention::decode: 2 states, expected 1 (one for each sequence)");
   CHECK(test::message_of<StateError>([&] {
-          decode({&state, nullptr}, pass);
+          decode_all({&state, nullptr}, pass);
         }) == "LatentAttention::decode: states[1] is null");
   CHECK(test::message_of<StateError>([&] {
-          decode({&state, &state}, pass);
+          decode_all({&state, &state}, pass);
         }) ==
         "LatentAttention::decode: states[0] and states[1] are the same, expected one for each "
         "sequence");
   mask = {1, 0, 1};
-  CHECK(test::message_of<ConfigError>([&] { decode({&state}, {.mask = mask}); }) ==
+  CHECK(test::message_of<ConfigError>([&] { decode_all({&state}, {.mask = mask}); }) ==
         "LatentAttention::decode: token 1 is padding, expected none where tokens are kept");
   CHECK(state.empty());
   layer.backward(x, cache);  // What was refused has left the cache alone.
 
   mask = {1, 1, 1};
-  decode({&state}, {.mask = mask});
+  decode_all({&state}, {.mask = mask});
   CHECK(state.length() == 3);
   CHECK_THROWS_AS(layer.backward(x, cache), StateError);
   state.clear();
   state.append(wide, wide);
-  CHECK(test::message_of<ShapeError>([&] { layer.decode(x, state, cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { decode(layer, x, state, cache); }) ==
         "LatentAttention::decode: latents is [3, 10], expected [3, 7]");
   state.clear();
   state.append(wide.leftCols(7), wide);
-  CHECK(test::message_of<ShapeError>([&] { layer.decode(x, state, cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { decode(layer, x, state, cache); }) ==
         "LatentAttention::decode: rope_keys is [3, 10], expected [3, 4]");
   CHECK(state.length() == 3);
 }

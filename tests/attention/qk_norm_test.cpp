@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
-#include <cstdint>
-#include <limits>
-#include <vector>
 
 #include <weir/attention/qk_norm.hpp>
-#include <weir/ops/clamp.hpp>
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
@@ -14,12 +10,12 @@
 using namespace weir;
 
 TEST_CASE("HeadNorm is RmsNorm of each part of a row", "[attention][qk_norm]") {
-  HeadNorm<double> norm(3, 0.1);
+  HeadNorm<double> norm(3, {.epsilon = 0.1});
   norm.weight().value = test::random_matrix(1, 3, 1);
   Matrix<double> x = test::random_matrix(5, 6, 2);
   const Matrix<double> before = x;
   HeadNorm<double>::Cache cache;
-  norm.forward(x, cache);
+  norm.forward(x, Pass{}, cache);
   for (const Index head : {0, 3}) {
     for (Index t = 0; t < 5; ++t) {
       const auto row = before.row(t).segment(head, 3);
@@ -29,7 +25,7 @@ TEST_CASE("HeadNorm is RmsNorm of each part of a row", "[attention][qk_norm]") {
     }
   }
   Matrix<double> none(0, 6);
-  norm.forward(none, cache);
+  norm.forward(none, kTraining, cache);
   norm.backward(none, cache);
   CHECK(none.rows() == 0);
 }
@@ -38,53 +34,34 @@ TEST_CASE("HeadL2Norm gives each head a root mean square of one", "[attention][q
   // Root mean squares of 5 and sqrt(13 / 2).
   Matrix<double> x(1, 4);
   x << 5.0, -5.0, 2.0, 3.0;
-  Scratch<double> inverse;
-  HeadL2Norm<double>{2, 0.0}.forward(x, inverse);
+  HeadL2Norm<double>::Cache cache;
+  HeadL2Norm<double>(2, {.epsilon = 0.0}).forward(x, Pass{}, cache);
   CHECK(x(0, 0) == Approx(1.0));
   CHECK(x(0, 1) == Approx(-1.0));
   CHECK(x(0, 2) == Approx(2.0 / std::sqrt(6.5)));
   CHECK(x(0, 3) == Approx(3.0 / std::sqrt(6.5)));
 
+  CHECK(cache.inverse.rows() == 0);  // Nothing is kept for `backward`.
+
   Matrix<double> zero = Matrix<double>::Zero(2, 4);
-  HeadL2Norm<double>{2, 1e-5}.forward(zero, inverse);
+  HeadL2Norm<double>(2, {.epsilon = 1e-5}).forward(zero, Pass{}, cache);
   CHECK(zero.isZero(0.0));
 }
 
 TEST_CASE("HeadL2Norm gradient agrees with finite differences", "[attention][qk_norm][gradient]") {
   const auto dim = GENERATE(as<Index>{}, 1, 3, 20);
-  const HeadL2Norm<double> norm{dim, 0.2};
+  const HeadL2Norm<double> norm(dim, {.epsilon = 0.2});
   Matrix<double> x = test::random_matrix(4, 2 * dim, 3);
   const Matrix<double> weight = test::random_matrix(4, 2 * dim, 4);
-  Scratch<double> inverse;
+  HeadL2Norm<double>::Cache cache;
   const auto forward = [&] {
     Matrix<double> y = x;
-    norm.forward(y, inverse);
+    norm.forward(y, kTraining, cache);
     return y;
   };
   const Matrix<double> y = forward();
   Matrix<double> d = weight;
-  norm.backward(y, d, inverse);
+  norm.backward(y, d, cache);
   const auto objective = [&] { return forward().cwiseProduct(weight).sum(); };
   CHECK(test::relative_error(d, test::numeric_gradient(x, objective)) <= 1e-8);
-}
-
-TEST_CASE("Clamp keeps numbers within bounds, and the gradient of those that were",
-          "[attention][clamp][golden]") {
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  Matrix<double> x(1, 6);
-  x << -9.0, -2.0, 0.5, 2.0, HUGE_VAL, nan;
-  std::vector<std::uint8_t> outside;
-  Clamp<double>{2.0}.forward(x, outside);
-  CHECK(x(0, 0) == -2.0);
-  CHECK(x(0, 1) == -2.0);
-  CHECK(x(0, 2) == 0.5);
-  CHECK(x(0, 3) == 2.0);
-  CHECK(x(0, 4) == 2.0);
-  CHECK(std::isnan(x(0, 5)));
-
-  Matrix<double> d = Matrix<double>::Ones(1, 6);
-  Clamp<double>::backward(d, outside);
-  Matrix<double> expected(1, 6);
-  expected << 0.0, 1.0, 1.0, 1.0, 0.0, 1.0;
-  CHECK(d == expected);
 }

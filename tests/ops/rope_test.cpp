@@ -46,18 +46,19 @@ TEST_CASE("Rope turns pairs by hand-worked angles", "[ops][rope][golden]") {
 
   SECTION("half-split pairs (1, 3) and (2, 4)") {
     expected << c - 3 * s, 2 * c2 - 4 * s2, 3 * c + s, 4 * c2 + 2 * s2;
-    CHECK(test::relative_error(rotated(Rope(4, 4.0), x, {1}), expected) <= 1e-15);
+    CHECK(test::relative_error(rotated(Rope(4, {.theta = 4.0}), x, {1}), expected) <= 1e-15);
   }
   SECTION("interleaved pairs (1, 2) and (3, 4)") {
     expected << c - 2 * s, 2 * c + s, 3 * c2 - 4 * s2, 4 * c2 + 3 * s2;
-    CHECK(test::relative_error(rotated(Rope(4, 4.0, RopeLayout::kInterleaved), x, {1}), expected) <=
-          1e-15);
+    CHECK(test::relative_error(
+              rotated(Rope(4, {.theta = 4.0, .layout = RopeLayout::kInterleaved}), x, {1}),
+              expected) <= 1e-15);
   }
 }
 
 TEST_CASE("Rope leaves position 0 alone and rotates every head alike", "[ops][rope]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
-  const Rope rope(6, 100.0, layout);
+  const Rope rope(6, {.theta = 100.0, .layout = layout});
   const Matrix<double> x = test::random_matrix(2, 18, 1);
   const Matrix<double> y = rotated(rope, x, {0, 13});
 
@@ -70,7 +71,7 @@ TEST_CASE("Rope leaves position 0 alone and rotates every head alike", "[ops][ro
 
 TEST_CASE("Rope makes products depend on distance alone", "[ops][rope]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
-  const Rope rope(8, 1e4, layout);
+  const Rope rope(8, {.theta = 1e4, .layout = layout});
   const Matrix<double> q = test::random_matrix(1, 8, 2);
   const Matrix<double> k = test::random_matrix(1, 8, 3);
   const auto product = [&](Index i, Index j) {
@@ -91,13 +92,13 @@ TEST_CASE("Both layouts of Rope are one rotation up to the order of numbers", "[
     }
     return mixed;
   };
-  CHECK(rotated(Rope(8, 1e4, RopeLayout::kInterleaved), interleave(x), positions) ==
-        interleave(rotated(Rope(8), x, positions)));
+  CHECK(rotated(Rope(8, {.theta = 1e4, .layout = RopeLayout::kInterleaved}), interleave(x),
+                positions) == interleave(rotated(Rope(8), x, positions)));
 }
 
 TEST_CASE("Rope is undone by rotate_back and keeps norms", "[ops][rope]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
-  const Rope rope(6, 1e4, layout);
+  const Rope rope(6, {.theta = 1e4, .layout = layout});
   const Positions positions = {0, 1, 2, 100000};
   const Matrix<double> x = test::random_matrix(4, 12, 5);
   Matrix<double> y = rotated(rope, x, positions);
@@ -125,7 +126,7 @@ TEST_CASE("Rope rotates a block in place and can share its table", "[ops][rope]"
 TEST_CASE("Rope rotates a part of each head and leaves the rest", "[ops][rope]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
   const Index first = GENERATE(as<Index>{}, 0, 2, 3);
-  const Rope rope(4, 1e4, layout);
+  const Rope rope(4, {.theta = 1e4, .layout = layout});
   const Positions positions = {3, 4};
   Matrix<double> x = test::random_matrix(2, 21, 6);
   const Matrix<double> before = x;
@@ -155,7 +156,7 @@ TEST_CASE("Rope in float keeps its angles at distant positions", "[ops][rope]") 
 
 TEST_CASE("Rope gradient agrees with finite differences", "[ops][rope][gradient]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
-  const Rope rope(4, 50.0, layout);
+  const Rope rope(4, {.theta = 50.0, .layout = layout});
   const Positions positions = {2, 0, 9};
   Matrix<double> x = test::random_matrix(3, 8, 7);
   const Matrix<double> weight = test::random_matrix(3, 8, 8);
@@ -186,8 +187,9 @@ TEST_CASE("Rope says what is wrong", "[ops][rope]") {
   CHECK(test::message_of<ConfigError>([] { Rope(0); }) == "Rope: head_dim = 0, expected >= 2");
   CHECK(test::message_of<ConfigError>([] { Rope(5); }) ==
         "Rope: head_dim = 5, expected an even number");
-  CHECK(test::message_of<ConfigError>([] { Rope(4, -1.0); }) == "Rope: theta = -1, expected > 0");
-  CHECK_THROWS_AS(Rope(4, std::nan("")), ConfigError);
+  CHECK(test::message_of<ConfigError>([] { Rope(4, {.theta = -1.0}); }) ==
+        "Rope: theta = -1, expected a finite number > 0");
+  CHECK_THROWS_AS(Rope(4, {.theta = std::nan("")}), ConfigError);
 
   const Rope rope(4);
   CHECK(test::message_of<ShapeError>([&] {

@@ -23,7 +23,7 @@ double turns_of(double pair) {
 }
 
 Rope small_rope(const Yarn& yarn) {
-  return Rope(8, 16.0, RopeLayout::kHalfSplit, yarn);
+  return Rope(8, {.theta = 16.0, .layout = RopeLayout::kHalfSplit, .yarn = yarn});
 }
 
 void check_frequencies(const Rope& rope, const std::vector<double>& expected) {
@@ -79,12 +79,12 @@ TEST_CASE("Yarn of DeepSeek scales the score and not the rotation", "[ops][yarn]
   const Yarn lite{.factor = 40.0, .mscale = 0.707, .mscale_all_dim = 0.707};
   CHECK(lite.rotation_scale() == 1.0);
   CHECK(lite.score_scale() == Approx(1.5896261651208736).epsilon(1e-14));
-  CHECK(Rope(64, 1e4, RopeLayout::kInterleaved, lite).scale() == 1.0);
+  CHECK(Rope(64, {.theta = 1e4, .layout = RopeLayout::kInterleaved, .yarn = lite}).scale() == 1.0);
 }
 
 TEST_CASE("Yarn with factor 1 changes nothing", "[ops][yarn]") {
   const Rope with = small_rope({.factor = 1.0, .original_context = 64});
-  const Rope without(8, 16.0);
+  const Rope without(8, {.theta = 16.0});
   CHECK(with.scale() == 1.0);
   for (std::size_t i = 0; i < 4; ++i) {
     CHECK(with.frequencies()[i] == Approx(without.frequencies()[i]).epsilon(1e-15));
@@ -102,8 +102,8 @@ TEST_CASE("Yarn keeps each frequency between the old one and the old one over fa
                     .beta_fast = 2.0 + 60.0 * u(0, 4),
                     .beta_slow = 0.1 + u(0, 5),
                     .truncate = seed % 2 == 0};
-    const Rope rope(head_dim, theta, RopeLayout::kHalfSplit, yarn);
-    const Rope old(head_dim, theta);
+    const Rope rope(head_dim, {.theta = theta, .layout = RopeLayout::kHalfSplit, .yarn = yarn});
+    const Rope old(head_dim, {.theta = theta});
     double ramp = 0.0;
     for (Index i = 0; i < head_dim / 2; ++i) {
       const auto at = static_cast<std::size_t>(i);
@@ -126,7 +126,7 @@ TEST_CASE("Yarn with all pairs fast keeps frequencies, with all slow divides the
 TEST_CASE("Rope with a Yarn turns by its frequencies and scales by its scale", "[ops][yarn]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
   const Yarn yarn{.factor = 4.0, .original_context = 64};
-  const Rope rope(8, 16.0, layout, yarn);
+  const Rope rope(8, {.theta = 16.0, .layout = layout, .yarn = yarn});
   const std::vector<Index> positions = {5, 100};
   Matrix<double> x = Matrix<double>::Zero(2, 8);
   const Index second = layout == RopeLayout::kHalfSplit ? 4 : 1;
@@ -142,7 +142,9 @@ TEST_CASE("Rope with a Yarn turns by its frequencies and scales by its scale", "
 }
 
 TEST_CASE("Rope with a Yarn makes products depend on distance alone", "[ops][yarn]") {
-  const Rope rope(8, 1e4, RopeLayout::kHalfSplit, Yarn{.factor = 16.0, .original_context = 128});
+  const Rope rope(8, {.theta = 1e4,
+                      .layout = RopeLayout::kHalfSplit,
+                      .yarn = Yarn{.factor = 16.0, .original_context = 128}});
   const Matrix<double> q = test::random_matrix(1, 8, 2);
   const Matrix<double> k = test::random_matrix(1, 8, 3);
   const auto product = [&](Index i, Index j) {
@@ -159,7 +161,8 @@ TEST_CASE("Rope with a Yarn makes products depend on distance alone", "[ops][yar
 TEST_CASE("Rope gradient with a scaling Yarn agrees with finite differences",
           "[ops][yarn][gradient]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
-  const Rope rope(4, 50.0, layout, Yarn{.factor = 4.0, .original_context = 16});
+  const Rope rope(
+      4, {.theta = 50.0, .layout = layout, .yarn = Yarn{.factor = 4.0, .original_context = 16}});
   const std::vector<Index> positions = {2, 0, 9};
   Matrix<double> x = test::random_matrix(3, 8, 7);
   const Matrix<double> weight = test::random_matrix(3, 8, 8);
@@ -175,21 +178,23 @@ TEST_CASE("Rope gradient with a scaling Yarn agrees with finite differences",
 
 TEST_CASE("Yarn says what is wrong", "[ops][yarn]") {
   const auto message = [](const Yarn& yarn, double theta = 1e4) {
-    return test::message_of<ConfigError>([&] { Rope(8, theta, RopeLayout::kHalfSplit, yarn); });
+    return test::message_of<ConfigError>(
+        [&] { Rope(8, {.theta = theta, .layout = RopeLayout::kHalfSplit, .yarn = yarn}); });
   };
-  CHECK(message({.factor = 0.5}) == "Rope: yarn.factor = 0.5, expected >= 1");
+  CHECK(message({.factor = 0.5}) == "Rope: yarn.factor = 0.5, expected a finite number >= 1");
   CHECK(message({.factor = std::numeric_limits<double>::quiet_NaN()}) ==
-        "Rope: yarn.factor = nan, expected >= 1");
+        "Rope: yarn.factor = nan, expected a finite number >= 1");
   CHECK(message({.factor = std::numeric_limits<double>::infinity()}) ==
-        "Rope: yarn.factor = inf, expected a finite number");
+        "Rope: yarn.factor = inf, expected a finite number >= 1");
   CHECK(message({.original_context = 0}) == "Rope: yarn.original_context = 0, expected >= 1");
-  CHECK(message({.beta_slow = 0.0}) == "Rope: yarn.beta_slow = 0, expected > 0");
+  CHECK(message({.beta_slow = 0.0}) == "Rope: yarn.beta_slow = 0, expected a finite number > 0");
   CHECK(message({.beta_fast = std::numeric_limits<double>::quiet_NaN()}) ==
-        "Rope: yarn.beta_fast = nan, expected > 0");
+        "Rope: yarn.beta_fast = nan, expected a finite number > 0");
   CHECK(message({.beta_fast = 1.0}) == "Rope: yarn.beta_fast = 1, expected > beta_slow = 1");
-  CHECK(message({.mscale = -1.0}) == "Rope: yarn.mscale = -1, expected >= 0");
+  CHECK(message({.mscale = -1.0}) == "Rope: yarn.mscale = -1, expected a finite number >= 0");
   CHECK(message({.mscale = std::numeric_limits<double>::infinity()}) ==
-        "Rope: yarn.mscale = inf, expected a finite number");
-  CHECK(message({.mscale_all_dim = -1.0}) == "Rope: yarn.mscale_all_dim = -1, expected >= 0");
+        "Rope: yarn.mscale = inf, expected a finite number >= 0");
+  CHECK(message({.mscale_all_dim = -1.0}) ==
+        "Rope: yarn.mscale_all_dim = -1, expected a finite number >= 0");
   CHECK(message({}, 1.0) == "Rope: theta = 1, expected > 1 with a Yarn");
 }

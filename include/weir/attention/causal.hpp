@@ -12,7 +12,7 @@
 #include <vector>
 
 #include <weir/attention/few_queries.hpp>
-#include <weir/attention/heads.hpp>
+#include <weir/attention/operands.hpp>
 #include <weir/attention/query_blocks.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/scratch.hpp>

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <limits>
 
-#include <weir/attention/heads.hpp>
+#include <weir/attention/operands.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>

@@ -8,29 +8,25 @@
 #include <array>
 #include <concepts>
 #include <cstddef>
-#include <cstdint>
-#include <optional>
 #include <span>
-#include <utility>
-#include <vector>
 
 #include <weir/attention/causal.hpp>
 #include <weir/attention/grouped_query_config.hpp>
 #include <weir/attention/kv_cache.hpp>
-#include <weir/attention/qk_norm.hpp>
-#include <weir/core/decode_states.hpp>
+#include <weir/attention/qkv_stages.hpp>
+#include <weir/attention/spans.hpp>
+#include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/layer.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parameter.hpp>
-#include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
-#include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
-#include <weir/ops/clamp.hpp>
-#include <weir/ops/rope.hpp>
 #include <weir/ops/rows.hpp>
 
 namespace weir {
@@ -42,7 +38,7 @@ namespace weir {
 ///
 /// The softmax runs over the keys of the same sequence up to the query's own position; positions
 /// begin at 0 in each sequence of the pass. `GroupedQueryConfig` says what else there may be:
-/// windows, chunks, softcaps, sinks, norms, clamps.
+/// windows, chunks, softcaps, sinks, and what `QkvStages` does to queries, keys and values.
 ///
 /// Padding tokens are seen by no one. Their own rows are computed like any other; a query that sees
 /// no key, not even itself, gets zero from the attention (so y = bo) and passes no gradient through
@@ -59,31 +55,29 @@ class GroupedQueryAttention {
   using State = KvCache<T>;  ///< What `decode` remembers of one sequence.
 
   struct Cache {
-    bool recorded = false;  ///< Whether the last pass was a `forward`, which `backward` can follow.
+    CacheState state;
     Matrix<T> x;
     Matrix<T> q, k, v;  ///< As attention gets them.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * head_dim].
     Matrix<T> y;
     Matrix<T> d_context, dq, dk, dv, dx;
-    typename HeadNorm<T>::Cache query_norm, key_norm;
-    Scratch<T> query_inverse, key_inverse;                                ///< See `HeadL2Norm`.
-    std::vector<std::uint8_t> query_outside, key_outside, value_outside;  ///< See `Clamp`.
-    Scratch<T> angles;
-    std::vector<Index> positions;
-    std::vector<AttentionSpan> spans;
-    std::vector<KeyValueRows<T>> rows;
-    std::vector<std::uint8_t> mask;
+    TokenRows rows;
+    List<AttentionSpan> spans;
+    List<Index> positions;
+    List<KeyValueRows<T>> kept;  ///< What the states hold, in `decode`.
+    typename QkvStages<T>::Cache stages;
     typename CausalAttention<T>::Cache attention;
   };
 
-  /// Weights begin as `switch_init` with scale 1, biases and sinks as zero, norms as one.
+  /// Weights begin as `switch_init`, biases and sinks as zero, norms as one.
   /// \throws ConfigError  if the config is not sound, see `GroupedQueryConfig::checked`.
-  GroupedQueryAttention(const Config& config, Rng& rng)
+  GroupedQueryAttention(Rng& rng, const Config& config)
       : config_(config.checked()),
-        query_(switch_init<T>(query_width(), config_.d_model, rng, 1.0)),
-        key_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
-        value_(switch_init<T>(kv_width(), config_.d_model, rng, 1.0)),
-        output_(switch_init<T>(config_.d_model, query_width(), rng, 1.0)) {
+        query_(initial(query_width(), config_.d_model, rng)),
+        key_(initial(kv_width(), config_.d_model, rng)),
+        value_(initial(kv_width(), config_.d_model, rng)),
+        output_(initial(config_.d_model, query_width(), rng)),
+        stages_(config_) {
     if (config_.qkv_bias) {
       query_bias_.value.setZero(1, query_width());
       key_bias_.value.setZero(1, kv_width());
@@ -91,16 +85,6 @@ class GroupedQueryAttention {
     }
     if (config_.output_bias) output_bias_.value.setZero(1, config_.d_model);
     if (config_.sinks) sinks_.value.setZero(1, config_.heads);
-    if (config_.rope) {
-      rope_.emplace(config_.head_dim, config_.rope_theta, config_.rope_layout, config_.yarn);
-    }
-    if (config_.qk_norm == QkNorm::kFull) {
-      query_norm_.emplace(query_width(), config_.qk_norm_epsilon);
-      key_norm_.emplace(kv_width(), config_.qk_norm_epsilon);
-    } else if (config_.qk_norm == QkNorm::kPerHead) {
-      query_norm_.emplace(config_.head_dim, config_.qk_norm_epsilon);
-      key_norm_.emplace(config_.head_dim, config_.qk_norm_epsilon);
-    }
   }
 
   /// With head_dim filled in.
@@ -123,46 +107,32 @@ class GroupedQueryAttention {
     }
   }
 
-  /// \param x  [tokens, d_model], one sequence.
-  /// \return   [tokens, d_model].
-  /// \throws ShapeError   if x does not have d_model columns.
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    forward(x, cache);
-    return std::move(cache.y);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, Pass{}, cache); }
-
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
   /// \param pass  Its sequences and its padding mask are looked at.
+  /// \return      [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns, or pass does not fit it.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("GroupedQueryAttention::forward", "x", x, config_.d_model);
-    pass.check("GroupedQueryAttention::forward", x.rows());
-    cache.x = x;
-    cache.mask.assign(pass.mask.begin(), pass.mask.end());
-    fill_spans(pass, cache.x.rows(), cache.spans);
-    project(cache);
+    cache.rows.set("GroupedQueryAttention::forward", pass, x.rows());
+    if (pass.training) cache.x = x;
+    fill_spans(cache.rows.sequences(), cache.spans);
+    project(x, pass, cache);
     cache.context.resize(x.rows(), query_width());
     core(cache).forward(cache.context, cache.attention);
     project_out(cache);
-    cache.recorded = true;
-    return cache.y;
+    return cache.state.finish(*this, pass, cache.y);
   }
 
   /// Adds to the gradients of the parameters.
   /// \param dy  [tokens, d_model], the gradient of what `forward` returned last.
   /// \return    The gradient of its x.
-  /// \throws StateError   unless the cache comes from `forward`, or if the weights are stored for
-  ///                      inference.
+  /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
+  ///                      for inference.
   /// \throws ShapeError   if dy is not shaped like the output.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     expect_trainable("GroupedQueryAttention::backward", query_.storage());
-    if (!cache.recorded) {
-      fail<StateError>("GroupedQueryAttention::backward: the cache holds no forward pass");
-    }
-    expect_shape("GroupedQueryAttention::backward", "dy", dy, cache.y.rows(), cache.y.cols());
+    cache.state.begin_backward("GroupedQueryAttention::backward", *this, dy);
     const Index tokens = dy.rows();
     cache.d_context.resize(tokens, query_width());
     cache.dq.resize(tokens, query_width());
@@ -174,7 +144,7 @@ class GroupedQueryAttention {
     multiply_tn<T>(dy, cache.context, output().gradient(), true);
     core(cache).backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv,
                          cache.attention, d_sinks());
-    prepare_backward(cache);
+    stages_.backward(cache.positions, cache.q, cache.k, cache.dq, cache.dk, cache.dv, cache.stages);
 
     const std::array<Product<T>, 3> weights = {
         product_tn<T>(cache.dq, cache.x, query().gradient(), true),
@@ -193,54 +163,34 @@ class GroupedQueryAttention {
     return cache.dx;
   }
 
-  /// Continues one sequence: token by token, in chunks, or with a whole prompt at once.
-  /// \param x      [new tokens, d_model], following on what `kv` holds.
-  /// \param kv     The keys and values so far; those of x are added.
-  /// \param cache  Workspace. It cannot be followed by `backward`.
-  /// \return       [new tokens, d_model], to rounding what `forward` of the whole sequence gives.
-  /// \throws ShapeError   if x does not have d_model columns, or kv is of another layer.
-  const Matrix<T>& decode(MatrixIn<T> x, State& kv, Cache& cache) const {
-    State* const states[] = {&kv};
-    return decode(x, Pass{}, states, cache);
-  }
-
-  /// Continues several sequences at once, each by any number of tokens.
+  /// Continues several sequences at once: token by token, in chunks, or with whole prompts.
   /// \param x       [new tokens, d_model], those of all sequences one after the other.
   /// \param pass    Its sequences say how the rows of x divide; without, there is one.
-  /// \param states  One for each sequence, all different.
-  /// \return        [new tokens, d_model], for each sequence to rounding what it gets alone.
+  /// \param states  The keys and values of each sequence so far; those of x are added.
+  /// \param cache   Workspace. It cannot be followed by `backward`.
+  /// \return        [new tokens, d_model], to rounding what `forward` of each whole sequence gives.
   /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
-  /// of
-  ///                      another layer.
-  /// \throws StateError   unless there is one state for each sequence.
-  /// \throws ConfigError  if a token is padding: a state holds none.
+  ///                      of another layer.
+  /// \throws StateError   unless there is one state for each sequence, all different.
+  /// \throws ConfigError  if a token is padding: a state has no place for it.
   const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
                           Cache& cache) const {
     check_decode(x, pass, states);
-    cache.recorded = false;
-    cache.x = x;
-    cache.mask.clear();
-    fill_spans(pass, cache.x.rows(), cache.spans);
+    cache.state.begin();
+    cache.rows.set("GroupedQueryAttention::decode", pass, x.rows());
+    fill_spans(cache.rows.sequences(), cache.spans);
+    for (std::size_t s = 0; s < states.size(); ++s) make_sight(*states[s], cache.spans.at(s));
+    project(x, Pass{}, cache);
+    cache.kept.clear();
     for (std::size_t s = 0; s < states.size(); ++s) {
-      State& kv = *states[s];
-      if (config_.window > 0 || config_.chunk > 0) {
-        const Index from = std::max<Index>(0, kv.length() - State::kSlack);
-        kv.forget(config_.shape().first_visible(from), from);
-      }
-      cache.spans[s].first_key = kv.first();
-      cache.spans[s].keys += kv.held();
-    }
-    project(cache);
-    cache.rows.clear();
-    for (std::size_t s = 0; s < states.size(); ++s) {
-      const AttentionSpan& span = cache.spans[s];
+      const AttentionSpan& span = cache.spans.at(s);
       State& kv = *states[s];
       kv.append(cache.k.middleRows(span.query_begin, span.queries),
                 cache.v.middleRows(span.query_begin, span.queries));
-      cache.rows.push_back({kv.keys().data(), kv_width(), kv.values().data(), kv_width()});
+      cache.kept.push_back({kv.keys().data(), kv_width(), kv.values().data(), kv_width()});
     }
     cache.context.resize(x.rows(), query_width());
-    CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.rows, sinks())
+    CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.kept, sinks())
         .forward(cache.context, cache.attention);
     project_out(cache);
     return cache.y;
@@ -260,14 +210,15 @@ class GroupedQueryAttention {
       visit("value_bias", self.value_bias_);
     }
     if (self.config_.output_bias) visit("output_bias", self.output_bias_);
-    if (self.query_norm_) {
-      visit("query_norm", self.query_norm_->weight());
-      visit("key_norm", self.key_norm_->weight());
-    }
+    visit("", self.stages_);
     if (self.config_.sinks) visit("sinks", self.sinks_);
   }
 
  private:
+  Matrix<T> initial(Index rows, Index cols, Rng& rng) const {
+    return switch_init<T>(rows, cols, rng, config_.init_scale);
+  }
+
   Index query_width() const { return config_.query_width(); }
   Index kv_width() const { return config_.kv_width(); }
 
@@ -296,95 +247,47 @@ class GroupedQueryAttention {
     }
   }
 
-  /// cache.x to cache.q, k and v, at the positions that the spans give them.
-  void project(Cache& cache) const {
-    const Index tokens = cache.x.rows();
-    cache.q.resize(tokens, query_width());
-    cache.k.resize(tokens, kv_width());
-    cache.v.resize(tokens, kv_width());
-    kernels::multiply_weights<T, 3>(cache.x,
-                                    {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
+  /// Lets a state go of what its next tokens do not see, and gives the span the keys that are left.
+  void make_sight(State& kv, AttentionSpan& span) const {
+    if (config_.window > 0 || config_.chunk > 0) {
+      const Index from = std::max<Index>(0, kv.length() - State::kSlack);
+      kv.forget(config_.shape().first_visible(from), from);
+    }
+    span.first_key = kv.first();
+    span.keys += kv.held();
+  }
+
+  /// x to cache.q, k and v, at the positions that the spans give them.
+  void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.q.resize(x.rows(), query_width());
+    cache.k.resize(x.rows(), kv_width());
+    cache.v.resize(x.rows(), kv_width());
+    kernels::multiply_weights<T, 3>(x, {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
     if (config_.qkv_bias) {
-      cache.q.rowwise() += query_bias_.value.row(0);
-      cache.k.rowwise() += key_bias_.value.row(0);
-      cache.v.rowwise() += value_bias_.value.row(0);
+      add_to_each_row<T>(query_bias_.value.data(), cache.q);
+      add_to_each_row<T>(key_bias_.value.data(), cache.k);
+      add_to_each_row<T>(value_bias_.value.data(), cache.v);
     }
-    fill_positions(cache.spans, tokens, cache.positions);
-    prepare(cache);
-  }
-
-  /// What happens to queries, keys and values between the projections and attention.
-  void prepare(Cache& cache) const {
-    if (config_.clip_qkv > 0.0) {
-      const Clamp<T> clamp = {static_cast<T>(config_.clip_qkv)};
-      clamp.forward(cache.q, cache.query_outside);
-      clamp.forward(cache.k, cache.key_outside);
-      clamp.forward(cache.v, cache.value_outside);
-    }
-    if (query_norm_) {
-      query_norm_->forward(cache.q, cache.query_norm);
-      key_norm_->forward(cache.k, cache.key_norm);
-    }
-    if (rope_) {
-      rope_->tabulate(std::span<const Index>(cache.positions), cache.angles);
-      rope_->template rotate<T>(cache.q, cache.angles);
-      rope_->template rotate<T>(cache.k, cache.angles);
-    }
-    if (config_.qk_norm == QkNorm::kL2) {
-      l2_norm().forward(cache.q, cache.query_inverse);
-      l2_norm().forward(cache.k, cache.key_inverse);
-    }
-    if (config_.temperature_scale > 0.0) temper(cache.positions, cache.q);
-  }
-
-  /// The gradients of what `prepare` left to those of what it was given.
-  void prepare_backward(Cache& cache) {
-    if (config_.temperature_scale > 0.0) temper(cache.positions, cache.dq);
-    if (config_.qk_norm == QkNorm::kL2) {
-      l2_norm().backward(cache.q, cache.dq, cache.query_inverse);
-      l2_norm().backward(cache.k, cache.dk, cache.key_inverse);
-    }
-    if (rope_) {
-      rope_->template rotate_back<T>(cache.dq, cache.angles);
-      rope_->template rotate_back<T>(cache.dk, cache.angles);
-    }
-    if (query_norm_) {
-      query_norm_->backward(cache.dq, cache.query_norm);
-      key_norm_->backward(cache.dk, cache.key_norm);
-    }
-    if (config_.clip_qkv > 0.0) {
-      Clamp<T>::backward(cache.dq, cache.query_outside);
-      Clamp<T>::backward(cache.dk, cache.key_outside);
-      Clamp<T>::backward(cache.dv, cache.value_outside);
-    }
-  }
-
-  HeadL2Norm<T> l2_norm() const { return {config_.head_dim, config_.qk_norm_epsilon}; }
-
-  /// Multiplies each row by the temperature of its position.
-  void temper(const std::vector<Index>& positions, Matrix<T>& rows) const {
-    for (Index t = 0; t < rows.rows(); ++t) {
-      rows.row(t) *= static_cast<T>(config_.temperature(positions[static_cast<std::size_t>(t)]));
-    }
+    fill_positions(cache.spans, x.rows(), cache.positions);
+    stages_.forward(cache.positions, pass, cache.q, cache.k, cache.v, cache.stages);
   }
 
   CausalAttention<T> core(const Cache& cache) const {
-    return {config_.shape(), cache.spans, cache.mask, cache.q, cache.k, cache.v, sinks()};
+    return {config_.shape(), cache.spans, cache.rows.mask(), cache.q, cache.k, cache.v, sinks()};
   }
 
   /// cache.context to cache.y.
   void project_out(Cache& cache) const {
     cache.y.resize(cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
-    if (config_.output_bias) cache.y.rowwise() += output_bias_.value.row(0);
+    if (config_.output_bias) add_to_each_row<T>(output_bias_.value.data(), cache.y);
   }
 
   Config config_;
-  std::optional<Rope> rope_;
   kernels::Weight<T> query_, key_, value_, output_;
   Parameter<T> query_bias_ = {}, key_bias_ = {}, value_bias_ = {}, output_bias_ = {};
   Parameter<T> sinks_ = {};  // [1, heads]
-  std::optional<HeadNorm<T>> query_norm_, key_norm_;
+  QkvStages<T> stages_;
 };
 
 }  // namespace weir

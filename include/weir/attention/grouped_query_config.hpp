@@ -15,25 +15,25 @@
 
 namespace weir {
 
-/// What a `GroupedQueryAttention` is like; what is not said is off. Queries, keys and values pass
-/// through it in this order: projection, bias, clamp, norms kFull and kPerHead, rotation, norm kL2,
-/// temperature.
+/// Settings of `GroupedQueryAttention`; what is not given is off. Queries, keys and values pass
+/// through projection, bias, clamp, norms kFull and kPerHead, rotation, norm kL2 and temperature,
+/// in this order.
 struct GroupedQueryConfig {
   Index d_model = 0;
   Index heads = 0;
   Index kv_heads = 0;  ///< Divides heads: `heads` is multi-head, 1 is multi-query attention.
-  Index head_dim = 0;  ///< Even, if rotated; 0 stands for d_model / heads.
+  Index head_dim = 0;  ///< Even, if there is rotation; 0 stands for d_model / heads.
   double rope_theta = 1e4;
   RopeLayout rope_layout = RopeLayout::kHalfSplit;
   bool qkv_bias = false;          ///< On the projections to queries, keys and values.
   bool output_bias = false;       ///< On the projection of the heads' outputs.
-  bool rope = true;               ///< Positions are told by rotation; else not at all (NoPE).
+  bool rope = true;               ///< Whether rotation tells positions; else nothing does (NoPE).
   std::optional<Yarn> yarn = {};  ///< Stretches the rotation, and scales scores as it says.
-  double scale = 0.0;             ///< Of scores; 0 stands for 1 / sqrt(head_dim) and Yarn's.
-  double softcap = 0.0;           ///< See `AttentionHeads`; likewise the next two.
-  Index window = 0;
-  Index chunk = 0;
-  double clip_qkv = 0.0;  ///< Above zero, a `Clamp` on queries, keys and values.
+  double scale = 0.0;     ///< Multiplies scores; 0 stands for 1 / sqrt(head_dim) times the Yarn's.
+  double softcap = 0.0;   ///< See `AttentionHeads`.
+  Index window = 0;       ///< See `AttentionHeads`.
+  Index chunk = 0;        ///< See `AttentionHeads`.
+  double clip_qkv = 0.0;  ///< Above zero, the bound within which queries, keys and values are kept.
   QkNorm qk_norm = QkNorm::kNone;
   double qk_norm_epsilon = 1e-6;
   bool sinks = false;  ///< One learned logit for each head, see `CausalAttention`.
@@ -45,6 +45,8 @@ struct GroupedQueryConfig {
   /// (Llama 4's released code, in layers without rotation; 0.1 there.)
   double temperature_scale = 0.0;
   Index temperature_floor = 8192;
+
+  double init_scale = 1.0;  ///< `scale` of `switch_init`.
 
   Index query_width() const { return heads * head_dim; }
   Index kv_width() const { return kv_heads * head_dim; }
@@ -89,10 +91,10 @@ struct GroupedQueryConfig {
       fail<ConfigError>(kWhere, ": head_dim = ", c.head_dim, ", expected an even number");
     }
     expect_positive(kWhere, "rope_theta", rope_theta);
-    expect_not_negative("scale", scale);
-    expect_not_negative("softcap", softcap);
-    expect_not_negative("clip_qkv", clip_qkv);
-    expect_not_negative("temperature_scale", temperature_scale);
+    expect_at_least(kWhere, "scale", scale, 0.0);
+    expect_at_least(kWhere, "softcap", softcap, 0.0);
+    expect_at_least(kWhere, "clip_qkv", clip_qkv, 0.0);
+    expect_at_least(kWhere, "temperature_scale", temperature_scale, 0.0);
     expect_at_least<Index>(kWhere, "window", window, 0);
     expect_at_least<Index>(kWhere, "chunk", chunk, 0);
     expect_at_least<Index>(kWhere, "temperature_floor", temperature_floor, 1);
@@ -107,13 +109,6 @@ struct GroupedQueryConfig {
                         " with rope, expected it only without");
     }
     return c;
-  }
-
- private:
-  static void expect_not_negative(const char* name, double value) {
-    if (value >= 0.0 && std::isfinite(value)) return;
-    fail<ConfigError>("GroupedQueryAttention: ", name, " = ", value,
-                      ", expected a finite number >= 0");
   }
 };
 

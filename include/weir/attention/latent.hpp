@@ -3,28 +3,26 @@
 /// Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
 #pragma once
 
-#include <algorithm>
-#include <array>
 #include <concepts>
-#include <cstdint>
+#include <cstddef>
 #include <optional>
 #include <span>
-#include <utility>
-#include <vector>
 
-#include <weir/attention/causal.hpp>
 #include <weir/attention/latent_absorbed.hpp>
 #include <weir/attention/latent_cache.hpp>
 #include <weir/attention/latent_config.hpp>
-#include <weir/core/decode_states.hpp>
+#include <weir/attention/latent_expanded.hpp>
+#include <weir/attention/spans.hpp>
+#include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
-#include <weir/core/parallel.hpp>
+#include <weir/core/layer.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parameter.hpp>
-#include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
@@ -45,8 +43,9 @@ namespace weir {
 /// with a Yarn, its `score_scale()`. Sequences, positions and padding are as in
 /// GroupedQueryAttention.
 ///
-/// Decoding may go another way to the same result, see LatentDecoding and LatentAbsorbed. Stored
-/// for inference, W_uk and W_uv are there twice, once for either way.
+/// Training, and prompts in decoding, take the way of LatentExpanded; decoding may go another way
+/// to the same result, see LatentDecoding and LatentAbsorbed. Stored for inference, W_uk and W_uv
+/// are there twice, once for either way.
 ///
 /// Released checkpoints have W_dkv above W_kr in one matrix, as here, and for each head W_uk_h
 /// above W_uv_h, which are two parameters here.
@@ -58,40 +57,40 @@ class LatentAttention {
   using State = LatentCache<T>;  ///< What `decode` remembers of one sequence.
 
   struct Cache {
-    bool recorded = false;  ///< Whether the last pass was a `forward`, which `backward` can follow.
+    CacheState state;
     Matrix<T> x;
     Matrix<T> query_down;  ///< Latents of queries before their norm.
     Matrix<T> kv;          ///< [latents before their norm | rotated keys of positions]
     typename RmsNorm<T>::Cache query_norm, kv_norm;
-    Matrix<T> q;                ///< Rotated.
-    Scratch<T> key_nope, k, v;  ///< Of all tokens that queries look at.
-    Matrix<T> context;          ///< The heads' outputs side by side, [tokens, heads * value_dim].
+    Matrix<T> q;        ///< Rotated.
+    Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * value_dim].
     Matrix<T> y;
-    Matrix<T> d_context, dq, d_query_latent, dk, d_key_nope, dv, d_latent, d_kv, dx;
+    Matrix<T> d_context, dq, d_query_latent, d_latent, d_kv, dx;
     Scratch<T> angles;
-    std::vector<Index> positions;
-    std::vector<AttentionSpan> spans;
-    std::vector<std::uint8_t> mask;
-    typename CausalAttention<T>::Cache attention;
+    TokenRows rows;
+    List<AttentionSpan> spans;
+    List<Index> positions;
+    typename LatentExpanded<T>::Cache expanded;
     typename LatentAbsorbed<T>::Cache absorbed;
   };
 
-  /// Weights begin as `switch_init` with scale 1.
-  /// \throws ConfigError  if a size is below 1, rope_dim is odd, or Rope or RmsNorm refuse theirs.
-  LatentAttention(const Config& config, Rng& rng)
+  /// Weights begin as `switch_init`, norms as one.
+  /// \throws ConfigError  if the config is not sound, see `LatentConfig::check`.
+  LatentAttention(Rng& rng, const Config& config)
       : config_(checked(config)),
-        rope_(config_.rope_dim, config_.rope_theta, RopeLayout::kInterleaved, config_.yarn),
-        kv_norm_(config_.kv_rank, config_.norm_epsilon),
-        query_(switch_init<T>(config_.heads * config_.query_dim(),
-                              is_low_rank() ? config_.q_rank : config_.d_model, rng, 1.0)),
-        kv_down_(switch_init<T>(config_.kv_rank + config_.rope_dim, config_.d_model, rng, 1.0)),
-        key_up_(switch_init<T>(config_.heads * config_.nope_dim, config_.kv_rank, rng, 1.0)),
-        value_up_(switch_init<T>(config_.heads * config_.value_dim, config_.kv_rank, rng, 1.0)),
-        output_(switch_init<T>(config_.d_model, config_.heads * config_.value_dim, rng, 1.0)),
+        rope_(config_.rope_dim, RopeConfig{.theta = config_.rope_theta,
+                                           .layout = RopeLayout::kInterleaved,
+                                           .yarn = config_.yarn}),
+        kv_norm_(config_.kv_rank, {.epsilon = config_.norm_epsilon}),
+        query_(initial(config_.heads * config_.query_dim(),
+                       is_low_rank() ? config_.q_rank : config_.d_model, rng)),
+        kv_down_(initial(config_.kv_rank + config_.rope_dim, config_.d_model, rng)),
+        expanded_(rng, config_),
+        output_(initial(config_.d_model, config_.heads * config_.value_dim, rng)),
         absorbed_(config_) {
     if (is_low_rank()) {
-      query_down_ = kernels::Weight<T>(switch_init<T>(config_.q_rank, config_.d_model, rng, 1.0));
-      query_norm_.emplace(config_.q_rank, config_.norm_epsilon);
+      query_down_ = kernels::Weight<T>(initial(config_.q_rank, config_.d_model, rng));
+      query_norm_.emplace(config_.q_rank, RmsNormConfig{.epsilon = config_.norm_epsilon});
     }
   }
 
@@ -100,84 +99,58 @@ class LatentAttention {
   /// See `weir::set_storage`; norms stay parameters.
   void set_storage(Storage storage) {
     if (storage == output_.storage()) return;
-    for (kernels::Weight<T>* weight :
-         {&query_down_, &query_, &kv_down_, &key_up_, &value_up_, &output_}) {
-      weight->set_storage(Storage::kTrainable);
-    }
     if (config_.decoding != LatentDecoding::kExpanded) {
-      absorbed_.set_storage(value_of(key_up_), value_of(value_up_), storage);
+      expanded_.set_storage(Storage::kTrainable);
+      absorbed_.set_storage(expanded_.key_up(), expanded_.value_up(), storage);
     }
-    for (kernels::Weight<T>* weight :
-         {&query_down_, &query_, &kv_down_, &key_up_, &value_up_, &output_}) {
+    expanded_.set_storage(storage);
+    for (kernels::Weight<T>* weight : {&query_down_, &query_, &kv_down_, &output_}) {
       weight->set_storage(storage);
     }
   }
 
-  /// \param x  [tokens, d_model], one sequence.
-  /// \return   [tokens, d_model].
-  /// \throws ShapeError   if x does not have d_model columns.
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    forward(x, cache);
-    return std::move(cache.y);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, Pass{}, cache); }
-
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
   /// \param pass  Its sequences and its padding mask are looked at.
+  /// \return      [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns, or pass does not fit it.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("LatentAttention::forward", "x", x, config_.d_model);
-    pass.check("LatentAttention::forward", x.rows());
-    cache.x = x;
-    cache.mask.assign(pass.mask.begin(), pass.mask.end());
-    fill_spans(pass, x.rows(), cache.spans);
-    project(x, cache);
-    expand(cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache);
+    cache.rows.set("LatentAttention::forward", pass, x.rows());
+    if (pass.training) cache.x = x;
+    fill_spans(cache.rows.sequences(), cache.spans);
+    project(x, pass, cache);
     cache.context.resize(x.rows(), config_.heads * config_.value_dim);
-    expanded(cache, cache.spans).forward(cache.context, cache.attention);
-    finish(cache);
-    cache.recorded = true;
-    return cache.y;
+    expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,
+                      cache.rows.mask(), cache.context, cache.expanded);
+    project_out(cache);
+    return cache.state.finish(*this, pass, cache.y);
   }
 
   /// Adds to the gradients of the parameters.
   /// \param dy  [tokens, d_model], the gradient of what `forward` returned last.
   /// \return    The gradient of its x.
-  /// \throws StateError   unless the cache comes from `forward`, or if the weights are stored for
-  ///                      inference.
+  /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
+  ///                      for inference.
   /// \throws ShapeError   if dy is not shaped like the output.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    constexpr auto kWhere = "LatentAttention::backward";
-    expect_trainable(kWhere, output_.storage());
-    if (!cache.recorded) fail<StateError>(kWhere, ": the cache holds no forward pass");
-    expect_shape(kWhere, "dy", dy, cache.y.rows(), cache.y.cols());
+    expect_trainable("LatentAttention::backward", output_.storage());
+    cache.state.begin_backward("LatentAttention::backward", *this, dy);
     const Index tokens = dy.rows();
     cache.d_context.resize(tokens, cache.context.cols());
     cache.dq.resize(tokens, cache.q.cols());
-    cache.dk.resize(tokens, cache.k.cols());
-    cache.dv.resize(tokens, cache.v.cols());
-    cache.d_key_nope.resize(tokens, cache.key_nope.cols());
     cache.d_latent.resize(tokens, config_.kv_rank);
     cache.d_kv.resize(tokens, cache.kv.cols());
     cache.dx.resize(tokens, config_.d_model);
+    auto d_rope_keys = cache.d_kv.rightCols(config_.rope_dim);
 
     multiply_nn<T>(dy, value_of(output_), cache.d_context);
     multiply_tn<T>(dy, cache.context, gradient_of(output_), true);
-    expanded(cache, cache.spans)
-        .backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv, cache.attention);
+    expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, cache.rows.mask(), cache.context,
+                       cache.d_context, cache.dq, cache.d_latent, d_rope_keys, cache.expanded);
     rope_.template rotate_back<T>(cache.dq, cache.angles, rotated_part());
-    take_apart(cache);
-    rope_.template rotate_back<T>(cache.d_kv.rightCols(config_.rope_dim), cache.angles);
+    rope_.template rotate_back<T>(d_rope_keys, cache.angles);
 
-    const Matrix<T>& latent = cache.kv_norm.y;
-    const std::array<Product<T>, 2> ups = {
-        product_tn<T>(cache.d_key_nope, latent, gradient_of(key_up_), true),
-        product_tn<T>(cache.dv, latent, gradient_of(value_up_), true)};
-    multiply<T>(ups);
-    multiply_nn<T>(cache.d_key_nope, value_of(key_up_), cache.d_latent);
-    multiply_nn<T>(cache.dv, value_of(value_up_), cache.d_latent, true);
     cache.d_kv.leftCols(config_.kv_rank) = kv_norm_.backward(cache.d_latent, cache.kv_norm);
     multiply_tn<T>(cache.d_kv, cache.x, gradient_of(kv_down_), true);
     multiply_nn<T>(cache.d_kv, value_of(kv_down_), cache.dx);
@@ -209,40 +182,33 @@ class LatentAttention {
   const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
                           Cache& cache) const {
     check_decode(x, pass, states);
-    cache.recorded = false;
-    cache.mask.clear();
-    fill_spans(pass, x.rows(), cache.spans);
+    cache.state.begin();
+    cache.rows.set("LatentAttention::decode", pass, x.rows());
+    fill_spans(cache.rows.sequences(), cache.spans);
     for (std::size_t s = 0; s < states.size(); ++s) {
-      cache.spans[s].key_begin = 0;
-      cache.spans[s].keys += states[s]->length();
+      cache.spans.at(s).key_begin = 0;
+      cache.spans.at(s).keys += states[s]->length();
     }
-    project(x, cache);
+    project(x, Pass{}, cache);
     const auto rope_keys = cache.kv.rightCols(config_.rope_dim);
-    for (std::size_t s = 0; s < states.size(); ++s) {
-      const AttentionSpan& span = cache.spans[s];
-      states[s]->append(cache.kv_norm.y.middleRows(span.query_begin, span.queries),
-                        rope_keys.middleRows(span.query_begin, span.queries));
-    }
     cache.context.resize(x.rows(), config_.heads * config_.value_dim);
     cache.absorbed.clear();
     for (std::size_t s = 0; s < states.size(); ++s) {
-      if (is_absorbed(cache.spans[s])) {
-        cache.absorbed.add(cache.spans[s], *states[s]);
+      const AttentionSpan& span = cache.spans.at(s);
+      State& state = *states[s];
+      state.append(cache.kv_norm.y.middleRows(span.query_begin, span.queries),
+                   rope_keys.middleRows(span.query_begin, span.queries));
+      if (is_absorbed(span)) {
+        cache.absorbed.add(span, state);
       } else {
-        expand(states[s]->latents(), states[s]->rope_keys(), cache);
-        expanded(cache, {&cache.spans[s], 1}).forward(cache.context, cache.attention);
+        expanded_.forward(cache.q, state.latents(), state.rope_keys(), {&span, 1}, {},
+                          cache.context, cache.expanded);
       }
     }
-    absorbed_.attend(cache.q, value_of(key_up_), value_of(value_up_), cache.context,
+    absorbed_.attend(cache.q, expanded_.key_up(), expanded_.value_up(), cache.context,
                      cache.absorbed);
-    finish(cache);
+    project_out(cache);
     return cache.y;
-  }
-
-  /// The same for one sequence.
-  const Matrix<T>& decode(MatrixIn<T> x, State& state, Cache& cache) const {
-    State* const only = &state;
-    return decode(x, Pass{}, {&only, 1}, cache);
   }
 
   template <class Self, class Visit>
@@ -257,17 +223,18 @@ class LatentAttention {
       visit("kv_down", self.kv_down_.parameter());
     }
     visit("kv_norm", self.kv_norm_);
-    if (trainable) {
-      visit("key_up", self.key_up_.parameter());
-      visit("value_up", self.value_up_.parameter());
-      visit("output", self.output_.parameter());
-    }
+    visit("", self.expanded_);
+    if (trainable) visit("output", self.output_.parameter());
   }
 
  private:
   static const Config& checked(const Config& config) {
     config.check("LatentAttention");
     return config;
+  }
+
+  Matrix<T> initial(Index rows, Index cols, Rng& rng) const {
+    return switch_init<T>(rows, cols, rng, config_.init_scale);
   }
 
   static Matrix<T>& gradient_of(kernels::Weight<T>& weight) {
@@ -293,71 +260,24 @@ class LatentAttention {
   }
 
   /// x to queries, and to latents and keys of positions, rotated to the positions of the spans.
-  void project(MatrixIn<T> x, Cache& cache) const {
+  void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     const Index tokens = x.rows();
     cache.q.resize(tokens, config_.heads * config_.query_dim());
     cache.kv.resize(tokens, config_.kv_rank + config_.rope_dim);
     if (is_low_rank()) {
       cache.query_down.resize(tokens, config_.q_rank);
       kernels::multiply_weights<T, 2>(x, {{{query_down_, cache.query_down}, {kv_down_, cache.kv}}});
-      query_norm_->forward(cache.query_down, cache.query_norm);
+      query_norm_->forward(cache.query_down, pass, cache.query_norm);
       kernels::multiply_weights<T, 1>(cache.query_norm.y, {{{query_, cache.q}}});
     } else {
       kernels::multiply_weights<T, 2>(x, {{{query_, cache.q}, {kv_down_, cache.kv}}});
     }
-    kv_norm_.forward(cache.kv.leftCols(config_.kv_rank), cache.kv_norm);
+    kv_norm_.forward(cache.kv.leftCols(config_.kv_rank), pass, cache.kv_norm);
 
     fill_positions(cache.spans, tokens, cache.positions);
     rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
     rope_.template rotate<T>(cache.q, cache.angles, rotated_part());
     rope_.template rotate<T>(cache.kv.rightCols(config_.rope_dim), cache.angles);
-  }
-
-  /// Computes the keys and values of all heads.
-  /// \param latents    [keys, kv_rank]
-  /// \param rope_keys  [keys, rope_dim]
-  void expand(MatrixIn<T> latents, MatrixIn<T> rope_keys, Cache& cache) const {
-    const Index keys = latents.rows();
-    const Index nope = config_.nope_dim;
-    auto key_nope = cache.key_nope.reshape(keys, config_.heads * nope);
-    auto v = cache.v.reshape(keys, config_.heads * config_.value_dim);
-    kernels::multiply_weights<T, 2>(latents, {{{key_up_, key_nope}, {value_up_, v}}});
-    auto k = cache.k.reshape(keys, config_.heads * config_.query_dim());
-    parallel_rows(keys, k.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        for (Index h = 0; h < config_.heads; ++h) {
-          T* const to = &k(t, h * config_.query_dim());
-          std::copy_n(&key_nope(t, h * nope), nope, to);
-          std::copy_n(&rope_keys.coeffRef(t, 0), config_.rope_dim, to + nope);
-        }
-      }
-    });
-  }
-
-  /// The reverse for gradients: cache.dk to d_key_nope and, added up over heads, the right columns
-  /// of d_kv.
-  void take_apart(Cache& cache) const {
-    const Index nope = config_.nope_dim;
-    auto d_rope_key = cache.d_kv.rightCols(config_.rope_dim);
-    parallel_rows(cache.dk.rows(), cache.dk.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        d_rope_key.row(t).setZero();
-        for (Index h = 0; h < config_.heads; ++h) {
-          const T* const from = &cache.dk(t, h * config_.query_dim());
-          std::copy_n(from, nope, &cache.d_key_nope(t, h * nope));
-          for (Index i = 0; i < config_.rope_dim; ++i) d_rope_key(t, i) += from[nope + i];
-        }
-      }
-    });
-  }
-
-  CausalAttention<T> expanded(const Cache& cache, std::span<const AttentionSpan> spans) const {
-    return {{config_.heads, config_.heads, config_.query_dim(), config_.value_dim, config_.scale()},
-            spans,
-            cache.mask,
-            cache.q,
-            cache.k.view(),
-            cache.v.view()};
   }
 
   /// Whether a sequence takes the absorbed way. Both ways are counted in multiply-adds of one head:
@@ -374,7 +294,7 @@ class LatentAttention {
   }
 
   /// cache.context to cache.y.
-  void finish(Cache& cache) const {
+  void project_out(Cache& cache) const {
     cache.y.resize(cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
   }
@@ -383,7 +303,9 @@ class LatentAttention {
   Rope rope_;
   std::optional<RmsNorm<T>> query_norm_;
   RmsNorm<T> kv_norm_;
-  kernels::Weight<T> query_down_, query_, kv_down_, key_up_, value_up_, output_;
+  kernels::Weight<T> query_down_, query_, kv_down_;
+  LatentExpanded<T> expanded_;
+  kernels::Weight<T> output_;
   LatentAbsorbed<T> absorbed_;
 };
 

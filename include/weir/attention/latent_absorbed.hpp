@@ -72,7 +72,7 @@ class LatentAbsorbed {
   /// Sets the rows of `context` that belong to the sequences added to `cache`.
   /// \param q         [tokens, heads * (nope_dim + rope_dim)], rotated.
   /// \param key_up    [heads * nope_dim, kv_rank]; looked at unless stored for inference.
-  /// \param value_up  [heads * value_dim, kv_rank]; likewise.
+  /// \param value_up  [heads * value_dim, kv_rank]; looked at unless stored for inference.
   /// \param context   [tokens, heads * value_dim]
   void attend(const Matrix<T>& q, const Matrix<T>& key_up, const Matrix<T>& value_up,
               Matrix<T>& context, Cache& cache) const {

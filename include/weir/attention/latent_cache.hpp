@@ -4,9 +4,7 @@
 /// (DeepSeek-AI 2024, arXiv:2405.04434).
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
+#include <weir/attention/growing_rows.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 
@@ -14,22 +12,22 @@ namespace weir {
 
 /// The latents (after their norm) and the keys of positions (already rotated) of one sequence in
 /// one layer, side by side in a row per token: kv_rank + rope_dim numbers, whatever the number of
-/// heads. Grows by doubling, so that a token costs the same however long the sequence is. A copy is
-/// independent: several continuations can start from one prompt.
+/// heads. Grows geometrically, so that a token costs the same however long the sequence is. A copy
+/// is independent: several continuations can start from one prompt.
 template <class T>
 class LatentCache {
  public:
-  using View = Eigen::Map<const Matrix<T>>;
+  using View = typename GrowingRows<T>::View;
 
   /// Tokens held; the position of the next one.
-  Index length() const { return length_; }
-  bool empty() const { return length_ == 0; }
+  Index length() const { return rows_.count(); }
+  bool empty() const { return rows_.empty(); }
 
   Index kv_rank() const { return kv_rank_; }
-  Index rope_dim() const { return width_ - kv_rank_; }
+  Index rope_dim() const { return rows_.width() - kv_rank_; }
 
   /// [length, kv_rank + rope_dim]. Valid until the next change, as are parts of it.
-  View rows() const { return {rows_.data(), length_, width_}; }
+  View rows() const { return rows_.view(); }
   /// [length, kv_rank]
   auto latents() const { return rows().leftCols(kv_rank_); }
   /// [length, rope_dim]
@@ -45,42 +43,26 @@ class LatentCache {
                  empty() ? rope_keys.cols() : rope_dim());
     if (!empty()) expect_columns("LatentCache::append", "latents", latents, kv_rank_);
     kv_rank_ = latents.cols();
-    width_ = latents.cols() + rope_keys.cols();
-    length_ += latents.rows();
-    const auto size = static_cast<std::size_t>(length_ * width_);
-    if (size > rows_.capacity()) rows_.reserve(std::max(size, 2 * rows_.capacity()));
-    for (Index t = 0; t < latents.rows(); ++t) {
-      const T* const latent = latents.data() + t * latents.outerStride();
-      const T* const rope_key = rope_keys.data() + t * rope_keys.outerStride();
-      rows_.insert(rows_.end(), latent, latent + latents.cols());
-      rows_.insert(rows_.end(), rope_key, rope_key + rope_keys.cols());
-    }
+    rows_.append(latents, rope_keys);
   }
 
   /// Makes room for `length` tokens in all, so that appending up to there allocates nothing. Has an
   /// effect once the first token has told how wide rows are.
-  void reserve(Index length) {
-    rows_.reserve(static_cast<std::size_t>(std::max(length, length_) * width_));
-  }
+  void reserve(Index length) { rows_.reserve(length); }
 
   /// Forgets all tokens but the first `length`, as after a rejected draft. Keeps the memory.
-  /// \throws ConfigError  unless 0 <= length <= length().
+  /// \throws ConfigError  unless 0 <= length <= this->length().
   void truncate(Index length) {
-    if (length < 0 || length > length_) {
-      fail<ConfigError>("LatentCache::truncate: length = ", length, ", expected 0 to ", length_);
-    }
-    length_ = length;
-    rows_.resize(static_cast<std::size_t>(length * width_));
+    expect_in<Index>("LatentCache::truncate", "length", length, 0, this->length());
+    rows_.truncate(length);
   }
 
   /// Forgets all tokens. Keeps the memory.
   void clear() { truncate(0); }
 
  private:
-  std::vector<T> rows_;
-  Index length_ = 0;
+  GrowingRows<T> rows_;
   Index kv_rank_ = 0;
-  Index width_ = 0;
 };
 
 }  // namespace weir

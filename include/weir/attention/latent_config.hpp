@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// The numbers of multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
+/// Settings of multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
 #pragma once
 
 #include <cmath>
@@ -13,28 +13,31 @@
 
 namespace weir {
 
-/// How `LatentAttention::decode` goes from latents to outputs. Results are equal but for rounding.
+/// How `LatentAttention::decode` goes from latents to outputs. Results differ in rounding only.
 enum class LatentDecoding {
   kAbsorbed,  ///< Queries go down to the latents: no key or value is ever computed.
   kExpanded,  ///< Keys and values of all tokens so far are computed, and forgotten again.
-  kCheaper,   ///< For each sequence what multiplies less: expanded for a prompt, absorbed after it.
+  kCheaper,   ///< Each sequence takes the way with fewer multiplications: expanded for a prompt,
+              ///< absorbed after it.
 };
 
-/// The numbers of a `LatentAttention`.
+/// Settings of `LatentAttention`.
 struct LatentConfig {
   Index d_model = 0;
   Index heads = 0;
-  Index q_rank = 0;     ///< Of the latents of queries; 0: queries come from x directly.
-  Index kv_rank = 0;    ///< Of the latents of keys and values.
+  Index q_rank = 0;     ///< Numbers in a query's latent; 0: queries come from x directly.
+  Index kv_rank = 0;    ///< Numbers in the latent of keys and values.
   Index nope_dim = 0;   ///< Numbers of a head's queries and keys that know no position.
-  Index rope_dim = 0;   ///< Even; numbers that are rotated to the position.
+  Index rope_dim = 0;   ///< Numbers that are rotated to the position; even.
   Index value_dim = 0;  ///< Numbers of a head's values.
   double rope_theta = 1e4;
   std::optional<Yarn> yarn = std::nullopt;
   double norm_epsilon = 1e-6;
   LatentDecoding decoding = LatentDecoding::kCheaper;
+  double init_scale = 1.0;  ///< `scale` of `switch_init`.
 
-  Index query_dim() const { return nope_dim + rope_dim; }  ///< Of a head's queries and keys.
+  /// Numbers of a head's queries and keys.
+  Index query_dim() const { return nope_dim + rope_dim; }
 
   /// What the product of a query and a key is multiplied by.
   double scale() const {

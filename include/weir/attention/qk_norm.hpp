@@ -10,6 +10,7 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/nn/rms_norm.hpp>
@@ -21,7 +22,7 @@ namespace weir {
 
 /// What queries and keys are normalised over, and when.
 enum class QkNorm {
-  kNone,
+  kNone,     ///< Not at all.
   kFull,     ///< RMSNorm over all heads together, before rotation (OLMoE; arXiv:2409.02060).
   kPerHead,  ///< RMSNorm of each head with one weight for all, before rotation (Qwen3;
              ///< arXiv:2505.09388).
@@ -35,13 +36,15 @@ class HeadNorm {
   using Cache = typename RmsNorm<T>::Cache;
 
   /// \param dim  How many numbers of a row are normalised together.
-  HeadNorm(Index dim, double epsilon) : norm_(dim, epsilon) {}
+  explicit HeadNorm(Index dim, RmsNormConfig config = {}) : norm_(dim, config) {}
 
   Parameter<T>& weight() { return norm_.weight(); }  ///< [1, dim], begins as one.
   const Parameter<T>& weight() const { return norm_.weight(); }
 
   /// \param x  [tokens, a multiple of dim]
-  void forward(Matrix<T>& x, Cache& cache) const { copy(norm_.forward(parts(x), cache), x); }
+  void forward(Matrix<T>& x, const Pass& pass, Cache& cache) const {
+    copy(norm_.forward(parts(x), pass, cache), x);
+  }
 
   /// Takes the gradient of what `forward` wrote to that of what it read.
   void backward(Matrix<T>& d, Cache& cache) { copy(norm_.backward(parts(d), cache), d); }
@@ -66,21 +69,27 @@ class HeadNorm {
 ///
 /// (The released code of Llama 4 calls it an L2 norm.)
 template <class T>
-struct HeadL2Norm {
-  Index dim = 0;  ///< of a head
-  double epsilon = 0.0;
+class HeadL2Norm {
+ public:
+  struct Cache {
+    Scratch<T> inverse;  ///< r, [tokens, heads].
+  };
 
-  /// \param x        [tokens, heads * dim]
-  /// \param inverse  Becomes r, [tokens, heads].
-  void forward(Matrix<T>& x, Scratch<T>& inverse) const {
-    auto r = inverse.reshape(x.rows(), x.cols() / dim);
+  /// \param dim  How many numbers a head has.
+  explicit HeadL2Norm(Index dim, RmsNormConfig config = {}) : dim_(dim), config_(config) {}
+
+  /// \param x  [tokens, heads * dim]
+  void forward(Matrix<T>& x, const Pass& pass, Cache& cache) const {
+    const Index heads = x.cols() / dim_;
+    if (pass.training) cache.inverse.reshape(x.rows(), heads);
     parallel_rows(x.rows(), 2 * x.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        for (Index head = 0; head < r.cols(); ++head) {
-          T* const row = &x(t, head * dim);
-          const T mean = loops::sum_of_squares<T>(dim, row) / static_cast<T>(dim);
-          r(t, head) = T(1) / std::sqrt(mean + static_cast<T>(epsilon));
-          loops::scale<T>(dim, r(t, head), row, row);
+        for (Index head = 0; head < heads; ++head) {
+          T* const row = &x(t, head * dim_);
+          const T mean = loops::sum_of_squares<T>(dim_, row) / static_cast<T>(dim_);
+          const T r = T(1) / std::sqrt(mean + static_cast<T>(config_.epsilon));
+          if (pass.training) cache.inverse.view()(t, head) = r;
+          loops::scale<T>(dim_, r, row, row);
         }
       }
     });
@@ -88,23 +97,27 @@ struct HeadL2Norm {
 
   /// \param y  What `forward` left in its x.
   /// \param d  The gradient of y, which becomes that of x.
-  void backward(const Matrix<T>& y, Matrix<T>& d, const Scratch<T>& inverse) const {
-    const auto r = inverse.view();
+  void backward(const Matrix<T>& y, Matrix<T>& d, const Cache& cache) const {
+    const auto r = cache.inverse.view();
     parallel_rows(y.rows(), 4 * y.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         for (Index head = 0; head < r.cols(); ++head) {
-          const T* const of_y = &y(t, head * dim);
-          T* const of_d = &d(t, head * dim);
-          const T along = loops::dot<T>(dim, of_y, of_d) / static_cast<T>(dim);
+          const T* const of_y = &y(t, head * dim_);
+          T* const of_d = &d(t, head * dim_);
+          const T along = loops::dot<T>(dim_, of_y, of_d) / static_cast<T>(dim_);
           const auto f = [along, scale = r(t, head)](const Lanes<T>& dy,
                                                      const Lanes<T>& v) -> Lanes<T> {
             return scale * (dy - along * v);
           };
-          map_lanes<T>(dim, f, of_d, of_d, of_y);
+          map_lanes<T>(dim_, f, of_d, of_d, of_y);
         }
       }
     });
   }
+
+ private:
+  Index dim_;
+  RmsNormConfig config_;
 };
 
 }  // namespace weir

@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <limits>
 
-#include <weir/attention/heads.hpp>
+#include <weir/attention/operands.hpp>
 #include <weir/attention/rows_apart.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/thread_space.hpp>

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 #include <weir/core/list.hpp>
@@ -39,6 +40,8 @@ class TokenRows {
 
   Index count() const { return sequences_.tokens(); }
   const Sequences& sequences() const { return sequences_; }
+  /// As in Pass: one byte per row, 0 for padding; empty if there is none.
+  std::span<const std::uint8_t> mask() const { return mask_; }
   bool has_padding() const { return !mask_.empty(); }
   bool is_padding(Index token) const { return !mask_.empty() && mask_[token] == 0; }
 
@@ -71,7 +74,7 @@ class TokenRows {
   }
 
  private:
-  List<std::uint8_t> mask_;  // As in Pass: 0 for padding; empty if there is none.
+  List<std::uint8_t> mask_;
   Sequences sequences_;
 };
 

@@ -3,43 +3,42 @@
 /// Numbers kept within bounds, with the derivative.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <vector>
 
+#include <weir/core/list.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/rows.hpp>
 
 namespace weir {
 
-/// x <- min(max(x, -bound), bound), in place; a NaN stays a NaN. The gradient is zero where x was
-/// outside. (DBRX's released code clamps queries, keys and values.)
+/// x <- min(max(x, -bound), bound), in place; a NaN stays a NaN. (DBRX's released code clamps
+/// queries, keys and values.)
+/// \param outside  Becomes one byte for each number of x, 1 where it was outside. Null: no
+///                 `clamp_backward` will follow.
 template <class T>
-struct Clamp {
-  T bound = T(0);
+void clamp_forward(double bound, Matrix<T>& x, List<std::uint8_t>* outside) {
+  const T most = static_cast<T>(bound);
+  if (outside != nullptr) outside->resize(x.size());
+  parallel_pieces(1, x.size(), 2, [&](Index, Index begin, Index count) {
+    for (Index i = begin; i < begin + count; ++i) {
+      T& number = x.data()[i];
+      const bool above = number > most;
+      const bool below = number < -most;
+      if (outside != nullptr) (*outside)[i] = above || below ? 1 : 0;
+      number = above ? most : (below ? -most : number);
+    }
+  });
+}
 
-  /// \param outside  Becomes one byte for each number of x, 1 where it was outside.
-  void forward(Matrix<T>& x, std::vector<std::uint8_t>& outside) const {
-    outside.resize(static_cast<std::size_t>(x.size()));
-    parallel_pieces(1, x.size(), 2, [&](Index, Index begin, Index count) {
-      for (Index i = begin; i < begin + count; ++i) {
-        T& number = x.data()[i];
-        const bool above = number > bound;
-        const bool below = number < -bound;
-        outside[static_cast<std::size_t>(i)] = above || below ? 1 : 0;
-        number = above ? bound : (below ? -bound : number);
-      }
-    });
-  }
-
-  /// \param d  The gradient of what `forward` wrote, which becomes that of what it read.
-  static void backward(Matrix<T>& d, const std::vector<std::uint8_t>& outside) {
-    parallel_pieces(1, d.size(), 1, [&](Index, Index begin, Index count) {
-      for (Index i = begin; i < begin + count; ++i) {
-        if (outside[static_cast<std::size_t>(i)] != 0) d.data()[i] = T(0);
-      }
-    });
-  }
-};
+/// The gradient is zero where x was outside.
+/// \param d  The gradient of what `clamp_forward` wrote, which becomes that of what it read.
+template <class T>
+void clamp_backward(const List<std::uint8_t>& outside, Matrix<T>& d) {
+  parallel_pieces(1, d.size(), 1, [&](Index, Index begin, Index count) {
+    for (Index i = begin; i < begin + count; ++i) {
+      if (outside[i] != 0) d.data()[i] = T(0);
+    }
+  });
+}
 
 }  // namespace weir

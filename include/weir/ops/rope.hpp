@@ -27,6 +27,13 @@ enum class RopeLayout {
   kInterleaved,  ///< 2i and 2i + 1 (the paper, Meta's and Mistral's own code, DeepSeek).
 };
 
+/// Settings of `Rope`.
+struct RopeConfig {
+  double theta = 1e4;  ///< Base of the frequencies.
+  RopeLayout layout = RopeLayout::kHalfSplit;
+  std::optional<Yarn> yarn = {};
+};
+
 /// Turns pair i of each head by an angle that grows with the token's position:
 ///
 ///     angle = position * frequency_i,    frequency_i = theta^(-2i / head_dim)
@@ -42,23 +49,21 @@ class Rope {
  public:
   /// \throws ConfigError  if head_dim is odd or below 2, theta is not above zero (above one, with a
   ///                      yarn), or the yarn is not sound.
-  explicit Rope(Index head_dim, double theta = 1e4, RopeLayout layout = RopeLayout::kHalfSplit,
-                const std::optional<Yarn>& yarn = std::nullopt)
-      : layout_(layout) {
+  explicit Rope(Index head_dim, const RopeConfig& config = {}) : config_(config) {
     expect_at_least<Index>("Rope", "head_dim", head_dim, 2);
     if (head_dim % 2 != 0) {
       fail<ConfigError>("Rope: head_dim = ", head_dim, ", expected an even number");
     }
-    expect_positive("Rope", "theta", theta);
+    expect_positive("Rope", "theta", config.theta);
     for (Index i = 0; i < head_dim / 2; ++i) {
       const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(head_dim);
-      frequencies_.push_back(std::pow(theta, exponent));
+      frequencies_.push_back(std::pow(config.theta, exponent));
     }
-    if (yarn) stretch(*yarn, theta);
+    if (config.yarn) stretch(*config.yarn, config.theta);
   }
 
   Index head_dim() const { return 2 * pairs(); }
-  RopeLayout layout() const { return layout_; }
+  const RopeConfig& config() const { return config_; }
 
   /// Radians per position, one for each pair.
   const std::vector<double>& frequencies() const { return frequencies_; }
@@ -66,8 +71,8 @@ class Rope {
   /// What cosines and sines are multiplied by: 1 without a Yarn.
   double scale() const { return scale_; }
 
-  /// Fills `table` with the cosines, then the sines, of every token's angles, times `scale()`: what
-  /// one forward and one backward pass share between queries, keys and their gradients.
+  /// Fills `table` with the cosines, then the sines, of every token's angles, times `scale()`.
+  /// Queries, keys and their gradients share it.
   /// \param table      Becomes [tokens, head_dim].
   /// \param positions  One per token.
   template <class T>
@@ -192,7 +197,7 @@ class Rope {
       const Index count = std::min(kLanes<T>, pairs() - i);
       const Lanes<T> cosine = load_lanes<T>(cosines + i, count);
       const Lanes<T> sine = direction * load_lanes<T>(sines + i, count);
-      if (layout_ == RopeLayout::kHalfSplit) {
+      if (config_.layout == RopeLayout::kHalfSplit) {
         const Lanes<T> a = load_lanes<T>(head + i, count);
         const Lanes<T> b = load_lanes<T>(head + pairs() + i, count);
         store_lanes<T>(a * cosine - b * sine, head + i, count);
@@ -211,7 +216,7 @@ class Rope {
     }
   }
 
-  RopeLayout layout_;
+  RopeConfig config_;
   std::vector<double> frequencies_;
   double scale_ = 1.0;
 };

@@ -25,26 +25,26 @@ namespace weir {
 ///     low, high = the i at which r_i is beta_fast, beta_slow
 ///
 /// The ramp is linear in i, as in the authors' code and all that followed it; in the paper it is
-/// linear in r_i. As there, low and high are kept within [0, head_dim - 1], and high = low + 0.001
-/// where they are equal. Unlike there, both are kept at both ends: where all pairs turn fast, all
-/// keep their frequency, and where all turn slowly, all but the first are slowed down.
+/// linear in r_i. As in that code, low and high are kept within [0, head_dim - 1], and high is
+/// low + 0.001 where they are equal. Unlike there, both are kept at both ends: where all pairs turn
+/// fast, all keep their frequency, and where all turn slowly, all except the first are slowed down.
 ///
 /// Attention over more tokens is made sharper by
 ///
 ///     sharpness(m) = 0.1 m ln(factor) + 1
 ///
 /// in one of two ways. gpt-oss, and Hugging Face where nothing else is said, multiply cosines and
-/// sines by sharpness(1), and so both queries and keys: the defaults. DeepSeek-V2 and V3, of whose
-/// heads only a part is rotated, set mscale = mscale_all_dim and multiply the whole score by
-/// sharpness(mscale_all_dim)^2 instead.
+/// sines by sharpness(1), and so both queries and keys: these are the defaults. DeepSeek-V2 and V3,
+/// which rotate only a part of each head, set mscale = mscale_all_dim and multiply the whole score
+/// by sharpness(mscale_all_dim)^2 instead.
 struct Yarn {
   double factor = 1.0;            ///< The new context over the original one.
   Index original_context = 4096;  ///< Tokens the model was trained on.
   double beta_fast = 32.0;        ///< Turns above which a frequency stays.
   double beta_slow = 1.0;         ///< Turns below which it is divided by `factor`.
-  double mscale = 1.0;            ///< Of cosines and sines.
-  double mscale_all_dim = 0.0;    ///< Of the score; taken off again from cosines and sines.
-  bool truncate = true;           ///< Low rounded down and high up; gpt-oss does not.
+  double mscale = 1.0;            ///< m of the sharpness that multiplies cosines and sines.
+  double mscale_all_dim = 0.0;    ///< m of the score's, by which cosines and sines are divided.
+  bool truncate = true;           ///< Whether low is rounded down and high up; not in gpt-oss.
 
   double sharpness(double m) const { return 0.1 * m * std::log(factor) + 1.0; }
 
@@ -70,9 +70,8 @@ struct Yarn {
     return std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
   }
 
-  /// \throws ConfigError  if factor is below 1, original_context is below 1, mscale or
-  ///                      mscale_all_dim below 0, one of them not finite, or not
-  ///                      0 < beta_slow < beta_fast.
+  /// \throws ConfigError  unless factor and original_context are at least 1, mscale and
+  ///                      mscale_all_dim at least 0, 0 < beta_slow < beta_fast, and all finite.
   void check(std::string_view where) const {
     expect_at_least(where, "yarn.factor", factor, 1.0);
     expect_at_least<Index>(where, "yarn.original_context", original_context, 1);
@@ -84,18 +83,9 @@ struct Yarn {
     }
     expect_at_least(where, "yarn.mscale", mscale, 0.0);
     expect_at_least(where, "yarn.mscale_all_dim", mscale_all_dim, 0.0);
-    expect_finite(where, "yarn.factor", factor);
-    expect_finite(where, "yarn.mscale", mscale);
-    expect_finite(where, "yarn.mscale_all_dim", mscale_all_dim);
   }
 
  private:
-  static void expect_finite(std::string_view where, std::string_view name, double value) {
-    if (!std::isfinite(value)) {
-      fail<ConfigError>(where, ": ", name, " = ", value, ", expected a finite number");
-    }
-  }
-
   /// The i, a fraction, of the pair that turns `turns` times within the original context.
   double pair_turning(double turns, Index head_dim, double theta) const {
     const double turns_of_first = static_cast<double>(original_context) / (2.0 * std::numbers::pi);
