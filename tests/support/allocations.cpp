@@ -20,6 +20,14 @@
 
 namespace {
 constinit std::atomic<long> allocations{0};
+constinit std::atomic<long> until_failure{0};  // 0: none is to fail.
+
+/// Counts an allocation.
+/// \return         Whether it is to fail.
+[[maybe_unused]] bool fails() {
+  ++allocations;
+  return until_failure.load() > 0 && --until_failure == 0;
+}
 }  // namespace
 
 namespace weir::test {
@@ -36,6 +44,10 @@ long allocations_so_far() {
   return allocations.load();
 }
 
+void fail_allocation(long nth) {
+  until_failure.store(nth);
+}
+
 }  // namespace weir::test
 
 #ifdef WEIR_COUNTS_ALLOCATIONS
@@ -49,33 +61,27 @@ void* __libc_realloc(void* block, std::size_t size);
 void* __libc_memalign(std::size_t alignment, std::size_t size);
 
 void* malloc(std::size_t size) noexcept {
-  ++allocations;
-  return __libc_malloc(size);
+  return fails() ? nullptr : __libc_malloc(size);
 }
 
 void* calloc(std::size_t count, std::size_t size) noexcept {
-  ++allocations;
-  return __libc_calloc(count, size);
+  return fails() ? nullptr : __libc_calloc(count, size);
 }
 
 void* realloc(void* block, std::size_t size) noexcept {
-  ++allocations;
-  return __libc_realloc(block, size);
+  return fails() ? nullptr : __libc_realloc(block, size);
 }
 
 void* memalign(std::size_t alignment, std::size_t size) noexcept {
-  ++allocations;
-  return __libc_memalign(alignment, size);
+  return fails() ? nullptr : __libc_memalign(alignment, size);
 }
 
 void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
-  ++allocations;
-  return __libc_memalign(alignment, size);
+  return fails() ? nullptr : __libc_memalign(alignment, size);
 }
 
 int posix_memalign(void** block, std::size_t alignment, std::size_t size) noexcept {
-  ++allocations;
-  void* const memory = __libc_memalign(alignment, size);
+  void* const memory = fails() ? nullptr : __libc_memalign(alignment, size);
   if (memory == nullptr) return ENOMEM;
   *block = memory;
   return 0;

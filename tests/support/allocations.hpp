@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Counts how often a piece of code asks for memory.
+/// Counts how often a piece of code asks for memory, and lets it run out.
 #pragma once
 
+#include <new>
 #include <utility>
 
 namespace weir::test {
@@ -21,6 +22,25 @@ long count_allocations(F&& f) {
   const long before = allocations_so_far();
   std::forward<F>(f)();
   return allocations_so_far() - before;
+}
+
+/// Lets one allocation fail, the `nth` from now on; 0: none. Nothing fails where allocations are
+/// not counted.
+void fail_allocation(long nth);
+
+/// Calls `f()` while its `nth` allocation, counted from 1, fails.
+/// \return         Whether that came to `f` as std::bad_alloc, and through it.
+template <class F>
+bool runs_out_of_memory(long nth, F&& f) {
+  bool ran_out = false;
+  fail_allocation(nth);
+  try {
+    std::forward<F>(f)();
+  } catch (const std::bad_alloc&) {
+    ran_out = true;
+  }
+  fail_allocation(0);
+  return ran_out;
 }
 
 }  // namespace weir::test
