@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstddef>
 #include <span>
+#include <vector>
 
 #include <weir/core/list.hpp>
 #include <weir/core/types.hpp>
@@ -41,6 +42,11 @@ class TokenIds {
   void copy_to(List<Index>& list) const {
     list.resize(count_);
     for (Index t = 0; t < count_; ++t) list[t] = (*this)[t];
+  }
+
+  /// Adds these ids to the end of `list`.
+  void append_to(std::vector<Index>& list) const {
+    for (Index t = 0; t < count_; ++t) list.push_back((*this)[t]);
   }
 
  private:

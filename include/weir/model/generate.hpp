@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <functional>
 #include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -15,19 +16,21 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
+#include <weir/core/token_ids.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/sampling.hpp>
 
 namespace weir {
 
-/// When a text ends: as soon as one of these holds. The token that ends it belongs to it.
+/// When a text ends: as soon as one of these conditions holds. The token that ends it belongs to
+/// it.
 struct Until {
-  Index count = 0;                             ///< So many new tokens; may be 0.
-  std::vector<Index> tokens = {};              ///< One of these has been drawn.
+  Index count = 0;                             ///< There are this many new tokens; may be 0.
+  std::vector<Index> tokens = {};              ///< The last token is one of these.
   std::vector<std::vector<Index>> texts = {};  ///< The new tokens end with one of these.
-  /// Called with each new token, before the next is computed; false makes it the last one. Empty:
-  /// it is not asked.
+  /// Is called with each new token before the next one is computed, and returns false to end the
+  /// text. Empty: nobody is asked.
   std::function<bool(Index)> on_token = {};
 
   /// \throws ConfigError  if count is negative or a text is empty.
@@ -41,10 +44,10 @@ struct Until {
   }
 };
 
-/// Why a text ended; if for several reasons, the first of these.
+/// Why a text ended. If there are several reasons, it is the first of them in this order.
 enum class Ending { kToken, kText, kCallback, kCount };
 
-/// What one conversation has come to.
+/// The result of one conversation.
 struct Generated {
   std::vector<Index> tokens;  ///< The new tokens, the last one included.
   Ending ending = Ending::kCount;
@@ -53,19 +56,19 @@ struct Generated {
 /// One conversation of many: what has been said so far, and how it goes on.
 template <std::floating_point T>
 struct Conversation {
-  std::vector<Index> prompt;  ///< At least one token; what comes after `state`.
+  std::vector<Index> prompt;  ///< At least one token; it follows the tokens of `state`.
   Until until = {};
   Sampling sampling = {};
-  Rng rng = Rng(0);                       ///< Of its own, so that others change nothing.
-  typename Decoder<T>::State state = {};  ///< A copy of a prefix's, or empty.
+  Rng rng = Rng(0);  ///< Each conversation has its own, so that others do not change its tokens.
+  typename Decoder<T>::State state = {};  ///< Empty, or a copy of a prefix's state.
 };
 
 namespace detail {
 
-/// A conversation as the loop below sees it.
+/// A conversation as `take_turns` sees it.
 template <class T>
 struct Turn {
-  std::span<const Index> prompt;
+  TokenIds prompt;
   const Until* until = nullptr;
   const Sampling* sampling = nullptr;
   Rng* rng = nullptr;
@@ -74,7 +77,9 @@ struct Turn {
   bool ended = false;
 
   void check() const {
-    if (prompt.empty()) fail<ConfigError>("generate: prompt is empty, expected at least one token");
+    if (prompt.count() == 0) {
+      fail<ConfigError>("generate: prompt is empty, expected at least one token");
+    }
     until->check();
     sampling->check();
   }
@@ -101,8 +106,8 @@ struct Turn {
   }
 };
 
-/// Lets all turns take place, one pass of the model for a token of each. A turn that has ended
-/// leaves once its last token has gone into its state.
+/// Lets all turns take place. Each pass of the model computes the next token of every turn. A turn
+/// that has ended leaves once its last token has gone into its state.
 template <class T>
 void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
   for (Turn<T>& turn : turns) {
@@ -117,8 +122,8 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
   Sequences sequences;
   for (Turn<T>& turn : turns) {
     present.push_back(&turn);
-    ids.insert(ids.end(), turn.prompt.begin(), turn.prompt.end());
-    sequences.append(static_cast<Index>(turn.prompt.size()));
+    turn.prompt.append_to(ids);
+    sequences.append(turn.prompt.count());
   }
   while (!present.empty()) {
     states.clear();
@@ -142,19 +147,25 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
 }  // namespace detail
 
 /// Continues each conversation by its prompt, then by tokens drawn one after the other, each from
-/// the logits that follow all tokens before it. The prompts are computed at once, and nothing
-/// twice; in every pass the model sees the next token of all conversations that have not ended. In
-/// the end each state holds prompt and new tokens, so that the next prompt goes on behind them.
+/// the logits that follow all tokens before it. The first pass of the model computes all prompts;
+/// every later pass computes the next token of all conversations that have not ended. No token is
+/// computed twice. At the end each state holds the prompt and the new tokens, so that the next
+/// prompt follows them.
 ///
-/// Every conversation gets the tokens it would get alone, up to rounding and under the condition
-/// that `Decoder::decode` names.
+/// Every conversation gets the tokens that it would get alone, up to rounding and under the
+/// condition that `Decoder::decode` names.
 ///
-/// \return          What each conversation has come to, in their order.
+///     std::vector<Conversation<float>> conversations = ...;
+///     const std::vector<Generated> results = generate(model, conversations);
+///
+/// \param conversations  A vector, an array or a span of them.
+/// \return          One result for each conversation, in their order.
 /// \throws ConfigError     if a prompt is empty or has an id out of range, or a setting is out of
-///                         range; all is as it was.
-/// \throws NonFiniteError  if the model yields NaN. No state can be continued.
+///                         range. Nothing has changed then.
+/// \throws NonFiniteError  if the model yields NaN. No state can be continued then.
 template <std::floating_point T>
-std::vector<Generated> generate(const Decoder<T>& model, std::span<Conversation<T>> conversations) {
+std::vector<Generated> generate(const Decoder<T>& model,
+                                std::span<Conversation<std::type_identity_t<T>>> conversations) {
   std::vector<detail::Turn<T>> turns;
   turns.reserve(conversations.size());
   for (Conversation<T>& c : conversations) {
@@ -167,34 +178,33 @@ std::vector<Generated> generate(const Decoder<T>& model, std::span<Conversation<
   return results;
 }
 
-/// The same for one conversation, whose state is `state`.
+/// Continues one conversation, as above.
 ///
-/// \param prompt    At least one token; with a state, what has been added since.
-/// \return          What it has come to.
+/// \param prompt    At least one token; it follows the tokens of `state`.
 template <std::floating_point T>
-Generated generate(const Decoder<T>& model, std::span<const Index> prompt, const Until& until,
+Generated generate(const Decoder<T>& model, TokenIds prompt, const Until& until,
                    const Sampling& sampling, Rng& rng, typename Decoder<T>::State& state) {
   detail::Turn<T> turn = {prompt, &until, &sampling, &rng, &state};
   detail::take_turns<T>(model, {&turn, 1});
   return std::move(turn.result);
 }
 
-/// The same without more conditions than a number of tokens and a callback.
+/// Continues one conversation by `count` tokens, or fewer if the callback ends it.
 ///
 /// \param count     May be 0: then only the prompt is added to the state.
 /// \param on_token  See `Until`.
 /// \return          The new tokens, the last one included.
 template <std::floating_point T>
-std::vector<Index> generate(const Decoder<T>& model, std::span<const Index> prompt, Index count,
+std::vector<Index> generate(const Decoder<T>& model, TokenIds prompt, Index count,
                             const Sampling& sampling, Rng& rng, typename Decoder<T>::State& state,
                             const std::function<bool(Index)>& on_token = {}) {
   const Until until = {.count = count, .on_token = on_token};
   return generate(model, prompt, until, sampling, rng, state).tokens;
 }
 
-/// The same for a sequence that begins with `prompt` and is not continued.
+/// Generates a text that begins with `prompt` and is not continued later.
 template <std::floating_point T>
-std::vector<Index> generate(const Decoder<T>& model, std::span<const Index> prompt, Index count,
+std::vector<Index> generate(const Decoder<T>& model, TokenIds prompt, Index count,
                             const Sampling& sampling, Rng& rng,
                             const std::function<bool(Index)>& on_token = {}) {
   typename Decoder<T>::State state;

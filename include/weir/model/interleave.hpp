@@ -8,18 +8,16 @@
 
 namespace weir {
 
-/// A decoder whose every `stride`-th layer is a mixture of experts and whose others are dense:
+/// Tells which layers of a decoder are mixtures of experts; the others are dense:
 ///
-///     layer i is sparse   iff   i >= first_dense  and  i % stride == phase
+///     layer i is sparse   if and only if   i >= first_dense  and  i % stride == phase
 ///
-/// Layers count from 0. Phase -1 stands for stride - 1, the last layer of each stride.
-/// GShard, Switch: {.stride = 2}; Mixtral: {}; Megatron-Core: {.stride = f, .phase = 0};
-/// DeepSeek-V3:
-/// {.first_dense = 3}; OpenMoE-8B: {.stride = 6}.
+/// Layers count from 0. (GShard, Switch: {.stride = 2}; Mixtral: {}; DeepSeek-V3:
+/// {.first_dense = 3}; OpenMoE-8B: {.stride = 6}; Megatron-Core: {.stride = f, .phase = 0}.)
 struct Interleave {
   Index stride = 1;
-  Index first_dense = 0;
-  Index phase = -1;
+  Index first_dense = 0;  ///< How many layers at the start are dense in any case.
+  Index phase = -1;       ///< -1 stands for stride - 1, the last layer of each stride.
 
   /// \throws ConfigError  unless stride >= 1, first_dense >= 0 and -1 <= phase < stride.
   void check() const {

@@ -9,27 +9,26 @@
 #include <limits>
 #include <numeric>
 #include <string_view>
-#include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/top_k.hpp>
 
 namespace weir {
 
-/// How freely to draw. The settings apply in this order, each to what the one before it left:
+/// Settings of `Sampler`. They apply in this order, each to the tokens that the one before it left:
 ///
-///     temperature   p_i proportional to exp(logit_i / temperature)
-///     top_k         the k most probable tokens
-///     top_p         the fewest most probable tokens whose probabilities add up to at least top_p,
-///                   and at least one: the nucleus
+///     temperature   makes p_i proportional to exp(logit_i / temperature)
+///     top_k         keeps the k most probable tokens
+///     top_p         keeps the nucleus: as few of the most probable tokens as have probabilities
+///                   that add up to at least top_p, and at least one token
 ///
-/// (Holtzman et al. 2019, arXiv:1904.09751, eq. 2-3, for top_p.)
-///
-/// Between equally probable tokens the lowest index is taken first.
+/// Of equally probable tokens, the one with the lowest index is taken first. (Holtzman et al. 2019,
+/// arXiv:1904.09751, eq. 2-3, for top_p.)
 struct Sampling {
-  double temperature = 1.0;  ///< 0 is greedy: the most probable token, always.
+  double temperature = 1.0;  ///< 0 is greedy: the most probable token is always taken.
   Index top_k = 0;           ///< 0 keeps all tokens, as does anything above the vocabulary's size.
   double top_p = 1.0;        ///< In [0, 1]; 1 keeps all tokens, 0 the most probable one.
 
@@ -37,23 +36,21 @@ struct Sampling {
   void check() const {
     expect_at_least("Sampling", "temperature", temperature, 0.0);
     expect_at_least<Index>("Sampling", "top_k", top_k, 0);
-    if (!(top_p >= 0.0 && top_p <= 1.0)) {
-      fail<ConfigError>("Sampling: top_p = ", top_p, ", expected in [0, 1]");
-    }
+    expect_in("Sampling", "top_p", top_p, 0.0, 1.0);
   }
 };
 
-/// Draws tokens. Kept between calls, it allocates nothing once it has seen the vocabulary; settings
-/// may differ from call to call.
+/// Draws tokens. A sampler that is kept between calls allocates nothing once it has seen the
+/// vocabulary; settings may differ from call to call.
 ///
 /// Logits are [1, vocabulary]. A logit of -inf forbids a token; NaN and +inf are errors, as is a
 /// row that forbids every token.
 template <std::floating_point T>
 class Sampler {
  public:
-  /// One token of `logits`. Takes exactly one `rng.uniform()`, or none if greedy: where to stop in
-  /// the running sum of probabilities, over the tokens in order, or the most probable first once
-  /// top_k or top_p left some out.
+  /// Draws one token. This takes exactly one number `rng.uniform()`, which says where to stop in
+  /// the running sum of the probabilities; greedy sampling takes none. The sum runs over the tokens
+  /// in the order of their indices; if top_k or top_p left some out, the most probable come first.
   ///
   /// \throws ShapeError       if logits is not one row of at least one token.
   /// \throws ConfigError      if a setting is out of range.
@@ -64,20 +61,21 @@ class Sampler {
     const double target = rng.uniform() * total_weight();
     double sum = 0.0;
     Index drawn = kept_.front();
-    for (std::size_t i = 0; i < kept_.size() && sum <= target; ++i) {
-      if (weights_[i] > 0.0) drawn = kept_[i];  // Stays, should rounding exhaust the list.
+    for (Index i = 0; i < kept_.count() && sum <= target; ++i) {
+      if (weights_[i] > 0.0) drawn = kept_[i];  // The last of these, if rounding ends the list.
       sum += weights_[i];
     }
     return drawn;
   }
 
-  /// The probabilities `sample` draws with: [1, vocabulary], of sum 1, zero for tokens that the
-  /// settings exclude. Lives here until the next call. Throws as `sample` does.
+  /// The probabilities with which `sample` draws: [1, vocabulary]. Their sum is 1, and they are
+  /// zero for tokens that the settings exclude. They live here until the next call. Throws as
+  /// `sample` does.
   const RowVector<T>& distribution(MatrixIn<T> logits, const Sampling& sampling) {
     choose("Sampler::distribution", logits, sampling);
     const double total = total_weight();
     distribution_.setZero(logits.cols());
-    for (std::size_t i = 0; i < kept_.size(); ++i) {
+    for (Index i = 0; i < kept_.count(); ++i) {
       distribution_[kept_[i]] = static_cast<T>(weights_[i] / total);
     }
     return distribution_;
@@ -93,15 +91,14 @@ class Sampler {
     }
     keep_allowed(where, logits);
     const T* z = logits.data();
-    const auto allowed = static_cast<Index>(kept_.size());
     const bool greedy = sampling.temperature == 0.0;
     const Index wanted = greedy ? 1 : sampling.top_k;
-    if (wanted > 0 && wanted < allowed) {
-      kept_.resize(static_cast<std::size_t>(wanted));
+    if (wanted > 0 && wanted < kept_.count()) {
+      kept_.resize(wanted);
       top_k(z, logits.cols(), wanted, kept_.data());
     }
 
-    // Of the difference to the largest logit, in double: no temperature is too low.
+    // Weights are exponentials of differences to the largest logit: no temperature is too low.
     Index best = 0;
     top_k(z, logits.cols(), 1, &best);
     const auto weight = [&](Index token) {
@@ -132,8 +129,8 @@ class Sampler {
     }
   }
 
-  // Reduces `kept_` to its nucleus, most probable token first. A heap gives up the tokens one by
-  // one: a nucleus is mostly small, and sorting a vocabulary for it is not.
+  // Reduces `kept_` to its nucleus, the most probable token first. A heap gives up the tokens one
+  // by one: a nucleus is mostly small, and sorting a whole vocabulary for it takes long.
   template <class Weight>
   void keep_nucleus(const T* z, double top_p, const Weight& weight) {
     double total = 0.0;
@@ -142,7 +139,7 @@ class Sampler {
       return z[a] < z[b] || (z[a] == z[b] && a > b);
     };
     std::make_heap(kept_.begin(), kept_.end(), less_probable);
-    auto first = kept_.end();  // Of those given up: they gather at the end, the best one last.
+    auto first = kept_.end();  // Tokens given up gather from here on, the best one last.
     double sum = 0.0;
     do {
       std::pop_heap(kept_.begin(), first, less_probable);
@@ -154,8 +151,8 @@ class Sampler {
 
   double total_weight() const { return std::accumulate(weights_.begin(), weights_.end(), 0.0); }
 
-  std::vector<Index> kept_;
-  std::vector<double> weights_;
+  List<Index> kept_;
+  List<double> weights_;
   RowVector<T> distribution_;
 };
 

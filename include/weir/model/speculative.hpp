@@ -14,6 +14,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/random.hpp>
+#include <weir/core/token_ids.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/any_layer.hpp>
 #include <weir/model/decoder.hpp>
@@ -24,15 +25,15 @@
 
 namespace weir {
 
-/// How drafts fared, summed over calls.
+/// What became of the drafts, summed over calls.
 struct DraftReport {
-  Index passes = 0;  ///< Of the main model, those over the prompts included.
-  Index tokens = 0;  ///< Drawn.
-  /// For each module how many of its drafts the main model looked at, and how many it accepted. A
-  /// draft behind one that was refused is not looked at.
+  Index passes = 0;  ///< How many passes the main model made, those over the prompts included.
+  Index tokens = 0;  ///< How many tokens were drawn.
+  /// How many drafts of each module the main model checked, and how many it accepted. A draft that
+  /// follows a refused one is not checked.
   std::vector<Index> checked = {}, accepted = {};
 
-  /// The share of the drafts looked at that were accepted; 0 if there were none. (DeepSeek-V3
+  /// The share of the checked drafts that were accepted; 0 if none was checked. (DeepSeek-V3
   /// reports 0.85 to 0.90 for its one module.)
   double acceptance() const {
     const Index all = std::accumulate(checked.begin(), checked.end(), Index(0));
@@ -44,26 +45,26 @@ struct DraftReport {
 /// What speculative decoding keeps of one conversation. A copy continues on its own.
 template <std::floating_point T>
 struct SpeculativeState {
-  /// Rows for the positions from `begin` on, side by side.
+  /// Rows for the positions from `begin` on, one after the other.
   struct Rows {
     std::vector<T> values;
     Index begin = 0;
   };
 
   typename Decoder<T>::State main;
-  std::vector<Index> tokens;                           ///< All that `main` has seen.
+  std::vector<Index> tokens;                           ///< All tokens that `main` has seen.
   std::vector<typename MultiToken<T>::State> modules;  ///< One for each module.
-  std::vector<Index> lengths;                          ///< Positions that each module has seen.
-  std::vector<Rows> hidden;                            ///< What each module has yet to read.
-  bool complete = true;                                ///< Not if an exception came in between.
+  std::vector<Index> lengths;                          ///< How many positions each module has seen.
+  std::vector<Rows> hidden;  ///< The rows that each module has yet to read.
+  bool complete = true;      ///< False if an exception ended the last call.
 };
 
 namespace detail {
 
-/// One conversation under way. Tokens 0 .. L - 1 are known; the main model has seen all of them but
-/// the last. Module k, counted from 0, has seen some of the positions 0 .. L - 2; at position i it
-/// reads token i + k + 1, a draft if that is not known yet, and what module k - 1 has made of
-/// position i.
+/// One conversation in progress. Tokens 0 .. L - 1 are known; the main model has seen all of them
+/// except the last. Module k, counted from 0, has seen some of the positions 0 .. L - 2. At
+/// position i it reads token i + k + 1, which is a draft if it is not known yet, and the output of
+/// module k - 1 for position i.
 template <class T>
 class Speculation {
  public:
@@ -93,8 +94,8 @@ class Speculation {
   void run(Turn<T>& turn) {
     const Matrix<T>& logits = feed(turn.prompt, true);
     state_.complete = false;
-    state_.tokens.insert(state_.tokens.end(), turn.prompt.begin(), turn.prompt.end());
-    keep(static_cast<Index>(turn.prompt.size()));
+    turn.prompt.append_to(state_.tokens);
+    keep(turn.prompt.count());
     turn.ended = turn.until->count == 0;
     if (!turn.ended) draw(turn, logits.row(0));
     while (!turn.ended) {
@@ -103,7 +104,7 @@ class Speculation {
       check(turn);
     }
     if (state_.main.length < known()) {
-      feed({&state_.tokens.back(), 1}, true);
+      feed(std::span<const Index>(&state_.tokens.back(), 1), true);
       keep(1);
     }
     state_.complete = true;
@@ -113,14 +114,14 @@ class Speculation {
   std::size_t depth() const { return modules_.depth(); }
   Index known() const { return static_cast<Index>(state_.tokens.size()); }
 
-  /// A pass of the main model.
-  const Matrix<T>& feed(std::span<const Index> ids, bool last_only) {
+  /// Runs a pass of the main model.
+  const Matrix<T>& feed(TokenIds ids, bool last_only) {
     const Matrix<T>& logits = decode(model_, ids, state_.main, cache_, last_only);
     ++report_.passes;
     return logits;
   }
 
-  /// Hands h of the first `count` tokens of the last pass on to the first module.
+  /// Hands the main model's h of the first `count` tokens of the last pass to the first module.
   void keep(Index count) {
     const Matrix<T>& h = model_.hidden(cache_);
     const bool normed = modules_.config().source == HiddenSource::kNormed;
@@ -152,13 +153,13 @@ class Speculation {
     }
   }
 
-  /// Draws tokens as long as they are those of the drafts, and one more; takes the rest back.
+  /// Draws tokens as long as they equal the drafts, and one more. The other drafts are taken back.
   void check(Turn<T>& turn) {
     const Index seen = state_.main.length;
     ids_.assign(1, state_.tokens.back());
     ids_.insert(ids_.end(), drafts_.begin(), drafts_.end());
     const Matrix<T>& logits = feed(ids_, false);
-    Index good = 1;  // Of what the main model was given.
+    Index good = 1;  // How many of the tokens that the main model was given are right.
     for (std::size_t i = 0; i <= drafts_.size() && !turn.ended; ++i) {
       draw(turn, logits.row(static_cast<Index>(i)));
       if (i == drafts_.size()) break;
@@ -222,40 +223,40 @@ class Speculation {
 
 }  // namespace detail
 
-/// Continues one conversation as `generate` does, in fewer passes of the main model: the D modules
-/// draft the next D tokens, the main model looks at the last token and the drafts in one pass of
-/// D + 1 tokens, and drafts count as long as they are what the main model itself draws. The rest is
-/// taken back (`State::truncate`).
+/// Continues one conversation as `generate` does, in fewer passes of the main model. The D modules
+/// draft the next D tokens, and the main model computes the last token and the drafts in one pass
+/// of D + 1 tokens. Drafts are accepted up to the first one that differs from the token that the
+/// main model itself draws; the others are taken back (`State::truncate`).
 ///
-/// The text is that of `generate` with the same rng, up to rounding, greedy or not: each token is
-/// drawn from the main model's logits behind the tokens before it, with the same random numbers.
-/// The modules, which draft greedily, decide the speed alone. (Where a capacity couples the tokens
-/// of a pass, texts may differ; see `Decoder::decode`.)
+/// The text is the one that `generate` gives with the same rng, up to rounding, whether sampling is
+/// greedy or not: each token is drawn from the main model's logits after the tokens before it, with
+/// the same random numbers. The modules, which draft greedily, only decide the speed. (Where a
+/// capacity couples the tokens of a pass, texts may differ; see `Decoder::decode`.)
 ///
-/// \param prompt    At least one token; with a state, what has been added since.
-/// \param state     Of the same model and modules; in the end it holds prompt and new tokens.
-/// \param report    Is added to.
-/// \throws ConfigError     as `generate` does, and if the modules are not as wide as the model;
-///                         `state` is as it was.
+/// \param prompt    At least one token; it follows the tokens of `state`.
+/// \param state     Empty, or filled with the same model and modules. At the end it holds the
+///                  prompt and the new tokens.
+/// \param report    The numbers of this call are added to it.
+/// \throws ConfigError     as `generate` does, and if the modules are not as wide as the model.
+///                         `state` has not changed then.
 /// \throws StateError      if `state` is of another number of modules, or incomplete.
-/// \throws NonFiniteError  if the model yields NaN. `state` is incomplete then, as after an
+/// \throws NonFiniteError  if the model yields NaN. `state` is incomplete then, as it is after an
 ///                         exception of the callback.
 template <std::floating_point T>
-Generated speculate(const Decoder<T>& model, const MultiToken<T>& modules,
-                    std::span<const Index> prompt, const Until& until, const Sampling& sampling,
-                    Rng& rng, SpeculativeState<T>& state, DraftReport& report) {
+Generated speculate(const Decoder<T>& model, const MultiToken<T>& modules, TokenIds prompt,
+                    const Until& until, const Sampling& sampling, Rng& rng,
+                    SpeculativeState<T>& state, DraftReport& report) {
   detail::Turn<T> turn = {prompt, &until, &sampling, &rng, &state.main};
   turn.check();
   detail::Speculation<T>(model, modules, state, report).run(turn);
   return std::move(turn.result);
 }
 
-/// The same for a sequence that begins with `prompt` and is not continued.
+/// Generates a text of `count` tokens that begins with `prompt` and is not continued later.
 /// \return          The new tokens.
 template <std::floating_point T>
-std::vector<Index> speculate(const Decoder<T>& model, const MultiToken<T>& modules,
-                             std::span<const Index> prompt, Index count, const Sampling& sampling,
-                             Rng& rng, DraftReport& report) {
+std::vector<Index> speculate(const Decoder<T>& model, const MultiToken<T>& modules, TokenIds prompt,
+                             Index count, const Sampling& sampling, Rng& rng, DraftReport& report) {
   SpeculativeState<T> state;
   const Until until = {.count = count};
   return speculate(model, modules, prompt, until, sampling, rng, state, report).tokens;

@@ -36,13 +36,13 @@
 
 namespace weir::presets {
 
-/// The kinds of layer a family uses. Each function is called whenever such a layer is wanted.
+/// The kinds of layers that a family uses. Each function makes one layer whenever it is called.
 template <std::floating_point T>
 struct Parts {
   std::function<AnyLayer<T>()> norm;
   std::function<AnyLayer<T>()> mixture;
   std::function<AnyLayer<T>(Index d_hidden)> dense;
-  bool parallel = false;  ///< A dense network beside a mixture, not behind it.
+  bool parallel = false;  ///< Whether the dense network is beside its mixture, not behind it.
 };
 
 /// The attention of layer `layer`.
@@ -51,17 +51,18 @@ AnyLayer<T> make_attention(const ModelShape& shape, Index layer, Rng& rng) {
   const auto make = [&](auto config) -> AnyLayer<T> {
     config.d_model = shape.d_model;
     if constexpr (std::is_same_v<decltype(config), LatentConfig>) {
-      return LatentAttention<T>(config, rng);
+      return LatentAttention<T>(rng, config);
     } else {
-      return GroupedQueryAttention<T>(config, rng);
+      return GroupedQueryAttention<T>(rng, config);
     }
   };
   return std::visit(make, shape.attention_of(layer));
 }
 
-/// Layer `layer`, pre-norm: attention, then `mixture` under the name "moe" where the layer is
-/// sparse, else `dense` under the name "mlp"; behind a mixture a dense network, if the shape says
-/// so. With four norms, each branch has one behind it, too.
+/// Layer `layer`, with a norm before each branch. The first branch is the attention; the second is
+/// the mixture, under the name "moe", where the layer is sparse, else a dense network under the
+/// name "mlp". If the shape says so, a dense network follows each mixture, and each branch has a
+/// norm behind it as well.
 template <std::floating_point T>
 Block<T> make_layer(const ModelShape& shape, Index layer, const Parts<T>& parts, Rng& rng) {
   std::vector<Branch<T>> branches;
@@ -75,13 +76,13 @@ Block<T> make_layer(const ModelShape& shape, Index layer, const Parts<T>& parts,
   } else {
     branches.push_back({"mlp", parts.norm(), parts.dense(shape.dense_hidden)});
   }
-  if (shape.norms == 4) {
+  if (shape.post_norms) {
     for (Branch<T>& branch : branches) branch.post_norm = parts.norm();
   }
   return Block<T>(std::move(branches));
 }
 
-/// A decoder of such layers.
+/// A decoder made of such layers.
 /// \throws ConfigError  as ModelShape::check, and if the shape is of an encoder-decoder.
 template <std::floating_point T>
 Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
@@ -99,33 +100,32 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
   return {std::move(embedding), std::move(layers), parts.norm(), std::move(head), config};
 }
 
-/// A dense network of shape.ffn_matrices matrices: 2 plain with ReLU, 3 gated by Act, 4
-/// OpenMoENetwork.
+/// A dense network of the kind `shape.network`; Act is the activation of a gated one.
 template <std::floating_point T, Activation Act = Silu>
 AnyLayer<T> make_dense(const ModelShape& shape, Index d_hidden, Rng& rng, double init_scale = 1.0) {
-  if (shape.ffn_matrices == 2) {
+  if (shape.network == Network::kPlain) {
     return Mlp<T, Relu>(shape.d_model, d_hidden, rng, {.init_scale = init_scale});
   }
-  if (shape.ffn_matrices == 3) {
+  if (shape.network == Network::kGated) {
     return Glu<T, Act>(shape.d_model, d_hidden, rng, {.init_scale = init_scale});
   }
-  return OpenMoENetwork<T>(shape.d_model, d_hidden, rng, init_scale);
+  return OpenMoENetwork<T>(shape.d_model, d_hidden, rng, {.init_scale = init_scale});
 }
 
-/// RMS norms and `make_dense`, as most families have them; the mixture is left to say. `rng` lives
-/// as long as the parts.
+/// RMS norms and dense networks from `make_dense`, as most families have them. The caller sets the
+/// mixture. `rng` has to live as long as the parts.
 template <std::floating_point T, Activation Act = Silu>
 Parts<T> usual_parts(const ModelShape& shape, double norm_epsilon, Rng& rng,
                      double init_scale = 1.0) {
   Parts<T> parts;
-  parts.norm = [=] { return RmsNorm<T>(shape.d_model, norm_epsilon); };
+  parts.norm = [=] { return RmsNorm<T>(shape.d_model, {.epsilon = norm_epsilon}); };
   parts.dense = [=, &rng](Index d_hidden) {
     return make_dense<T, Act>(shape, d_hidden, rng, init_scale);
   };
   return parts;
 }
 
-/// `moe` beside the expert that every token visits, where the shape has one.
+/// `moe` with the shared expert beside it, if the shape has one.
 template <class Moe, class T = typename Moe::Scalar>
 AnyLayer<T> with_shared(const ModelShape& shape, Moe moe, Rng& rng) {
   if (shape.shared_hidden == 0) return moe;
@@ -133,39 +133,41 @@ AnyLayer<T> with_shared(const ModelShape& shape, Moe moe, Rng& rng) {
 }
 
 /// The experts of a family whose networks are all gated.
-/// \throws ConfigError  unless shape.ffn_matrices is 3.
+/// \throws ConfigError  unless shape.network is kGated.
 template <std::floating_point T, Activation Act = Silu>
 GluBank<T, Act> gated_experts(const ModelShape& shape, Rng& rng, double init_scale = 1.0) {
-  if (shape.ffn_matrices != 3) {
-    fail<ConfigError>("gated_experts: ffn_matrices = ", shape.ffn_matrices, ", expected 3");
+  if (shape.network != Network::kGated) {
+    fail<ConfigError>(
+        "gated_experts: network = ", shape.network == Network::kPlain ? "kPlain" : "kOpenMoE",
+        ", expected kGated");
   }
-  return GluBank<T, Act>(shape.experts, shape.d_model, shape.d_hidden, rng, init_scale);
+  return GluBank<T, Act>(shape.d_model, shape.experts, shape.d_hidden, rng,
+                         {.init_scale = init_scale});
 }
 
-/// The experts of a family whose networks differ in that: `with(bank)` of networks like those of
-/// `make_dense`.
+/// The mixture `with(bank)` of a family whose models have different kinds of networks: the bank's
+/// experts are like the networks of `make_dense`.
 template <std::floating_point T, Activation Act = Silu, class With>
 AnyLayer<T> with_experts(const ModelShape& shape, Rng& rng, double init_scale, With&& with) {
-  if (shape.ffn_matrices == 2) {
-    return with(MlpBank<T, Relu>(shape.experts, shape.d_model, shape.d_hidden, rng,
+  if (shape.network == Network::kPlain) {
+    return with(MlpBank<T, Relu>(shape.d_model, shape.experts, shape.d_hidden, rng,
                                  {.init_scale = init_scale}));
   }
-  if (shape.ffn_matrices == 3) return with(gated_experts<T, Act>(shape, rng, init_scale));
+  if (shape.network == Network::kGated) return with(gated_experts<T, Act>(shape, rng, init_scale));
+  const OpenMoENetworkConfig config = {.init_scale = init_scale};
   std::vector<OpenMoENetwork<T>> experts;
   for (Index e = 0; e < shape.experts; ++e) {
-    experts.emplace_back(shape.d_model, shape.d_hidden, rng, init_scale);
+    experts.emplace_back(shape.d_model, shape.d_hidden, rng, config);
   }
   return with(AnyBank(std::move(experts), shape.d_model, shape.d_model));
 }
 
-/// The share of one layer in a coefficient that is meant for the mean of the losses of all sparse
-/// layers. (For its ports of Mixtral, OLMoE, Qwen3 and DBRX, Hugging Face takes one loss over the
-/// tokens of all layers laid end to end instead, which couples the layers: GlobalBatchLoss with the
-/// loads of the others added.)
-template <std::floating_point T>
-T per_layer(double coefficient, const ModelShape& shape) {
-  return static_cast<T>(coefficient /
-                        static_cast<double>(shape.interleave.count_sparse(shape.layers)));
+/// The coefficient of one layer's loss, where `coefficient` is meant for the mean of the losses of
+/// all sparse layers. (Hugging Face's ports of Mixtral, OLMoE, Qwen3 and DBRX compute one loss over
+/// the tokens of all layers laid end to end instead, which couples the layers. GlobalBatchLoss with
+/// the loads of the other layers added computes the same.)
+inline double per_layer(double coefficient, const ModelShape& shape) {
+  return coefficient / static_cast<double>(shape.interleave.count_sparse(shape.layers));
 }
 
 }  // namespace weir::presets

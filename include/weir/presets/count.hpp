@@ -21,17 +21,18 @@ using Count = std::int64_t;
 
 /// The numbers of one attention layer.
 struct AttentionCount {
-  Count matrices = 0;                 ///< Elements of the projections.
-  Count vectors = 0;                  ///< Biases, norms of queries and keys, sinks.
-  Count per_position = 0;             ///< Multiplications of a token with each position it sees.
-  Count window = 0;                   ///< How many positions it sees at most; 0: all.
-  Count cache_values = 0;             ///< What is kept of a token.
+  Count matrices = 0;      ///< Elements of the projections.
+  Count vectors = 0;       ///< Elements of biases, of norms of queries and keys, of sinks.
+  Count per_position = 0;  ///< Multiplications of a token with each position it sees.
+  Count window = 0;        ///< How many positions it sees at most; 0: all.
+  Count cache_values = 0;  ///< Values that the cache keeps of a token.
   Count multi_head_cache_values = 0;  ///< The same if each query head had its own key and value.
 
-  Count parameters() const { return matrices + vectors; }  ///< All that is trained.
+  /// All that is trained.
+  Count parameters() const { return matrices + vectors; }
 };
 
-/// Of grouped-query attention.
+/// Counts grouped-query attention.
 /// \param d_model  Width of a token, whatever the config says.
 /// \throws ConfigError  as GroupedQueryConfig::checked.
 inline AttentionCount count(GroupedQueryConfig a, Count d_model) {
@@ -53,8 +54,9 @@ inline AttentionCount count(GroupedQueryConfig a, Count d_model) {
   return count;
 }
 
-/// Of latent attention. Multi-head attention of the same width has keys and values of value_dim per
-/// head, as in the comparison of DeepSeek-V2's report (arXiv:2405.04434, table 1).
+/// Counts latent attention. Multi-head attention of the same width would have keys and values of
+/// value_dim numbers per head, as in the comparison of DeepSeek-V2's report (arXiv:2405.04434,
+/// table 1).
 inline AttentionCount count(const LatentConfig& a, Count d_model) {
   const Count heads = a.heads;
   const Count query = heads * (a.nope_dim + a.rope_dim);
@@ -70,12 +72,12 @@ inline AttentionCount count(const LatentConfig& a, Count d_model) {
   return count;
 }
 
-/// Of either.
+/// Counts either kind of attention.
 inline AttentionCount count(const AttentionShape& attention, Count d_model) {
   return std::visit([&](const auto& a) { return count(a, d_model); }, attention);
 }
 
-/// How many of what a model has; parts that it has not are 0.
+/// The numbers of a model. A part that it does not have counts 0.
 struct ModelCount {
   // Trained numbers, by what they belong to.
   Count embedding = 0;
@@ -87,37 +89,38 @@ struct ModelCount {
   Count shared = 0;
   Count dense = 0;            ///< Networks of dense layers, and those behind mixtures.
   Count position_tables = 0;  ///< Tables of relative positions.
-  Count selection_bias = 0;   ///< Moved by a rule; part of the model, but no parameter.
+  Count selection_bias = 0;   ///< Biases moved by a rule; part of the model, but not parameters.
 
-  Count idle_experts = 0;             ///< Those of `experts` that one token does not visit.
-  Count multiplications = 0;          ///< Of a token with matrices, the output head among them.
-  Count per_position = 0;             ///< Multiplications of a token with each position it sees.
-  Count per_windowed = 0;             ///< The same in layers that see but a window or chunk.
-  Count window = 0;                   ///< The longest of those.
-  Count cache_values = 0;             ///< What is kept of a token for those after it.
-  Count windowed_cache_values = 0;    ///< Those of them that are forgotten once out of the window.
+  Count idle_experts = 0;     ///< Numbers of the experts that one token does not visit.
+  Count multiplications = 0;  ///< Multiplications of a token with matrices, output head included.
+  Count per_position = 0;     ///< Multiplications with each position seen, in layers that see all.
+  Count per_windowed = 0;     ///< The same in layers that see only a window or chunk.
+  Count window = 0;           ///< The longest such window or chunk; 0 without any.
+  Count cache_values = 0;     ///< Values that caches keep of a token.
+  Count windowed_cache_values = 0;    ///< Those that are forgotten once the window has passed.
   Count multi_head_cache_values = 0;  ///< The same with multi-head attention of the same width.
-  Count prediction = 0;               ///< One module of multi-token prediction; in no sum.
+  Count prediction = 0;  ///< Numbers of one module of multi-token prediction; in no sum.
 
   /// All that belongs to the model.
   Count total() const {
     return embedding + head + attention + norms + routers + experts + shared + dense +
            position_tables + selection_bias;
   }
-  /// What one token meets.
+  /// What one token uses.
   Count active() const { return total() - idle_experts; }
-  /// Without the embedding, in which a token only looks up a row.
+  /// What one token uses, without the embedding, in which it only looks up a row.
   Count active_without_embedding() const { return active() - embedding; }
-  /// Without the head, either.
+  /// What one token uses, without embedding and head.
   Count active_without_vocab() const { return active() - embedding - head; }
-  /// Of the total.
+  /// The share of the total that one token uses.
   double active_share() const {
     return static_cast<double>(active()) / static_cast<double>(total());
   }
 
   /// Floating-point operations of a forward pass for one token that sees `positions` positions in
-  /// each layer, or as many as a window or chunk lets it: two, a product and a sum, for each weight
-  /// of a matrix and each position. Norms, activations and softmaxes are not counted.
+  /// each layer, or as many as a window or chunk allows. Each multiplication, with a weight or with
+  /// a position, counts as two operations, a product and a sum. Norms, activations and softmaxes
+  /// are not counted.
   Count flops(Count positions = 0) const {
     return 2 * (multiplications + positions * per_position +
                 std::min(positions, window) * per_windowed);
@@ -141,21 +144,22 @@ class StackCounter {
   StackCounter(const ModelShape& shape, ModelCount& to)
       : shape_(shape), to_(to), d_(shape.d_model) {}
 
-  /// \param attentions  In each layer: 2 where one of them is to an encoder.
+  /// \param attentions  How many there are in each layer: 2 where one of them is to an encoder.
   void add(Index layers, Index attentions) {
     const Count sparse = shape_.interleave.count_sparse(layers);
+    const Count norms_of_branch = shape_.post_norms ? 2 : 1;
     for (Index layer = 0; layer < layers; ++layer) add_attention(layer, attentions);
-    to_.norms += layers * d_ * (shape_.norms + attentions - 1) + d_;
+    to_.norms += layers * d_ * norms_of_branch * (attentions + 1) + d_;
     to_.position_tables += Count{shape_.position_buckets} * heads();
     add_mixtures(sparse);
     add_dense((layers - sparse) * network(shape_.dense_hidden));
     if (shape_.extra_hidden > 0) {
-      to_.norms += sparse * d_ * (shape_.norms / 2);
+      to_.norms += sparse * d_ * norms_of_branch;
       add_dense(sparse * network(shape_.extra_hidden));
     }
   }
 
-  /// The tokens of the decoder are what is cached.
+  /// Adds what the caches of the decoder keep.
   void add_cache(Index layers) {
     for (Index layer = 0; layer < layers; ++layer) {
       const AttentionCount attention = count(shape_.attention_of(layer), d_);
@@ -175,7 +179,7 @@ class StackCounter {
     to_.window = std::max(to_.window, attention.window);
   }
 
-  Count network(Count d_hidden) const { return shape_.ffn_matrices * d_ * d_hidden; }
+  Count network(Count d_hidden) const { return matrices_of(shape_.network) * d_ * d_hidden; }
 
   Index heads() const {
     return std::visit([](const auto& a) { return a.heads; }, shape_.attention);
@@ -188,7 +192,7 @@ class StackCounter {
 
   void add_mixtures(Count mixtures) {
     const Count experts = shape_.experts;
-    const Count in_bias = (shape_.ffn_matrices - 1) * Count{shape_.d_hidden};
+    const Count in_bias = (matrices_of(shape_.network) - 1) * Count{shape_.d_hidden};
     const Count expert = network(shape_.d_hidden) + (shape_.expert_bias ? in_bias + d_ : 0);
     to_.experts += mixtures * experts * expert;
     to_.idle_experts += mixtures * (experts - shape_.k) * expert;
@@ -204,8 +208,8 @@ class StackCounter {
   Count d_;
 };
 
-/// A module of multi-token prediction as DeepSeek-V3 has it: a projection of two tokens side by
-/// side, three norms and a sparse layer; embedding and head are those of the model.
+/// Counts a module of multi-token prediction as DeepSeek-V3 has it: a projection of two tokens side
+/// by side, three norms and a sparse layer. It shares embedding and head with the model.
 /// (DeepSeek-AI 2024, arXiv:2412.19437, section 2.2.)
 inline Count count_prediction(ModelShape shape) {
   const Count d = shape.d_model;
@@ -217,7 +221,8 @@ inline Count count_prediction(ModelShape shape) {
 
 }  // namespace detail
 
-/// Of the published model: of an encoder-decoder both halves, as if each token passed through both.
+/// Counts the published model. An encoder-decoder is counted with both halves, as if each token
+/// passed through both.
 /// \throws ConfigError  as ModelShape::check.
 inline ModelCount count(const ModelShape& shape) {
   shape.check();
@@ -234,13 +239,13 @@ inline ModelCount count(const ModelShape& shape) {
   return count;
 }
 
-/// Of a preset, as of its sizes.
+/// Counts a preset by its sizes.
 template <Preset Config>
 ModelCount count(const Config& config) {
   return count(config.shape);
 }
 
-/// In how many ways `chosen` of `experts` can be taken together:
+/// In how many ways `chosen` of `experts` experts can be combined:
 ///
 ///     C(experts, chosen) = experts! / (chosen! (experts - chosen)!)
 ///

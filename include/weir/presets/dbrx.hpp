@@ -25,10 +25,10 @@ struct DbrxConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
   double weight_norm = 1.0;  ///< p: weights are divided by their p-norm.
-  double balance = 0.05;     ///< Of the mean over the layers, see per_layer.
+  double balance = 0.05;     ///< For the mean over the layers, see per_layer.
 };
 
-/// 132 billion parameters, 36 of which a token meets. (Databricks 2024, "Introducing DBRX";
+/// 132 billion parameters, of which 36 are active. (Databricks 2024, "Introducing DBRX";
 /// huggingface.co/databricks/dbrx-base.)
 inline DbrxConfig dbrx() {
   return {
@@ -55,10 +55,10 @@ Decoder<T> make(const DbrxConfig& config, Rng& rng) {
   };
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>{.k = shape.k, .renormalise = true, .norm = config.weight_norm},
-                    Dropless{}, gated_experts<T>(shape, rng),
-                    SwitchLoss<T>{.coefficient = per_layer<T>(config.balance, shape),
-                                  .fraction = LoadFraction::kOfTokens}};
+                    SoftmaxTopK<T>({.k = shape.k, .renormalise = true, .norm = config.weight_norm}),
+                    Dropless(), gated_experts<T>(shape, rng),
+                    SwitchLoss<T>({.coefficient = per_layer(config.balance, shape),
+                                   .fraction = LoadFraction::kOfTokens})};
   };
   return compose<T>(shape, parts, rng);
 }

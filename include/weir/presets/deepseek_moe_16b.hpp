@@ -23,10 +23,10 @@ namespace weir::presets {
 struct DeepSeekMoEConfig {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double balance = 0.001;  ///< In each sequence and layer.
+  double balance = 0.001;  ///< Coefficient of the loss in each sequence and layer.
 };
 
-/// 16.4 billion parameters, 2.8 of which a token meets. (Dai et al. 2024, arXiv:2401.06066,
+/// 16.4 billion parameters, of which 2.8 are active. (Dai et al. 2024, arXiv:2401.06066,
 /// section 5.)
 inline DeepSeekMoEConfig deepseek_moe_16b() {
   return {.shape = {
@@ -51,10 +51,9 @@ Decoder<T> make(const DeepSeekMoEConfig& config, Rng& rng) {
   parts.mixture = [&] {
     return with_shared(
         shape,
-        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng), SoftmaxTopK<T>{.k = shape.k},
-                 Dropless{}, gated_experts<T>(shape, rng),
-                 SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
-                               .scope = Scope::kSequence}},
+        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng), SoftmaxTopK<T>({.k = shape.k}),
+                 Dropless(), gated_experts<T>(shape, rng),
+                 SwitchLoss<T>({.coefficient = config.balance, .scope = Scope::kSequence})},
         rng);
   };
   return compose<T>(shape, parts, rng);

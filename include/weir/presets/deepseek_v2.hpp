@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <concepts>
 
-#include <weir/attention/latent.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/decoder.hpp>
@@ -19,8 +18,8 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
-#include <weir/ops/yarn.hpp>
 #include <weir/presets/compose.hpp>
+#include <weir/presets/deepseek_attention.hpp>
 #include <weir/presets/model_shape.hpp>
 #include <weir/presets/scaled.hpp>
 
@@ -31,16 +30,16 @@ namespace weir::presets {
 struct DeepSeekV2Config {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double scale = 1.0;           ///< Of the weights.
-  GroupLimit groups = {};       ///< A token's experts live in `groups.allowed` of them.
-  double balance = 0.001;       ///< In each sequence and layer, like the two below.
-  double device_balance = 0.0;  ///< A device is a group.
-  double communication_balance = 0.0;
-  double device_capacity = 1.0;  ///< In training, times the mean load of a device.
-  double protected_share = 0.0;  ///< Of the sequences, of which nothing is dropped.
+  double scale = 1.0;           ///< The factor of the weights.
+  GroupLimit groups = {};       ///< A token's experts are all in `groups.allowed` groups.
+  double balance = 0.001;       ///< Coefficient of the loss in each sequence and layer.
+  double device_balance = 0.0;  ///< The same for the loss over devices, which are the groups.
+  double communication_balance = 0.0;  ///< The same for what devices receive.
+  double device_capacity = 1.0;        ///< In training, a multiple of the mean load of a device.
+  double protected_share = 0.0;        ///< The share of the sequences of which nothing is dropped.
 };
 
-/// 236 billion parameters, 21 of which a token meets. (DeepSeek-AI 2024, arXiv:2405.04434, section
+/// 236 billion parameters, of which 21 are active. (DeepSeek-AI 2024, arXiv:2405.04434, section
 /// 3.1.2.)
 inline DeepSeekV2Config deepseek_v2() {
   return {.shape =
@@ -48,16 +47,7 @@ inline DeepSeekV2Config deepseek_v2() {
                   .layers = 60,
                   .d_model = 5120,
                   .vocab = 102400,
-                  .attention = LatentConfig{.heads = 128,
-                                            .q_rank = 1536,
-                                            .kv_rank = 512,
-                                            .nope_dim = 128,
-                                            .rope_dim = 64,
-                                            .value_dim = 128,
-                                            .yarn = Yarn{.factor = 40.0,
-                                                         .original_context = 4096,
-                                                         .mscale = 0.707,
-                                                         .mscale_all_dim = 0.707}},
+                  .attention = detail::deepseek_attention(128, 1536, 0.707),
                   .interleave = {.first_dense = 1},
                   .experts = 160,
                   .k = 6,
@@ -73,7 +63,7 @@ inline DeepSeekV2Config deepseek_v2() {
           .protected_share = 0.1};
 }
 
-/// As `scaled` of all presets, with at least two experts in each group.
+/// Does what `scaled` does with all presets, and leaves at least two experts in each group.
 inline DeepSeekV2Config scaled(DeepSeekV2Config config, Scale to = {}) {
   if (to.experts == 0) to.experts = std::max(2 * config.groups.count, 2 * config.shape.k);
   config.shape = scaled(config.shape, to);
@@ -89,18 +79,16 @@ Decoder<T> make(const DeepSeekV2Config& config, Rng& rng) {
     const ExpertGroups devices = ExpertGroups::uniform(shape.experts, config.groups.count);
     return with_shared(
         shape,
-        MoELayer{
-            LinearRouter<T>(shape.d_model, shape.experts, rng),
-            SoftmaxTopK<T>{.k = shape.k, .scale = config.scale, .groups = config.groups},
-            DeviceCapacity{.devices = devices.count(),
-                           .factor = config.device_capacity,
-                           .protected_share = config.protected_share},
-            gated_experts<T>(shape, rng),
-            SwitchLoss<T>{.coefficient = static_cast<T>(config.balance), .scope = Scope::kSequence},
-            DeviceLoss<T>{.devices = devices, .coefficient = static_cast<T>(config.device_balance)},
-            CommunicationLoss<T>{.devices = devices,
-                                 .devices_per_token = config.groups.allowed,
-                                 .coefficient = static_cast<T>(config.communication_balance)}},
+        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                 SoftmaxTopK<T>({.k = shape.k, .scale = config.scale, .groups = config.groups}),
+                 DeviceCapacity({.devices = devices.count(),
+                                 .factor = config.device_capacity,
+                                 .protected_share = config.protected_share}),
+                 gated_experts<T>(shape, rng),
+                 SwitchLoss<T>({.coefficient = config.balance, .scope = Scope::kSequence}),
+                 DeviceLoss<T>(devices, {.coefficient = config.device_balance}),
+                 CommunicationLoss<T>(devices, {.devices_per_token = config.groups.allowed,
+                                                .coefficient = config.communication_balance})},
         rng);
   };
   return compose<T>(shape, parts, rng);

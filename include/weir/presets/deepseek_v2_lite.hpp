@@ -3,33 +3,20 @@
 /// DeepSeek-V2-Lite.
 #pragma once
 
+#include <weir/presets/deepseek_attention.hpp>
+#include <weir/presets/deepseek_moe_16b.hpp>
 #include <weir/presets/deepseek_v2.hpp>
 
 namespace weir::presets {
 
-/// 15.7 billion parameters, 2.4 of them active without the embedding. (DeepSeek-AI 2024,
-/// arXiv:2405.04434, appendix B.)
+/// 15.7 billion parameters, of which 2.4 are active without the embedding. The model is
+/// DeepSeekMoE-16B with one layer fewer and latent attention. (DeepSeek-AI 2024, arXiv:2405.04434,
+/// appendix B.)
 inline DeepSeekV2Config deepseek_v2_lite() {
-  return {.shape = {
-              .layers = 27,
-              .d_model = 2048,
-              .vocab = 102400,
-              .attention = LatentConfig{.heads = 16,
-                                        .kv_rank = 512,
-                                        .nope_dim = 128,
-                                        .rope_dim = 64,
-                                        .value_dim = 128,
-                                        .yarn = Yarn{.factor = 40.0,
-                                                     .original_context = 4096,
-                                                     .mscale = 0.707,
-                                                     .mscale_all_dim = 0.707}},
-              .interleave = {.first_dense = 1},
-              .experts = 64,
-              .k = 6,
-              .d_hidden = 1408,
-              .shared_hidden = 2 * 1408,
-              .dense_hidden = 10944,
-          }};
+  ModelShape shape = deepseek_moe_16b().shape;
+  shape.layers = 27;
+  shape.attention = detail::deepseek_attention(16, 0, 0.707);
+  return {.shape = shape};
 }
 
 }  // namespace weir::presets

@@ -7,7 +7,6 @@
 #include <utility>
 #include <vector>
 
-#include <weir/attention/latent.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/decoder.hpp>
@@ -20,8 +19,8 @@
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/nn/linear.hpp>
-#include <weir/ops/yarn.hpp>
 #include <weir/presets/compose.hpp>
+#include <weir/presets/deepseek_attention.hpp>
 #include <weir/presets/model_shape.hpp>
 
 namespace weir::presets {
@@ -31,30 +30,21 @@ namespace weir::presets {
 struct DeepSeekV3Config {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double scale = 2.5;  ///< Of the weights, after their division by their sum.
+  double scale = 2.5;  ///< The factor of the weights after their division by their sum.
   GroupLimit groups = {.count = 8, .allowed = 4, .summed = 2};
   double bias_rate = 0.001;
-  double balance = 0.0001;         ///< In each sequence and layer.
-  double prediction_weight = 0.3;  ///< Of the modules' losses; 0.1 late in the training.
+  double balance = 0.0001;         ///< Coefficient of the loss in each sequence and layer.
+  double prediction_weight = 0.3;  ///< The weight of the modules' losses; 0.1 late in the training.
 };
 
-/// 671 billion parameters, 37 of which a token meets; the module of multi-token prediction is
+/// 671 billion parameters, of which 37 are active; the module of multi-token prediction is
 /// counted apart. (DeepSeek-AI 2024, arXiv:2412.19437, section 4.2.)
 inline DeepSeekV3Config deepseek_v3() {
   return {.shape = {
               .layers = 61,
               .d_model = 7168,
               .vocab = 129280,
-              .attention = LatentConfig{.heads = 128,
-                                        .q_rank = 1536,
-                                        .kv_rank = 512,
-                                        .nope_dim = 128,
-                                        .rope_dim = 64,
-                                        .value_dim = 128,
-                                        .yarn = Yarn{.factor = 40.0,
-                                                     .original_context = 4096,
-                                                     .mscale = 1.0,
-                                                     .mscale_all_dim = 1.0}},
+              .attention = detail::deepseek_attention(128, 1536, 1.0),
               .interleave = {.first_dense = 3},
               .experts = 256,
               .k = 8,
@@ -68,7 +58,7 @@ inline DeepSeekV3Config deepseek_v3() {
 
 namespace detail {
 
-/// `config` and `rng` live as long as the parts.
+/// `config` and `rng` have to live as long as the parts.
 template <std::floating_point T>
 Parts<T> deepseek_v3_parts(const DeepSeekV3Config& config, Rng& rng) {
   const ModelShape& shape = config.shape;
@@ -79,10 +69,9 @@ Parts<T> deepseek_v3_parts(const DeepSeekV3Config& config, Rng& rng) {
         MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
                  SigmoidTopK<T>(shape.experts,
                                 {.k = shape.k, .scale = config.scale, .groups = config.groups}),
-                 Dropless{}, gated_experts<T>(shape, rng),
-                 BiasBalance<T>(static_cast<T>(config.bias_rate)),
-                 SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
-                               .scope = Scope::kSequence}},
+                 Dropless(), gated_experts<T>(shape, rng),
+                 BiasBalance<T>({.rate = config.bias_rate}),
+                 SwitchLoss<T>({.coefficient = config.balance, .scope = Scope::kSequence})},
         rng);
   };
   return parts;

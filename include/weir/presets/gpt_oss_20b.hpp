@@ -29,7 +29,7 @@ struct GptOssConfig {
   double balance = 0.0;  ///< Not published.
 };
 
-/// 20.9 billion parameters; 3.6 of them active without the embedding, as OpenAI counts.
+/// 20.9 billion parameters, of which 3.6 are active without the embedding, as OpenAI counts.
 /// (OpenAI 2025, arXiv:2508.10925, table 1.)
 inline GptOssConfig gpt_oss_20b() {
   const GroupedQueryConfig local{
@@ -65,11 +65,10 @@ Decoder<T> make(const GptOssConfig& config, Rng& rng) {
   const ModelShape& shape = config.shape;
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
-    return MoELayer{
-        LinearRouter<T>(shape.d_model, shape.experts, rng, {.bias = true}),
-        TopKSoftmax<T>{.k = shape.k}, Dropless{},
-        ClampedGluBank<T>(shape.experts, shape.d_model, shape.d_hidden, rng, {.init_scale = 1.0}),
-        SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)}};
+    return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng, {.bias = true}),
+                    TopKSoftmax<T>({.k = shape.k}), Dropless(),
+                    ClampedGluBank<T>(shape.d_model, shape.experts, shape.d_hidden, rng),
+                    SwitchLoss<T>({.coefficient = config.balance})};
   };
   return compose<T>(shape, parts, rng);
 }

@@ -23,8 +23,8 @@ namespace weir::presets {
 
 /// A decoder whose branches have a norm before and one behind them, with soft-capped attention
 /// scores, the two best of eight GELU-gated experts weighted by their raw probabilities, and
-/// multipliers on the tied embedding and the logits. The released router begins at zero, which
-/// sends every token to the first two experts; `make` begins with chance.
+/// multipliers on the tied embedding and the logits. The released router starts at zero, which
+/// sends every token to the first two experts; the router of `make` starts at random.
 struct GrokConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
@@ -43,14 +43,14 @@ inline GrokConfig grok_1() {
               .tied = true,
               .attention =
                   GroupedQueryConfig{.heads = 48, .kv_heads = 8, .head_dim = 128, .softcap = 30.0},
-              .norms = 4,
+              .post_norms = true,
               .experts = 8,
               .k = 2,
               .d_hidden = 32768,
           }};
 }
 
-/// As `scaled` of all presets; the embedding's multiplier stays the root of d_model.
+/// Does what `scaled` does with all presets; the embedding's multiplier stays the root of d_model.
 inline GrokConfig scaled(GrokConfig config, const Scale& to = {}) {
   config.shape = scaled(config.shape, to);
   config.embedding_multiplier = std::sqrt(static_cast<double>(to.d_model));
@@ -64,9 +64,9 @@ Decoder<T> make(const GrokConfig& config, Rng& rng) {
   Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>{.k = shape.k}, Dropless{},
+                    SoftmaxTopK<T>({.k = shape.k}), Dropless(),
                     gated_experts<T, GeluTanh>(shape, rng),
-                    SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)}};
+                    SwitchLoss<T>({.coefficient = config.balance})};
   };
   return compose<T>(shape, parts, rng,
                     {.embedding_multiplier = config.embedding_multiplier,

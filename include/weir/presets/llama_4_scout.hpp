@@ -21,17 +21,17 @@
 
 namespace weir::presets {
 
-/// A decoder whose layers look at chunks with rotary positions, every fourth at everything without
-/// positions, and whose experts take the token multiplied by the sigmoid of its logit, beside one
-/// that every token visits.
+/// A decoder whose layers attend within chunks and have rotary positions, except every fourth,
+/// which attends to everything and knows no positions. The experts take the token multiplied by the
+/// sigmoid of its logit, beside one that every token visits.
 struct Llama4Config {
   ModelShape shape;
   double norm_epsilon = 1e-5;
   double balance = 0.0;  ///< Not published.
 };
 
-/// 107.8 billion parameters, 17.2 of which a token meets; the 109 that are published have the
-/// vision model in them. (Meta 2025; huggingface.co/meta-llama/Llama-4-Scout-17B-16E.)
+/// 107.8 billion parameters, of which 17.2 are active; the published 109 include the vision model.
+/// (Meta 2025; huggingface.co/meta-llama/Llama-4-Scout-17B-16E.)
 inline Llama4Config llama_4_scout() {
   const GroupedQueryConfig local{.heads = 40,
                                  .kv_heads = 8,
@@ -70,8 +70,8 @@ Decoder<T> make(const Llama4Config& config, Rng& rng) {
     return with_shared(shape,
                        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
                                 SigmoidTopK<T>(shape.experts, {.k = shape.k, .renormalise = false}),
-                                Dropless{}, InputWeighted(gated_experts<T>(shape, rng)),
-                                SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)}},
+                                Dropless(), InputWeighted(gated_experts<T>(shape, rng)),
+                                SwitchLoss<T>({.coefficient = config.balance})},
                        rng);
   };
   return compose<T>(shape, parts, rng);

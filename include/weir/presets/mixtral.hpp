@@ -25,7 +25,8 @@ namespace weir::presets {
 struct MixtralConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
-  double balance = 0.02;  ///< Of Hugging Face's config; of the mean over the layers, see per_layer.
+  /// As in Hugging Face's config, for the mean over the layers, see per_layer.
+  double balance = 0.02;
 };
 
 /// \throws ConfigError  if a size is out of range.
@@ -35,9 +36,9 @@ Decoder<T> make(const MixtralConfig& config, Rng& rng) {
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    TopKSoftmax<T>{.k = shape.k}, Dropless{}, gated_experts<T>(shape, rng),
-                    SwitchLoss<T>{.coefficient = per_layer<T>(config.balance, shape),
-                                  .fraction = LoadFraction::kOfTokens}};
+                    TopKSoftmax<T>({.k = shape.k}), Dropless(), gated_experts<T>(shape, rng),
+                    SwitchLoss<T>({.coefficient = per_layer(config.balance, shape),
+                                   .fraction = LoadFraction::kOfTokens})};
   };
   return compose<T>(shape, parts, rng);
 }

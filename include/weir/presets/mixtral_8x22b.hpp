@@ -7,7 +7,7 @@
 
 namespace weir::presets {
 
-/// 140.6 billion parameters, 39.2 of which a token meets. (Mistral AI 2024.)
+/// 140.6 billion parameters, of which 39.2 are active. (Mistral AI 2024.)
 /// \param vocab    32000 as first released; 32768 in version 0.3.
 inline MixtralConfig mixtral_8x22b(Index vocab = 32000) {
   return {

@@ -7,7 +7,7 @@
 
 namespace weir::presets {
 
-/// 46.7 billion parameters, 12.9 of which a token meets. (Jiang et al. 2024, arXiv:2401.04088,
+/// 46.7 billion parameters, of which 12.9 are active. (Jiang et al. 2024, arXiv:2401.04088,
 /// table 1.)
 inline MixtralConfig mixtral_8x7b() {
   return {

@@ -19,36 +19,48 @@ namespace weir::presets {
 /// Which attention, and its numbers; d_model is filled in by `make`.
 using AttentionShape = std::variant<GroupedQueryConfig, LatentConfig>;
 
-/// The sizes that all presets have in common. Kinds (which router, selector, activation) are the
-/// business of each preset's `make`.
+/// The network that experts and dense layers are made of.
+enum class Network {
+  kPlain,    ///< Two matrices with ReLU between them, see Mlp.
+  kGated,    ///< Three matrices, one of them a gate, see Glu.
+  kOpenMoE,  ///< Four matrices, as in OpenMoE's released code, see OpenMoENetwork.
+};
+
+/// How many matrices such a network has.
+constexpr Index matrices_of(Network network) {
+  if (network == Network::kPlain) return 2;
+  return network == Network::kGated ? 3 : 4;
+}
+
+/// The sizes that all presets have in common. The kinds of parts (router, selector, activation) are
+/// chosen by each preset's `make`.
 struct ModelShape {
-  Index layers = 0;  ///< Of the decoder.
+  Index layers = 0;  ///< Layers of the decoder.
   Index d_model = 0;
   Index vocab = 0;
-  bool tied = false;  ///< The embedding is the output head, too.
+  bool tied = false;  ///< Whether the embedding is the output head too.
   AttentionShape attention = GroupedQueryConfig{};
-  std::optional<AttentionShape> other_attention = {};  ///< Of the layers `others` says, if any.
-  Interleave others = {};
-  Index norms = 2;  ///< In a layer: one before each branch, or, if 4, one behind it as well.
+  std::optional<AttentionShape> other_attention = {};  ///< If set, some layers have this instead.
+  Interleave others = {};   ///< The layers that it calls sparse have `other_attention`.
+  bool post_norms = false;  ///< Whether each branch has a norm behind it, and not only before it.
 
   Interleave interleave = {};  ///< Which layers are mixtures of experts.
   Index experts = 0;
-  Index k = 0;               ///< Experts each token visits.
-  Index d_hidden = 0;        ///< Width of one expert.
-  Index ffn_matrices = 3;    ///< Of experts and dense networks: 3 gated, 2 plain, 4 OpenMoE's code.
-  bool expert_bias = false;  ///< Behind each of an expert's matrices.
-  bool router_bias = false;
-  bool selection_bias = false;  ///< A buffer [experts] in each mixture, moved by BiasBalance.
-  Index shared_hidden = 0;      ///< Width of the expert that every token visits; 0: none.
-  Index dense_hidden = 0;       ///< Width of the networks in layers that are not sparse.
-  Index extra_hidden = 0;       ///< Width of the dense network behind each mixture; 0: none.
+  Index k = 0;                        ///< How many experts each token visits.
+  Index d_hidden = 0;                 ///< Width of one expert.
+  Network network = Network::kGated;  ///< What experts and dense networks are.
+  bool expert_bias = false;           ///< Whether an expert's matrices have biases.
+  bool router_bias = false;           ///< Whether the router has a bias.
+  bool selection_bias = false;        ///< Whether mixtures have a buffer [experts] for BiasBalance.
+  Index shared_hidden = 0;            ///< Width of the expert that every token visits; 0: none.
+  Index dense_hidden = 0;             ///< Width of the networks in layers that are not sparse.
+  Index extra_hidden = 0;             ///< Width of the dense network behind each mixture; 0: none.
 
   Index encoder_layers = 0;      ///< Not 0: the decoder also attends to an encoder.
-  Index position_buckets = 0;    ///< Of T5's relative position bias, one table for each stack.
-  Index prediction_modules = 0;  ///< Multi-token prediction; counted apart from the model.
+  Index position_buckets = 0;    ///< Rows of T5's position bias; each stack has one such table.
+  Index prediction_modules = 0;  ///< Modules of multi-token prediction, counted apart.
 
-  /// \throws ConfigError  unless there are 1 <= k <= experts experts, and of everything else that
-  ///                      is not optional at least one, and of nothing less than none.
+  /// \throws ConfigError  unless 1 <= k <= experts, required sizes are >= 1 and optional ones >= 0.
   void check() const {
     constexpr auto kWho = "ModelShape";
     expect_at_least<Index>(kWho, "layers", layers, 1);
@@ -59,10 +71,6 @@ struct ModelShape {
       fail<ConfigError>(kWho, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
     }
     expect_at_least<Index>(kWho, "d_hidden", d_hidden, 1);
-    if (norms != 2 && norms != 4) fail<ConfigError>(kWho, ": norms = ", norms, ", expected 2 or 4");
-    if (ffn_matrices < 2 || ffn_matrices > 4) {
-      fail<ConfigError>(kWho, ": ffn_matrices = ", ffn_matrices, ", expected 2, 3 or 4");
-    }
     const auto expect_count = [](std::string_view name, Index count) {
       expect_at_least<Index>(kWho, name, count, 0);
     };
@@ -77,13 +85,13 @@ struct ModelShape {
     }
   }
 
-  /// The attention of layer `layer`, from 0.
+  /// The attention of layer `layer`, counted from 0.
   const AttentionShape& attention_of(Index layer) const {
     return other_attention && others.is_sparse(layer) ? *other_attention : attention;
   }
 
-  /// The decoder half of an encoder-decoder: without encoder, without attention to it, without
-  /// position tables. A decoder-only model is its own.
+  /// The decoder half of an encoder-decoder: it has no encoder, no attention to one and no position
+  /// tables. A decoder-only model is its own decoder half.
   ModelShape decoder_half() const {
     ModelShape half = *this;
     half.encoder_layers = 0;

@@ -19,16 +19,16 @@
 
 namespace weir::presets {
 
-/// A decoder whose queries and keys are normalized over their whole width, with the eight best of
+/// A decoder whose queries and keys are normalised over their whole width, with the eight best of
 /// 64 narrow SwiGLU experts in each layer, weighted by their raw probabilities.
 struct OlmoeConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
-  double balance = 0.01;  ///< Of the mean over the layers, see per_layer; like z_loss.
+  double balance = 0.01;  ///< For the mean over the layers, see per_layer, as z_loss is.
   double z_loss = 0.001;
 };
 
-/// 6.9 billion parameters, 1.3 of which a token meets. (Muennighoff et al. 2024, arXiv:2409.02060;
+/// 6.9 billion parameters, of which 1.3 are active. (Muennighoff et al. 2024, arXiv:2409.02060;
 /// the experts of the checkpoint are 1024 wide, not 2048 as the default of Hugging Face's
 /// class says.)
 inline OlmoeConfig olmoe_1b_7b() {
@@ -54,11 +54,11 @@ Decoder<T> make(const OlmoeConfig& config, Rng& rng) {
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>{.k = shape.k},
-                    Dropless{},
+                    SoftmaxTopK<T>({.k = shape.k}),
+                    Dropless(),
                     gated_experts<T>(shape, rng),
-                    SwitchLoss<T>{.coefficient = per_layer<T>(config.balance, shape)},
-                    ZLoss<T>{.coefficient = per_layer<T>(config.z_loss, shape)}};
+                    SwitchLoss<T>({.coefficient = per_layer(config.balance, shape)}),
+                    ZLoss<T>({.coefficient = per_layer(config.z_loss, shape)})};
   };
   return compose<T>(shape, parts, rng);
 }

@@ -20,34 +20,34 @@
 
 namespace weir::presets {
 
-/// Multi-head attention and, in every fourth or sixth layer, the two best of the experts by their
-/// raw probabilities with a dense network behind them; the other layers are dense.
+/// Multi-head attention and, in every fourth or sixth layer, the two best experts weighted by their
+/// raw probabilities, with a dense network behind them; the other layers are dense.
 ///
-/// The paper and the released code do not agree. The paper's totals are those of gated networks of
-/// three matrices and one embedding, norms and routers left out; the code has a fourth matrix and
-/// an output head of its own (see `openmoe_released`), and puts the dense network behind the
-/// mixture, as is the default here. The penalty of 1e-4 to 1e-3 on the normalizer of the output
-/// belongs to the training, see CrossEntropy.
+/// The paper and the released code do not agree. The paper's totals are those of gated networks
+/// with three matrices and of a tied embedding, without norms and routers. The code has a fourth
+/// matrix and a separate output head (see `openmoe_released`), and puts the dense network behind
+/// the mixture, which is the default here. The penalty of 1e-4 to 1e-3 on the normaliser of the
+/// output belongs to the training, see CrossEntropy.
 struct OpenMoEConfig {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double capacity_train = 1.25;  ///< Times tokens / experts.
+  double capacity_train = 1.25;  ///< A multiple of tokens / experts.
   double capacity_evaluate = 2.0;
-  bool parallel = false;  ///< The dense network beside the mixture, as in the paper's equation 4.
+  bool parallel = false;  ///< Whether the dense network is beside the mixture, as in equation 4.
   double balance = 0.01;
   double z_loss = 1e-4;
 };
 
-/// The model as the released code has it: networks of four matrices, an untied output head.
+/// The model as in the released code: with networks of four matrices and a separate output head.
 inline OpenMoEConfig openmoe_released(OpenMoEConfig config) {
-  config.shape.ffn_matrices = 4;
+  config.shape.network = Network::kOpenMoE;
   config.shape.tied = false;
   return config;
 }
 
 namespace detail {
 
-/// What the OpenMoE sizes have in common: heads that are also key and value heads, one width.
+/// The shape of all OpenMoE models: multi-head attention, and networks that are all equally wide.
 inline ModelShape openmoe_shape(Index layers, Index d_model, Index heads, Index head_dim,
                                 Index d_hidden, Index stride, Index experts) {
   return {
@@ -78,15 +78,15 @@ Decoder<T> make(const OpenMoEConfig& config, Rng& rng) {
   parts.mixture = [&] {
     LinearRouter<T> router(shape.d_model, shape.experts, rng);
     return with_experts<T>(shape, rng, kInitScale, [&](auto experts) {
-      return MoELayer(std::move(router), SoftmaxTopK<T>{.k = shape.k},
-                      CapacityFactor{.train = config.capacity_train,
-                                     .evaluate = config.capacity_evaluate,
-                                     .count_k = false,
-                                     .rounding = Rounding::kNearest},
-                      std::move(experts),
-                      SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
-                                    .fraction = LoadFraction::kOfTokens},
-                      ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)});
+      return MoELayer(
+          std::move(router), SoftmaxTopK<T>({.k = shape.k}),
+          CapacityFactor({.train = config.capacity_train,
+                          .evaluate = config.capacity_evaluate,
+                          .count_k = false,
+                          .rounding = Rounding::kNearest}),
+          std::move(experts),
+          SwitchLoss<T>({.coefficient = config.balance, .fraction = LoadFraction::kOfTokens}),
+          ZLoss<T>({.coefficient = config.z_loss}));
     });
   };
   return compose<T>(shape, parts, rng);

@@ -18,16 +18,16 @@
 
 namespace weir::presets {
 
-/// A decoder whose queries and keys are normalized head by head, with the eight best of 128 narrow
+/// A decoder whose queries and keys are normalised head by head, with the eight best of 128 narrow
 /// SwiGLU experts in each layer, whose probabilities are divided by their sum.
 struct Qwen3Config {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double balance =
-      0.001;  ///< Of Hugging Face's config; of the mean over the layers, see per_layer.
+  /// As in Hugging Face's config, for the mean over the layers, see per_layer.
+  double balance = 0.001;
 };
 
-/// 30.5 billion parameters, 3.3 of which a token meets. (Yang et al. 2025, arXiv:2505.09388,
+/// 30.5 billion parameters, of which 3.3 are active. (Yang et al. 2025, arXiv:2505.09388,
 /// table 2.)
 inline Qwen3Config qwen3_30b_a3b() {
   return {.shape = {
@@ -52,10 +52,10 @@ Decoder<T> make(const Qwen3Config& config, Rng& rng) {
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>{.k = shape.k, .renormalise = true}, Dropless{},
+                    SoftmaxTopK<T>({.k = shape.k, .renormalise = true}), Dropless(),
                     gated_experts<T>(shape, rng),
-                    SwitchLoss<T>{.coefficient = per_layer<T>(config.balance, shape),
-                                  .fraction = LoadFraction::kOfTokens}};
+                    SwitchLoss<T>({.coefficient = per_layer(config.balance, shape),
+                                   .fraction = LoadFraction::kOfTokens})};
   };
   return compose<T>(shape, parts, rng);
 }

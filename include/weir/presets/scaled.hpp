@@ -14,23 +14,23 @@
 
 namespace weir::presets {
 
-/// How small. What is 0 is chosen: as little as shows the whole structure.
+/// Target sizes. 0 picks the smallest value that keeps the structure.
 struct Scale {
   Index d_model = 32;
   Index vocab = 256;
-  Index layers = 0;   ///< 0: one period of all that alternates, at least 2.
+  Index layers = 0;   ///< 0: one period of everything that alternates, at least 2.
   Index experts = 0;  ///< 0: twice as many as a token visits, at least 4.
-  Index window = 8;   ///< Of attention that has one, or chunks.
+  Index window = 8;   ///< The window or chunk of attention that has one.
 };
 
 namespace detail {
 
-/// Sizes in the proportion of the widths.
+/// Scales sizes in proportion to the widths.
 class Shrink {
  public:
   Shrink(Index from, Index to) : factor_(static_cast<double>(to) / static_cast<double>(from)) {}
 
-  /// The multiple of `step` next to size * factor, at least one; none of none.
+  /// The multiple of `step` that is nearest to size * factor, at least `step`; 0 stays 0.
   Index operator()(Index size, Index step) const {
     if (size == 0) return 0;
     const double steps = static_cast<double>(size) * factor_ / static_cast<double>(step);
@@ -41,7 +41,8 @@ class Shrink {
   double factor_;
 };
 
-/// Two key and value heads, or one if there was no more, and as many queries to each as before.
+/// Leaves two key and value heads, or one if there was only one, with as many queries to each as
+/// before.
 inline AttentionShape scaled(GroupedQueryConfig a, Index d_model, const Shrink& shrink,
                              Index window) {
   a.d_model = d_model;
@@ -72,8 +73,8 @@ inline AttentionShape scaled(LatentConfig a, Index /*d_model*/, const Shrink& sh
 
 /// The model with other sizes and the same structure: which layers are sparse and in what order,
 /// how many experts a token visits, how many queries share a key, what is tied, biased, shared or
-/// normalized. Widths keep their proportion to d_model, roughly; of dense layers at the start, one
-/// is left.
+/// normalised. Widths keep roughly their proportion to d_model. If the model begins with dense
+/// layers, one of them is left.
 /// \throws ConfigError  if a size is out of range, if there are fewer layers than the structure
 ///                      needs, or fewer experts than a token visits.
 inline ModelShape scaled(ModelShape shape, const Scale& to = {}) {
@@ -109,7 +110,7 @@ inline ModelShape scaled(ModelShape shape, const Scale& to = {}) {
   return shape;
 }
 
-/// A preset with its sizes made small and all else as it is.
+/// A preset with other sizes and everything else unchanged.
 template <Preset Config>
 Config scaled(Config config, const Scale& to = {}) {
   config.shape = scaled(config.shape, to);

@@ -21,8 +21,8 @@
 
 namespace weir::presets {
 
-/// The two best experts by their raw probabilities in every fourth layer, with a dense network
-/// behind them, and GELU-gated networks throughout.
+/// T5 with GELU-gated networks and, in every fourth layer, the two best experts weighted by their
+/// raw probabilities, with a dense network behind them.
 ///
 /// An encoder-decoder: `count` counts the published model, and `make` builds its decoder half,
 /// without attention to an encoder and with rotary positions instead of T5's table of relative
@@ -30,15 +30,15 @@ namespace weir::presets {
 struct StMoEConfig {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double capacity_train = 1.25;  ///< Times tokens / experts.
+  double capacity_train = 1.25;  ///< A multiple of tokens / experts.
   double capacity_evaluate = 2.0;
   Index group_size = 4096;  ///< Tokens that share a capacity.
   double balance = 0.01;
   double z_loss = 0.001;
 };
 
-/// 269 billion parameters, as expensive as 32 dense ones. (Zoph et al. 2022, arXiv:2202.08906;
-/// the total is reached with the dense network behind each mixture.)
+/// 269 billion parameters, as expensive as 32 dense ones. (Zoph et al. 2022, arXiv:2202.08906; the
+/// total includes the dense network behind each mixture.)
 inline StMoEConfig st_moe_32b() {
   ModelShape shape = detail::t5_shape(24, 5120, 64, 128, 20480, 4, 64, 2);
   shape.extra_hidden = 20480;
@@ -53,17 +53,17 @@ Decoder<T> make(const StMoEConfig& config, Rng& rng) {
   constexpr double kInitScale = 0.1;
   Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
   parts.mixture = [&] {
-    return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>{.k = shape.k},
-                    CapacityFactor{.train = config.capacity_train,
-                                   .evaluate = config.capacity_evaluate,
-                                   .count_k = false,
-                                   .rounding = Rounding::kNearest,
-                                   .group_size = config.group_size},
-                    gated_experts<T, GeluTanh>(shape, rng, kInitScale),
-                    SwitchLoss<T>{.coefficient = static_cast<T>(config.balance),
-                                  .fraction = LoadFraction::kOfTokens},
-                    ZLoss<T>{.coefficient = static_cast<T>(config.z_loss)}};
+    return MoELayer{
+        LinearRouter<T>(shape.d_model, shape.experts, rng),
+        SoftmaxTopK<T>({.k = shape.k}),
+        CapacityFactor({.train = config.capacity_train,
+                        .evaluate = config.capacity_evaluate,
+                        .count_k = false,
+                        .rounding = Rounding::kNearest,
+                        .group_size = config.group_size}),
+        gated_experts<T, GeluTanh>(shape, rng, kInitScale),
+        SwitchLoss<T>({.coefficient = config.balance, .fraction = LoadFraction::kOfTokens}),
+        ZLoss<T>({.coefficient = config.z_loss})};
   };
   return compose<T>(shape, parts, rng);
 }

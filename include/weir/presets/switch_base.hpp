@@ -12,7 +12,7 @@ namespace weir::presets {
 inline SwitchConfig switch_base(Index experts) {
   ModelShape shape = detail::t5_shape(12, 768, 12, 64, 3072, 2, experts, 1);
   shape.tied = true;
-  shape.ffn_matrices = 2;
+  shape.network = Network::kPlain;
   return {.shape = shape};
 }
 

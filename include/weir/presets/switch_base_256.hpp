@@ -7,7 +7,7 @@
 
 namespace weir::presets {
 
-/// 14.7 billion parameters, 0.2 of which a token meets. Published as an encoder-decoder, of which
+/// 14.7 billion parameters, of which 0.2 are active. Published as an encoder-decoder, of which
 /// `make` builds the decoder half. (Fedus et al. 2021, arXiv:2101.03961.)
 inline SwitchConfig switch_base_256() {
   return switch_base(256);

@@ -12,7 +12,7 @@ namespace weir::presets {
 inline SwitchConfig switch_large_128() {
   ModelShape shape = detail::t5_shape(24, 1024, 16, 64, 4096, 2, 128, 1);
   shape.tied = true;
-  shape.ffn_matrices = 2;
+  shape.network = Network::kPlain;
   return {.shape = shape};
 }
 
@@ -27,7 +27,7 @@ inline SwitchConfig switch_xxl_128() {
 /// which `make` builds the decoder half. (Fedus et al. 2021, arXiv:2101.03961, table 9.)
 inline SwitchConfig switch_c_2048() {
   ModelShape shape = detail::t5_shape(15, 2080, 30, 64, 6144, 1, 2048, 1);
-  shape.ffn_matrices = 2;
+  shape.network = Network::kPlain;
   return {.shape = shape};
 }
 

@@ -21,7 +21,7 @@
 
 namespace weir::presets {
 
-/// T5 with the one best expert, weighted by its raw probability, in every other layer.
+/// T5 with the best expert, weighted by its raw probability, in every other layer.
 ///
 /// An encoder-decoder: `count` counts the published model, and `make` builds its decoder half,
 /// without attention to an encoder and with rotary positions instead of T5's table of relative
@@ -29,7 +29,7 @@ namespace weir::presets {
 struct SwitchConfig {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double capacity_train = 1.25;  ///< Times tokens / experts; 1.0 in part of the paper.
+  double capacity_train = 1.25;  ///< A multiple of tokens / experts; 1.0 in part of the paper.
   double capacity_evaluate = 2.0;
   double jitter = 0.01;
   double balance = 0.01;
@@ -37,7 +37,7 @@ struct SwitchConfig {
 
 namespace detail {
 
-/// A T5 of as many layers in the encoder as in the decoder, with 32 buckets of positions.
+/// A T5 with the same number of layers in encoder and decoder, and 32 buckets of positions.
 inline ModelShape t5_shape(Index layers, Index d_model, Index heads, Index head_dim, Index d_hidden,
                            Index stride, Index experts, Index k) {
   return {
@@ -65,15 +65,15 @@ Decoder<T> make(const SwitchConfig& config, Rng& rng) {
   constexpr double kInitScale = 0.1;  // Fedus et al. 2021, section 2.4.
   Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
   parts.mixture = [&] {
-    JitterRouter router(LinearRouter<T>(shape.d_model, shape.experts, rng), config.jitter);
+    JitterRouter router(LinearRouter<T>(shape.d_model, shape.experts, rng),
+                        {.epsilon = config.jitter});
     return with_experts<T, GeluTanh>(shape, rng, kInitScale, [&](auto experts) {
-      return MoELayer(std::move(router), SoftmaxTopK<T>{.k = shape.k},
-                      CapacityFactor{.train = config.capacity_train,
-                                     .evaluate = config.capacity_evaluate,
-                                     .count_k = false,
-                                     .rounding = Rounding::kDown},
-                      std::move(experts),
-                      SwitchLoss<T>{.coefficient = static_cast<T>(config.balance)});
+      return MoELayer(std::move(router), SoftmaxTopK<T>({.k = shape.k}),
+                      CapacityFactor({.train = config.capacity_train,
+                                      .evaluate = config.capacity_evaluate,
+                                      .count_k = false,
+                                      .rounding = Rounding::kDown}),
+                      std::move(experts), SwitchLoss<T>({.coefficient = config.balance}));
     });
   };
   return compose<T>(shape, parts, rng);
