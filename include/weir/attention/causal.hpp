@@ -77,7 +77,7 @@ class CausalAttention {
       : in_{shape, spans, mask, q, k, v, sinks, {}} {}
 
   /// With keys and values that lie in places of their own for each span, such as the states of
-  /// several conversations; for `forward` only. key_begin of a span counts for nothing.
+  /// several conversations. For `forward` only; key_begin of a span is not looked at.
   CausalAttention(const AttentionHeads& shape, std::span<const AttentionSpan> spans, MatrixIn<T> q,
                   std::span<const KeyValueRows<T>> rows, std::span<const T> sinks = {})
       : in_{shape, spans, {}, q, none(), none(), sinks, rows} {}
@@ -109,7 +109,7 @@ class CausalAttention {
   }
 
   /// Sets the gradients of q, k and v. Padding keys get zero.
-  /// \param out      What `forward` returned with the same cache; likewise what it was made of.
+  /// \param out      What `forward` made with the same cache, of the same operands.
   /// \param d_out    [queries, heads * value_dim]
   /// \param d_sinks  One for each query head, added to; or empty.
   void backward(MatrixIn<T> out, MatrixIn<T> d_out, MatrixOut<T> dq, MatrixOut<T> dk,

@@ -92,7 +92,7 @@ struct FewQueries {
   }
 
   /// Adds up what the runs of one query found, in the order of the keys.
-  /// \param row      Of q and out.
+  /// \param row      The row of q and of out.
   /// \param partial  [runs, partial_width()]
   void combine(Index row, MatrixIn<T> partial, MatrixOut<T>& out, Scratch<T>& logsumexp) const {
     const Index count = in.shape.heads;
@@ -173,7 +173,7 @@ struct FewQueries {
     }
   }
 
-  /// `blocks` blocks of kLanes columns, of the last one `lanes` lanes.
+  /// The same for `blocks` blocks of kLanes columns; the last one has `lanes` of them.
   template <int blocks>
   static void add_values(const T* p, const T* values, Index stride, Index rows, Index lanes,
                          T* sum) {

@@ -5,34 +5,32 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <limits>
 
 #include <weir/attention/operands.hpp>
 #include <weir/attention/rows_apart.hpp>
+#include <weir/attention/score_strips.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
-#include <weir/kernels/panel.hpp>
-#include <weir/kernels/register_block.hpp>
-#include <weir/kernels/transpose.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
-#include <weir/ops/tanh.hpp>
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
 /// The part of `CausalAttention` for spans with many queries, and of its backward pass.
 ///
-/// Scores are computed as a [rows, kStrip] strip, left operand times right operand. Softmax then
-/// works on whole vectors of a strip's columns, and the strip is, as it lies, the right operand of
-/// the product with the values. One side of the attention matrix is "rows", cut in blocks of
-/// kRowBlock; the other is "columns", cut in blocks of kBlock, which are a few strips. Strips that
-/// no query sees anything of, as outside of a window, are not computed.
+/// Scores are computed as a [rows, kStrip] strip, left operand times right operand, see
+/// ScoreStrips. Softmax then works on whole vectors of a strip's columns, and the strip is, as it
+/// lies, the right operand of the product with the values. One side of the attention matrix is
+/// "rows", cut in blocks of kRowBlock; the other is "columns", cut in blocks of kBlock, which are a
+/// few strips. Strips of which no query sees anything, such as those outside of a window, are not
+/// computed.
 template <class T>
 struct QueryBlocks {
-  static constexpr Index kStrip = kernels::Block<T>::kCols;
+  using Strips = ScoreStrips<T>;
+  static constexpr Index kStrip = Strips::kStrip;
   static constexpr Index kBlock = 64;  ///< Queries, or in `backward_keys` keys, of a block.
 
   struct Cache {
@@ -55,6 +53,7 @@ struct QueryBlocks {
     const Index kv_head = head / in.shape.group();
     const Index dim = in.shape.head_dim;
     const Index value_dim = in.shape.value_dim;
+    const auto softcap = static_cast<T>(in.shape.softcap);
 
     auto& space = ThreadSpace<T, QueryBlocks>::of_this_thread();
     space.reserve(kBlock * (dim + value_dim + 2) + kRowBlock * kStrip);
@@ -67,27 +66,27 @@ struct QueryBlocks {
     const T sink = in.sink(head);
     std::fill_n(top, kBlock, std::max(std::numeric_limits<T>::lowest(), sink));
     std::fill_n(total, kBlock, std::exp(sink - top[0]));
-    pack_columns(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
+    Strips::pack(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
                  right);
 
     for (Index row = in.first_key(span, own); row < own + queries; row += kRowBlock) {
       const Index capacity = std::min(kRowBlock, span.keys - row);
       const bool padding = in.any_padding(span, row, row + capacity);
-      for (Index strip = 0; strip < strips(queries); ++strip) {
+      for (Index strip = 0; strip < Strips::strips_for(queries); ++strip) {
         const Index column = strip * kStrip;
-        const Strip keys = keys_of(span, own + column, row, capacity);
+        const VisibleKeys keys = visible_keys(span, own + column, row, capacity);
         if (keys.count <= 0) continue;
-        const Left left = {rows_of.keys + keys.begin * rows_of.key_stride + kv_head * dim,
-                           rows_of.key_stride, 1};
-        multiply_strip(left, keys.count, right + column * dim, dim, scores, false);
-        if (in.shape.softcap > 0) cap(keys.count, scores);
+        const typename Strips::Left left = {
+            rows_of.keys + keys.begin * rows_of.key_stride + kv_head * dim, rows_of.key_stride, 1};
+        Strips::multiply(left, keys.count, right + column * dim, dim, scores, false);
+        if (softcap > 0) Strips::cap(softcap, keys.count, scores);
         if (padding || keys.partly_hidden) {
           hide(span, keys, own + column, -std::numeric_limits<T>::infinity(), scores);
         }
         T* const sum = sums + column * value_dim;
-        soften(keys.count, scores, top + column, total + column, sum);
-        multiply_strip(columns_of(cache.v, apart + keys.begin, kv_head), value_dim, scores,
-                       keys.count, sum, true);
+        Strips::soften(keys.count, scores, top + column, total + column, sum, value_dim);
+        Strips::multiply(Strips::columns_of(cache.v, apart + keys.begin, kv_head), value_dim,
+                         scores, keys.count, sum, true);
       }
     }
 
@@ -96,7 +95,7 @@ struct QueryBlocks {
           total[i] == T(0) ? std::numeric_limits<T>::infinity() : top[i] + std::log(total[i]);
       total[i] = total[i] == T(0) ? T(0) : T(1) / total[i];
     }
-    for (Index strip = 0; strip < strips(queries); ++strip) {
+    for (Index strip = 0; strip < Strips::strips_for(queries); ++strip) {
       for (Index vector = 0; vector < kStrip; vector += kLanes<T>) {
         const Lanes<T> factor = load_lanes<T>(total + strip * kStrip + vector);
         for (Index d = 0; d < value_dim; ++d) {
@@ -105,7 +104,7 @@ struct QueryBlocks {
         }
       }
     }
-    unpack_columns(sums, T(1), span.query_begin + first, queries, head, value_dim, out);
+    Strips::unpack(sums, T(1), span.query_begin + first, queries, head, value_dim, out);
   }
 
   /// dq of one block of queries of one head:
@@ -121,7 +120,7 @@ struct QueryBlocks {
     const Index kv_head = head / in.shape.group();
     const Index dim = in.shape.head_dim;
     const Index value_dim = in.shape.value_dim;
-    const bool capped = in.shape.softcap > 0;
+    const auto softcap = static_cast<T>(in.shape.softcap);
 
     auto& space = ThreadSpace<T, QueryBlocks>::of_this_thread();
     space.reserve(kBlock * (2 * dim + value_dim + 2) + 3 * kRowBlock * kStrip);
@@ -131,9 +130,9 @@ struct QueryBlocks {
     T* const scores = space.take(kRowBlock * kStrip);
     T* const d_p = space.take(kRowBlock * kStrip);
     T* const slopes = space.take(kRowBlock * kStrip);
-    pack_columns(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
+    Strips::pack(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
                  right);
-    pack_columns(d_out, span.query_begin + first, queries, head, value_dim, T(1), d_right);
+    Strips::pack(d_out, span.query_begin + first, queries, head, value_dim, T(1), d_right);
 
     T* const logsumexp = space.take_zeros(kBlock);
     T* const dot = space.take_zeros(kBlock);
@@ -142,16 +141,17 @@ struct QueryBlocks {
     for (Index row = in.first_key(span, own); row < own + queries; row += kRowBlock) {
       const Index capacity = std::min(kRowBlock, span.keys - row);
       const bool padding = in.any_padding(span, row, row + capacity);
-      for (Index strip = 0; strip < strips(queries); ++strip) {
+      for (Index strip = 0; strip < Strips::strips_for(queries); ++strip) {
         const Index column = strip * kStrip;
-        const Strip keys = keys_of(span, own + column, row, capacity);
+        const VisibleKeys keys = visible_keys(span, own + column, row, capacity);
         if (keys.count <= 0) continue;
         const Index key = span.key_begin + keys.begin;
-        multiply_strip(rows_of(cache.k, key, kv_head), keys.count, right + column * dim, dim,
-                       scores, false);
-        const Left values = {&in.v.coeffRef(key, kv_head * value_dim), in.v.outerStride(), 1};
-        multiply_strip(values, keys.count, d_right + column * value_dim, value_dim, d_p, false);
-        if (capped) cap(keys.count, scores, slopes);
+        Strips::multiply(Strips::rows_of(cache.k, key, kv_head), keys.count, right + column * dim,
+                         dim, scores, false);
+        const typename Strips::Left values = {&in.v.coeffRef(key, kv_head * value_dim),
+                                              in.v.outerStride(), 1};
+        Strips::multiply(values, keys.count, d_right + column * value_dim, value_dim, d_p, false);
+        if (softcap > 0) Strips::cap(softcap, keys.count, scores, slopes);
         for (Index j = 0; j < kStrip; j += kLanes<T>) {
           const Lanes<T> lse = load_lanes<T>(logsumexp + column + j);
           const Lanes<T> along_out = load_lanes<T>(dot + column + j);
@@ -161,13 +161,13 @@ struct QueryBlocks {
             store_lanes<T>(p * (load_lanes<T>(d_p + r * kStrip + j) - along_out), ds);
           }
         }
-        if (capped) loops::multiply<T>(keys.count * kStrip, scores, slopes, scores);
+        if (softcap > 0) loops::multiply<T>(keys.count * kStrip, scores, slopes, scores);
         if (padding || keys.partly_hidden) hide(span, keys, own + column, T(0), scores);
-        multiply_strip(columns_of(cache.k, key, kv_head), dim, scores, keys.count,
-                       sums + column * dim, true);
+        Strips::multiply(Strips::columns_of(cache.k, key, kv_head), dim, scores, keys.count,
+                         sums + column * dim, true);
       }
     }
-    unpack_columns(sums, static_cast<T>(in.shape.scale), span.query_begin + first, queries, head,
+    Strips::unpack(sums, static_cast<T>(in.shape.scale), span.query_begin + first, queries, head,
                    dim, dq);
   }
 
@@ -180,7 +180,7 @@ struct QueryBlocks {
     const Index keys = std::min(kBlock, span.keys - first);
     const Index dim = in.shape.head_dim;
     const Index value_dim = in.shape.value_dim;
-    const bool capped = in.shape.softcap > 0;
+    const auto softcap = static_cast<T>(in.shape.softcap);
 
     auto& space = ThreadSpace<T, QueryBlocks>::of_this_thread();
     space.reserve(2 * kBlock * (dim + value_dim) + 3 * kRowBlock * kStrip);
@@ -191,9 +191,9 @@ struct QueryBlocks {
     T* const scores = space.take(kRowBlock * kStrip);
     T* const d_p = space.take(kRowBlock * kStrip);
     T* const slopes = space.take(kRowBlock * kStrip);
-    pack_columns(in.k, span.key_begin + first, keys, kv_head, dim, static_cast<T>(in.factor()),
+    Strips::pack(in.k, span.key_begin + first, keys, kv_head, dim, static_cast<T>(in.factor()),
                  right);
-    pack_columns(in.v, span.key_begin + first, keys, kv_head, value_dim, T(1), value_right);
+    Strips::pack(in.v, span.key_begin + first, keys, kv_head, value_dim, T(1), value_right);
 
     // From the first block with a query that sees the first key, to the last that sees the last.
     const Index first_row = std::max<Index>(0, first - span.prefix()) / kRowBlock * kRowBlock;
@@ -204,7 +204,7 @@ struct QueryBlocks {
       const T* const logsumexp = of_queries(cache.logsumexp, head, span);
       const T* const dot = of_queries(cache.dot, head, span);
       for (Index row = first_row; row < end_row; row += kRowBlock) {
-        for (Index strip = 0; strip < strips(keys); ++strip) {
+        for (Index strip = 0; strip < Strips::strips_for(keys); ++strip) {
           const Index key = first + strip * kStrip;
           // The queries of the block that see a key of the strip, by their own keys.
           const Index begin = std::max(span.prefix() + row, key);
@@ -215,11 +215,11 @@ struct QueryBlocks {
           const Index query = begin - span.prefix();
           T* const dk_sum = dk_sums + strip * kStrip * dim;
           T* const dv_sum = dv_sums + strip * kStrip * value_dim;
-          multiply_strip(rows_of(cache.q, span.query_begin + query, head), rows,
-                         right + strip * kStrip * dim, dim, scores, false);
-          multiply_strip(rows_of(cache.d_out, span.query_begin + query, head), rows,
-                         value_right + strip * kStrip * value_dim, value_dim, d_p, false);
-          if (capped) cap(rows, scores, slopes);
+          Strips::multiply(Strips::rows_of(cache.q, span.query_begin + query, head), rows,
+                           right + strip * kStrip * dim, dim, scores, false);
+          Strips::multiply(Strips::rows_of(cache.d_out, span.query_begin + query, head), rows,
+                           value_right + strip * kStrip * value_dim, value_dim, d_p, false);
+          if (softcap > 0) Strips::cap(softcap, rows, scores, slopes);
           for (Index r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
             for (Index j = 0; j < kStrip; j += kLanes<T>) {
@@ -230,20 +230,20 @@ struct QueryBlocks {
               store_lanes<T>(share * (load_lanes<T>(ds) - dot[query + r]), ds);
             }
           }
-          if (capped) loops::multiply<T>(rows * kStrip, d_p, slopes, d_p);
+          if (softcap > 0) loops::multiply<T>(rows * kStrip, d_p, slopes, d_p);
           if (begin < key + kStrip - 1 || in.first_key(span, end - 1) > key) {
             hide_keys(span, begin, rows, key, scores, d_p);
           }
-          multiply_strip(columns_of(cache.d_out, span.query_begin + query, head), value_dim, scores,
-                         rows, dv_sum, true);
-          multiply_strip(columns_of(cache.q, span.query_begin + query, head), dim, d_p, rows,
-                         dk_sum, true);
+          Strips::multiply(Strips::columns_of(cache.d_out, span.query_begin + query, head),
+                           value_dim, scores, rows, dv_sum, true);
+          Strips::multiply(Strips::columns_of(cache.q, span.query_begin + query, head), dim, d_p,
+                           rows, dk_sum, true);
         }
       }
     }
     const Index begin = span.key_begin + first;
-    unpack_columns(dk_sums, static_cast<T>(in.shape.scale), begin, keys, kv_head, dim, dk);
-    unpack_columns(dv_sums, T(1), begin, keys, kv_head, value_dim, dv);
+    Strips::unpack(dk_sums, static_cast<T>(in.shape.scale), begin, keys, kv_head, dim, dk);
+    Strips::unpack(dv_sums, T(1), begin, keys, kv_head, value_dim, dv);
     for (Index i = 0; i < keys; ++i) {
       if (!in.is_padding(span, first + i)) continue;
       dk.row(begin + i).segment(kv_head * dim, dim).setZero();
@@ -252,31 +252,23 @@ struct QueryBlocks {
   }
 
  private:
-  static constexpr Index kVectors = kStrip / kLanes<T>;
   static constexpr Index kRowBlock = 96;
   static_assert(kBlock % kStrip == 0);
-
-  using Arithmetic = kernels::Native<T>;
-  using Left = kernels::LeftRows<Arithmetic>;
 
   /// The numbers of a head that belong to the queries of a span, which may have none.
   static const T* of_queries(const Scratch<T>& numbers, Index head, const AttentionSpan& span) {
     return numbers.data() + head * numbers.cols() + span.query_begin;
   }
 
-  static Index strips(Index columns) {
-    return (columns + kStrip - 1) / kStrip;
-  }
-
   /// Keys that a strip of queries looks at.
-  struct Strip {
+  struct VisibleKeys {
     Index begin = 0, count = 0;
     bool partly_hidden = false;  ///< Not every query of the strip sees every one of them.
   };
 
-  /// Of the `capacity` keys from `row` on, those that a query of the strip sees.
+  /// Those of the `capacity` keys from `row` on that a query of the strip sees.
   /// \param own  The key of the strip's first query.
-  Strip keys_of(const AttentionSpan& span, Index own, Index row, Index capacity) const {
+  VisibleKeys visible_keys(const AttentionSpan& span, Index own, Index row, Index capacity) const {
     const Index begin = std::max(row, in.first_key(span, own));
     const Index end = std::min(row + capacity, own + kStrip);
     return {begin, end - begin, end - 1 > own || in.last_query(span, begin) < own + kStrip - 1};
@@ -284,7 +276,8 @@ struct QueryBlocks {
 
   /// Sets the scores, [keys, kStrip] of keys by queries, that must not count to `value`.
   /// \param own  The key of the strip's first query.
-  void hide(const AttentionSpan& span, const Strip& keys, Index own, T value, T* scores) const {
+  void hide(const AttentionSpan& span, const VisibleKeys& keys, Index own, T value,
+            T* scores) const {
     for (Index r = 0; r < keys.count; ++r) {
       const Index key = keys.begin + r;
       const bool padding = in.is_padding(span, key);
@@ -306,104 +299,6 @@ struct QueryBlocks {
         std::fill_n(of_row + end, kStrip - end, T(0));
       }
     }
-  }
-
-  /// scores = softcap * tanh(scores), [rows, kStrip].
-  void cap(Index rows, T* scores) const {
-    const auto softcap = static_cast<T>(in.shape.softcap);
-    loops::scaled_tanh<T>(rows * kStrip, softcap, scores, scores);
-  }
-
-  /// The same, with the slopes 1 - tanh(scores)^2.
-  void cap(Index rows, T* scores, T* slopes) const {
-    const auto softcap = static_cast<T>(in.shape.softcap);
-    for (Index i = 0; i < rows * kStrip; i += kLanes<T>) {
-      const Lanes<T> tangent = tanh_lanes<T>(load_lanes<T>(scores + i));
-      store_lanes<T>(softcap * tangent, scores + i);
-      store_lanes<T>(T(1) - tangent * tangent, slopes + i);
-    }
-  }
-
-  /// Turns scores [rows, kStrip] into exp(score - top), `top` being raised to the largest of its
-  /// column, and adds them to `total`. What was summed for a smaller top is brought to the new one.
-  void soften(Index rows, T* scores, T* top, T* total, T* sum) const {
-    Lanes<T> new_top[kVectors];
-    for (Index j = 0; j < kVectors; ++j) new_top[j] = load_lanes<T>(top + j * kLanes<T>);
-    for (Index r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-      for (Index j = 0; j < kVectors; ++j) {
-        const Lanes<T> score = load_lanes<T>(scores + r * kStrip + j * kLanes<T>);
-        new_top[j] = max_lanes<T>(new_top[j], score);
-      }
-    }
-    for (Index j = 0; j < kVectors; ++j) {
-      T* const column = scores + j * kLanes<T>;
-      T* const of_total = total + j * kLanes<T>;
-      const Lanes<T> old_top = load_lanes<T>(top + j * kLanes<T>);
-      Lanes<T> sum_of_column = load_lanes<T>(of_total);
-      if (any_lane<T>(new_top[j] != old_top)) {
-        store_lanes<T>(new_top[j], top + j * kLanes<T>);
-        const Lanes<T> shrink = exp_lanes<T>(old_top - new_top[j]);
-        sum_of_column *= shrink;
-        for (Index d = 0; d < in.shape.value_dim; ++d) {
-          T* const s = sum + d * kStrip + j * kLanes<T>;
-          store_lanes<T>(load_lanes<T>(s) * shrink, s);
-        }
-      }
-      for (Index r = 0; r < rows; ++r) {
-        const Lanes<T> p = exp_lanes<T>(load_lanes<T>(column + r * kStrip) - new_top[j]);
-        store_lanes<T>(p, column + r * kStrip);
-        sum_of_column += p;
-      }
-      store_lanes<T>(sum_of_column, of_total);
-    }
-  }
-
-  /// Rows of one head from `row` on, as they are and transposed, as left operands.
-  static Left rows_of(RowsApart<T>& from, Index row, Index head) {
-    return {from.at(head, row), from.row_size(), 1};
-  }
-  static Left columns_of(RowsApart<T>& from, Index row, Index head) {
-    return {from.at(head, row), 1, from.row_size()};
-  }
-
-  /// Packs `count` (at most kBlock) rows of one head as the columns of right operands, one
-  /// [dim, kStrip] strip after the other, filled up with zeros.
-  static void pack_columns(MatrixIn<T> from, Index row, Index count, Index head, Index dim,
-                           T factor, T* to) {
-    kernels::pack<kStrip>(from.data() + row * from.outerStride() + head * dim, from.outerStride(),
-                          1, count, dim, to);
-    if (factor != T(1)) loops::scale(strips(count) * kStrip * dim, factor, to, to);
-  }
-
-  /// The inverse for results: multiplies the strips by `factor` and writes them to `count` rows of
-  /// one head.
-  static void unpack_columns(T* from, T factor, Index row, Index count, Index head, Index dim,
-                             MatrixOut<T>& to) {
-    if (factor != T(1)) loops::scale(strips(count) * kStrip * dim, factor, from, from);
-    for (Index i = 0; i < count; i += kLanes<T>) {
-      const T* const columns = from + i / kStrip * kStrip * dim + i % kStrip;
-      const Index lanes = std::min(kLanes<T>, count - i);
-      T* const target = &to(row + i, head * dim);
-      Index d = 0;
-      if (lanes == kLanes<T>) {
-        for (; d + kLanes<T> <= dim; d += kLanes<T>) {
-          kernels::transpose<T>(columns + d * kStrip, kStrip, target + d, to.outerStride());
-        }
-      }
-      for (; d < dim; ++d) {
-        for (Index lane = 0; lane < lanes; ++lane) {
-          target[lane * to.outerStride() + d] = columns[d * kStrip + lane];
-        }
-      }
-    }
-  }
-
-  /// out [rows, kStrip] (+)= left [rows, depth] * right [depth, kStrip].
-  static void multiply_strip(const Left& left, Index rows, const T* right, Index depth, T* out,
-                             bool accumulate) {
-    const kernels::PackedPanel<Arithmetic> panel = {right, nullptr, depth};
-    kernels::multiply_panel<Arithmetic>(left, rows, depth, panel, out, kStrip, accumulate);
   }
 };
 
