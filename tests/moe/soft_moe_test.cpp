@@ -18,12 +18,12 @@
 
 using namespace weir;
 
-static_assert(PassLayer<SoftMoe<GluBank<float>>>);
-static_assert(PassLayer<SoftMoe<MlpBank<double>>>);
+static_assert(Layer<SoftMoE<GluBank<float>>>);
+static_assert(Layer<SoftMoE<MlpBank<double>>>);
 
 namespace {
 
-using Layer3 = SoftMoe<GluBank<double>>;
+using Layer3 = SoftMoE<GluBank<double>>;
 
 /// Three experts 4 -> d_out.
 GluBank<double> bank(Index d_out = 4) {
@@ -36,12 +36,13 @@ GluBank<double> bank(Index d_out = 4) {
   return {gate, up, down};
 }
 
-Layer3 soft(SoftMoeConfig config, Index d_out = 4, double scale = 1.3) {
-  return {test::random_matrix(3 * config.slots_per_expert, 4, 40), bank(d_out), config, scale};
+Layer3 soft(SoftMoEConfig config, Index d_out = 4, double scale = 1.3) {
+  config.scale = scale;
+  return {test::random_matrix(3 * config.slots_per_expert, 4, 40), bank(d_out), config};
 }
 
 /// The definition for one sequence without padding, one number at a time.
-Matrix<double> reference(const Matrix<double>& x, SoftMoeConfig config, double scale) {
+Matrix<double> reference(const Matrix<double>& x, SoftMoEConfig config, double scale) {
   Matrix<double> phi = test::random_matrix(3 * config.slots_per_expert, 4, 40);
   Matrix<double> unit = x;
   if (config.normalise) {
@@ -59,7 +60,7 @@ Matrix<double> reference(const Matrix<double>& x, SoftMoeConfig config, double s
     const auto e = static_cast<std::uint64_t>(i / config.slots_per_expert);
     const Glu<double> expert(test::random_matrix(5, 4, 10 + e), test::random_matrix(5, 4, 20 + e),
                              test::random_matrix(4, 5, 30 + e));
-    const Matrix<double> out = expert.forward(in);
+    const Matrix<double> out = infer(expert, in);
     for (Index t = 0; t < x.rows(); ++t) y.row(t) += exp(t, i) / exp.row(t).sum() * out;
   }
   return y;
@@ -67,25 +68,26 @@ Matrix<double> reference(const Matrix<double>& x, SoftMoeConfig config, double s
 
 }  // namespace
 
-TEST_CASE("SoftMoe is its definition, sequence by sequence", "[moe][soft_moe]") {
+TEST_CASE("SoftMoE is its definition, sequence by sequence", "[moe][soft_moe]") {
   const Sequences sequences({5, 0, 1, 3});
   const Matrix<double> x = test::random_matrix(9, 4, 1);
   for (const Index slots : {Index(1), Index(2)}) {
     for (const bool normalise : {false, true}) {
-      const SoftMoeConfig config{slots, normalise};
+      const SoftMoEConfig config{slots, normalise};
       const Layer3 layer = soft(config);
       CHECK(layer.slots() == 3 * slots);
       Layer3::Cache cache;
-      const Matrix<double>& y = layer.forward(x, {.sequences = &sequences}, cache);
+      const Matrix<double>& y =
+          layer.forward(x, {.training = true, .sequences = &sequences}, cache);
       CHECK(test::relative_error(y.topRows(5), reference(x.topRows(5), config, 1.3)) < 1e-13);
       CHECK(test::relative_error(y.row(5), reference(x.row(5), config, 1.3)) < 1e-13);
       CHECK(test::relative_error(y.bottomRows(3), reference(x.bottomRows(3), config, 1.3)) < 1e-13);
-      CHECK(test::relative_error(layer.forward(x), reference(x, config, 1.3)) < 1e-13);
+      CHECK(test::relative_error(infer(layer, x), reference(x, config, 1.3)) < 1e-13);
     }
   }
 }
 
-TEST_CASE("SoftMoe gradients agree with finite differences", "[moe][soft_moe][gradient]") {
+TEST_CASE("SoftMoE gradients agree with finite differences", "[moe][soft_moe][gradient]") {
   const Sequences sequences({4, 1, 2});
   const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 0, 1, 1};
   const Matrix<double> x = test::random_matrix(7, 4, 1);
@@ -97,33 +99,33 @@ TEST_CASE("SoftMoe gradients agree with finite differences", "[moe][soft_moe][gr
   }
 }
 
-TEST_CASE("SoftMoe is not causal", "[moe][soft_moe]") {
+TEST_CASE("SoftMoE is not causal", "[moe][soft_moe]") {
   const Layer3 layer = soft({});
   Matrix<double> x = test::random_matrix(5, 4, 1);
-  const Matrix<double> before = layer.forward(x);
+  const Matrix<double> before = infer(layer, x);
   x.row(4) *= 2.0;
-  CHECK(test::relative_error(layer.forward(x).row(0), before.row(0)) > 1e-3);
+  CHECK(test::relative_error(infer(layer, x).row(0), before.row(0)) > 1e-3);
 }
 
-TEST_CASE("SoftMoe follows the order of the tokens", "[moe][soft_moe]") {
+TEST_CASE("SoftMoE follows the order of the tokens", "[moe][soft_moe]") {
   const Layer3 layer = soft({2, true});
   const Matrix<double> x = test::random_matrix(6, 4, 1);
-  CHECK(test::relative_error(layer.forward(x.colwise().reverse()).colwise().reverse(),
-                             layer.forward(x)) < 1e-14);
+  CHECK(test::relative_error(infer(layer, x.colwise().reverse()).colwise().reverse(),
+                             infer(layer, x)) < 1e-14);
 }
 
-TEST_CASE("SoftMoe without padding is SoftMoe of the tokens alone", "[moe][soft_moe]") {
+TEST_CASE("SoftMoE without padding is SoftMoE of the tokens alone", "[moe][soft_moe]") {
   for (const bool normalise : {false, true}) {
     Layer3 layer = soft({2, normalise});
     const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 0};
     Matrix<double> x = test::random_matrix(5, 4, 1);
     Matrix<double> real(3, 4);
     real << x.row(0), x.row(2), x.row(3);
-    const Matrix<double> expected = layer.forward(real);
+    const Matrix<double> expected = infer(layer, real);
     x.row(1).setConstant(std::numeric_limits<double>::quiet_NaN());
     x.row(4).setConstant(std::numeric_limits<double>::infinity());
     Layer3::Cache cache;
-    const Matrix<double> y = layer.forward(x, {.mask = mask}, cache);
+    const Matrix<double> y = layer.forward(x, {.training = true, .mask = mask}, cache);
     CHECK(test::relative_error(y.row(0), expected.row(0)) < 1e-14);
     CHECK(test::relative_error(y.row(3), expected.row(2)) < 1e-14);
     CHECK(y.row(1).isZero(0.0));
@@ -136,18 +138,19 @@ TEST_CASE("SoftMoe without padding is SoftMoe of the tokens alone", "[moe][soft_
   }
 }
 
-TEST_CASE("SoftMoe takes no tokens and none that is real", "[moe][soft_moe]") {
+TEST_CASE("SoftMoE takes no tokens and none that is real", "[moe][soft_moe]") {
   Layer3 layer = soft({2, true}, 3);
   Layer3::Cache cache;
-  CHECK(layer.forward(Matrix<double>(0, 4), cache).cols() == 3);
+  CHECK(layer.forward(Matrix<double>(0, 4), kTraining, cache).cols() == 3);
   CHECK(layer.backward(Matrix<double>(0, 3), cache).cols() == 4);
 
   const std::vector<std::uint8_t> mask = {0, 0};
-  CHECK(layer.forward(test::random_matrix(2, 4, 1), {.mask = mask}, cache).isZero(0.0));
+  CHECK(layer.forward(test::random_matrix(2, 4, 1), {.training = true, .mask = mask}, cache)
+            .isZero(0.0));
   CHECK(layer.backward(test::random_matrix(2, 3, 1), cache).isZero(0.0));
 }
 
-TEST_CASE("SoftMoe names its members and stores those of its bank", "[moe][soft_moe]") {
+TEST_CASE("SoftMoE names its members and stores those of its bank", "[moe][soft_moe]") {
   Layer3 layer = soft({2, true});
   const auto all = parameters(layer);
   REQUIRE(all.size() == 11);
@@ -158,21 +161,21 @@ TEST_CASE("SoftMoe names its members and stores those of its bank", "[moe][soft_
   CHECK(parameters(plain).size() == 10);
 
   const Matrix<double> x = test::random_matrix(6, 4, 1);
-  const Matrix<double> before = layer.forward(x);
+  const Matrix<double> before = infer(layer, x);
   set_storage(layer, Storage::kPacked);
   CHECK(layer.bank().storage() == Storage::kPacked);
-  CHECK(test::relative_error(layer.forward(x), before) < 1e-14);
+  CHECK(test::relative_error(infer(layer, x), before) < 1e-14);
 }
 
-TEST_CASE("SoftMoe gives the same bits for any number of threads and allocates nothing",
+TEST_CASE("SoftMoE gives the same bits for any number of threads and allocates nothing",
           "[moe][soft_moe]") {
   Rng rng(5);
-  SoftMoe layer(GluBank<double>(4, 16, 24, rng), rng, {.slots_per_expert = 3});
+  SoftMoE layer(GluBank<double>(16, 4, 24, rng), rng, {.slots_per_expert = 3});
   const Sequences sequences({90, 110});
   const Matrix<double> x = test::random_matrix(200, 16, 1);
   decltype(layer)::Cache cache;
   const auto step = [&] {
-    layer.forward(x, {.sequences = &sequences}, cache);
+    layer.forward(x, {.training = true, .sequences = &sequences}, cache);
     layer.backward(x, cache);
   };
   step();
@@ -194,25 +197,25 @@ TEST_CASE("SoftMoe gives the same bits for any number of threads and allocates n
   }
 }
 
-TEST_CASE("SoftMoe says what is wrong with its arguments", "[moe][soft_moe]") {
+TEST_CASE("SoftMoE says what is wrong with its arguments", "[moe][soft_moe]") {
   Rng rng(1);
   CHECK(test::message_of<ConfigError>([&] { Layer3(bank(), rng, {.slots_per_expert = 0}); }) ==
-        "SoftMoe: slots_per_expert = 0, expected >= 1");
+        "SoftMoE: slots_per_expert = 0, expected >= 1");
   CHECK(test::message_of<ShapeError>([&] {
           Layer3(test::random_matrix(3, 4, 1), bank(), {.slots_per_expert = 2});
-        }) == "SoftMoe: phi is [3, 4], expected [6, 4]");
+        }) == "SoftMoE: phi is [3, 4], expected [6, 4]");
 
   Layer3 layer = soft({});
   Layer3::Cache cache;
   Matrix<double> x = test::random_matrix(5, 4, 1);
   CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
-        "SoftMoe::backward: the cache is empty, expected a forward pass before");
-  CHECK(test::message_of<ShapeError>([&] { layer.forward(x.leftCols(3)); }) ==
-        "SoftMoe::forward: x is [5, 3], expected [tokens, 4]");
-  layer.forward(x, cache);
+        "SoftMoE::backward: the cache is empty, expected a forward pass that succeeded");
+  CHECK(test::message_of<ShapeError>([&] { infer(layer, x.leftCols(3)); }) ==
+        "SoftMoE::forward: x is [5, 3], expected [tokens, 4]");
+  layer.forward(x, kTraining, cache);
   CHECK(test::message_of<ShapeError>([&] { layer.backward(x.topRows(2), cache); }) ==
-        "SoftMoe::backward: dy is [2, 4], expected [5, 4]");
+        "SoftMoE::backward: dy is [2, 4], expected [5, 4]");
   x(2, 1) = std::numeric_limits<double>::quiet_NaN();
-  CHECK(test::message_of<NonFiniteError>([&] { layer.forward(x, cache); }) ==
-        "SoftMoe: logits[2, 0] = nan, expected a finite number");
+  CHECK(test::message_of<NonFiniteError>([&] { layer.forward(x, kTraining, cache); }) ==
+        "SoftMoE: logits[2, 0] = nan, expected a finite number");
 }

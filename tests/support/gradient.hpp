@@ -34,6 +34,16 @@ inline Pass recorded(Pass pass, PassRecord& record) {
   return pass;
 }
 
+/// The auxiliary losses of a pass.
+template <class L>
+double aux_loss(const L& layer, const Matrix<typename L::Scalar>& x, Pass pass) {
+  PassRecord record;
+  pass.record = &record;
+  typename L::Cache cache;
+  layer.forward(x, pass, cache);
+  return record.aux_loss();
+}
+
 /// Compares every gradient `layer` computes, of its input and of each parameter by name, with
 /// finite differences of
 ///

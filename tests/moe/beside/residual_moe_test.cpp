@@ -25,8 +25,9 @@ namespace {
 auto mixture() {
   Rng rng(3);
   return MoELayer(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}),
-                  SoftmaxTopK<double>{.k = 1, .renormalise = false}, Dropless{},
-                  GluBank<double>(3, 4, 5, rng, 1.0), SwitchLoss<double>{0.3});
+                  SoftmaxTopK<double>({.k = 1, .renormalise = false}), Dropless(),
+                  GluBank<double>(4, 3, 5, rng, {.init_scale = 1.0}),
+                  SwitchLoss<double>({.coefficient = 0.3}));
 }
 
 Glu<double> dense() {
@@ -38,37 +39,37 @@ Linear<double> mix() {
   return Linear<double>(test::random_matrix(2, 4, 5), test::random_matrix(1, 2, 6));
 }
 
-using Residual = ResidualMoe<decltype(mixture()), Glu<double>>;
+using Residual = ResidualMoE<decltype(mixture()), Glu<double>>;
 
-static_assert(PassLayer<Residual>);
+static_assert(Layer<Residual>);
 
 }  // namespace
 
-TEST_CASE("ResidualMoe mixes mixture and dense network by a softmax", "[moe][residual_moe]") {
+TEST_CASE("ResidualMoE mixes mixture and dense network by a softmax", "[moe][residual_moe]") {
   const Matrix<double> x = test::random_matrix(5, 4, 1);
-  const Matrix<double> routed = mixture().forward(x);
-  const Matrix<double> plain = dense().forward(x);
-  const Matrix<double> logits = mix().forward(x);
+  const Matrix<double> routed = infer(mixture(), x);
+  const Matrix<double> plain = infer(dense(), x);
+  const Matrix<double> logits = infer(mix(), x);
   Matrix<double> expected(5, 4);
   for (Index t = 0; t < 5; ++t) {
     const double share = 1.0 / (1.0 + std::exp(logits(t, 1) - logits(t, 0)));
     expected.row(t) = share * routed.row(t) + (1.0 - share) * plain.row(t);
   }
-  CHECK(test::relative_error(Residual(mixture(), dense(), mix()).forward(x), expected) < 1e-14);
+  CHECK(test::relative_error(infer(Residual(mixture(), dense(), mix()), x), expected) < 1e-14);
 
   const Linear<double> even(Matrix<double>::Zero(2, 4));
-  CHECK(test::relative_error(Residual(mixture(), dense(), even).forward(x),
-                             0.5 * (routed + plain)) < 1e-14);
+  CHECK(test::relative_error(infer(Residual(mixture(), dense(), even), x), 0.5 * (routed + plain)) <
+        1e-14);
 }
 
-TEST_CASE("ResidualMoe gradients agree with finite differences", "[moe][residual_moe][gradient]") {
+TEST_CASE("ResidualMoE gradients agree with finite differences", "[moe][residual_moe][gradient]") {
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1};
   Residual layer(mixture(), dense(), mix());
   test::check_gradients(layer, test::random_matrix(5, 4, 1),
                         {.training = true, .mask = mask, .aux_scale = 0.7});
 }
 
-TEST_CASE("ResidualMoe names its members, stores them and allocates nothing once warm",
+TEST_CASE("ResidualMoE names its members, stores them and allocates nothing once warm",
           "[moe][residual_moe]") {
   Residual layer(mixture(), dense(), mix());
   CHECK(layer.d_model() == 4);
@@ -81,40 +82,40 @@ TEST_CASE("ResidualMoe names its members, stores them and allocates nothing once
   const Matrix<double> x = test::random_matrix(5, 4, 1);
   Residual::Cache cache;
   const auto step = [&] {
-    layer.forward(x, cache);
+    layer.forward(x, kTraining, cache);
     layer.backward(x, cache);
   };
   step();
   step();
   CHECK(test::count_allocations(step) == 0);
-  CHECK(layer.report(cache).tokens == 5);
-  CHECK(cache.aux_loss > 0.0);
+  CHECK(layer.moe().report(cache.moe).tokens == 5);
+  CHECK(test::aux_loss(layer, x, kTraining) > 0.0);
 
-  const Matrix<double> before = layer.forward(x);
+  const Matrix<double> before = infer(layer, x);
   set_storage(layer, Storage::kPacked);
-  CHECK(parameters(layer).size() == 2);  // The router, and the bias of the mix.
-  CHECK(test::relative_error(layer.forward(x), before) < 1e-14);
+  CHECK(parameters(layer).size() == 3);  // The router, and the mix with its bias.
+  CHECK(test::relative_error(infer(layer, x), before) < 1e-14);
 }
 
-TEST_CASE("ResidualMoe takes no tokens", "[moe][residual_moe]") {
+TEST_CASE("ResidualMoE takes no tokens", "[moe][residual_moe]") {
   Residual layer(mixture(), dense(), mix());
   Residual::Cache cache;
-  CHECK(layer.forward(Matrix<double>(0, 4), cache).cols() == 4);
+  CHECK(layer.forward(Matrix<double>(0, 4), kTraining, cache).cols() == 4);
   CHECK(layer.backward(Matrix<double>(0, 4), cache).cols() == 4);
 }
 
-TEST_CASE("ResidualMoe says what is wrong with its arguments", "[moe][residual_moe]") {
+TEST_CASE("ResidualMoE says what is wrong with its arguments", "[moe][residual_moe]") {
   Rng rng(1);
   CHECK(test::message_of<ConfigError>([&] {
           Residual(mixture(), dense(), Linear<double>(4, 1, rng));
-        }) == "ResidualMoe: the mix is [1, 4], expected [2, 4]");
+        }) == "ResidualMoE: the mix is [1, 4], expected [2, 4]");
   const Matrix<double> x = test::random_matrix(5, 4, 1);
-  const ResidualMoe narrow(mixture(), Linear<double>(4, 3, rng), mix());
-  CHECK(test::message_of<ShapeError>([&] { narrow.forward(x); }) ==
-        "ResidualMoe::forward: the dense network's output is [5, 3], expected [5, 4]");
+  const ResidualMoE narrow(mixture(), Linear<double>(4, 3, rng), mix());
+  CHECK(test::message_of<ShapeError>([&] { infer(narrow, x); }) ==
+        "ResidualMoE::forward: the dense network's output is [5, 3], expected [5, 4]");
   Residual layer(mixture(), dense(), mix());
   Residual::Cache cache;
-  layer.forward(x, cache);
+  layer.forward(x, kTraining, cache);
   CHECK(test::message_of<ShapeError>([&] { layer.backward(x.topRows(2), cache); }) ==
-        "ResidualMoe::backward: dy is [2, 4], expected [5, 4]");
+        "ResidualMoE::backward: dy is [2, 4], expected [5, 4]");
 }

@@ -24,8 +24,9 @@ namespace {
 auto mixture() {
   Rng rng(3);
   return MoELayer(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}),
-                  SigmoidTopK<double>(3, {.k = 2}), Dropless{}, GluBank<double>(3, 4, 5, rng, 1.0),
-                  SwitchLoss<double>{0.3}, BiasBalance<double>(0.25));
+                  SigmoidTopK<double>(3, {.k = 2}), Dropless(),
+                  GluBank<double>(4, 3, 5, rng, {.init_scale = 1.0}),
+                  SwitchLoss<double>({.coefficient = 0.3}), BiasBalance<double>({.rate = 0.25}));
 }
 
 Glu<double> shared_network(Index d_hidden = 6) {
@@ -40,40 +41,40 @@ Linear<double> gate() {
 using Moe = decltype(mixture());
 using Both = SharedExperts<Moe, Glu<double>>;
 
-static_assert(PassLayer<Both>);
+static_assert(Layer<Both>);
 
 }  // namespace
 
 TEST_CASE("SharedExperts adds the shared network to the mixture", "[moe][shared_experts]") {
   const Matrix<double> x = test::random_matrix(5, 4, 1);
-  const Matrix<double> routed = mixture().forward(x);
-  const Matrix<double> shared = shared_network().forward(x);
-  CHECK(Both(mixture(), shared_network()).forward(x) == routed + shared);
+  const Matrix<double> routed = infer(mixture(), x);
+  const Matrix<double> shared = infer(shared_network(), x);
+  CHECK(infer(Both(mixture(), shared_network()), x) == routed + shared);
 
   Matrix<double> expected = routed;
   for (Index t = 0; t < 5; ++t) {
     const double z = x.row(t).dot(gate().weight().value.row(0));
     expected.row(t) += shared.row(t) / (1.0 + std::exp(-z));
   }
-  CHECK(test::relative_error(Both(mixture(), shared_network(), gate()).forward(x), expected) <
+  CHECK(test::relative_error(infer(Both(mixture(), shared_network(), gate()), x), expected) <
         1e-14);
 }
 
 TEST_CASE("SharedExperts blends with the weights it is given", "[moe][shared_experts]") {
   const Matrix<double> x = test::random_matrix(5, 4, 1);
-  const Matrix<double> routed = mixture().forward(x);
-  const Matrix<double> shared = shared_network().forward(x);
+  const Matrix<double> routed = infer(mixture(), x);
+  const Matrix<double> shared = infer(shared_network(), x);
   // k = 2: the mean of two routed experts and the shared one.
   const Both blend(mixture(), shared_network(), SharedExpertsConfig::weighted_sum(2));
   CHECK(blend.config().routed_weight == Approx(2.0 / 3.0));
-  CHECK(test::relative_error(blend.forward(x), (2.0 * routed + shared) / 3.0) < 1e-14);
+  CHECK(test::relative_error(infer(blend, x), (2.0 * routed + shared) / 3.0) < 1e-14);
 
   Matrix<double> expected = 0.5 * routed;
   for (Index t = 0; t < 5; ++t) {
     const double z = x.row(t).dot(gate().weight().value.row(0));
     expected.row(t) += 2.0 * shared.row(t) / (1.0 + std::exp(-z));
   }
-  CHECK(test::relative_error(Both(mixture(), shared_network(), gate(), {0.5, 2.0}).forward(x),
+  CHECK(test::relative_error(infer(Both(mixture(), shared_network(), gate(), {0.5, 2.0}), x),
                              expected) < 1e-14);
 }
 
@@ -86,7 +87,7 @@ TEST_CASE("Two shared experts are one of twice the width", "[moe][shared_experts
   const Matrix<double> x = test::random_matrix(5, 4, 1);
   const SharedExperts first(mixture(), half(0));
   const SharedExperts both(first, half(3));
-  CHECK(test::relative_error(both.forward(x), Both(mixture(), wide).forward(x)) < 1e-14);
+  CHECK(test::relative_error(infer(both, x), infer(Both(mixture(), wide), x)) < 1e-14);
 }
 
 TEST_CASE("SharedExperts gradients agree with finite differences",
@@ -110,16 +111,19 @@ TEST_CASE("SharedExperts passes on what belongs to the mixture", "[moe][shared_e
   const Matrix<double> x = test::random_matrix(5, 4, 1);
   Both::Cache cache;
   Moe::Cache alone_cache;
-  layer.forward(x, {.aux_scale = 0.5}, cache);
-  alone.forward(x, {.aux_scale = 0.5}, alone_cache);
-  CHECK(cache.aux_loss == alone_cache.aux_loss);
-  CHECK(cache.aux_loss > 0.0);
-  CHECK(layer.report(cache).load == alone.report(alone_cache).load);
+  PassRecord record(PassRecord::Collects::kLossesAndReports);
+  PassRecord alone_record = record;
+  layer.forward(x, {.training = true, .aux_scale = 0.5, .record = &record}, cache);
+  alone.forward(x, {.training = true, .aux_scale = 0.5, .record = &alone_record}, alone_cache);
+  CHECK(record.aux_loss() == alone_record.aux_loss());
+  CHECK(record.aux_loss() > 0.0);
+  REQUIRE(record.reports().size() == 1);
+  CHECK(record.reports()[0].report.load == alone.report(alone_cache).load);
 
   layer.backward(x, cache);
   alone.backward(x, alone_cache);
-  layer.update();
-  alone.update();
+  update(layer);
+  update(alone);
   CHECK(layer.moe().selector().selection_bias().value == alone.selector().selection_bias().value);
   CHECK(!alone.selector().selection_bias().value.isZero(0.0));
 }
@@ -143,7 +147,7 @@ TEST_CASE("SharedExperts names its members after the mixture's", "[moe][shared_e
 TEST_CASE("SharedExperts takes no tokens", "[moe][shared_experts]") {
   Both layer(mixture(), shared_network(), gate());
   Both::Cache cache;
-  const Matrix<double>& y = layer.forward(Matrix<double>(0, 4), cache);
+  const Matrix<double>& y = layer.forward(Matrix<double>(0, 4), kTraining, cache);
   CHECK(y.rows() == 0);
   CHECK(y.cols() == 4);
   CHECK(layer.backward(Matrix<double>(0, 4), cache).cols() == 4);
@@ -156,7 +160,7 @@ TEST_CASE("SharedExperts allocates nothing once warm", "[moe][shared_experts]") 
   const Matrix<double> x = test::random_matrix(5, 4, 1);
   Both::Cache cache;
   const auto step = [&] {
-    layer.forward(x, cache);
+    layer.forward(x, kTraining, cache);
     layer.backward(x, cache);
   };
   step();
@@ -184,14 +188,14 @@ TEST_CASE("SharedExperts says what is wrong with its arguments", "[moe][shared_e
 
   const Matrix<double> x = test::random_matrix(5, 4, 1);
   const SharedExperts narrow(mixture(), Linear<double>(4, 3, rng));
-  CHECK(test::message_of<ShapeError>([&] { narrow.forward(x); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(narrow, x); }) ==
         "SharedExperts::forward: the shared experts' output is [5, 3], expected [5, 4]");
 
   Both layer(mixture(), shared_network());
   Both::Cache cache;
   CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
-        "MoELayer::backward: the cache is empty, expected a forward pass before");
-  layer.forward(x, cache);
+        "SharedExperts::backward: the cache is empty, expected a forward pass that succeeded");
+  layer.forward(x, kTraining, cache);
   CHECK(test::message_of<ShapeError>([&] { layer.backward(x.topRows(2), cache); }) ==
-        "MoELayer::backward: dy is [2, 4], expected [5, 4]");
+        "SharedExperts::backward: dy is [2, 4], expected [5, 4]");
 }

@@ -26,12 +26,13 @@ namespace {
 
 using Attention = GroupedQueryAttention<double>;
 using Predicted = MixtureOfDepths<Glu<double>, TokenPredictor<double>>;
-using Tokens = std::vector<Index>;
+using Tokens = List<Index>;
 
-static_assert(PassLayer<Predicted>);
+static_assert(Layer<Predicted>);
 static_assert(DecodingLayer<MixtureOfDepths<Attention>>);
 static_assert(DecodingLayer<MixtureOfDepths<Glu<float>>>);
-static_assert(Predicted::kHasPredictor && !MixtureOfDepths<Glu<float>>::kHasPredictor);
+static_assert(Predicted::Choice::kHasPredictor &&
+              !MixtureOfDepths<Glu<float>>::Choice::kHasPredictor);
 
 Glu<double> glu() {
   Rng rng(4);
@@ -62,7 +63,7 @@ Matrix<double> by_first_number() {
 
 Attention attention() {
   Rng rng(11);
-  return {{.d_model = 4, .heads = 2, .kv_heads = 1}, rng};
+  return {rng, {.d_model = 4, .heads = 2, .kv_heads = 1}};
 }
 
 /// Decodes x in pieces of the given sizes.
@@ -73,7 +74,7 @@ Matrix<double> decoded(const L& layer, const Matrix<double>& x, const std::vecto
   Matrix<double> y(x.rows(), x.cols());
   Index at = 0;
   for (const Index count : pieces) {
-    y.middleRows(at, count) = layer.decode(x.middleRows(at, count), state, cache);
+    y.middleRows(at, count) = decode(layer, x.middleRows(at, count), state, cache);
     at += count;
   }
   REQUIRE(at == x.rows());
@@ -90,19 +91,19 @@ TEST_CASE("A predictor of its own decides in evaluation, the scores in training"
   x.col(0) << 3.0, 1.0, 2.0, 0.5;
   x.col(1) << -0.1, 0.2, 0.3, 0.0;
   decltype(layer)::Cache cache;
-  const Matrix<double>& y = layer.forward(x, cache);
-  CHECK(cache.token == Tokens{1, 2});
+  const Matrix<double>& y = layer.forward(x, {}, cache);
+  CHECK(cache.choice.part.token == Tokens{1, 2});
   // What the layer adds is weighted with the score, not with the prediction.
   Matrix<double> expected = x;
-  for (const Index t : {1, 2}) expected.row(t) += x(t, 0) * glu().forward(x.row(t));
+  for (const Index t : {1, 2}) expected.row(t) += x(t, 0) * infer(glu(), x.row(t));
   CHECK(test::relative_error(y, expected) <= 1e-14);
   layer.forward(x, {.training = true}, cache);
-  CHECK(cache.token == Tokens{0, 2});
+  CHECK(cache.choice.part.token == Tokens{0, 2});
 
   const MixtureOfDepths ranking(glu(), by_first_number(), {.capacity = 0.5}, second_number());
   decltype(ranking)::Cache other;
-  ranking.forward(x, other);
-  CHECK(other.token == Tokens{0, 2});
+  ranking.forward(x, kTraining, other);
+  CHECK(other.choice.part.token == Tokens{0, 2});
 }
 
 TEST_CASE("The predictor's loss is that of its own logits",
@@ -113,11 +114,9 @@ TEST_CASE("The predictor's loss is that of its own logits",
   Matrix<double> x = test::random_matrix(2, 4, 1);
   x.col(0) << 1.0, 2.0;
   x.col(1) << std::log(3.0), std::log(9.0);  // sigmoids 3/4, 9/10; the second is chosen.
-  decltype(layer)::Cache cache;
-  layer.forward(x, {.training = true, .aux_scale = 0.5}, cache);
-  CHECK(cache.aux_loss == Approx(0.05 * (std::log(4.0) + std::log(10.0 / 9.0))));
-  layer.forward(x, cache);
-  CHECK(cache.aux_loss == 0.0);
+  CHECK(test::aux_loss(layer, x, {.training = true, .aux_scale = 0.5}) ==
+        Approx(0.05 * (std::log(4.0) + std::log(10.0 / 9.0))));
+  CHECK(test::aux_loss(layer, x, {}) == 0.0);
 }
 
 TEST_CASE("Training a predictor of its own leaves everything else as it was",
@@ -132,8 +131,8 @@ TEST_CASE("Training a predictor of its own leaves everything else as it was",
   Predicted::Cache cache;
   decltype(plain)::Cache expected;
   CHECK(layer.forward(x, pass, cache) == plain.forward(x, pass, expected));
-  CHECK(cache.aux_loss > 0.0);
-  CHECK(expected.aux_loss == 0.0);
+  CHECK(test::aux_loss(layer, x, pass) > 0.0);
+  CHECK(test::aux_loss(plain, x, pass) == 0.0);
   CHECK(layer.backward(dy, cache) == plain.backward(dy, expected));
   for (std::size_t i = 0; i < parameters(plain).size(); ++i) {
     CHECK(parameters(layer)[i].parameter->grad == parameters(plain)[i].parameter->grad);
@@ -145,11 +144,8 @@ TEST_CASE("Training a predictor of its own leaves everything else as it was",
   for (std::size_t i = parameters(plain).size(); i < all.size(); ++i) {
     INFO(all[i].name);
     CHECK(all[i].name.substr(0, 10) == "predictor.");
-    const Matrix<double> numeric = test::numeric_gradient(all[i].parameter->value, [&] {
-      Predicted::Cache fresh;
-      layer.forward(x, pass, fresh);
-      return static_cast<double>(fresh.aux_loss);
-    });
+    const Matrix<double> numeric = test::numeric_gradient(
+        all[i].parameter->value, [&] { return test::aux_loss(layer, x, pass); });
     CHECK(test::relative_error(all[i].parameter->gradient(), numeric) <= 1e-7);
     CHECK(numeric.norm() > 1e-4);
   }
@@ -161,19 +157,21 @@ TEST_CASE("A predictor learns the choice it is told",
   MixtureOfDepths layer(glu(), by_first_number(),
                         {.capacity = 0.25, .predictor_loss = 1.0, .causal_evaluation = true},
                         TokenPredictor<double>(4, 8, rng));
-  AdamW<double> optimizer(parameters(layer), {.learning_rate = 0.03, .weight_decay = 0.0});
+  AdamW<double> optimizer({.learning_rate = 0.03, .weight_decay = 0.0});
   const Matrix<double> x = test::random_matrix(128, 4, 5);
   const Matrix<double> none = Matrix<double>::Zero(128, 4);
   decltype(layer)::Cache cache;
   for (int step = 0; step < 120; ++step) {
     layer.forward(x, {.training = true}, cache);
     layer.backward(none, cache);
-    optimizer.step();
+    optimizer.step(layer);
   }
-  const std::vector<std::uint8_t> ranked = cache.chosen;
-  layer.forward(x, cache);
+  const List<std::uint8_t> ranked = cache.choice.part.chosen;
+  layer.forward(x, {}, cache);
   Index same = 0;
-  for (std::size_t t = 0; t < ranked.size(); ++t) same += ranked[t] == cache.chosen[t] ? 1 : 0;
+  for (Index t = 0; t < ranked.count(); ++t) {
+    same += ranked[t] == cache.choice.part.chosen[t] ? 1 : 0;
+  }
   CHECK(same >= 122);
 }
 
@@ -182,9 +180,9 @@ TEST_CASE("Decoding a mixture of depths is its causal evaluation, however it is 
   const Matrix<double> x = test::random_matrix(12, 4, 6);
   const auto check = [&](const auto& layer) {
     typename std::remove_cvref_t<decltype(layer)>::Cache cache;
-    const Matrix<double> whole = layer.forward(x, cache);
-    REQUIRE(cache.token.size() > 1);
-    REQUIRE(cache.token.size() < 10);
+    const Matrix<double> whole = layer.forward(x, {}, cache);
+    REQUIRE(cache.choice.part.token.size() > 1);
+    REQUIRE(cache.choice.part.token.size() < 10);
     CHECK(test::relative_error(decoded(layer, x, {12}), whole) <= 1e-13);
     CHECK(test::relative_error(decoded(layer, x, std::vector<Index>(12, 1)), whole) <= 1e-13);
     CHECK(test::relative_error(decoded(layer, x, {5, 0, 1, 6}), whole) <= 1e-13);
@@ -209,7 +207,7 @@ TEST_CASE("Only chosen tokens reach the state of decoding",
   decltype(layer)::Cache cache;
   const Index lengths[] = {0, 1, 1, 1, 2};
   for (Index t = 0; t < 5; ++t) {
-    const Matrix<double>& y = layer.decode(x.row(t), state, cache);
+    const Matrix<double>& y = decode(layer, x.row(t), state, cache);
     CHECK(state.inner.length() == lengths[t]);
     CHECK(state.length() == t + 1);
     if (x(t, 0) <= 0.0) CHECK(y == x.row(t));
@@ -223,8 +221,8 @@ TEST_CASE("Mixtures of depths decode several sequences at once, and take tokens 
   const Matrix<double> x = test::random_matrix(9, 4, 3);
   const Matrix<double> other = test::random_matrix(9, 4, 5);
   Layer::Cache cache;
-  const Matrix<double> first = layer.forward(x, cache);
-  const Matrix<double> second = layer.forward(other, cache);
+  const Matrix<double> first = layer.forward(x, {}, cache);
+  const Matrix<double> second = layer.forward(other, {}, cache);
 
   Layer::State a;
   Layer::State b;
@@ -237,7 +235,7 @@ TEST_CASE("Mixtures of depths decode several sequences at once, and take tokens 
   CHECK(test::relative_error(begun.bottomRows(2), second.topRows(2)) <= 1e-13);
 
   // Two tokens of the first are taken back, and others, then the same ones, take their place.
-  layer.decode(test::random_matrix(3, 4, 17), a, cache);
+  decode(layer, test::random_matrix(3, 4, 17), a, cache);
   a.truncate(3);
   CHECK(a.length() == 3);
   together.resize(13, 4);
@@ -259,15 +257,14 @@ TEST_CASE("A predictor sees no padding", "[moe][mixture_of_depths][depths_predic
   Matrix<double> x = test::random_matrix(3, 4, 1);
   x.row(1).setConstant(std::numeric_limits<double>::quiet_NaN());
   Predicted::Cache cache;
-  layer.forward(x, {.mask = mask}, cache);
-  CHECK(std::isfinite(cache.aux_loss));
+  layer.forward(x, {.training = true, .mask = mask}, cache);
+  CHECK(std::isfinite(test::aux_loss(layer, x, {.training = true, .mask = mask})));
   layer.backward(Matrix<double>::Ones(3, 4), cache);
   for (const auto& [name, parameter] : parameters(layer)) CHECK(parameter->grad.allFinite());
 
   const std::vector<std::uint8_t> none = {0, 0, 0};
-  layer.forward(x, {.mask = none}, cache);
-  CHECK(cache.aux_loss == 0.0);
-  layer.forward(Matrix<double>(0, 4), cache);
+  CHECK(test::aux_loss(layer, x, {.training = true, .mask = none}) == 0.0);
+  layer.forward(Matrix<double>(0, 4), kTraining, cache);
   CHECK(layer.backward(Matrix<double>(0, 4), cache).rows() == 0);
 }
 
@@ -286,15 +283,15 @@ TEST_CASE(
     layer.forward(x, {.training = true}, cache);
     layer.backward(x, cache);
   };
-  const auto decode = [&] {
+  const auto continue_anew = [&] {
     state.truncate(0);
-    layer.decode(x, state, cache);
+    decode(layer, x, state, cache);
   };
   train();
   train();
   CHECK(test::count_allocations(train) == 0);
-  decode();
-  CHECK(test::count_allocations(decode) == 0);
+  continue_anew();
+  CHECK(test::count_allocations(continue_anew) == 0);
   const Matrix<double> y = cache.y;
   zero_gradients(layer);
   train();
@@ -305,7 +302,7 @@ TEST_CASE(
   train();
   CHECK(cache.dx == dx);
   CHECK(parameters(layer)[2].parameter->grad == d_in);
-  decode();
+  continue_anew();
   CHECK(cache.y == y);
 }
 
@@ -316,7 +313,7 @@ TEST_CASE("Decoding a mixture of depths says what does not fit",
   Predicted::State state;
   Predicted::Cache cache;
   Matrix<double> x = test::random_matrix(3, 4, 1);
-  CHECK(test::message_of<ConfigError>([&] { layer.decode(x, state, cache); }) ==
+  CHECK(test::message_of<ConfigError>([&] { decode(layer, x, state, cache); }) ==
         "MixtureOfDepths::decode: causal_evaluation = false, expected true: a token cannot be "
         "ranked among later ones");
 
@@ -324,23 +321,23 @@ TEST_CASE("Decoding a mixture of depths says what does not fit",
                              Linear<double>(4, 2, rng));
   decltype(wide)::State wide_state;
   decltype(wide)::Cache wide_cache;
-  CHECK(test::message_of<ShapeError>([&] { wide.forward(x, wide_cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { wide.forward(x, {}, wide_cache); }) ==
         "MixtureOfDepths::forward: the predictor's output is [3, 2], expected [3, 1]");
-  CHECK(test::message_of<ShapeError>([&] { wide.decode(x, wide_state, wide_cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { decode(wide, x, wide_state, wide_cache); }) ==
         "MixtureOfDepths::decode: the predictor's output is [3, 2], expected [3, 1]");
   CHECK(test::message_of<ShapeError>([&] {
-          wide.decode(test::random_matrix(1, 3, 1), wide_state, wide_cache);
+          decode(wide, test::random_matrix(1, 3, 1), wide_state, wide_cache);
         }) == "MixtureOfDepths::decode: x is [1, 3], expected [tokens, 4]");
 
   Predicted causal = predicted({.causal_evaluation = true});
-  causal.decode(x, state, cache);
+  decode(causal, x, state, cache);
   CHECK(test::message_of<StateError>([&] { causal.backward(x, cache); }) ==
-        "MixtureOfDepths::backward: the cache is empty, expected a forward pass before");
+        "MixtureOfDepths::backward: the cache is empty, expected a forward pass that succeeded");
   const MixtureOfDepths divided(
       glu(), by_first_number(), {.causal_evaluation = true},
       Linear<double>(Matrix<double>::Constant(1, 4, std::numeric_limits<double>::infinity())));
   x.row(0).setOnes();
-  CHECK(test::message_of<NonFiniteError>([&] { divided.forward(x); }) ==
+  CHECK(test::message_of<NonFiniteError>([&] { infer(divided, x); }) ==
         "MixtureOfDepths::forward: the prediction for token 0 is inf, expected a finite number");
 }
 
@@ -362,7 +359,8 @@ TEST_CASE("A mixture of depths with a predictor in single precision is that in d
   const Matrix<double> y = exact.forward(x, {.training = true}, cache);
   CHECK(test::relative_error(rounded.forward(x_rounded, {.training = true}, other).cast<double>(),
                              y) <= 1e-5);
-  CHECK(static_cast<double>(other.aux_loss) == Approx(cache.aux_loss).epsilon(1e-5));
+  CHECK(test::aux_loss(rounded, x_rounded, kTraining) ==
+        Approx(test::aux_loss(exact, x, kTraining)).epsilon(1e-5));
   exact.backward(x, cache);
   rounded.backward(x_rounded, other);
   for (std::size_t i = 0; i < parameters(exact).size(); ++i) {
@@ -370,5 +368,5 @@ TEST_CASE("A mixture of depths with a predictor in single precision is that in d
                                parameters(exact)[i].parameter->grad) <= 1e-5);
   }
   decltype(rounded)::State state;
-  CHECK(rounded.decode(x_rounded, state, other).allFinite());
+  CHECK(decode(rounded, x_rounded, state, other).allFinite());
 }

@@ -24,7 +24,7 @@
 
 using namespace weir;
 
-static_assert(PassLayer<MixtureOfDepths<Glu<float>>>);
+static_assert(Layer<MixtureOfDepths<Glu<float>>>);
 
 namespace {
 
@@ -52,7 +52,7 @@ Matrix<double> with_scores(const std::vector<double>& scores) {
   return x;
 }
 
-using Tokens = std::vector<Index>;
+using Tokens = List<Index>;
 
 }  // namespace
 
@@ -61,14 +61,15 @@ TEST_CASE("MixtureOfDepths adds the weighted layer to the best tokens and leaves
   const Depths layer = by_first_number({.capacity = 0.5});
   const Matrix<double> x = with_scores({0.3, -2.0, 0.9, 0.1, -0.4});
   Depths::Cache cache;
-  const Matrix<double>& y = layer.forward(x, cache);
-  CHECK(cache.token == Tokens{0, 2, 3});  // ceil(2.5) of 5, in order.
+  const Matrix<double>& y = layer.forward(x, kTraining, cache);
+  CHECK(cache.choice.part.token == Tokens{0, 2, 3});  // ceil(2.5) of 5, in order.
   Matrix<double> expected = x;
-  for (const Index t : cache.token) expected.row(t) += x(t, 0) * inner().forward(x.row(t));
+  for (const Index t : cache.choice.part.token)
+    expected.row(t) += x(t, 0) * infer(inner(), x.row(t));
   CHECK(test::relative_error(y, expected) < 1e-14);
   CHECK(y.row(1) == x.row(1));
   CHECK(y.row(4) == x.row(4));
-  CHECK(layer.forward(x) == y);
+  CHECK(infer(layer, x) == y);
 }
 
 TEST_CASE("MixtureOfDepths chooses in each sequence, never padding, of equals the first",
@@ -78,13 +79,13 @@ TEST_CASE("MixtureOfDepths chooses in each sequence, never padding, of equals th
   const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 1, 1, 1, 0};
   const Matrix<double> x = with_scores({1.0, 9.0, 2.0, 5.0, 5.0, 6.0, 5.0, 1.0});
   Depths::Cache cache;
-  layer.forward(x, {.sequences = &sequences, .mask = mask}, cache);
-  CHECK(cache.token == Tokens{2, 3, 5});
-  REQUIRE(cache.sequences.count() == 4);
-  CHECK(cache.sequences.length(0) == 1);
-  CHECK(cache.sequences.length(1) == 0);
-  CHECK(cache.sequences.length(2) == 2);
-  CHECK(cache.sequences.length(3) == 0);
+  layer.forward(x, {.training = true, .sequences = &sequences, .mask = mask}, cache);
+  CHECK(cache.choice.part.token == Tokens{2, 3, 5});
+  REQUIRE(cache.choice.part.sequences.count() == 4);
+  CHECK(cache.choice.part.sequences.length(0) == 1);
+  CHECK(cache.choice.part.sequences.length(1) == 0);
+  CHECK(cache.choice.part.sequences.length(2) == 2);
+  CHECK(cache.choice.part.sequences.length(3) == 0);
   CHECK(cache.y.row(7) == x.row(7));
 }
 
@@ -93,11 +94,11 @@ TEST_CASE("MixtureOfDepths with all tokens is x + r f(x)", "[moe][mixture_of_dep
   for (const Index tokens : {Index(1), Index(2), Index(9)}) {
     const Matrix<double> x = test::random_matrix(tokens, 4, 1);
     Matrix<double> expected = x;
-    const Matrix<double> f = inner().forward(x);
+    const Matrix<double> f = infer(inner(), x);
     for (Index t = 0; t < tokens; ++t) {
       expected.row(t) += x.row(t).dot(test::random_matrix(1, 4, 7).row(0)) * f.row(t);
     }
-    CHECK(test::relative_error(layer.forward(x), expected) < 1e-14);
+    CHECK(test::relative_error(infer(layer, x), expected) < 1e-14);
   }
 }
 
@@ -106,15 +107,15 @@ TEST_CASE("MixtureOfDepths is not causal, but for its evaluation", "[moe][mixtur
   Matrix<double> changed = x;
   changed(3, 0) = 7.0;
   const Depths layer = by_first_number({.capacity = 0.25});
-  CHECK(layer.forward(x).row(0) != layer.forward(changed).row(0));
+  CHECK(infer(layer, x).row(0) != infer(layer, changed).row(0));
 
   const Depths causal = by_first_number({.capacity = 0.25, .causal_evaluation = true});
-  CHECK(causal.forward(x).topRows(3) == causal.forward(changed).topRows(3));
+  CHECK(infer(causal, x).topRows(3) == infer(causal, changed).topRows(3));
   Depths::Cache cache;
-  causal.forward(x, cache);
-  CHECK(cache.token == Tokens{0, 1, 3});
+  causal.forward(x, {}, cache);
+  CHECK(cache.choice.part.token == Tokens{0, 1, 3});
   causal.forward(x, {.training = true}, cache);
-  CHECK(cache.token == Tokens{0});
+  CHECK(cache.choice.part.token == Tokens{0});
 }
 
 TEST_CASE("The predictor's loss is the mean cross entropy of the choice",
@@ -122,10 +123,11 @@ TEST_CASE("The predictor's loss is the mean cross entropy of the choice",
   const double r = std::log(3.0);  // sigmoid 3/4
   const Depths layer = by_first_number({.capacity = 0.5, .predictor_loss = 0.2});
   Depths::Cache cache;
-  layer.forward(with_scores({r, -r}), {.aux_scale = 0.5}, cache);
-  CHECK(cache.aux_loss == Approx(0.1 * std::log(4.0 / 3.0)));
-  layer.forward(with_scores({r, 2.0 * r}), cache);  // sigmoids 3/4, 9/10
-  CHECK(cache.aux_loss == Approx(0.1 * (std::log(4.0) + std::log(10.0 / 9.0))));
+  CHECK(test::aux_loss(layer, with_scores({r, -r}), {.training = true, .aux_scale = 0.5}) ==
+        Approx(0.1 * std::log(4.0 / 3.0)));
+  // sigmoids 3/4, 9/10
+  CHECK(test::aux_loss(layer, with_scores({r, 2.0 * r}), kTraining) ==
+        Approx(0.1 * (std::log(4.0) + std::log(10.0 / 9.0))));
 }
 
 TEST_CASE("MixtureOfDepths gradients agree with finite differences",
@@ -146,8 +148,9 @@ TEST_CASE("MixtureOfDepths carries the losses of the layer inside",
           "[moe][mixture_of_depths][gradient]") {
   Rng rng(3);
   MixtureOfDepths layer(
-      MoELayer(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2},
-               Dropless{}, GluBank<double>(3, 4, 5, rng, 1.0), SwitchLoss<double>{0.3}),
+      MoELayer(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}), SoftmaxTopK<double>({.k = 2}),
+               Dropless(), GluBank<double>(4, 3, 5, rng, {.init_scale = 1.0}),
+               SwitchLoss<double>({.coefficient = 0.3})),
       test::random_matrix(1, 4, 7), {.capacity = 0.5, .predictor_loss = 0.1});
   test::check_gradients(layer, test::random_matrix(8, 4, 1), {.aux_scale = 0.7});
 }
@@ -156,32 +159,33 @@ TEST_CASE("MixtureOfDepths tells the layer inside the ids of the chosen tokens",
           "[moe][mixture_of_depths]") {
   Rng rng(5);
   const std::vector<Index> table = {0, 1, 2};
-  const MixtureOfDepths layer(MoELayer(HashRouter<double>(4, 3, table), SoftmaxTopK<double>{.k = 1},
-                                       Dropless{}, GluBank<double>(3, 4, 6, rng)),
-                              Matrix<double>(Matrix<double>::Identity(1, 4)), {.capacity = 0.5});
+  const MixtureOfDepths layer(
+      MoELayer(HashRouter<double>(4, 3, table), SoftmaxTopK<double>({.k = 1}), Dropless(),
+               GluBank<double>(4, 3, 6, rng)),
+      Matrix<double>(Matrix<double>::Identity(1, 4)), {.capacity = 0.5});
   decltype(layer)::Cache cache;
   const std::vector<Index> ids = {2, 0, 1, 1};
-  layer.forward(with_scores({3.0, 1.0, 2.0, 0.5}), {.token_ids = ids}, cache);
-  CHECK(cache.token == Tokens{0, 2});
-  CHECK(cache.inner.routing.expert == std::vector<Index>{2, 1});
+  layer.forward(with_scores({3.0, 1.0, 2.0, 0.5}), {.training = true, .token_ids = ids}, cache);
+  CHECK(cache.choice.part.token == Tokens{0, 2});
+  CHECK(cache.inner.routing.expert == List<Index>{2, 1});
 }
 
 TEST_CASE("MixtureOfDepths takes no tokens, none that is real and padding of any kind",
           "[moe][mixture_of_depths]") {
   Depths layer = depths({.capacity = 0.5, .predictor_loss = 0.1});
   Depths::Cache cache;
-  CHECK(layer.forward(Matrix<double>(0, 4), cache).cols() == 4);
+  CHECK(layer.forward(Matrix<double>(0, 4), kTraining, cache).cols() == 4);
   CHECK(layer.backward(Matrix<double>(0, 4), cache).cols() == 4);
 
   const std::vector<std::uint8_t> none = {0, 0};
   Matrix<double> x = test::random_matrix(2, 4, 1);
-  CHECK(layer.forward(x, {.mask = none}, cache) == x);
-  CHECK(cache.aux_loss == 0.0);
+  CHECK(layer.forward(x, {.training = true, .mask = none}, cache) == x);
+  CHECK(test::aux_loss(layer, x, {.training = true, .mask = none}) == 0.0);
   CHECK(layer.backward(x, cache) == x);
 
   const std::vector<std::uint8_t> mask = {1, 0};
   x.row(1).setConstant(std::numeric_limits<double>::quiet_NaN());
-  CHECK(layer.forward(x, {.mask = mask}, cache).row(0).allFinite());
+  CHECK(layer.forward(x, {.training = true, .mask = mask}, cache).row(0).allFinite());
   CHECK(layer.backward(x, cache).row(0).allFinite());
   for (const auto& [name, parameter] : parameters(layer)) CHECK(parameter->grad.allFinite());
 }
@@ -196,7 +200,7 @@ TEST_CASE("MixtureOfDepths gives the same bits for any number of threads and all
   const Matrix<double> x = test::random_matrix(2000, 16, 1);
   decltype(layer)::Cache cache;
   const auto step = [&] {
-    layer.forward(x, cache);
+    layer.forward(x, kTraining, cache);
     layer.backward(x, cache);
   };
   step();
@@ -230,14 +234,14 @@ TEST_CASE("MixtureOfDepths says what is wrong with its arguments", "[moe][mixtur
   Depths::Cache cache;
   Matrix<double> x = test::random_matrix(4, 4, 1);
   CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
-        "MixtureOfDepths::backward: the cache is empty, expected a forward pass before");
-  layer.forward(x, cache);
+        "MixtureOfDepths::backward: the cache is empty, expected a forward pass that succeeded");
+  layer.forward(x, kTraining, cache);
   CHECK(test::message_of<ShapeError>([&] { layer.backward(x.topRows(2), cache); }) ==
         "MixtureOfDepths::backward: dy is [2, 4], expected [4, 4]");
   const MixtureOfDepths narrow(Linear<double>(4, 3, rng), 4, rng);
-  CHECK(test::message_of<ShapeError>([&] { narrow.forward(x); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(narrow, x); }) ==
         "MixtureOfDepths::forward: the inner layer's output is [1, 3], expected [1, 4]");
   x(2, 1) = std::numeric_limits<double>::quiet_NaN();
-  CHECK(test::message_of<NonFiniteError>([&] { layer.forward(x, cache); }) ==
-        "MixtureOfDepths: the score of token 2 is nan, expected a finite number");
+  CHECK(test::message_of<NonFiniteError>([&] { layer.forward(x, kTraining, cache); }) ==
+        "MixtureOfDepths::forward: the score of token 2 is nan, expected a finite number");
 }

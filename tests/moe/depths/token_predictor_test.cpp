@@ -19,8 +19,14 @@ namespace {
 
 using Bytes = std::vector<std::uint8_t>;
 
+TokenRows rows_of(const Bytes& real) {
+  TokenRows rows;
+  rows.set("here", {.mask = real}, static_cast<Index>(real.size()));
+  return rows;
+}
+
 double loss_of(const Matrix<double>& logits, const Bytes& chosen, const Bytes& real) {
-  return choice_loss<double>(logits, chosen, real);
+  return choice_loss<double>(logits, chosen, rows_of(real));
 }
 
 Matrix<double> column(const std::vector<double>& values) {
@@ -49,7 +55,7 @@ TEST_CASE("The choice loss is finite for extreme logits", "[moe][token_predictor
   CHECK(loss_of(logits, {1, 0, 1, 0}, real) == 0.0);
   CHECK(loss_of(logits, {1, 0, 0, 1}, real) == Approx(400.0));
   Matrix<double> d(4, 1);
-  choice_loss_backward<double>(logits, Bytes{1, 0, 0, 1}, real, 1.0, d);
+  choice_loss_backward<double>(logits, Bytes{1, 0, 0, 1}, rows_of(real), 1.0, d);
   CHECK(test::relative_error(d, column({0.0, 0.0, 0.25, -0.25})) <= 1e-15);
 }
 
@@ -59,7 +65,7 @@ TEST_CASE("The choice loss has the gradient of finite differences",
   const Bytes chosen = {1, 0, 0, 1, 1, 0};
   const Bytes real = {1, 1, 0, 1, 0, 1};
   Matrix<double> d = Matrix<double>::Ones(6, 1);
-  choice_loss_backward<double>(logits, chosen, real, 0.3, d);
+  choice_loss_backward<double>(logits, chosen, rows_of(real), 0.3, d);
   const Matrix<double> numeric =
       test::numeric_gradient(logits, [&] { return 0.3 * loss_of(logits, chosen, real); });
   CHECK(test::relative_error(d, numeric) <= 1e-8);
@@ -77,8 +83,8 @@ TEST_CASE("TokenPredictor matches a network worked out by hand", "[moe][token_pr
                                          Linear<double>{out, Matrix<double>::Ones(1, 1)});
   Matrix<double> x(2, 2);
   x << 1.0, 2.0, 1.0, -0.5;
-  CHECK(predictor.forward(x) == column({7.0, 0.5}));
-  CHECK(predictor.forward(Matrix<double>(0, 2)).rows() == 0);
+  CHECK(infer(predictor, x) == column({7.0, 0.5}));
+  CHECK(infer(predictor, Matrix<double>(0, 2)).rows() == 0);
 }
 
 TEST_CASE("TokenPredictor gradients agree with finite differences",
@@ -102,7 +108,7 @@ TEST_CASE("TokenPredictor gives the same bits for any number of threads and allo
   const Matrix<double> dy = test::random_matrix(900, 1, 2);
   TokenPredictor<double>::Cache cache;
   const auto step = [&] {
-    predictor.forward(x, cache);
+    predictor.forward(x, kTraining, cache);
     predictor.backward(dy, cache);
   };
   step();

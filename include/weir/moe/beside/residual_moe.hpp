@@ -7,6 +7,7 @@
 
 #include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/softmax.hpp>
@@ -21,13 +22,14 @@ namespace weir {
 /// W_c [2, d_model], b_c [1, 2] or none. Everything has its exact gradient.
 /// (Rajbhandari et al. 2022, arXiv:2201.05596, section 4.1.2; the softmax is that of DeepSpeed's
 /// `use_residual`.)
-template <PassLayer Moe, Layer Dense>
-class ResidualMoe {
+template <Layer Moe, Layer Dense>
+class ResidualMoE {
  public:
   using Scalar = typename Moe::Scalar;
   using T = Scalar;
 
   struct Cache {
+    CacheState state;
     typename Moe::Cache moe;
     typename Dense::Cache dense;
     typename Linear<T>::Cache mix;
@@ -35,48 +37,41 @@ class ResidualMoe {
     Matrix<T> moe_out, dense_out;  ///< [tokens, d_model]
     Matrix<T> d_moe, d_dense, d_share, d_logits;
     Matrix<T> y, dx;
-    T aux_loss = T(0);  ///< That of the mixture.
   };
 
   /// \param mix      A linear map d_model -> 2, the logits of c_1 and c_2.
   /// \throws ConfigError  if it has another shape.
-  ResidualMoe(Moe moe, Dense dense, Linear<T> mix)
+  ResidualMoE(Moe moe, Dense dense, Linear<T> mix)
       : moe_(std::move(moe)), dense_(std::move(dense)), mix_(std::move(mix)) {
     if (mix_.d_in() != moe_.d_model() || mix_.d_out() != 2) {
-      fail<ConfigError>("ResidualMoe: the mix is [", mix_.d_out(), ", ", mix_.d_in(),
+      fail<ConfigError>("ResidualMoE: the mix is [", mix_.d_out(), ", ", mix_.d_in(),
                         "], expected [2, ", moe_.d_model(), "]");
     }
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
   /// \param x        [tokens, d_model]. The dense network computes padding too.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     copy_rows<T>(moe_.forward(x, pass, cache.moe), cache.moe_out);
-    copy_rows<T>(apply(dense_, x, pass, cache.dense), cache.dense_out);
-    expect_shape("ResidualMoe::forward", "the dense network's output", cache.dense_out,
+    copy_rows<T>(forward_dense(x, pass, cache), cache.dense_out);
+    expect_shape("ResidualMoE::forward", "the dense network's output", cache.dense_out,
                  cache.moe_out.rows(), cache.moe_out.cols());
-    cache.aux_loss = cache.moe.aux_loss;
     cache.share.resize(x.rows(), 2);
-    softmax<T>(mix_.forward(x, cache.mix), cache.share);
+    softmax<T>(mix_.forward(x, pass, cache.mix), cache.share);
     cache.y.resize(cache.moe_out.rows(), cache.moe_out.cols());
     parallel_pieces(cache.y.rows(), cache.y.cols(), 3, [&](Index t, Index col, Index count) {
       loops::blend<T>(count, cache.share(t, 0), &cache.moe_out(t, col), cache.share(t, 1),
                       &cache.dense_out(t, col), &cache.y(t, col));
     });
-    return cache.y;
+    return cache.state.finish(*this, pass, cache.y);
   }
 
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, the mixture's auxiliary losses included.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of y.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    expect_shape("ResidualMoe::backward", "dy", dy, cache.y.rows(), cache.y.cols());
+    cache.state.begin_backward("ResidualMoE::backward", *this, dy);
     cache.d_moe.resize(dy.rows(), dy.cols());
     cache.d_dense.resize(dy.rows(), dy.cols());
     cache.d_share.resize(dy.rows(), 2);
@@ -98,23 +93,22 @@ class ResidualMoe {
     return cache.dx;
   }
 
-  /// See MoELayer::update.
-  void update() {
-    if constexpr (requires { moe_.update(); }) moe_.update();
+  /// Stores the weights of the mixture and the dense network; the mix keeps full precision.
+  void set_storage(Storage storage) {
+    weir::set_storage(moe_, storage);
+    weir::set_storage(dense_, storage);
   }
-
-  /// See MoELayer::report.
-  auto report(const Cache& cache) const { return moe_.report(cache.moe); }
 
   /// The mixture's members, `dense.*` and `mix.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    Moe::visit(self.moe_, visit);
+    visit("", self.moe_);
     visit("dense", self.dense_);
     visit("mix", self.mix_);
   }
 
   Index d_model() const { return moe_.d_model(); }
+  Index experts() const requires HasExperts<Moe> { return moe_.experts(); }
 
   Moe& moe() { return moe_; }
   const Moe& moe() const { return moe_; }
@@ -122,6 +116,11 @@ class ResidualMoe {
   const Dense& dense() const { return dense_; }
 
  private:
+  const Matrix<T>& forward_dense(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    const PassRecord::Scope scope(pass.record, "dense");
+    return dense_.forward(x, pass, cache.dense);
+  }
+
   Moe moe_;
   Dense dense_;
   Linear<T> mix_;

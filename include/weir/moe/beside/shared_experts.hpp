@@ -11,6 +11,7 @@
 
 #include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
@@ -36,19 +37,12 @@ struct SharedExpertsConfig {
 
   /// \throws ConfigError  unless both weights are finite.
   void check() const {
-    check_weight("routed_weight", routed_weight);
-    check_weight("shared_weight", shared_weight);
+    expect_finite("SharedExperts", "routed_weight", routed_weight);
+    expect_finite("SharedExperts", "shared_weight", shared_weight);
   }
 
   /// Whether both terms are taken as they are.
   bool is_plain_sum() const { return routed_weight == 1.0 && shared_weight == 1.0; }
-
- private:
-  static void check_weight(std::string_view name, double weight) {
-    if (!std::isfinite(weight)) {
-      fail<ConfigError>("SharedExperts: ", name, " = ", weight, ", expected a finite number");
-    }
-  }
 };
 
 /// A mixture of experts `Moe` with a dense network `Shared` beside it:
@@ -59,20 +53,20 @@ struct SharedExpertsConfig {
 /// n shared experts of width f are one network of width n f: exactly their sum.
 /// (Dai et al. 2024, arXiv:2401.06066, eq. 9-11.) Both terms may have a constant factor, see
 /// SharedExpertsConfig.
-template <PassLayer Moe, Layer Shared>
+template <Layer Moe, Layer Shared>
 class SharedExperts {
  public:
   using Scalar = typename Moe::Scalar;
   using T = Scalar;
 
   struct Cache {
+    CacheState state;
     typename Moe::Cache moe;
     typename Shared::Cache shared;
     typename Linear<T>::Cache gate;
     Matrix<T> open;        ///< [tokens, 1], the gate after its sigmoid.
     Matrix<T> shared_out;  ///< [tokens, d_model], kept where there is a gate.
     Matrix<T> y, dx, d_routed, d_shared, d_gate;
-    T aux_loss = T(0);  ///< That of the mixture.
   };
 
   /// \throws ConfigError  unless the weights are finite.
@@ -92,97 +86,63 @@ class SharedExperts {
     }
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
   /// \param x        [tokens, d_model]. The shared experts compute padding too.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     const Matrix<T>& routed = moe_.forward(x, pass, cache.moe);
-    const Matrix<T>& shared = apply(shared_, x, pass, cache.shared);
+    const Matrix<T>& shared = forward_shared(x, pass, cache);
     expect_shape("SharedExperts::forward", "the shared experts' output", shared, routed.rows(),
                  routed.cols());
-    cache.aux_loss = cache.moe.aux_loss;
     cache.y.resize(routed.rows(), routed.cols());
-    const T routed_weight = static_cast<T>(config_.routed_weight);
-    const T shared_weight = static_cast<T>(config_.shared_weight);
-    if (!gate_) {
-      if (config_.is_plain_sum()) {
-        add_rows<T>(routed, shared, cache.y);
-        return cache.y;
-      }
+    if (gate_) {
+      forward_gated(x, routed, shared, pass, cache);
+    } else if (config_.is_plain_sum()) {
+      add_rows<T>(routed, shared, cache.y);
+    } else {
       parallel_pieces(routed.rows(), routed.cols(), 3, [&](Index t, Index col, Index count) {
-        loops::blend(count, routed_weight, &routed(t, col), shared_weight, &shared(t, col),
+        loops::blend(count, routed_weight(), &routed(t, col), shared_weight(), &shared(t, col),
                      &cache.y(t, col));
       });
-      return cache.y;
     }
-    cache.open =
-        gate_->forward(x, cache.gate).unaryExpr([](T z) { return T(1) / (T(1) + std::exp(-z)); });
-    cache.shared_out.resize(shared.rows(), shared.cols());
-    parallel_rows(x.rows(), 3 * x.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        loops::blend(routed.cols(), routed_weight, &routed(t, 0), shared_weight * cache.open(t, 0),
-                     &shared(t, 0), &cache.y(t, 0));
-        std::copy_n(&shared(t, 0), shared.cols(), &cache.shared_out(t, 0));
-      }
-    });
-    return cache.y;
+    return cache.state.finish(*this, pass, cache.y);
   }
 
+  /// \param dy       [tokens, d_model], of the last forward pass.
+  /// \return         dL/dx, the mixture's auxiliary losses included.
+  /// \throws StateError   if the cache does not fit, see CacheState.
+  /// \throws ShapeError   if dy does not have the shape of y.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    const T routed_weight = static_cast<T>(config_.routed_weight);
-    const T shared_weight = static_cast<T>(config_.shared_weight);
-    const bool plain_routed = routed_weight == T(1);
-    if (!plain_routed) scale_rows<T>(routed_weight, dy, cache.d_routed);
+    cache.state.begin_backward("SharedExperts::backward", *this, dy);
     const Matrix<T>& d_routed =
-        plain_routed ? moe_.backward(dy, cache.moe) : moe_.backward(cache.d_routed, cache.moe);
+        moe_.backward(scaled(routed_weight(), dy, cache.d_routed), cache.moe);
     cache.dx.resize(d_routed.rows(), d_routed.cols());
-    if (!gate_) {
-      const bool plain_shared = shared_weight == T(1);
-      if (!plain_shared) scale_rows<T>(shared_weight, dy, cache.d_shared);
-      add_rows<T>(d_routed,
-                  plain_shared ? shared_.backward(dy, cache.shared)
-                               : shared_.backward(cache.d_shared, cache.shared),
-                  cache.dx);
-      return cache.dx;
+    if (gate_) {
+      backward_gate(dy, cache);
+      add_rows<T>(d_routed, shared_.backward(cache.d_shared, cache.shared), cache.dx);
+      add_rows<T>(cache.dx, gate_->backward(cache.d_gate, cache.gate), cache.dx);
+    } else {
+      const auto d_shared = scaled(shared_weight(), dy, cache.d_shared);
+      add_rows<T>(d_routed, shared_.backward(d_shared, cache.shared), cache.dx);
     }
-    cache.d_gate.resize(dy.rows(), 1);
-    cache.d_shared.resize(dy.rows(), dy.cols());
-    parallel_rows(dy.rows(), 4 * dy.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        const T open = cache.open(t, 0);
-        const T* const d = &dy.coeffRef(t, 0);
-        cache.d_gate(t, 0) = shared_weight * loops::dot<T>(dy.cols(), d, &cache.shared_out(t, 0)) *
-                             open * (T(1) - open);
-        loops::scale(dy.cols(), shared_weight * open, d, &cache.d_shared(t, 0));
-      }
-    });
-    add_rows<T>(d_routed, shared_.backward(cache.d_shared, cache.shared), cache.dx);
-    add_rows<T>(cache.dx, gate_->backward(cache.d_gate, cache.gate), cache.dx);
     return cache.dx;
   }
 
-  /// See MoELayer::update.
-  void update() {
-    if constexpr (requires { moe_.update(); }) moe_.update();
+  /// Stores the weights of both networks; the gate keeps full precision.
+  void set_storage(Storage storage) {
+    weir::set_storage(moe_, storage);
+    weir::set_storage(shared_, storage);
   }
-
-  /// See MoELayer::report.
-  auto report(const Cache& cache) const { return moe_.report(cache.moe); }
 
   /// The mixture's members, `shared.*` and, with a gate, `shared_gate.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    Moe::visit(self.moe_, visit);
+    visit("", self.moe_);
     visit("shared", self.shared_);
     if (self.gate_) visit("shared_gate", *self.gate_);
   }
 
   Index d_model() const { return moe_.d_model(); }
+  Index experts() const requires HasExperts<Moe> { return moe_.experts(); }
   const SharedExpertsConfig& config() const { return config_; }
 
   Moe& moe() { return moe_; }
@@ -191,6 +151,52 @@ class SharedExperts {
   const Shared& shared() const { return shared_; }
 
  private:
+  T routed_weight() const { return static_cast<T>(config_.routed_weight); }
+  T shared_weight() const { return static_cast<T>(config_.shared_weight); }
+
+  const Matrix<T>& forward_shared(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    const PassRecord::Scope scope(pass.record, "shared");
+    return shared_.forward(x, pass, cache.shared);
+  }
+
+  void forward_gated(MatrixIn<T> x, const Matrix<T>& routed, const Matrix<T>& shared,
+                     const Pass& pass, Cache& cache) const {
+    cache.open = gate_->forward(x, pass, cache.gate).unaryExpr([](T z) {
+      return T(1) / (T(1) + std::exp(-z));
+    });
+    cache.shared_out.resize(shared.rows(), shared.cols());
+    parallel_rows(x.rows(), 3 * x.cols(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        loops::blend(routed.cols(), routed_weight(), &routed(t, 0),
+                     shared_weight() * cache.open(t, 0), &shared(t, 0), &cache.y(t, 0));
+        std::copy_n(&shared(t, 0), shared.cols(), &cache.shared_out(t, 0));
+      }
+    });
+  }
+
+  /// The gradients of the gate's logit and of the shared experts' output.
+  void backward_gate(MatrixIn<T> dy, Cache& cache) const {
+    cache.d_gate.resize(dy.rows(), 1);
+    cache.d_shared.resize(dy.rows(), dy.cols());
+    parallel_rows(dy.rows(), 4 * dy.cols(), [&](Index begin, Index end) {
+      for (Index t = begin; t < end; ++t) {
+        const T open = cache.open(t, 0);
+        const T* const d = &dy.coeffRef(t, 0);
+        cache.d_gate(t, 0) = shared_weight() *
+                             loops::dot<T>(dy.cols(), d, &cache.shared_out(t, 0)) * open *
+                             (T(1) - open);
+        loops::scale(dy.cols(), shared_weight() * open, d, &cache.d_shared(t, 0));
+      }
+    });
+  }
+
+  /// factor * dy, in `space` unless it is dy.
+  static Eigen::Ref<const Matrix<T>> scaled(T factor, MatrixIn<T> dy, Matrix<T>& space) {
+    if (factor == T(1)) return dy;
+    scale_rows<T>(factor, dy, space);
+    return space;
+  }
+
   SharedExpertsConfig config_;
   Moe moe_;
   Shared shared_;

@@ -132,15 +132,11 @@ class DepthChoice {
                      });
   }
 
-  /// Parameters `router` and, if there is a predictor, `predictor.*`.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    visit("router", self.weight_);
-    if constexpr (kHasPredictor) visit("predictor", self.predictor_);
-  }
-
   Index d_model() const { return weight_.value.cols(); }
   const MixtureOfDepthsConfig& config() const { return config_; }
+  /// w
+  Parameter<T>& weight() { return weight_; }
+  const Parameter<T>& weight() const { return weight_; }
   Predictor& predictor() { return predictor_; }
   const Predictor& predictor() const { return predictor_; }
 

@@ -203,8 +203,9 @@ class MixtureOfDepths {
   /// Parameters `router`, `inner.*` and, if there is a predictor, `predictor.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    visit("", self.choice_);
+    visit("router", self.choice_.weight());
     visit("inner", self.inner_);
+    if constexpr (Choice::kHasPredictor) visit("predictor", self.choice_.predictor());
   }
 
   Index d_model() const { return choice_.d_model(); }
