@@ -53,10 +53,9 @@ Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing
   Matrix<double> y = Matrix<double>::Zero(x.rows(), w.down[0].rows());
   for (Index t = 0; t < x.rows(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      if (routing.kept[i] == 0) continue;
-      const auto e = static_cast<std::size_t>(routing.expert[i]);
-      y.row(t) += routing.weight[i] * w.down_bias[e];
+      if (routing.kept[a] == 0) continue;
+      const auto e = static_cast<std::size_t>(routing.expert[a]);
+      y.row(t) += routing.weight[a] * w.down_bias[e];
       for (Index h = 0; h < 7; ++h) {
         double g = w.gate_bias[e](0, h);
         double u = w.up_bias[e](0, h);
@@ -68,7 +67,7 @@ Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing
         u = std::clamp(u, -limit, limit);
         const double hidden = (u + 1.0) * g / (1.0 + std::exp(-alpha * g));
         for (Index o = 0; o < y.cols(); ++o) {
-          y(t, o) += routing.weight[i] * hidden * w.down[e](o, h);
+          y(t, o) += routing.weight[a] * hidden * w.down[e](o, h);
         }
       }
     }
@@ -85,7 +84,8 @@ double pass_through(double gate, double up) {
       {number(gate), number(up), number(0.0), number(0.0), number(1.0), number(0.0)});
   ClampedGluBank<double>::Cache cache;
   const Matrix<double> one = Matrix<double>::Ones(1, 1);
-  return bank.forward(one, dispatch_of(test::route(SoftmaxTopK<double>{1}, one)), cache)(0, 0);
+  const auto dispatch = dispatch_of(test::route(SoftmaxTopK<double>({.k = 1}), one));
+  return bank.forward(one, dispatch, {}, cache)(0, 0);
 }
 
 }  // namespace
@@ -109,12 +109,12 @@ TEST_CASE("ClampedGluBank is the weighted sum of its experts, token by token",
   for (const Index d_out : {Index(5), Index(3)}) {
     for (const double limit : {7.0, 1.5}) {
       for (const Index k : {Index(1), Index(2), Index(3)}) {
-        Routing<double> routing =
-            test::route(SoftmaxTopK<double>{k}, test::random_matrix(9, 3, 2), {.mask = mask});
-        if (k == 2) FixedCapacity{2}.apply(routing);
+        Routing<double> routing = test::route(SoftmaxTopK<double>({.k = k}),
+                                              test::random_matrix(9, 3, 2), {.mask = mask});
+        if (k == 2) test::limit(FixedCapacity({.capacity = 2}), routing);
         const ClampedGluBank<double> bank(weights(d_out), {.alpha = 1.3, .limit = limit});
         ClampedGluBank<double>::Cache cache;
-        CHECK(test::relative_error(bank.forward(x, dispatch_of(routing), cache),
+        CHECK(test::relative_error(bank.forward(x, dispatch_of(routing), {}, cache),
                                    reference(x, routing, weights(d_out), 1.3, limit)) < 1e-14);
         CHECK(cache.y.row(3).isZero(0.0));
       }
@@ -128,7 +128,7 @@ TEST_CASE("ClampedGluBank gradients agree with finite differences",
   Rng rng(5);
   for (const double limit : {7.0, 1.5}) {
     MoELayer moe(LinearRouter<double>(5, 3, rng, {.bias = true, .init_scale = 5.0}),
-                 TopKSoftmax<double>{2}, Dropless{},
+                 TopKSoftmax<double>({.k = 2}), Dropless(),
                  ClampedGluBank<double>(weights(4), {.limit = limit}));
     test::check_gradients(moe, test::random_matrix(6, 5, 3));
   }
@@ -139,9 +139,9 @@ TEST_CASE("ClampedGluBank leaves experts without tokens alone",
   ClampedGluBank<double> bank(weights());
   Matrix<double> logits = Matrix<double>::Zero(2, 3);
   logits.col(1).setOnes();
-  const auto dispatch = dispatch_of(test::route(SoftmaxTopK<double>{1}, logits));
+  const auto dispatch = dispatch_of(test::route(SoftmaxTopK<double>({.k = 1}), logits));
   ClampedGluBank<double>::Cache cache;
-  bank.forward(test::random_matrix(2, 5, 1), dispatch, cache);
+  bank.forward(test::random_matrix(2, 5, 1), dispatch, kTraining, cache);
   std::vector<double> d_weight(2);
   bank.backward(test::random_matrix(2, 5, 2), dispatch, d_weight, cache);
   for (const auto& [name, parameter] : parameters(bank)) {
@@ -152,15 +152,16 @@ TEST_CASE("ClampedGluBank leaves experts without tokens alone",
 
 TEST_CASE("ClampedGluBank takes no tokens", "[moe][experts][clamped_glu_bank]") {
   ClampedGluBank<double> bank(weights(4));
-  const auto dispatch = dispatch_of(test::route(SoftmaxTopK<double>{2}, Matrix<double>(0, 3)));
+  const auto dispatch =
+      dispatch_of(test::route(SoftmaxTopK<double>({.k = 2}), Matrix<double>(0, 3)));
   ClampedGluBank<double>::Cache cache;
-  CHECK(bank.forward(Matrix<double>(0, 5), dispatch, cache).cols() == 4);
+  CHECK(bank.forward(Matrix<double>(0, 5), dispatch, kTraining, cache).cols() == 4);
   CHECK(bank.backward(Matrix<double>(0, 4), dispatch, {}, cache).cols() == 5);
 }
 
 TEST_CASE("ClampedGluBank names its weights and stores them", "[moe][experts][clamped_glu_bank]") {
   Rng rng(1);
-  ClampedGluBank<double> fresh(2, 100, 50, rng);
+  ClampedGluBank<double> fresh(100, 2, 50, rng);
   const auto all = parameters(fresh);
   REQUIRE(all.size() == 12);
   CHECK(all[0].name == "0.gate");
@@ -168,34 +169,39 @@ TEST_CASE("ClampedGluBank names its weights and stores them", "[moe][experts][cl
   CHECK(all[8].name == "1.up");
   CHECK(all[11].name == "1.down_bias");
   CHECK(all[11].parameter->value.isZero(0.0));
+  CHECK(fresh.d_in() == 100);
+  CHECK(fresh.experts() == 2);
   CHECK(fresh.d_hidden() == 50);
+  // switch_init with scale 1: stddev 0.8796 sqrt(1 / fan-in), cut at two deviations.
+  const Matrix<double>& gate = all[0].parameter->value;
+  CHECK(gate.norm() / std::sqrt(5000.0) == Approx(0.8796 / 10.0).epsilon(0.05));
 
   ClampedGluBank<double> bank(weights(4));
   const Matrix<double> x = test::random_matrix(6, 5, 1);
   const auto dispatch =
-      dispatch_of(test::route(SoftmaxTopK<double>{2}, test::random_matrix(6, 3, 2)));
+      dispatch_of(test::route(SoftmaxTopK<double>({.k = 2}), test::random_matrix(6, 3, 2)));
   ClampedGluBank<double>::Cache cache;
-  const Matrix<double> before = bank.forward(x, dispatch, cache);
+  const Matrix<double> before = bank.forward(x, dispatch, {}, cache);
   set_storage(bank, Storage::kPacked);
   CHECK(parameters(bank).size() == 9);  // The biases.
-  CHECK(test::relative_error(bank.forward(x, dispatch, cache), before) < 1e-14);
+  CHECK(test::relative_error(bank.forward(x, dispatch, {}, cache), before) < 1e-14);
   std::vector<double> d_weight(12);
   CHECK(test::message_of<StateError>([&] { bank.backward(before, dispatch, d_weight, cache); }) ==
         "ClampedGluBank::backward: the weights are stored for inference, expected "
         "Storage::kTrainable");
   set_storage(bank, Storage::kTrainable);
-  CHECK(bank.forward(x, dispatch, cache) == before);
+  CHECK(bank.forward(x, dispatch, {}, cache) == before);
 }
 
 TEST_CASE("ClampedGluBank gives the same bits for any number of threads and allocates nothing",
           "[moe][experts][clamped_glu_bank]") {
   Rng rng(5);
-  MoELayer moe(LinearRouter<double>(16, 4, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2},
-               Dropless{}, ClampedGluBank<double>(4, 16, 24, rng));
+  MoELayer moe(LinearRouter<double>(16, 4, rng, {.init_scale = 5.0}), SoftmaxTopK<double>({.k = 2}),
+               Dropless(), ClampedGluBank<double>(16, 4, 24, rng));
   const Matrix<double> x = test::random_matrix(200, 16, 1);
   decltype(moe)::Cache cache;
   const auto step = [&] {
-    moe.forward(x, cache);
+    moe.forward(x, kTraining, cache);
     moe.backward(x, cache);
   };
   step();
@@ -221,13 +227,13 @@ TEST_CASE("ClampedGluBank says what is wrong with its arguments",
           "[moe][experts][clamped_glu_bank]") {
   Rng rng(1);
   using Bank = ClampedGluBank<double>;
-  CHECK(test::message_of<ConfigError>([&] { Bank(0, 4, 5, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { Bank(4, 0, 5, rng); }) ==
         "ClampedGluBank: experts = 0, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { Bank(2, 0, 5, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { Bank(0, 2, 5, rng); }) ==
         "ClampedGluBank: d_model = 0, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { Bank(2, 4, -1, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { Bank(4, 2, -1, rng); }) ==
         "ClampedGluBank: d_hidden = -1, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { Bank(2, 4, 5, rng, {.alpha = 0.0}); }) ==
+  CHECK(test::message_of<ConfigError>([&] { Bank(4, 2, 5, rng, {.alpha = 0.0}); }) ==
         "ClampedGluBank: alpha = 0, expected a finite number > 0");
   CHECK(test::message_of<ConfigError>([&] { Bank(weights(), {.limit = -7.0}); }) ==
         "ClampedGluBank: limit = -7, expected a finite number > 0");

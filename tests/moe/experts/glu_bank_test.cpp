@@ -12,6 +12,7 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
 
@@ -40,9 +41,8 @@ Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing
   Matrix<double> y = Matrix<double>::Zero(x.rows(), down[0].rows());
   for (Index t = 0; t < x.rows(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      if (routing.kept[i] == 0) continue;
-      const auto e = static_cast<std::size_t>(routing.expert[i]);
+      if (routing.kept[a] == 0) continue;
+      const auto e = static_cast<std::size_t>(routing.expert[a]);
       for (Index h = 0; h < gate[e].rows(); ++h) {
         double z = 0.0;
         double u = 0.0;
@@ -51,7 +51,7 @@ Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing
           u += x(t, j) * up[e](h, j);
         }
         for (Index o = 0; o < y.cols(); ++o) {
-          y(t, o) += routing.weight[i] * silu(z) * u * down[e](o, h);
+          y(t, o) += routing.weight[a] * silu(z) * u * down[e](o, h);
         }
       }
     }
@@ -75,13 +75,13 @@ TEST_CASE("GluBank is the weighted sum of its experts, token by token",
 
   const Matrix<double> x = test::random_matrix(9, 5, 1);
   const std::vector<std::uint8_t> mask = {1, 1, 1, 0, 1, 1, 1, 1, 0};
-  Routing<double> routing;
-  SoftmaxTopK<double>{2}.select(test::random_matrix(9, 4, 2), {.mask = mask}, routing);
-  if (GENERATE(false, true)) FixedCapacity{2}.apply(routing);
+  Routing<double> routing =
+      test::route(SoftmaxTopK<double>({.k = 2}), test::random_matrix(9, 4, 2), {.mask = mask});
+  if (GENERATE(false, true)) test::limit(FixedCapacity({.capacity = 2}), routing);
   Dispatch<double> dispatch;
   dispatch.build(routing);
   GluBank<double>::Cache cache;
-  const Matrix<double>& y = bank.forward(x, dispatch, cache);
+  const Matrix<double>& y = bank.forward(x, dispatch, {.mask = mask}, cache);
   CHECK(test::relative_error(y, reference(x, routing, gate, up, down)) < 1e-14);
   CHECK(y.row(3).isZero(0.0));
 }
@@ -89,8 +89,8 @@ TEST_CASE("GluBank is the weighted sum of its experts, token by token",
 TEST_CASE("GluBank gradients agree with finite differences", "[moe][experts][glu_bank][gradient]") {
   Rng rng(5);
   const auto check = [&]<class Act>(Act) {
-    MoELayer moe(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2},
-                 Dropless{},
+    MoELayer moe(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}),
+                 SoftmaxTopK<double>({.k = 2}), Dropless(),
                  GluBank<double, Act>(random_matrices(3, 5, 4, 10), random_matrices(3, 5, 4, 20),
                                       random_matrices(3, 3, 5, 30)));
     test::check_gradients(moe, test::random_matrix(6, 4, 3));
@@ -101,15 +101,13 @@ TEST_CASE("GluBank gradients agree with finite differences", "[moe][experts][glu
 
 TEST_CASE("GluBank leaves experts without tokens alone", "[moe][experts][glu_bank]") {
   Rng rng(1);
-  GluBank<double> bank(3, 4, 5, rng);
-  Routing<double> routing;
+  GluBank<double> bank(4, 3, 5, rng);
   Matrix<double> logits = Matrix<double>::Zero(2, 3);
   logits.col(1).setOnes();
-  SoftmaxTopK<double>{1}.select(logits, {}, routing);
   Dispatch<double> dispatch;
-  dispatch.build(routing);
+  dispatch.build(test::route(SoftmaxTopK<double>({.k = 1}), logits));
   GluBank<double>::Cache cache;
-  bank.forward(test::random_matrix(2, 4, 1), dispatch, cache);
+  bank.forward(test::random_matrix(2, 4, 1), dispatch, kTraining, cache);
   std::vector<double> d_weight(2);
   bank.backward(test::random_matrix(2, 4, 2), dispatch, d_weight, cache);
 
@@ -121,13 +119,11 @@ TEST_CASE("GluBank leaves experts without tokens alone", "[moe][experts][glu_ban
 
 TEST_CASE("GluBank takes no tokens", "[moe][experts][glu_bank]") {
   Rng rng(1);
-  GluBank<double> bank(3, 4, 5, rng);
-  Routing<double> routing;
-  SoftmaxTopK<double>{2}.select(Matrix<double>(0, 3), {}, routing);
+  GluBank<double> bank(4, 3, 5, rng);
   Dispatch<double> dispatch;
-  dispatch.build(routing);
+  dispatch.build(test::route(SoftmaxTopK<double>({.k = 2}), Matrix<double>(0, 3)));
   GluBank<double>::Cache cache;
-  const Matrix<double>& y = bank.forward(Matrix<double>(0, 4), dispatch, cache);
+  const Matrix<double>& y = bank.forward(Matrix<double>(0, 4), dispatch, kTraining, cache);
   CHECK(y.rows() == 0);
   CHECK(y.cols() == 4);
   const Matrix<double>& dx = bank.backward(Matrix<double>(0, 4), dispatch, {}, cache);
@@ -138,29 +134,31 @@ TEST_CASE("GluBank takes no tokens", "[moe][experts][glu_bank]") {
 TEST_CASE("GluBank names its weights and starts them from one expert's fan-in",
           "[moe][experts][glu_bank]") {
   Rng rng(1);
-  GluBank<double> bank(2, 100, 50, rng);
+  GluBank<double> bank(100, 2, 50, rng);
   const auto all = parameters(bank);
   REQUIRE(all.size() == 6);
   CHECK(all[0].name == "0.gate");
   CHECK(all[4].name == "1.up");
   CHECK(all[5].name == "1.down");
 
-  // switch_init with scale 0.1: stddev 0.8796 sqrt(0.1 / fan-in), cut at two deviations.
+  // switch_init with scale 1: stddev 0.8796 sqrt(1 / fan-in), cut at two deviations.
   const auto stddev = [](const Matrix<double>& m) {
     return m.norm() / std::sqrt(static_cast<double>(m.size()));
   };
-  CHECK(stddev(all[0].parameter->value) == Approx(0.8796 * std::sqrt(0.1 / 100)).epsilon(0.05));
-  CHECK(stddev(all[5].parameter->value) == Approx(0.8796 * std::sqrt(0.1 / 50)).epsilon(0.05));
+  CHECK(stddev(all[0].parameter->value) == Approx(0.8796 * std::sqrt(1.0 / 100)).epsilon(0.05));
+  CHECK(stddev(all[5].parameter->value) == Approx(0.8796 * std::sqrt(1.0 / 50)).epsilon(0.05));
 }
 
 TEST_CASE("GluBank says what is wrong with its arguments", "[moe][experts][glu_bank]") {
   Rng rng(1);
-  CHECK(test::message_of<ConfigError>([&] { GluBank<double>(0, 4, 5, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { GluBank<double>(4, 0, 5, rng); }) ==
         "GluBank: experts = 0, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { GluBank<double>(2, 0, 5, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { GluBank<double>(0, 2, 5, rng); }) ==
         "GluBank: d_model = 0, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { GluBank<double>(2, 4, -1, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { GluBank<double>(4, 2, -1, rng); }) ==
         "GluBank: d_hidden = -1, expected >= 1");
+  CHECK(test::message_of<ConfigError>([&] { GluBank<double>(4, 2, 5, rng, {-1.0}); }) ==
+        "switch_init: scale = -1, expected a finite number > 0");
 
   const Matrices in = random_matrices(2, 5, 4, 1);
   const Matrices out = random_matrices(2, 4, 5, 1);

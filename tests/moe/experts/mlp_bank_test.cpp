@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include <weir/core/storage.hpp>
@@ -14,6 +15,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/routing.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
@@ -40,9 +42,8 @@ Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing
   Matrix<double> y = Matrix<double>::Zero(x.rows(), out[0].rows());
   for (Index t = 0; t < x.rows(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      if (routing.kept[i] == 0) continue;
-      const auto e = static_cast<std::size_t>(routing.expert[i]);
+      if (routing.kept[a] == 0) continue;
+      const auto e = static_cast<std::size_t>(routing.expert[a]);
       for (Index o = 0; o < y.cols(); ++o) {
         double sum = out_bias.empty() ? 0.0 : out_bias[e](0, o);
         for (Index h = 0; h < in[e].rows(); ++h) {
@@ -50,7 +51,7 @@ Matrix<double> reference(const Matrix<double>& x, const Routing<double>& routing
           for (Index j = 0; j < x.cols(); ++j) z += x(t, j) * in[e](h, j);
           sum += std::max(z, 0.0) * out[e](o, h);
         }
-        y(t, o) += routing.weight[i] * sum;
+        y(t, o) += routing.weight[a] * sum;
       }
     }
   }
@@ -75,13 +76,13 @@ TEST_CASE("MlpBank is the weighted sum of its experts, token by token",
 
   const Matrix<double> x = test::random_matrix(9, 5, 1);
   const std::vector<std::uint8_t> mask = {1, 1, 1, 0, 1, 1, 1, 1, 0};
-  Routing<double> routing;
-  SoftmaxTopK<double>{2}.select(test::random_matrix(9, 4, 2), {.mask = mask}, routing);
-  if (GENERATE(false, true)) FixedCapacity{2}.apply(routing);
+  Routing<double> routing =
+      test::route(SoftmaxTopK<double>({.k = 2}), test::random_matrix(9, 4, 2), {.mask = mask});
+  if (GENERATE(false, true)) test::limit(FixedCapacity({.capacity = 2}), routing);
   Dispatch<double> dispatch;
   dispatch.build(routing);
   MlpBank<double>::Cache cache;
-  const Matrix<double>& y = bank.forward(x, dispatch, cache);
+  const Matrix<double>& y = bank.forward(x, dispatch, {.mask = mask}, cache);
   CHECK(test::relative_error(y, reference(x, routing, in, out, in_bias, out_bias)) < 1e-14);
   CHECK(y.row(3).isZero(0.0));
 }
@@ -90,8 +91,8 @@ TEST_CASE("MlpBank gradients agree with finite differences", "[moe][experts][mlp
   const auto bias = GENERATE(false, true);
   Rng rng(5);
   const auto check = [&]<class Act>(Act) {
-    MoELayer moe(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2},
-                 Dropless{},
+    MoELayer moe(LinearRouter<double>(4, 3, rng, {.init_scale = 5.0}),
+                 SoftmaxTopK<double>({.k = 2}), Dropless(),
                  MlpBank<double, Act>(random_matrices(3, 5, 4, 10), random_matrices(3, 3, 5, 20),
                                       bias ? random_matrices(3, 1, 5, 30) : Matrices{},
                                       bias ? random_matrices(3, 1, 3, 40) : Matrices{}));
@@ -103,15 +104,13 @@ TEST_CASE("MlpBank gradients agree with finite differences", "[moe][experts][mlp
 
 TEST_CASE("MlpBank leaves experts without tokens alone", "[moe][experts][mlp_bank]") {
   Rng rng(1);
-  MlpBank<double> bank(3, 4, 5, rng, {.bias = true});
-  Routing<double> routing;
+  MlpBank<double> bank(4, 3, 5, rng, {.bias = true});
   Matrix<double> logits = Matrix<double>::Zero(2, 3);
   logits.col(1).setOnes();
-  SoftmaxTopK<double>{1}.select(logits, {}, routing);
   Dispatch<double> dispatch;
-  dispatch.build(routing);
+  dispatch.build(test::route(SoftmaxTopK<double>({.k = 1}), logits));
   MlpBank<double>::Cache cache;
-  bank.forward(test::random_matrix(2, 4, 1), dispatch, cache);
+  bank.forward(test::random_matrix(2, 4, 1), dispatch, kTraining, cache);
   std::vector<double> d_weight(2);
   bank.backward(test::random_matrix(2, 4, 2), dispatch, d_weight, cache);
 
@@ -123,13 +122,11 @@ TEST_CASE("MlpBank leaves experts without tokens alone", "[moe][experts][mlp_ban
 
 TEST_CASE("MlpBank takes no tokens", "[moe][experts][mlp_bank]") {
   Rng rng(1);
-  MlpBank<double> bank(3, 4, 5, rng, {.bias = true});
-  Routing<double> routing;
-  SoftmaxTopK<double>{2}.select(Matrix<double>(0, 3), {}, routing);
+  MlpBank<double> bank(4, 3, 5, rng, {.bias = true});
   Dispatch<double> dispatch;
-  dispatch.build(routing);
+  dispatch.build(test::route(SoftmaxTopK<double>({.k = 2}), Matrix<double>(0, 3)));
   MlpBank<double>::Cache cache;
-  const Matrix<double>& y = bank.forward(Matrix<double>(0, 4), dispatch, cache);
+  const Matrix<double>& y = bank.forward(Matrix<double>(0, 4), dispatch, kTraining, cache);
   CHECK(y.rows() == 0);
   CHECK(y.cols() == 4);
   CHECK(bank.backward(Matrix<double>(0, 4), dispatch, {}, cache).cols() == 4);
@@ -137,13 +134,17 @@ TEST_CASE("MlpBank takes no tokens", "[moe][experts][mlp_bank]") {
 
 TEST_CASE("MlpBank names its weights; its biases start at zero", "[moe][experts][mlp_bank]") {
   Rng rng(1);
-  MlpBank<double> plain(2, 4, 5, rng);
+  MlpBank<double> plain(4, 2, 5, rng);
   const auto weights = parameters(plain);
   REQUIRE(weights.size() == 4);
   CHECK(weights[0].name == "0.in");
   CHECK(weights[3].name == "1.out");
+  MlpBank<double> wide(100, 2, 50, rng);
+  // switch_init with scale 1: stddev 0.8796 sqrt(1 / fan-in), cut at two deviations.
+  CHECK(parameters(wide)[0].parameter->value.norm() / std::sqrt(5000.0) ==
+        Approx(0.8796 / 10.0).epsilon(0.05));
 
-  MlpBank<double> biased(2, 4, 5, rng, {.bias = true});
+  MlpBank<double> biased(4, 2, 5, rng, {.bias = true});
   const auto all = parameters(biased);
   REQUIRE(all.size() == 8);
   CHECK(all[5].name == "1.in_bias");
@@ -159,18 +160,16 @@ TEST_CASE("MlpBank keeps its biases when stored for inference, and every bit of 
   MlpBank<double> bank(random_matrices(3, 7, 5, 10), random_matrices(3, 4, 7, 20),
                        bias ? random_matrices(3, 1, 7, 30) : Matrices{},
                        bias ? random_matrices(3, 1, 4, 40) : Matrices{});
-  Routing<double> routing;
-  SoftmaxTopK<double>{2}.select(Matrix<double>(test::random_matrix(tokens, 3, 2) * 0.1), {},
-                                routing);
   Dispatch<double> dispatch;
-  dispatch.build(routing);
+  dispatch.build(
+      test::route(SoftmaxTopK<double>({.k = 2}), 0.1 * test::random_matrix(tokens, 3, 2)));
   for (Index e = 0; e < 3; ++e) REQUIRE(dispatch.rows(e) > 10);
   MlpBank<double>::Cache cache;
   const Matrix<double> x = test::random_matrix(tokens, 5, 1);
-  const Matrix<double> y = bank.forward(x, dispatch, cache);
+  const Matrix<double> y = bank.forward(x, dispatch, {}, cache);
 
   set_storage(bank, Storage::kPacked);
-  CHECK(bank.forward(x, dispatch, cache) == y);
+  CHECK(bank.forward(x, dispatch, {}, cache) == y);
   const auto left = parameters(bank);
   REQUIRE(left.size() == (bias ? 6 : 0));
   if (bias) {
@@ -182,14 +181,14 @@ TEST_CASE("MlpBank keeps its biases when stored for inference, and every bit of 
 TEST_CASE("MlpBank gives the same bits for any number of threads and allocates nothing",
           "[moe][experts][mlp_bank][parallel]") {
   Rng rng(5);
-  MoELayer moe(LinearRouter<double>(16, 4, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{2},
-               Dropless{},
+  MoELayer moe(LinearRouter<double>(16, 4, rng, {.init_scale = 5.0}), SoftmaxTopK<double>({.k = 2}),
+               Dropless(),
                MlpBank<double, Gelu>(random_matrices(4, 24, 16, 10), random_matrices(4, 16, 24, 20),
                                      random_matrices(4, 1, 24, 30), random_matrices(4, 1, 16, 40)));
   const Matrix<double> x = test::random_matrix(200, 16, 1);
   decltype(moe)::Cache cache;
   const auto step = [&] {
-    moe.forward(x, cache);
+    moe.forward(x, kTraining, cache);
     moe.backward(x, cache);
   };
   step();
@@ -212,11 +211,11 @@ TEST_CASE("MlpBank gives the same bits for any number of threads and allocates n
 
 TEST_CASE("MlpBank says what is wrong with its arguments", "[moe][experts][mlp_bank]") {
   Rng rng(1);
-  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(0, 4, 5, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(4, 0, 5, rng); }) ==
         "MlpBank: experts = 0, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(2, 0, 5, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(0, 2, 5, rng); }) ==
         "MlpBank: d_model = 0, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(2, 4, -1, rng); }) ==
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(4, 2, -1, rng); }) ==
         "MlpBank: d_hidden = -1, expected >= 1");
 
   const Matrices in = random_matrices(2, 5, 4, 1);

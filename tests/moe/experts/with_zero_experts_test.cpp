@@ -32,12 +32,12 @@ namespace {
 /// Two experts 4 -> 4.
 GluBank<double> bank() {
   Rng rng(1);
-  return {2, 4, 5, rng, 3.0};
+  return {4, 2, 5, rng, {.init_scale = 3.0}};
 }
 
-WithZeroExperts<GluBank<double>> with(ZeroExpertsConfig config) {
+WithZeroExperts<GluBank<double>> with(WithZeroExpertsConfig config) {
   Rng rng(2);
-  return {bank(), config, rng};
+  return {bank(), rng, config};
 }
 
 /// A row [1, experts] of logits that chooses `expert`.
@@ -50,12 +50,13 @@ Matrix<double> chooses(Index experts, Index expert) {
 /// What `expert` alone makes of one token.
 template <class Bank>
 Matrix<double> one(const Bank& bank, const Matrix<double>& x, Index expert) {
-  Routing<double> routing = test::route(SoftmaxTopK<double>{1}, chooses(bank.experts(), expert));
+  Routing<double> routing =
+      test::route(SoftmaxTopK<double>({.k = 1}), chooses(bank.experts(), expert));
   routing.weight[0] = 1.0;
   Dispatch<double> dispatch;
   dispatch.build(routing);
   typename Bank::Cache cache;
-  return bank.forward(x, dispatch, cache);
+  return bank.forward(x, dispatch, {}, cache);
 }
 
 }  // namespace
@@ -67,7 +68,7 @@ TEST_CASE("Zero experts are zero, the token and a mix with a constant",
   mix(0, 0) = std::log(3.0);
   Matrix<double> constant(1, 4);
   constant << 4.0, 8.0, -4.0, 0.0;
-  const WithZeroExperts all(bank(), {1, 1, 1}, {mix}, {constant});
+  const WithZeroExperts all(bank(), {mix}, {constant}, {1, 1, 1});
   CHECK(all.experts() == 5);
   Matrix<double> x = Matrix<double>::Zero(1, 4);
   x(0, 0) = 1.0;
@@ -85,27 +86,28 @@ TEST_CASE("WithZeroExperts is the weighted sum of all its experts",
           "[moe][experts][with_zero_experts]") {
   const std::vector<std::uint8_t> mask = {1, 1, 1, 0, 1, 1, 1, 1, 0};
   const Matrix<double> x = test::random_matrix(9, 4, 1);
-  for (const ZeroExpertsConfig config :
-       {ZeroExpertsConfig{0, 0, 0}, ZeroExpertsConfig{1, 2, 2}, ZeroExpertsConfig{0, 1, 0},
-        ZeroExpertsConfig{0, 0, 2}, ZeroExpertsConfig{3, 0, 1}}) {
+  for (const WithZeroExpertsConfig config :
+       {WithZeroExpertsConfig{0, 0, 0}, WithZeroExpertsConfig{1, 2, 2},
+        WithZeroExpertsConfig{0, 1, 0}, WithZeroExpertsConfig{0, 0, 2},
+        WithZeroExpertsConfig{3, 0, 1}}) {
     const auto experts = with(config);
     for (const Index k : {Index(1), Index(2), experts.experts()}) {
       Routing<double> routing =
-          test::route(SoftmaxTopK<double>{.k = k, .renormalise = false},
+          test::route(SoftmaxTopK<double>({.k = k, .renormalise = false}),
                       test::random_matrix(9, experts.experts(), 2), {.mask = mask});
-      if (k == 2) FixedCapacity{2}.apply(routing);
+      if (k == 2) test::limit(FixedCapacity({.capacity = 2}), routing);
       Matrix<double> expected = Matrix<double>::Zero(9, 4);
       for (Index t = 0; t < 9; ++t) {
         for (Index a = routing.first(t); a < routing.last(t); ++a) {
-          const auto i = static_cast<std::size_t>(a);
-          if (routing.kept[i] == 0) continue;
-          expected.row(t) += routing.weight[i] * one(experts, x.row(t), routing.expert[i]);
+          if (routing.kept[a] == 0) continue;
+          expected.row(t) += routing.weight[a] * one(experts, x.row(t), routing.expert[a]);
         }
       }
       Dispatch<double> dispatch;
       dispatch.build(routing);
       WithZeroExperts<GluBank<double>>::Cache cache;
-      CHECK(test::relative_error(experts.forward(x, dispatch, cache), expected) < 1e-14);
+      CHECK(test::relative_error(experts.forward(x, dispatch, {.mask = mask}, cache), expected) <
+            1e-14);
       CHECK(cache.y.row(3).isZero(0.0));
     }
   }
@@ -117,23 +119,23 @@ TEST_CASE("WithZeroExperts gradients agree with finite differences",
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1};
   const Matrix<double> x = test::random_matrix(6, 4, 3);
   const LinearRouter<double> router(4, 7, rng, {.init_scale = 5.0});
-  MoELayer all(router, SoftmaxTopK<double>{.k = 7}, Dropless{}, with({1, 2, 2}),
-               SwitchLoss<double>{0.3});
+  MoELayer all(router, SoftmaxTopK<double>({.k = 7}), Dropless(), with({1, 2, 2}),
+               SwitchLoss<double>({.coefficient = 0.3}));
   test::check_gradients(all, x, {.mask = mask});
-  MoELayer some(router, SoftmaxTopK<double>{.k = 3, .renormalise = false}, FixedCapacity{3},
-                with({1, 2, 2}));
+  MoELayer some(router, SoftmaxTopK<double>({.k = 3, .renormalise = false}),
+                FixedCapacity({.capacity = 3}), with({1, 2, 2}));
   test::check_gradients(some, x);
 }
 
 TEST_CASE("WithZeroExperts never looks at padding", "[moe][experts][with_zero_experts]") {
   Rng rng(5);
-  MoELayer moe(LinearRouter<double>(4, 5, rng), SoftmaxTopK<double>{5}, Dropless{},
+  MoELayer moe(LinearRouter<double>(4, 5, rng), SoftmaxTopK<double>({.k = 5}), Dropless(),
                with({1, 1, 1}));
   const std::vector<std::uint8_t> mask = {1, 0, 1};
   Matrix<double> x = test::random_matrix(3, 4, 1);
   x.row(1).setConstant(std::numeric_limits<double>::quiet_NaN());
   decltype(moe)::Cache cache;
-  const Matrix<double> y = moe.forward(x, {.mask = mask}, cache);
+  const Matrix<double> y = moe.forward(x, {.training = true, .mask = mask}, cache);
   CHECK(y.row(1).isZero(0.0));
   CHECK(y.allFinite());
   const Matrix<double> dx = moe.backward(x, cache);
@@ -145,10 +147,10 @@ TEST_CASE("WithZeroExperts leaves experts without tokens alone",
           "[moe][experts][with_zero_experts]") {
   auto experts = with({0, 0, 2});
   Dispatch<double> dispatch;
-  dispatch.build(test::route(SoftmaxTopK<double>{1}, chooses(4, 3)));
+  dispatch.build(test::route(SoftmaxTopK<double>({.k = 1}), chooses(4, 3)));
   decltype(experts)::Cache cache;
   std::vector<double> d_weight(1);
-  experts.forward(test::random_matrix(1, 4, 1), dispatch, cache);
+  experts.forward(test::random_matrix(1, 4, 1), dispatch, kTraining, cache);
   experts.backward(test::random_matrix(1, 4, 2), dispatch, d_weight, cache);
   for (const auto& [name, parameter] : parameters(experts)) {
     INFO(name);
@@ -158,10 +160,10 @@ TEST_CASE("WithZeroExperts leaves experts without tokens alone",
 
 TEST_CASE("WithZeroExperts takes no tokens", "[moe][experts][with_zero_experts]") {
   Rng rng(1);
-  MoELayer moe(LinearRouter<double>(4, 5, rng), SoftmaxTopK<double>{2}, Dropless{},
+  MoELayer moe(LinearRouter<double>(4, 5, rng), SoftmaxTopK<double>({.k = 2}), Dropless(),
                with({1, 1, 1}));
   decltype(moe)::Cache cache;
-  CHECK(moe.forward(Matrix<double>(0, 4), cache).cols() == 4);
+  CHECK(moe.forward(Matrix<double>(0, 4), kTraining, cache).cols() == 4);
   CHECK(moe.backward(Matrix<double>(0, 4), cache).cols() == 4);
 }
 
@@ -176,15 +178,15 @@ TEST_CASE("WithZeroExperts names its weights and stores those of the bank",
   CHECK(all[9].name == "5.constant");
 
   Rng rng(1);
-  MoELayer moe(LinearRouter<double>(4, 6, rng), SoftmaxTopK<double>{2}, Dropless{}, experts);
+  MoELayer moe(LinearRouter<double>(4, 6, rng), SoftmaxTopK<double>({.k = 2}), Dropless(), experts);
   const Matrix<double> x = test::random_matrix(5, 4, 1);
-  const Matrix<double> before = moe.forward(x);
+  const Matrix<double> before = infer(moe, x);
   set_storage(moe, Storage::kPacked);
   CHECK(moe.bank().bank().storage() == Storage::kPacked);
   CHECK(parameters(moe.bank()).size() == 4);
-  CHECK(test::relative_error(moe.forward(x), before) < 1e-14);
+  CHECK(test::relative_error(infer(moe, x), before) < 1e-14);
   decltype(moe)::Cache cache;
-  moe.forward(x, cache);
+  moe.forward(x, kTraining, cache);
   CHECK(test::message_of<StateError>([&] { moe.backward(x, cache); }) ==
         "GluBank::backward: the weights are stored for inference, expected Storage::kTrainable");
 }
@@ -192,13 +194,12 @@ TEST_CASE("WithZeroExperts names its weights and stores those of the bank",
 TEST_CASE("WithZeroExperts gives the same bits for any number of threads and allocates nothing",
           "[moe][experts][with_zero_experts]") {
   Rng rng(5);
-  MoELayer moe(LinearRouter<double>(16, 8, rng, {.init_scale = 5.0}), SoftmaxTopK<double>{3},
-               Dropless{},
-               WithZeroExperts(GluBank<double>(4, 16, 24, rng), ZeroExpertsConfig{1, 1, 2}, rng));
+  MoELayer moe(LinearRouter<double>(16, 8, rng, {.init_scale = 5.0}), SoftmaxTopK<double>({.k = 3}),
+               Dropless(), WithZeroExperts(GluBank<double>(16, 4, 24, rng), rng, {1, 1, 2}));
   const Matrix<double> x = test::random_matrix(200, 16, 1);
   decltype(moe)::Cache cache;
   const auto step = [&] {
-    moe.forward(x, cache);
+    moe.forward(x, kTraining, cache);
     moe.backward(x, cache);
   };
   step();
@@ -233,25 +234,28 @@ TEST_CASE("WithZeroExperts says what is wrong with its arguments",
   const Matrix<double> constant = test::random_matrix(1, 4, 1);
   using Experts = WithZeroExperts<GluBank<double>>;
   CHECK(
-      test::message_of<ConfigError>([&] { Experts(bank(), {.constant = 2}, {mix}, {constant}); }) ==
+      test::message_of<ConfigError>([&] { Experts(bank(), {mix}, {constant}, {.constant = 2}); }) ==
       "WithZeroExperts: 1 mix and 1 constant weights, expected 2 of each (one per constant "
       "expert)");
   CHECK(test::message_of<ShapeError>([&] {
-          Experts(bank(), {.constant = 1}, {constant}, {mix});
+          Experts(bank(), {constant}, {mix}, {.constant = 1});
         }) == "WithZeroExperts: mix[0] is [1, 4], expected [2, 4]");
-  CHECK(test::message_of<ShapeError>([&] { Experts(bank(), {.constant = 1}, {mix}, {mix}); }) ==
+  CHECK(test::message_of<ShapeError>([&] { Experts(bank(), {mix}, {mix}, {.constant = 1}); }) ==
         "WithZeroExperts: constant[0] is [2, 4], expected [1, 4]");
 
   const MlpBank<double> narrow({test::random_matrix(5, 4, 1)}, {test::random_matrix(2, 5, 1)});
   CHECK(WithZeroExperts(narrow, {.zero = 1}).experts() == 2);
+  CHECK(test::message_of<ConfigError>([&] { Experts(bank(), {.constant = 1}); }) ==
+        "WithZeroExperts: 0 mix and 0 constant weights, expected 1 of each (one per constant "
+        "expert)");
   CHECK(test::message_of<ConfigError>([&] { WithZeroExperts(narrow, {.identity = 1}); }) ==
         "WithZeroExperts: the bank yields 2 features, expected 4 beside identity and constant "
         "experts");
 
   Dispatch<double> dispatch;
-  dispatch.build(test::route(SoftmaxTopK<double>{1}, test::random_matrix(5, 3, 2)));
+  dispatch.build(test::route(SoftmaxTopK<double>({.k = 1}), test::random_matrix(5, 3, 2)));
   Experts::Cache cache;
   CHECK(test::message_of<ShapeError>([&] {
-          with({.zero = 1}).forward(test::random_matrix(4, 4, 1), dispatch, cache);
+          with({.zero = 1}).forward(test::random_matrix(4, 4, 1), dispatch, {}, cache);
         }) == "WithZeroExperts::forward: x is [4, 4], expected [5, 4]");
 }
