@@ -49,14 +49,14 @@ struct UpdateNodes final : Walk<T> {
 
 template <class T>
 struct SetStorage final : Walk<T> {
-  explicit SetStorage(Storage storage) : storage(storage) {}
+  explicit SetStorage(Storage wanted) : storage(wanted) {}
   bool at_node(const Node& node) override { return !node.set_storage(storage); }
   Storage storage;
 };
 
 template <class T>
 struct Freeze final : Walk<T> {
-  Freeze(std::string_view pattern, bool frozen) : pattern(pattern), frozen(frozen) {}
+  Freeze(std::string_view names, bool freeze) : pattern(names), frozen(freeze) {}
   void at_parameter(std::string_view name, Parameter<T>& parameter) override {
     if (!matches_pattern(pattern, name)) return;
     parameter.frozen = frozen;
