@@ -174,11 +174,11 @@ class LatentAttention {
   /// \param pass    Its sequences are looked at. Null is one; padding is refused.
   /// \param states  For each sequence what it has seen so far; the new tokens are added.
   /// \param cache   Workspace. It cannot be followed by `backward`.
-  /// \return        [new tokens, d_model], to rounding what `forward` of the wholes gives.
+  /// \return        [new tokens, d_model], to rounding what `forward` of each whole sequence gives.
   /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
   ///                      of another layer.
   /// \throws StateError   unless there is one state for each sequence, all different.
-  /// \throws ConfigError  if a token is padding: a state holds none.
+  /// \throws ConfigError  if a token is padding: a state has no place for it.
   const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
                           Cache& cache) const {
     check_decode(x, pass, states);
