@@ -18,10 +18,10 @@ const Mask kTable = {1, 1, 0, 0, 1, 1};  // Two modalities, three experts.
 
 }  // namespace
 
-TEST_CASE("All experts but those that failed", "[moe][expert_mask]") {
-  CHECK(without(4, Indices{2, 0, 2}) == Mask{0, 1, 0, 1});
-  CHECK(without(2, {}) == Mask{1, 1});
-  CHECK(without(1, Indices{0}) == Mask{0});
+TEST_CASE("All experts but those that are excluded", "[moe][expert_mask]") {
+  CHECK(all_but(4, Indices{2, 0, 2}) == Mask{0, 1, 0, 1});
+  CHECK(all_but(2, {}) == Mask{1, 1});
+  CHECK(all_but(1, Indices{0}) == Mask{0});
 }
 
 TEST_CASE("Each token has the experts of its modality", "[moe][expert_mask]") {
@@ -33,12 +33,12 @@ TEST_CASE("Each token has the experts of its modality", "[moe][expert_mask]") {
 
 TEST_CASE("Expert masks name what does not fit", "[moe][expert_mask]") {
   const auto config = [](auto action) { return test::message_of<ConfigError>(action); };
-  CHECK(config([] { without(0, {}); }) == "without: experts = 0, expected >= 1");
+  CHECK(config([] { all_but(0, {}); }) == "all_but: experts = 0, expected >= 1");
   CHECK(config([] {
-          without(4, Indices{1, 4});
-        }) == "without: failed[1] = 4, expected 0 <= failed < experts = 4");
-  CHECK(config([] { without(4, Indices{-1}); }) ==
-        "without: failed[0] = -1, expected 0 <= failed < experts = 4");
+          all_but(4, Indices{1, 4});
+        }) == "all_but: excluded[1] = 4, expected 0 <= excluded < experts = 4");
+  CHECK(config([] { all_but(4, Indices{-1}); }) ==
+        "all_but: excluded[0] = -1, expected 0 <= excluded < experts = 4");
   CHECK(config([] { modality_mask({}, {}, 0); }) == "modality_mask: experts = 0, expected >= 1");
   CHECK(config([] {
           modality_mask(Indices{0, 2}, kTable, 3);

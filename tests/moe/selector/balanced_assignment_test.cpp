@@ -8,9 +8,9 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
-#include "support/gradient.hpp"
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 #include "support/threads.hpp"
@@ -22,8 +22,6 @@ static_assert(Selector<BalancedAssignment<float>, float>);
 
 namespace {
 
-const Pass kTraining{.training = true};
-
 RowVector<double> load_of(const Routing<double>& routing) {
   RowVector<double> load = RowVector<double>::Zero(routing.experts());
   routing.add_load(0, routing.tokens(), load);
@@ -33,9 +31,7 @@ RowVector<double> load_of(const Routing<double>& routing) {
 double total(const Routing<double>& routing) {
   double sum = 0.0;
   for (Index t = 0; t < routing.tokens(); ++t) {
-    for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      sum += routing.logits(t, routing.expert[static_cast<std::size_t>(a)]);
-    }
+    for (const Index e : routing.experts_of(t)) sum += routing.logits(t, e);
   }
   return sum;
 }
@@ -70,7 +66,7 @@ TEST_CASE("BalancedAssignment finds the best level assignment within its epsilon
     const Index tokens = 1 + static_cast<Index>(seed % 7);
     const Index experts = 1 + static_cast<Index>(seed % 4);
     const Matrix<double> logits = test::random_matrix(tokens, experts, seed);
-    const BalancedAssignment<double> selector{.epsilon = 1e-5};
+    const BalancedAssignment<double> selector({.epsilon = 1e-5});
     const Routing<double> routing = route(selector, logits, kTraining);
     INFO("seed " << seed);
     const RowVector<double> load = load_of(routing);
@@ -91,12 +87,12 @@ TEST_CASE("BalancedAssignment levels a batch with padding",
     mask[5] = 0;
     logits.row(5).setConstant(std::nan(""));
     const Pass pass{.training = true, .mask = mask};
-    const Routing<double> routing = route(BalancedAssignment<double>{}, logits, pass);
+    const Routing<double> routing = route(BalancedAssignment<double>(), logits, pass);
     const RowVector<double> load = load_of(routing);
     CHECK(load.maxCoeff() - load.minCoeff() <= 1.0);
     CHECK(routing.assignments() == tokens - 1);
     const test::Threads threads(3);
-    const Routing<double> threaded = route(BalancedAssignment<double>{}, logits, pass);
+    const Routing<double> threaded = route(BalancedAssignment<double>(), logits, pass);
     CHECK(threaded.expert == routing.expert);
     CHECK(threaded.weight == routing.weight);
   }
@@ -109,10 +105,10 @@ TEST_CASE(
   // Both like expert 0; token 1 loses less by going to expert 1: 2 + 1 > 1.5 + 0.
   Matrix<double> logits(2, 2);
   logits << 2.0, 0.0, 1.5, 1.0;
-  const Routing<double> level = route(BalancedAssignment<double>{}, logits, kTraining);
+  const Routing<double> level = route(BalancedAssignment<double>(), logits, kTraining);
   CHECK(level.expert == std::vector<Index>{0, 1});
   CHECK(level.weight[1] == Approx(1.0 / (1.0 + std::exp(-1.0))));
-  CHECK(route(BalancedAssignment<double>{}, logits).expert == std::vector<Index>{0, 0});
+  CHECK(route(BalancedAssignment<double>(), logits).expert == std::vector<Index>{0, 0});
 }
 
 TEST_CASE("BalancedAssignment is not causal in training, and is in evaluation",
@@ -136,53 +132,26 @@ TEST_CASE("BalancedAssignment routes no tokens, equal logits and one expert",
 
 TEST_CASE("BalancedAssignment gradient agrees with finite differences",
           "[moe][selector][balanced_assignment][gradient]") {
-  const BalancedAssignment<double> selector;
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1};
-  const Pass pass{.training = GENERATE(false, true), .mask = mask};
-  Matrix<double> logits = test::random_matrix(6, 3, 21);
-  const Routing<double> routing = route(selector, logits, pass);
-  const Matrix<double> c = test::random_matrix(1, routing.assignments(), 22);
-  const Matrix<double> q = test::random_matrix(6, 3, 23);
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = c;
-  gradient.probabilities = q;
-  selector.backward(routing, gradient);
-  const auto numeric = test::numeric_gradient(logits, [&] {
-    const Routing<double> r = route(selector, logits, pass);
-    double value = r.probabilities.cwiseProduct(q).sum();
-    for (Index a = 0; a < r.assignments(); ++a) {
-      value += c(0, a) * r.weight[static_cast<std::size_t>(a)];
-    }
-    return value;
-  });
-  CHECK(test::relative_error(gradient.logits, numeric) <= 1e-8);
+  test::check_selector_gradient(BalancedAssignment<double>(), test::random_matrix(6, 3, 21),
+                                {.training = GENERATE(false, true), .mask = mask});
 }
 
 TEST_CASE("BalancedAssignment says what is wrong with its settings",
           "[moe][selector][balanced_assignment]") {
   const auto message = [](double epsilon) {
     return test::message_of<ConfigError>(
-        [&] { BalancedAssignment<double>{.epsilon = epsilon}.check(4); });
+        [&] { BalancedAssignment<double>({.epsilon = epsilon}).check(4); });
   };
-  CHECK(message(0.0) == "BalancedAssignment: epsilon = 0, expected 1e-6 <= epsilon <= 1");
+  CHECK(message(0.0) == "BalancedAssignment: epsilon = 0, expected 1e-06 <= epsilon <= 1");
   CHECK(message(std::nan("")) ==
-        "BalancedAssignment: epsilon = nan, expected 1e-6 <= epsilon <= 1");
+        "BalancedAssignment: epsilon = nan, expected 1e-06 <= epsilon <= 1");
 }
 
 TEST_CASE("BalancedAssignment allocates nothing the second time",
           "[moe][selector][balanced_assignment]") {
   if (!test::allocations_are_counted()) return;
-  const BalancedAssignment<double> selector{};
+  const BalancedAssignment<double> selector;
   const Matrix<double> logits = test::random_matrix(37, 5, 31);
-  const Pass pass{.training = true};
-  Routing<double> routing;
-  RoutingGradient<double> gradient;
-  const auto step = [&] {
-    selector.select(logits, pass, routing);
-    gradient.reset(routing);
-    selector.backward(routing, gradient);
-  };
-  step();
-  CHECK(test::count_allocations(step) == 0);
+  CHECK(test::count_step_allocations(selector, logits) == 0);
 }

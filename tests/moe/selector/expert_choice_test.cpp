@@ -13,6 +13,7 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
@@ -55,7 +56,7 @@ Routing<double> by_definition(const ExpertChoice<double>& selector, const Matrix
   const Index experts = logits.cols();
   Matrix<double> score = Matrix<double>::Zero(tokens, experts);
   std::vector<std::vector<Index>> chosen(static_cast<std::size_t>(tokens));
-  routing.for_each_group(selector.scope, [&](Index begin, Index end) {
+  routing.rows.for_each_group(selector.config().scope, [&](Index begin, Index end) {
     std::vector<Index> real;
     for (Index t = begin; t < end; ++t) {
       if (!pass.is_padding(t)) real.push_back(t);
@@ -63,7 +64,7 @@ Routing<double> by_definition(const ExpertChoice<double>& selector, const Matrix
     for (const Index t : real) {
       for (Index e = 0; e < experts; ++e) {
         double sum = 0.0;
-        if (selector.over == ScoresOver::kExperts) {
+        if (selector.config().over == ScoresOver::kExperts) {
           for (Index j = 0; j < experts; ++j) sum += std::exp(logits(t, j));
         } else {
           for (const Index u : real) sum += std::exp(logits(u, e));
@@ -88,9 +89,9 @@ Routing<double> by_definition(const ExpertChoice<double>& selector, const Matrix
     for (const Index e : list) {
       routing.expert.push_back(e);
       routing.weight.push_back(score(t, e) /
-                               (selector.divide ? static_cast<double>(list.size()) : 1.0));
+                               (selector.config().divide ? static_cast<double>(list.size()) : 1.0));
     }
-    routing.offsets[static_cast<std::size_t>(t) + 1] = routing.assignments();
+    routing.offsets[t + 1] = routing.assignments();
   }
   return routing;
 }
@@ -99,7 +100,7 @@ Routing<double> by_definition(const ExpertChoice<double>& selector, const Matrix
 
 TEST_CASE("ExpertChoice matches a routing worked out by hand", "[moe][selector][expert_choice]") {
   // C = 1: expert 0 takes token 0 (.7), expert 1 token 2 (.3), expert 2 token 1 (.3).
-  const Routing<double> one = route(ExpertChoice<double>{.factor = 1.0}, three_tokens());
+  const Routing<double> one = route(ExpertChoice<double>({.factor = 1.0}), three_tokens());
   CHECK(one.offsets == std::vector<Index>{0, 1, 2, 3});
   CHECK(one.expert == std::vector<Index>{0, 2, 1});
   CHECK(one.weight[0] == Approx(0.7));
@@ -107,18 +108,18 @@ TEST_CASE("ExpertChoice matches a routing worked out by hand", "[moe][selector][
   CHECK(one.weight[2] == Approx(0.3));
 
   // C = 2: expert 0 takes 0 and 1, expert 1 takes 2 and 0, expert 2 takes 1 and 2.
-  const Routing<double> two = route(ExpertChoice<double>{.factor = 2.0}, three_tokens());
+  const Routing<double> two = route(ExpertChoice<double>({.factor = 2.0}), three_tokens());
   CHECK(two.expert == std::vector<Index>{0, 1, 0, 2, 1, 2});
   CHECK(two.weight[5] == Approx(0.2));
 
   // Divided by two experts per token.
   const Routing<double> divided =
-      route(ExpertChoice<double>{.factor = 2.0, .divide = true}, three_tokens());
+      route(ExpertChoice<double>({.factor = 2.0, .divide = true}), three_tokens());
   CHECK(divided.weight[0] == Approx(0.35));
 
   // Over the tokens the columns become (7 6 5) / 18, (2 1 3) / 6 and (1 3 2) / 6.
   const Routing<double> tokens =
-      route(ExpertChoice<double>{.factor = 1.0, .over = ScoresOver::kTokens}, three_tokens());
+      route(ExpertChoice<double>({.factor = 1.0, .over = ScoresOver::kTokens}), three_tokens());
   CHECK(tokens.expert == std::vector<Index>{0, 2, 1});
   CHECK(tokens.weight[0] == Approx(7.0 / 18.0));
   CHECK(tokens.weight[1] == Approx(0.5));
@@ -127,8 +128,8 @@ TEST_CASE("ExpertChoice matches a routing worked out by hand", "[moe][selector][
 
 TEST_CASE("ExpertChoice rounds its capacity as it is told", "[moe][selector][expert_choice]") {
   const auto capacity = [](Rounding rounding, Index multiple, Index tokens) {
-    return ExpertChoice<double>{.factor = 1.0, .rounding = rounding, .multiple = multiple}.capacity(
-        tokens, 4);
+    return ExpertChoice<double>({.factor = 1.0, .rounding = rounding, .multiple = multiple})
+        .capacity(tokens, 4);
   };
   CHECK(capacity(Rounding::kUp, 1, 13) == 4);
   CHECK(capacity(Rounding::kDown, 1, 13) == 3);
@@ -140,7 +141,7 @@ TEST_CASE("ExpertChoice rounds its capacity as it is told", "[moe][selector][exp
   CHECK(capacity(Rounding::kUp, 1, 0) == 0);
   const Index huge = std::numeric_limits<Index>::max();
   CHECK(capacity(Rounding::kUp, huge, 9) == 9);
-  CHECK(ExpertChoice<double>{.factor = 1e300}.capacity(9, 4) == 9);
+  CHECK(ExpertChoice<double>({.factor = 1e300}).capacity(9, 4) == 9);
 }
 
 TEST_CASE("ExpertChoice agrees with its definition, with padding and in sequences",
@@ -156,12 +157,12 @@ TEST_CASE("ExpertChoice agrees with its definition, with padding and in sequence
     std::vector<std::uint8_t> mask;
     for (Index t = 0; t < sequences.tokens(); ++t) mask.push_back(draw(0, 3) > 0 ? 1 : 0);
     const Pass pass{.sequences = &sequences, .mask = mask};
-    const ExpertChoice<double> selector{
-        .factor = 0.5 * static_cast<double>(draw(1, 6)),
-        .over = draw(0, 1) == 0 ? ScoresOver::kExperts : ScoresOver::kTokens,
-        .scope = draw(0, 1) == 0 ? Scope::kBatch : Scope::kSequence,
-        .multiple = draw(1, 3),
-        .divide = draw(0, 1) == 0};
+    const ExpertChoice<double> selector(
+        {.factor = 0.5 * static_cast<double>(draw(1, 6)),
+         .over = draw(0, 1) == 0 ? ScoresOver::kExperts : ScoresOver::kTokens,
+         .scope = draw(0, 1) == 0 ? Scope::kBatch : Scope::kSequence,
+         .multiple = draw(1, 3),
+         .divide = draw(0, 1) == 0});
     const Matrix<double> logits = test::random_matrix(sequences.tokens(), experts, seed + 100);
 
     INFO("seed " << seed);
@@ -170,11 +171,11 @@ TEST_CASE("ExpertChoice agrees with its definition, with padding and in sequence
     REQUIRE(routing.offsets == expected.offsets);
     CHECK(routing.expert == expected.expert);
     CHECK(routing.kept == std::vector<std::uint8_t>(routing.expert.size(), 1));
-    for (std::size_t a = 0; a < routing.weight.size(); ++a) {
+    for (Index a = 0; a < routing.assignments(); ++a) {
       CHECK(routing.weight[a] == Approx(expected.weight[a]));
     }
-    routing.for_each_group(selector.scope, [&](Index begin, Index end) {
-      const Index count = selector.capacity(routing.real_tokens(begin, end), experts);
+    routing.rows.for_each_group(selector.config().scope, [&](Index begin, Index end) {
+      const Index count = selector.capacity(routing.rows.real(begin, end), experts);
       CHECK(loads(routing, begin, end) ==
             std::vector<Index>(static_cast<std::size_t>(experts), count));
     });
@@ -189,7 +190,7 @@ TEST_CASE("ExpertChoice gives equal scores to the earlier token and the lower ex
           "[moe][selector][expert_choice]") {
   const auto over = GENERATE(ScoresOver::kExperts, ScoresOver::kTokens);
   const Routing<double> routing =
-      route(ExpertChoice<double>{.factor = 1.0, .over = over}, Matrix<double>::Zero(4, 2));
+      route(ExpertChoice<double>({.factor = 1.0, .over = over}), Matrix<double>::Zero(4, 2));
   CHECK(routing.offsets == std::vector<Index>{0, 2, 4, 4, 4});
   CHECK(experts_of(routing, 0) == std::vector<Index>{0, 1});
 }
@@ -197,7 +198,7 @@ TEST_CASE("ExpertChoice gives equal scores to the earlier token and the lower ex
 TEST_CASE("ExpertChoice is not causal: a later token takes an earlier one's place",
           "[moe][selector][expert_choice]") {
   const auto over = GENERATE(ScoresOver::kExperts, ScoresOver::kTokens);
-  const ExpertChoice<double> selector{.factor = 1.0, .over = over};
+  const ExpertChoice<double> selector({.factor = 1.0, .over = over});
   Matrix<double> logits = three_tokens();
   CHECK(experts_of(route(selector, logits), 0) == std::vector<Index>{0});
   logits(2, 0) = 5.0;
@@ -207,7 +208,7 @@ TEST_CASE("ExpertChoice is not causal: a later token takes an earlier one's plac
 TEST_CASE("ExpertChoice routes no tokens, one token, and one expert",
           "[moe][selector][expert_choice]") {
   const auto over = GENERATE(ScoresOver::kExperts, ScoresOver::kTokens);
-  const ExpertChoice<double> selector{.factor = 1.0, .over = over};
+  const ExpertChoice<double> selector({.factor = 1.0, .over = over});
   CHECK(route(selector, Matrix<double>(0, 3)).assignments() == 0);
   CHECK(route(selector, three_tokens().topRows(1)).expert == std::vector<Index>{0, 1, 2});
   CHECK(route(selector, Matrix<double>::Zero(5, 1)).assignments() == 5);
@@ -222,45 +223,30 @@ TEST_CASE("ExpertChoice gradient agrees with finite differences",
   const auto over = GENERATE(ScoresOver::kExperts, ScoresOver::kTokens);
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
   const bool divide = GENERATE(false, true);
-  const ExpertChoice<double> selector{
-      .factor = 1.5, .over = over, .scope = scope, .divide = divide};
-  Matrix<double> logits = test::random_matrix(9, 4, 7);
+  const ExpertChoice<double> selector(
+      {.factor = 1.5, .over = over, .scope = scope, .divide = divide});
   Sequences sequences;
   sequences.append(4);
+  sequences.append(0);
   sequences.append(5);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1, 1, 0};
-  const Pass pass{.sequences = &sequences, .mask = mask};
-  const Routing<double> routing = route(selector, logits, pass);
-  const Matrix<double> c = test::random_matrix(1, routing.assignments(), 8);
-  const Matrix<double> q = test::random_matrix(9, 4, 9);
-
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = c;
-  gradient.probabilities = q;
-  selector.backward(routing, gradient);
-  const auto numeric = test::numeric_gradient(logits, [&] {
-    const Routing<double> r = route(selector, logits, pass);
-    double value = r.probabilities.cwiseProduct(q).sum();
-    for (Index a = 0; a < r.assignments(); ++a)
-      value += c(0, a) * r.weight[static_cast<std::size_t>(a)];
-    return value;
-  });
-  CHECK(test::relative_error(gradient.logits, numeric) <= 1e-8);
+  test::check_selector_gradient(selector, test::random_matrix(9, 4, 7),
+                                {.training = true, .sequences = &sequences, .mask = mask});
 }
 
 TEST_CASE("A layer with ExpertChoice has the gradients of finite differences",
           "[moe][selector][expert_choice][gradient]") {
   const auto over = GENERATE(ScoresOver::kExperts, ScoresOver::kTokens);
   Rng rng(3);
-  MoELayer moe(LinearRouter<double>(3, 4, rng), ExpertChoice<double>{.over = over}, Dropless{},
-               GluBank<double>(4, 3, 2, rng));
+  MoELayer moe(LinearRouter<double>(3, 4, rng), ExpertChoice<double>({.over = over}), Dropless(),
+               GluBank<double>(3, 4, 2, rng));
   test::check_gradients(moe, test::random_matrix(7, 3, 4));
 }
 
 TEST_CASE("ExpertChoice says what is wrong with its settings", "[moe][selector][expert_choice]") {
-  const auto message = [](const ExpertChoice<double>& selector) {
-    return test::message_of<ConfigError>([&] { route(selector, three_tokens()); });
+  const auto message = [](const ExpertChoiceConfig& config) {
+    return test::message_of<ConfigError>(
+        [&] { route(ExpertChoice<double>(config), three_tokens()); });
   };
   CHECK(message({.factor = 0.0}) == "ExpertChoice: factor = 0, expected a finite number > 0");
   CHECK(message({.factor = std::nan("")}) ==
@@ -268,23 +254,14 @@ TEST_CASE("ExpertChoice says what is wrong with its settings", "[moe][selector][
   CHECK(message({.multiple = 0}) == "ExpertChoice: multiple = 0, expected >= 1");
   Matrix<double> logits = three_tokens();
   logits(1, 2) = std::nan("");
-  CHECK(test::message_of<NonFiniteError>([&] { route(ExpertChoice<double>{}, logits); }) ==
+  CHECK(test::message_of<NonFiniteError>([&] { route(ExpertChoice<double>(), logits); }) ==
         "ExpertChoice: logits[1, 2] = nan, expected a finite number");
 }
 
 TEST_CASE("ExpertChoice allocates nothing the second time", "[moe][selector][expert_choice]") {
   if (!test::allocations_are_counted()) return;
   const auto over = GENERATE(ScoresOver::kExperts, ScoresOver::kTokens);
-  const ExpertChoice<double> selector{.over = over};
+  const ExpertChoice<double> selector({.over = over});
   const Matrix<double> logits = test::random_matrix(37, 5, 31);
-  const Pass pass{.training = true};
-  Routing<double> routing;
-  RoutingGradient<double> gradient;
-  const auto step = [&] {
-    selector.select(logits, pass, routing);
-    gradient.reset(routing);
-    selector.backward(routing, gradient);
-  };
-  step();
-  CHECK(test::count_allocations(step) == 0);
+  CHECK(test::count_step_allocations(selector, logits) == 0);
 }

@@ -10,8 +10,8 @@
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/catch.hpp"
-#include "support/gradient.hpp"
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
@@ -112,15 +112,13 @@ TEST_CASE("Selectors choose from the groups that are allowed", "[moe][selector][
     CHECK(routing.probabilities == test::route(unlimited, logits).probabilities);
     for (Index t = 0; t < 40; ++t) {
       std::vector<Index> visited;
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        visited.push_back(routing.expert[static_cast<std::size_t>(a)] / 4);
-      }
+      for (const Index e : routing.experts_of(t)) visited.push_back(e / 4);
       std::sort(visited.begin(), visited.end());
       CHECK(std::unique(visited.begin(), visited.end()) - visited.begin() <= 2);
     }
   };
-  check(SoftmaxTopK<double>{.k = 4, .groups = groups}, SoftmaxTopK<double>{.k = 4});
-  check(TopKSoftmax<double>{.k = 4, .groups = groups}, TopKSoftmax<double>{.k = 4});
+  check(SoftmaxTopK<double>({.k = 4, .groups = groups}), SoftmaxTopK<double>({.k = 4}));
+  check(TopKSoftmax<double>({.k = 4, .groups = groups}), TopKSoftmax<double>({.k = 4}));
   check(SigmoidTopK<double>(16, {.k = 4, .groups = groups}), SigmoidTopK<double>(16, {.k = 4}));
 }
 
@@ -138,28 +136,10 @@ TEST_CASE("SigmoidTopK limits groups by biased scores, also negative ones",
 TEST_CASE("Gradients with a group limit agree with finite differences",
           "[moe][selector][group_limit][gradient]") {
   const GroupLimit groups = {.count = 3, .allowed = 2, .summed = 2};
-  Matrix<double> logits = test::random_matrix(5, 9, 3);
-  const Matrix<double> c = test::random_matrix(5, 3, 4);
-  const Matrix<double> d = test::random_matrix(5, 9, 5);
-  const auto check = [&](const auto& selector) {
-    const Routing<double> routing = test::route(selector, logits);
-    RoutingGradient<double> gradient;
-    gradient.reset(routing);
-    gradient.weights = Eigen::Map<const RowVector<double>>(c.data(), 15);
-    gradient.probabilities = d;
-    selector.backward(routing, gradient);
-    const Matrix<double> numeric = test::numeric_gradient(logits, [&] {
-      const Routing<double> moved = test::route(selector, logits);
-      REQUIRE(moved.expert == routing.expert);
-      double value = d.cwiseProduct(moved.probabilities).sum();
-      for (Index a = 0; a < 15; ++a)
-        value += c.data()[a] * moved.weight[static_cast<std::size_t>(a)];
-      return value;
-    });
-    CHECK(test::relative_error(gradient.logits, numeric) <= 1e-7);
-  };
-  check(SoftmaxTopK<double>{.k = 3, .scale = 16.0, .groups = groups});
-  check(TopKSoftmax<double>{.k = 3, .groups = groups});
+  const Matrix<double> logits = test::random_matrix(5, 9, 3);
+  const auto check = [&](const auto& selector) { test::check_selector_gradient(selector, logits); };
+  check(SoftmaxTopK<double>({.k = 3, .scale = 16.0, .groups = groups}));
+  check(TopKSoftmax<double>({.k = 3, .groups = groups}));
   check(SigmoidTopK<double>(9, {.k = 3, .scale = 2.5, .groups = groups}));
 }
 
@@ -180,10 +160,10 @@ TEST_CASE("GroupLimit names the setting that does not fit", "[moe][selector][gro
         "Selector: k = 9, expected k <= 8, the experts of 2 groups");
   CHECK(message({.count = 4, .allowed = 2}, 8) == "no exception");
   CHECK(test::message_of<ConfigError>([] {
-          SoftmaxTopK<double>{.groups = {.count = 3}}.check(16);
+          SoftmaxTopK<double>({.groups = {.count = 3}}).check(16);
         }) == "SoftmaxTopK: groups.count = 3, expected a divisor of experts = 16");
   CHECK(test::message_of<ConfigError>([] {
-          TopKSoftmax<double>{.groups = {.count = 3}}.check(16);
+          TopKSoftmax<double>({.groups = {.count = 3}}).check(16);
         }) == "TopKSoftmax: groups.count = 3, expected a divisor of experts = 16");
   CHECK(test::message_of<ConfigError>([] {
           const SigmoidTopK<double> made(16, {.groups = {.count = 3}});

@@ -25,6 +25,7 @@
 #include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
@@ -52,7 +53,7 @@ std::vector<Index> sorted(Index begin, Index end, const RowVector<double>& by) {
   return order;
 }
 
-Choice reference(const RowVector<double>& z, const HierarchicalTopK<double>& selector) {
+Choice reference(const RowVector<double>& z, const HierarchicalTopKConfig& selector) {
   const Index size = z.size() / selector.groups;
   const RowVector<double> p = softmax<double>(Matrix<double>(z));
   RowVector<double> p_group(selector.groups);
@@ -78,16 +79,16 @@ Choice reference(const RowVector<double>& z, const HierarchicalTopK<double>& sel
   return choice;
 }
 
-HierarchicalTopK<double> random_selector(Rng& rng, Index& experts) {
-  HierarchicalTopK<double> selector;
-  selector.groups = 1 + rng.below(5);
+HierarchicalTopKConfig random_config(Rng& rng, Index& experts) {
+  HierarchicalTopKConfig config;
+  config.groups = 1 + rng.below(5);
   const Index size = 1 + rng.below(6);
-  experts = selector.groups * size;
-  selector.group_k = 1 + rng.below(selector.groups);
-  selector.k = 1 + rng.below(size);
-  selector.rest_k = 1 + rng.below(size);
-  selector.renormalise = rng.uniform() < 0.5;
-  return selector;
+  experts = config.groups * size;
+  config.group_k = 1 + rng.below(config.groups);
+  config.k = 1 + rng.below(size);
+  config.rest_k = 1 + rng.below(size);
+  config.renormalise = rng.uniform() < 0.5;
+  return config;
 }
 
 Matrix<double> logs(std::initializer_list<double> numbers) {
@@ -96,39 +97,17 @@ Matrix<double> logs(std::initializer_list<double> numbers) {
   return z;
 }
 
-/// The gradient with respect to the logits of sum_a c_a weight_a + sum(probabilities * d).
-void check_gradient(const HierarchicalTopK<double>& selector, Matrix<double> logits,
-                    const Pass& pass = {}) {
-  const Routing<double> routing = route(selector, logits, pass);
-  const Matrix<double> c = test::random_matrix(1, routing.assignments(), 11);
-  const Matrix<double> d = test::random_matrix(logits.rows(), logits.cols(), 12);
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = c;
-  gradient.probabilities = d;
-  selector.backward(routing, gradient);
-  const auto objective = [&] {
-    const Routing<double> now = route(selector, logits, pass);
-    double sum = now.probabilities.cwiseProduct(d).sum();
-    for (Index a = 0; a < now.assignments(); ++a) {
-      sum += c(0, a) * now.weight[static_cast<std::size_t>(a)];
-    }
-    return sum;
-  };
-  CHECK(test::relative_error(gradient.logits, test::numeric_gradient(logits, objective)) <= 1e-6);
-}
-
 }  // namespace
 
 TEST_CASE("HierarchicalTopK matches choices worked out by hand", "[moe][selector][hierarchical]") {
   // p = (1, 5, 6, 2, 2, 4)/20 in three groups of 6, 8 and 6, so that group 1 is the best, then 0.
   const Matrix<double> z = logs({1.0, 5.0, 6.0, 2.0, 2.0, 4.0});
-  const auto check = [&](const HierarchicalTopK<double>& selector,
-                         const std::vector<Index>& experts, const std::vector<double>& weights) {
-    const Routing<double> routing = route(selector, z);
+  const auto check = [&](const HierarchicalTopKConfig& config, const List<Index>& experts,
+                         const List<double>& weights) {
+    const Routing<double> routing = route(HierarchicalTopK<double>(config), z);
     CHECK(routing.expert == experts);
-    REQUIRE(routing.weight.size() == weights.size());
-    for (std::size_t i = 0; i < weights.size(); ++i) CHECK(routing.weight[i] == Approx(weights[i]));
+    REQUIRE(routing.assignments() == weights.count());
+    for (Index a = 0; a < weights.count(); ++a) CHECK(routing.weight[a] == Approx(weights[a]));
   };
   SECTION("Mesh TensorFlow: two of the first group, one of the second") {
     // u = (8, 6)/14; v = (6, 2)/8 and 1.
@@ -146,7 +125,7 @@ TEST_CASE("HierarchicalTopK matches choices worked out by hand", "[moe][selector
   }
   SECTION("a group is chosen by all of its experts, not by its best") {
     const Matrix<double> other = logs({7.0, 1.0, 5.0, 5.0});
-    CHECK(route(HierarchicalTopK<double>{.groups = 2, .group_k = 1, .k = 1}, other).expert ==
+    CHECK(route(HierarchicalTopK<double>({.groups = 2, .group_k = 1, .k = 1}), other).expert ==
           std::vector<Index>{2});
   }
 }
@@ -156,20 +135,21 @@ TEST_CASE("HierarchicalTopK is its definition in any setting", "[moe][selector][
   for (int draw = 0; draw < 300; ++draw) {
     INFO("draw " << draw);
     Index experts = 0;
-    const HierarchicalTopK<double> selector = random_selector(rng, experts);
+    const HierarchicalTopKConfig config = random_config(rng, experts);
+    const HierarchicalTopK<double> selector(config);
     const Matrix<double> z = normal_init<double>(rng.below(6), experts, 2.0, rng);
     const Routing<double> routing = route(selector, z);
     for (Index t = 0; t < z.rows(); ++t) {
-      const Choice expected = reference(z.row(t), selector);
+      const Choice expected = reference(z.row(t), config);
       REQUIRE(routing.last(t) - routing.first(t) == selector.assignments());
       double sum = 0.0;
       for (std::size_t i = 0; i < expected.expert.size(); ++i) {
-        const auto a = static_cast<std::size_t>(routing.first(t)) + i;
+        const Index a = routing.first(t) + static_cast<Index>(i);
         REQUIRE(routing.expert[a] == expected.expert[i]);
         REQUIRE(routing.weight[a] == Approx(expected.weight[i]));
         sum += routing.weight[a];
       }
-      if (selector.renormalise) REQUIRE(sum == Approx(1.0));
+      if (config.renormalise) REQUIRE(sum == Approx(1.0));
     }
     REQUIRE(test::relative_error(routing.probabilities, softmax<double>(z)) <= 1e-14);
   }
@@ -179,14 +159,13 @@ TEST_CASE("HierarchicalTopK with all groups and all experts is the dense mixture
           "[moe][selector][hierarchical]") {
   const Matrix<double> z = test::random_matrix(4, 6, 1);
   const bool renormalise = GENERATE(true, false);
-  const Routing<double> routing = route(
-      HierarchicalTopK<double>{
-          .groups = 3, .group_k = 3, .k = 2, .rest_k = 2, .renormalise = renormalise},
-      z);
+  const Routing<double> routing =
+      route(HierarchicalTopK<double>(
+                {.groups = 3, .group_k = 3, .k = 2, .rest_k = 2, .renormalise = renormalise}),
+            z);
   for (Index t = 0; t < 4; ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      CHECK(routing.weight[i] == Approx(routing.probabilities(t, routing.expert[i])));
+      CHECK(routing.weight[a] == Approx(routing.probabilities(t, routing.expert[a])));
     }
   }
 }
@@ -194,7 +173,7 @@ TEST_CASE("HierarchicalTopK with all groups and all experts is the dense mixture
 TEST_CASE("HierarchicalTopK takes the lowest of equal groups and of equal experts",
           "[moe][selector][hierarchical]") {
   const Routing<double> routing =
-      route(HierarchicalTopK<double>{.groups = 3, .group_k = 2, .k = 2, .rest_k = 1},
+      route(HierarchicalTopK<double>({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1}),
             Matrix<double>::Constant(1, 9, 0.3));
   CHECK(routing.expert == std::vector<Index>{0, 1, 3});
 }
@@ -204,32 +183,34 @@ TEST_CASE("HierarchicalTopK gradient agrees with finite differences",
   const std::vector<std::uint8_t> mask = {1, 0, 1, 1};
   const Matrix<double> z = test::random_matrix(4, 12, 5);
   const bool renormalise = GENERATE(true, false);
-  check_gradient({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1, .renormalise = renormalise}, z,
-                 {.mask = mask});
-  check_gradient({.groups = 4, .group_k = 3, .k = 1, .rest_k = 3, .renormalise = renormalise}, z);
-  check_gradient({.groups = 1, .group_k = 1, .k = 5, .renormalise = renormalise}, z);
-  check_gradient({.groups = 12, .group_k = 5, .k = 1, .rest_k = 1, .renormalise = renormalise}, z);
+  const auto check = [&](HierarchicalTopKConfig config, const Pass& pass = kTraining) {
+    config.renormalise = renormalise;
+    test::check_selector_gradient(HierarchicalTopK<double>(config), z, pass, 1e-6);
+  };
+  check({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1}, {.training = true, .mask = mask});
+  check({.groups = 4, .group_k = 3, .k = 1, .rest_k = 3});
+  check({.groups = 1, .group_k = 1, .k = 5});
+  check({.groups = 12, .group_k = 5, .k = 1, .rest_k = 1});
 }
 
 TEST_CASE("HierarchicalTopK has finite weights and gradients where probabilities vanish",
           "[moe][selector][hierarchical]") {
   Matrix<float> z(1, 4);
   z << 500.0F, 0.0F, -500.0F, -502.0F;
-  const HierarchicalTopK<float> selector{.groups = 2, .group_k = 2, .k = 2, .rest_k = 2};
-  Routing<float> routing;
-  selector.select(z, {}, routing);
+  const HierarchicalTopK<float> selector({.groups = 2, .group_k = 2, .k = 2, .rest_k = 2});
+  auto [routing, cache] = test::select(selector, z);
   CHECK(routing.expert == std::vector<Index>{0, 1, 2, 3});
   CHECK(routing.weight == std::vector<float>{1.0F, 0.0F, 0.0F, 0.0F});
   RoutingGradient<float> gradient;
   gradient.reset(routing);
   gradient.weights.setOnes();
-  selector.backward(routing, gradient);
+  selector.backward(routing, gradient, cache);
   CHECK(gradient.logits.isZero(0.0F));
 }
 
 TEST_CASE("HierarchicalTopK routes padding nowhere", "[moe][selector][hierarchical]") {
   Matrix<double> z = test::random_matrix(3, 4, 1);
-  const HierarchicalTopK<double> selector{.groups = 2};
+  const HierarchicalTopK<double> selector({.groups = 2});
   const Routing<double> plain = route(selector, z);
   z.row(1).setConstant(NAN);
   const std::vector<std::uint8_t> mask = {1, 0, 1};
@@ -243,14 +224,14 @@ TEST_CASE("HierarchicalTopK routes padding nowhere", "[moe][selector][hierarchic
 
 TEST_CASE("HierarchicalTopK passes over experts and groups that are forbidden",
           "[moe][selector][hierarchical]") {
-  const Matrix<double> z = logs({8.0, 8.0, 8.0, 1.0, 2.0, 3.0, 1.0, 1.0, 1.0});
-  const HierarchicalTopK<double> selector{.groups = 3, .group_k = 2, .k = 2, .rest_k = 1};
+  const Matrix<double> z = logs({8.0, 8.0, 8.0, 1.0, 2.0, 3.0, 1.2, 1.0, 0.8});
+  const HierarchicalTopK<double> selector({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1});
   const std::vector<std::uint8_t> allowed = {0, 0, 0, 1, 1, 1, 1, 1, 1};
   const Routing<double> routing = route(selector, z, {.allowed = allowed});
   CHECK(routing.expert == std::vector<Index>{5, 4, 6});
   CHECK(routing.weight[0] == Approx(6.0 / 9.0 * 3.0 / 5.0));
   CHECK(routing.weight[2] == Approx(3.0 / 9.0));
-  check_gradient(selector, z, {.allowed = allowed});
+  test::check_selector_gradient(selector, z, {.training = true, .allowed = allowed});
 
   const std::vector<std::uint8_t> few = {1, 0, 0, 1, 0, 0, 1, 0, 0};
   CHECK(test::message_of<ConfigError>([&] { route(selector, z, {.allowed = few}); }) ==
@@ -267,8 +248,8 @@ auto layer(C capacity, L... losses) {
   Rng rng(2);
   return MoELayer(HierarchicalRouter(LinearRouter<double>(2.0 * test::random_matrix(3, 4, 1)),
                                      LinearRouter<double>(2.0 * test::random_matrix(6, 4, 2))),
-                  HierarchicalTopK<double>{.groups = 3}, std::move(capacity),
-                  GluBank<double>(6, 4, 2, rng, 1.0), losses...);
+                  HierarchicalTopK<double>({.groups = 3}), std::move(capacity),
+                  GluBank<double>(4, 6, 2, rng), losses...);
 }
 
 }  // namespace
@@ -277,14 +258,14 @@ TEST_CASE("A hierarchical layer has gradients under any capacity and with any lo
           "[moe][selector][hierarchical][gradient]") {
   const Matrix<double> x = test::random_matrix(5, 4, 4);
   const auto check = [&](auto moe) { test::check_gradients(moe, x); };
-  check(layer(Dropless{}, GShardLoss<double>{0.3}, ZLoss<double>{0.2}));
-  check(layer(FixedCapacity{.capacity = 2}, ImportanceLoss<double>{0.3}));
-  check(layer(CapacityFactor{.evaluate = 0.5, .minimum = 0}, EntropyLoss<double>{0.3, -0.2}));
-  check(layer(DynamicCapacity{.factor = 1.0}, SwitchLoss<double>{0.3}));
+  check(layer(Dropless(), GShardLoss<double>({0.3}), ZLoss<double>({0.2})));
+  check(layer(FixedCapacity({.capacity = 2}), ImportanceLoss<double>({0.3})));
+  check(layer(CapacityFactor({.train = 0.5, .minimum = 0}), EntropyLoss<double>({0.3, -0.2})));
+  check(layer(DynamicCapacity({.factor = 1.0}), SwitchLoss<double>({0.3})));
   check(layer(AdaptiveCapacity<double>({.initial = 1.0, .minimum = 0})));
-  check(layer(DeviceCapacity{.devices = 3, .protected_share = 0.0, .evaluate = true},
-              DeviceLoss<double>{ExpertGroups::uniform(6, 3), 0.3}));
-  check(layer(RenormaliseKept(FixedCapacity{.capacity = 2})));
+  check(layer(DeviceCapacity({.devices = 3, .protected_share = 0.0, .evaluate = true}),
+              DeviceLoss<double>(ExpertGroups::uniform(6, 3), {.coefficient = 0.3})));
+  check(layer(RenormaliseKept(FixedCapacity({.capacity = 2}))));
 }
 
 TEST_CASE("Capacity serves the first expert of the first group before all others",
@@ -292,8 +273,8 @@ TEST_CASE("Capacity serves the first expert of the first group before all others
   // Expert 0 is the first choice of token 1, the second of token 0.
   Matrix<double> z(2, 4);
   z << std::log(3.0), std::log(4.0), 0.0, 0.0, std::log(4.0), std::log(3.0), 0.0, 0.0;
-  Routing<double> routing = route(HierarchicalTopK<double>{.groups = 2}, z);
-  FixedCapacity{.capacity = 1, .scope = Scope::kBatch}.apply(routing);
+  Routing<double> routing = route(HierarchicalTopK<double>({.groups = 2}), z);
+  test::limit(FixedCapacity({.capacity = 1, .scope = Scope::kBatch}), routing);
   CHECK(routing.expert == std::vector<Index>{1, 0, 2, 0, 1, 2});
   CHECK(routing.kept == std::vector<std::uint8_t>{1, 0, 1, 1, 0, 0});
 }
@@ -302,31 +283,32 @@ TEST_CASE("ImportanceLoss of a hierarchical routing is Shazeer's Importance_H",
           "[moe][selector][hierarchical]") {
   // Importance_H of group i and expert j: sum_x G_primary(x)_i G_i(x)_j (eq. 13).
   const Matrix<double> z = test::random_matrix(7, 6, 8);
-  const HierarchicalTopK<double> selector{.groups = 3, .group_k = 2, .k = 1, .rest_k = 1};
-  const Routing<double> routing = route(selector, z);
+  const HierarchicalTopKConfig config{.groups = 3, .group_k = 2, .k = 1, .rest_k = 1};
+  const Routing<double> routing = route(HierarchicalTopK<double>(config), z);
   RowVector<double> expected = RowVector<double>::Zero(6);
   for (Index t = 0; t < 7; ++t) {
-    const Choice choice = reference(z.row(t), selector);
+    const Choice choice = reference(z.row(t), config);
     for (std::size_t i = 0; i < choice.expert.size(); ++i) {
       expected[choice.expert[i]] += choice.weight[i];
     }
   }
-  RowVector<double> actual;
-  ImportanceLoss<double>::importance(routing, actual);
-  CHECK(test::relative_error(actual, expected) < 1e-14);
+  ImportanceLoss<double>::Cache cache;
+  ImportanceLoss<double>().forward(routing, cache);
+  CHECK(test::relative_error(cache.importance, expected) < 1e-14);
 }
 
 TEST_CASE("HierarchicalTopK gives the same bits on any number of threads and allocates nothing",
           "[moe][selector][hierarchical]") {
   const Matrix<float> z = test::random_matrix<float>(200, 60, 1);
-  const HierarchicalTopK<float> selector{.groups = 12, .group_k = 3, .k = 2, .rest_k = 2};
+  const HierarchicalTopK<float> selector({.groups = 12, .group_k = 3, .k = 2, .rest_k = 2});
   Routing<float> routing;
+  HierarchicalTopK<float>::Cache cache;
   RoutingGradient<float> gradient;
   const auto pass = [&] {
-    selector.select(z, {}, routing);
+    selector.forward(z, kTraining, routing, cache);
     gradient.reset(routing);
     gradient.weights.setLinSpaced(-1.0F, 2.0F);
-    selector.backward(routing, gradient);
+    selector.backward(routing, gradient, cache);
   };
   const auto run = [&](int threads) {
     const test::Threads set(threads);
@@ -339,8 +321,8 @@ TEST_CASE("HierarchicalTopK gives the same bits on any number of threads and all
 }
 
 TEST_CASE("HierarchicalTopK refuses misuse", "[moe][selector][hierarchical]") {
-  const auto message = [](const HierarchicalTopK<float>& selector) {
-    return test::message_of<ConfigError>([&] { selector.check(12); });
+  const auto message = [](const HierarchicalTopKConfig& config) {
+    return test::message_of<ConfigError>([&] { HierarchicalTopK<float>(config).check(12); });
   };
   CHECK(message({.groups = 0}) == "HierarchicalTopK: groups = 0, expected >= 1");
   CHECK(message({.groups = 5}) ==
@@ -355,13 +337,12 @@ TEST_CASE("HierarchicalTopK refuses misuse", "[moe][selector][hierarchical]") {
         "HierarchicalTopK: rest_k = 0, expected 1 <= rest_k <= experts / groups = 3");
   CHECK(message({.groups = 4}) == "no exception");
   CHECK(test::message_of<NonFiniteError>([] {
-          Routing<double> routing;
-          HierarchicalTopK<double>{}.select(Matrix<double>::Constant(1, 4, NAN), {}, routing);
+          route(HierarchicalTopK<double>(), Matrix<double>::Constant(1, 4, NAN));
         }) == "HierarchicalTopK: logits[0, 0] = nan, expected a finite number");
   CHECK(test::message_of<ConfigError>([] {
           Rng rng(1);
           MoELayer(
               HierarchicalRouter(LinearRouter<double>(4, 3, rng), LinearRouter<double>(4, 6, rng)),
-              HierarchicalTopK<double>{.groups = 2}, Dropless{}, GluBank<double>(6, 4, 2, rng));
+              HierarchicalTopK<double>({.groups = 2}), Dropless(), GluBank<double>(4, 6, 2, rng));
         }) == "HierarchicalTopK: groups = 2, expected 3 as the router");
 }

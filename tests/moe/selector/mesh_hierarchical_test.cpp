@@ -82,7 +82,7 @@ Reference mesh(const Matrix<double>& x, const LinearRouter<double>& groups,
   const Index size = experts.experts() / count;
   const auto places =
       static_cast<Index>(factor * static_cast<double>(tokens) / static_cast<double>(count));
-  const Gating level_1 = top_2_gating(softmax<double>(groups.forward(x)), places,
+  const Gating level_1 = top_2_gating(softmax<double>(infer(groups, x)), places,
                                       std::vector<double>(static_cast<std::size_t>(tokens), 1.0));
   Reference result{Matrix<double>::Zero(tokens, count * size), level_1.loss};
   for (Index g = 0; g < count; ++g) {
@@ -95,7 +95,7 @@ Reference mesh(const Matrix<double>& x, const LinearRouter<double>& groups,
       importance[static_cast<std::size_t>(level_1.place(t, g))] =
           level_1.weight(t, g) > 0.5 ? 1.0 : 0.5;
     }
-    const Matrix<double> logits = experts.forward(buffer).middleCols(g * size, size);
+    const Matrix<double> logits = infer(experts, buffer).middleCols(g * size, size);
     const Gating level_2 = top_2_gating(softmax<double>(logits), places, importance);
     result.inner += level_2.loss / static_cast<double>(count);
     for (Index t = 0; t < tokens; ++t) {
@@ -116,17 +116,16 @@ TEST_CASE("The hierarchical parts are Mesh TensorFlow's top-2 of top-2", "[moe][
     const LinearRouter<double> outer(test::random_matrix(groups, 5, 100 + seed));
     const LinearRouter<double> inner(test::random_matrix(groups * 4, 5, 200 + seed));
     const Matrix<double> x = test::random_matrix(24, 5, 300 + seed);
-    const Routing<double> routing = test::route(HierarchicalTopK<double>{.groups = groups},
-                                                HierarchicalRouter(outer, inner).forward(x));
+    const Routing<double> routing = test::route(HierarchicalTopK<double>({.groups = groups}),
+                                                infer(HierarchicalRouter(outer, inner), x));
     Matrix<double> weight = Matrix<double>::Zero(24, groups * 4);
     for (Index t = 0; t < 24; ++t) {
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        const auto i = static_cast<std::size_t>(a);
-        weight(t, routing.expert[i]) = routing.weight[i];
+        weight(t, routing.expert[a]) = routing.weight[a];
       }
     }
     const double loss =
-        HierarchicalLoss<double>{.groups = groups, .coefficient = 1.0}.loss(routing);
+        test::loss_of(HierarchicalLoss<double>({.groups = groups, .coefficient = 1.0}), routing);
     // Large enough that no buffer overflows: only the length of the buffers differs.
     for (const double room : {1.0, 2.0}) {
       const double factor = room * static_cast<double>(groups);

@@ -9,11 +9,13 @@
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
+#include <weir/moe/selector/relaxed_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/sparse_mixer.hpp>
+#include <weir/moe/selector/straight_through.hpp>
 #include <weir/moe/selector/threshold.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/moe/selector/top_p.hpp>
@@ -51,8 +53,7 @@ Matrix<double> dense(const Routing<double>& routing) {
   Matrix<double> weights = Matrix<double>::Zero(routing.tokens(), routing.experts());
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      weights(t, routing.expert[i]) += routing.weight[i];
+      weights(t, routing.expert[a]) += routing.weight[a];
     }
   }
   return weights;
@@ -105,17 +106,21 @@ void check_selector(Make&& make, Sum sum, bool fixed_k) {
 }  // namespace
 
 TEST_CASE("Token-choice selectors keep their conventions in any setting", "[moe][selector]") {
-  check_selector([](const Setting& s) { return TopKSoftmax<double>{.k = s.k}; }, Sum::kOne, true);
-  check_selector([](const Setting& s) { return SoftmaxTopK<double>{.k = s.k}; }, Sum::kAtMostOne,
+  check_selector([](const Setting& s) { return TopKSoftmax<double>({.k = s.k}); }, Sum::kOne, true);
+  check_selector([](const Setting& s) { return SoftmaxTopK<double>({.k = s.k}); }, Sum::kAtMostOne,
                  true);
   check_selector(
-      [](const Setting& s) { return SoftmaxTopK<double>{.k = s.k, .renormalise = true}; },
+      [](const Setting& s) { return SoftmaxTopK<double>({.k = s.k, .renormalise = true}); },
       Sum::kOne, true);
   check_selector([](const Setting& s) { return SigmoidTopK<double>(s.experts, {.k = s.k}); },
                  Sum::kOne, true);
+  check_selector([](const Setting& s) { return RelaxedTopK<double>({.k = s.k}); }, Sum::kOne, true);
+  check_selector(
+      [](const Setting& s) { return StraightThrough<double>({.k = s.k, .renormalise = true}); },
+      Sum::kOne, true);
   check_selector(  // Groups of one expert, k of them.
       [](const Setting& s) {
-        return HierarchicalTopK<double>{.groups = s.experts, .group_k = s.k, .k = 1};
+        return HierarchicalTopK<double>({.groups = s.experts, .group_k = s.k, .k = 1});
       },
       Sum::kOne, true);
   check_selector(
@@ -128,22 +133,22 @@ TEST_CASE("Token-choice selectors keep their conventions in any setting", "[moe]
 }
 
 TEST_CASE("Selectors of variable k keep their conventions in any setting", "[moe][selector]") {
-  check_selector([](Setting& s) { return TopP<double>{.threshold = s.rng.uniform(0.1, 1.0)}; },
+  check_selector([](Setting& s) { return TopP<double>({.threshold = s.rng.uniform(0.1, 1.0)}); },
                  Sum::kAtMostOne, false);
   check_selector(
       [](Setting& s) {
-        return Threshold<double>{.k = s.k, .k_min = 1, .threshold = s.rng.uniform()};
+        return Threshold<double>({.k = s.k, .k_min = 1, .threshold = s.rng.uniform()});
       },
       Sum::kAtMostOne, false);
-  check_selector([](const Setting&) { return ReluRouting<double>{}; }, Sum::kAny, false);
-  check_selector([](Setting& s) { return SparseMixer<double>{.epsilon = s.rng.uniform()}; },
+  check_selector([](const Setting&) { return ReluRouting<double>(); }, Sum::kAny, false);
+  check_selector([](Setting& s) { return SparseMixer<double>({.epsilon = s.rng.uniform()}); },
                  Sum::kAny, false);
 }
 
 TEST_CASE("Selectors that look at the batch do not depend on the order of its tokens",
           "[moe][selector]") {
-  check_selector([](const Setting&) { return ExpertChoice<double>{}; }, Sum::kAny, false);
-  check_selector([](const Setting& s) { return Sinkhorn<double>{.k = s.k}; }, Sum::kAny, true);
+  check_selector([](const Setting&) { return ExpertChoice<double>(); }, Sum::kAny, false);
+  check_selector([](const Setting& s) { return Sinkhorn<double>({.k = s.k}); }, Sum::kAny, true);
 }
 
 TEST_CASE("With k = experts the choice is the dense mixture", "[moe][selector]") {
@@ -154,10 +159,10 @@ TEST_CASE("With k = experts the choice is the dense mixture", "[moe][selector]")
     const auto error = [&](const auto& selector) {
       return test::relative_error(dense(test::route(selector, s.logits)), p);
     };
-    REQUIRE(error(TopKSoftmax<double>{.k = s.experts}) <= 1e-14);
-    REQUIRE(error(SoftmaxTopK<double>{.k = s.experts}) <= 1e-14);
-    REQUIRE(error(SoftmaxTopK<double>{.k = s.experts, .renormalise = true}) <= 1e-14);
+    REQUIRE(error(TopKSoftmax<double>({.k = s.experts})) <= 1e-14);
+    REQUIRE(error(SoftmaxTopK<double>({.k = s.experts})) <= 1e-14);
+    REQUIRE(error(SoftmaxTopK<double>({.k = s.experts, .renormalise = true})) <= 1e-14);
     REQUIRE(error(BiasedSoftmaxTopK<double>(s.experts, {.k = s.experts})) <= 1e-14);
-    REQUIRE(error(TopP<double>{.threshold = 1.0}) <= 1e-12);
+    REQUIRE(error(TopP<double>({.threshold = 1.0})) <= 1e-12);
   }
 }

@@ -8,17 +8,19 @@
 #include <utility>
 #include <vector>
 
-#include <weir/core/parallel.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
+#include "moe/selector/selected.hpp"
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
-#include "support/gradient.hpp"
 #include "support/matrices.hpp"
+#include "support/threads.hpp"
 
 using namespace weir;
+using test::route;
 
 static_assert(Selector<SoftmaxTopK<float>, float>);
 static_assert(Selector<TopKSoftmax<float>, float>);
@@ -33,13 +35,13 @@ void for_each_selector(Index experts, Index k, Body&& body) {
     INFO(name);
     body(selector);
   };
-  run("softmax, raw", SoftmaxTopK<T>{.k = k});
-  run("softmax, scaled", SoftmaxTopK<T>{.k = k, .scale = 16.0});
-  run("softmax, renormalised", SoftmaxTopK<T>{.k = k, .renormalise = true, .scale = 1.5});
-  run("softmax, norm 2", SoftmaxTopK<T>{.k = k, .renormalise = true, .norm = 2.0});
-  run("softmax, norm 50", SoftmaxTopK<T>{.k = k, .renormalise = true, .norm = 50.0});
-  run("top-k softmax", TopKSoftmax<T>{.k = k});
-  run("top-k softmax, scaled", TopKSoftmax<T>{.k = k, .scale = 2.5});
+  run("softmax, raw", SoftmaxTopK<T>({.k = k}));
+  run("softmax, scaled", SoftmaxTopK<T>({.k = k, .scale = 16.0}));
+  run("softmax, renormalised", SoftmaxTopK<T>({.k = k, .renormalise = true, .scale = 1.5}));
+  run("softmax, norm 2", SoftmaxTopK<T>({.k = k, .renormalise = true, .norm = 2.0}));
+  run("softmax, norm 50", SoftmaxTopK<T>({.k = k, .renormalise = true, .norm = 50.0}));
+  run("top-k softmax", TopKSoftmax<T>({.k = k}));
+  run("top-k softmax, scaled", TopKSoftmax<T>({.k = k, .scale = 2.5}));
   run("sigmoid, renormalised", SigmoidTopK<T>(experts, {.k = k, .scale = 2.5}));
   run("sigmoid, raw", SigmoidTopK<T>(experts, {.k = k, .renormalise = false, .scale = 0.5}));
   SigmoidTopK<T> biased(experts, {.k = k});
@@ -51,27 +53,8 @@ void for_each_selector(Index experts, Index k, Body&& body) {
                      {.k = k, .renormalise = false, .score = ScoreFunction::kSqrtSoftplus}));
 }
 
-template <class S>
-Routing<typename S::Scalar> select(const S& selector, MatrixIn<typename S::Scalar> logits,
-                                   const Pass& pass = {}) {
-  Routing<typename S::Scalar> routing;
-  selector.select(logits, pass, routing);
-  return routing;
-}
-
-/// Coefficients of a linear objective of weights and probabilities.
 template <class T>
-RoutingGradient<T> random_objective(const Routing<T>& routing, std::uint64_t seed) {
-  RoutingGradient<T> gradient;
-  gradient.reset(routing);
-  gradient.weights = test::random_matrix<T>(1, routing.assignments(), seed);
-  gradient.probabilities = test::random_matrix<T>(routing.tokens(), routing.experts(), seed + 1);
-  return gradient;
-}
-
-RowVector<double> weights_of(const Routing<double>& routing) {
-  return Eigen::Map<const RowVector<double>>(routing.weight.data(), routing.assignments());
-}
+using Objective = test::RoutingObjective<T>;
 
 }  // namespace
 
@@ -80,7 +63,7 @@ TEST_CASE("Selectors give each token k different experts", "[moe][selector]") {
   const Matrix<double> logits = test::random_matrix(30, 20, 1);
 
   for_each_selector<double>(20, k, [&](const auto& selector) {
-    const Routing<double> routing = select(selector, logits);
+    const Routing<double> routing = route(selector, logits);
     REQUIRE(routing.tokens() == 30);
     REQUIRE(routing.assignments() == 30 * k);
     CHECK(routing.logits == logits);
@@ -109,7 +92,7 @@ TEST_CASE("Selectors list the best choice first", "[moe][selector]") {
     if constexpr (requires { selector.selection_bias(); }) {
       selector.selection_bias().value.setZero();
     }
-    CHECK(select(selector, logits).expert == std::vector<Index>{4, 1, 3, 2, 4, 3});
+    CHECK(route(selector, logits).expert == std::vector<Index>{4, 1, 3, 2, 4, 3});
   });
 }
 
@@ -123,16 +106,23 @@ TEST_CASE("Selectors break ties in favour of the lowest index", "[moe][selector]
     if constexpr (requires { selector.selection_bias(); }) {
       selector.selection_bias().value.setZero();
     }
-    const Routing<float> routing = select(selector, equal);
+    const Routing<float> routing = test::select(selector, equal).routing;
     for (Index a = 0; a < routing.assignments(); ++a) {
-      CHECK(routing.expert[static_cast<std::size_t>(a)] == a % k);
-      CHECK(routing.weight[static_cast<std::size_t>(a)] == routing.weight[0]);
+      CHECK(routing.expert[a] == a % k);
+      CHECK(routing.weight[a] == routing.weight[0]);
     }
-    const Routing<float> other = select(selector, mixed);
-    const auto second = static_cast<std::size_t>(k);
-    CHECK(other.expert[second] == 7);
-    if (k > 1) CHECK(other.expert[second + 1] == 11);
-    if (k > 2) CHECK(other.expert[second + 2] == 0);
+    const Routing<float> other = test::select(selector, mixed).routing;
+    CHECK(other.expert[k] == 7);
+    if (k > 1) CHECK(other.expert[k + 1] == 11);
+    if (k > 2) CHECK(other.expert[k + 2] == 0);
+  });
+}
+
+TEST_CASE("Selectors allocate nothing the second time", "[moe][selector]") {
+  if (!test::allocations_are_counted()) return;
+  const Matrix<double> logits = test::random_matrix(20, 8, 7);
+  for_each_selector<double>(8, 3, [&](const auto& selector) {
+    CHECK(test::count_step_allocations(selector, logits) == 0);
   });
 }
 
@@ -142,17 +132,18 @@ TEST_CASE("Selectors take no token, one token, one expert", "[moe][selector]") {
   const Matrix<double> logits = test::random_matrix(tokens, experts, 2);
 
   for_each_selector<double>(experts, 1, [&](const auto& selector) {
-    const Routing<double> routing = select(selector, logits);
+    auto selected = test::select(selector, logits);
+    const Routing<double>& routing = selected.routing;
     CHECK(routing.tokens() == tokens);
     CHECK(routing.experts() == experts);
     CHECK(routing.assignments() == tokens);
     CHECK(routing.offsets.size() == static_cast<std::size_t>(tokens) + 1);
     CHECK(routing.probabilities.sum() == Approx(static_cast<double>(tokens)));
 
-    RoutingGradient<double> gradient = random_objective(routing, 3);
-    selector.backward(routing, gradient);
-    CHECK(gradient.logits.rows() == tokens);
-    CHECK(gradient.logits.allFinite());
+    const auto objective = Objective<double>::random(routing, 3);
+    const Matrix<double> d_logits = objective.logit_gradient(selector, selected);
+    CHECK(d_logits.rows() == tokens);
+    CHECK(d_logits.allFinite());
   });
 }
 
@@ -162,14 +153,14 @@ TEST_CASE("Selectors give padding no assignment, no probability, no gradient", "
   logits.row(0).setConstant(nan);
   logits(3, 2) = -std::numeric_limits<double>::infinity();
   const std::vector<std::uint8_t> mask = {0, 1, 1, 0, 1};
-  Pass pass;
-  pass.mask = mask;
+  const Pass pass{.training = true, .mask = mask};
   Matrix<double> real(3, 6);
   real << logits.row(1), logits.row(2), logits.row(4);
 
   for_each_selector<double>(6, 2, [&](const auto& selector) {
-    const Routing<double> padded = select(selector, logits, pass);
-    const Routing<double> packed = select(selector, real);
+    auto selected = test::select(selector, logits, pass);
+    const Routing<double>& padded = selected.routing;
+    const Routing<double> packed = route(selector, real);
     CHECK(padded.offsets == std::vector<Index>{0, 0, 2, 4, 4, 6});
     CHECK(padded.expert == packed.expert);
     CHECK(padded.weight == packed.weight);
@@ -177,9 +168,9 @@ TEST_CASE("Selectors give padding no assignment, no probability, no gradient", "
     CHECK(padded.probabilities.row(3).isZero(0.0));
     CHECK(padded.probabilities.row(4) == packed.probabilities.row(2));
 
-    RoutingGradient<double> gradient = random_objective(padded, 5);
+    RoutingGradient<double> gradient = Objective<double>::random(padded, 5).gradient(padded);
     gradient.logits.setConstant(0.25);
-    selector.backward(padded, gradient);
+    selector.backward(padded, gradient, selected.cache);
     CHECK(gradient.logits.row(0) == RowVector<double>::Constant(6, 0.25));
     CHECK(gradient.logits.row(3) == RowVector<double>::Constant(6, 0.25));
     CHECK(gradient.logits.allFinite());
@@ -188,66 +179,37 @@ TEST_CASE("Selectors give padding no assignment, no probability, no gradient", "
 
 TEST_CASE("Selectors keep nothing of the routing before", "[moe][selector]") {
   const std::vector<std::uint8_t> mask(9, 0);
-  Pass other;
-  other.mask = mask;
-  other.training = true;
   const Matrix<double> logits = test::random_matrix(4, 6, 6);
 
   for_each_selector<double>(6, 2, [&](const auto& selector) {
-    Routing<double> reused;
-    selector.select(test::random_matrix(9, 6, 7), other, reused);
-    reused.pass_dropped = true;
-    selector.select(test::random_matrix(30, 6, 7), {}, reused);
-    std::fill(reused.kept.begin(), reused.kept.end(), std::uint8_t{0});
-    selector.select(logits, {}, reused);
+    const Pass other{.training = true, .mask = mask};
+    auto reused = test::select(selector, test::random_matrix(9, 6, 7), other);
+    selector.forward(test::random_matrix(30, 6, 7), {}, reused.routing, reused.cache);
+    reused.routing.kept.assign(reused.routing.assignments(), 0);
+    reused.routing.applied = reused.routing.weight;
+    selector.forward(logits, kTraining, reused.routing, reused.cache);
 
-    const Routing<double> fresh = select(selector, logits);
-    CHECK(reused.offsets == fresh.offsets);
-    CHECK(reused.expert == fresh.expert);
-    CHECK(reused.weight == fresh.weight);
-    CHECK(reused.kept == fresh.kept);
-    CHECK(reused.probabilities == fresh.probabilities);
-    CHECK(reused.mask.empty());
-    CHECK(reused.sequences.count() == 1);
-    CHECK(reused.sequences.tokens() == 4);
-    CHECK_FALSE(reused.training);
-    CHECK_FALSE(reused.pass_dropped);
+    auto fresh = test::select(selector, logits);
+    CHECK(reused.routing.offsets == fresh.routing.offsets);
+    CHECK(reused.routing.expert == fresh.routing.expert);
+    CHECK(reused.routing.weight == fresh.routing.weight);
+    CHECK(reused.routing.applied.empty());
+    CHECK(reused.routing.kept == fresh.routing.kept);
+    CHECK(reused.routing.probabilities == fresh.routing.probabilities);
+    CHECK_FALSE(reused.routing.rows.has_padding());
+    CHECK(reused.routing.rows.sequences().count() == 1);
+    CHECK(reused.routing.rows.count() == 4);
+    const auto objective = Objective<double>::random(fresh.routing, 8);
+    CHECK(objective.logit_gradient(selector, reused) == objective.logit_gradient(selector, fresh));
   });
 }
 
 TEST_CASE("Selector gradients agree with finite differences", "[moe][selector][gradient]") {
   const auto k = GENERATE(as<Index>{}, 1, 3, 6);
-  Matrix<double> logits = test::random_matrix(8, 6, 8);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1, 0};
-  Pass pass;
-  pass.mask = mask;
-
   for_each_selector<double>(6, k, [&](const auto& selector) {
-    const Routing<double> routing = select(selector, logits, pass);
-    const RoutingGradient<double> objective = random_objective(routing, 9);
-    RoutingGradient<double> gradient = objective;
-    selector.backward(routing, gradient);
-
-    const auto value = [&](bool weights, bool probabilities) {
-      const Routing<double> moved = select(selector, logits, pass);
-      REQUIRE(moved.expert == routing.expert);  // Else the logits are too close to a tie.
-      return (weights ? objective.weights.cwiseProduct(weights_of(moved)).sum() : 0.0) +
-             (probabilities ? objective.probabilities.cwiseProduct(moved.probabilities).sum()
-                            : 0.0);
-    };
-    const Matrix<double> numeric =
-        test::numeric_gradient(logits, [&] { return value(true, true); });
-    CHECK(test::relative_error(gradient.logits, numeric) <= 1e-7);
-
-    // The weights' part alone, which the probabilities' part could drown. It is exactly zero, up to
-    // rounding, where k = 1 makes the weight constant.
-    RoutingGradient<double> of_weights = objective;
-    of_weights.probabilities.setZero();
-    selector.backward(routing, of_weights);
-    const Matrix<double> numeric_of_weights =
-        test::numeric_gradient(logits, [&] { return value(true, false); });
-    CHECK((of_weights.logits - numeric_of_weights).norm() <=
-          1e-7 * std::max(numeric_of_weights.norm(), 1e-2));
+    test::check_selector_gradient(selector, test::random_matrix(8, 6, 8),
+                                  {.training = true, .mask = mask});
   });
 }
 
@@ -255,13 +217,13 @@ TEST_CASE("Selector gradients are added to those of the logits", "[moe][selector
   const Matrix<double> logits = test::random_matrix(3, 6, 10);
 
   for_each_selector<double>(6, 2, [&](const auto& selector) {
-    const Routing<double> routing = select(selector, logits);
-    RoutingGradient<double> alone = random_objective(routing, 11);
+    auto [routing, cache] = test::select(selector, logits);
+    RoutingGradient<double> alone = Objective<double>::random(routing, 11).gradient(routing);
     RoutingGradient<double> added = alone;
     const Matrix<double> before = test::random_matrix(3, 6, 12);
     added.logits = before;
-    selector.backward(routing, alone);
-    selector.backward(routing, added);
+    selector.backward(routing, alone, cache);
+    selector.backward(routing, added, cache);
     CHECK(test::relative_error(added.logits, before + alone.logits) <= 1e-14);
   });
 }
@@ -275,22 +237,21 @@ TEST_CASE("Selectors refuse logits that are not finite", "[moe][selector]") {
     logits(2, 4) = value;
     return logits;
   };
-  Routing<double> routing;
   const auto message = [&](const auto& selector, const Matrix<double>& logits) {
-    return test::message_of<NonFiniteError>([&] { selector.select(logits, {}, routing); });
+    return test::message_of<NonFiniteError>([&] { route(selector, logits); });
   };
   const SoftmaxTopK<double> softmax;
   CHECK(message(softmax, with(nan)) == "SoftmaxTopK: logits[2, 4] = nan, expected a finite number");
   CHECK(message(softmax, with(-inf)) ==
         "SoftmaxTopK: logits[2, 4] = -inf, expected a finite number");
-  CHECK(message(TopKSoftmax<double>{}, with(inf)) ==
+  CHECK(message(TopKSoftmax<double>(), with(inf)) ==
         "TopKSoftmax: logits[2, 4] = inf, expected a finite number");
   CHECK(message(SigmoidTopK<double>(5), with(nan)) ==
         "SigmoidTopK: logits[2, 4] = nan, expected a finite number");
 
   for_each_selector<double>(5, 2, [&](const auto& selector) {
-    selector.select(good, {}, routing);
-    CHECK_THROWS_AS(selector.select(with(nan), {}, routing), NonFiniteError);
+    auto [routing, cache] = test::select(selector, good);
+    CHECK_THROWS_AS(selector.forward(with(nan), {}, routing, cache), NonFiniteError);
     CHECK(routing.logits == good);  // Nothing was changed.
     CHECK(routing.assignments() == 6);
   });
@@ -299,18 +260,12 @@ TEST_CASE("Selectors refuse logits that are not finite", "[moe][selector]") {
 TEST_CASE("Selectors refuse a pass that does not fit", "[moe][selector]") {
   const Matrix<double> logits = test::random_matrix(3, 5, 14);
   const std::vector<std::uint8_t> mask(4, 1);
-  Pass masked;
-  masked.mask = mask;
   const Sequences two = Sequences::uniform(2, 1);
-  Pass sequenced;
-  sequenced.sequences = &two;
-
-  Routing<double> routing;
   CHECK(test::message_of<ShapeError>([&] {
-          TopKSoftmax<double>{}.select(logits, masked, routing);
+          route(TopKSoftmax<double>(), logits, {.mask = mask});
         }) == "TopKSoftmax: pass.mask has 4 entries, expected 3 (one per token)");
   CHECK(test::message_of<ShapeError>([&] {
-          SigmoidTopK<double>(5).select(logits, sequenced, routing);
+          route(SigmoidTopK<double>(5), logits, {.sequences = &two});
         }) == "SigmoidTopK: pass.sequences cover 2 tokens, expected 3");
 }
 
@@ -326,7 +281,8 @@ TEST_CASE("Selectors stay finite for extreme logits", "[moe][selector]") {
   const auto k = GENERATE(as<Index>{}, 1, 3, 6);
 
   for_each_selector<float>(6, k, [&](const auto& selector) {
-    const Routing<float> routing = select(selector, logits);
+    auto selected = test::select(selector, logits);
+    const Routing<float>& routing = selected.routing;
     for (const float weight : routing.weight) {
       CHECK(std::isfinite(weight));
       CHECK(weight >= 0.0F);
@@ -335,9 +291,8 @@ TEST_CASE("Selectors stay finite for extreme logits", "[moe][selector]") {
     CHECK(routing.probabilities.minCoeff() >= 0.0F);
     CHECK(routing.probabilities.rowwise().sum().maxCoeff() <= 1.00001F);
 
-    RoutingGradient<float> gradient = random_objective(routing, 15);
-    selector.backward(routing, gradient);
-    CHECK(gradient.logits.allFinite());
+    const auto objective = Objective<float>::random(routing, 15);
+    CHECK(objective.logit_gradient(selector, selected).allFinite());
   });
 }
 
@@ -346,22 +301,19 @@ TEST_CASE("Selectors give a token the same bits wherever it stands", "[moe][sele
   const Matrix<float> logits = test::random_matrix<float>(23, experts, 16);
 
   for_each_selector<float>(experts, 3, [&](const auto& selector) {
-    const Routing<float> all = select(selector, logits);
-    RoutingGradient<float> gradient = random_objective(all, 17);
-    const RoutingGradient<float> objective = gradient;
-    selector.backward(all, gradient);
+    auto selected = test::select(selector, logits);
+    const Routing<float>& all = selected.routing;
+    const auto objective = Objective<float>::random(all, 17);
+    const Matrix<float> gradient = objective.logit_gradient(selector, selected);
     for (Index t = 0; t < 23; ++t) {
-      const Routing<float> one = select(selector, logits.middleRows(t, 1));
+      auto alone = test::select(selector, logits.middleRows(t, 1));
+      const Routing<float>& one = alone.routing;
       CHECK(std::equal(one.expert.begin(), one.expert.end(), all.expert.begin() + 3 * t));
       CHECK(std::equal(one.weight.begin(), one.weight.end(), all.weight.begin() + 3 * t));
       CHECK(one.probabilities.row(0) == all.probabilities.row(t));
 
-      RoutingGradient<float> alone;
-      alone.reset(one);
-      alone.weights = objective.weights.middleCols(3 * t, 3);
-      alone.probabilities = objective.probabilities.middleRows(t, 1);
-      selector.backward(one, alone);
-      CHECK(alone.logits.row(0) == gradient.logits.row(t));
+      const Objective<float> own{objective.c.middleCols(3 * t, 3), objective.d.middleRows(t, 1)};
+      CHECK(own.logit_gradient(selector, alone).row(0) == gradient.row(t));
     }
   });
 }
@@ -372,12 +324,11 @@ TEST_CASE("Selectors give the same bits on any number of threads", "[moe][select
 
   for_each_selector<float>(67, 4, [&](const auto& selector) {
     const auto run = [&](int count) {
-      set_threads(count);
-      Routing<float> routing = select(selector, logits);
-      RoutingGradient<float> gradient = random_objective(routing, 19);
-      selector.backward(routing, gradient);
-      set_threads(1);
-      return std::pair(std::move(routing), std::move(gradient.logits));
+      const test::Threads threads(count);
+      auto selected = test::select(selector, logits);
+      const auto objective = Objective<float>::random(selected.routing, 19);
+      Matrix<float> gradient = objective.logit_gradient(selector, selected);
+      return std::pair(std::move(selected.routing), std::move(gradient));
     };
     const auto [serial, serial_gradient] = run(1);
     const auto [parallel, parallel_gradient] = run(2);

@@ -8,9 +8,9 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
-#include "support/gradient.hpp"
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 #include "support/threads.hpp"
@@ -21,8 +21,6 @@ using test::route;
 static_assert(Selector<Sinkhorn<float>, float>);
 
 namespace {
-
-const Pass kTraining{.training = true};
 
 double spread(const Routing<double>& routing) {
   RowVector<double> load = RowVector<double>::Zero(routing.experts());
@@ -44,7 +42,7 @@ TEST_CASE("The plan of Sinkhorn has rows of 1 / T and columns of 1 / experts",
     }();
     const Index real = tokens > 3 ? tokens - 1 : tokens;
     const Matrix<double> logits = test::random_matrix(tokens, experts, seed);
-    const Matrix<double> pi = Sinkhorn<double>{.tolerance = 1e-12}.plan(logits, {.mask = mask});
+    const Matrix<double> pi = Sinkhorn<double>({.tolerance = 1e-12}).plan(logits, {.mask = mask});
     INFO("seed " << seed);
     for (Index t = 0; t < tokens; ++t) {
       const double expected =
@@ -61,12 +59,12 @@ TEST_CASE("Sinkhorn levels in training what all tokens prefer, and takes the bes
           "[moe][selector][sinkhorn]") {
   Matrix<double> logits = test::random_matrix(64, 4, 5);
   logits.col(0).array() += 5.0;
-  CHECK(spread(route(Sinkhorn<double>{}, logits)) > 60.0);
-  CHECK(spread(route(Sinkhorn<double>{}, logits, kTraining)) < 16.0);
+  CHECK(spread(route(Sinkhorn<double>(), logits)) > 60.0);
+  CHECK(spread(route(Sinkhorn<double>(), logits, kTraining)) < 16.0);
 
-  const Routing<double> two = route(Sinkhorn<double>{.k = 2}, logits);
+  const Routing<double> two = route(Sinkhorn<double>({.k = 2}), logits);
   for (Index t = 0; t < 64; ++t) {
-    const auto first = static_cast<std::size_t>(two.first(t));
+    const Index first = two.first(t);
     CHECK(two.weight[first] > two.weight[first + 1]);
     CHECK(two.weight[first] == two.probabilities.row(t).maxCoeff());
   }
@@ -75,11 +73,11 @@ TEST_CASE("Sinkhorn levels in training what all tokens prefer, and takes the bes
 TEST_CASE("Sinkhorn is not causal in training, and is in evaluation", "[moe][selector][sinkhorn]") {
   Matrix<double> logits(2, 2);
   logits << 0.1, 0.0, 0.0, 3.0;
-  CHECK(route(Sinkhorn<double>{}, logits, kTraining).expert[0] == 0);
-  CHECK(route(Sinkhorn<double>{}, logits).expert[0] == 0);
+  CHECK(route(Sinkhorn<double>(), logits, kTraining).expert[0] == 0);
+  CHECK(route(Sinkhorn<double>(), logits).expert[0] == 0);
   logits.row(1) << 3.0, 0.0;
-  CHECK(route(Sinkhorn<double>{}, logits, kTraining).expert[0] == 1);
-  CHECK(route(Sinkhorn<double>{}, logits).expert[0] == 0);
+  CHECK(route(Sinkhorn<double>(), logits, kTraining).expert[0] == 1);
+  CHECK(route(Sinkhorn<double>(), logits).expert[0] == 0);
 }
 
 TEST_CASE("Sinkhorn does not overflow, and leaves padding alone", "[moe][selector][sinkhorn]") {
@@ -87,71 +85,45 @@ TEST_CASE("Sinkhorn does not overflow, and leaves padding alone", "[moe][selecto
   logits.row(4).setConstant(std::numeric_limits<double>::quiet_NaN());
   const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 0, 1};
   const Routing<double> routing =
-      route(Sinkhorn<double>{.k = 2}, logits, {.training = true, .mask = mask});
+      route(Sinkhorn<double>({.k = 2}), logits, {.training = true, .mask = mask});
   CHECK(routing.offsets == std::vector<Index>{0, 2, 4, 6, 8, 8, 10});
   CHECK(routing.probabilities.allFinite());
   for (const double w : routing.weight) CHECK(std::isfinite(w));
-  CHECK(route(Sinkhorn<double>{}, Matrix<double>(0, 3), kTraining).assignments() == 0);
-  CHECK(route(Sinkhorn<double>{}, Matrix<double>::Zero(1, 1), kTraining).weight[0] == 0.5);
-  CHECK(route(Sinkhorn<double>{.k = 3}, test::random_matrix(2, 3, 2), kTraining).assignments() ==
+  CHECK(route(Sinkhorn<double>(), Matrix<double>(0, 3), kTraining).assignments() == 0);
+  CHECK(route(Sinkhorn<double>(), Matrix<double>::Zero(1, 1), kTraining).weight[0] == 0.5);
+  CHECK(route(Sinkhorn<double>({.k = 3}), test::random_matrix(2, 3, 2), kTraining).assignments() ==
         6);
 }
 
 TEST_CASE("Sinkhorn has the same bits for any number of threads", "[moe][selector][sinkhorn]") {
   const Matrix<double> logits = test::random_matrix(500, 8, 3);
-  const Routing<double> one = route(Sinkhorn<double>{.k = 2}, logits, kTraining);
+  const Routing<double> one = route(Sinkhorn<double>({.k = 2}), logits, kTraining);
   const test::Threads threads(3);
-  const Routing<double> three = route(Sinkhorn<double>{.k = 2}, logits, kTraining);
+  const Routing<double> three = route(Sinkhorn<double>({.k = 2}), logits, kTraining);
   CHECK(one.expert == three.expert);
   CHECK(one.weight == three.weight);
 }
 
 TEST_CASE("Sinkhorn gradient agrees with finite differences",
           "[moe][selector][sinkhorn][gradient]") {
-  const Sinkhorn<double> selector{.k = GENERATE(as<Index>{}, 1, 2, 4)};
+  const Sinkhorn<double> selector({.k = GENERATE(as<Index>{}, 1, 2, 4)});
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1};
-  const Pass pass{.training = GENERATE(false, true), .mask = mask};
-  Matrix<double> logits = test::random_matrix(5, 4, 11);
-  const Routing<double> routing = route(selector, logits, pass);
-  const Matrix<double> c = test::random_matrix(1, routing.assignments(), 12);
-  const Matrix<double> q = test::random_matrix(5, 4, 13);
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = c;
-  gradient.probabilities = q;
-  selector.backward(routing, gradient);
-  const auto numeric = test::numeric_gradient(logits, [&] {
-    const Routing<double> r = route(selector, logits, pass);
-    double value = r.probabilities.cwiseProduct(q).sum();
-    for (Index a = 0; a < r.assignments(); ++a) {
-      value += c(0, a) * r.weight[static_cast<std::size_t>(a)];
-    }
-    return value;
-  });
-  CHECK(test::relative_error(gradient.logits, numeric) <= 1e-8);
+  test::check_selector_gradient(selector, test::random_matrix(5, 4, 11),
+                                {.training = GENERATE(false, true), .mask = mask});
 }
 
 TEST_CASE("Sinkhorn says what is wrong with its settings", "[moe][selector][sinkhorn]") {
-  const auto message = [](const Sinkhorn<double>& selector) {
-    return test::message_of<ConfigError>([&] { selector.check(4); });
+  const auto message = [](const SinkhornConfig& config) {
+    return test::message_of<ConfigError>([&] { Sinkhorn<double>(config).check(4); });
   };
   CHECK(message({.k = 5}) == "Sinkhorn: k = 5, expected 1 <= k <= experts = 4");
-  CHECK(message({.tolerance = 0.0}) == "Sinkhorn: tolerance = 0, expected > 0");
+  CHECK(message({.tolerance = 0.0}) == "Sinkhorn: tolerance = 0, expected a finite number > 0");
   CHECK(message({.iterations = 0}) == "Sinkhorn: iterations = 0, expected >= 1");
 }
 
 TEST_CASE("Sinkhorn allocates nothing the second time", "[moe][selector][sinkhorn]") {
   if (!test::allocations_are_counted()) return;
-  const Sinkhorn<double> selector{.k = 2};
+  const Sinkhorn<double> selector({.k = 2});
   const Matrix<double> logits = test::random_matrix(37, 5, 31);
-  const Pass pass{.training = true};
-  Routing<double> routing;
-  RoutingGradient<double> gradient;
-  const auto step = [&] {
-    selector.select(logits, pass, routing);
-    gradient.reset(routing);
-    selector.backward(routing, gradient);
-  };
-  step();
-  CHECK(test::count_allocations(step) == 0);
+  CHECK(test::count_step_allocations(selector, logits) == 0);
 }

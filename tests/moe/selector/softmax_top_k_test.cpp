@@ -8,6 +8,7 @@
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
@@ -23,31 +24,25 @@ Matrix<double> tenths() {
 }
 
 template <class T>
-std::vector<T> weights(const SoftmaxTopK<T>& selector, const Matrix<T>& logits) {
-  Routing<T> routing;
-  selector.select(logits, {}, routing);
-  return routing.weight;
+List<T> weights(const SoftmaxTopKConfig& config, const Matrix<T>& logits) {
+  return test::select(SoftmaxTopK<T>(config), logits).routing.weight;
 }
 
 /// d(sum of c * weights) / d(logits)
 template <class S>
 Matrix<double> gradient(const S& selector, const Matrix<double>& logits,
                         const RowVector<double>& c) {
-  Routing<double> routing;
-  selector.select(logits, {}, routing);
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = c;
-  selector.backward(routing, gradient);
-  return gradient.logits;
+  auto selected = test::select(selector, logits);
+  const test::RoutingObjective<double> objective{
+      c, Matrix<double>::Zero(logits.rows(), logits.cols())};
+  return objective.logit_gradient(selector, selected);
 }
 
 }  // namespace
 
 TEST_CASE("SoftmaxTopK matches weights worked out by hand", "[moe][selector][softmax_top_k]") {
   // The two best of (0.1, 0.4, 0.2, 0.3) are experts 1 and 3.
-  Routing<double> routing;
-  SoftmaxTopK<double>{}.select(tenths(), {}, routing);
+  const Routing<double> routing = test::route(SoftmaxTopK<double>(), tenths());
   CHECK(routing.expert == std::vector<Index>{1, 3});
   CHECK(routing.probabilities(0, 2) == Approx(0.2));
 
@@ -86,14 +81,14 @@ TEST_CASE("SoftmaxTopK matches weights worked out by hand", "[moe][selector][sof
 TEST_CASE("SoftmaxTopK matches gradients worked out by hand", "[moe][selector][softmax_top_k]") {
   SECTION("Switch: k = 1, raw") {
     // dg/dz_e = p_1 (1[e = 1] - p_e) with p = (0.1, 0.4, 0.2, 0.3).
-    const auto dz = gradient(SoftmaxTopK<double>{.k = 1}, tenths(), RowVector<double>::Ones(1));
+    const auto dz = gradient(SoftmaxTopK<double>({.k = 1}), tenths(), RowVector<double>::Ones(1));
     RowVector<double> expected(4);
     expected << -0.04, 0.24, -0.08, -0.12;
     CHECK(test::relative_error(dz, expected) <= 1e-14);
   }
   SECTION("renormalised, of the first weight") {
     // g = 4/7 is a softmax over experts 1 and 3: dg/dz_1 = -dg/dz_3 = 4/7 * 3/7.
-    const auto dz = gradient(SoftmaxTopK<double>{.k = 2, .renormalise = true}, tenths(),
+    const auto dz = gradient(SoftmaxTopK<double>({.k = 2, .renormalise = true}), tenths(),
                              RowVector<double>::Unit(2, 0));
     RowVector<double> expected(4);
     expected << 0.0, 12.0 / 49.0, 0.0, -12.0 / 49.0;
@@ -110,7 +105,7 @@ TEST_CASE("SoftmaxTopK renormalises to what its norm says", "[moe][selector][sof
       weights<double>({.k = k, .renormalise = true, .scale = 2.5, .norm = 2.0}, logits);
   const auto raw = weights<double>({.k = k}, logits);
   for (auto first = 0; first < 20 * k; first += static_cast<int>(k)) {
-    const auto sum = [&](const std::vector<double>& g) {
+    const auto sum = [&](const List<double>& g) {
       return std::accumulate(g.begin() + first, g.begin() + first + k, 0.0);
     };
     const auto begin = squares.begin() + first;
@@ -124,14 +119,13 @@ TEST_CASE("SoftmaxTopK renormalises to what its norm says", "[moe][selector][sof
 TEST_CASE("SoftmaxTopK of all experts is a dense softmax", "[moe][selector][softmax_top_k]") {
   const Matrix<double> logits = test::random_matrix(6, 5, 2);
   const bool renormalise = GENERATE(false, true);
-  Routing<double> routing;
-  SoftmaxTopK<double>{.k = 5, .renormalise = renormalise}.select(logits, {}, routing);
+  const Routing<double> routing =
+      test::route(SoftmaxTopK<double>({.k = 5, .renormalise = renormalise}), logits);
 
   for (Index t = 0; t < 6; ++t) {
     const double total = logits.row(t).array().exp().sum();
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      CHECK(routing.weight[i] == Approx(std::exp(logits(t, routing.expert[i])) / total));
+      CHECK(routing.weight[a] == Approx(std::exp(logits(t, routing.expert[a])) / total));
     }
   }
 }
@@ -139,17 +133,15 @@ TEST_CASE("SoftmaxTopK of all experts is a dense softmax", "[moe][selector][soft
 TEST_CASE("SoftmaxTopK renormalised is TopKSoftmax", "[moe][selector][softmax_top_k]") {
   const auto k = GENERATE(as<Index>{}, 1, 2, 8);
   const Matrix<double> logits = test::random_matrix(30, 8, 3);
-  const SoftmaxTopK<double> before{.k = k, .renormalise = true, .scale = 1.5};
-  const TopKSoftmax<double> after{.k = k, .scale = 1.5};
+  const SoftmaxTopK<double> before({.k = k, .renormalise = true, .scale = 1.5});
+  const TopKSoftmax<double> after({.k = k, .scale = 1.5});
 
-  Routing<double> a;
-  Routing<double> b;
-  before.select(logits, {}, a);
-  after.select(logits, {}, b);
+  const Routing<double> a = test::route(before, logits);
+  const Routing<double> b = test::route(after, logits);
   CHECK(a.expert == b.expert);
   CHECK(a.probabilities == b.probabilities);
-  const Eigen::Map<RowVector<double>> weights_a(a.weight.data(), 30 * k);
-  const Eigen::Map<RowVector<double>> weights_b(b.weight.data(), 30 * k);
+  const Eigen::Map<const RowVector<double>> weights_a(a.weight.data(), 30 * k);
+  const Eigen::Map<const RowVector<double>> weights_b(b.weight.data(), 30 * k);
   CHECK(test::relative_error(weights_a, weights_b) <= 1e-14);
 
   const RowVector<double> c = test::random_matrix(1, 30 * k, 4);
@@ -162,11 +154,8 @@ TEST_CASE("SoftmaxTopK chooses by probability, also where that is zero",
           "[moe][selector][softmax_top_k]") {
   Matrix<float> logits(1, 3);
   logits << 0.0F, -1e4F, -1e3F;  // The softmax is exactly (1, 0, 0): a tie of the last two.
-  Routing<float> routing;
-  SoftmaxTopK<float>{}.select(logits, {}, routing);
-  CHECK(routing.expert == std::vector<Index>{0, 1});
-  TopKSoftmax<float>{}.select(logits, {}, routing);
-  CHECK(routing.expert == std::vector<Index>{0, 2});
+  CHECK(test::select(SoftmaxTopK<float>(), logits).routing.expert == std::vector<Index>{0, 1});
+  CHECK(test::select(TopKSoftmax<float>(), logits).routing.expert == std::vector<Index>{0, 2});
 }
 
 TEST_CASE("SoftmaxTopK has weights under any norm", "[moe][selector][softmax_top_k]") {
@@ -179,14 +168,14 @@ TEST_CASE("SoftmaxTopK has weights under any norm", "[moe][selector][softmax_top
 }
 
 TEST_CASE("SoftmaxTopK names the setting that is out of range", "[moe][selector][softmax_top_k]") {
-  const auto message = [](const SoftmaxTopK<double>& selector) {
-    return test::message_of<ConfigError>([&] { weights(selector, tenths()); });
+  const auto message = [](const SoftmaxTopKConfig& config) {
+    return test::message_of<ConfigError>([&] { weights(config, tenths()); });
   };
   const double nan = std::numeric_limits<double>::quiet_NaN();
   CHECK(message({.k = 0}) == "SoftmaxTopK: k = 0, expected 1 <= k <= experts = 4");
   CHECK(message({.k = 5}) == "SoftmaxTopK: k = 5, expected 1 <= k <= experts = 4");
-  CHECK(message({.scale = 0.0}) == "SoftmaxTopK: scale = 0, expected > 0");
-  CHECK(message({.scale = nan}) == "SoftmaxTopK: scale = nan, expected > 0");
+  CHECK(message({.scale = 0.0}) == "SoftmaxTopK: scale = 0, expected a finite number > 0");
+  CHECK(message({.scale = nan}) == "SoftmaxTopK: scale = nan, expected a finite number > 0");
   CHECK(message({.norm = 0.5}) == "SoftmaxTopK: norm = 0.5, expected >= 1");
   CHECK(message({.k = 4}) == "no exception");
 }

@@ -5,9 +5,9 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/sparse_mixer.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
-#include "support/gradient.hpp"
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 #include "support/threads.hpp"
@@ -26,22 +26,10 @@ Matrix<double> row(std::initializer_list<double> values) {
 }
 
 /// Many tokens with the same logits, routed in training.
-Routing<double> draw(const SparseMixer<double>& selector, const Matrix<double>& logits,
-                     Index tokens) {
+test::Selected<SparseMixer<double>> draw(const SparseMixer<double>& selector,
+                                         const Matrix<double>& logits, Index tokens) {
   Rng rng(3);
-  return test::route(selector, logits.replicate(tokens, 1), {.training = true, .rng = &rng});
-}
-
-/// The gradient with respect to the logits of sum_a g_a * on_weights_a + sum(p * on_probabilities).
-Matrix<double> logit_gradient(const SparseMixer<double>& selector, const Routing<double>& routing,
-                              const Matrix<double>& on_weights,
-                              const Matrix<double>& on_probabilities) {
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = on_weights;
-  gradient.probabilities = on_probabilities;
-  selector.backward(routing, gradient);
-  return gradient.logits;
+  return test::select(selector, logits.replicate(tokens, 1), {.training = true, .rng = &rng});
 }
 
 }  // namespace
@@ -50,7 +38,7 @@ TEST_CASE("SparseMixer matches weights worked out by hand", "[moe][selector][spa
   // Near 2 with epsilon = 0.05 are 1.9 and 1.85, since 0.1 and 0.15 are at most 0.1 * 2; 1 is not.
   // Without it, near 1.9 is 1.85.
   const Routing<double> routing =
-      test::route(SparseMixer<double>{.epsilon = 0.05}, row({1.9, 1.0, 2.0, 1.85}));
+      test::route(SparseMixer<double>({.epsilon = 0.05}), row({1.9, 1.0, 2.0, 1.85}));
   CHECK(routing.expert == std::vector<Index>{2, 0});
   CHECK(routing.weight[0] == Approx(1.0 / (1.0 + std::exp(-0.1) + std::exp(-0.15))));
   CHECK(routing.weight[1] == Approx(1.0 / (1.0 + std::exp(-0.05))));
@@ -62,7 +50,7 @@ TEST_CASE("SparseMixer measures nearness by the larger of the logit's size and t
           "[moe][selector][sparse_mixer]") {
   // All negative: (m - z) / |z| = 0.1 / 1.1 and 1 / 2.
   const Routing<double> routing =
-      test::route(SparseMixer<double>{.epsilon = 0.05}, row({-1.0, -1.1, -2.0}));
+      test::route(SparseMixer<double>({.epsilon = 0.05}), row({-1.0, -1.1, -2.0}));
   CHECK(routing.expert == std::vector<Index>{0, 1});
   CHECK(routing.weight[0] == Approx(1.0 / (1.0 + std::exp(-0.1))));
   CHECK(routing.weight[1] == 1.0);
@@ -72,10 +60,10 @@ TEST_CASE(
     "SparseMixer of logits that are well apart has weights of one, and of equal ones takes "
     "the lowest indices",
     "[moe][selector][sparse_mixer]") {
-  const Routing<double> apart = test::route(SparseMixer<double>{}, row({-3.0, 1.0, 9.0, 4.0}));
+  const Routing<double> apart = test::route(SparseMixer<double>(), row({-3.0, 1.0, 9.0, 4.0}));
   CHECK(apart.expert == std::vector<Index>{2, 3});
   CHECK(apart.weight == std::vector<double>{1.0, 1.0});
-  const Routing<double> equal = test::route(SparseMixer<double>{}, row({0.0, 0.0, 0.0}));
+  const Routing<double> equal = test::route(SparseMixer<double>(), row({0.0, 0.0, 0.0}));
   CHECK(equal.expert == std::vector<Index>{0, 1});
   CHECK(equal.weight[0] == Approx(1.0 / 3.0));
   CHECK(equal.weight[1] == Approx(0.5));
@@ -84,15 +72,15 @@ TEST_CASE(
 TEST_CASE("SparseMixer draws its experts from their softmax and cuts some weights to a third",
           "[moe][selector][sparse_mixer]") {
   constexpr Index kTokens = 40000;
-  const SparseMixer<double> selector{.epsilon = 0.2};
+  const SparseMixer<double> selector({.epsilon = 0.2});
   const Matrix<double> logits = row({2.0, 1.5, -4.0});  // Expert 2 is near nothing.
-  const Routing<double> routing = draw(selector, logits, kTokens);
+  const Routing<double> routing = draw(selector, logits, kTokens).routing;
   const double q0 = 1.0 / (1.0 + std::exp(-0.5));
   double first = 0.0;
   double whole = 0.0;
   double others = 0.0;
   for (Index t = 0; t < kTokens; ++t) {
-    const auto a = static_cast<std::size_t>(2 * t);
+    const Index a = 2 * t;
     REQUIRE(routing.expert[a] != 2);
     if (routing.expert[a] == 0) {
       first += 1.0;
@@ -114,36 +102,25 @@ TEST_CASE("SparseMixer draws its experts from their softmax and cuts some weight
 
 TEST_CASE("SparseMixer's evaluation has gradients that agree with finite differences",
           "[moe][selector][sparse_mixer][gradient]") {
-  Matrix<double> logits = test::random_matrix(8, 5, 1);
-  const SparseMixer<double> selector{.epsilon = GENERATE(0.01, 0.3)};
-  const Matrix<double> on_weights = test::random_matrix(1, 16, 2);
-  const Matrix<double> on_probabilities = test::random_matrix(8, 5, 3);
-  const auto value = [&] {
-    const Routing<double> routing = test::route(selector, logits);
-    double sum = routing.probabilities.cwiseProduct(on_probabilities).sum();
-    for (Index a = 0; a < 16; ++a) {
-      sum += on_weights(0, a) * routing.weight[static_cast<std::size_t>(a)];
-    }
-    return sum;
-  };
-  const Matrix<double> analytic =
-      logit_gradient(selector, test::route(selector, logits), on_weights, on_probabilities);
-  CHECK(test::relative_error(analytic, test::numeric_gradient(logits, value)) <= 1e-7);
+  const SparseMixer<double> selector({.epsilon = GENERATE(0.01, 0.3)});
+  test::check_selector_gradient(selector, test::random_matrix(8, 5, 1), {});
 }
 
 TEST_CASE("SparseMixer's training has the gradient of the softmax it drew from, uncut",
           "[moe][selector][sparse_mixer][gradient]") {
-  const SparseMixer<double> selector{.epsilon = 0.2};
+  const SparseMixer<double> selector({.epsilon = 0.2});
   const Matrix<double> logits = row({2.0, 1.5, -4.0});
-  const Routing<double> routing = draw(selector, logits, 50);
-  Matrix<double> on_weights = Matrix<double>::Zero(1, 100);
-  for (Index t = 0; t < 50; ++t) on_weights(0, 2 * t) = 1.0;
+  auto selected = draw(selector, logits, 50);
+  const Routing<double>& routing = selected.routing;
+  RowVector<double> c = RowVector<double>::Zero(100);
+  for (Index t = 0; t < 50; ++t) c[2 * t] = 1.0;
   const Matrix<double> gradient =
-      logit_gradient(selector, routing, on_weights, Matrix<double>::Zero(50, 3));
+      test::RoutingObjective<double>{c, Matrix<double>::Zero(50, 3)}.logit_gradient(selector,
+                                                                                    selected);
   const double q0 = 1.0 / (1.0 + std::exp(-0.5));
   bool cut = false;
   for (Index t = 0; t < 50; ++t) {
-    const auto a = static_cast<std::size_t>(2 * t);
+    const Index a = 2 * t;
     const double towards_0 = routing.expert[a] == 0 ? 1.0 : -1.0;
     CHECK(gradient(t, 0) == Approx(towards_0 * q0 * (1.0 - q0)));
     CHECK(gradient(t, 1) == Approx(-towards_0 * q0 * (1.0 - q0)));
@@ -156,20 +133,22 @@ TEST_CASE("SparseMixer's training has the gradient of the softmax it drew from, 
 TEST_CASE("SparseMixer gives the same bits for any number of threads and allocates nothing",
           "[moe][selector][sparse_mixer]") {
   const Matrix<double> logits = test::random_matrix(700, 6, 4);
-  const SparseMixer<double> selector{.epsilon = 0.4};
+  const SparseMixer<double> selector({.epsilon = 0.4});
   Rng first(9);
   Rng second(9);
   const Routing<double> one = test::route(selector, logits, {.training = true, .rng = &first});
-  Routing<double> three;
-  {
+  const Pass pass{.training = true, .rng = &second};
+  const auto draw_again = [&] {
     const test::Threads threads(3);
-    selector.select(logits, {.training = true, .rng = &second}, three);
-  }
+    return test::select(selector, logits, pass);
+  };
+  auto [three, cache] = draw_again();
   CHECK(one.expert == three.expert);
   CHECK(one.weight == three.weight);
   if (!test::allocations_are_counted()) return;
-  CHECK(test::count_allocations(
-            [&] { selector.select(logits, {.training = true, .rng = &second}, three); }) == 0);
+  CHECK(test::count_allocations([&, &routing = three, &own = cache] {
+          selector.forward(logits, pass, routing, own);
+        }) == 0);
   CHECK(one.expert != three.expert);  // Another pass, other draws.
 }
 
@@ -187,7 +166,7 @@ TEST_CASE("SparseMixer takes padding and no tokens, and says what is wrong",
         "SparseMixer: logits[1, 0] = nan, expected a finite number");
   CHECK(test::message_of<ConfigError>([&] { test::route(selector, Matrix<double>(2, 1)); }) ==
         "SparseMixer: experts = 1, expected >= 2");
-  CHECK(test::message_of<ConfigError>([] { SparseMixer<double>{.epsilon = -1.0}.check(4); }) ==
+  CHECK(test::message_of<ConfigError>([] { SparseMixer<double>({.epsilon = -1.0}).check(4); }) ==
         "SparseMixer: epsilon = -1, expected a finite number >= 0");
   CHECK(test::message_of<ConfigError>([&] {
           test::route(selector, Matrix<double>::Zero(1, 3), {.training = true});

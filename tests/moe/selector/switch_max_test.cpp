@@ -17,13 +17,13 @@ using namespace weir;
 namespace {
 
 Routing<double> switch_max(const Matrix<double>& logits) {
-  Routing<double> routing = test::route(SoftmaxTopK<double>{.k = 1}, logits, {.training = true});
-  CapacityFactor{.train = 1.0,
-                 .count_k = false,
-                 .rounding = Rounding::kDown,
-                 .minimum = 1,
-                 .order = DropOrder::kProbability}
-      .apply(routing);
+  Routing<double> routing = test::route(SoftmaxTopK<double>({.k = 1}), logits, kTraining);
+  test::limit(CapacityFactor({.train = 1.0,
+                              .count_k = false,
+                              .rounding = Rounding::kDown,
+                              .minimum = 1,
+                              .order = DropOrder::kProbability}),
+              routing, kTraining);
   return routing;
 }
 
@@ -35,9 +35,9 @@ TEST_CASE("Switch-max keeps of each expert's tokens those of largest gate",
     const Matrix<double> logits = test::random_matrix(17, 4, seed);
     const Routing<double> routing = switch_max(logits);
     REQUIRE(routing.assignments() == 17);
-    for (std::size_t t = 0; t < 17; ++t) {
+    for (Index t = 0; t < 17; ++t) {
       Index better = 0;
-      for (std::size_t u = 0; u < 17; ++u) {
+      for (Index u = 0; u < 17; ++u) {
         better += routing.expert[u] == routing.expert[t] && routing.weight[u] > routing.weight[t];
       }
       CHECK(static_cast<bool>(routing.kept[t]) == (better < 4));

@@ -12,9 +12,9 @@
 #include <weir/moe/selector/threshold.hpp>
 #include <weir/moe/selector/top_p.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
-#include "support/gradient.hpp"
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 #include "support/threads.hpp"
@@ -29,11 +29,12 @@ namespace {
 
 template <class Body>
 void for_each_selector(Body&& body) {
-  body(TopP<double>{0.3});
-  body(TopP<double>{0.9});
-  body(Threshold<double>{.k = 4, .threshold = 0.5});
-  body(Threshold<double>{.k = 5, .k_min = 2, .threshold = 0.4, .renormalise = true, .scale = 2.5});
-  body(ReluRouting<double>{});
+  body(TopP<double>({0.3}));
+  body(TopP<double>({0.9}));
+  body(Threshold<double>({.k = 4, .threshold = 0.5}));
+  body(
+      Threshold<double>({.k = 5, .k_min = 2, .threshold = 0.4, .renormalise = true, .scale = 2.5}));
+  body(ReluRouting<double>());
 }
 
 /// One token whose softmax is (0.1, 0.4, 0.2, 0.3).
@@ -43,19 +44,13 @@ Matrix<double> tenths() {
   return logits;
 }
 
-RoutingGradient<double> objective(const Routing<double>& routing) {
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = test::random_matrix(1, routing.assignments(), 3);
-  gradient.probabilities = test::random_matrix(routing.tokens(), routing.experts(), 4);
-  return gradient;
-}
+using Objective = test::RoutingObjective<double>;
 
 }  // namespace
 
 TEST_CASE("TopP chooses as many as reach the threshold", "[moe][selector][top_p]") {
   const auto chosen = [](double threshold) {
-    return test::route(TopP<double>{threshold}, tenths()).expert;
+    return test::route(TopP<double>({threshold}), tenths()).expert;
   };
   CHECK(chosen(0.01) == std::vector<Index>{1});
   CHECK(chosen(0.39) == std::vector<Index>{1});
@@ -64,26 +59,26 @@ TEST_CASE("TopP chooses as many as reach the threshold", "[moe][selector][top_p]
   CHECK(chosen(0.71) == std::vector<Index>{1, 3, 2});
   CHECK(chosen(1.0) == std::vector<Index>{1, 3, 2, 0});
   // Exactly reached is enough: 1/4 + 1/4 of four equal ones, the lowest index first.
-  CHECK(test::route(TopP<double>{0.5}, Matrix<double>::Zero(1, 4)).expert ==
+  CHECK(test::route(TopP<double>({0.5}), Matrix<double>::Zero(1, 4)).expert ==
         std::vector<Index>{0, 1});
-  const Routing<double> routing = test::route(TopP<double>{0.5}, tenths());
+  const Routing<double> routing = test::route(TopP<double>({0.5}), tenths());
   CHECK(routing.weight[0] == Approx(0.4));
   CHECK(routing.weight[1] == Approx(0.3));
 
   Matrix<double> certain(1, 3);
   certain << 0.0, -1e4, -1e4;  // The others are exactly zero.
-  CHECK(test::route(TopP<double>{1.0}, certain).expert == std::vector<Index>{0});
+  CHECK(test::route(TopP<double>({1.0}), certain).expert == std::vector<Index>{0});
 }
 
 TEST_CASE("TopP gives no token an expert more than it needs", "[moe][selector][top_p]") {
   const double threshold = GENERATE(0.1, 0.4, 0.8);
   const Routing<double> routing =
-      test::route(TopP<double>{threshold}, test::random_matrix(50, 13, 1));
+      test::route(TopP<double>({threshold}), test::random_matrix(50, 13, 1));
   for (Index t = 0; t < 50; ++t) {
     double sum = 0.0;
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
       CHECK(sum < threshold);
-      sum += routing.weight[static_cast<std::size_t>(a)];
+      sum += routing.weight[a];
     }
     CHECK(sum >= threshold);
   }
@@ -91,7 +86,8 @@ TEST_CASE("TopP gives no token an expert more than it needs", "[moe][selector][t
 
 TEST_CASE("Threshold drops what is far behind the best", "[moe][selector][threshold]") {
   const auto chosen = [](Index k, Index k_min, double threshold) {
-    return test::route(Threshold<double>{.k = k, .k_min = k_min, .threshold = threshold}, tenths())
+    return test::route(Threshold<double>({.k = k, .k_min = k_min, .threshold = threshold}),
+                       tenths())
         .expert;
   };
   CHECK(chosen(4, 1, 0.0) == std::vector<Index>{1, 3, 2, 0});
@@ -102,7 +98,7 @@ TEST_CASE("Threshold drops what is far behind the best", "[moe][selector][thresh
   CHECK(chosen(4, 3, 1.0) == std::vector<Index>{1, 3, 2});
 
   const Routing<double> routing = test::route(
-      Threshold<double>{.k = 4, .threshold = 0.6, .renormalise = true, .scale = 7.0}, tenths());
+      Threshold<double>({.k = 4, .threshold = 0.6, .renormalise = true, .scale = 7.0}), tenths());
   CHECK(routing.weight[0] == Approx(4.0));
   CHECK(routing.weight[1] == Approx(3.0));
 }
@@ -110,13 +106,13 @@ TEST_CASE("Threshold drops what is far behind the best", "[moe][selector][thresh
 TEST_CASE("Threshold zero is SoftmaxTopK", "[moe][selector][threshold]") {
   const bool renormalise = GENERATE(false, true);
   const Matrix<double> logits = test::random_matrix(20, 9, 2);
-  const Routing<double> a =
-      test::route(Threshold<double>{.k = 3, .threshold = 0.0, .renormalise = renormalise}, logits);
+  const Routing<double> a = test::route(
+      Threshold<double>({.k = 3, .threshold = 0.0, .renormalise = renormalise}), logits);
   const Routing<double> b =
-      test::route(SoftmaxTopK<double>{.k = 3, .renormalise = renormalise}, logits);
+      test::route(SoftmaxTopK<double>({.k = 3, .renormalise = renormalise}), logits);
   CHECK(a.expert == b.expert);
   CHECK(a.offsets == b.offsets);
-  for (std::size_t i = 0; i < a.weight.size(); ++i) CHECK(a.weight[i] == Approx(b.weight[i]));
+  for (Index i = 0; i < a.assignments(); ++i) CHECK(a.weight[i] == Approx(b.weight[i]));
 }
 
 TEST_CASE("ReluRouting chooses what is positive", "[moe][selector][relu_routing]") {
@@ -124,7 +120,8 @@ TEST_CASE("ReluRouting chooses what is positive", "[moe][selector][relu_routing]
   logits << 0.5, -1.0, 1.5, 0.0,  //
       -1.0, -2.0, 0.0, -0.1,      //
       1.0, 1.0, 3.0, 1.0;
-  const Routing<double> routing = test::route(ReluRouting<double>{}, logits);
+  const ReluRouting<double> selector;
+  auto [routing, cache] = test::select(selector, logits);
   CHECK(routing.offsets == std::vector<Index>{0, 2, 2, 6});
   CHECK(routing.expert == std::vector<Index>{2, 0, 2, 0, 1, 3});
   CHECK(routing.weight == std::vector<double>{1.5, 0.5, 3.0, 1.0, 1.0, 1.0});
@@ -134,7 +131,7 @@ TEST_CASE("ReluRouting chooses what is positive", "[moe][selector][relu_routing]
   RoutingGradient<double> gradient;
   gradient.reset(routing);
   gradient.weights << 1.0, 2.0, 3.0, 4.0, 5.0, 6.0;
-  ReluRouting<double>{}.backward(routing, gradient);
+  selector.backward(routing, gradient, cache);
   Matrix<double> expected(3, 4);
   expected << 2.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 4.0, 5.0, 3.0, 6.0;
   CHECK(gradient.logits == expected);
@@ -142,32 +139,14 @@ TEST_CASE("ReluRouting chooses what is positive", "[moe][selector][relu_routing]
 
 TEST_CASE("Selectors of variable k have gradients that agree with finite differences",
           "[moe][selector][gradient]") {
-  Matrix<double> logits = test::random_matrix(7, 6, 5);
+  const Matrix<double> logits = test::random_matrix(7, 6, 5);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
-  Pass pass;
-  pass.mask = mask;
+  const Pass pass{.training = true, .mask = mask};
   for_each_selector([&](const auto& selector) {
     const Routing<double> routing = test::route(selector, logits, pass);
     CHECK(routing.first(2) == routing.last(2));
     CHECK(routing.probabilities.row(2).isZero(0.0));
-    const RoutingGradient<double> c = objective(routing);
-    for (const bool weights : {true, false}) {
-      RoutingGradient<double> gradient = c;
-      if (weights) gradient.probabilities.setZero();
-      if (!weights) gradient.weights.setZero();
-      const RoutingGradient<double> wanted = gradient;
-      selector.backward(routing, gradient);
-      const Matrix<double> numeric = test::numeric_gradient(logits, [&] {
-        const Routing<double> moved = test::route(selector, logits, pass);
-        REQUIRE(moved.expert == routing.expert);
-        double value = wanted.probabilities.cwiseProduct(moved.probabilities).sum();
-        for (Index a = 0; a < moved.assignments(); ++a) {
-          value += wanted.weights[a] * moved.weight[static_cast<std::size_t>(a)];
-        }
-        return value;
-      });
-      CHECK(test::relative_error(gradient.logits, numeric) <= 1e-7);
-    }
+    test::check_selector_gradient(selector, logits, pass);
   });
 }
 
@@ -175,33 +154,30 @@ TEST_CASE("Selectors of variable k take few tokens and few experts", "[moe][sele
   const Index tokens = GENERATE(0, 1);
   const Matrix<double> logits = Matrix<double>::Constant(tokens, 1, 0.5);
   const auto check = [&](const auto& selector) {
-    const Routing<double> routing = test::route(selector, logits);
+    auto selected = test::select(selector, logits);
+    const Routing<double>& routing = selected.routing;
     CHECK(routing.assignments() == tokens);
     CHECK(routing.offsets.size() == static_cast<std::size_t>(tokens) + 1);
-    RoutingGradient<double> gradient = objective(routing);
-    selector.backward(routing, gradient);
-    CHECK(gradient.logits.allFinite());
+    CHECK(Objective::random(routing, 3).logit_gradient(selector, selected).allFinite());
   };
-  check(TopP<double>{});
-  check(Threshold<double>{.k = 1});
-  check(ReluRouting<double>{});
+  check(TopP<double>());
+  check(Threshold<double>({.k = 1}));
+  check(ReluRouting<double>());
 }
 
 TEST_CASE("Selectors of variable k give the same bits on any number of threads",
           "[moe][selector]") {
   const Matrix<double> logits = test::random_matrix(600, 33, 6);
   for_each_selector([&](const auto& selector) {
-    const Routing<double> serial = test::route(selector, logits);
-    RoutingGradient<double> a = objective(serial);
-    RoutingGradient<double> b = a;
-    selector.backward(serial, a);
+    auto serial = test::select(selector, logits);
+    const auto objective = Objective::random(serial.routing, 3);
+    const Matrix<double> gradient = objective.logit_gradient(selector, serial);
     const test::Threads threads(2);
-    const Routing<double> parallel = test::route(selector, logits);
-    selector.backward(parallel, b);
-    CHECK(serial.expert == parallel.expert);
-    CHECK(serial.weight == parallel.weight);
-    CHECK(serial.probabilities == parallel.probabilities);
-    CHECK(a.logits == b.logits);
+    auto parallel = test::select(selector, logits);
+    CHECK(serial.routing.expert == parallel.routing.expert);
+    CHECK(serial.routing.weight == parallel.routing.weight);
+    CHECK(serial.routing.probabilities == parallel.routing.probabilities);
+    CHECK(objective.logit_gradient(selector, parallel) == gradient);
   });
 }
 
@@ -209,9 +185,9 @@ TEST_CASE("Selectors of variable k need no memory the second time", "[moe][selec
   if (!test::allocations_are_counted()) return;
   const Matrix<double> logits = test::random_matrix(20, 8, 7);
   for_each_selector([&](const auto& selector) {
-    Routing<double> routing;
-    selector.select(logits, {}, routing);
-    CHECK(test::count_allocations([&] { selector.select(logits, {}, routing); }) == 0);
+    auto selected = test::select(selector, logits);
+    CHECK(test::count_allocations(
+              [&] { selector.forward(logits, kTraining, selected.routing, selected.cache); }) == 0);
   });
 }
 
@@ -220,23 +196,24 @@ TEST_CASE("Selectors of variable k name what is out of range", "[moe][selector]"
   const auto message = [](const auto& selector) {
     return test::message_of<ConfigError>([&] { test::route(selector, tenths()); });
   };
-  CHECK(message(TopP<double>{0.0}) == "TopP: threshold = 0, expected 0 < threshold <= 1");
-  CHECK(message(TopP<double>{1.5}) == "TopP: threshold = 1.5, expected 0 < threshold <= 1");
-  CHECK(message(TopP<double>{nan}) == "TopP: threshold = nan, expected 0 < threshold <= 1");
-  CHECK(message(Threshold<double>{.k = 5}) == "Threshold: k = 5, expected 1 <= k <= experts = 4");
-  CHECK(message(Threshold<double>{.k_min = 3}) ==
+  CHECK(message(TopP<double>({0.0})) == "TopP: threshold = 0, expected 0 < threshold <= 1");
+  CHECK(message(TopP<double>({1.5})) == "TopP: threshold = 1.5, expected 0 < threshold <= 1");
+  CHECK(message(TopP<double>({nan})) == "TopP: threshold = nan, expected 0 < threshold <= 1");
+  CHECK(message(Threshold<double>({.k = 5})) == "Threshold: k = 5, expected 1 <= k <= experts = 4");
+  CHECK(message(Threshold<double>({.k_min = 3})) ==
         "Threshold: k_min = 3, expected 1 <= k_min <= k = 2");
-  CHECK(message(Threshold<double>{.threshold = -1.0}) ==
+  CHECK(message(Threshold<double>({.threshold = -1.0})) ==
         "Threshold: threshold = -1, expected 0 <= threshold <= 1");
-  CHECK(message(Threshold<double>{.scale = 0.0}) == "Threshold: scale = 0, expected > 0");
-  CHECK(test::message_of<ConfigError>([] { ReluRouting<double>{}.check(0); }) ==
+  CHECK(message(Threshold<double>({.scale = 0.0})) ==
+        "Threshold: scale = 0, expected a finite number > 0");
+  CHECK(test::message_of<ConfigError>([] { ReluRouting<double>().check(0); }) ==
         "ReluRouting: experts = 0, expected >= 1");
   Matrix<double> bad = tenths();
   bad(0, 2) = nan;
-  CHECK(test::message_of<NonFiniteError>([&] { test::route(TopP<double>{}, bad); }) ==
+  CHECK(test::message_of<NonFiniteError>([&] { test::route(TopP<double>(), bad); }) ==
         "TopP: logits[0, 2] = nan, expected a finite number");
-  CHECK(test::message_of<NonFiniteError>([&] { test::route(Threshold<double>{}, bad); }) ==
+  CHECK(test::message_of<NonFiniteError>([&] { test::route(Threshold<double>(), bad); }) ==
         "Threshold: logits[0, 2] = nan, expected a finite number");
-  CHECK(test::message_of<NonFiniteError>([&] { test::route(ReluRouting<double>{}, bad); }) ==
+  CHECK(test::message_of<NonFiniteError>([&] { test::route(ReluRouting<double>(), bad); }) ==
         "ReluRouting: logits[0, 2] = nan, expected a finite number");
 }

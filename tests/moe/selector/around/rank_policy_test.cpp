@@ -3,13 +3,14 @@
 #include <limits>
 #include <vector>
 
-#include <weir/moe/balance/bias_balance.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/around/rank_policy.hpp>
+#include <weir/moe/selector/hierarchical_top_k.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
@@ -43,10 +44,10 @@ Matrix<double> three_tokens() {
 
 Kept kept_of(const RankPolicyConfig& config, const Matrix<double>& logits, Index k,
              const Pass& pass = {}) {
-  return test::route(RankPolicy(TopKSoftmax<double>{k}, config), logits, pass).kept;
+  return test::route(RankPolicy(TopKSoftmax<double>({.k = k}), config), logits, pass).kept;
 }
 
-RankPolicyConfig always(RankRule rule, std::vector<double> threshold = {0.2}) {
+RankPolicyConfig always(RankRule rule, const List<double>& threshold = {0.2}) {
   return {rule, rule, threshold, threshold};
 }
 
@@ -78,8 +79,8 @@ TEST_CASE("RankPolicy takes shares whatever the scale of the weights, or the wei
           "[moe][selector][rank_policy]") {
   const Matrix<double> logits = three_tokens();
   RankPolicyConfig config = always(RankRule::kThreshold, {0.32});
-  const SoftmaxTopK<double> raw{.k = 2};
-  const SoftmaxTopK<double> scaled{.k = 2, .scale = 16.0};
+  const SoftmaxTopK<double> raw({.k = 2});
+  const SoftmaxTopK<double> scaled({.k = 2, .scale = 16.0});
   CHECK(test::route(RankPolicy(raw, config), logits).kept == Kept{1, 1, 1, 1, 1, 0});
   CHECK(test::route(RankPolicy(scaled, config), logits).kept == Kept{1, 1, 1, 1, 1, 0});
   config.of_weight = true;
@@ -96,10 +97,10 @@ TEST_CASE("RankPolicy has one rule for training and one for the rest",
 
 TEST_CASE("RankPolicy keeps at random what the draws say", "[moe][selector][rank_policy]") {
   const Matrix<double> logits = three_tokens();
-  const auto kept = [&](double threshold, const std::vector<double>& draws) {
-    const RankPolicy policy(TopKSoftmax<double>{2}, always(RankRule::kRandom, {threshold}));
+  const auto kept = [&](double threshold, const List<double>& draws) {
+    const RankPolicy policy(TopKSoftmax<double>({.k = 2}), always(RankRule::kRandom, {threshold}));
     Routing<double> routing = test::route(policy.inner(), logits);
-    policy.reject(routing, [&](Index a) { return draws[static_cast<std::size_t>(a)]; });
+    policy.reject({}, routing, [&](Index a) { return draws[a]; });
     return routing.kept;
   };
   // GShard: 2 g_2 > u, with g_2 = 1/3, 1/3, 3/19.
@@ -145,11 +146,11 @@ TEST_CASE("RankPolicy decides for each token by itself", "[moe][selector][rank_p
 TEST_CASE("RankPolicy leaves weights alone and gives a rejected one no place",
           "[moe][selector][rank_policy]") {
   const Matrix<double> logits = three_tokens();
-  const RankPolicy policy(TopKSoftmax<double>{2}, always(RankRule::kNone));
+  const RankPolicy policy(TopKSoftmax<double>({.k = 2}), always(RankRule::kNone));
   Routing<double> routing = test::route(policy, logits);
   CHECK(routing.weight == test::route(policy.inner(), logits).weight);
   // Experts 0 1, 1 0, 2 1: expert 1 has room for its only first choice.
-  FixedCapacity{.capacity = 1, .order = DropOrder::kTokenMajor}.apply(routing);
+  test::limit(FixedCapacity({.capacity = 1, .order = DropOrder::kTokenMajor}), routing);
   CHECK(routing.kept == Kept{1, 0, 1, 0, 1, 0});
 }
 
@@ -167,10 +168,10 @@ TEST_CASE("RankPolicy has the gradient of its inner selector", "[moe][selector][
   MoELayer layer(
       router,
       RankPolicy(SigmoidTopK<double>(4, {.k = 3}), always(RankRule::kThreshold, {0.3, 0.2})),
-      FixedCapacity{.capacity = 3}, GluBank<double>(4, 4, 3, rng, 1.0));
+      FixedCapacity({.capacity = 3}), GluBank<double>(4, 4, 3, rng));
   const Matrix<double> x = test::random_matrix(6, 4, 10);
   decltype(layer)::Cache cache;
-  layer.forward(x, cache);
+  layer.forward(x, {}, cache);
   CHECK(layer.report(cache).dropped > 4);
   test::check_gradients(layer, x);
 }
@@ -182,16 +183,25 @@ TEST_CASE("RankPolicy hands over the buffers of its inner selector",
   REQUIRE(named.size() == 1);
   CHECK(named[0].name == "bias");
   CHECK(named[0].buffer == &policy.selection_bias());
-  RankPolicy plain(SoftmaxTopK<double>{});
+  RankPolicy plain{SoftmaxTopK<double>()};
   CHECK(buffers(plain).empty());
+}
+
+TEST_CASE("RankPolicy asks its inner selector whether the router fits",
+          "[moe][selector][rank_policy]") {
+  const HierarchicalRouter router(LinearRouter<double>(Matrix<double>::Ones(3, 2)),
+                                  LinearRouter<double>(Matrix<double>::Ones(6, 2)));
+  const RankPolicy policy(HierarchicalTopK<double>({.groups = 2}));
+  CHECK(test::message_of<ConfigError>([&] { policy.check_router(router); }) ==
+        "HierarchicalTopK: groups = 2, expected 3 as the router");
 }
 
 TEST_CASE("RankPolicy names the setting that is wrong", "[moe][selector][rank_policy]") {
   const auto message = [](const RankPolicyConfig& config) {
-    return test::message_of<ConfigError>([&] { RankPolicy(SoftmaxTopK<double>{}, config); });
+    return test::message_of<ConfigError>([&] { RankPolicy(SoftmaxTopK<double>(), config); });
   };
   CHECK(message({.train_threshold = {}}) ==
-        "RankPolicy: train_threshold is empty, expected one of rank 2 at least");
+        "RankPolicy: train_threshold is empty, expected at least one threshold");
   CHECK(message({.evaluate_threshold = {0.2, -0.5}}) ==
         "RankPolicy: evaluate_threshold[1] = -0.5, expected a finite number >= 0");
   CHECK(test::message_of<ConfigError>([] { kept_of({}, three_tokens(), 2, {.training = true}); }) ==

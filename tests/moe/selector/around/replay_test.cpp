@@ -13,23 +13,27 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
+#include <weir/moe/selector/relaxed_top_k.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/straight_through.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/moe/selector/top_p.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
-#include "support/routing.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
 
 static_assert(Selector<Replay<SoftmaxTopK<float>>, float>);
 static_assert(BiasedSelector<Replay<SigmoidTopK<float>>>);
+static_assert(ImposableSelector<StraightThrough<float>>);
+static_assert(ImposableSelector<RelaxedTopK<float>>);
 static_assert(!ImposableSelector<TopP<float>>);
 static_assert(Replay<BiasedSoftmaxTopK<float>>::kBiasesProbabilities);
 static_assert(!Replay<SigmoidTopK<float>>::kBiasesProbabilities);
@@ -46,13 +50,13 @@ void for_each_selector(Body&& body) {
     body(selector);
   };
   const GroupLimit groups{.count = 3, .allowed = 2};
-  run("softmax", SoftmaxTopK<double>{.k = 2, .scale = 3.0});
-  run("softmax, renormalised", SoftmaxTopK<double>{.k = 2, .renormalise = true});
-  run("softmax, norm 3", SoftmaxTopK<double>{.k = 2, .renormalise = true, .norm = 3.0});
-  run("softmax, groups", SoftmaxTopK<double>{.k = 2, .groups = groups});
-  run("top-k softmax", TopKSoftmax<double>{.k = 2});
-  run("top-k softmax, groups", TopKSoftmax<double>{.k = 2, .groups = groups});
-  run("sinkhorn", Sinkhorn<double>{.k = 2});
+  run("softmax", SoftmaxTopK<double>({.k = 2, .scale = 3.0}));
+  run("softmax, renormalised", SoftmaxTopK<double>({.k = 2, .renormalise = true}));
+  run("softmax, norm 3", SoftmaxTopK<double>({.k = 2, .renormalise = true, .norm = 3.0}));
+  run("softmax, groups", SoftmaxTopK<double>({.k = 2, .groups = groups}));
+  run("top-k softmax", TopKSoftmax<double>({.k = 2}));
+  run("top-k softmax, groups", TopKSoftmax<double>({.k = 2, .groups = groups}));
+  run("sinkhorn", Sinkhorn<double>({.k = 2}));
   SigmoidTopK<double> sigmoid(kExperts, {.k = 2, .groups = groups});
   sigmoid.selection_bias().value = 0.3 * test::random_matrix(1, kExperts, 99);
   run("sigmoid, biased", sigmoid);
@@ -60,6 +64,7 @@ void for_each_selector(Body&& body) {
   BiasedSoftmaxTopK<double> biased(kExperts);
   biased.selection_bias().value = 0.3 * test::random_matrix(1, kExperts, 98);
   run("biased softmax", biased);
+  run("relaxed", RelaxedTopK<double>({.k = 2, .descent = {.epsilon = 0.3}}));
 }
 
 RoutingTrace trace_of(const Routing<double>& routing) {
@@ -77,29 +82,16 @@ Replay<S> replay(const S& inner, RoutingTrace trace, ReplayConfig config = {}) {
 
 /// The experts of a token, in ascending order.
 template <class R>
-std::vector<Index> experts_of(const R& routing, const std::vector<Index>& expert, Index t) {
-  std::vector<Index> result(expert.begin() + routing.first(t), expert.begin() + routing.last(t));
+List<Index> experts_of(const R& routing, const List<Index>& expert, Index t) {
+  List<Index> result;
+  result.assign(expert.begin() + routing.first(t), expert.begin() + routing.last(t));
   std::sort(result.begin(), result.end());
   return result;
 }
 
-/// An objective of all that a selector's result has a gradient of. Weights count by their expert.
-double objective(const Routing<double>& routing) {
-  double sum = 0.0;
-  for (Index t = 0; t < routing.tokens(); ++t) {
-    for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      sum += std::sin(static_cast<double>(3 * t + 7 * routing.expert[i])) * routing.weight[i];
-    }
-  }
-  return sum + routing.probabilities
-                   .cwiseProduct(test::random_matrix(routing.tokens(), routing.experts(), 77))
-                   .sum();
-}
-
 GluBank<double> bank() {
   Rng rng(2);
-  return {kExperts, 4, 3, rng, 1.0};
+  return GluBank<double>(4, kExperts, 3, rng);
 }
 
 LinearRouter<double> router(std::uint64_t seed) {
@@ -111,7 +103,7 @@ LinearRouter<double> router(std::uint64_t seed) {
 TEST_CASE("A trace holds who went where", "[moe][replay]") {
   Matrix<double> logits(2, 3);
   logits << 0.0, 2.0, 1.0, 3.0, 0.0, 1.0;
-  Routing<double> routing = test::route(TopKSoftmax<double>{.k = 2}, logits);
+  Routing<double> routing = test::route(TopKSoftmax<double>({.k = 2}), logits);
   routing.kept[1] = 0;
   const RoutingTrace trace = trace_of(routing);
   CHECK(trace.tokens() == 2);
@@ -142,7 +134,6 @@ TEST_CASE("Replaying a pass's own trace gives the same bits", "[moe][replay]") {
         CHECK(routing.weight == expected.weight);
         CHECK(routing.probabilities == expected.probabilities);
         CHECK(routing.kept == expected.kept);
-        CHECK(routing.imposed == nullptr);
       }
     }
   });
@@ -177,81 +168,86 @@ TEST_CASE("Replayed weights match those worked out by hand", "[moe][replay]") {
     CHECK(routing.weight[1] == Approx(of_0));
     CHECK(routing.probabilities.row(0).sum() == Approx(1.0));
   };
-  check(SoftmaxTopK<double>{.k = 2}, 0.2, 0.1);
-  check(SoftmaxTopK<double>{.k = 2, .renormalise = true}, 2.0 / 3.0, 1.0 / 3.0);
-  check(TopKSoftmax<double>{.k = 2}, 2.0 / 3.0, 1.0 / 3.0);
+  check(SoftmaxTopK<double>({.k = 2}), 0.2, 0.1);
+  check(SoftmaxTopK<double>({.k = 2, .renormalise = true}), 2.0 / 3.0, 1.0 / 3.0);
+  check(TopKSoftmax<double>({.k = 2}), 2.0 / 3.0, 1.0 / 3.0);
   check(BiasedSoftmaxTopK<double>(4), 0.2, 0.1);
-  check(Sinkhorn<double>{.k = 2}, 0.2, 0.1);
+  check(Sinkhorn<double>({.k = 2}), 0.2, 0.1);
   // Sigmoids 2/3 and 1/2.
   check(SigmoidTopK<double>(4, {.renormalise = false}), 2.0 / 3.0, 0.5);
   check(SigmoidTopK<double>(4), 4.0 / 7.0, 3.0 / 7.0);
   // Not in the group that the logits would have chosen.
-  check(SoftmaxTopK<double>{.k = 2, .groups = {.count = 2}}, 0.2, 0.1);
+  check(SoftmaxTopK<double>({.k = 2, .groups = {.count = 2}}), 0.2, 0.1);
 }
 
 TEST_CASE("Replay has the exact gradient of an imposed choice", "[moe][replay][gradient]") {
   for_each_selector([](const auto& selector) {
     const auto imposed =
         replay(selector, trace_of(test::route(selector, test::random_matrix(5, kExperts, 1))));
-    Matrix<double> logits = test::random_matrix(5, kExperts, 3);
-    const Routing<double> routing = test::route(imposed, logits);
-    RoutingGradient<double> gradient;
-    gradient.reset(routing);
-    gradient.probabilities = test::random_matrix(5, kExperts, 77);
-    for (Index t = 0; t < 5; ++t) {
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        gradient.weights[a] =
-            std::sin(static_cast<double>(3 * t + 7 * routing.expert[static_cast<std::size_t>(a)]));
-      }
-    }
-    imposed.backward(routing, gradient);
-    const Matrix<double> numeric =
-        test::numeric_gradient(logits, [&] { return objective(test::route(imposed, logits)); });
-    CHECK(test::relative_error(gradient.logits, numeric) <= 1e-7);
+    test::check_selector_gradient(imposed, test::random_matrix(5, kExperts, 3));
   });
+}
+
+TEST_CASE("A choice imposed on StraightThrough has its hard weights and its soft gradient",
+          "[moe][replay][gradient]") {
+  const StraightThroughConfig config{.k = 2, .renormalise = true, .scale = 3.0};
+  const SoftmaxTopK<double> soft({.k = 2, .renormalise = true, .scale = 3.0});
+  const Matrix<double> logits = test::random_matrix(5, kExperts, 3);
+  const RoutingTrace trace = trace_of(test::route(soft, test::random_matrix(5, kExperts, 1)));
+  const auto hard_replay = replay(StraightThrough<double>(config), trace);
+  const auto soft_replay = replay(soft, trace);
+  auto hard = test::select(hard_replay, logits);
+  auto expected = test::select(soft_replay, logits);
+  CHECK(hard.routing.expert == expected.routing.expert);
+  CHECK(hard.routing.weight == List<double>(10, 1.5));
+  const auto objective = test::RoutingObjective<double>::random(hard.routing, 4);
+  CHECK(objective.logit_gradient(hard_replay, hard) ==
+        objective.logit_gradient(soft_replay, expected));
 }
 
 TEST_CASE("A layer replays what another one chose and dropped", "[moe][replay]") {
   const auto layer = [](std::uint64_t seed) {
-    return MoELayer(router(seed), Replay(TopKSoftmax<double>{.k = 2}), FixedCapacity{.capacity = 2},
-                    bank(), SwitchLoss<double>{0.1}, ZLoss<double>{0.1});
+    return MoELayer(router(seed), Replay(TopKSoftmax<double>({.k = 2})),
+                    FixedCapacity({.capacity = 2}), bank(),
+                    SwitchLoss<double>({.coefficient = 0.1}), ZLoss<double>({.coefficient = 0.1}));
   };
   auto before = layer(1);
   auto after = layer(2);
   const Matrix<double> x = test::random_matrix(9, 4, 3);
   typename decltype(before)::Cache cache;
-  const Matrix<double> y = before.forward(x, cache);
+  const Matrix<double> y = before.forward(x, kTraining, cache);
   const RoutingTrace trace = trace_of(cache.routing);
   REQUIRE(std::count(trace.all_kept().begin(), trace.all_kept().end(), 0) > 0);
   const Matrix<double> dx = before.backward(x, cache);
 
   before.selector().impose(trace);
-  CHECK(before.forward(x, cache) == y);
+  CHECK(before.forward(x, kTraining, cache) == y);
   CHECK(cache.routing.kept == trace.all_kept());
   CHECK(before.backward(x, cache) == dx);
 
   after.selector().impose(trace);
-  after.forward(x, cache);
+  after.forward(x, kTraining, cache);
   for (Index t = 0; t < 9; ++t) {
     for (Index a = trace.first(t); a < trace.last(t); ++a) {
       const auto begin = cache.routing.expert.begin() + cache.routing.first(t);
       const auto found = std::find(begin, begin + 2, trace.expert(a));
       REQUIRE(found != begin + 2);
-      const auto i = static_cast<std::size_t>(found - cache.routing.expert.begin());
+      const Index i = found - cache.routing.expert.begin();
       CHECK((cache.routing.kept[i] != 0) == trace.kept(a));
     }
   }
   test::check_gradients(after, x);
 
   after.selector().release();
+  const auto unimposed = layer(2);
   typename decltype(after)::Cache own;
-  CHECK(after.forward(x, cache) == layer(2).forward(x, own));
+  CHECK(after.forward(x, kTraining, cache) == unimposed.forward(x, kTraining, own));
 }
 
 TEST_CASE("Replay can leave drops to the capacity", "[moe][replay]") {
   const RoutingTrace trace(3, {0, 1, 2}, {2, 0}, {0, 1});
   const Matrix<double> logits = test::random_matrix(2, 3, 1);
-  const SoftmaxTopK<double> inner{.k = 1};
+  const SoftmaxTopK<double> inner({.k = 1});
   CHECK(test::route(replay(inner, trace), logits).kept == std::vector<std::uint8_t>{0, 1});
   CHECK(test::route(replay(inner, trace, {.kept = false}), logits).kept ==
         std::vector<std::uint8_t>{1, 1});
@@ -259,15 +255,11 @@ TEST_CASE("Replay can leave drops to the capacity", "[moe][replay]") {
 
 TEST_CASE("Replay allocates nothing once it is warm", "[moe][replay]") {
   const Matrix<double> logits = test::random_matrix(9, kExperts, 1);
-  const SoftmaxTopK<double> inner{.k = 2};
-  Routing<double> routing = test::route(inner, logits);
+  const SoftmaxTopK<double> inner({.k = 2});
+  const Routing<double> routing = test::route(inner, logits);
   RoutingTrace trace = trace_of(routing);
-  const auto imposed = replay(inner, trace);
-  imposed.select(logits, {}, routing);
-  CHECK(test::count_allocations([&] {
-          imposed.select(logits, {}, routing);
-          trace.record(routing);
-        }) == 0);
+  CHECK(test::count_step_allocations(replay(inner, trace), logits) == 0);
+  CHECK(test::count_allocations([&] { trace.record(routing); }) == 0);
 }
 
 TEST_CASE("Replay's buffers are those of the inner selector", "[moe][replay]") {
@@ -280,7 +272,7 @@ TEST_CASE("Replay's buffers are those of the inner selector", "[moe][replay]") {
 
 TEST_CASE("Replay names what does not fit", "[moe][replay]") {
   const Matrix<double> logits = test::random_matrix(2, 4, 1);
-  const SoftmaxTopK<double> inner{.k = 2};
+  const SoftmaxTopK<double> inner({.k = 2});
   const RoutingTrace trace(4, {0, 2, 4}, {0, 1, 2, 3});
   const auto shape = [&](const RoutingTrace& imposed) {
     return test::message_of<ShapeError>([&] { test::route(replay(inner, imposed), logits); });
@@ -312,27 +304,27 @@ TEST_CASE("Replay names what does not fit", "[moe][replay]") {
   CHECK(config(trace, restricted) ==
         "Replay: token 1 has expert 3 in the trace, expected one that pass.allowed allows");
   CHECK(test::message_of<ConfigError>([&] {
-          replay(SoftmaxTopK<double>{.k = 5}, trace).check(4);
+          replay(SoftmaxTopK<double>({.k = 5}), trace).check(4);
         }) == "SoftmaxTopK: k = 5, expected 1 <= k <= experts = 4");
 
-  Routing<double> routing;
-  CHECK_THROWS_AS(replay(inner, trace).select(logits, padded, routing), ConfigError);
-  CHECK(routing.imposed == nullptr);
-  inner.select(logits, padded, routing);  // As if nothing had been.
-  CHECK(routing.assignments() == 2);
+  const auto imposed = replay(inner, trace);
+  test::Selected<Replay<SoftmaxTopK<double>>> selected;
+  CHECK_THROWS_AS(imposed.forward(logits, padded, selected.routing, selected.cache), ConfigError);
+  imposed.forward(logits, {}, selected.routing, selected.cache);  // As if nothing had been.
+  CHECK(selected.routing.assignments() == 4);
 
   Matrix<double> apart(1, 4);
   apart << 0.0, 0.0, 2000.0, 0.0;
   CHECK(test::message_of<NonFiniteError>([&] {
-          test::route(replay(SoftmaxTopK<double>{.k = 2, .renormalise = true},
+          test::route(replay(SoftmaxTopK<double>({.k = 2, .renormalise = true}),
                              RoutingTrace(4, {0, 2}, {0, 1})),
                       apart);
         }).find("Replay: the weight of token 0 for expert 0 is ") == 0);
 }
 
 TEST_CASE("A trace names what is wrong with it", "[moe][replay]") {
-  const auto message = [](Index experts, std::vector<Index> offsets, std::vector<Index> expert,
-                          std::vector<std::uint8_t> kept = {}) {
+  const auto message = [](Index experts, List<Index> offsets, List<Index> expert,
+                          List<std::uint8_t> kept = {}) {
     return test::message_of<ConfigError>(
         [&] { RoutingTrace(experts, std::move(offsets), std::move(expert), std::move(kept)); });
   };

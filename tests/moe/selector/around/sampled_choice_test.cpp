@@ -22,10 +22,10 @@
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/ops/softmax.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
-#include "support/routing.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
@@ -58,7 +58,7 @@ Matrix<double> many() {
 Matrix<double> shares(const Routing<double>& routing, Index rank) {
   Matrix<double> share = Matrix<double>::Zero(1, routing.experts());
   for (Index t = 0; t < routing.tokens(); ++t) {
-    share(0, routing.expert[static_cast<std::size_t>(routing.first(t) + rank)]) +=
+    share(0, routing.expert[routing.first(t) + rank]) +=
         1.0 / static_cast<double>(routing.tokens());
   }
   return share;
@@ -77,13 +77,13 @@ TEST_CASE("SampledChoice draws one expert from the softmax, with its clean weigh
           "[moe][selector][sampled_choice]") {
   const Matrix<double> z = many();
   const Matrix<double> p = softmax<double>(z.row(0));
-  const Routing<double> routing = sampled(SampledChoice(SoftmaxTopK<double>{.k = 1}), z);
+  const Routing<double> routing = sampled(SampledChoice(SoftmaxTopK<double>({.k = 1})), z);
   CHECK((shares(routing, 0) - p).cwiseAbs().maxCoeff() < 0.03);
-  for (std::size_t a = 0; a < kTokens; ++a) {
+  for (Index a = 0; a < kTokens; ++a) {
     CHECK(routing.weight[a] == Approx(p(0, routing.expert[a])));
   }
   CHECK(routing.logits == z);
-  CHECK(!routing.noisy);
+  CHECK(routing.noise.empty());
 }
 
 TEST_CASE("SampledChoice draws without replacement", "[moe][selector][sampled_choice]") {
@@ -93,7 +93,7 @@ TEST_CASE("SampledChoice draws without replacement", "[moe][selector][sampled_ch
     const Routing<double> routing = sampled(SampledChoice(selector), z, 2);
     Matrix<double> pair = Matrix<double>::Zero(4, 4);
     for (Index t = 0; t < kTokens; ++t) {
-      const auto a = static_cast<std::size_t>(routing.first(t));
+      const Index a = routing.first(t);
       // Listed by the clean logits.
       CHECK(z(0, routing.expert[a]) > z(0, routing.expert[a + 1]));
       pair(routing.expert[a], routing.expert[a + 1]) += 1.0 / kTokens;
@@ -105,8 +105,8 @@ TEST_CASE("SampledChoice draws without replacement", "[moe][selector][sampled_ch
       }
     }
   };
-  check(SoftmaxTopK<double>{.k = 2, .renormalise = true});
-  check(TopKSoftmax<double>{.k = 2});
+  check(SoftmaxTopK<double>({.k = 2, .renormalise = true}));
+  check(TopKSoftmax<double>({.k = 2}));
   check(SigmoidTopK<double>(4, {.k = 2}));
 }
 
@@ -122,12 +122,12 @@ TEST_CASE("SampledChoice leaves certain experts their place and draws the others
     expected(0, 0) = 0.0;
     CHECK((shares(routing, 1) - expected).cwiseAbs().maxCoeff() < 0.03);
   };
-  check(SoftmaxTopK<double>{.k = 2});
-  check(TopKSoftmax<double>{.k = 2});
-  check(StraightThrough<double>{{.k = 2}});
+  check(SoftmaxTopK<double>({.k = 2}));
+  check(TopKSoftmax<double>({.k = 2}));
+  check(StraightThrough<double>({.k = 2}));
   check(RelaxedTopK<double>({.k = 2}));
   // All certain: no draw changes anything.
-  const SoftmaxTopK<double> all{.k = 2};
+  const SoftmaxTopK<double> all({.k = 2});
   CHECK(sampled(SampledChoice(all, {.certain = 2}), z).expert == test::route(all, z).expert);
   CHECK(sampled(SampledChoice(all, {.certain = 7}), z).expert == test::route(all, z).expert);
 }
@@ -144,18 +144,18 @@ TEST_CASE("SampledChoice has the weights and probabilities of clean logits",
                            inner, config, FixedNoise{noise}),
                        z, {.training = true});
   };
-  const auto raw = routing(SoftmaxTopK<double>{.k = 2}, {});
+  const auto raw = routing(SoftmaxTopK<double>({.k = 2}), {});
   CHECK(raw.expert == std::vector<Index>{2, 0});
   CHECK(raw.weight[0] == Approx(0.2));
   CHECK(raw.weight[1] == Approx(0.1));
   CHECK(raw.probabilities(0, 1) == Approx(0.4));
-  const auto normed = routing(TopKSoftmax<double>{.k = 2}, {});
+  const auto normed = routing(TopKSoftmax<double>({.k = 2}), {});
   CHECK(normed.weight[0] == Approx(2.0 / 3.0));
-  const auto nllb = routing(SoftmaxTopK<double>{.k = 2, .renormalise = true}, {.certain = 1});
+  const auto nllb = routing(SoftmaxTopK<double>({.k = 2, .renormalise = true}), {.certain = 1});
   CHECK(nllb.expert == std::vector<Index>{1, 0});
   CHECK(nllb.weight[0] == Approx(0.8));
   // Noise times 0.1 changes nothing.
-  CHECK(routing(SoftmaxTopK<double>{.k = 2}, {.scale = 0.1}).expert == std::vector<Index>{1, 3});
+  CHECK(routing(SoftmaxTopK<double>({.k = 2}), {.scale = 0.1}).expert == std::vector<Index>{1, 3});
 }
 
 TEST_CASE("SampledChoice keeps to the inner selector's groups and bias",
@@ -163,8 +163,8 @@ TEST_CASE("SampledChoice keeps to the inner selector's groups and bias",
   const Matrix<double> z = test::random_matrix(300, 8, 4);
   const GroupLimit groups{.count = 4, .allowed = 1};
   const Routing<double> grouped =
-      sampled(SampledChoice(SoftmaxTopK<double>{.k = 2, .groups = groups}), z, 5);
-  for (std::size_t a = 0; a < grouped.expert.size(); a += 2) {
+      sampled(SampledChoice(SoftmaxTopK<double>({.k = 2, .groups = groups})), z, 5);
+  for (Index a = 0; a < grouped.assignments(); a += 2) {
     CHECK(grouped.expert[a] / 2 == grouped.expert[a + 1] / 2);
   }
   SampledChoice biased(BiasedSoftmaxTopK<double>(8, {.k = 1}));
@@ -176,7 +176,7 @@ TEST_CASE("SampledChoice draws no forbidden expert and none for padding",
           "[moe][selector][sampled_choice]") {
   const std::vector<std::uint8_t> allowed = {1, 0, 1, 1};
   for (const Index certain : {0, 1}) {
-    const SampledChoice selector(TopKSoftmax<double>{.k = 2}, {.certain = certain});
+    const SampledChoice selector(TopKSoftmax<double>({.k = 2}), {.certain = certain});
     const Routing<double> routing = sampled(selector, many(), 7, allowed);
     CHECK(std::count(routing.expert.begin(), routing.expert.end(), 1) == 0);
     Rng rng(8);
@@ -192,8 +192,8 @@ TEST_CASE("SampledChoice draws no forbidden expert and none for padding",
 TEST_CASE("SampledChoice is its inner selector outside of training, unless told otherwise",
           "[moe][selector][sampled_choice]") {
   const Matrix<double> z = many();
-  const SoftmaxTopK<double> inner{.k = 2};
-  const std::vector<Index> expected = test::route(inner, z).expert;
+  const SoftmaxTopK<double> inner({.k = 2});
+  const List<Index> expected = test::route(inner, z).expert;
   Rng rng(10);
   CHECK(test::route(SampledChoice(inner), z, {.rng = &rng}).expert == expected);
   CHECK(rng.position() == 0);
@@ -205,7 +205,7 @@ TEST_CASE("SampledChoice holds for extreme logits", "[moe][selector][sampled_cho
   Matrix<double> z(2, 3);
   z << 1e6, 1e6 - 1.0, -1e6, 1e300, -1e300, 0.0;
   const Routing<double> routing =
-      sampled(SampledChoice(TopKSoftmax<double>{.k = 2}, {.certain = 1}), z);
+      sampled(SampledChoice(TopKSoftmax<double>({.k = 2}), {.certain = 1}), z);
   CHECK(routing.expert == std::vector<Index>{0, 1, 0, 2});
 }
 
@@ -216,29 +216,31 @@ TEST_CASE("SampledChoice has the gradient of clean weights",
   const auto check = [&](const auto& inner, Index certain) {
     using Inner = std::remove_cvref_t<decltype(inner)>;
     MoELayer layer(LinearRouter<double>(4, 5, rng, {.init_scale = 4.0}),
-                   SampledChoice<Inner, FixedNoise>(inner, {.certain = certain}, noise), Dropless{},
-                   GluBank<double>(5, 4, 3, rng, 1.0));
-    test::check_gradients(layer, test::random_matrix(6, 4, 13), {.training = true});
+                   SampledChoice<Inner, FixedNoise>(inner, {.certain = certain}, noise), Dropless(),
+                   GluBank<double>(4, 5, 3, rng));
+    test::check_gradients(layer, test::random_matrix(6, 4, 13));
   };
-  check(SoftmaxTopK<double>{.k = 2}, 0);
-  check(TopKSoftmax<double>{.k = 3}, 1);
+  check(SoftmaxTopK<double>({.k = 2}), 0);
+  check(TopKSoftmax<double>({.k = 3}), 1);
   check(SigmoidTopK<double>(5, {.k = 2}), 0);
+  check(RelaxedTopK<double>({.k = 2, .descent = {.epsilon = 0.3}}), 1);
 }
 
 TEST_CASE("SampledChoice draws the same on any number of threads, and allocates nothing",
           "[moe][selector][sampled_choice]") {
-  const SampledChoice selector(SoftmaxTopK<double>{.k = 2}, {.certain = 1});
+  const SampledChoice selector(SoftmaxTopK<double>({.k = 2}), {.certain = 1});
   const Matrix<double> z = test::random_matrix(800, 6, 14);
-  Routing<double> routing;
+  test::Selected<SampledChoice<SoftmaxTopK<double>>> selected;
+  const Routing<double>& routing = selected.routing;
   const auto run = [&] {
     Rng rng(15);
-    selector.select(z, {.training = true, .rng = &rng}, routing);
+    selector.forward(z, {.training = true, .rng = &rng}, selected.routing, selected.cache);
   };
   run();
   run();
   CHECK(test::count_allocations(run) == 0);
-  const std::vector<Index> expert = routing.expert;
-  const std::vector<double> weight = routing.weight;
+  const List<Index> expert = routing.expert;
+  const List<double> weight = routing.weight;
   const test::Threads threads(3);
   run();
   CHECK(routing.expert == expert);
@@ -249,12 +251,12 @@ TEST_CASE("RankPolicy over SampledChoice is NLLB's random second expert of sampl
           "[moe][selector][sampled_choice]") {
   // 2 p_2 > u on raw probabilities: threshold 1/2.
   const RankPolicy policy(
-      SampledChoice(SoftmaxTopK<double>{.k = 2}, {.certain = 1}),
+      SampledChoice(SoftmaxTopK<double>({.k = 2}), {.certain = 1}),
       {.train = RankRule::kRandom, .train_threshold = {0.5}, .of_weight = true});
   const Routing<double> routing = sampled(policy, many(), 16);
   const Matrix<double> p = softmax<double>(many().row(0));
   double kept = 0.0;
-  for (std::size_t a = 1; a < routing.kept.size(); a += 2) kept += routing.kept[a];
+  for (Index a = 1; a < routing.assignments(); a += 2) kept += routing.kept[a];
   double expected = 0.0;
   for (const Index e : {1, 2, 3}) {
     expected += p(0, e) / (1.0 - p(0, 0)) * std::min(1.0, 2.0 * p(0, e));
@@ -264,9 +266,9 @@ TEST_CASE("RankPolicy over SampledChoice is NLLB's random second expert of sampl
 
 TEST_CASE("What SampledChoice drew can be replayed", "[moe][selector][sampled_choice]") {
   const Matrix<double> z = test::random_matrix(40, 6, 19);
-  Replay replay(SampledChoice(TopKSoftmax<double>{.k = 2}));
+  Replay replay(SampledChoice(TopKSoftmax<double>({.k = 2})));
   const Routing<double> drawn = sampled(replay, z, 20);
-  CHECK(drawn.expert != test::route(TopKSoftmax<double>{.k = 2}, z).expert);
+  CHECK(drawn.expert != test::route(TopKSoftmax<double>({.k = 2}), z).expert);
   RoutingTrace trace;
   trace.record(drawn);
   replay.impose(trace);
@@ -276,9 +278,9 @@ TEST_CASE("What SampledChoice drew can be replayed", "[moe][selector][sampled_ch
 }
 
 TEST_CASE("SampledChoice says what does not fit", "[moe][selector][sampled_choice]") {
-  const SoftmaxTopK<double> inner{.k = 2};
+  const SoftmaxTopK<double> inner({.k = 2});
   CHECK(test::message_of<ConfigError>([&] { SampledChoice(inner, {.scale = -1.0}); }) ==
-        "SampledChoice: scale = -1, expected >= 0");
+        "SampledChoice: scale = -1, expected a finite number >= 0");
   CHECK(test::message_of<ConfigError>([&] { SampledChoice(inner, {.certain = -1}); }) ==
         "SampledChoice: certain = -1, expected >= 0");
   const Matrix<double> logits = test::random_matrix(2, 4, 17);
@@ -294,8 +296,8 @@ TEST_CASE("SampledChoice says what does not fit", "[moe][selector][sampled_choic
   far << 2000.0, 0.0, 0.0;
   Matrix<double> noise(1, 3);
   noise << 0.0, 9000.0, 8999.0;
-  const SampledChoice<SoftmaxTopK<double>, FixedNoise> driven({.k = 2, .renormalise = true}, {},
-                                                              FixedNoise{noise});
+  const SampledChoice<SoftmaxTopK<double>, FixedNoise> driven(
+      SoftmaxTopK<double>({.k = 2, .renormalise = true}), {}, FixedNoise{noise});
   const std::string message =
       test::message_of<NonFiniteError>([&] { test::route(driven, far, {.training = true}); });
   CHECK(message.find("SampledChoice: the weight of token 0 for expert 1 is ") == 0);
@@ -305,15 +307,11 @@ TEST_CASE("SampledChoice says what does not fit", "[moe][selector][sampled_choic
 TEST_CASE("SampledChoice draws the same in single precision", "[moe][selector][sampled_choice]") {
   const Matrix<double> z = test::random_matrix(50, 6, 21);
   const SampledChoiceConfig config{.certain = 1};
-  const SampledChoice<StraightThrough<float>> selector(StraightThrough<float>{{.k = 2}}, config);
+  const SampledChoice<StraightThrough<float>> selector(StraightThrough<float>({.k = 2}), config);
   Rng rng(22);
-  Routing<float> routing;
-  selector.select(z.cast<float>(), {.training = true, .rng = &rng}, routing);
-  CHECK(routing.expert ==
-        sampled(SampledChoice(StraightThrough<double>{{.k = 2}}, config), z, 22).expert);
-  RoutingGradient<float> gradient;
-  gradient.reset(routing);
-  gradient.weights.setOnes();
-  selector.backward(routing, gradient);
-  CHECK(gradient.logits.allFinite());
+  auto selected = test::select(selector, z.cast<float>(), {.training = true, .rng = &rng});
+  CHECK(selected.routing.expert ==
+        sampled(SampledChoice(StraightThrough<double>({.k = 2}), config), z, 22).expert);
+  const test::RoutingObjective<float> sum{RowVector<float>::Ones(100), Matrix<float>::Zero(50, 6)};
+  CHECK(sum.logit_gradient(selector, selected).allFinite());
 }
