@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <utility>
 
 #include <weir/moe/balance/orthogonality_loss.hpp>
 #include <weir/moe/concepts.hpp>
@@ -18,19 +19,35 @@ using namespace weir;
 static_assert(RouterLoss<OrthogonalityLoss<float>, LinearRouter<float>>);
 static_assert(RouterLoss<OrthogonalityLoss<float>, JitterRouter<LinearRouter<float>>>);
 static_assert(!RouterLoss<OrthogonalityLoss<float>, LinearRouter<double>>);
-static_assert(!Balancer<OrthogonalityLoss<float>, float>);
+static_assert(!RoutingLoss<OrthogonalityLoss<float>, float>);
 
 namespace {
 
-double loss_of(const Matrix<double>& weight, const OrthogonalityLoss<double>& loss) {
-  return loss.router_loss(LinearRouter<double>(weight));
+using Loss = OrthogonalityLoss<double>;
+
+template <Router R>
+double loss_of(const R& router, const Loss& loss) {
+  Loss::Cache cache;
+  return loss.forward(router, cache);
 }
 
-Matrix<double> gradient_of(const Matrix<double>& weight, const OrthogonalityLoss<double>& loss,
-                           double scale = 1.0) {
+double loss_of(const Matrix<double>& weight, const Loss& loss) {
+  return loss_of(LinearRouter<double>(weight), loss);
+}
+
+/// The gradient that a forward and a backward pass add to that of the vectors.
+template <class R>
+Matrix<double> added_gradient(const Loss& loss, R& router, double scale) {
+  const Matrix<double> before = router.expert_vectors()->gradient();
+  Loss::Cache cache;
+  static_cast<void>(loss.forward(router, cache));
+  loss.backward(router, scale, cache);
+  return router.expert_vectors()->gradient() - before;
+}
+
+Matrix<double> gradient_of(const Matrix<double>& weight, const Loss& loss) {
   LinearRouter<double> router(weight);
-  loss.add_router_gradient(router, scale);
-  return router.weight().gradient();
+  return added_gradient(loss, router, 1.0);
 }
 
 /// The definition, element by element.
@@ -54,7 +71,7 @@ double reference(const Matrix<double>& weight, Index groups) {
 }  // namespace
 
 TEST_CASE("OrthogonalityLoss matches values worked out by hand", "[moe][balance][orthogonality]") {
-  const OrthogonalityLoss<double> whole{.coefficient = 0.5};
+  const Loss whole({.coefficient = 0.5});
   SECTION("vectors at right angles, of any length") {
     Matrix<double> weight(2, 3);
     weight << 2.0, 0.0, 0.0, 0.0, -3.0, 4.0;
@@ -78,8 +95,8 @@ TEST_CASE("OrthogonalityLoss matches values worked out by hand", "[moe][balance]
     // 1.28 of (3, 4) and (0, 1), 2 of twice (1, 0), over 8 elements.
     Matrix<double> weight(4, 2);
     weight << 3.0, 4.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0;
-    CHECK(loss_of(weight, {.coefficient = 0.5, .groups = 2}) == Approx(0.5 * 0.41));
-    CHECK(loss_of(weight, {.coefficient = 0.5, .groups = 4}) < 1e-30);
+    CHECK(loss_of(weight, Loss({.coefficient = 0.5, .groups = 2})) == Approx(0.5 * 0.41));
+    CHECK(loss_of(weight, Loss({.coefficient = 0.5, .groups = 4})) < 1e-30);
   }
   SECTION("three vectors in a plane, as far apart as they can be") {
     Matrix<double> weight(3, 2);
@@ -97,7 +114,7 @@ TEST_CASE("OrthogonalityLoss is its definition in any setting", "[moe][balance][
     const Index d = 1 + rng.below(20);
     const Matrix<double> weight = normal_init<double>(experts, d, 1.0, rng);
     INFO(experts << " experts of " << d << " in " << groups << " groups");
-    const OrthogonalityLoss<double> loss{.coefficient = 0.3, .groups = groups};
+    const Loss loss({.coefficient = 0.3, .groups = groups});
     const double actual = loss_of(weight, loss);
     REQUIRE(std::abs(actual - 0.3 * reference(weight, groups)) <= 1e-14);
     const double least =
@@ -115,7 +132,7 @@ TEST_CASE("OrthogonalityLoss is its definition in any setting", "[moe][balance][
 
 TEST_CASE("OrthogonalityLoss of zero vectors and of one expert is defined",
           "[moe][balance][orthogonality]") {
-  const OrthogonalityLoss<double> loss{.coefficient = 0.5};
+  const Loss loss({.coefficient = 0.5});
   SECTION("a zero vector counts -1 with itself and has no gradient") {
     Matrix<double> weight(3, 2);
     weight << 3.0, 4.0, 0.0, 0.0, 0.0, 1.0;
@@ -138,14 +155,13 @@ TEST_CASE("OrthogonalityLoss of zero vectors and of one expert is defined",
 TEST_CASE("OrthogonalityLoss gradient agrees with finite differences, times the scale",
           "[moe][balance][orthogonality][gradient]") {
   const auto groups = GENERATE(as<Index>{}, 1, 2, 3);
-  const OrthogonalityLoss<double> loss{.coefficient = 0.7, .groups = groups};
+  const Loss loss({.coefficient = 0.7, .groups = groups});
   const auto check = [&](auto& router) {
-    Parameter<double>& vectors = *expert_vectors(router);
+    Parameter<double>& vectors = *router.expert_vectors();
     vectors.gradient().setConstant(1.0);
-    loss.add_router_gradient(router, 2.0);
+    const Matrix<double> added = added_gradient(loss, router, 2.0);
     const Matrix<double> numeric =
-        test::numeric_gradient(vectors.value, [&] { return 2.0 * loss.router_loss(router); });
-    const Matrix<double> added = vectors.gradient().array() - 1.0;
+        test::numeric_gradient(vectors.value, [&] { return 2.0 * loss_of(router, loss); });
     CHECK(test::relative_error(added, numeric) <= 1e-6);
   };
   LinearRouter<double> linear(test::random_matrix(6, 4, 1));
@@ -159,38 +175,37 @@ TEST_CASE("OrthogonalityLoss gradient agrees with finite differences, times the 
 TEST_CASE("OrthogonalityLoss gives the same bits on any number of threads and allocates nothing",
           "[moe][balance][orthogonality]") {
   LinearRouter<float> router(test::random_matrix<float>(64, 96, 1));
-  const OrthogonalityLoss<float> loss{.groups = 2};
+  const OrthogonalityLoss<float> loss({.groups = 2});
+  OrthogonalityLoss<float>::Cache cache;
   const auto run = [&](int threads) {
     const test::Threads set(threads);
     router.weight().gradient().setZero();
-    loss.add_router_gradient(router, 1.0F);
-    const Matrix<float> gradient = router.weight().gradient();
-    return std::pair(loss.router_loss(router), gradient);
+    const double value = loss.forward(router, cache);
+    loss.backward(router, 1.0, cache);
+    return std::pair(value, Matrix<float>(router.weight().gradient()));
   };
   CHECK(run(1) == run(3));
   if (!test::allocations_are_counted()) return;
   CHECK(test::count_allocations([&] {
-          loss.add_router_gradient(router, 1.0F);
-          loss.router_loss(router);
+          loss.forward(router, cache);
+          loss.backward(router, 1.0, cache);
         }) == 0);
 }
 
 TEST_CASE("OrthogonalityLoss refuses what it cannot serve", "[moe][balance][orthogonality]") {
-  const auto message = [](const OrthogonalityLoss<float>& loss) {
-    return test::message_of<ConfigError>([&] { loss.check(); });
+  const auto message = [](const OrthogonalityLossConfig& config) {
+    return test::message_of<ConfigError>([&] { const Loss refused(config); });
   };
-  CHECK(message({.coefficient = -1.0F}) == "OrthogonalityLoss: coefficient = -1, expected >= 0");
-  CHECK(message({.coefficient = NAN}) == "OrthogonalityLoss: coefficient = nan, expected >= 0");
+  CHECK(message({.coefficient = -1.0}) ==
+        "OrthogonalityLoss: coefficient = -1, expected a finite number >= 0");
+  CHECK(message({.coefficient = NAN}) ==
+        "OrthogonalityLoss: coefficient = nan, expected a finite number >= 0");
   CHECK(message({.groups = 0}) == "OrthogonalityLoss: groups = 0, expected >= 1");
-  LinearRouter<float> router(test::random_matrix<float>(4, 3, 1));
   CHECK(test::message_of<ConfigError>([&] {
-          OrthogonalityLoss<float>{.groups = 3}.router_loss(router);
-        }) == "OrthogonalityLoss: groups = 3, expected a divisor of experts = 4");
-  CHECK(test::message_of<ConfigError>([&] {
-          OrthogonalityLoss<float>{.groups = 3}.add_router_gradient(router, 1.0F);
+          loss_of(test::random_matrix(4, 3, 1), Loss({.groups = 3}));
         }) == "OrthogonalityLoss: groups = 3, expected a divisor of experts = 4");
   const HashRouter<float> hash(3, 4, modulo_hash_table(10, 4));
-  CHECK(test::message_of<ConfigError>([&] { OrthogonalityLoss<float>{}.check_router(hash); }) ==
-        "OrthogonalityLoss: the router has no vectors of its experts, expected a parameter "
-        "'weight' or 'embedding' of 4 rows");
+  CHECK(test::message_of<ConfigError>([&] { OrthogonalityLoss<float>().check_router(hash); }) ==
+        "OrthogonalityLoss: the router has no vectors of its experts, expected one such as "
+        "LinearRouter");
 }

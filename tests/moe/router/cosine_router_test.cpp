@@ -36,7 +36,7 @@ TEST_CASE("CosineRouter matches cosines worked out by hand", "[moe][router][cosi
   router.embedding().value << 6.0, 8.0, -4.0, 3.0, -0.3, -0.4, 1.0, 0.0;
   Matrix<double> x(1, 2);
   x << 1.0, 2.0;
-  const Matrix<double> logits = router.forward(x);
+  const Matrix<double> logits = infer(router, x);
   CHECK(logits(0, 0) == Approx(4.0));
   CHECK(logits(0, 1) == Approx(0.0).margin(1e-14));
   CHECK(logits(0, 2) == Approx(-4.0));
@@ -47,9 +47,9 @@ TEST_CASE("CosineRouter matches cosines worked out by hand", "[moe][router][cosi
 TEST_CASE("CosineRouter does not see how long a token is", "[moe][router][cosine_router]") {
   const auto router = make_router(false);
   const Matrix<double> x = test::random_matrix(6, 5, 5);
-  CHECK(test::relative_error(router.forward(10.0 * x), router.forward(x)) <= 1e-14);
-  CHECK(router.forward(x).cwiseAbs().maxCoeff() <= 2.0 + 1e-12);
-  CHECK(router.forward(Matrix<double>::Zero(2, 5)).isZero(0.0));
+  CHECK(test::relative_error(infer(router, 10.0 * x), infer(router, x)) <= 1e-14);
+  CHECK(infer(router, x).cwiseAbs().maxCoeff() <= 2.0 + 1e-12);
+  CHECK(infer(router, Matrix<double>::Zero(2, 5)).isZero(0.0));
 }
 
 TEST_CASE("CosineRouter gradients agree with finite differences",
@@ -74,7 +74,7 @@ TEST_CASE("CosineRouter has no gradient where there is no direction",
   CosineRouter<double>::Cache cache;
   Matrix<double> x = test::random_matrix(3, 5, 8);
   x.row(2).setZero();
-  router.forward(x, cache);
+  router.forward(x, kTraining, cache);
   const Matrix<double> dx = router.backward(Matrix<double>::Ones(3, 4), cache);
   CHECK(dx.row(2).isZero(0.0));
   CHECK(router.embedding().grad.row(1).isZero(0.0));
@@ -86,18 +86,18 @@ TEST_CASE("CosineRouter takes no tokens, and gives the same bits on any number o
   Rng rng(9);
   CosineRouter<float> router(32, 8, rng, {.d_projection = 16});
   CosineRouter<float>::Cache cache;
-  CHECK(router.forward(Matrix<float>(0, 32), cache).cols() == 8);
+  CHECK(router.forward(Matrix<float>(0, 32), kTraining, cache).cols() == 8);
   CHECK(router.backward(Matrix<float>(0, 8), cache).cols() == 32);
   const Matrix<float> x = test::random_matrix<float>(300, 32, 10);
-  const Matrix<float> serial = router.forward(x);
+  const Matrix<float> serial = infer(router, x);
   const auto step = [&] {
-    router.forward(x, cache);
+    router.forward(x, kTraining, cache);
     router.backward(serial, cache);
   };
   step();
   CHECK(test::count_allocations(step) == 0);
   const test::Threads threads(3);
-  CHECK(router.forward(x) == serial);
+  CHECK(infer(router, x) == serial);
 }
 
 TEST_CASE("CosineRouter says what does not fit", "[moe][router][cosine_router]") {
@@ -111,16 +111,16 @@ TEST_CASE("CosineRouter says what does not fit", "[moe][router][cosine_router]")
   CHECK(message(2, 0, {}) == "CosineRouter: experts = 0, expected >= 1");
   CHECK(message(2, 2, {.d_projection = 0}) == "CosineRouter: d_projection = 0, expected >= 1");
   CHECK(message(2, 2, {.temperature = 0.001}) ==
-        "CosineRouter: temperature = 0.001, expected >= 0.01");
+        "CosineRouter: temperature = 0.001, expected a finite number >= 0.01");
   CHECK(message(2, 2, {.least_temperature = 0.0}) ==
-        "CosineRouter: least_temperature = 0, expected > 0");
+        "CosineRouter: least_temperature = 0, expected a finite number > 0");
   auto router = make_router();
   CosineRouter<double>::Cache cache;
   CHECK(test::message_of<StateError>([&] { router.backward(Matrix<double>::Zero(1, 4), cache); }) ==
-        "CosineRouter::backward: no forward pass before it");
-  CHECK(test::message_of<ShapeError>([&] { router.forward(Matrix<double>::Zero(1, 4)); }) ==
+        "CosineRouter::backward: the cache is empty, expected a forward pass that succeeded");
+  CHECK(test::message_of<ShapeError>([&] { infer(router, Matrix<double>::Zero(1, 4)); }) ==
         "CosineRouter::forward: x is [1, 4], expected [tokens, 5]");
-  router.forward(Matrix<double>::Zero(1, 5), cache);
+  router.forward(Matrix<double>::Zero(1, 5), kTraining, cache);
   CHECK(test::message_of<ShapeError>([&] { router.backward(Matrix<double>::Zero(2, 4), cache); }) ==
-        "CosineRouter::backward: d_logits is [2, 4], expected [1, 4]");
+        "CosineRouter::backward: dy is [2, 4], expected [1, 4]");
 }

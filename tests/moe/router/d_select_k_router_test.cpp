@@ -9,19 +9,22 @@
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/d_select_k_router.hpp>
+#include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/routing.hpp"
+#include "support/same_draws.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
 
 static_assert(Router<DSelectKRouter<float>>);
-static_assert(PassLayer<DSelectKRouter<float>>);
 
 namespace {
 
@@ -29,7 +32,7 @@ using Gate = DSelectKRouter<double>;
 
 /// A router for 2^bits experts whose logits vary by about `scale`.
 Gate random_router(Index d_model, Index bits, Index k, double scale, std::uint64_t seed,
-                   DSelectKConfig config = {}) {
+                   DSelectKRouterConfig config = {}) {
   config.k = k;
   return {Index(1) << bits,
           Linear<double>(scale * test::random_matrix(k * bits, d_model, seed),
@@ -41,7 +44,7 @@ Gate random_router(Index d_model, Index bits, Index k, double scale, std::uint64
 
 /// A router that does not look at its token.
 Gate constant_router(Index experts, const std::vector<double>& z,
-                     const std::vector<double>& mixture, DSelectKConfig config = {}) {
+                     const std::vector<double>& mixture, DSelectKRouterConfig config = {}) {
   const auto constant = [](const std::vector<double>& values) {
     const auto n = static_cast<Index>(values.size());
     return Linear<double>(Matrix<double>::Zero(n, 1),
@@ -55,14 +58,21 @@ Gate constant_router(Index experts, const std::vector<double>& z,
 Matrix<double> weights_of(const std::vector<double>& z, const std::vector<double>& mixture,
                           double gamma = 1.0) {
   const auto experts = Index(1) << (z.size() / mixture.size());
-  return constant_router(experts, z, mixture, {.gamma = gamma}).forward(Matrix<double>::Ones(1, 1));
+  return infer(constant_router(experts, z, mixture, {.gamma = gamma}), Matrix<double>::Ones(1, 1));
 }
 
-/// `aux_loss` for one token.
-double loss_of(const Gate& router, const Pass& pass = {}) {
+/// The router's own loss for the tokens x.
+double loss_of(const Gate& router, const Matrix<double>& x, Pass pass = {}) {
+  PassRecord record;
+  pass.record = &record;
   Gate::Cache cache;
-  router.forward(Matrix<double>::Ones(1, 1), pass, cache);
-  return cache.aux_loss;
+  router.forward(x, pass, cache);
+  return record.aux_loss("d_select_k");
+}
+
+/// That for one token of a router that does not look at it.
+double loss_of(const Gate& router) {
+  return loss_of(router, Matrix<double>::Ones(1, 1));
 }
 
 Matrix<double> row(const std::vector<double>& values) {
@@ -70,19 +80,6 @@ Matrix<double> row(const std::vector<double>& values) {
 }
 
 }  // namespace
-
-TEST_CASE("The smooth step is a cubic between flat ends", "[moe][router][d_select_k]") {
-  CHECK(smooth_step(-0.5, 1.0) == 0.0);
-  CHECK(smooth_step(-9.0, 1.0) == 0.0);
-  CHECK(smooth_step(0.5, 1.0) == 1.0);
-  CHECK(smooth_step(0.0, 3.0) == 0.5);
-  CHECK(smooth_step(0.5, 2.0) == Approx(0.84375));  // 3/8 - 1/32 + 1/2
-  for (double z = -1.3; z < 1.3; z += 0.07) {
-    const double numeric = (smooth_step(z + 1e-6, 2.0) - smooth_step(z - 1e-6, 2.0)) / 2e-6;
-    CHECK(smooth_step_slope(z, 2.0) == Approx(numeric).margin(1e-6));
-    CHECK(smooth_step(z, 2.0) + smooth_step(-z, 2.0) == Approx(1.0));
-  }
-}
 
 TEST_CASE("DSelectKRouter matches weights worked out by hand", "[moe][router][d_select_k]") {
   // One selector, its high bit set, its low bit undecided: experts 2 and 3.
@@ -105,7 +102,7 @@ TEST_CASE("DSelectKRouter gives weights that sum to one, of k experts once it ha
     const Index k = 1 + rng.below(3);
     const double scale = draw % 2 == 0 ? 0.4 : 1e4;
     const Gate router = random_router(3, bits, k, scale, 10 * draw);
-    const Matrix<double> q = router.forward(test::random_matrix(7, 3, draw));
+    const Matrix<double> q = infer(router, test::random_matrix(7, 3, draw));
     CHECK(q.minCoeff() >= 0.0);
     for (Index t = 0; t < 7; ++t) {
       CHECK(q.row(t).sum() == Approx(1.0));
@@ -117,7 +114,7 @@ TEST_CASE("DSelectKRouter gives weights that sum to one, of k experts once it ha
 TEST_CASE("DSelectKRouter begins with nearly equal weights", "[moe][router][d_select_k]") {
   Rng rng(2);
   const Gate router(4, 8, rng);
-  const Matrix<double> q = router.forward(test::random_matrix(10, 4, 3));
+  const Matrix<double> q = infer(router, test::random_matrix(10, 4, 3));
   CHECK((q.array() - 0.125).abs().maxCoeff() < 0.05);
   CHECK((q.array() - 0.125).abs().maxCoeff() > 1e-4);
 }
@@ -139,25 +136,24 @@ TEST_CASE("A layer of DSelectKRouter and ReLU routing runs few experts and has i
           "[moe][router][d_select_k][gradient]") {
   Rng rng(8);
   const Gate router = random_router(4, 3, 2, 0.4, 9);
-  MoELayer layer(router, ReluRouting<double>{}, Dropless{}, GluBank<double>(8, 4, 3, rng, 1.0),
-                 SwitchLoss<double>{0.1});
+  MoELayer layer(router, ReluRouting<double>(), Dropless(), GluBank<double>(4, 8, 3, rng),
+                 SwitchLoss<double>({.coefficient = 0.1}));
   const Matrix<double> x = test::random_matrix(6, 4, 10);
   decltype(layer)::Cache cache;
-  layer.forward(x, cache);
+  layer.forward(x, {}, cache);
   CHECK(cache.routing.assignments() > 6);
   CHECK(cache.routing.assignments() < 48);
-  const Matrix<double> q = router.forward(x);
+  const Matrix<double> q = infer(router, x);
   for (Index t = 0; t < 6; ++t) {
     for (Index a = cache.routing.first(t); a < cache.routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      CHECK(cache.routing.weight[i] == q(t, cache.routing.expert[i]));
+      CHECK(cache.routing.weight[a] == q(t, cache.routing.expert[a]));
     }
   }
   test::check_gradients(layer, x);
 }
 
 TEST_CASE("The entropy of a DSelectKRouter is that of its selectors", "[moe][router][d_select_k]") {
-  const DSelectKConfig config{.entropy = 0.5};
+  const DSelectKRouterConfig config{.entropy = 0.5};
   // Undecided in two bits, in one, in none, whatever the mixture.
   CHECK(loss_of(constant_router(4, {0.0, 0.0}, {0.0}, config)) ==
         Approx(0.5 * std::log(4.0)).epsilon(1e-5));
@@ -176,11 +172,11 @@ TEST_CASE("DSelectKRouter draws selectors back from codes that no expert has",
   // Three experts, the code 3 is of none.
   const Matrix<double> one = Matrix<double>::Ones(1, 1);
   const Gate level = constant_router(3, {0.0, 0.0}, {0.0}, {.reach = 2.0});
-  CHECK(level.forward(one) == row({0.25, 0.25, 0.25}));
+  CHECK(infer(level, one) == row({0.25, 0.25, 0.25}));
   CHECK(loss_of(level) == Approx(2.0 / 0.75));
   // One that names an expert, one that is between expert 2 and none.
   const Gate two = constant_router(3, {-1.0, 1.0, 1.0, 0.0}, {0.0, 0.0});
-  CHECK(two.forward(one) == row({0.0, 0.5, 0.25}));
+  CHECK(infer(two, one) == row({0.0, 0.5, 0.25}));
   CHECK(loss_of(two) == Approx(1.0 + 2.0));
   CHECK(loss_of(constant_router(3, {1.0, 1.0}, {0.0})) == Approx(1e6));  // Only on that code.
   CHECK(loss_of(constant_router(4, {1.0, 1.0}, {0.0})) == 0.0);          // A power of two.
@@ -191,19 +187,14 @@ TEST_CASE("The losses of a DSelectKRouter are the mean over real tokens, scaled 
           "[moe][router][d_select_k]") {
   const Gate router = random_router(3, 2, 2, 0.4, 20, {.entropy = 0.7});
   Matrix<double> x = test::random_matrix(3, 3, 21);
-  const auto loss = [&](const Matrix<double>& tokens, const Pass& pass) {
-    Gate::Cache cache;
-    router.forward(tokens, pass, cache);
-    return cache.aux_loss;
-  };
-  const double first = loss(x.topRows(1), {});
-  const double last = loss(x.bottomRows(1), {});
+  const double first = loss_of(router, x.topRows(1));
+  const double last = loss_of(router, x.bottomRows(1));
   const std::vector<std::uint8_t> mask = {1, 0, 1};
   x.row(1).setConstant(NAN);
-  CHECK(loss(x, {.mask = mask}) == Approx((first + last) / 2.0));
-  CHECK(loss(x, {.mask = mask, .aux_scale = 0.25}) == Approx((first + last) / 8.0));
-  CHECK(loss(x, {.aux_scale = 0.0}) == 0.0);
-  CHECK(loss(Matrix<double>(0, 3), {}) == 0.0);
+  CHECK(loss_of(router, x, {.mask = mask}) == Approx((first + last) / 2.0));
+  CHECK(loss_of(router, x, {.mask = mask, .aux_scale = 0.25}) == Approx((first + last) / 8.0));
+  CHECK(loss_of(router, x, {.aux_scale = 0.0}) == 0.0);
+  CHECK(loss_of(router, Matrix<double>(0, 3)) == 0.0);
 }
 
 TEST_CASE("DSelectKRouter gradients agree with finite differences, its losses included",
@@ -222,21 +213,48 @@ TEST_CASE("DSelectKRouter gradients agree with finite differences, its losses in
     test::check_gradients(router, x, {.aux_scale = 0.0});
     // Through a layer, and a router around it.
     Rng rng(27);
-    MoELayer layer(JitterRouter<Gate>(router, 0.1), ReluRouting<double>{}, Dropless{},
-                   GluBank<double>(experts, 3, 1, rng, 1.0), SwitchLoss<double>{0.1});
+    test::SameDraws<JitterRouter<Gate>> jitter{JitterRouter<Gate>(router, {.epsilon = 0.1})};
+    test::check_gradients(jitter, x, {.aux_scale = 0.3});
+    const SwitchLoss<double> balance({.coefficient = 0.1});
+    MoELayer layer(JitterRouter<Gate>(router, {.epsilon = 0.0}), ReluRouting<double>(), Dropless(),
+                   GluBank<double>(3, experts, 1, rng), balance);
     test::check_gradients(layer, x, {.aux_scale = 0.3});
     decltype(layer)::Cache cache;
-    layer.forward(x, cache);
-    Gate::Cache own;
-    router.forward(x, own);
-    CHECK(cache.aux_loss == Approx(own.aux_loss + SwitchLoss<double>{0.1}.loss(cache.routing)));
-    CHECK(own.aux_loss > 0.1);
-    layer.forward(x, {.aux_scale = 0.3}, cache);
-    const MoEReport report = layer.report(cache);
+    PassRecord record;
+    layer.forward(x, {.aux_scale = 0.3, .record = &record}, cache);
+    const double own = loss_of(router, x);
+    CHECK(record.aux_loss() == Approx(0.3 * (own + test::loss_of(balance, cache.routing))));
+    CHECK(own > 0.1);
+    const LayerReport report = layer.report(cache);
     REQUIRE(report.losses.size() == 2);
-    CHECK(report.losses[1].first == "router");
-    CHECK(report.losses[1].second == Approx(own.aux_loss));
+    CHECK(report.losses[0].first == "router.d_select_k");
+    CHECK(report.losses[0].second == Approx(0.3 * own));
+    CHECK(report.losses[1].first == "switch");
   }
+}
+
+TEST_CASE("The losses of DSelectKRouters at both levels of a HierarchicalRouter are recorded",
+          "[moe][router][d_select_k][hierarchical_router][gradient]") {
+  const Matrix<double> x = test::random_matrix(5, 3, 40);
+  const Gate groups = random_router(3, 1, 2, 0.2, 41, {.entropy = 0.7});
+  const Gate experts = random_router(3, 2, 2, 0.2, 45, {.entropy = 0.4});
+  HierarchicalRouter both(groups, experts);
+  test::check_gradients(both, x, {.aux_scale = 0.3});
+  HierarchicalRouter inner(LinearRouter<double>(test::random_matrix(2, 3, 49)), experts);
+  test::check_gradients(inner, x);
+
+  Rng rng(50);
+  MoELayer layer(both, SoftmaxTopK<double>({.k = 2}), Dropless(), GluBank<double>(3, 4, 2, rng));
+  test::check_gradients(layer, x, {.aux_scale = 0.3});
+  PassRecord record;
+  decltype(layer)::Cache cache;
+  layer.forward(x, {.record = &record}, cache);
+  REQUIRE(record.losses().size() == 2);
+  CHECK(record.losses()[0].name == "router.groups.d_select_k");
+  CHECK(record.losses()[0].value == Approx(loss_of(groups, x)));
+  CHECK(record.losses()[1].name == "router.d_select_k");
+  CHECK(record.losses()[1].value == Approx(loss_of(experts, x)));
+  CHECK(layer.report(cache).losses.size() == 2);
 }
 
 TEST_CASE("The entropy loss makes up the minds of the selectors of a DSelectKRouter",
@@ -246,14 +264,14 @@ TEST_CASE("The entropy loss makes up the minds of the selectors of a DSelectKRou
   const Matrix<double> x = test::random_matrix(8, 3, 29);
   Gate::Cache cache;
   for (int step = 0; step < 400; ++step) {
-    router.forward(x, cache);
+    router.forward(x, kTraining, cache);
     zero_gradients(router);
     router.backward(Matrix<double>::Zero(8, 6), cache);
     for (auto& [name, parameter] : parameters(router)) {
       parameter->value -= 0.05 * parameter->gradient();
     }
   }
-  const Matrix<double> q = router.forward(x);
+  const Matrix<double> q = infer(router, x);
   CHECK((q.array() > 1e-3).count() < 8 * 3);
   CHECK(q.rowwise().sum().minCoeff() > 0.9);
 }
@@ -265,32 +283,34 @@ TEST_CASE("DSelectKRouter gives the same bits for any number of threads and allo
   const Matrix<double> dq = test::random_matrix(500, 16, 13);
   Gate::Cache cache;
   const auto step = [&] {
-    router.forward(x, cache);
+    router.forward(x, kTraining, cache);
     router.backward(dq, cache);
   };
   step();
   CHECK(test::count_allocations(step) == 0);
   const Matrix<double> q = cache.weights;
   const Matrix<double> dx = cache.dx;
-  const double loss = cache.aux_loss;
+  const double loss = loss_of(router, x);
   const test::Threads threads(3);
   step();
-  CHECK(cache.aux_loss == loss);
+  CHECK(loss_of(router, x) == loss);
   CHECK(cache.weights == q);
   CHECK(cache.dx == dx);
-  CHECK(router.forward(Matrix<double>(0, 8)).rows() == 0);
+  CHECK(infer(router, Matrix<double>(0, 8)).rows() == 0);
 }
 
 TEST_CASE("DSelectKRouter says what does not fit", "[moe][router][d_select_k]") {
   Rng rng(14);
-  const auto message = [&](Index d_model, Index experts, const DSelectKConfig& config) {
+  const auto message = [&](Index d_model, Index experts, const DSelectKRouterConfig& config) {
     return test::message_of<ConfigError>([&] { Gate(d_model, experts, rng, config); });
   };
   CHECK(message(4, 1, {}) == "DSelectKRouter: experts = 1, expected >= 2");
-  CHECK(message(4, 8, {.entropy = -1.0}) == "DSelectKRouter: entropy = -1, expected >= 0");
-  CHECK(message(4, 6, {.reach = -1.0}) == "DSelectKRouter: reach = -1, expected >= 0");
+  CHECK(message(4, 8, {.entropy = -1.0}) ==
+        "DSelectKRouter: entropy = -1, expected a finite number >= 0");
+  CHECK(message(4, 6, {.reach = -1.0}) ==
+        "DSelectKRouter: reach = -1, expected a finite number >= 0");
   CHECK(message(4, 8, {.k = 0}) == "DSelectKRouter: k = 0, expected >= 1");
-  CHECK(message(4, 8, {.gamma = 0.0}) == "DSelectKRouter: gamma = 0, expected > 0");
+  CHECK(message(4, 8, {.gamma = 0.0}) == "DSelectKRouter: gamma = 0, expected a finite number > 0");
   CHECK(message(0, 8, {}) == "DSelectKRouter: d_model = 0, expected >= 1");
   CHECK(test::message_of<ShapeError>([&] {
           Gate(8, Linear<double>(4, 5, rng), Linear<double>(4, 2, rng));
@@ -300,11 +320,14 @@ TEST_CASE("DSelectKRouter says what does not fit", "[moe][router][d_select_k]") 
         }) == "DSelectKRouter: mixture is [2, 3], expected [2, 4]");
   Gate router(4, 8, rng);
   Gate::Cache cache;
-  CHECK(test::message_of<ShapeError>([&] { router.forward(Matrix<double>::Zero(1, 3), cache); }) ==
-        "DSelectKRouter::forward: x is [1, 3], expected [tokens, 4]");
-  router.forward(Matrix<double>::Zero(2, 4), cache);
+  CHECK(test::message_of<ShapeError>([&] {
+          router.forward(Matrix<double>::Zero(1, 3), {}, cache);
+        }) == "DSelectKRouter::forward: x is [1, 3], expected [tokens, 4]");
+  CHECK(test::message_of<StateError>([&] { router.backward(Matrix<double>::Zero(1, 8), cache); }) ==
+        "DSelectKRouter::backward: the cache is empty, expected a forward pass that succeeded");
+  router.forward(Matrix<double>::Zero(2, 4), kTraining, cache);
   CHECK(test::message_of<ShapeError>([&] { router.backward(Matrix<double>::Zero(2, 4), cache); }) ==
-        "DSelectKRouter::backward: dq is [2, 4], expected [2, 8]");
+        "DSelectKRouter::backward: dy is [2, 4], expected [2, 8]");
 }
 
 TEST_CASE("DSelectKRouter in single precision is that in double", "[moe][router][d_select_k]") {
@@ -316,8 +339,9 @@ TEST_CASE("DSelectKRouter in single precision is that in double", "[moe][router]
   const Matrix<double> dq = test::random_matrix(9, 8, 17);
   DSelectKRouter<double>::Cache cache;
   DSelectKRouter<float>::Cache other;
-  const Matrix<double> q = exact.forward(x, cache);
-  CHECK(test::relative_error(router.forward(x.cast<float>(), other).cast<double>(), q) <= 1e-5);
+  const Matrix<double> q = exact.forward(x, kTraining, cache);
+  CHECK(test::relative_error(router.forward(x.cast<float>(), kTraining, other).cast<double>(), q) <=
+        1e-5);
   const Matrix<double> dx = exact.backward(dq, cache);
   CHECK(test::relative_error(router.backward(dq.cast<float>(), other).cast<double>(), dx) <= 1e-5);
 }

@@ -10,6 +10,7 @@
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
+#include "support/fixed_noise.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
@@ -21,18 +22,11 @@ static_assert(Router<GumbelRouter<LinearRouter<float>>>);
 
 namespace {
 
-struct FixedNoise {
-  Matrix<double> values;
-
-  template <class T>
-  void fill(const Pass& /*pass*/, MatrixOut<T> noise) const {
-    noise = values;
-  }
-};
+using test::FixedNoise;
 
 /// A router whose logits are the token it sees.
 auto transparent(double scale = 1.0) {
-  return GumbelRouter(LinearRouter<double>(Matrix<double>::Identity(4, 4)), scale);
+  return GumbelRouter(LinearRouter<double>(Matrix<double>::Identity(4, 4)), {.scale = scale});
 }
 
 using Cache = decltype(transparent())::Cache;
@@ -47,12 +41,12 @@ TEST_CASE("GumbelRouter draws experts without replacement", "[moe][router][gumbe
   Rng rng(1);
   Cache cache;
   const Routing<double> routing = test::route(
-      TopKSoftmax<double>{2},
+      TopKSoftmax<double>({.k = 2}),
       transparent().forward(z.replicate(kTokens, 1), {.training = true, .rng = &rng}, cache));
   Matrix<double> first = Matrix<double>::Zero(1, 4);
   Matrix<double> pair = Matrix<double>::Zero(4, 4);
   for (Index t = 0; t < kTokens; ++t) {
-    const auto a = static_cast<std::size_t>(routing.first(t));
+    const Index a = routing.first(t);
     first(0, routing.expert[a]) += 1.0 / kTokens;
     pair(routing.expert[a], routing.expert[a + 1]) += 1.0 / kTokens;
   }
@@ -68,7 +62,7 @@ TEST_CASE("GumbelRouter draws experts without replacement", "[moe][router][gumbe
 TEST_CASE("GumbelRouter adds its noise times the scale", "[moe][router][gumbel_router]") {
   const FixedNoise noise{test::random_matrix(3, 4, 2)};
   const LinearRouter<double> inner(Matrix<double>::Identity(4, 4));
-  const GumbelRouter<LinearRouter<double>, FixedNoise> router(inner, 0.5, noise);
+  const GumbelRouter<LinearRouter<double>, FixedNoise> router(inner, {.scale = 0.5}, noise);
   const Matrix<double> x = test::random_matrix(3, 4, 3);
   GumbelRouter<LinearRouter<double>, FixedNoise>::Cache cache;
   const Matrix<double> logits = router.forward(x, {.training = true}, cache);
@@ -79,7 +73,7 @@ TEST_CASE("GumbelRouter is its inner router outside of training", "[moe][router]
   const Matrix<double> x = test::random_matrix(3, 4, 4);
   Rng rng(5);
   Cache cache;
-  CHECK(transparent().forward(x) == x);
+  CHECK(infer(transparent(), x) == x);
   CHECK(transparent().forward(x, {.training = true, .rng = &rng}, cache) != x);
   CHECK(transparent().forward(x, {.rng = &rng}, cache) == x);
   CHECK(transparent(0.0).forward(x, {.training = true}, cache) == x);
@@ -92,8 +86,9 @@ TEST_CASE("GumbelRouter gradients agree with finite differences",
           "[moe][router][gumbel_router][gradient]") {
   Rng init(6);
   GumbelRouter<LinearRouter<double>, FixedNoise> router(
-      LinearRouter<double>(5, 4, init, {.bias = true}), 0.7, {test::random_matrix(6, 4, 7)});
-  test::check_gradients(router, test::random_matrix(6, 5, 8), {.training = true});
+      LinearRouter<double>(5, 4, init, {.bias = true}), {.scale = 0.7},
+      {test::random_matrix(6, 4, 7)});
+  test::check_gradients(router, test::random_matrix(6, 5, 8));
 }
 
 TEST_CASE("GumbelRouter gives the same bits on any number of threads, and allocates nothing",
@@ -113,7 +108,7 @@ TEST_CASE("GumbelRouter gives the same bits on any number of threads, and alloca
 
 TEST_CASE("GumbelRouter says what does not fit", "[moe][router][gumbel_router]") {
   CHECK(test::message_of<ConfigError>([] { transparent(-1.0); }) ==
-        "GumbelRouter: scale = -1, expected >= 0");
+        "GumbelRouter: scale = -1, expected a finite number >= 0");
   Cache cache;
   CHECK(test::message_of<ConfigError>([&] {
           transparent().forward(Matrix<double>::Zero(1, 4), {.training = true}, cache);
@@ -123,4 +118,10 @@ TEST_CASE("GumbelRouter says what does not fit", "[moe][router][gumbel_router]")
           transparent().forward(Matrix<double>::Zero(1, 3), {.training = true, .rng = &rng}, cache);
         }) == "GumbelRouter::forward: x is [1, 3], expected [tokens, 4]");
   CHECK(rng.position() == 0);
+  auto router = transparent();
+  const Matrix<double> one = Matrix<double>::Zero(1, 4);
+  router.forward(one, {.training = true, .rng = &rng}, cache);
+  CHECK_THROWS_AS(router.forward(one, {.training = true}, cache), ConfigError);
+  CHECK(test::message_of<StateError>([&] { router.backward(one, cache); }) ==
+        "GumbelRouter::backward: the cache is empty, expected a forward pass that succeeded");
 }

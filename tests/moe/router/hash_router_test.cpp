@@ -1,8 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include <algorithm>
 #include <cstdint>
-#include <limits>
-#include <optional>
 #include <vector>
 
 #include <weir/model/decoder.hpp>
@@ -23,7 +20,6 @@
 using namespace weir;
 
 static_assert(Router<HashRouter<float>>);
-static_assert(PassLayer<HashRouter<float>>);
 
 namespace {
 
@@ -31,8 +27,8 @@ const std::vector<Index> kTable = {2, 0, 1, 2, 0};
 
 auto make_layer(std::uint64_t seed) {
   Rng rng(seed);
-  return MoELayer(HashRouter<double>(4, 3, kTable), TopKSoftmax<double>{1}, Dropless{},
-                  GluBank<double>(3, 4, 6, rng));
+  return MoELayer(HashRouter<double>(4, 3, kTable), TopKSoftmax<double>({.k = 1}), Dropless(),
+                  GluBank<double>(4, 3, 6, rng));
 }
 
 }  // namespace
@@ -44,15 +40,15 @@ TEST_CASE("HashRouter sends each id where its table says, with weight 1",
   const Matrix<double> x = test::random_matrix(6, 4, 1);
   const auto check = [&](const auto& selector) {
     Rng rng(2);
-    MoELayer moe(HashRouter<double>(4, 3, kTable), selector, Dropless{},
-                 GluBank<double>(3, 4, 6, rng));
+    MoELayer moe(HashRouter<double>(4, 3, kTable), selector, Dropless(),
+                 GluBank<double>(4, 3, 6, rng));
     typename decltype(moe)::Cache cache;
     moe.forward(x, {.token_ids = ids}, cache);
     CHECK(cache.routing.expert == expected);
     for (const double weight : cache.routing.weight) CHECK(weight == 1.0);
   };
-  check(TopKSoftmax<double>{1});
-  check(SoftmaxTopK<double>{1});
+  check(TopKSoftmax<double>({.k = 1}));
+  check(SoftmaxTopK<double>({.k = 1}));
 }
 
 TEST_CASE("HashRouter does not look at the token", "[moe][router][hash_router]") {
@@ -61,37 +57,10 @@ TEST_CASE("HashRouter does not look at the token", "[moe][router][hash_router]")
   HashRouter<double>::Cache cache;
   const Matrix<double> logits =
       router.forward(test::random_matrix(2, 4, 3), {.token_ids = ids}, cache);
-  CHECK(router.forward(test::random_matrix(2, 4, 4), {.token_ids = ids}, cache) == logits);
+  const Pass training{.training = true, .token_ids = ids};
+  CHECK(router.forward(test::random_matrix(2, 4, 4), training, cache) == logits);
   CHECK(router.backward(test::random_matrix(2, 3, 5), cache) == Matrix<double>::Zero(2, 4));
   CHECK(parameters(router).empty());
-}
-
-TEST_CASE("A random table is balanced, and given by its seed", "[moe][router][hash_router]") {
-  const Index vocab = GENERATE(1, 10, 103);
-  const Index experts = GENERATE(1, 4, 7);
-  const auto draw = [&](std::uint64_t seed) {
-    Rng rng(seed);
-    return random_hash_table(vocab, experts, rng);
-  };
-  const std::vector<Index> table = draw(6);
-  for (Index e = 0; e < experts; ++e) {
-    const Index count = std::count(table.begin(), table.end(), e);
-    CHECK(count >= vocab / experts);
-    CHECK(count <= vocab / experts + 1);
-  }
-  CHECK(draw(6) == table);
-  if (vocab == 103 && experts > 1) CHECK(draw(7) != table);
-}
-
-TEST_CASE("A modulo table repeats", "[moe][router][hash_router]") {
-  CHECK(modulo_hash_table(5, 3) == std::vector<Index>{0, 1, 2, 0, 1});
-}
-
-TEST_CASE("A balanced table levels the frequencies", "[moe][router][hash_router]") {
-  // 8 to expert 0; 5 and 4 to expert 1 since 5 < 8, then 3 to expert 0, and the rest likewise.
-  const std::vector<double> frequency = {3.0, 8.0, 4.0, 5.0, 1.0};
-  CHECK(balanced_hash_table(frequency, 2) == std::vector<Index>{0, 0, 1, 1, 1});
-  CHECK(balanced_hash_table(std::vector<double>(4, 1.0), 2) == std::vector<Index>{0, 1, 0, 1});
 }
 
 TEST_CASE("HashRouter gives padding no expert, and does not read its id",
@@ -119,12 +88,14 @@ TEST_CASE("A decoder tells its layers the ids", "[moe][router][hash_router][mode
                                 RmsNorm<double>(4));
   const std::vector<Index> ids = {1, 0, 2, 2};
   Decoder<double>::Cache cache;
-  decoder.forward(ids, {}, cache);
-  CHECK(decoder.reports(cache)[0].report.load == std::vector<Index>{1, 2, 1});
+  PassRecord record(PassRecord::Collects::kLossesAndReports);
+  decoder.forward(ids, {.record = &record}, cache);
+  CHECK(record.reports()[0].report.load == std::vector<Index>{1, 2, 1});
   // Those of the pass come first.
   const std::vector<Index> others = {1, 1, 1, 4};
-  decoder.forward(ids, {.token_ids = others}, cache);
-  CHECK(decoder.reports(cache)[0].report.load == std::vector<Index>{4, 0, 0});
+  record.clear();
+  decoder.forward(ids, {.token_ids = others, .record = &record}, cache);
+  CHECK(record.reports()[0].report.load == std::vector<Index>{4, 0, 0});
 }
 
 TEST_CASE("A hash layer allocates nothing in the steady state", "[moe][router][hash_router]") {
@@ -133,7 +104,7 @@ TEST_CASE("A hash layer allocates nothing in the steady state", "[moe][router][h
   const Matrix<double> x = test::random_matrix(4, 4, 15);
   decltype(moe)::Cache cache;
   const auto step = [&] {
-    moe.forward(x, {.token_ids = ids}, cache);
+    moe.forward(x, {.training = true, .token_ids = ids}, cache);
     moe.backward(x, cache);
   };
   step();
@@ -163,22 +134,15 @@ TEST_CASE("HashRouter says what does not fit", "[moe][router][hash_router]") {
         "HashRouter: table[0] = 2, expected 0 <= expert < experts = 2");
   CHECK(config([] { HashRouter<float>(4, 2, {}); }) ==
         "HashRouter: the table is empty, expected one per id");
-  CHECK(config([] { modulo_hash_table(0, 2); }) == "modulo_hash_table: vocab = 0, expected >= 1");
-  CHECK(config([] {
-          Rng rng;
-          random_hash_table(4, 0, rng);
-        }) == "random_hash_table: experts = 0, expected >= 1");
-  CHECK(config([] { balanced_hash_table(std::vector<double>{-1.0}, 2); }) ==
-        "balanced_hash_table: frequency = -1, expected >= 0");
 
   HashRouter<double> router(4, 3, kTable);
   HashRouter<double>::Cache cache;
   const Matrix<double> x = Matrix<double>::Zero(2, 4);
   CHECK(test::message_of<StateError>([&] { router.backward(Matrix<double>::Zero(2, 3), cache); }) ==
-        "HashRouter::backward: no forward pass before it");
-  CHECK(config([&] { router.forward(x); }) ==
+        "HashRouter::backward: the cache is empty, expected a forward pass that succeeded");
+  CHECK(config([&] { infer(router, x); }) ==
         "HashRouter::forward: pass.token_ids is empty, expected one id per token");
-  CHECK(router.forward(Matrix<double>(0, 4)).cols() == 3);
+  CHECK(infer(router, Matrix<double>(0, 4)).cols() == 3);
   const std::vector<Index> three = {0, 1, 2};
   CHECK(test::message_of<ShapeError>([&] { router.forward(x, {.token_ids = three}, cache); }) ==
         "HashRouter::forward: pass.token_ids has 3 entries, expected 2 (one per token)");

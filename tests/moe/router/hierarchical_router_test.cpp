@@ -2,34 +2,31 @@
 #include <cmath>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/router/cosine_router.hpp>
-#include <weir/moe/router/expert_vectors.hpp>
+#include <weir/moe/router/group_count.hpp>
 #include <weir/moe/router/gumbel_router.hpp>
-#include <weir/moe/router/hash_router.hpp>
 #include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/input_dropout_router.hpp>
 #include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/layer_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/router/temperature_router.hpp>
-#include <weir/moe/selector/around/rank_policy.hpp>
-#include <weir/moe/selector/hierarchical_top_k.hpp>
 #include <weir/ops/softmax.hpp>
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/same_draws.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
 
 static_assert(Router<HierarchicalRouter<LinearRouter<float>>>);
-static_assert(PassLayer<HierarchicalRouter<LinearRouter<float>>>);
-static_assert(AnnotatingRouter<HierarchicalRouter<NoisyRouter<float>>>);
-static_assert(AnnotatingRouter<HierarchicalRouter<LinearRouter<float>, NoisyRouter<float>>>);
-static_assert(!AnnotatingRouter<HierarchicalRouter<LinearRouter<float>>>);
+static_assert(Router<HierarchicalRouter<LinearRouter<float>, NoisyRouter<float>>>);
 
 namespace {
 
@@ -37,31 +34,6 @@ template <class T = double>
 LinearRouter<T> linear(Index experts, Index d_model, std::uint64_t seed) {
   return LinearRouter<T>(test::random_matrix<T>(experts, d_model, seed));
 }
-
-/// A linear map whose results are returned by value.
-struct ByValue {
-  using Scalar = double;
-  struct Cache {
-    Matrix<double> x;
-  };
-  Matrix<double> forward(MatrixIn<double> x) const { return x * weight.value.transpose(); }
-  Matrix<double> forward(MatrixIn<double> x, Cache& cache) const {
-    cache.x = x;
-    return forward(x);
-  }
-  Matrix<double> backward(MatrixIn<double> d_logits, Cache& cache) {
-    weight.gradient() += d_logits.transpose() * cache.x;
-    return d_logits * weight.value;
-  }
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    visit("weight", self.weight);
-  }
-  Index d_model() const { return weight.value.cols(); }
-  Index experts() const { return weight.value.rows(); }
-
-  Parameter<double> weight;
-};
 
 }  // namespace
 
@@ -71,7 +43,7 @@ TEST_CASE("HierarchicalRouter matches logits worked out by hand", "[moe][hierarc
   groups << std::log(3.0), 0.0;
   experts << 0.0, std::log(3.0), std::log(5.0), std::log(2.0);
   const HierarchicalRouter router(LinearRouter<double>{groups}, LinearRouter<double>{experts});
-  const Matrix<double> z = router.forward(Matrix<double>::Ones(1, 1));
+  const Matrix<double> z = infer(router, Matrix<double>::Ones(1, 1));
   // (3/4)(1/4, 3/4) and (1/4)(5/7, 2/7) are the probabilities; z is 4 times as large, in logs.
   CHECK(std::exp(z(0, 0)) == Approx(3.0 / 4.0));
   CHECK(std::exp(z(0, 1)) == Approx(9.0 / 4.0));
@@ -93,9 +65,9 @@ TEST_CASE("The softmax of a HierarchicalRouter is the product of its two levels'
     const auto inner = linear(groups * size, 3, static_cast<std::uint64_t>(2 * draw + 1));
     const Matrix<double> x = normal_init<double>(tokens, 3, 3.0, rng);
     const HierarchicalRouter router(outer, inner);
-    const Matrix<double> p = softmax<double>(router.forward(x));
-    const Matrix<double> p_group = softmax<double>(outer.forward(x));
-    const Matrix<double> b = inner.forward(x);
+    const Matrix<double> p = softmax<double>(infer(router, x));
+    const Matrix<double> p_group = softmax<double>(infer(outer, x));
+    const Matrix<double> b = infer(inner, x);
     Matrix<double> expected(tokens, groups * size);
     for (Index g = 0; g < groups; ++g) {
       const Matrix<double> q = softmax<double>(b.middleCols(g * size, size));
@@ -115,7 +87,7 @@ TEST_CASE("HierarchicalRouter logits stay exact where probabilities vanish",
   groups << 300.0F, -300.0F;
   experts << 200.0F, -200.0F, 0.0F, 0.0F;
   const HierarchicalRouter router(LinearRouter<float>{groups}, LinearRouter<float>{experts});
-  const Matrix<float> z = router.forward(Matrix<float>::Ones(1, 1));
+  const Matrix<float> z = infer(router, Matrix<float>::Ones(1, 1));
   CHECK(z(0, 0) == Approx(300.0F));
   CHECK(z(0, 1) == Approx(-100.0F));
   CHECK(z(0, 2) == Approx(-300.0F - std::log(2.0F)));
@@ -131,16 +103,14 @@ TEST_CASE("HierarchicalRouter gradients agree with finite differences",
   HierarchicalRouter each(linear(3, 3, 1), linear(3, 3, 2));
   // With one expert to a group the second level is constant: a gradient of zero.
   decltype(each)::Cache cache;
-  each.forward(x, cache);
+  each.forward(x, kTraining, cache);
   each.backward(test::random_matrix(4, 3, 4), cache);
   CHECK(each.expert_router().weight().gradient().isZero(0.0));
   CHECK(each.group_router().weight().gradient().norm() > 0.1);
-  HierarchicalRouter warm(TemperatureRouter(linear(2, 3, 1), {.start = 2.0, .end = 2.0}),
-                          JitterRouter(linear(6, 3, 2)));
-  test::check_gradients(warm, x);
-  HierarchicalRouter by_value(ByValue{{test::random_matrix(2, 3, 1)}},
-                              ByValue{{test::random_matrix(6, 3, 2)}});
-  test::check_gradients(by_value, x);
+  const HierarchicalRouter warm(TemperatureRouter(linear(2, 3, 1), {.start = 2.0, .end = 2.0}),
+                                JitterRouter(linear(6, 3, 2)));
+  test::SameDraws<std::remove_const_t<decltype(warm)>> same{warm};
+  test::check_gradients(same, x);
   Rng rng(5);
   HierarchicalRouter mixed(CosineRouter<double>(3, 2, rng, {.d_projection = 4}), linear(6, 3, 2));
   mixed.group_router().embedding().value *= 100.0;
@@ -153,7 +123,7 @@ TEST_CASE("HierarchicalRouter names the parameters of both levels", "[moe][hiera
   REQUIRE(all.size() == 2);
   CHECK(all[0].name == "groups.weight");
   CHECK(all[1].name == "weight");
-  CHECK(expert_vectors(router) == &router.expert_router().weight());
+  CHECK(router.expert_vectors() == &router.expert_router().weight());
 }
 
 TEST_CASE("HierarchicalRouter gives each level its own noise in training",
@@ -163,7 +133,7 @@ TEST_CASE("HierarchicalRouter gives each level its own noise in training",
                                   NoisyRouter<double>(zero, zero));
   const Matrix<double> x = test::random_matrix(4, 3, 3);
   decltype(router)::Cache cache;
-  CHECK(router.forward(x, cache).isApprox(Matrix<double>::Constant(4, 6, -std::log(3.0))));
+  CHECK(router.forward(x, {}, cache).isApprox(Matrix<double>::Constant(4, 6, -std::log(3.0))));
   Rng rng(1);
   router.forward(x, {.training = true, .rng = &rng}, cache);
   CHECK((cache.within.array() - 1.0 / 3.0).abs().minCoeff() > 1e-4);
@@ -179,13 +149,13 @@ TEST_CASE("HierarchicalRouter gives the same bits on any number of threads and a
   decltype(router)::Cache cache;
   const auto run = [&](int threads) {
     const test::Threads set(threads);
-    const Matrix<float> z = router.forward(x, cache);
+    const Matrix<float> z = router.forward(x, kTraining, cache);
     return std::pair(z, Matrix<float>(router.backward(dz, cache)));
   };
   CHECK(run(1) == run(3));
   if (!test::allocations_are_counted()) return;
   CHECK(test::count_allocations([&] {
-          router.forward(x, cache);
+          router.forward(x, kTraining, cache);
           router.backward(dz, cache);
         }) == 0);
 }
@@ -201,34 +171,36 @@ TEST_CASE("HierarchicalRouter refuses misuse", "[moe][hierarchical_router]") {
   HierarchicalRouter router(linear(2, 3, 1), linear(6, 3, 2));
   decltype(router)::Cache cache;
   CHECK(test::message_of<StateError>([&] { router.backward(Matrix<double>::Zero(1, 6), cache); }) ==
-        "HierarchicalRouter::backward: no forward pass before it");
-  CHECK(test::message_of<ShapeError>([&] { router.forward(Matrix<double>::Zero(1, 4)); }) ==
+        "HierarchicalRouter::backward: the cache is empty, expected a forward pass that succeeded");
+  CHECK(test::message_of<ShapeError>([&] { infer(router, Matrix<double>::Zero(1, 4)); }) ==
         "HierarchicalRouter::forward: x is [1, 4], expected [tokens, 3]");
-  router.forward(Matrix<double>::Zero(1, 3), cache);
+  router.forward(Matrix<double>::Zero(1, 3), kTraining, cache);
   CHECK(test::message_of<ShapeError>([&] { router.backward(Matrix<double>::Zero(2, 6), cache); }) ==
-        "HierarchicalRouter::backward: d_logits is [2, 6], expected [1, 6]");
+        "HierarchicalRouter::backward: dy is [2, 6], expected [1, 6]");
 }
 
 TEST_CASE("Routers around a HierarchicalRouter have its groups, others have none",
           "[moe][hierarchical_router]") {
   const HierarchicalRouter router(linear(2, 3, 1), linear(6, 3, 2));
-  const auto message = [](const auto& around) {
-    STATIC_REQUIRE(GroupedRouter<std::remove_cvref_t<decltype(around)>>);
-    CHECK(around.groups() == 2);
-    const auto refused = [&](const auto& selector) {
-      return test::message_of<ConfigError>([&] { selector.check_router(around); });
-    };
-    const HierarchicalTopK<double> three{.groups = 3};
-    CHECK(refused(HierarchicalTopK<double>{.groups = 2}) == "no exception");
-    CHECK(refused(RankPolicy(three)) == refused(three));
-    return refused(three);
+  CHECK(router.groups() == 2);
+  CHECK(JitterRouter(router).groups() == 2);
+  CHECK(InputDropoutRouter(router).groups() == 2);
+  CHECK(TemperatureRouter(router).groups() == 2);
+  CHECK(GumbelRouter(TemperatureRouter(router)).groups() == 2);
+  CHECK(LayerRouter(router, 3, 6).groups() == 2);
+  CHECK(JitterRouter(linear(2, 3, 1)).groups() == 0);
+  CHECK(GumbelRouter(linear(2, 3, 1)).groups() == 0);
+}
+
+TEST_CASE("Selectors and losses refuse another number of groups than the router's",
+          "[moe][hierarchical_router]") {
+  const HierarchicalRouter router(linear(2, 3, 1), linear(6, 3, 2));
+  const auto refused = [](const auto& around, Index groups) {
+    return test::message_of<ConfigError>([&] { expect_groups_of(around, "X", groups); });
   };
-  const std::string expected = "HierarchicalTopK: groups = 3, expected 2 as the router";
-  CHECK(message(router) == expected);
-  CHECK(message(JitterRouter(router)) == expected);
-  CHECK(message(InputDropoutRouter(router)) == expected);
-  CHECK(message(TemperatureRouter(router)) == expected);
-  CHECK(message(GumbelRouter(TemperatureRouter(router))) == expected);
-  STATIC_REQUIRE(!GroupedRouter<JitterRouter<LinearRouter<double>>>);
-  STATIC_REQUIRE(!GroupedRouter<GumbelRouter<LinearRouter<double>>>);
+  const std::string expected = "X: groups = 3, expected 2 as the router";
+  CHECK(refused(router, 3) == expected);
+  CHECK(refused(GumbelRouter(TemperatureRouter(router)), 3) == expected);
+  CHECK(refused(router, 2) == "no exception");
+  CHECK(refused(linear(6, 3, 2), 3) == "no exception");
 }

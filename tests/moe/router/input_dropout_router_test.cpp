@@ -16,8 +16,7 @@
 using namespace weir;
 
 static_assert(Router<InputDropoutRouter<LinearRouter<float>>>);
-static_assert(AnnotatingRouter<InputDropoutRouter<NoisyRouter<float>>>);
-static_assert(!AnnotatingRouter<InputDropoutRouter<LinearRouter<float>>>);
+static_assert(Router<InputDropoutRouter<NoisyRouter<float>>>);
 
 namespace {
 
@@ -25,7 +24,7 @@ using Plain = InputDropoutRouter<LinearRouter<double>>;
 
 /// A router whose logits are the token it sees.
 Plain transparent(Index d_model, double rate) {
-  return Plain(LinearRouter<double>(Matrix<double>::Identity(d_model, d_model)), rate);
+  return Plain(LinearRouter<double>(Matrix<double>::Identity(d_model, d_model)), {.rate = rate});
 }
 
 Matrix<double> seen(const Plain& router, const Matrix<double>& x, std::uint64_t seed) {
@@ -55,19 +54,21 @@ TEST_CASE("InputDropoutRouter is its inner router outside of training",
   const Matrix<double> x = test::random_matrix(3, 4, 3);
   Rng rng(4);
   Plain::Cache cache;
-  CHECK(router.forward(x) == x);
+  CHECK(infer(router, x) == x);
   CHECK(router.forward(x, {.training = true, .rng = &rng}, cache) != x);
   CHECK(router.forward(x, {.rng = &rng}, cache) == x);
-  CHECK(router.backward(x, cache) == x);
+  CHECK_THROWS_AS(router.backward(x, cache), StateError);
   CHECK(rng.position() == 1);
-  CHECK(transparent(4, 0.0).forward(x, {.training = true}, cache) == x);
+  auto whole = transparent(4, 0.0);
+  CHECK(whole.forward(x, kTraining, cache) == x);
+  CHECK(whole.backward(x, cache) == x);
   CHECK(router.forward(Matrix<double>(0, 4), {.training = true, .rng = &rng}, cache).rows() == 0);
 }
 
 TEST_CASE("InputDropoutRouter gradient agrees with finite differences",
           "[moe][router][input_dropout_router][gradient]") {
   Rng init(5);
-  Plain router(LinearRouter<double>(5, 4, init, {.bias = true}), 0.4);
+  Plain router(LinearRouter<double>(5, 4, init, {.bias = true}), {.rate = 0.4});
   Matrix<double> x = test::random_matrix(6, 5, 6);
   const Matrix<double> d = test::random_matrix(6, 4, 7);
   const auto objective = [&] { return seen(router, x, 8).cwiseProduct(d).sum(); };

@@ -21,9 +21,7 @@
 using namespace weir;
 
 static_assert(Router<JitterRouter<LinearRouter<float>>>);
-static_assert(PassLayer<JitterRouter<LinearRouter<float>>>);
-static_assert(AnnotatingRouter<JitterRouter<NoisyRouter<float>>>);
-static_assert(!AnnotatingRouter<JitterRouter<LinearRouter<float>>>);
+static_assert(Router<JitterRouter<NoisyRouter<float>>>);
 
 namespace {
 
@@ -36,7 +34,8 @@ Pass training_pass(Rng& rng) {
 
 /// A router whose logits are the token it sees.
 JitterRouter<LinearRouter<double>> transparent(Index d_model, double epsilon) {
-  return JitterRouter(LinearRouter<double>(Matrix<double>::Identity(d_model, d_model)), epsilon);
+  return JitterRouter(LinearRouter<double>(Matrix<double>::Identity(d_model, d_model)),
+                      {.epsilon = epsilon});
 }
 
 /// The logits of one training pass with a fresh generator.
@@ -94,16 +93,15 @@ TEST_CASE("JitterRouter gives the same bits on any number of threads", "[moe][ji
 TEST_CASE("JitterRouter is its inner router outside of training", "[moe][jitter_router]") {
   Rng init(9);
   const LinearRouter<double> inner(6, 4, init);
-  const JitterRouter router(inner, 0.2);
+  const JitterRouter router(inner, {.epsilon = 0.2});
   const Matrix<double> x = test::random_matrix(5, 6, 10);
-  const Matrix<double> logits = inner.forward(x);
+  const Matrix<double> logits = infer(inner, x);
 
   Rng rng(11);
   Pass evaluation;
   evaluation.rng = &rng;
   JitterRouter<LinearRouter<double>>::Cache cache;
-  CHECK(router.forward(x) == logits);
-  CHECK(router.forward(x, cache) == logits);
+  CHECK(infer(router, x) == logits);
   CHECK(router.forward(x, evaluation, cache) == logits);
   CHECK(rng.position() == 0);
   CHECK(router.forward(x, training_pass(rng), cache) != logits);
@@ -112,33 +110,31 @@ TEST_CASE("JitterRouter is its inner router outside of training", "[moe][jitter_
 
   Pass without_rng;
   without_rng.training = true;
-  CHECK(JitterRouter(inner, 0.0).forward(x, without_rng, cache) == logits);
+  CHECK(JitterRouter(inner, {.epsilon = 0.0}).forward(x, without_rng, cache) == logits);
 }
 
 TEST_CASE("JitterRouter leaves what the experts see alone", "[moe][jitter_router]") {
   // With a single expert the weight is 1 whatever the router says.
   Rng init(12);
-  const MoELayer moe(JitterRouter(LinearRouter<double>(6, 1, init), 0.5), TopKSoftmax<double>{1},
-                     Dropless{}, GluBank<double>(1, 6, 8, init));
+  const MoELayer moe(JitterRouter(LinearRouter<double>(6, 1, init), {.epsilon = 0.5}),
+                     TopKSoftmax<double>({.k = 1}), Dropless(), GluBank<double>(6, 1, 8, init));
   const Matrix<double> x = test::random_matrix(5, 6, 13);
   Rng rng(14);
   decltype(moe)::Cache cache;
   const Matrix<double> y = moe.forward(x, training_pass(rng), cache);
-  CHECK(y == moe.forward(x));
-  CHECK(cache.routing.logits != moe.router().forward(x));
+  CHECK(y == infer(moe, x));
+  CHECK(cache.routing.logits != infer(moe.router(), x));
 }
 
 TEST_CASE("JitterRouter gradients agree with finite differences",
           "[moe][jitter_router][gradient]") {
   Rng init(15);
   test::SameDraws<JitterRouter<LinearRouter<double>>> router{
-      JitterRouter(LinearRouter<double>(5, 4, init, {.bias = true}), 0.4)};
-  Pass pass;
-  pass.training = GENERATE(false, true);
-  test::check_gradients(router, test::random_matrix(7, 5, 16), pass);
+      JitterRouter(LinearRouter<double>(5, 4, init, {.bias = true}), {.epsilon = 0.4})};
+  test::check_gradients(router, test::random_matrix(7, 5, 16));
 }
 
-TEST_CASE("JitterRouter forgets the jitter of the pass before", "[moe][jitter_router]") {
+TEST_CASE("JitterRouter differentiates the jitter of its own pass alone", "[moe][jitter_router]") {
   auto router = transparent(4, 0.5);
   const Matrix<double> x = test::random_matrix(3, 4, 17);
   const Matrix<double> dy = test::random_matrix(3, 4, 18);
@@ -146,8 +142,16 @@ TEST_CASE("JitterRouter forgets the jitter of the pass before", "[moe][jitter_ro
   JitterRouter<LinearRouter<double>>::Cache cache;
   router.forward(x, training_pass(rng), cache);
   CHECK(router.backward(dy, cache) != dy);
-  router.forward(x, cache);
-  CHECK(router.backward(dy, cache) == dy);
+  CHECK(test::message_of<StateError>([&] { router.backward(dy, cache); }) ==
+        "JitterRouter::backward: the cache was used by a backward pass already, expected a forward "
+        "pass between the two");
+  router.forward(x, {}, cache);
+  CHECK(test::message_of<StateError>([&] { router.backward(dy, cache); }) ==
+        "JitterRouter::backward: the forward pass did not train, expected one with pass.training = "
+        "true");
+  auto still = transparent(4, 0.0);
+  still.forward(x, kTraining, cache);
+  CHECK(still.backward(dy, cache) == dy);
 }
 
 TEST_CASE("JitterRouter takes no tokens", "[moe][jitter_router]") {

@@ -23,17 +23,20 @@ TEST_CASE("LinearRouter matches logits worked out by hand", "[moe][linear_router
   Matrix<double> expected(1, 2);
 
   expected << 2.0 + 2.0 - 6.0, -1.0 - 1.0;
-  CHECK(LinearRouter<double>(weight).forward(x) == expected);
+  CHECK(infer(LinearRouter<double>(weight), x) == expected);
 
   Matrix<double> bias(1, 2);
   bias << 0.5, 4.0;
   expected += bias;
   LinearRouter<double> router(weight, bias);
-  CHECK(router.forward(x) == expected);
+  CHECK(infer(router, x) == expected);
   LinearRouter<double>::Cache cache;
-  CHECK(router.forward(x, cache) == expected);
+  CHECK(router.forward(x, kTraining, cache) == expected);
   CHECK(router.d_model() == 3);
   CHECK(router.experts() == 2);
+  CHECK(router.groups() == 0);
+  CHECK(router.noise(cache).empty());
+  CHECK(router.expert_vectors() == &router.weight());
   CHECK(std::as_const(router).weight().value == weight);
 }
 
@@ -73,7 +76,7 @@ TEST_CASE("LinearRouter takes no tokens", "[moe][linear_router]") {
   Rng rng(4);
   LinearRouter<float> router(5, 4, rng);
   LinearRouter<float>::Cache cache;
-  const Matrix<float> logits = router.forward(Matrix<float>(0, 5), cache);
+  const Matrix<float> logits = router.forward(Matrix<float>(0, 5), kTraining, cache);
   CHECK(logits.rows() == 0);
   CHECK(logits.cols() == 4);
   const Matrix<float> dx = router.backward(logits, cache);
@@ -86,9 +89,9 @@ TEST_CASE("LinearRouter gives the same bits on any number of threads", "[moe][li
   Rng rng(5);
   const LinearRouter<float> router(64, 16, rng, {.bias = true});
   const Matrix<float> x = test::random_matrix<float>(300, 64, 6);
-  const Matrix<float> serial = router.forward(x);
+  const Matrix<float> serial = infer(router, x);
   set_threads(2);
-  const Matrix<float> parallel = router.forward(x);
+  const Matrix<float> parallel = infer(router, x);
   set_threads(1);
   CHECK(serial == parallel);
 }
@@ -102,14 +105,16 @@ TEST_CASE("LinearRouter says what does not fit", "[moe][linear_router]") {
   };
   CHECK(message(0, 4, {}) == "LinearRouter: d_model = 0, expected >= 1");
   CHECK(message(4, -1, {.bias = true}) == "LinearRouter: experts = -1, expected >= 1");
-  CHECK(message(4, 4, {.init_scale = 0.0}) == "switch_init: scale = 0, expected > 0");
+  CHECK(message(4, 4, {.init_scale = 0.0}) ==
+        "switch_init: scale = 0, expected a finite number > 0");
 
   Rng rng;
   LinearRouter<double> router(3, 2, rng);
   LinearRouter<double>::Cache cache;
-  CHECK(test::message_of<ShapeError>([&] { router.forward(Matrix<double>::Zero(5, 4), cache); }) ==
-        "LinearRouter::forward: x is [5, 4], expected [tokens, 3]");
+  CHECK(test::message_of<ShapeError>([&] {
+          router.forward(Matrix<double>::Zero(5, 4), {}, cache);
+        }) == "LinearRouter::forward: x is [5, 4], expected [tokens, 3]");
   CHECK_THROWS_AS(router.backward(Matrix<double>::Zero(5, 2), cache), StateError);
-  router.forward(Matrix<double>::Zero(5, 3), cache);
+  router.forward(Matrix<double>::Zero(5, 3), kTraining, cache);
   CHECK_THROWS_AS(router.backward(Matrix<double>::Zero(4, 2), cache), ShapeError);
 }

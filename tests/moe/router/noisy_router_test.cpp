@@ -15,6 +15,7 @@
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
+#include "support/fixed_noise.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
@@ -22,21 +23,10 @@
 using namespace weir;
 
 static_assert(Router<NoisyRouter<float>>);
-static_assert(PassLayer<NoisyRouter<float>>);
-static_assert(AnnotatingRouter<NoisyRouter<float>>);
-static_assert(!AnnotatingRouter<LinearRouter<float>>);
 
 namespace {
 
-/// The same noise in every pass.
-struct FixedNoise {
-  Matrix<double> values;
-
-  template <class T>
-  void fill(const Pass& /*pass*/, MatrixOut<T> noise) const {
-    noise = values.topRows(noise.rows()).template cast<T>();
-  }
-};
+using test::FixedNoise;
 
 NoisyRouter<double, FixedNoise> fixed(Index tokens, Index experts, Index d_model) {
   return {test::random_matrix(experts, d_model, 1), test::random_matrix(experts, d_model, 2),
@@ -61,14 +51,13 @@ TEST_CASE("NoisyRouter matches logits worked out by hand", "[moe][router][noisy_
   const Matrix<double> logits = router.forward(x, {.training = true}, cache);
   CHECK(logits(0, 0) == Approx(5.0 + 0.5 * (std::log(2.0) + 0.25)));
   CHECK(logits(0, 1) == Approx(-2.0 * 1.25));
-  CHECK(router.forward(x)(0, 0) == Approx(5.0));
+  CHECK(infer(router, x)(0, 0) == Approx(5.0));
 
-  Routing<double> routing;
-  router.annotate(cache, routing);
-  CHECK(routing.noisy);
-  CHECK(routing.clean_logits(0, 0) == Approx(5.0));
-  CHECK(routing.noise_std(0, 0) == Approx(std::log(2.0) + 0.25));
-  CHECK(routing.noise_std(0, 1) == Approx(1.25));
+  const auto noise_told = router.noise(cache);
+  REQUIRE(noise_told.size() == 1);
+  CHECK(noise_told[0].clean(0, 0) == Approx(5.0));
+  CHECK(noise_told[0].deviation(0, 0) == Approx(std::log(2.0) + 0.25));
+  CHECK(noise_told[0].deviation(0, 1) == Approx(1.25));
 }
 
 TEST_CASE("NoisyRouter draws from N(0, std^2)", "[moe][router][noisy_router]") {
@@ -89,25 +78,22 @@ TEST_CASE("NoisyRouter draws from N(0, std^2)", "[moe][router][noisy_router]") {
 TEST_CASE("NoisyRouter is one projection outside of training", "[moe][router][noisy_router]") {
   const auto router = fixed(5, 4, 6);
   const Matrix<double> x = test::random_matrix(5, 6, 7);
-  const Matrix<double> logits = LinearRouter<double>(router.weight().value).forward(x);
+  const Matrix<double> logits = infer(LinearRouter<double>(router.weight().value), x);
   NoisyRouter<double, FixedNoise>::Cache cache;
-  CHECK(router.forward(x) == logits);
   CHECK(router.forward(x, {.training = true}, cache) != logits);
-  CHECK(router.forward(x, cache) == logits);
-  Routing<double> routing;
-  routing.noisy = true;
-  router.annotate(cache, routing);
-  CHECK_FALSE(routing.noisy);
+  CHECK(router.noise(cache).size() == 1);
+  CHECK(router.forward(x, {}, cache) == logits);
+  CHECK(router.noise(cache).empty());
 }
 
 TEST_CASE("A zero NoisyRouter ties all experts until noise tells them apart",
           "[moe][router][noisy_router]") {
   Rng rng(8);
-  const MoELayer moe(NoisyRouter<double>(6, 4), TopKSoftmax<double>{1}, Dropless{},
-                     GluBank<double>(4, 6, 8, rng));
+  const MoELayer moe(NoisyRouter<double>(6, 4), TopKSoftmax<double>({.k = 1}), Dropless(),
+                     GluBank<double>(6, 4, 8, rng));
   const Matrix<double> x = test::random_matrix(64, 6, 9);
   decltype(moe)::Cache cache;
-  moe.forward(x, cache);
+  moe.forward(x, {}, cache);
   CHECK(moe.report(cache).load == std::vector<Index>{64, 0, 0, 0});
   moe.forward(x, {.training = true, .rng = &rng}, cache);
   for (const Index load : moe.report(cache).load) CHECK(load > 0);
@@ -131,18 +117,17 @@ TEST_CASE("NoisyRouter gives the same bits on any number of threads",
 TEST_CASE("NoisyRouter gradients agree with finite differences",
           "[moe][router][noisy_router][gradient]") {
   auto router = fixed(7, 4, 5);
-  Pass pass;
-  pass.training = GENERATE(false, true);
-  test::check_gradients(router, test::random_matrix(7, 5, 16), pass);
+  test::check_gradients(router, test::random_matrix(7, 5, 16));
 }
 
 TEST_CASE("A noisy layer with Shazeer's losses has the gradients of finite differences",
           "[moe][router][noisy_router][load_loss][gradient]") {
   Rng rng(17);
-  MoELayer moe(fixed(9, 5, 4), TopKSoftmax<double>{2}, Dropless{}, GluBank<double>(5, 4, 6, rng),
-               ImportanceLoss<double>{0.3}, LoadLoss<double>{0.7, Variance::kSample});
+  MoELayer moe(fixed(9, 5, 4), TopKSoftmax<double>({.k = 2}), Dropless(),
+               GluBank<double>(4, 5, 6, rng), ImportanceLoss<double>({.coefficient = 0.3}),
+               LoadLoss<double>({.coefficient = 0.7, .variance = Variance::kSample}));
   const std::vector<std::uint8_t> mask = {1, 1, 1, 0, 1, 1, 1, 1, 1};
-  Pass pass{.training = true, .mask = mask};
+  Pass pass{.mask = mask};
   pass.aux_scale = GENERATE(1.0, 2.5);
   test::check_gradients(moe, test::random_matrix(9, 4, 18), pass);
 }
@@ -153,22 +138,23 @@ TEST_CASE("NoisyRouter forgets the gradients of balancers of the pass before",
   const Matrix<double> x = test::random_matrix(3, 5, 19);
   const Matrix<double> d = test::random_matrix(3, 4, 20);
   NoisyRouter<double, FixedNoise>::Cache cache;
-  router.forward(x, {.training = true}, cache);
+  const std::vector<NoiseLevel<double>> d_noise = {
+      {Matrix<double>::Ones(3, 4), Matrix<double>::Ones(3, 4)}};
+  router.forward(x, kTraining, cache);
   const Matrix<double> plain = router.backward(d, cache);
-  RoutingGradient<double> gradient;
-  gradient.clean_logits = gradient.noise_std = Matrix<double>::Ones(3, 4);
-  router.receive(gradient, cache);
+  router.forward(x, kTraining, cache);
+  router.add_noise_gradient(d_noise, cache);
   CHECK(router.backward(d, cache) != plain);
-  CHECK(router.backward(d, cache) == plain);
-  router.receive(gradient, cache);
-  router.forward(x, {.training = true}, cache);
+  router.forward(x, kTraining, cache);
+  router.add_noise_gradient(d_noise, cache);
+  router.forward(x, kTraining, cache);
   CHECK(router.backward(d, cache) == plain);
 }
 
 TEST_CASE("A noisy layer allocates nothing in the steady state", "[moe][router][noisy_router]") {
   Rng rng(21);
-  MoELayer moe(NoisyRouter<float>(8, 4), TopKSoftmax<float>{2}, Dropless{},
-               GluBank<float>(4, 8, 8, rng), LoadLoss<float>{});
+  MoELayer moe(NoisyRouter<float>(8, 4), TopKSoftmax<float>({.k = 2}), Dropless(),
+               GluBank<float>(8, 4, 8, rng), LoadLoss<float>());
   const Matrix<float> x = test::random_matrix<float>(32, 8, 22);
   decltype(moe)::Cache cache;
   // The experts' loads change with the draws: the same ones again.
@@ -189,6 +175,7 @@ TEST_CASE("NoisyRouter takes no tokens, and one expert", "[moe][router][noisy_ro
   const Pass pass{.training = true, .rng = &rng};
   CHECK(router.forward(Matrix<double>(0, 4), pass, cache).rows() == 0);
   CHECK(router.backward(Matrix<double>(0, 1), cache).cols() == 4);
+  CHECK(router.expert_vectors() == &router.weight());
   CHECK(router.forward(Matrix<double>::Ones(2, 4), pass, cache).cols() == 1);
   const auto named = parameters(router);
   REQUIRE(named.size() == 2);
@@ -202,20 +189,26 @@ TEST_CASE("NoisyRouter says what does not fit", "[moe][router][noisy_router]") {
   CHECK(test::message_of<ConfigError>([] { NoisyRouter<float>(4, 0); }) ==
         "NoisyRouter: experts = 0, expected >= 1");
   CHECK(test::message_of<ConfigError>([] { NoisyRouter<float>(4, 2, {.min_std = 0.0}); }) ==
-        "NoisyRouter: min_std = 0, expected > 0");
+        "NoisyRouter: min_std = 0, expected a finite number > 0");
   CHECK(test::message_of<ShapeError>([] {
           NoisyRouter<double>(Matrix<double>::Zero(4, 3), Matrix<double>::Zero(3, 4));
         }) == "NoisyRouter: noise_weight is [3, 4], expected [4, 3]");
   NoisyRouter<double> router(3, 2);
   NoisyRouter<double>::Cache cache;
   CHECK(test::message_of<StateError>([&] { router.backward(Matrix<double>::Zero(1, 2), cache); }) ==
-        "NoisyRouter::backward: no forward pass before it");
+        "NoisyRouter::backward: the cache is empty, expected a forward pass that succeeded");
   CHECK(test::message_of<ConfigError>([&] {
           router.forward(Matrix<double>::Zero(1, 3), {.training = true}, cache);
         }) == "NormalNoise: pass.rng = null, expected a generator in training");
-  CHECK(test::message_of<ShapeError>([&] { router.forward(Matrix<double>::Zero(1, 2), cache); }) ==
-        "NoisyRouter::forward: x is [1, 2], expected [tokens, 3]");
-  router.forward(Matrix<double>::Zero(1, 3), cache);
+  CHECK(test::message_of<ShapeError>([&] {
+          router.forward(Matrix<double>::Zero(1, 2), {}, cache);
+        }) == "NoisyRouter::forward: x is [1, 2], expected [tokens, 3]");
+  router.forward(Matrix<double>::Zero(1, 3), {}, cache);
+  CHECK(test::message_of<StateError>([&] { router.backward(Matrix<double>::Zero(1, 2), cache); }) ==
+        "NoisyRouter::backward: the forward pass did not train, expected one with pass.training = "
+        "true");
+  Rng rng;
+  router.forward(Matrix<double>::Zero(1, 3), {.training = true, .rng = &rng}, cache);
   CHECK(test::message_of<ShapeError>([&] { router.backward(Matrix<double>::Zero(2, 2), cache); }) ==
-        "NoisyRouter::backward: d_logits is [2, 2], expected [1, 2]");
+        "NoisyRouter::backward: dy is [2, 2], expected [1, 2]");
 }

@@ -7,61 +7,70 @@
 #include <concepts>
 #include <string_view>
 
-#include <Eigen/Core>
-
 #include <weir/core/error.hpp>
-#include <weir/core/thread_space.hpp>
+#include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
-#include <weir/moe/router/expert_vectors.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/ops/unit_rows.hpp>
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
+
+/// Settings of OrthogonalityLoss.
+struct OrthogonalityLossConfig {
+  double coefficient = 0.01;
+  Index groups = 1;  ///< How many groups of neighbouring experts there are; 1: all together.
+};
 
 /// Rewards a router for telling its experts apart by vectors at right angles:
 ///
 ///     G = V V^T - I,    v_e = w_e / |w_e|,    loss = coefficient / experts^2 * sum_ij G_ij^2
 ///     dloss/dV = 4 * coefficient / experts^2 * G V
 ///
-/// w_e is the router's vector of expert e (see `expert_vectors`), V [experts, n] has the v_e as its
-/// rows. With groups, there is one G for each of them, of `experts / groups` neighbours, and the
-/// loss is coefficient times the mean of the squares of all their elements: vectors of different
-/// groups may be alike. The angles alone count, not the lengths. No more than n vectors can be at
-/// right angles; in general the least loss is coefficient * max(0, 1/n - groups/experts).
+/// w_e is the router's vector of expert e (`expert_vectors` of the router), V [experts, n] has the
+/// v_e as its rows. With groups, there is one G for each of them, of `experts / groups` neighbours,
+/// and the loss is coefficient times the mean of the squares of all their elements: vectors of
+/// different groups may be alike. The angles alone count, not the lengths. No more than n vectors
+/// can be at right angles; in general the least loss is coefficient * max(0, 1/n - groups/experts).
 ///
 /// A vector of norm below 1e-12 counts as zero: its own element of G is -1, the others are 0, and
 /// it has no gradient. With one expert (to a group), whose vector is not zero, the loss is zero.
 ///
 /// The loss looks at parameters, not at tokens: it is the same at uniform load as at any other, and
-/// without tokens. (PaddleNLP, paddlenlp/transformers/moe_gate.py; the groups as
-/// in ERNIE's top2_gate.py.)
+/// without tokens. (PaddleNLP, paddlenlp/transformers/moe_gate.py; the groups as in ERNIE's
+/// top2_gate.py.)
 template <std::floating_point T>
-struct OrthogonalityLoss {
+class OrthogonalityLoss : public BalancerBase {
+ public:
   static constexpr std::string_view kName = "orthogonality";
 
-  T coefficient = T(0.01);
-  Index groups = 1;  ///< Of neighbouring experts; 1: all together.
+  struct Cache {
+    Matrix<T> unit;      ///< V
+    RowVector<T> norm;   ///< |w_e|; zero where the vector counts as zero.
+    Matrix<T> products;  ///< [experts, experts / groups], the G of all groups one above the other.
+    Matrix<T> d_unit;
+  };
+
+  explicit OrthogonalityLoss(OrthogonalityLossConfig config = {}) : config_(config) { check(); }
 
   /// \throws ConfigError  if the coefficient is negative or groups below 1.
   void check() const {
-    expect_at_least("OrthogonalityLoss", "coefficient", coefficient, T(0));
-    expect_at_least<Index>("OrthogonalityLoss", "groups", groups, 1);
+    expect_at_least("OrthogonalityLoss", "coefficient", config_.coefficient, 0.0);
+    expect_at_least<Index>("OrthogonalityLoss", "groups", config_.groups, 1);
   }
 
-  /// \throws ConfigError  as `check`; if the router has no vectors of its experts, or unless
-  ///                      `groups` divides the experts.
+  /// \throws ConfigError  if the router has no vectors of its experts, or unless `groups` divides
+  ///                      the experts.
   template <class R>
   void check_router(const R& router) const {
-    check();
-    if (expert_vectors(router) == nullptr) {
+    if (router.expert_vectors() == nullptr) {
       fail<ConfigError>(
-          "OrthogonalityLoss: the router has no vectors of its experts, expected a parameter "
-          "'weight' or 'embedding' of ",
-          router.experts(), " rows");
+          "OrthogonalityLoss: the router has no vectors of its experts, expected one such as "
+          "LinearRouter");
     }
-    if (router.experts() % groups != 0) {
-      fail<ConfigError>("OrthogonalityLoss: groups = ", groups,
+    if (router.experts() % config_.groups != 0) {
+      fail<ConfigError>("OrthogonalityLoss: groups = ", config_.groups,
                         ", expected a divisor of experts = ", router.experts());
     }
   }
@@ -69,73 +78,50 @@ struct OrthogonalityLoss {
   /// \return         The loss, already scaled by `coefficient`.
   /// \throws ConfigError  as `check_router`.
   template <class R>
-  requires std::same_as<typename R::Scalar, T> T router_loss(const R& router)
-  const {
+  requires std::same_as<typename R::Scalar, T>
+  double forward(const R& router, Cache& cache) const {
     check_router(router);
-    const Matrix<T>& w = expert_vectors(router)->value;
-    const Space space(w.rows(), w.cols(), groups);
-    T sum = T(0);
-    space.for_each_group(w, [&](Index, Map, Map gram) {
-      sum += loops::sum_of_squares<T>(gram.size(), gram.data());
-    });
-    return factor(w.rows()) * sum;
+    const Matrix<T>& w = router.expert_vectors()->value;
+    const Index size = w.rows() / config_.groups;
+    cache.unit.resize(w.rows(), w.cols());
+    cache.norm.resize(w.rows());
+    cache.products.resize(w.rows(), size);
+    unit_rows<T>(w, cache.unit, cache.norm.data());
+    for (Index first = 0; first < w.rows(); first += size) {
+      const auto unit = cache.unit.middleRows(first, size);
+      auto products = cache.products.middleRows(first, size);
+      multiply_nt<T>(unit, unit, products);
+      products.diagonal().array() -= T(1);
+    }
+    const T sum = loops::sum_of_squares<T>(cache.products.size(), cache.products.data());
+    return factor(w.rows()) * static_cast<double>(sum);
   }
 
   /// Adds `scale` times d(loss)/d(vectors) to their gradient.
-  /// \throws ConfigError  as `check_router`.
   template <class R>
   requires std::same_as<typename R::Scalar, T>
-  void add_router_gradient(R& router, T scale) const {
-    check_router(router);
-    Parameter<T>& vectors = *expert_vectors(router);
-    const Matrix<T>& w = vectors.value;
-    const Space space(w.rows(), w.cols(), groups);
-    space.for_each_group(w, [&](Index first, Map unit, Map gram) {
-      multiply_nn<T>(gram, unit, space.d_unit(first, unit.rows()));
-    });
-    Map d = space.d_unit(0, w.rows());
-    d *= T(4) * scale * factor(w.rows());
-    unit_rows_backward<T>(space.unit(0, w.rows()), space.norm, d);
-    vectors.gradient() += d;
+  void backward(R& router, double scale, Cache& cache) const {
+    const Index experts = cache.products.rows();
+    const Index size = cache.products.cols();
+    cache.d_unit.resize(experts, cache.unit.cols());
+    for (Index first = 0; first < experts; first += size) {
+      multiply_nn<T>(cache.products.middleRows(first, size), cache.unit.middleRows(first, size),
+                     cache.d_unit.middleRows(first, size));
+    }
+    cache.d_unit *= static_cast<T>(4.0 * scale * factor(experts));
+    unit_rows_backward<T>(cache.unit, cache.norm.data(), cache.d_unit);
+    router.expert_vectors()->gradient() += cache.d_unit;
   }
+
+  const OrthogonalityLossConfig& config() const { return config_; }
 
  private:
-  using Map = Eigen::Map<Matrix<T>>;
-
-  T factor(Index experts) const {
-    return coefficient * static_cast<T>(groups) / static_cast<T>(experts * experts);
+  double factor(Index experts) const {
+    return config_.coefficient * static_cast<double>(config_.groups) /
+           static_cast<double>(experts * experts);
   }
 
-  /// This thread's workspace.
-  struct Space {
-    Space(Index experts, Index d, Index groups) : cols(d), size(experts / groups) {
-      auto& space = ThreadSpace<T, OrthogonalityLoss>::of_this_thread();
-      space.reserve(2 * experts * d + size * size + experts);
-      units = space.take(experts * d);
-      d_units = space.take(experts * d);
-      gram = space.take(size * size);
-      norm = space.take(experts);
-    }
-
-    Map unit(Index first, Index rows) const { return Map(units + first * cols, rows, cols); }
-    Map d_unit(Index first, Index rows) const { return Map(d_units + first * cols, rows, cols); }
-
-    /// Makes the unit vectors, then calls `body(first, V, G)` for each group, `first` being its
-    /// first expert.
-    template <class Body>
-    void for_each_group(const Matrix<T>& w, Body&& body) const {
-      unit_rows<T>(w, unit(0, w.rows()), norm);
-      Map g(gram, size, size);
-      for (Index first = 0; first < w.rows(); first += size) {
-        multiply_nt<T>(unit(first, size), unit(first, size), g);
-        g.diagonal().array() -= T(1);
-        body(first, unit(first, size), g);
-      }
-    }
-
-    Index cols, size;
-    T *units, *d_units, *gram, *norm;
-  };
+  OrthogonalityLossConfig config_;
 };
 
 }  // namespace weir

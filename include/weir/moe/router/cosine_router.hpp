@@ -11,10 +11,13 @@
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/nn/linear.hpp>
+#include <weir/ops/rows.hpp>
 #include <weir/ops/unit_rows.hpp>
 
 namespace weir {
@@ -22,7 +25,7 @@ namespace weir {
 /// Settings of CosineRouter; the defaults are Tutel's.
 struct CosineRouterConfig {
   Index d_projection = 256;
-  bool bias = true;  ///< Of the projection; the paper has none.
+  bool bias = true;  ///< Whether the projection has a bias; in the paper it has none.
   double temperature = 0.5;
   double least_temperature = 0.01;
 };
@@ -38,17 +41,15 @@ struct CosineRouterConfig {
 /// (Chi et al. 2022, arXiv:2204.09179, section 3; exp(s), bound and initial values as in Tutel's
 /// gates/cosine_top.py.)
 template <std::floating_point T>
-class CosineRouter {
+class CosineRouter : public RouterBase<T> {
  public:
-  using Scalar = T;
-
   struct Cache {
+    CacheState state;
     typename Linear<T>::Cache projection;
     Matrix<T> u, v;               ///< Unit vectors, or zero.
     RowVector<T> u_norm, v_norm;  ///< Norms before; zero where the vector counts as zero.
     Matrix<T> logits;
     Matrix<T> d_cosine, du, dv;
-    bool filled = false;
   };
 
   /// W from switch_init with scale 1, the embedding from N(0, 0.01^2).
@@ -59,32 +60,25 @@ class CosineRouter {
     log_scale_.value.setConstant(1, 1, static_cast<T>(-std::log(config.temperature)));
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
   /// \param x        [tokens, d_model]
   /// \return         [tokens, experts]
   /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("CosineRouter::forward", "x", x, d_model());
-    cache.filled = false;
-    normalise(projection_.forward(x, cache.projection), cache.u, cache.u_norm);
+    normalise(projection_.forward(x, pass, cache.projection), cache.u, cache.u_norm);
     normalise(embedding_.value, cache.v, cache.v_norm);
     cache.logits.resize(x.rows(), experts());
     multiply_nt<T>(cache.u, cache.v, cache.logits);
     cache.logits *= scale();
-    cache.filled = true;
-    return cache.logits;
+    return cache.state.finish(*this, pass, cache.logits);
   }
 
   /// \param d_logits  [tokens, experts], of the last forward pass.
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
-    if (!cache.filled) fail<StateError>("CosineRouter::backward: no forward pass before it");
-    expect_shape("CosineRouter::backward", "d_logits", d_logits, cache.logits.rows(), experts());
+    cache.state.begin_backward("CosineRouter::backward", *this, d_logits);
     Matrix<T>& d_log_scale = log_scale_.gradient();
     if (!bounded()) {
       double sum = 0.0;  // d logits / d s = logits.
@@ -95,8 +89,7 @@ class CosineRouter {
       }
       d_log_scale(0, 0) += static_cast<T>(sum);
     }
-    cache.d_cosine = d_logits;
-    cache.d_cosine *= scale();
+    scale_rows<T>(scale(), d_logits, cache.d_cosine);
     cache.du.resize(cache.u.rows(), cache.u.cols());
     cache.dv.resize(cache.v.rows(), cache.v.cols());
     const Product<T> products[] = {product_nn<T>(cache.d_cosine, cache.v, cache.du),
@@ -118,6 +111,11 @@ class CosineRouter {
 
   Index d_model() const { return projection_.d_in(); }
   Index experts() const { return embedding_.value.rows(); }
+
+  Parameter<T>* expert_vectors() { return &embedding_; }
+  const Parameter<T>* expert_vectors() const { return &embedding_; }
+
+  const CosineRouterConfig& config() const { return config_; }
 
   /// tau
   double temperature() const { return 1.0 / static_cast<double>(scale()); }

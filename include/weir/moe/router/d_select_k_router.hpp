@@ -15,38 +15,20 @@
 #include <weir/core/random.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/rows.hpp>
+#include <weir/ops/smooth_step.hpp>
 #include <weir/ops/softmax.hpp>
 
 namespace weir {
 
-/// The smooth-step function and its derivative: a cubic from 0 at -gamma/2 to 1 at gamma/2, with
-/// the slope 0 at both ends and beyond.
-///
-///     S(z) = -2 z^3 / gamma^3 + 3 z / (2 gamma) + 1/2
-///
-/// (Hazimeh et al. 2020, arXiv:2002.07772.)
-template <class T>
-T smooth_step(T z, T gamma) {
-  const T u = z / gamma;
-  if (u <= T(-0.5)) return T(0);
-  if (u >= T(0.5)) return T(1);
-  return u * (T(1.5) - T(2) * u * u) + T(0.5);
-}
-
-template <class T>
-T smooth_step_slope(T z, T gamma) {
-  const T u = z / gamma;
-  return u > T(-0.5) && u < T(0.5) ? (T(1.5) - T(6) * u * u) / gamma : T(0);
-}
-
 /// Settings of DSelectKRouter.
-struct DSelectKConfig {
+struct DSelectKRouterConfig {
   Index k = 2;           ///< The number of selectors: at most as many experts in the end.
   double gamma = 1.0;    ///< The width of the smooth step.
   double entropy = 0.0;  ///< Coefficient of the entropy of the selectors; 1e-6 in the source.
-  double reach = 1.0;    ///< Of what keeps selectors from codes that no expert has.
+  double reach = 1.0;    ///< Coefficient of what keeps selectors from codes that no expert has.
 };
 
 /// k selectors, each of which names an expert by its binary code, mixed by a softmax. With the m =
@@ -67,37 +49,36 @@ struct DSelectKConfig {
 /// token goes to nearly all experts, as evenly as the initial z are near zero; how many there are
 /// falls as the selectors make up their minds, the faster the larger `entropy` is:
 ///
-///     aux_loss = mean_t sum_i [entropy * H(r_i) + reach / s_i]
+///     loss = mean_t sum_i [entropy * H(r_i) + reach / s_i]
 ///     H(r) = -sum_e r_e log(r_e + 1e-6),    s_i = sum_e r_ie
 ///
-/// The second term is there only if the experts are no power of two. What a selector has on codes
-/// beyond the last expert is then missing from q, whose sum may be below 1, and s_i; the loss draws
-/// it back. Where s_i is below 1e-6 it counts as that, without a derivative. The source adds both
-/// terms up over the tokens; with the mean the coefficients do not depend on the batch. Padding is
-/// not counted, and the loss is times pass.aux_scale. MoELayer adds it to its own.
+/// It is an auxiliary loss of the pass, called "d_select_k". The second term is there only if the
+/// number of experts is no power of two: what a selector has on codes beyond the last expert is
+/// missing from s_i and from q, whose sum may be below 1, and the loss draws it back. Where s_i is
+/// below 1e-6 it counts as that, without a derivative. The source adds both terms up over the
+/// tokens; with the mean the coefficients do not depend on the batch. Padding is not counted.
 ///
 /// (Hazimeh et al. 2021, arXiv:2106.03760; `DSelectKGate` of google-research/dselect_k_moe with
 /// routing inputs, which has the losses in training alone.)
 template <std::floating_point T>
-class DSelectKRouter {
+class DSelectKRouter : public RouterBase<T> {
  public:
-  using Scalar = T;
-
   struct Cache {
+    CacheState state;
     typename Linear<T>::Cache selectors, mixture;
     Matrix<T> step;      ///< [tokens, k m], S(z).
     Matrix<T> share;     ///< [tokens, k], c.
     Matrix<T> weights;   ///< [tokens, experts], q.
-    Matrix<T> loss;      ///< [tokens, 1], what aux_loss is the mean of.
-    Matrix<T> per_loss;  ///< [tokens, 1], the derivative of aux_loss by it: zero for padding.
-    T aux_loss = T(0);   ///< Of the last forward pass.
+    Matrix<T> loss;      ///< [tokens, 1], the loss of each token by itself.
+    Matrix<T> per_loss;  ///< [tokens, 1], what it is multiplied by in the pass's loss: zero for
+                         ///< padding, and where there is no loss.
     Matrix<T> d_z, d_share, d_mixture, dx;
   };
 
   /// Weights and biases uniform as in the source: within gamma / 100 for the selectors, 1 / 20 for
   /// the mixture.
   /// \throws ConfigError  unless d_model >= 1, experts >= 2, and the settings are in range.
-  DSelectKRouter(Index d_model, Index experts, Rng& rng, DSelectKConfig config = {})
+  DSelectKRouter(Index d_model, Index experts, Rng& rng, DSelectKRouterConfig config = {})
       : DSelectKRouter(
             experts,
             initial(checked_k(config) * bits_of(experts), d_model, config.gamma / 100.0, rng),
@@ -107,7 +88,8 @@ class DSelectKRouter {
   /// \param mixture   d_model -> k
   /// \throws ConfigError  as above.
   /// \throws ShapeError   if the maps do not fit.
-  DSelectKRouter(Index experts, Linear<T> selectors, Linear<T> mixture, DSelectKConfig config = {})
+  DSelectKRouter(Index experts, Linear<T> selectors, Linear<T> mixture,
+                 DSelectKRouterConfig config = {})
       : experts_(experts),
         bits_(bits_of(experts)),
         config_(config),
@@ -119,21 +101,15 @@ class DSelectKRouter {
     expect_map("mixture", mixture_, config_.k);
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
   /// \param x        [tokens, d_model]
   /// \return         [tokens, experts], q.
   /// \throws ShapeError   if x does not have d_model columns, or the mask does not fit.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("DSelectKRouter::forward", "x", x, d_model());
     pass.check("DSelectKRouter::forward", x.rows());
-    const Matrix<T>& z = selectors_.forward(x, cache.selectors);
-    const Matrix<T>& mixture = mixture_.forward(x, cache.mixture);
+    const Matrix<T>& z = selectors_.forward(x, pass, cache.selectors);
+    const Matrix<T>& mixture = mixture_.forward(x, pass, cache.mixture);
     cache.step.resize(z.rows(), z.cols());
     cache.share.resize(z.rows(), config_.k);
     cache.weights.resize(z.rows(), experts_);
@@ -149,21 +125,22 @@ class DSelectKRouter {
       }
     });
     add_up_loss(pass, cache);
-    return cache.weights;
+    return cache.state.finish(*this, pass, cache.weights);
   }
 
   /// \param dq       [tokens, experts], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dq does not have the shape of q.
   const Matrix<T>& backward(MatrixIn<T> dq, Cache& cache) {
-    expect_shape("DSelectKRouter::backward", "dq", dq, cache.weights.rows(), experts_);
+    cache.state.begin_backward("DSelectKRouter::backward", *this, dq);
     const Matrix<T>& z = cache.selectors.y;
     cache.d_z.resize(z.rows(), z.cols());
     cache.d_share.resize(z.rows(), config_.k);
     parallel_rows(z.rows(), 2 * bits_ * row_cost(), [&](Index begin, Index end) {
       auto& space = ThreadSpace<T, DSelectKRouter>::of_this_thread();
       space.reserve(experts_);
-      T* const d_chance = space.take(experts_);  // Of r_i.
+      T* const d_chance = space.take(experts_);  // The gradient of r_i.
       for (Index t = begin; t < end; ++t) {
         for (Index i = 0; i < config_.k; ++i) {
           T d_share = T(0);
@@ -202,13 +179,13 @@ class DSelectKRouter {
 
   Index d_model() const { return selectors_.d_in(); }
   Index experts() const { return experts_; }
-  const DSelectKConfig& config() const { return config_; }
+  const DSelectKRouterConfig& config() const { return config_; }
 
  private:
   static constexpr Index kNone = -1;
   static constexpr T kEpsilon = T(1e-6);
 
-  static Index checked_k(const DSelectKConfig& config) {
+  static Index checked_k(const DSelectKRouterConfig& config) {
     expect_at_least<Index>("DSelectKRouter", "k", config.k, 1);
     expect_at_least("DSelectKRouter", "entropy", config.entropy, 0.0);
     expect_at_least("DSelectKRouter", "reach", config.reach, 0.0);
@@ -232,9 +209,8 @@ class DSelectKRouter {
 
   void add_up_loss(const Pass& pass, Cache& cache) const {
     const Index tokens = cache.weights.rows();
-    cache.aux_loss = T(0);
     cache.per_loss.setZero(tokens, 1);
-    if (pass.aux_scale == 0.0 || !(has_entropy() || has_reach())) return;
+    if (!pass.has_aux_losses() || !(has_entropy() || has_reach())) return;
     Index real = 0;
     for (Index t = 0; t < tokens; ++t) real += pass.is_padding(t) ? 0 : 1;
     cache.loss.resize(tokens, 1);
@@ -246,7 +222,9 @@ class DSelectKRouter {
         for (Index i = 0; i < config_.k; ++i) cache.loss(t, 0) += loss_of(cache, t, i);
       }
     });
-    cache.aux_loss = cache.loss.cwiseProduct(cache.per_loss).sum();
+    if (pass.record == nullptr) return;
+    const T loss = cache.loss.cwiseProduct(cache.per_loss).sum();
+    pass.record->add_loss("d_select_k", static_cast<double>(loss));
   }
 
   T loss_of(const Cache& cache, Index t, Index i) const {
@@ -265,7 +243,7 @@ class DSelectKRouter {
     return loss;
   }
 
-  /// Adds d(aux_loss)/d(r_ie) to `d_chance[e]`.
+  /// Adds the derivative of the loss by r_ie to `d_chance[e]`.
   void add_loss_gradient(const Cache& cache, Index t, Index i, T* d_chance) const {
     const T scale = cache.per_loss(t, 0);
     if (scale == T(0)) return;
@@ -314,7 +292,7 @@ class DSelectKRouter {
   }
 
   Index experts_, bits_;
-  DSelectKConfig config_;
+  DSelectKRouterConfig config_;
   Linear<T> selectors_, mixture_;
 };
 

@@ -6,13 +6,19 @@
 #include <utility>
 
 #include <weir/core/error.hpp>
-#include <weir/core/layer.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
-#include <weir/moe/router/group_count.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/router/mapped_logits_router.hpp>
 #include <weir/moe/router/noise.hpp>
 #include <weir/ops/rows.hpp>
 
 namespace weir {
+
+/// Settings of GumbelRouter.
+struct GumbelRouterConfig {
+  double scale = 1.0;
+};
 
 /// In training the logits are
 ///
@@ -22,60 +28,54 @@ namespace weir {
 /// without replacement from softmax(z) (Kool et al. 2019, arXiv:1903.06059). Choice and weights are
 /// both made of the noisy logits, as in NoisyRouter; for the weights of z, see SampledChoice. G is
 /// constant to the derivative. Needs `pass.rng` in training.
-template <Layer Inner, class Noise = GumbelNoise>
+///
+/// If the inner router tells noise of its own, the logits without that noise are told with G on
+/// them: what LoadLoss draws again is the normal noise alone.
+template <Router Inner, class Noise = GumbelNoise>
 requires NoiseSource<Noise, typename Inner::Scalar>
-class GumbelRouter {
+class GumbelRouter : public MappedLogitsRouter<Inner> {
  public:
-  using Scalar = typename Inner::Scalar;
-  using T = Scalar;
-
-  struct Cache {
-    typename Inner::Cache inner;
-    Matrix<T> noise, logits;
-    Matrix<T> dx;  ///< Where the inner router returns its own by value.
-  };
+  using T = typename Inner::Scalar;
+  using typename MappedLogitsRouter<Inner>::Cache;
 
   /// \throws ConfigError  if scale < 0.
-  explicit GumbelRouter(Inner inner, double scale = 1.0, Noise noise = {})
-      : inner_(std::move(inner)), scale_(scale), noise_(std::move(noise)) {
-    expect_at_least("GumbelRouter", "scale", scale, 0.0);
+  explicit GumbelRouter(Inner inner, GumbelRouterConfig config = {}, Noise noise = {})
+      : MappedLogitsRouter<Inner>(std::move(inner)), config_(config), noise_(std::move(noise)) {
+    expect_at_least("GumbelRouter", "scale", config.scale, 0.0);
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const { return inner_.forward(x); }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
+  /// \param x        [tokens, d_model]
+  /// \return         [tokens, experts]
+  /// \throws ShapeError   if x does not have d_model columns.
   /// \throws ConfigError  if pass.training without a pass.rng.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    if (!pass.training || scale_ == 0.0) {
-      return keep(cache.logits, apply(inner_, x, pass, cache.inner));
+    cache.state.begin();
+    expect_columns("GumbelRouter::forward", "x", x, this->d_model());
+    cache.is_mapped = false;
+    if (!pass.training || config_.scale == 0.0) {
+      return cache.state.finish(*this, pass, this->inner_.forward(x, pass, cache.inner));
     }
-    expect_columns("GumbelRouter::forward", "x", x, d_model());
-    cache.noise.resize(x.rows(), experts());
-    noise_.fill(pass, MatrixOut<T>(cache.noise));
-    cache.noise *= static_cast<T>(scale_);
-    const Matrix<T>& clean = keep(cache.logits, apply(inner_, x, pass, cache.inner));
-    cache.logits.resize(x.rows(), experts());
-    add_rows<T>(clean, cache.noise, cache.logits);
-    return cache.logits;
+    cache.logits.resize(x.rows(), this->experts());
+    noise_.fill(pass, MatrixOut<T>(cache.logits));
+    cache.logits *= static_cast<T>(config_.scale);
+    const Matrix<T>& z = this->inner_.forward(x, pass, cache.inner);
+    add_rows<T>(z, cache.logits, cache.logits);
+    return cache.state.finish(*this, pass,
+                              this->finish_mapped("GumbelRouter", z, T(1), pass, cache));
   }
 
+  /// \param d_logits  [tokens, experts], of the last forward pass.
+  /// \throws StateError   if the cache does not fit, see CacheState.
+  /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
-    return keep(cache.dx, inner_.backward(d_logits, cache.inner));
+    cache.state.begin_backward("GumbelRouter::backward", *this, d_logits);
+    return this->backward_mapped(d_logits, cache);
   }
 
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    Inner::visit(self.inner_, visit);
-  }
-
-  Index d_model() const { return inner_.d_model(); }
-  Index experts() const { return inner_.experts(); }
-  Index groups() const requires GroupedRouter<Inner> { return inner_.groups(); }
+  const GumbelRouterConfig& config() const { return config_; }
 
  private:
-  Inner inner_;
-  double scale_;
+  GumbelRouterConfig config_;
   Noise noise_;
 };
 

@@ -4,87 +4,35 @@
 /// arXiv:2106.04426).
 #pragma once
 
-#include <algorithm>
 #include <concepts>
-#include <numeric>
 #include <span>
-#include <utility>
-#include <vector>
 
 #include <weir/core/error.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
-#include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
+#include <weir/moe/concepts.hpp>
+#include <weir/moe/router/hash_tables.hpp>
 
 namespace weir {
-
-/// A random table of `vocab` experts in which each expert occurs equally often, to within one: the
-/// random hash of section 3.2 (Fisher-Yates shuffle).
-/// \throws ConfigError  if a size is below 1.
-inline std::vector<Index> random_hash_table(Index vocab, Index experts, Rng& rng) {
-  expect_at_least<Index>("random_hash_table", "vocab", vocab, 1);
-  expect_at_least<Index>("random_hash_table", "experts", experts, 1);
-  std::vector<Index> table(static_cast<std::size_t>(vocab));
-  for (Index id = 0; id < vocab; ++id) table[static_cast<std::size_t>(id)] = id % experts;
-  for (Index id = vocab - 1; id > 0; --id) {
-    std::swap(table[static_cast<std::size_t>(id)],
-              table[static_cast<std::size_t>(rng.below(id + 1))]);
-  }
-  return table;
-}
-
-/// The table id % experts.
-/// \throws ConfigError  if a size is below 1.
-inline std::vector<Index> modulo_hash_table(Index vocab, Index experts) {
-  expect_at_least<Index>("modulo_hash_table", "vocab", vocab, 1);
-  expect_at_least<Index>("modulo_hash_table", "experts", experts, 1);
-  std::vector<Index> table(static_cast<std::size_t>(vocab));
-  for (Index id = 0; id < vocab; ++id) table[static_cast<std::size_t>(id)] = id % experts;
-  return table;
-}
-
-/// The balanced assignment of section 3.2: ids from the most frequent to the rarest, each to the
-/// expert with the least so far. Equal frequencies: the lowest id first; equal experts likewise.
-/// \param frequency  One per id, such as how often the training text has it.
-/// \throws ConfigError  if there are no ids or no experts, or if a frequency is negative or NaN.
-inline std::vector<Index> balanced_hash_table(std::span<const double> frequency, Index experts) {
-  expect_at_least("balanced_hash_table", "vocab", static_cast<Index>(frequency.size()), Index(1));
-  expect_at_least<Index>("balanced_hash_table", "experts", experts, 1);
-  for (const double f : frequency) expect_at_least("balanced_hash_table", "frequency", f, 0.0);
-  std::vector<std::size_t> order(frequency.size());
-  std::iota(order.begin(), order.end(), std::size_t(0));
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::size_t a, std::size_t b) { return frequency[a] > frequency[b]; });
-  std::vector<double> load(static_cast<std::size_t>(experts), 0.0);
-  std::vector<Index> table(frequency.size());
-  for (const std::size_t id : order) {
-    const auto least = std::min_element(load.begin(), load.end());
-    *least += frequency[id];
-    table[id] = least - load.begin();
-  }
-  return table;
-}
 
 /// Sends a token to the expert that a fixed table has for its id:
 ///
 ///     logits_te = 0 if e = table[id_t], else -10000
 ///
-/// With TopKSoftmax{.k = 1} or SoftmaxTopK{.k = 1} the weight is exactly 1, as in the paper.
+/// With TopKSoftmax({.k = 1}) or SoftmaxTopK({.k = 1}) the weight is exactly 1, as in the paper.
 /// Nothing is trained: dL/dx is zero, and balancing losses have no effect. The ids come from
 /// `pass.token_ids`, which a Decoder sets; those of padding may be anything. The table is a buffer:
 /// a checkpoint carries it.
 template <std::floating_point T>
-class HashRouter {
+class HashRouter : public RouterBase<T> {
  public:
-  using Scalar = T;
-
   struct Cache {
+    CacheState state;
     Matrix<T> logits, dx;
-    bool filled = false;
   };
 
-  /// \param table    The expert of each id, such as one of the tables above.
+  /// \param table    The expert of each id, such as one of hash_tables.hpp.
   /// \throws ConfigError  if a size is below 1, the table is empty, or an expert out of range.
   HashRouter(Index d_model, Index experts, std::span<const Index> table)
       : d_model_(d_model), experts_(experts) {
@@ -102,25 +50,18 @@ class HashRouter {
     }
   }
 
-  /// \throws ConfigError  if there are tokens, since their ids are not known.
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
-  /// \param x        [tokens, d_model], of which only the shape matters.
+  /// \param x        [tokens, d_model]; only its shape matters.
   /// \return         [tokens, experts]; zero for padding.
   /// \throws ShapeError   if x or pass.token_ids do not fit.
   /// \throws ConfigError  without ids, or if one is not in the table.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     constexpr T kElsewhere = T(-10000);
+    cache.state.begin();
     expect_columns("HashRouter::forward", "x", x, d_model_);
     pass.check("HashRouter::forward", x.rows());
     if (pass.token_ids.empty() && x.rows() > 0) {
       fail<ConfigError>("HashRouter::forward: pass.token_ids is empty, expected one id per token");
     }
-    cache.filled = false;
     cache.logits.resize(x.rows(), experts_);
     for (Index t = 0; t < x.rows(); ++t) {
       if (pass.is_padding(t)) {
@@ -130,16 +71,14 @@ class HashRouter {
       cache.logits.row(t).setConstant(kElsewhere);
       cache.logits(t, expert_of(pass.token_ids[static_cast<std::size_t>(t)])) = T(0);
     }
-    cache.filled = true;
-    return cache.logits;
+    return cache.state.finish(*this, pass, cache.logits);
   }
 
   /// \return         Zero, [tokens, d_model].
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
-    if (!cache.filled) fail<StateError>("HashRouter::backward: no forward pass before it");
-    expect_shape("HashRouter::backward", "d_logits", d_logits, cache.logits.rows(), experts_);
+    cache.state.begin_backward("HashRouter::backward", *this, d_logits);
     cache.dx.setZero(d_logits.rows(), d_model_);
     return cache.dx;
   }

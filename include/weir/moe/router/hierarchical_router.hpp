@@ -4,15 +4,19 @@
 /// B).
 #pragma once
 
+#include <array>
 #include <concepts>
+#include <span>
 #include <utility>
 
 #include <weir/core/error.hpp>
-#include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/concepts.hpp>
-#include <weir/moe/router/group_count.hpp>
+#include <weir/moe/router/group_logits.hpp>
+#include <weir/moe/router/move_noise.hpp>
+#include <weir/moe/routing.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/logsumexp.hpp>
@@ -33,41 +37,35 @@ namespace weir {
 ///     p_te = softmax_g(a_t) softmax_{e in g}(b_t)
 ///
 /// ZLoss of z is that of a. With LinearRouters these are the gating networks of Shazeer et al. and
-/// Mesh TensorFlow: b stacks the second-level networks of all groups, which are all computed. What
-/// concerns one level (noise, jitter, a temperature) is its router's affair. With a NoisyRouter at
-/// one level or both, balancers are told of the noise of each: HierarchicalLoadLoss is for that.
-/// A router of three levels tells of none.
+/// Mesh TensorFlow: b stacks the second-level networks of all groups, which are all computed.
+/// Noise, jitter or a temperature of one level are matters of that level's router.
 ///
-/// \tparam Groups  A Router of groups, and
-/// \tparam Experts one of experts, of the same d_model.
+/// If one of the routers drew noise, or both, two levels of noise are told, for
+/// HierarchicalLoadLoss: that of the groups, around a without noise, and that of the experts,
+/// around z without the noise of b. A level that drew none has the deviation zero. Where the pass
+/// forbids experts, the logit of a group is that of the others, see GroupLogits. A router of three
+/// levels tells none.
+///
+/// \tparam Groups   A Router of groups.
+/// \tparam Experts  A Router of experts, of the same d_model.
 template <Router Groups, Router Experts = Groups>
-class HierarchicalRouter {
+class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
  public:
-  using Scalar = typename Experts::Scalar;
-  using T = Scalar;
+  using T = typename Experts::Scalar;
 
   static_assert(std::same_as<T, typename Groups::Scalar>, "the two levels differ in their scalar");
 
-  static constexpr bool kHasNoise = AnnotatingRouter<Groups> || AnnotatingRouter<Experts>;
-  /// Balancers are told of it.
-  static constexpr bool kTellsNoise =
-      kHasNoise && !GroupedRouter<Groups> && !GroupedRouter<Experts>;
-
   struct Cache {
+    CacheState state;
     typename Groups::Cache groups;
     typename Experts::Cache experts;
-    Matrix<T> a, b;    ///< Where an inner router returns its own by value.
-    Matrix<T> within;  ///< [tokens, experts], the softmax of b in each group.
-    Matrix<T> logits;
-    Matrix<T> noisy_a;         ///< [tokens, groups], a, and
-    Matrix<T> shift;           ///< what is added to the b of the group; where noise is told of.
-    Matrix<T> d_clean;         ///< Gradients from balancers: of z without the noise of b, and
-    RoutingGradient<T> group;  ///< of the noise of a.
-    bool received = false;     ///< The two are of the last pass.
-    Matrix<T> da, db;
-    Matrix<T> da_x, db_x;  ///< Gradients of x, where an inner router returns its own by value.
+    Matrix<T> within;                    ///< [tokens, experts], the softmax of b in each group.
+    Matrix<T> logits;                    ///< z
+    bool tells_noise = false;            ///< The last pass drew noise.
+    std::array<NoiseLevel<T>, 2> noise;  ///< That of the groups, and that of the experts.
+    GroupLogits<T> group_logits;         ///< The groups' logits in z, where noise is told.
+    Matrix<T> da, db, dz;                ///< Gradients, those of the noise first.
     Matrix<T> dx;
-    bool filled = false;
   };
 
   /// \throws ConfigError  if the two differ in d_model, or unless the groups divide the experts.
@@ -83,138 +81,82 @@ class HierarchicalRouter {
     }
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
   /// \param x        [tokens, d_model]
   /// \return         z [tokens, experts]
   /// \throws ShapeError   if x does not have d_model columns.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("HierarchicalRouter::forward", "x", x, d_model());
-    cache.filled = false;
-    const Matrix<T>& a = keep(cache.a, apply(groups_, x, pass, cache.groups));
-    const Matrix<T>& b = keep(cache.b, apply(experts_, x, pass, cache.experts));
-    cache.within.resize(x.rows(), experts());
+    const Matrix<T>& a = forward_groups(x, pass, cache);
+    const Matrix<T>& b = forward_experts(x, pass, cache);
     cache.logits.resize(x.rows(), experts());
-    cache.received = false;
-    if constexpr (kTellsNoise) {
-      cache.noisy_a = a;
-      cache.shift.resize(x.rows(), groups());
-    }
-    const Index size = group_size();
-    parallel_rows(x.rows(), 16 * experts(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        for (Index g = 0; g < groups(); ++g) {
-          const T* const from = &b(t, g * size);
-          const T sum = logsumexp(from, size);
-          const T at = a(t, g);
-          if constexpr (kTellsNoise) cache.shift(t, g) = at - sum;
-          const auto joint = [=](const Lanes<T>& z) -> Lanes<T> { return at + (z - sum); };
-          map_lanes<T>(size, joint, &cache.logits(t, g * size), from);
-          loops::exp_shifted<T>(size, from, sum, &cache.within(t, g * size));
-        }
-      }
+    if (pass.training) cache.within.resize(x.rows(), experts());
+    for_each_group(x.rows(), [&](Index t, Index g, Index first, Index size) {
+      const T* const from = &b(t, first);
+      const T at = a(t, g);
+      const T sum = logsumexp(from, size);
+      const auto joint = [=](const Lanes<T>& z) -> Lanes<T> { return at + (z - sum); };
+      map_lanes<T>(size, joint, &cache.logits(t, first), from);
+      if (pass.training) loops::exp_shifted<T>(size, from, sum, &cache.within(t, first));
     });
-    cache.filled = true;
-    return cache.logits;
+    tell_noise(a, b, pass, cache);
+    if (pass.training) {
+      cache.da.setZero(x.rows(), groups());
+      cache.db.setZero(x.rows(), experts());
+      cache.dz.setZero(x.rows(), experts());
+    }
+    return cache.state.finish(*this, pass, cache.logits);
+  }
+
+  /// Two levels, or none.
+  std::span<const NoiseLevel<T>> noise(const Cache& cache) const {
+    return {cache.noise.data(), cache.tells_noise ? cache.noise.size() : std::size_t(0)};
+  }
+
+  void add_noise_gradient(std::span<const NoiseLevel<T>> d_noise, Cache& cache) const {
+    if (d_noise.empty()) return;
+    // What is told as clean are the groups' logits in z, less the noise of a, and z, less that of
+    // b: noise is the difference between the logits with it and those without it.
+    cache.group_logits.add_gradient(T(1), d_noise.front().clean, cache.dz);
+    cache.dz += d_noise.back().clean;
+    if (!groups_.noise(cache.groups).empty()) {
+      cache.da -= d_noise.front().clean;
+      groups_.add_noise_gradient(d_noise.first(1), cache.groups);
+    }
+    if (!experts_.noise(cache.experts).empty()) {
+      cache.db -= d_noise.back().clean;
+      experts_.add_noise_gradient(d_noise.last(1), cache.experts);
+    }
   }
 
   /// \param d_logits  [tokens, experts], of the last forward pass.
-  /// \throws StateError   if the last forward pass with `cache` did not succeed, or there was none.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
-    if (!cache.filled) fail<StateError>("HierarchicalRouter::backward: no forward pass before it");
-    expect_shape("HierarchicalRouter::backward", "d_logits", d_logits, cache.logits.rows(),
-                 experts());
-    cache.da.resize(d_logits.rows(), groups());
-    cache.db.resize(d_logits.rows(), experts());
-    const Index size = group_size();
-    parallel_rows(d_logits.rows(), 4 * experts(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        for (Index g = 0; g < groups(); ++g) {
-          // da_g = sum_e dz_e,   db_e = dz_e - within_e sum_j dz_j,   and z without the noise of b
-          // depends on a and the logarithm as z does.
-          const T* const dz = &d_logits.coeffRef(t, g * size);
-          T sum = loops::sum(size, dz);
-          if (cache.received) sum += loops::sum<T>(size, &cache.d_clean(t, g * size));
-          cache.da(t, g) = sum;
-          const auto rest = [=](const Lanes<T>& d, const Lanes<T>& share) -> Lanes<T> {
-            return d - sum * share;
-          };
-          map_lanes<T>(size, rest, &cache.db(t, g * size), dz, &cache.within(t, g * size));
-        }
-      }
+    cache.state.begin_backward("HierarchicalRouter::backward", *this, d_logits);
+    add_rows<T>(d_logits, cache.dz, cache.dz);
+    for_each_group(d_logits.rows(), [&](Index t, Index g, Index first, Index size) {
+      // da_g = sum_e dz_e,   db_e = dz_e - within_e sum_j dz_j.
+      const T* const dz = &cache.dz(t, first);
+      T* const db = &cache.db(t, first);
+      const T sum = loops::sum(size, dz);
+      cache.da(t, g) += sum;
+      loops::add(size, db, dz, db);
+      loops::add_scaled(size, -sum, &cache.within(t, first), db);
     });
-    if (cache.received) cache.da -= cache.group.clean_logits;
-    const Matrix<T>& da_x = keep(cache.da_x, groups_.backward(cache.da, cache.groups));
-    const Matrix<T>& db_x = keep(cache.db_x, experts_.backward(cache.db, cache.experts));
+    const Matrix<T>& through_groups = groups_.backward(cache.da, cache.groups);
+    const Matrix<T>& through_experts = experts_.backward(cache.db, cache.experts);
     cache.dx.resize(d_logits.rows(), d_model());
-    add_rows<T>(da_x, db_x, cache.dx);
+    add_rows<T>(through_groups, through_experts, cache.dx);
     return cache.dx;
   }
 
-  /// Tells the routing of the noise of both levels, if one of them drew any.
-  void annotate(const Cache& cache, Routing<T>& routing) const requires kTellsNoise {
-    routing.noisy = false;
-    if constexpr (AnnotatingRouter<Groups>) {
-      // Into the matrices of their size.
-      routing.clean_logits.swap(routing.group_noise);
-      routing.noise_std.swap(routing.group_noise_std);
-      groups_.annotate(cache.groups, routing);
-      routing.clean_logits.swap(routing.group_noise);
-      routing.noise_std.swap(routing.group_noise_std);
-    }
-    const bool noisy_groups = routing.noisy;
-    routing.noisy = false;
-    if constexpr (AnnotatingRouter<Experts>) experts_.annotate(cache.experts, routing);
-    const bool noisy_experts = routing.noisy;
-    routing.noisy = noisy_groups || noisy_experts;
-    if (!routing.noisy) return;
-
-    routing.groups = groups();
-    if (noisy_groups) {
-      routing.group_noise = cache.noisy_a - routing.group_noise;
-    } else {
-      routing.group_noise.setZero(cache.logits.rows(), groups());
-      routing.group_noise_std.setZero(cache.logits.rows(), groups());
-    }
-    if (noisy_experts) {
-      parallel_rows(cache.logits.rows(), experts(), [&](Index begin, Index end) {
-        for (Index t = begin; t < end; ++t) {
-          for (Index g = 0; g < groups(); ++g) {
-            routing.clean_logits.row(t).segment(g * group_size(), group_size()).array() +=
-                cache.shift(t, g);
-          }
-        }
-      });
-    } else {
-      routing.clean_logits = cache.logits;
-      routing.noise_std.setZero(cache.logits.rows(), experts());
-    }
-  }
-
-  /// Takes the gradients with respect to the noise, which the next `backward` includes; a level
-  /// that drew none has none.
-  void receive(const RoutingGradient<T>& gradient, Cache& cache) const requires kTellsNoise {
-    cache.received = gradient.groups > 0;
-    if (!cache.received) return;
-    cache.d_clean = gradient.clean_logits;
-    cache.group.clean_logits = -gradient.group_noise;  // The noise is a - a~.
-    cache.group.noise_std = gradient.group_noise_std;
-    if constexpr (AnnotatingRouter<Groups>) groups_.receive(cache.group, cache.groups);
-    if constexpr (AnnotatingRouter<Experts>) experts_.receive(gradient, cache.experts);
-  }
-
   /// The members of the router of groups as `groups.*`, those of the router of experts under their
-  /// own names.
+  /// own names, or as `experts.*` if that router has groups as well.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("groups", self.groups_);
-    Experts::visit(self.experts_, visit);
+    visit(self.experts_.groups() > 0 ? "experts" : "", self.experts_);
   }
 
   Index d_model() const { return experts_.d_model(); }
@@ -222,12 +164,52 @@ class HierarchicalRouter {
   Index groups() const { return groups_.experts(); }
   Index group_size() const { return experts() / groups(); }
 
+  /// Those of the router of experts.
+  Parameter<T>* expert_vectors() { return experts_.expert_vectors(); }
+  const Parameter<T>* expert_vectors() const { return experts_.expert_vectors(); }
+
   Groups& group_router() { return groups_; }
   const Groups& group_router() const { return groups_; }
   Experts& expert_router() { return experts_; }
   const Experts& expert_router() const { return experts_; }
 
  private:
+  /// a. What the pass allows concerns experts, and is none of this router's business.
+  const Matrix<T>& forward_groups(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    const PassRecord::Scope scope(pass.record, "groups");
+    Pass of_groups = pass;
+    of_groups.allowed = {};
+    return groups_.forward(x, of_groups, cache.groups);
+  }
+
+  const Matrix<T>& forward_experts(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    const PassRecord::Scope scope(experts_.groups() > 0 ? pass.record : nullptr, "experts");
+    return experts_.forward(x, pass, cache.experts);
+  }
+
+  void tell_noise(const Matrix<T>& a, const Matrix<T>& b, const Pass& pass, Cache& cache) const {
+    const std::span<const NoiseLevel<T>> of_a = groups_.noise(cache.groups);
+    const std::span<const NoiseLevel<T>> of_b = experts_.noise(cache.experts);
+    const bool two_levels = groups_.groups() == 0 && experts_.groups() == 0;
+    cache.tells_noise = two_levels && !(of_a.empty() && of_b.empty());
+    if (!cache.tells_noise) return;
+    cache.group_logits.set("HierarchicalRouter", cache.logits, groups(), pass);
+    move_noise<T>(of_a, a, T(1), cache.group_logits.values(), cache.noise[0]);
+    move_noise<T>(of_b, b, T(1), cache.logits, cache.noise[1]);
+  }
+
+  /// Calls `body(t, g, first, size)` for each token and group, `first` being the group's first
+  /// expert.
+  template <class Body>
+  void for_each_group(Index tokens, Body&& body) const {
+    parallel_rows(tokens, 16 * experts(), [&](Index begin, Index end) {
+      const Index size = group_size();
+      for (Index t = begin; t < end; ++t) {
+        for (Index g = 0; g < groups(); ++g) body(t, g, g * size, size);
+      }
+    });
+  }
+
   Groups groups_;
   Experts experts_;
 };

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <concepts>
+#include <span>
 #include <utility>
 
 #include <weir/core/error.hpp>
@@ -14,6 +15,7 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/router/noise.hpp>
 #include <weir/moe/routing.hpp>
 
@@ -34,24 +36,22 @@ struct NoisyRouterConfig {
 /// be tried: without it, weights that start at zero send every token to the same experts.
 ///
 /// Balancers are told C and std in training, and may return gradients of them: LoadLoss does. eps
-/// is constant to the derivative. Without noise W_n has no gradient.
+/// is constant to the derivative.
 ///
 /// \tparam Noise   What eps is drawn from.
 template <std::floating_point T, class Noise = NormalNoise>
 requires NoiseSource<Noise, T>
-class NoisyRouter {
+class NoisyRouter : public RouterBase<T> {
  public:
-  using Scalar = T;
-
   struct Cache {
+    CacheState state;
     Matrix<T> x;
-    Matrix<T> clean, logits;       ///< C and H; without noise H is not computed.
+    Matrix<T> logits;              ///< H, or C without noise.
     Matrix<T> raw;                 ///< x W_n^T
-    Matrix<T> noise, std;          ///< eps and std
-    Matrix<T> d_clean, d_raw, dx;  ///< Gradients, those of balancers first.
+    Matrix<T> eps;                 ///< The noise of the last pass.
+    NoiseLevel<T> level;           ///< C and std
     bool noisy = false;            ///< The last pass drew noise.
-    bool received = false;         ///< d_clean and d_raw hold gradients of C and std.
-    bool filled = false;
+    Matrix<T> d_clean, d_raw, dx;  ///< Gradients, those of balancers first.
   };
 
   /// Both weights start at zero, as in the paper (appendix A).
@@ -77,86 +77,44 @@ class NoisyRouter {
     noise_weight_.value = std::move(noise_weight);
   }
 
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
-
   /// \param x        [tokens, d_model]
   /// \return         [tokens, experts]
   /// \throws ShapeError   if x does not have d_model columns.
   /// \throws ConfigError  if pass.training without a pass.rng.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     expect_columns("NoisyRouter::forward", "x", x, d_model());
-    cache.filled = false;
     cache.noisy = pass.training;
-    if (cache.noisy) {
-      cache.noise.resize(x.rows(), experts());
-      noise_.fill(pass, MatrixOut<T>(cache.noise));
-    }
-    cache.x = x;
-    cache.clean.resize(x.rows(), experts());
-    cache.received = false;
-    cache.filled = true;
-    if (!cache.noisy) {
-      multiply_nt<T>(x, weight_.value, cache.clean);
-      return cache.clean;
-    }
-    cache.raw.resize(x.rows(), experts());
-    cache.std.resize(x.rows(), experts());
     cache.logits.resize(x.rows(), experts());
-    const Product<T> products[] = {product_nt<T>(x, weight_.value, cache.clean),
-                                   product_nt<T>(x, noise_weight_.value, cache.raw)};
-    multiply<T>(products);
-    for_each_element(cache, [&](Index i) {
-      const T raw = cache.raw.data()[i];
-      const T softplus = std::max(raw, T(0)) + std::log1p(std::exp(-std::abs(raw)));
-      cache.std.data()[i] = softplus + static_cast<T>(config_.min_std);
-      cache.logits.data()[i] = cache.clean.data()[i] + cache.noise.data()[i] * cache.std.data()[i];
-    });
-    return cache.logits;
+    if (cache.noisy) {
+      forward_noisy(x, pass, cache);
+    } else {
+      multiply_nt<T>(x, weight_.value, cache.logits);
+    }
+    return cache.state.finish(*this, pass, cache.logits);
   }
 
-  /// Tells the routing C and std, if the last pass drew noise.
-  void annotate(const Cache& cache, Routing<T>& routing) const {
-    routing.noisy = cache.noisy;
-    if (!cache.noisy) return;
-    routing.clean_logits = cache.clean;
-    routing.noise_std = cache.std;
+  /// C and std, if the last pass drew noise.
+  std::span<const NoiseLevel<T>> noise(const Cache& cache) const {
+    return {&cache.level, cache.noisy ? std::size_t(1) : std::size_t(0)};
   }
 
-  /// Takes the gradients with respect to C and std, which the next `backward` includes.
-  void receive(const RoutingGradient<T>& gradient, Cache& cache) const {
-    cache.received = cache.noisy;
-    if (!cache.received) return;
-    cache.d_clean = gradient.clean_logits;
-    cache.d_raw = gradient.noise_std;
+  void add_noise_gradient(std::span<const NoiseLevel<T>> d_noise, Cache& cache) const {
+    if (d_noise.empty()) return;
+    cache.d_clean += d_noise.back().clean;
+    cache.d_raw += d_noise.back().deviation;  // d std for now.
   }
 
   /// \param d_logits  dL/dH [tokens, experts], of the last forward pass.
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
-    if (!cache.filled) fail<StateError>("NoisyRouter::backward: no forward pass before it");
-    expect_shape("NoisyRouter::backward", "d_logits", d_logits, cache.clean.rows(), experts());
-    cache.dx.resize(d_logits.rows(), d_model());
-    if (!cache.noisy) {
-      const Product<T> products[] = {product_nn<T>(d_logits, weight_.value, cache.dx),
-                                     product_tn<T>(d_logits, cache.x, weight_.gradient(), true)};
-      multiply<T>(products);
-      return cache.dx;
-    }
-    if (!cache.received) {
-      cache.d_clean.setZero(d_logits.rows(), experts());
-      cache.d_raw.setZero(d_logits.rows(), experts());
-    }
-    cache.received = false;
+    cache.state.begin_backward("NoisyRouter::backward", *this, d_logits);
     cache.d_clean += d_logits;
-    cache.d_raw += d_logits.cwiseProduct(cache.noise);
+    cache.d_raw += d_logits.cwiseProduct(cache.eps);
     for_each_element(
         cache, [&](Index i) { cache.d_raw.data()[i] /= T(1) + std::exp(-cache.raw.data()[i]); });
+    cache.dx.resize(d_logits.rows(), d_model());
     const Product<T> products[] = {
         product_nn<T>(cache.d_clean, weight_.value, cache.dx),
         product_tn<T>(cache.d_clean, cache.x, weight_.gradient(), true),
@@ -175,6 +133,11 @@ class NoisyRouter {
   Index d_model() const { return weight_.value.cols(); }
   Index experts() const { return weight_.value.rows(); }
 
+  Parameter<T>* expert_vectors() { return &weight_; }
+  const Parameter<T>* expert_vectors() const { return &weight_; }
+
+  const NoisyRouterConfig& config() const { return config_; }
+
   /// W_g
   Parameter<T>& weight() { return weight_; }
   const Parameter<T>& weight() const { return weight_; }
@@ -183,6 +146,26 @@ class NoisyRouter {
   const Parameter<T>& noise_weight() const { return noise_weight_; }
 
  private:
+  void forward_noisy(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+    cache.eps.resize(x.rows(), experts());
+    noise_.fill(pass, MatrixOut<T>(cache.eps));
+    cache.x = x;
+    Matrix<T>& clean = cache.level.clean;
+    Matrix<T>& deviation = cache.level.deviation;
+    for (Matrix<T>* matrix : {&clean, &deviation, &cache.raw}) matrix->resize(x.rows(), experts());
+    const Product<T> products[] = {product_nt<T>(x, weight_.value, clean),
+                                   product_nt<T>(x, noise_weight_.value, cache.raw)};
+    multiply<T>(products);
+    for_each_element(cache, [&](Index i) {
+      const T raw = cache.raw.data()[i];
+      const T softplus = std::max(raw, T(0)) + std::log1p(std::exp(-std::abs(raw)));
+      deviation.data()[i] = softplus + static_cast<T>(config_.min_std);
+      cache.logits.data()[i] = clean.data()[i] + cache.eps.data()[i] * deviation.data()[i];
+    });
+    cache.d_clean.setZero(x.rows(), experts());
+    cache.d_raw.setZero(x.rows(), experts());
+  }
+
   template <class Body>
   static void for_each_element(const Cache& cache, Body&& body) {
     parallel_rows(cache.raw.size(), 32, [&](Index begin, Index end) {

@@ -8,126 +8,103 @@
 #include <utility>
 
 #include <weir/core/error.hpp>
-#include <weir/core/layer.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/concepts.hpp>
-#include <weir/moe/router/group_count.hpp>
+#include <weir/moe/router/mapped_logits_router.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
-/// From one temperature to another in equal ratios:
+/// Settings of TemperatureRouter: a temperature that goes from `start` to `end` in equal ratios,
 ///
 ///     tau(step) = start * (end / start)^(min(step, steps) / steps)
-struct TemperatureSchedule {
+struct TemperatureRouterConfig {
   double start = 1.0;
   double end = 1.0;
   Index steps = 1;
 
   /// \throws ConfigError  unless all three are positive.
   void check() const {
-    expect_positive("TemperatureSchedule", "start", start);
-    expect_positive("TemperatureSchedule", "end", end);
-    expect_positive("TemperatureSchedule", "steps", steps);
+    expect_positive("TemperatureRouter", "start", start);
+    expect_positive("TemperatureRouter", "end", end);
+    expect_positive("TemperatureRouter", "steps", steps);
   }
 
-  double at(Index step) const {
-    if (step >= steps) return end;
-    const double part = static_cast<double>(std::max<Index>(step, 0)) / static_cast<double>(steps);
-    return start * std::pow(end / start, part);
+  /// tau(step); steps below 0 count as 0.
+  double temperature(double step) const {
+    const double part = std::max(step, 0.0) / static_cast<double>(steps);
+    return part >= 1.0 ? end : start * std::pow(end / start, part);
   }
 };
 
 /// The inner router's logits divided by tau, in training and outside of it. High temperatures level
 /// the weights while experts know nothing yet; the choice of the largest logits is the same at any.
 /// Logits that are all zero stay so: experts that tie are told apart only by noise on the logits
-/// (NoisyRouter), neither by a temperature nor by jitter on the input. `set_step` moves along the
-/// schedule; tau is constant to the derivative.
-template <Layer Inner>
-class TemperatureRouter {
+/// (NoisyRouter), neither by a temperature nor by jitter on the input. The noise that the inner
+/// router tells is divided by tau as well.
+///
+/// Each step of an optimizer is one step of the schedule: `weir::update` moves it on. tau is
+/// constant to the derivative.
+template <Router Inner>
+class TemperatureRouter : public MappedLogitsRouter<Inner> {
  public:
-  using Scalar = typename Inner::Scalar;
-  using T = Scalar;
-
-  struct Cache {
-    typename Inner::Cache inner;
-    Matrix<T> logits, d_logits;
-    Matrix<T> dx;                 ///< Where the inner router returns its own by value.
-    RoutingGradient<T> gradient;  ///< Of the inner router's noise.
-    T scale = T(1);               ///< 1 / tau of the last forward pass.
-    bool filled = false;
-  };
+  using T = typename Inner::Scalar;
+  using typename MappedLogitsRouter<Inner>::Cache;
 
   /// At step 0.
   /// \throws ConfigError  if the schedule is out of range.
-  explicit TemperatureRouter(Inner inner, TemperatureSchedule schedule = {})
-      : inner_(std::move(inner)), schedule_(schedule) {
-    schedule.check();
-    set_step(0);
+  explicit TemperatureRouter(Inner inner, TemperatureRouterConfig config = {})
+      : MappedLogitsRouter<Inner>(std::move(inner)), config_(config) {
+    config_.check();
+    step_.value.setZero(1, 1);
   }
 
   /// Takes the temperature of that step, 0 being the first.
-  void set_step(Index step) { temperature_ = schedule_.at(step); }
+  void set_step(Index step) { step_.value(0, 0) = static_cast<T>(std::min(step, config_.steps)); }
 
-  double temperature() const { return temperature_; }
-
-  Matrix<T> forward(MatrixIn<T> x) const {
-    Cache cache;
-    return forward(x, cache);
+  /// Moves on to the next step; for `weir::update`.
+  void update_self() {
+    if (step_.value(0, 0) < static_cast<T>(config_.steps)) step_.value(0, 0) += T(1);
   }
-  const Matrix<T>& forward(MatrixIn<T> x, Cache& cache) const { return forward(x, {}, cache); }
 
+  /// tau
+  double temperature() const { return config_.temperature(static_cast<double>(step_.value(0, 0))); }
+
+  /// \param x        [tokens, d_model]
+  /// \return         [tokens, experts]
+  /// \throws ShapeError   if x does not have d_model columns.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.filled = false;
-    cache.scale = static_cast<T>(1.0 / temperature_);
-    cache.logits = apply(inner_, x, pass, cache.inner);
-    cache.logits *= cache.scale;
-    cache.filled = true;
-    return cache.logits;
+    cache.state.begin();
+    const Matrix<T>& z = this->inner_.forward(x, pass, cache.inner);
+    const T scale = static_cast<T>(1.0 / temperature());
+    scale_rows<T>(scale, z, cache.logits);
+    return cache.state.finish(*this, pass,
+                              this->finish_mapped("TemperatureRouter", z, scale, pass, cache));
   }
 
-  /// \throws StateError   if the cache has seen no forward pass.
+  /// \param d_logits  [tokens, experts], of the last forward pass.
+  /// \throws StateError   if the cache does not fit, see CacheState.
+  /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
-    if (!cache.filled) fail<StateError>("TemperatureRouter::backward: no forward pass before it");
-    cache.d_logits = d_logits;
-    cache.d_logits *= cache.scale;
-    return keep(cache.dx, inner_.backward(cache.d_logits, cache.inner));
+    cache.state.begin_backward("TemperatureRouter::backward", *this, d_logits);
+    return this->backward_mapped(d_logits, cache);
   }
 
-  /// The noise of the inner router, divided by tau as well.
-  void annotate(const Cache& cache, Routing<T>& routing) const requires AnnotatingRouter<Inner> {
-    inner_.annotate(cache.inner, routing);
-    if (!routing.noisy) return;
-    routing.clean_logits *= cache.scale;
-    routing.noise_std *= cache.scale;
-    if (routing.groups == 0) return;
-    routing.group_noise *= cache.scale;
-    routing.group_noise_std *= cache.scale;
-  }
-  void receive(const RoutingGradient<T>& gradient,
-               Cache& cache) const requires AnnotatingRouter<Inner> {
-    cache.gradient.clean_logits = cache.scale * gradient.clean_logits;
-    cache.gradient.noise_std = cache.scale * gradient.noise_std;
-    cache.gradient.groups = gradient.groups;
-    if (gradient.groups > 0) {
-      cache.gradient.group_noise = cache.scale * gradient.group_noise;
-      cache.gradient.group_noise_std = cache.scale * gradient.group_noise_std;
-    }
-    inner_.receive(cache.gradient, cache.inner);
-  }
-
+  /// The step as the buffer `temperature_step`, and the members of the inner router under its own
+  /// names.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    Inner::visit(self.inner_, visit);
+    visit("temperature_step", self.step_);
+    visit("", self.inner_);
   }
 
-  Index d_model() const { return inner_.d_model(); }
-  Index experts() const { return inner_.experts(); }
-  Index groups() const requires GroupedRouter<Inner> { return inner_.groups(); }
+  const TemperatureRouterConfig& config() const { return config_; }
 
  private:
-  Inner inner_;
-  TemperatureSchedule schedule_;
-  double temperature_ = 1.0;
+  TemperatureRouterConfig config_;
+  Buffer<T> step_;  // [1, 1]
 };
 
 }  // namespace weir
