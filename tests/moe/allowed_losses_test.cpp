@@ -27,6 +27,7 @@
 #include <weir/moe/capacity/fixed_capacity.hpp>
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/experts/pass_dropped.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noisy_router.hpp>
@@ -79,30 +80,38 @@ bool is_allowed(const Mask& allowed, Index t, Index e) {
 template <class Body>
 void for_each_loss(Body&& body) {
   for (const Scope scope : {Scope::kBatch, Scope::kSequence}) {
-    body("switch", SwitchLoss<double>{0.3, LoadFraction::kOfAssignments, scope});
-    body("switch, of tokens", SwitchLoss<double>{0.3, LoadFraction::kOfTokens, scope});
-    body("gshard", GShardLoss<double>{0.2, scope});
-    body("device", DeviceLoss<double>{ExpertGroups::uniform(6, 3), 0.6, scope});
-    body("communication", CommunicationLoss<double>{ExpertGroups::uniform(6, 3), 2, 0.7, scope});
+    body("switch",
+         SwitchLoss<double>(
+             {.coefficient = 0.3, .fraction = LoadFraction::kOfAssignments, .scope = scope}));
+    body("switch, of tokens",
+         SwitchLoss<double>(
+             {.coefficient = 0.3, .fraction = LoadFraction::kOfTokens, .scope = scope}));
+    body("gshard", GShardLoss<double>({.coefficient = 0.2, .scope = scope}));
+    body("device",
+         DeviceLoss<double>(ExpertGroups::uniform(6, 3), {.coefficient = 0.6, .scope = scope}));
+    body("communication",
+         CommunicationLoss<double>(ExpertGroups::uniform(6, 3),
+                                   {.devices_per_token = 2, .coefficient = 0.7, .scope = scope}));
   }
-  body("z", ZLoss<double>{0.1});
-  body("importance", ImportanceLoss<double>{0.4});
-  body("importance, sample", ImportanceLoss<double>{0.4, Variance::kSample});
-  body("entropy", EntropyLoss<double>{0.3, -0.2});
-  body("second place", SecondPlaceLoss<double>{0.5});
-  body("global batch", GlobalBatchLoss<double>(0.5));
+  body("z", ZLoss<double>({.coefficient = 0.1}));
+  body("importance", ImportanceLoss<double>({.coefficient = 0.4}));
+  body("importance, sample",
+       ImportanceLoss<double>({.coefficient = 0.4, .variance = Variance::kSample}));
+  body("entropy", EntropyLoss<double>({.token = 0.3, .mean = -0.2}));
+  body("second place", SecondPlaceLoss<double>({.coefficient = 0.5}));
+  body("global batch", GlobalBatchLoss<double>({.coefficient = 0.5}));
 }
 
 template <class Body>
 void for_each_selector(Body&& body) {
-  body("softmax", SoftmaxTopK<double>{.k = 1});
-  body("softmax, renormalised", SoftmaxTopK<double>{.k = 1, .renormalise = true});
-  body("top-k softmax", TopKSoftmax<double>{.k = 1});
+  body("softmax", SoftmaxTopK<double>({.k = 1}));
+  body("softmax, renormalised", SoftmaxTopK<double>({.k = 1, .renormalise = true}));
+  body("top-k softmax", TopKSoftmax<double>({.k = 1}));
   body("sigmoid", SigmoidTopK<double>(6, {.k = 1}));
   body("biased softmax", BiasedSoftmaxTopK<double>(6, {.k = 1}));
   body("relaxed", RelaxedTopK<double>({.k = 1, .descent = {.epsilon = 0.4}}));
-  body("top-p", TopP<double>{0.7});
-  body("relu", ReluRouting<double>{});
+  body("top-p", TopP<double>({.threshold = 0.7}));
+  body("relu", ReluRouting<double>());
 }
 
 template <class L>
@@ -115,24 +124,29 @@ bool all_finite(L& layer) {
 }
 
 /// A step of a layer of six experts under `capacity`, with masks and padding.
-template <class R, class S, class C, class... L>
-void check_layer(const R& router, const S& selector, const C& capacity, const Mask& allowed,
-                 const L&... losses) {
-  Rng rng(21);
-  MoELayer layer(router, selector, capacity, GluBank<double>(6, 4, 3, rng, 1.0), losses...);
+template <class R, class S, class C, class B, class... L>
+void check_layer_of(const R& router, const S& selector, const C& capacity, const B& bank,
+                    const Mask& allowed, const L&... losses) {
+  MoELayer layer(router, selector, capacity, bank, losses...);
   Rng draws(5);
   const Mask mask = {1, 1, 1, 0, 1, 1, 1, 1};
   const Sequences sequences({5, 3});
-  const Pass pass{
-      .training = true, .sequences = &sequences, .mask = mask, .allowed = allowed, .rng = &draws};
+  PassRecord record;
+  const Pass pass{.training = true,
+                  .sequences = &sequences,
+                  .mask = mask,
+                  .allowed = allowed,
+                  .rng = &draws,
+                  .record = &record};
   const Matrix<double> x = test::random_matrix(kTokens, 4, 22);
   typename decltype(layer)::Cache cache;
   for (int step = 0; step < 2; ++step) {
+    record.clear();
     CHECK(layer.forward(x, pass, cache).allFinite());
-    CHECK(std::isfinite(cache.aux_loss));
+    CHECK(std::isfinite(record.aux_loss()));
     for (Index t = 0; t < kTokens; ++t) {
       for (Index a = cache.routing.first(t); a < cache.routing.last(t); ++a) {
-        CHECK(is_allowed(allowed, t, cache.routing.expert[static_cast<std::size_t>(a)]));
+        CHECK(is_allowed(allowed, t, cache.routing.expert[a]));
       }
     }
     CHECK(layer.backward(x, cache).allFinite());
@@ -149,26 +163,31 @@ void check_layer(const R& router, const S& selector, const C& capacity, const Ma
         CHECK(parameter->grad.isZero(0.0));
       }
     }
-    layer.update();
+    update(layer);
   }
+}
+
+template <class R, class S, class C, class... L>
+void check_layer(const R& router, const S& selector, const C& capacity, const Mask& allowed,
+                 const L&... losses) {
+  Rng rng(21);
+  const GluBank<double> bank(4, 6, 3, rng);
+  check_layer_of(router, selector, capacity, bank, allowed, losses...);
+  check_layer_of(router, selector, capacity, PassDropped(bank), allowed, losses...);
 }
 
 template <class Body>
 void for_each_capacity(Body&& body) {
-  body("dropless", Dropless{});
-  for (const OnDrop drop : {OnDrop::kZero, OnDrop::kPass}) {
-    body("fixed", FixedCapacity{.capacity = 1, .on_drop = drop});
-    body("factor", CapacityFactor{.train = 0.5, .minimum = 1, .on_drop = drop});
-    body("device",
-         DeviceCapacity{.devices = 3, .factor = 0.5, .protected_share = 0.5, .on_drop = drop});
-    body("dynamic", DynamicCapacity{.factor = -0.5, .on_drop = drop});
-    body("adaptive",
-         AdaptiveCapacity<double>({.initial = 0.5, .least = 0.1, .minimum = 1, .on_drop = drop}));
-  }
+  body("dropless", Dropless());
+  body("fixed", FixedCapacity({.capacity = 1}));
+  body("factor", CapacityFactor({.train = 0.5, .minimum = 1}));
+  body("device", DeviceCapacity({.devices = 3, .factor = 0.5, .protected_share = 0.5}));
+  body("dynamic", DynamicCapacity({.factor = -0.5}));
+  body("adaptive", AdaptiveCapacity<double>({.initial = 0.5, .least = 0.1, .minimum = 1}));
   for (const DropOrder order : {DropOrder::kTokenMajor, DropOrder::kProbability}) {
-    body("fixed, ordered", FixedCapacity{.capacity = 1, .order = order});
+    body("fixed, ordered", FixedCapacity({.capacity = 1, .order = order}));
   }
-  body("renormalised", RenormaliseKept(FixedCapacity{.capacity = 1}));
+  body("renormalised", RenormaliseKept(FixedCapacity({.capacity = 1})));
 }
 
 }  // namespace
@@ -184,9 +203,8 @@ TEST_CASE("Every balancing loss is finite with forbidden experts, and gives them
       for_each_loss([&](const std::string& name, const auto& loss) {
         INFO(name);
         Matrix<double> logits = test::random_matrix(kTokens, kExperts, 31);
-        const Routing<double> routing = test::route(selector, logits, pass);
-        CHECK(std::isfinite(loss.loss(routing)));
-        const Matrix<double> d = test::logit_gradient(selector, loss, routing);
+        CHECK(std::isfinite(test::loss_of(loss, test::route(selector, logits, pass))));
+        const Matrix<double> d = test::logit_gradient(selector, loss, logits, pass);
         CHECK(d.allFinite());
         for (Index t = 0; t < kTokens; ++t) {
           for (Index e = 0; e < kExperts; ++e) {
@@ -208,21 +226,20 @@ TEST_CASE("Every balancing loss has its exact gradient with forbidden experts",
     for_each_loss([&](const std::string& name, const auto& loss) {
       INFO(name);
       Matrix<double> logits = test::random_matrix(kTokens, kExperts, 32);
-      const Matrix<double> analytic =
-          test::logit_gradient(selector, loss, test::route(selector, logits, pass));
+      const Matrix<double> analytic = test::logit_gradient(selector, loss, logits, pass);
       const Matrix<double> numeric = test::numeric_gradient(
-          logits, [&] { return loss.loss(test::route(selector, logits, pass)); });
+          logits, [&] { return test::loss_of(loss, test::route(selector, logits, pass)); });
       CHECK((analytic - numeric).norm() <= 1e-7 * (1.0 + numeric.norm()));
     });
   };
-  check("softmax", SoftmaxTopK<double>{.k = 1});
+  check("softmax", SoftmaxTopK<double>({.k = 1}));
   check("sigmoid", SigmoidTopK<double>(6, {.k = 1}));
 }
 
 TEST_CASE("The loss of ReLU routing is finite with forbidden experts", "[moe][allowed][balance]") {
   for (const Mask& allowed : {kSame, scattered()}) {
-    check_layer(LinearRouter<double>(test::random_matrix(kExperts, 4, 41)), ReluRouting<double>{},
-                Dropless{}, allowed, ReluL1Loss<double>({.initial = 0.1}));
+    check_layer(LinearRouter<double>(test::random_matrix(kExperts, 4, 41)), ReluRouting<double>(),
+                Dropless(), allowed, ReluL1Loss<double>({.initial = 0.1}));
   }
 }
 
@@ -231,17 +248,17 @@ TEST_CASE("The load loss is finite with experts that are forbidden to some token
   const NoisyRouter<double> router(test::random_matrix(kExperts, 4, 42),
                                    test::random_matrix(kExperts, 4, 43));
   for (const Mask& allowed : {kSame, scattered()}) {
-    check_layer(router, TopKSoftmax<double>{.k = 1}, Dropless{}, allowed, LoadLoss<double>{},
-                ImportanceLoss<double>{});
+    check_layer(router, TopKSoftmax<double>({.k = 1}), Dropless(), allowed, LoadLoss<double>(),
+                ImportanceLoss<double>());
   }
 }
 
 TEST_CASE("Balancing rules leave a finite bias with forbidden experts", "[moe][allowed][balance]") {
   const LinearRouter<double> router(test::random_matrix(kExperts, 4, 44));
   for (const Mask& allowed : {kSame, scattered()}) {
-    check_layer(router, SigmoidTopK<double>(6, {.k = 1}), Dropless{}, allowed,
-                BiasBalance<double>(0.1));
-    check_layer(router, BiasedSoftmaxTopK<double>(6, {.k = 1}), Dropless{}, allowed,
+    check_layer(router, SigmoidTopK<double>(6, {.k = 1}), Dropless(), allowed,
+                BiasBalance<double>({.rate = 0.1}));
+    check_layer(router, BiasedSoftmaxTopK<double>(6, {.k = 1}), Dropless(), allowed,
                 QuantileBalance<double>());
   }
 }
@@ -251,10 +268,10 @@ TEST_CASE("Every capacity policy serves only allowed experts", "[moe][allowed][c
   for_each_capacity([&](const std::string& name, const auto& capacity) {
     INFO(name);
     const auto check = [&](const auto& selector, const Mask& allowed) {
-      check_layer(router, selector, capacity, allowed, SwitchLoss<double>{0.2});
+      check_layer(router, selector, capacity, allowed, SwitchLoss<double>({.coefficient = 0.2}));
     };
-    check(SoftmaxTopK<double>{.k = 1}, scattered());
-    check(SoftmaxTopK<double>{.k = 3, .renormalise = true}, kSame);
+    check(SoftmaxTopK<double>({.k = 1}), scattered());
+    check(SoftmaxTopK<double>({.k = 3, .renormalise = true}), kSame);
     check(RankPolicy(SigmoidTopK<double>(6, {.k = 3})), kSame);
   });
 }
@@ -263,13 +280,13 @@ TEST_CASE("Every selector keeps to allowed experts in training under a capacity"
           "[moe][allowed][capacity]") {
   const LinearRouter<double> router(5.0 * test::random_matrix(kExperts, 4, 46));
   const auto check = [&](const auto& selector, const Mask& allowed) {
-    check_layer(router, selector, FixedCapacity{.capacity = 1}, allowed, ZLoss<double>{0.1},
-                SecondPlaceLoss<double>{0.3});
+    check_layer(router, selector, FixedCapacity({.capacity = 1}), allowed,
+                ZLoss<double>({.coefficient = 0.1}), SecondPlaceLoss<double>({.coefficient = 0.3}));
   };
-  check(TopP<double>{0.9}, scattered());
-  check(SampledChoice(SoftmaxTopK<double>{.k = 1}), scattered());
-  check(SampledChoice(TopKSoftmax<double>{.k = 2}, {.certain = 1}), kSame);
-  check(StraightThrough<double>{{.k = 2}}, kSame);
+  check(TopP<double>({.threshold = 0.9}), scattered());
+  check(SampledChoice(SoftmaxTopK<double>({.k = 1})), scattered());
+  check(SampledChoice(TopKSoftmax<double>({.k = 2}), {.certain = 1}), kSame);
+  check(StraightThrough<double>({.k = 2}), kSame);
   check(RelaxedTopK<double>({.k = 3}), kSame);
-  check(Threshold<double>{.k = 3, .threshold = 0.1}, kSame);
+  check(Threshold<double>({.k = 3, .threshold = 0.1}), kSame);
 }

@@ -32,15 +32,19 @@ namespace {
 
 auto all_balancers() {
   Rng rng(3);
-  return MoELayer(LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}),
-                  SigmoidTopK<double>(4, {.k = 2}), Dropless{}, GluBank<double>(4, 3, 2, rng),
-                  GlobalBatchLoss<double>(0.5), BiasBalance<double>(0.5), SwitchLoss<double>{0.3},
-                  GShardLoss<double>{0.2}, ZLoss<double>{0.1}, ImportanceLoss<double>{0.4},
-                  DeviceLoss<double>{ExpertGroups::uniform(4, 2), 0.6},
-                  CommunicationLoss<double>{ExpertGroups::uniform(4, 2), 2, 0.7},
-                  EntropyLoss<double>{0.3, -0.2}, SecondPlaceLoss<double>{0.2},
-                  SimilarityLoss<double>{0.3}, HierarchicalLoss<double>{2, 0.4},
-                  OrthogonalityLoss<double>{0.2});
+  return MoELayer(
+      LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}), SigmoidTopK<double>(4, {.k = 2}),
+      Dropless(), GluBank<double>(3, 4, 2, rng), GlobalBatchLoss<double>({.coefficient = 0.5}),
+      BiasBalance<double>({.rate = 0.5}), SwitchLoss<double>({.coefficient = 0.3}),
+      GShardLoss<double>({.coefficient = 0.2}), ZLoss<double>({.coefficient = 0.1}),
+      ImportanceLoss<double>({.coefficient = 0.4}),
+      DeviceLoss<double>(ExpertGroups::uniform(4, 2), {.coefficient = 0.6}),
+      CommunicationLoss<double>(ExpertGroups::uniform(4, 2),
+                                {.devices_per_token = 2, .coefficient = 0.7}),
+      EntropyLoss<double>({.token = 0.3, .mean = -0.2}),
+      SecondPlaceLoss<double>({.coefficient = 0.2}), SimilarityLoss<double>({.coefficient = 0.3}),
+      HierarchicalLoss<double>({.groups = 2, .coefficient = 0.4}),
+      OrthogonalityLoss<double>({.coefficient = 0.2}));
 }
 
 struct Result {
@@ -53,9 +57,13 @@ struct Result {
 Result step(const Matrix<double>& x, const Pass& pass, int forwards = 1) {
   auto moe = all_balancers();
   decltype(moe)::Cache cache;
-  for (int i = 0; i < forwards; ++i) moe.forward(x, pass, cache);
+  PassRecord record;
+  for (int i = 0; i < forwards; ++i) {
+    record.clear();
+    moe.forward(x, test::recorded(pass, record), cache);
+  }
   moe.backward(Matrix<double>::Zero(x.rows(), 3), cache);
-  return {cache.aux_loss, moe.router().weight().gradient(), moe.template balancer<0>().load(),
+  return {record.aux_loss(), moe.router().weight().gradient(), moe.template balancer<0>().load(),
           moe.template balancer<1>().load()};
 }
 
@@ -107,9 +115,9 @@ TEST_CASE("Balancers side by side allocate nothing in the steady state",
   const Matrix<double> x = test::random_matrix(64, 3, 1);
   const Matrix<double> dy = Matrix<double>::Zero(64, 3);
   const auto pass = [&] {
-    moe.forward(x, cache);
+    moe.forward(x, kTraining, cache);
     moe.backward(dy, cache);
-    moe.update();
+    update(moe);
   };
   pass();
   CHECK(test::count_allocations(pass) == 0);
@@ -119,33 +127,35 @@ TEST_CASE("Losses that are means over tokens or sequences add up over micro-batc
           "[moe][balance][accounting]") {
   const auto layer = [] {
     Rng rng(3);
-    return MoELayer(LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}),
-                    SigmoidTopK<double>(4, {.k = 2}), Dropless{}, GluBank<double>(4, 3, 2, rng),
-                    ZLoss<double>{0.1}, EntropyLoss<double>{0.3, 0.0},
-                    SwitchLoss<double>{.coefficient = 0.3, .scope = Scope::kSequence},
-                    GShardLoss<double>{.coefficient = 0.2, .scope = Scope::kSequence},
-                    DeviceLoss<double>{ExpertGroups::uniform(4, 2), 0.6},
-                    CommunicationLoss<double>{ExpertGroups::uniform(4, 2), 2, 0.7},
-                    HierarchicalLoss<double>{2, 0.4, Scope::kSequence},
-                    OrthogonalityLoss<double>{0.2});
+    return MoELayer(
+        LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}), SigmoidTopK<double>(4, {.k = 2}),
+        Dropless(), GluBank<double>(3, 4, 2, rng), ZLoss<double>({.coefficient = 0.1}),
+        EntropyLoss<double>({.token = 0.3, .mean = 0.0}),
+        SwitchLoss<double>({.coefficient = 0.3, .scope = Scope::kSequence}),
+        GShardLoss<double>({.coefficient = 0.2, .scope = Scope::kSequence}),
+        DeviceLoss<double>(ExpertGroups::uniform(4, 2), {.coefficient = 0.6}),
+        CommunicationLoss<double>(ExpertGroups::uniform(4, 2),
+                                  {.devices_per_token = 2, .coefficient = 0.7}),
+        HierarchicalLoss<double>({.groups = 2, .coefficient = 0.4, .scope = Scope::kSequence}),
+        OrthogonalityLoss<double>({.coefficient = 0.2}));
   };
   const Matrix<double> x = test::random_matrix(12, 3, 1);
   auto whole = layer();
   decltype(whole)::Cache cache;
   const Sequences four = Sequences::uniform(4, 3);
-  whole.forward(x, {.sequences = &four}, cache);
+  PassRecord of_whole, of_parts;
+  whole.forward(x, test::recorded({.sequences = &four}, of_whole), cache);
   whole.backward(Matrix<double>::Zero(12, 3), cache);
-  const double loss = cache.aux_loss;
 
   auto parts = layer();
-  double sum = 0.0;
+  decltype(parts)::Cache parts_cache;
   const Sequences two = Sequences::uniform(2, 3);
   for (const Index first : {0, 6}) {
-    parts.forward(x.middleRows(first, 6), {.sequences = &two, .aux_scale = 0.5}, cache);
-    parts.backward(Matrix<double>::Zero(6, 3), cache);
-    sum += cache.aux_loss;
+    const Pass half{.sequences = &two, .aux_scale = 0.5};
+    parts.forward(x.middleRows(first, 6), test::recorded(half, of_parts), parts_cache);
+    parts.backward(Matrix<double>::Zero(6, 3), parts_cache);
   }
-  CHECK(sum == Approx(loss));
+  CHECK(of_parts.aux_loss() == Approx(of_whole.aux_loss()));
   CHECK(test::relative_error(parts.router().weight().gradient(),
                              whole.router().weight().gradient()) < 1e-13);
 }

@@ -16,22 +16,18 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/routing.hpp"
 
 using namespace weir;
+using test::route;
 
-static_assert(BalancingRule<BiasBalance<float>, float>);
-static_assert(!BalancingLoss<BiasBalance<float>, float>);
+static_assert(BalancingRule<BiasBalance<float>, SigmoidTopK<float>>);
+static_assert(!BalancingRule<BiasBalance<float>, SoftmaxTopK<float>>);
+static_assert(!RoutingLoss<BiasBalance<float>, float>);
 static_assert(BiasedSelector<SigmoidTopK<float>>);
 static_assert(!BiasedSelector<SoftmaxTopK<float>>);
 
 namespace {
-
-Routing<double> route(const SigmoidTopK<double>& selector, const Matrix<double>& logits,
-                      const Pass& pass = {}) {
-  Routing<double> routing;
-  selector.select(logits, pass, routing);
-  return routing;
-}
 
 /// One token per entry, whose best expert is that entry.
 Matrix<double> choices(const std::vector<Index>& experts) {
@@ -49,8 +45,8 @@ Matrix<double> row(double a, double b, double c, double d) {
 auto small_layer(Index k) {
   Rng rng(3);
   return MoELayer(LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}),
-                  SigmoidTopK<double>(4, {.k = k}), Dropless{}, GluBank<double>(4, 3, 2, rng),
-                  BiasBalance<double>(0.5));
+                  SigmoidTopK<double>(4, {.k = k}), Dropless(), GluBank<double>(3, 4, 2, rng),
+                  BiasBalance<double>({.rate = 0.5}));
 }
 
 }  // namespace
@@ -59,7 +55,7 @@ TEST_CASE("BiasBalance moves the bias by the sign of what an expert lacks",
           "[moe][balance][bias_balance]") {
   // Load (3, 2, 2, 1), mean 2.
   SigmoidTopK<double> selector(4, {.k = 1});
-  BiasBalance<double> balancer(0.25);
+  BiasBalance<double> balancer({.rate = 0.25});
   balancer.observe(route(selector, choices({0, 1, 2, 0, 1, 2, 0, 3})));
   CHECK(balancer.load() == RowVector<double>(row(3, 2, 2, 1)));
 
@@ -76,14 +72,14 @@ TEST_CASE("BiasBalance moves the bias by the sign of what an expert lacks",
     balancer.observe(route(selector, choices({0, 0})));
     balancer.update(selector);
     CHECK(selector.selection_bias().value == row(-0.25, 0.0, 0.0, 0.25));
-    CHECK(balancer.rate() == 0.0);
+    CHECK(balancer.config().rate == 0.0);
   }
 }
 
 TEST_CASE("BiasBalance adds up micro-batches", "[moe][balance][bias_balance]") {
   // Each would move the bias another way: (2, 0, 0, 0), then (0, 2, 2, 1).
   SigmoidTopK<double> selector(4, {.k = 1});
-  BiasBalance<double> balancer(1.0);
+  BiasBalance<double> balancer({.rate = 1.0});
   balancer.observe(route(selector, choices({0, 0})));
   balancer.observe(route(selector, choices({1, 1, 2, 2, 3})));
   balancer.update(selector);
@@ -94,7 +90,7 @@ TEST_CASE("BiasBalance may move the bias in proportion to what an expert lacks",
           "[moe][balance][bias_balance]") {
   // Load (4, 2, 2, 0), mean 2: (2 - c) / 2 = (-1, 0, 0, 1).
   SigmoidTopK<double> selector(4, {.k = 1});
-  BiasBalance<double> balancer(0.25, {.rule = BiasRule::kProportional});
+  BiasBalance<double> balancer({.rate = 0.25, .rule = BiasRule::kProportional});
   balancer.observe(route(selector, choices({0, 0, 1, 2, 0, 1, 2, 0})));
   balancer.update(selector);
   CHECK(selector.selection_bias().value == row(-0.25, 0.0, 0.0, 0.25));
@@ -106,7 +102,7 @@ TEST_CASE("BiasBalance may move the bias in proportion to what an expert lacks",
 TEST_CASE("BiasBalance shifts the bias to mean zero if asked to", "[moe][balance][bias_balance]") {
   // Load (5, 1, 1, 1), mean 2: by the sign (-1, 1, 1, 1), whose mean is 1/2.
   SigmoidTopK<double> selector(4, {.k = 1});
-  BiasBalance<double> balancer(1.0, {.recentre = true});
+  BiasBalance<double> balancer({.rate = 1.0, .recentre = true});
   balancer.observe(route(selector, choices({0, 1, 2, 3, 0, 0, 0, 0})));
   balancer.update(selector);
   CHECK(selector.selection_bias().value == row(-1.5, 0.5, 0.5, 0.5));
@@ -114,7 +110,7 @@ TEST_CASE("BiasBalance shifts the bias to mean zero if asked to", "[moe][balance
 
 TEST_CASE("A frozen BiasBalance leaves the bias and forgets", "[moe][balance][bias_balance]") {
   SigmoidTopK<double> selector(4, {.k = 1});
-  BiasBalance<double> balancer(1.0);
+  BiasBalance<double> balancer({.rate = 1.0});
   balancer.set_frozen(true);
   CHECK(balancer.frozen());
   balancer.observe(route(selector, choices({0, 0})));
@@ -127,7 +123,7 @@ TEST_CASE("A frozen BiasBalance leaves the bias and forgets", "[moe][balance][bi
 
 TEST_CASE("BiasBalance adds the counts of other ranks", "[moe][balance][bias_balance]") {
   SigmoidTopK<double> selector(4, {.k = 1});
-  BiasBalance<double> balancer(1.0);
+  BiasBalance<double> balancer({.rate = 1.0});
   balancer.observe(route(selector, choices({0, 0})));
   balancer.add_load(RowVector<double>(row(0, 2, 2, 1)));
   CHECK(test::message_of<ShapeError>([&] { balancer.add_load(RowVector<double>::Zero(3)); }) ==
@@ -139,7 +135,7 @@ TEST_CASE("BiasBalance adds the counts of other ranks", "[moe][balance][bias_bal
 
 TEST_CASE("BiasBalance without anything counted leaves the bias", "[moe][balance][bias_balance]") {
   SigmoidTopK<double> selector(4, {.k = 1});
-  BiasBalance<double> balancer(1.0);
+  BiasBalance<double> balancer({.rate = 1.0});
   balancer.update(selector);
   CHECK(balancer.load().size() == 0);
   balancer.observe(route(selector, Matrix<double>(0, 4)));
@@ -153,7 +149,7 @@ TEST_CASE("BiasBalance counts what is dropped and not what is padding",
   BiasBalance<double> balancer;
   const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 0};
   Routing<double> routing = route(selector, choices({0, 1, 0, 2, 3}), {.mask = mask});
-  FixedCapacity{1}.apply(routing);
+  test::limit(FixedCapacity({.capacity = 1}), routing);
   balancer.observe(routing);
   CHECK(balancer.load() == RowVector<double>(row(2, 0, 1, 0)));
 }
@@ -165,7 +161,7 @@ TEST_CASE("BiasBalance leaves the bias of an expert alone that no token was allo
   const Pass failed{.allowed = three};
   SigmoidTopK<double> selector(4, {.k = 1});
   selector.selection_bias().value = row(0, 0, 0, 0.0625);
-  BiasBalance<double> balancer(0.25);
+  BiasBalance<double> balancer({.rate = 0.25});
   balancer.observe(route(selector, choices({0, 0, 1, 0, 1, 2}), failed));
   CHECK(std::vector<std::uint8_t>(balancer.allowed().begin(), balancer.allowed().end()) == three);
   balancer.update(selector);
@@ -174,7 +170,7 @@ TEST_CASE("BiasBalance leaves the bias of an expert alone that no token was allo
   SECTION("however long, and whatever the rule") {
     const auto rule = GENERATE(BiasRule::kSign, BiasRule::kProportional);
     const bool recentre = GENERATE(false, true);
-    BiasBalance<double> longer(0.25, {.rule = rule, .recentre = recentre});
+    BiasBalance<double> longer({.rate = 0.25, .rule = rule, .recentre = recentre});
     Matrix<double>& bias = selector.selection_bias().value;
     for (int step = 0; step < 50; ++step) {
       longer.observe(route(selector, choices({0, 0, 1, 0, 1, 2}), failed));
@@ -208,7 +204,7 @@ TEST_CASE("BiasBalance is told by other ranks which experts they were allowed",
           "[moe][balance][bias_balance]") {
   const std::vector<std::uint8_t> three = {1, 1, 1, 0};
   SigmoidTopK<double> selector(4, {.k = 1});
-  BiasBalance<double> balancer(1.0);
+  BiasBalance<double> balancer({.rate = 1.0});
   balancer.add_load(RowVector<double>(row(3, 2, 1, 0)), three);
   balancer.update(selector);
   CHECK(selector.selection_bias().value == row(-1, 0, 1, 0));
@@ -225,19 +221,20 @@ TEST_CASE("Only backward passes count for BiasBalance", "[moe][balance][bias_bal
   auto moe = small_layer(2);
   const Matrix<double> x = test::random_matrix(5, 3, 1);
   decltype(moe)::Cache cache;
-  moe.forward(x, cache);
-  moe.forward(x, {.training = true}, cache);
+  PassRecord record;
+  moe.forward(x, {}, cache);
+  moe.forward(x, test::recorded({}, record), cache);
   CHECK(moe.balancer<0>().load().size() == 0);
-  CHECK(cache.aux_loss == 0.0);
+  CHECK(record.losses().empty());
 
   moe.backward(Matrix<double>::Ones(5, 3), cache);
   CHECK(moe.balancer<0>().load().sum() == 10.0);
-  moe.forward(x, cache);
+  moe.forward(x, kTraining, cache);
   moe.backward(Matrix<double>::Ones(5, 3), cache);
   CHECK(moe.balancer<0>().load().sum() == 20.0);
 
   const RowVector<double> lack = 5.0 - moe.balancer<0>().load().array();
-  moe.update();
+  update(moe);
   const Matrix<double>& bias = moe.selector().selection_bias().value;
   CHECK(bias == Matrix<double>(0.5 * lack.array().sign()));
   CHECK(bias.cwiseAbs().sum() > 0.0);
@@ -253,8 +250,8 @@ TEST_CASE("The bias changes neither weights nor gradients", "[moe][balance][bias
   decltype(plain)::Cache plain_cache;
   decltype(plain)::Cache biased_cache;
 
-  CHECK(test::relative_error(biased.forward(x, biased_cache), plain.forward(x, plain_cache)) <
-        1e-14);
+  CHECK(test::relative_error(biased.forward(x, kTraining, biased_cache),
+                             plain.forward(x, kTraining, plain_cache)) < 1e-14);
   CHECK(test::relative_error(biased.backward(dy, biased_cache), plain.backward(dy, plain_cache)) <
         1e-14);
   const auto expected = parameters(plain);
@@ -269,7 +266,7 @@ TEST_CASE("BiasBalance levels a skewed router", "[moe][balance][bias_balance]") 
   Matrix<double> logits = 0.5 * test::random_matrix(256, 8, 7);
   logits.rowwise() += RowVector<double>::LinSpaced(8, 1.0, -1.0);
   SigmoidTopK<double> selector(8, {.k = 2});
-  BiasBalance<double> balancer(0.01);
+  BiasBalance<double> balancer({.rate = 0.01});
 
   CHECK(report_of(route(selector, logits)).imbalance() > 2.0);
   for (int step = 0; step < 100; ++step) {
@@ -280,11 +277,11 @@ TEST_CASE("BiasBalance levels a skewed router", "[moe][balance][bias_balance]") 
 }
 
 TEST_CASE("BiasBalance refuses a negative rate", "[moe][balance][bias_balance]") {
-  const std::string message = "BiasBalance: rate = -1, expected >= 0";
-  CHECK(test::message_of<ConfigError>([] { BiasBalance<float>(-1.0F); }) == message);
+  const std::string message = "BiasBalance: rate = -1, expected a finite number >= 0";
+  CHECK(test::message_of<ConfigError>([] { BiasBalance<float>({.rate = -1.0}); }) == message);
   BiasBalance<float> balancer;
-  CHECK(test::message_of<ConfigError>([&] { balancer.set_rate(-1.0F); }) == message);
-  CHECK(balancer.rate() == 0.001F);
+  CHECK(test::message_of<ConfigError>([&] { balancer.set_rate(-1.0); }) == message);
+  CHECK(balancer.config().rate == 0.001);
 }
 
 TEST_CASE("BiasBalance refuses a selector of other experts than it counted",

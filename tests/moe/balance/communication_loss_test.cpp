@@ -10,13 +10,15 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<CommunicationLoss<float>, float>);
+static_assert(RoutingLoss<CommunicationLoss<float>, float>);
 
 TEST_CASE("CommunicationLoss counts a token once for each device",
           "[moe][balance][communication_loss]") {
@@ -26,10 +28,13 @@ TEST_CASE("CommunicationLoss counts a token once for each device",
   Matrix<double> logits(2, 4);
   logits.rowwise() =
       RowVector<double>(Eigen::RowVector4d(std::log(4.0), std::log(3.0), std::log(2.0), 0.0));
-  const Routing<double> routing = route(SoftmaxTopK<double>{2}, logits);
-  CHECK(CommunicationLoss<double>{ExpertGroups::uniform(4, 2), 1, 0.5}.loss(routing) ==
-        Approx(0.5 * 1.4));
-  CHECK(CommunicationLoss<double>{ExpertGroups({0, 1, 0, 1}), 2, 0.5}.loss(routing) == Approx(0.5));
+  const Routing<double> routing = route(SoftmaxTopK<double>({.k = 2}), logits);
+  CHECK(loss_of(CommunicationLoss<double>(ExpertGroups::uniform(4, 2),
+                                          {.devices_per_token = 1, .coefficient = 0.5}),
+                routing) == Approx(0.5 * 1.4));
+  CHECK(loss_of(CommunicationLoss<double>(ExpertGroups({0, 1, 0, 1}),
+                                          {.devices_per_token = 2, .coefficient = 0.5}),
+                routing) == Approx(0.5));
 }
 
 TEST_CASE("CommunicationLoss of one expert per device and M = k is the Switch loss",
@@ -39,20 +44,27 @@ TEST_CASE("CommunicationLoss of one expert per device and M = k is the Switch lo
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
   const Sequences sequences({4, 0, 3});
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 0, 1};
-  const Routing<double> routing = route(SoftmaxTopK<double>{k}, test::random_matrix(7, 6, seed),
-                                        {.sequences = &sequences, .mask = mask});
-  CHECK(CommunicationLoss<double>{ExpertGroups::uniform(6, 6), k, 0.3, scope}.loss(routing) ==
-        Approx(SwitchLoss<double>{0.3, LoadFraction::kOfAssignments, scope}.loss(routing)));
+  const Routing<double> routing =
+      route(SoftmaxTopK<double>({.k = k}), test::random_matrix(7, 6, seed),
+            {.sequences = &sequences, .mask = mask});
+  CHECK(loss_of(
+            CommunicationLoss<double>(ExpertGroups::uniform(6, 6),
+                                      {.devices_per_token = k, .coefficient = 0.3, .scope = scope}),
+            routing) == Approx(loss_of(SwitchLoss<double>({.coefficient = 0.3,
+                                                           .fraction = LoadFraction::kOfAssignments,
+                                                           .scope = scope}),
+                                       routing)));
 }
 
 TEST_CASE("CommunicationLoss is zero without real tokens", "[moe][balance][communication_loss]") {
-  const CommunicationLoss<double> balancer{ExpertGroups::uniform(4, 2), 1, 1.0};
-  const SoftmaxTopK<double> selector{1};
+  const CommunicationLoss<double> balancer(ExpertGroups::uniform(4, 2),
+                                           {.devices_per_token = 1, .coefficient = 1.0});
+  const SoftmaxTopK<double> selector({.k = 1});
   const std::vector<std::uint8_t> mask = {0, 0};
-  CHECK(balancer.loss(route(selector, Matrix<double>(0, 4))) == 0.0);
+  CHECK(loss_of(balancer, route(selector, Matrix<double>(0, 4))) == 0.0);
   const Routing<double> padding = route(selector, Matrix<double>::Ones(2, 4), {.mask = mask});
-  CHECK(balancer.loss(padding) == 0.0);
-  CHECK(logit_gradient(selector, balancer, padding).isZero(0.0));
+  CHECK(loss_of(balancer, padding) == 0.0);
+  CHECK(logit_gradient(selector, balancer, Matrix<double>::Ones(2, 4), {.mask = mask}).isZero(0.0));
 }
 
 TEST_CASE("CommunicationLoss gradient agrees with finite differences",
@@ -62,28 +74,28 @@ TEST_CASE("CommunicationLoss gradient agrees with finite differences",
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
   const Pass pass{.sequences = &sequences, .mask = mask};
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
-  const CommunicationLoss<double> balancer{ExpertGroups({0, 1, 1, 2, 0, 1}), 2, 0.5, scope};
+  const CommunicationLoss<double> balancer(
+      ExpertGroups({0, 1, 1, 2, 0, 1}),
+      {.devices_per_token = 2, .coefficient = 0.5, .scope = scope});
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
-  check(SoftmaxTopK<double>{3});
+  check(SoftmaxTopK<double>({.k = 3}));
   check(SigmoidTopK<double>(6, {.k = 3}));
 }
 
 TEST_CASE("CommunicationLoss says what is wrong", "[moe][balance][communication_loss]") {
   const auto message = [](auto action) { return test::message_of<ConfigError>(action); };
   CHECK(message([] {
-          CommunicationLoss<float>{ExpertGroups::uniform(4, 2), 1, -1.0F}.check();
-        }) == "CommunicationLoss: coefficient = -1, expected >= 0");
+          CommunicationLoss<float>(ExpertGroups::uniform(4, 2),
+                                   {.devices_per_token = 1, .coefficient = -1.0});
+        }) == "CommunicationLoss: coefficient = -1, expected a finite number >= 0");
   CHECK(message([] {
-          CommunicationLoss<float>{ExpertGroups::uniform(4, 2), 3}.check();
+          CommunicationLoss<float>(ExpertGroups::uniform(4, 2), {.devices_per_token = 3});
         }) ==
         "CommunicationLoss: devices_per_token = 3, expected 1 <= devices_per_token <= devices = 2");
   CHECK(message([] {
-          CommunicationLoss<double>{ExpertGroups::uniform(4, 2)}.loss(
-              route(SoftmaxTopK<double>{1}, Matrix<double>::Ones(2, 6)));
+          loss_of(CommunicationLoss<double>(ExpertGroups::uniform(4, 2)),
+                  route(SoftmaxTopK<double>({.k = 1}), Matrix<double>::Ones(2, 6)));
         }) == "CommunicationLoss: the groups are of 4 experts, expected 6 as routed to");
 }

@@ -10,13 +10,15 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<DeviceLoss<float>, float>);
+static_assert(RoutingLoss<DeviceLoss<float>, float>);
 
 TEST_CASE("DeviceLoss matches a routing worked out by hand", "[moe][balance][device_loss]") {
   // Probabilities (4, 3, 2, 1)/10 twice, choices {0, 1}: f = (2, 2, 0, 0), P = p. Devices {0, 1}
@@ -24,11 +26,14 @@ TEST_CASE("DeviceLoss matches a routing worked out by hand", "[moe][balance][dev
   Matrix<double> logits(2, 4);
   logits.rowwise() =
       RowVector<double>(Eigen::RowVector4d(std::log(4.0), std::log(3.0), std::log(2.0), 0.0));
-  const Routing<double> routing = route(SoftmaxTopK<double>{2}, logits);
-  CHECK(DeviceLoss<double>{ExpertGroups::uniform(4, 2), 0.5}.loss(routing) == Approx(0.5 * 1.4));
-  CHECK(DeviceLoss<double>{ExpertGroups({0, 1, 0, 1}), 0.5}.loss(routing) == Approx(0.5));
+  const Routing<double> routing = route(SoftmaxTopK<double>({.k = 2}), logits);
+  CHECK(loss_of(DeviceLoss<double>(ExpertGroups::uniform(4, 2), {.coefficient = 0.5}), routing) ==
+        Approx(0.5 * 1.4));
+  CHECK(loss_of(DeviceLoss<double>(ExpertGroups({0, 1, 0, 1}), {.coefficient = 0.5}), routing) ==
+        Approx(0.5));
   // Sizes 1 and 3: f' = (2, 2/3), P' = (0.4, 0.6).
-  CHECK(DeviceLoss<double>{ExpertGroups({0, 1, 1, 1}), 1.0}.loss(routing) == Approx(1.2));
+  CHECK(loss_of(DeviceLoss<double>(ExpertGroups({0, 1, 1, 1}), {.coefficient = 1.0}), routing) ==
+        Approx(1.2));
 }
 
 TEST_CASE("DeviceLoss of one expert per device is the Switch loss, of one device its coefficient",
@@ -38,21 +43,28 @@ TEST_CASE("DeviceLoss of one expert per device is the Switch loss, of one device
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
   const Sequences sequences({4, 0, 3});
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 0, 1};
-  const Routing<double> routing = route(SoftmaxTopK<double>{k}, test::random_matrix(7, 6, seed),
-                                        {.sequences = &sequences, .mask = mask});
-  CHECK(DeviceLoss<double>{ExpertGroups::uniform(6, 6), 0.3, scope}.loss(routing) ==
-        Approx(SwitchLoss<double>{0.3, LoadFraction::kOfAssignments, scope}.loss(routing)));
-  CHECK(DeviceLoss<double>{ExpertGroups::uniform(6, 1), 0.3, scope}.loss(routing) == Approx(0.3));
+  const Routing<double> routing =
+      route(SoftmaxTopK<double>({.k = k}), test::random_matrix(7, 6, seed),
+            {.sequences = &sequences, .mask = mask});
+  CHECK(loss_of(
+            DeviceLoss<double>(ExpertGroups::uniform(6, 6), {.coefficient = 0.3, .scope = scope}),
+            routing) == Approx(loss_of(SwitchLoss<double>({.coefficient = 0.3,
+                                                           .fraction = LoadFraction::kOfAssignments,
+                                                           .scope = scope}),
+                                       routing)));
+  CHECK(
+      loss_of(DeviceLoss<double>(ExpertGroups::uniform(6, 1), {.coefficient = 0.3, .scope = scope}),
+              routing) == Approx(0.3));
 }
 
 TEST_CASE("DeviceLoss is zero without real tokens", "[moe][balance][device_loss]") {
-  const DeviceLoss<double> balancer{ExpertGroups::uniform(4, 2), 1.0};
-  const SoftmaxTopK<double> selector{1};
+  const DeviceLoss<double> balancer(ExpertGroups::uniform(4, 2), {.coefficient = 1.0});
+  const SoftmaxTopK<double> selector({.k = 1});
   const std::vector<std::uint8_t> mask = {0, 0};
-  CHECK(balancer.loss(route(selector, Matrix<double>(0, 4))) == 0.0);
+  CHECK(loss_of(balancer, route(selector, Matrix<double>(0, 4))) == 0.0);
   const Routing<double> padding = route(selector, Matrix<double>::Ones(2, 4), {.mask = mask});
-  CHECK(balancer.loss(padding) == 0.0);
-  CHECK(logit_gradient(selector, balancer, padding).isZero(0.0));
+  CHECK(loss_of(balancer, padding) == 0.0);
+  CHECK(logit_gradient(selector, balancer, Matrix<double>::Ones(2, 4), {.mask = mask}).isZero(0.0));
 }
 
 TEST_CASE("DeviceLoss gradient agrees with finite differences",
@@ -62,25 +74,22 @@ TEST_CASE("DeviceLoss gradient agrees with finite differences",
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
   const Pass pass{.sequences = &sequences, .mask = mask};
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
-  const DeviceLoss<double> balancer{ExpertGroups({0, 1, 1, 2, 0, 1}), 0.5, scope};
+  const DeviceLoss<double> balancer(ExpertGroups({0, 1, 1, 2, 0, 1}),
+                                    {.coefficient = 0.5, .scope = scope});
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
-  check(SoftmaxTopK<double>{2});
+  check(SoftmaxTopK<double>({.k = 2}));
   check(SigmoidTopK<double>(6, {.k = 2}));
 }
 
 TEST_CASE("DeviceLoss and ExpertGroups say what is wrong", "[moe][balance][device_loss]") {
   const auto message = [](auto action) { return test::message_of<ConfigError>(action); };
+  CHECK(message([] { DeviceLoss<float>(ExpertGroups::uniform(4, 2), {.coefficient = -1.0}); }) ==
+        "DeviceLoss: coefficient = -1, expected a finite number >= 0");
   CHECK(message([] {
-          DeviceLoss<float>{ExpertGroups::uniform(4, 2), -1.0F}.check();
-        }) == "DeviceLoss: coefficient = -1, expected >= 0");
-  CHECK(message([] {
-          DeviceLoss<double>{ExpertGroups::uniform(4, 2)}.loss(
-              route(SoftmaxTopK<double>{1}, Matrix<double>::Ones(2, 6)));
+          loss_of(DeviceLoss<double>(ExpertGroups::uniform(4, 2)),
+                  route(SoftmaxTopK<double>({.k = 1}), Matrix<double>::Ones(2, 6)));
         }) == "DeviceLoss: the groups are of 4 experts, expected 6 as routed to");
   CHECK(message([] { ExpertGroups::uniform(4, 3); }) ==
         "ExpertGroups: groups = 3, expected a divisor of experts = 4");

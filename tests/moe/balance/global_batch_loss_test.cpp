@@ -14,14 +14,16 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<GlobalBatchLoss<float>, float>);
-static_assert(BalancingRule<GlobalBatchLoss<float>, float>);
+static_assert(RoutingLoss<GlobalBatchLoss<float>, float>);
+static_assert(BalancingRule<GlobalBatchLoss<float>, SoftmaxTopK<float>>);
 
 namespace {
 
@@ -39,32 +41,39 @@ Matrix<double> second() {
   return logits;
 }
 
+/// The value of the only loss of a layer, as its report has it.
+template <class Layer>
+double reported_loss(const Layer& layer, const typename Layer::Cache& cache) {
+  const LayerReport report = layer.report(cache);
+  return report.losses.size() == 1 ? report.losses.front().second : NAN;
+}
+
 }  // namespace
 
 TEST_CASE(
     "GlobalBatchLoss takes the fractions of the step and the probabilities of the micro-batch",
     "[moe][balance][global_batch_loss]") {
   // Alone: f = (1, 0), 2 * 3/4. After it: f = (1, 2)/3, P = (1, 3)/4, 2 * 7/12.
-  const SoftmaxTopK<double> selector{1};
-  GlobalBatchLoss<double> balancer(0.5);
-  CHECK(balancer.loss(route(selector, first())) == Approx(0.5 * 1.5));
+  const SoftmaxTopK<double> selector({.k = 1});
+  GlobalBatchLoss<double> balancer({.coefficient = 0.5});
+  CHECK(loss_of(balancer, route(selector, first())) == Approx(0.5 * 1.5));
   balancer.observe(route(selector, first()));
-  CHECK(balancer.loss(route(selector, second())) == Approx(0.5 * 7.0 / 6.0));
+  CHECK(loss_of(balancer, route(selector, second())) == Approx(0.5 * 7.0 / 6.0));
   balancer.observe(route(selector, second()));
   CHECK(balancer.load() == RowVector<double>(Eigen::RowVector2d(1.0, 2.0)));
 
   SoftmaxTopK<double> any = selector;
   balancer.update(any);
   CHECK(balancer.load().isZero(0.0));
-  CHECK(balancer.loss(route(selector, second())) == Approx(0.5 * 1.5));
+  CHECK(loss_of(balancer, route(selector, second())) == Approx(0.5 * 1.5));
 }
 
 TEST_CASE("GlobalBatchLoss counts other ranks as if they were earlier micro-batches",
           "[moe][balance][global_batch_loss]") {
-  const SoftmaxTopK<double> selector{1};
-  GlobalBatchLoss<double> balancer(0.5);
+  const SoftmaxTopK<double> selector({.k = 1});
+  GlobalBatchLoss<double> balancer({.coefficient = 0.5});
   balancer.add_load(Eigen::RowVector2d(1.0, 0.0));
-  CHECK(balancer.loss(route(selector, second())) == Approx(0.5 * 7.0 / 6.0));
+  CHECK(loss_of(balancer, route(selector, second())) == Approx(0.5 * 7.0 / 6.0));
   CHECK(test::message_of<ShapeError>([&] { balancer.add_load(RowVector<double>::Zero(3)); }) ==
         "GlobalBatchLoss::add_load: load is [1, 3], expected [1, 2]");
   CHECK(balancer.load().sum() == 1.0);
@@ -75,24 +84,26 @@ TEST_CASE("GlobalBatchLoss of the first micro-batch is the Switch loss",
   const auto seed = GENERATE(as<std::uint64_t>{}, 1, 2, 3);
   const auto k = GENERATE(as<Index>{}, 1, 2, 5);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 0, 1};
-  const SoftmaxTopK<double> selector{k};
+  const SoftmaxTopK<double> selector({.k = k});
   const Routing<double> routing = route(selector, test::random_matrix(7, 5, seed), {.mask = mask});
-  const GlobalBatchLoss<double> balancer(0.3);
-  const SwitchLoss<double> expected{0.3};
-  CHECK(balancer.loss(routing) == Approx(expected.loss(routing)));
-  CHECK(test::relative_error(logit_gradient(selector, balancer, routing),
-                             logit_gradient(selector, expected, routing)) < 1e-14);
+  const GlobalBatchLoss<double> balancer({.coefficient = 0.3});
+  const SwitchLoss<double> expected({.coefficient = 0.3});
+  CHECK(loss_of(balancer, routing) == Approx(loss_of(expected, routing)));
+  CHECK(test::relative_error(
+            logit_gradient(selector, balancer, test::random_matrix(7, 5, seed), {.mask = mask}),
+            logit_gradient(selector, expected, test::random_matrix(7, 5, seed), {.mask = mask})) <
+        1e-14);
 }
 
 TEST_CASE("GlobalBatchLoss is zero without real tokens", "[moe][balance][global_batch_loss]") {
-  GlobalBatchLoss<double> balancer(1.0);
-  const SoftmaxTopK<double> selector{1};
+  GlobalBatchLoss<double> balancer({.coefficient = 1.0});
+  const SoftmaxTopK<double> selector({.k = 1});
   const std::vector<std::uint8_t> mask = {0, 0};
   const Routing<double> padding = route(selector, second(), {.mask = mask});
   for (int counted = 0; counted < 2; ++counted) {
-    CHECK(balancer.loss(route(selector, Matrix<double>(0, 2))) == 0.0);
-    CHECK(balancer.loss(padding) == 0.0);
-    CHECK(logit_gradient(selector, balancer, padding).isZero(0.0));
+    CHECK(loss_of(balancer, route(selector, Matrix<double>(0, 2))) == 0.0);
+    CHECK(loss_of(balancer, padding) == 0.0);
+    CHECK(logit_gradient(selector, balancer, second(), {.mask = mask}).isZero(0.0));
     balancer.observe(padding);
     CHECK(balancer.load().isZero(0.0));
   }
@@ -103,38 +114,73 @@ TEST_CASE("GlobalBatchLoss gradient agrees with finite differences",
   Matrix<double> logits = test::random_matrix(7, 5, 5);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
   const Pass pass{.mask = mask};
-  GlobalBatchLoss<double> balancer(0.5);
-  balancer.observe(route(SoftmaxTopK<double>{2}, test::random_matrix(4, 5, 6)));
+  GlobalBatchLoss<double> balancer({.coefficient = 0.5});
+  balancer.observe(route(SoftmaxTopK<double>({.k = 2}), test::random_matrix(4, 5, 6)));
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
-  check(SoftmaxTopK<double>{2});
+  check(SoftmaxTopK<double>({.k = 2}));
   check(SigmoidTopK<double>(5, {.k = 2}));
 }
 
 TEST_CASE("GlobalBatchLoss counts a forward pass that is run again once",
           "[moe][balance][global_batch_loss]") {
   Rng rng(3);
-  MoELayer moe(LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}), SoftmaxTopK<double>{2},
-               Dropless{}, GluBank<double>(4, 3, 2, rng), GlobalBatchLoss<double>(0.5));
+  MoELayer moe(LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}), SoftmaxTopK<double>({.k = 2}),
+               Dropless(), GluBank<double>(3, 4, 2, rng),
+               GlobalBatchLoss<double>({.coefficient = 0.5}));
   const Matrix<double> x = test::random_matrix(5, 3, 1);
   const Matrix<double> dy = Matrix<double>::Ones(5, 3);
   decltype(moe)::Cache cache;
-  moe.forward(x, cache);
-  const double loss = cache.aux_loss;
-  moe.forward(x, cache);
-  CHECK(cache.aux_loss == loss);
+  moe.forward(x, kTraining, cache);
+  const double loss = reported_loss(moe, cache);
+  moe.forward(x, kTraining, cache);
+  CHECK(reported_loss(moe, cache) == loss);
   CHECK(moe.balancer<0>().load().size() == 0);
   moe.backward(dy, cache);
   CHECK(moe.balancer<0>().load().sum() == 10.0);
-  moe.update();
+  update(moe);
   CHECK(moe.balancer<0>().load().isZero(0.0));
 }
 
+TEST_CASE("GlobalBatchLoss reports what its backward pass differentiates, whatever else is counted",
+          "[moe][balance][global_batch_loss][gradient]") {
+  const auto layer = [] {
+    Rng rng(3);
+    return MoELayer(LinearRouter<double>(3, 4, rng, {.init_scale = 10.0}),
+                    SoftmaxTopK<double>({.k = 2}), Dropless(), GluBank<double>(3, 4, 2, rng),
+                    GlobalBatchLoss<double>({.coefficient = 0.5}));
+  };
+  const Matrix<double> x = test::random_matrix(5, 3, 1);
+  const Matrix<double> other = test::random_matrix(9, 3, 2);
+  const Matrix<double> nothing = Matrix<double>::Zero(5, 3);
+  auto alone = layer();
+  decltype(alone)::Cache alone_cache;
+  alone.forward(x, kTraining, alone_cache);
+  const double loss = reported_loss(alone, alone_cache);
+  alone.backward(nothing, alone_cache);
+  CHECK(loss > 0.1);
+
+  auto moe = layer();
+  decltype(moe)::Cache cache, other_cache;
+  moe.forward(x, kTraining, cache);
+  moe.forward(other, kTraining, other_cache);
+  moe.backward(Matrix<double>::Zero(9, 3), other_cache);
+  zero_gradients(moe);
+  CHECK(reported_loss(moe, cache) == loss);
+  moe.backward(nothing, cache);
+  CHECK(reported_loss(moe, cache) == loss);
+  CHECK(moe.router().weight().gradient() == alone.router().weight().gradient());
+  update(moe);
+  CHECK(reported_loss(moe, cache) == loss);
+  // Within the step, the other micro-batch would have been counted.
+  moe.forward(other, kTraining, other_cache);
+  moe.backward(Matrix<double>::Zero(9, 3), other_cache);
+  moe.forward(x, kTraining, cache);
+  CHECK(std::abs(reported_loss(moe, cache) - loss) > 1e-3);
+}
+
 TEST_CASE("GlobalBatchLoss refuses a negative coefficient", "[moe][balance][global_batch_loss]") {
-  CHECK(test::message_of<ConfigError>([] { GlobalBatchLoss<float>(-1.0F); }) ==
-        "GlobalBatchLoss: coefficient = -1, expected >= 0");
+  CHECK(test::message_of<ConfigError>([] { GlobalBatchLoss<float>({.coefficient = -1.0}); }) ==
+        "GlobalBatchLoss: coefficient = -1, expected a finite number >= 0");
 }

@@ -11,24 +11,26 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<GShardLoss<float>, float>);
-static_assert(!BalancingRule<GShardLoss<float>, float>);
+static_assert(RoutingLoss<GShardLoss<float>, float>);
+static_assert(!ObservingBalancer<GShardLoss<float>, float>);
 
 TEST_CASE("GShardLoss matches a routing worked out by hand", "[moe][balance][gshard_loss]") {
   // Softmax rows (3, 2, 1)/6 and (1, 3, 2)/6, first choices 0 and 1, seconds not counted:
   // 3 / 4 * (1 * 4/6 + 1 * 5/6) = 9/8.
   Matrix<double> logits(2, 3);
   logits << std::log(3.0), std::log(2.0), 0.0, 0.0, std::log(3.0), std::log(2.0);
-  Routing<double> routing = route(SoftmaxTopK<double>{2}, logits);
-  CHECK(GShardLoss<double>{0.5}.loss(routing) == Approx(0.5 * 9.0 / 8.0));
-  FixedCapacity{1}.apply(routing);
-  CHECK(GShardLoss<double>{0.5}.loss(routing) == Approx(0.5 * 9.0 / 8.0));
+  Routing<double> routing = route(SoftmaxTopK<double>({.k = 2}), logits);
+  CHECK(loss_of(GShardLoss<double>({.coefficient = 0.5}), routing) == Approx(0.5 * 9.0 / 8.0));
+  test::limit(FixedCapacity({.capacity = 1}), routing);
+  CHECK(loss_of(GShardLoss<double>({.coefficient = 0.5}), routing) == Approx(0.5 * 9.0 / 8.0));
 }
 
 TEST_CASE("GShardLoss is the Switch loss for one choice per token", "[moe][balance][gshard_loss]") {
@@ -39,11 +41,14 @@ TEST_CASE("GShardLoss is the Switch loss for one choice per token", "[moe][balan
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 0, 1};
   const Matrix<double> logits = test::random_matrix(7, experts, seed);
   const Pass pass{.sequences = &sequences, .mask = mask};
-  const Routing<double> one = route(SoftmaxTopK<double>{1}, logits, pass);
-  const Routing<double> all = route(SoftmaxTopK<double>{experts}, logits, pass);
-  const double expected = SwitchLoss<double>{0.3, LoadFraction::kOfAssignments, scope}.loss(one);
-  CHECK(GShardLoss<double>{0.3, scope}.loss(one) == Approx(expected));
-  CHECK(GShardLoss<double>{0.3, scope}.loss(all) == Approx(expected));
+  const Routing<double> one = route(SoftmaxTopK<double>({.k = 1}), logits, pass);
+  const Routing<double> all = route(SoftmaxTopK<double>({.k = experts}), logits, pass);
+  const double expected =
+      loss_of(SwitchLoss<double>(
+                  {.coefficient = 0.3, .fraction = LoadFraction::kOfAssignments, .scope = scope}),
+              one);
+  CHECK(loss_of(GShardLoss<double>({.coefficient = 0.3, .scope = scope}), one) == Approx(expected));
+  CHECK(loss_of(GShardLoss<double>({.coefficient = 0.3, .scope = scope}), all) == Approx(expected));
 }
 
 TEST_CASE("GShardLoss does not see padding, and is zero without real tokens",
@@ -53,19 +58,19 @@ TEST_CASE("GShardLoss does not see padding, and is zero without real tokens",
   padded.topRows(2) = logits.topRows(2);
   padded.row(3) = logits.row(2);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 0};
-  const GShardLoss<double> balancer{0.3};
-  const SoftmaxTopK<double> selector{2};
+  const GShardLoss<double> balancer({.coefficient = 0.3});
+  const SoftmaxTopK<double> selector({.k = 2});
   const Routing<double> routing = route(selector, padded, {.mask = mask});
-  CHECK(balancer.loss(routing) == Approx(balancer.loss(route(selector, logits))));
-  const Matrix<double> gradient = logit_gradient(selector, balancer, routing);
+  CHECK(loss_of(balancer, routing) == Approx(loss_of(balancer, route(selector, logits))));
+  const Matrix<double> gradient = logit_gradient(selector, balancer, padded, {.mask = mask});
   CHECK(gradient.row(2).isZero(0.0));
   CHECK(gradient.row(4).isZero(0.0));
 
   const std::vector<std::uint8_t> nothing = {0, 0, 0};
-  CHECK(balancer.loss(route(selector, Matrix<double>(0, 4))) == 0.0);
+  CHECK(loss_of(balancer, route(selector, Matrix<double>(0, 4))) == 0.0);
   const Routing<double> all = route(selector, logits, {.mask = nothing});
-  CHECK(balancer.loss(all) == 0.0);
-  CHECK(logit_gradient(selector, balancer, all).isZero(0.0));
+  CHECK(loss_of(balancer, all) == 0.0);
+  CHECK(logit_gradient(selector, balancer, logits, {.mask = nothing}).isZero(0.0));
 }
 
 TEST_CASE("GShardLoss gradient agrees with finite differences",
@@ -75,18 +80,15 @@ TEST_CASE("GShardLoss gradient agrees with finite differences",
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
   const Pass pass{.sequences = &sequences, .mask = mask};
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
-  const GShardLoss<double> balancer{0.5, scope};
+  const GShardLoss<double> balancer({.coefficient = 0.5, .scope = scope});
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
-  check(SoftmaxTopK<double>{2});
+  check(SoftmaxTopK<double>({.k = 2}));
   check(SigmoidTopK<double>(5, {.k = 2}));
 }
 
 TEST_CASE("GShardLoss refuses a negative coefficient", "[moe][balance][gshard_loss]") {
-  CHECK(test::message_of<ConfigError>([] { GShardLoss<float>{-1.0F}.check(); }) ==
-        "GShardLoss: coefficient = -1, expected >= 0");
+  CHECK(test::message_of<ConfigError>([] { GShardLoss<float>({.coefficient = -1.0}); }) ==
+        "GShardLoss: coefficient = -1, expected a finite number >= 0");
 }

@@ -22,14 +22,17 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/noisy_routing.hpp"
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
+using test::gradient_of;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<HierarchicalLoadLoss<float>, float>);
-static_assert(!BalancingRule<HierarchicalLoadLoss<float>, float>);
+static_assert(RoutingLoss<HierarchicalLoadLoss<float>, float>);
+static_assert(!ObservingBalancer<HierarchicalLoadLoss<float>, float>);
 
 namespace {
 
@@ -84,15 +87,9 @@ struct TwoLevels {
     return logits;
   }
 
-  Routing<double> routing(const HierarchicalTopK<double>& selector, const Pass& pass = {}) const {
-    Routing<double> routing = route(selector, shifted(noisy_b()), pass);
-    routing.noisy = true;
-    routing.groups = groups();
-    routing.clean_logits = shifted(b);
-    routing.noise_std = b_std;
-    routing.group_noise = a_noise.cwiseProduct(a_std);
-    routing.group_noise_std = a_std;
-    return routing;
+  test::NoisyRouting<double> routing(const HierarchicalTopK<double>& selector,
+                                     const Pass& pass = {}) const {
+    return {route(selector, shifted(noisy_b()), pass), {{a, a_std}, {shifted(b), b_std}}};
   }
 
   Matrix<double> a, a_noise, a_std;  // The logits are without noise.
@@ -100,18 +97,12 @@ struct TwoLevels {
 };
 
 RowVector<double> load_of(const Routing<double>& routing) {
-  RowVector<double> load;
-  HierarchicalLoadLoss<double>::load(routing, load);
-  return load;
+  HierarchicalLoadLoss<double>::Cache cache;
+  HierarchicalLoadLoss<double>().forward(routing, cache);
+  return cache.load;
 }
 
-RoutingGradient<double> gradient_of(const HierarchicalLoadLoss<double>& balancer,
-                                    const Routing<double>& routing) {
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  balancer.add_gradient(routing, gradient);
-  return gradient;
-}
+const HierarchicalLoadLoss<double> kLoss({.coefficient = 1.0});
 
 double phi(double z) {
   return 0.5 * std::erfc(-z / std::numbers::sqrt2);
@@ -120,20 +111,18 @@ double phi(double z) {
 /// LoadLoss of one level by itself.
 RowVector<double> load_of_level(const Matrix<double>& clean, const Matrix<double>& noisy,
                                 const Matrix<double>& std, Index k) {
-  Routing<double> routing = route(TopKSoftmax<double>{k}, noisy);
-  routing.noisy = true;
-  routing.clean_logits = clean;
-  routing.noise_std = std;
-  RowVector<double> load;
-  LoadLoss<double>::load(routing, load);
-  return load;
+  const test::NoisyRouting<double> routing(route(TopKSoftmax<double>({.k = k}), noisy),
+                                           {{clean, std}});
+  LoadLoss<double>::Cache cache;
+  LoadLoss<double>().forward(routing, cache);
+  return cache.load;
 }
 
 template <class Router>
 auto layer(Router router, HierarchicalTopK<double> selector, Rng& rng) {
-  GluBank<double> bank(router.experts(), router.d_model(), 1, rng);
-  return MoELayer(std::move(router), selector, Dropless{}, std::move(bank),
-                  HierarchicalLoadLoss<double>{0.7});
+  GluBank<double> bank(router.d_model(), router.experts(), 1, rng, {.init_scale = 0.1});
+  return MoELayer(std::move(router), selector, Dropless(), std::move(bank),
+                  HierarchicalLoadLoss<double>({.coefficient = 0.7}));
 }
 
 }  // namespace
@@ -149,7 +138,8 @@ TEST_CASE("HierarchicalLoadLoss matches probabilities worked out by hand",
   levels.b << 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 3.0, 2.0;
   levels.b_std << 0.5, 1.0, 1.0, 0.5, 1.0, 1.0, 0.5, 2.0;
   levels.b_noise << 2.0, -1.0, 0.0, 1.0, 0.0, 1.0, 2.0, -0.5;
-  const Routing<double> routing = levels.routing({.groups = 2, .group_k = 1, .k = 1, .rest_k = 1});
+  const test::NoisyRouting<double> routing =
+      levels.routing(HierarchicalTopK<double>({.groups = 2, .group_k = 1, .k = 1, .rest_k = 1}));
   REQUIRE(routing.expert == std::vector<Index>{0, 2});
   // Token 0: group 0 has to exceed 0, group 1 has to exceed 1; token 1: 3, and 2.
   const double m0 = phi(0.5 / 0.5) + phi((2.5 - 3.0) / 1.0);
@@ -162,8 +152,8 @@ TEST_CASE("HierarchicalLoadLoss matches probabilities worked out by hand",
   CHECK(load[2] == Approx(m1 * phi((3.0 - 1.0) / 0.5)));
   CHECK(load[3] == Approx(m1 * phi((2.0 - 4.0) / 2.0)));
   for (const auto variance : {Variance::kPopulation, Variance::kSample}) {
-    CHECK(HierarchicalLoadLoss<double>{0.5, variance}.loss(routing) ==
-          Approx(0.5 * squared_variation<double>(load, variance)));
+    CHECK(loss_of(HierarchicalLoadLoss<double>({.coefficient = 0.5, .variance = variance}),
+                  routing) == Approx(0.5 * squared_variation<double>(load, variance)));
   }
 }
 
@@ -177,8 +167,8 @@ TEST_CASE("HierarchicalLoadLoss is the product of the loads of the two levels, e
     const Index group_k = 1 + rng.below(groups);
     const Index k = 1 + rng.below(size);
     const TwoLevels levels(tokens, groups, size, rng.bits());
-    const Routing<double> routing =
-        levels.routing({.groups = groups, .group_k = group_k, .k = k, .rest_k = k});
+    const test::NoisyRouting<double> routing = levels.routing(
+        HierarchicalTopK<double>({.groups = groups, .group_k = group_k, .k = k, .rest_k = k}));
     const RowVector<double> primary =
         load_of_level(levels.a, levels.noisy_a(), levels.a_std, group_k);
     RowVector<double> expected(groups * size);
@@ -216,101 +206,138 @@ TEST_CASE("HierarchicalLoadLoss divides the load of a group without tokens evenl
   levels.a.col(2).setConstant(1.0);
   levels.a_noise.setZero();
   levels.a_std.setConstant(7.0);
-  const HierarchicalTopK<double> selector{.groups = 3, .group_k = 2, .k = 1, .rest_k = 2};
-  Routing<double> routing = levels.routing(selector);
+  const HierarchicalTopK<double> selector({.groups = 3, .group_k = 2, .k = 1, .rest_k = 2});
+  test::NoisyRouting<double> routing = levels.routing(selector);
   const RowVector<double> load = load_of(routing);
   CHECK(load[4] == Approx(4.0 * phi(-1.0) * 1.5 / 2.0));
   CHECK(load[5] == Approx(load[4]));
-  // Its noisy logit is to rise: the loss falls with it, and with the logit without noise.
-  const RoutingGradient<double> gradient = gradient_of({1.0}, routing);
-  CHECK(gradient.group_noise.col(2).minCoeff() > 0.0);
+  // The loss falls with its logit.
+  const RoutingGradient<double> gradient = gradient_of(kLoss, routing);
+  CHECK(gradient.noise.front().clean.col(2).maxCoeff() < 0.0);
 }
 
 TEST_CASE("HierarchicalLoadLoss counts where there is nothing to estimate",
           "[moe][balance][hierarchical_load_loss]") {
-  const HierarchicalTopK<double> selector{.groups = 3, .group_k = 2, .k = 2, .rest_k = 1};
+  const HierarchicalTopK<double> selector({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1});
   const TwoLevels levels(7, 3, 3, 4);
-  Routing<double> quiet = levels.routing(selector);
+  test::NoisyRouting<double> quiet = levels.routing(selector);
   RowVector<double> count = RowVector<double>::Zero(9);
   quiet.add_load(0, 7, count);
-  quiet.noise_std.setZero();
-  quiet.group_noise_std.setZero();
+  for (NoiseLevel<double>& level : quiet.levels) level.deviation.setZero();
   CHECK(load_of(quiet).isApprox(count, 1e-14));
-  const RoutingGradient<double> none = gradient_of({1.0}, quiet);
+  const RoutingGradient<double> none = gradient_of(kLoss, quiet);
   CHECK(none.logits.isZero(0.0));
-  CHECK(none.clean_logits.isZero(0.0));
-  CHECK(none.group_noise.isZero(0.0));
+  CHECK(none.noise.back().clean.isZero(0.0));
+  CHECK(none.noise.front().clean.isZero(0.0));
 
-  quiet.noisy = false;
-  quiet.groups = 0;
+  quiet.noise = {};
   CHECK(load_of(quiet) == count);
-  CHECK(gradient_of({1.0}, quiet).logits.isZero(0.0));
+  CHECK(gradient_of(kLoss, quiet).logits.isZero(0.0));
 
   const TwoLevels all(7, 2, 3, 5);
-  const Routing<double> everything = all.routing({.groups = 2, .group_k = 2, .k = 3, .rest_k = 3});
+  const test::NoisyRouting<double> everything =
+      all.routing(HierarchicalTopK<double>({.groups = 2, .group_k = 2, .k = 3, .rest_k = 3}));
   CHECK(load_of(everything) == RowVector<double>::Constant(6, 7.0));
-  CHECK(HierarchicalLoadLoss<double>{1.0}.loss(everything) == 0.0);
+  CHECK(loss_of(HierarchicalLoadLoss<double>({.coefficient = 1.0}), everything) == 0.0);
 }
 
 TEST_CASE("HierarchicalLoadLoss of no tokens is zero, and padding is not seen",
           "[moe][balance][hierarchical_load_loss]") {
-  const HierarchicalTopK<double> selector{.groups = 2, .group_k = 1, .k = 1, .rest_k = 1};
-  CHECK(HierarchicalLoadLoss<double>{1.0}.loss(TwoLevels(0, 2, 2, 6).routing(selector)) == 0.0);
-  CHECK(gradient_of({1.0}, TwoLevels(0, 2, 2, 6).routing(selector)).group_noise.rows() == 0);
+  const HierarchicalTopK<double> selector({.groups = 2, .group_k = 1, .k = 1, .rest_k = 1});
+  CHECK(loss_of(HierarchicalLoadLoss<double>({.coefficient = 1.0}),
+                TwoLevels(0, 2, 2, 6).routing(selector)) == 0.0);
+  CHECK(gradient_of(kLoss, TwoLevels(0, 2, 2, 6).routing(selector)).noise.front().clean.rows() ==
+        0);
 
   TwoLevels levels(5, 2, 2, 7);
   const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 1};
   const RowVector<double> load = load_of(levels.routing(selector, {.mask = mask}));
   levels.a.row(1).setConstant(NAN);
   levels.b.row(1).setConstant(NAN);
-  const Routing<double> routing = levels.routing(selector, {.mask = mask});
+  const test::NoisyRouting<double> routing = levels.routing(selector, {.mask = mask});
   CHECK(load_of(routing) == load);
-  const RoutingGradient<double> gradient = gradient_of({1.0}, routing);
+  const RoutingGradient<double> gradient = gradient_of(kLoss, routing);
   CHECK(gradient.logits.allFinite());
-  CHECK(gradient.clean_logits.row(1).isZero(0.0));
-  CHECK(gradient.group_noise.row(1).isZero(0.0));
+  CHECK(gradient.noise.back().clean.row(1).isZero(0.0));
+  CHECK(gradient.noise.front().clean.row(1).isZero(0.0));
 }
 
 TEST_CASE("HierarchicalLoadLoss gives forbidden experts no load",
           "[moe][balance][hierarchical_load_loss]") {
   const TwoLevels levels(9, 3, 3, 8);
   const std::vector<std::uint8_t> allowed = {1, 1, 1, 0, 1, 1, 0, 0, 0};
-  const Routing<double> routing =
-      levels.routing({.groups = 3, .group_k = 1, .k = 1, .rest_k = 1}, {.allowed = allowed});
+  const test::NoisyRouting<double> routing =
+      levels.routing(HierarchicalTopK<double>({.groups = 3, .group_k = 1, .k = 1, .rest_k = 1}),
+                     {.allowed = allowed});
   const RowVector<double> load = load_of(routing);
   CHECK(load[3] == 0.0);
   CHECK(load.tail(3).isZero(0.0));
   CHECK(load[4] > 0.0);
-  const RoutingGradient<double> gradient = gradient_of({1.0}, routing);
+  const RoutingGradient<double> gradient = gradient_of(kLoss, routing);
   CHECK(gradient.logits.allFinite());
   CHECK(gradient.logits.col(3).isZero(0.0));
   CHECK(gradient.logits.rightCols(3).isZero(0.0));
-  CHECK(gradient.clean_logits.rightCols(3).isZero(0.0));
+  CHECK(gradient.noise.back().clean.rightCols(3).isZero(0.0));
+}
+
+TEST_CASE(
+    "HierarchicalLoadLoss loads the others as if the router had not scored a forbidden expert",
+    "[moe][balance][hierarchical_load_loss]") {
+  const HierarchicalRouter router(noisy_router(2, 3, 9, 51), noisy_router(6, 3, 9, 54));
+  const HierarchicalTopK<double> selector({.groups = 2, .group_k = 1, .k = 1, .rest_k = 1});
+  const Matrix<double> x = test::random_matrix(9, 3, 50);
+  const std::vector<std::uint8_t> allowed = {1, 1, 0, 1, 1, 0};
+  const Pass pass{.training = true, .allowed = allowed};
+  decltype(router)::Cache cache;
+  const Matrix<double>& z = router.forward(x, pass, cache);
+  Routing<double> routing = route(selector, z, pass);
+  routing.noise = router.noise(cache);
+  const RowVector<double> load = load_of(routing);
+
+  const std::vector<Index> others = {0, 1, 3, 4};
+  const Matrix<double> scores = z(Eigen::all, others);
+  Noisy::Cache of_groups;
+  Matrix<double> a_clean = -router.group_router().forward(x, kTraining, of_groups);
+  a_clean += router.group_router().noise(of_groups).front().clean;  // Minus the noise.
+  for (Index g = 0; g < 2; ++g) {
+    const Matrix<double> exp = scores.middleCols(2 * g, 2).array().exp();
+    a_clean.col(g).array() += exp.rowwise().sum().array().log();
+  }
+  const auto of_others = [&](const Matrix<double>& of_all) {
+    return Matrix<double>(of_all(Eigen::all, others));
+  };
+  const test::NoisyRouting<double> expected(
+      route(selector, scores),
+      {{a_clean, routing.noise.front().deviation},
+       {of_others(routing.noise.back().clean), of_others(routing.noise.back().deviation)}});
+  CHECK(test::relative_error(RowVector<double>(load(others)), load_of(expected)) <= 1e-12);
+  CHECK(load[2] == 0.0);
+  CHECK(load[5] == 0.0);
 }
 
 TEST_CASE("HierarchicalLoadLoss gradient agrees with finite differences",
           "[moe][balance][hierarchical_load_loss][gradient]") {
   const HierarchicalTopK<double> selector =
-      GENERATE(HierarchicalTopK<double>{.groups = 3, .group_k = 1, .k = 1, .rest_k = 1},
-               HierarchicalTopK<double>{.groups = 3, .group_k = 2, .k = 2, .rest_k = 1});
+      GENERATE(HierarchicalTopK<double>({.groups = 3, .group_k = 1, .k = 1, .rest_k = 1}),
+               HierarchicalTopK<double>({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1}));
   const bool restricted = GENERATE(false, true);
   std::vector<std::uint8_t> allowed(15, 1);
   allowed[7] = allowed[12] = 0;
-  const HierarchicalLoadLoss<double> balancer{0.5,
-                                              GENERATE(Variance::kPopulation, Variance::kSample)};
+  const HierarchicalLoadLoss<double> balancer(
+      {.coefficient = 0.5, .variance = GENERATE(Variance::kPopulation, Variance::kSample)});
   Pass pass;
   if (restricted) pass.allowed = allowed;
-  Routing<double> routing = TwoLevels(4, 3, 5, 9).routing(selector, pass);
-  const auto loss = [&] { return balancer.loss(routing); };
+  test::NoisyRouting<double> routing = TwoLevels(4, 3, 5, 9).routing(selector, pass);
+  const auto loss = [&] { return loss_of(balancer, routing); };
   const RoutingGradient<double> gradient = gradient_of(balancer, routing);
   const auto check = [&](const Matrix<double>& analytic, Matrix<double>& x) {
     CHECK(test::relative_error(analytic, test::numeric_gradient(x, loss)) <= 1e-6);
     CHECK(analytic.norm() > 1e-3);
   };
-  check(gradient.clean_logits, routing.clean_logits);
-  check(gradient.noise_std, routing.noise_std);
-  check(gradient.group_noise, routing.group_noise);
-  check(gradient.group_noise_std, routing.group_noise_std);
+  for (const std::size_t level : {0U, 1U}) {
+    check(gradient.noise[level].clean, routing.levels[level].clean);
+    check(gradient.noise[level].deviation, routing.levels[level].deviation);
+  }
   if (restricted) return;  // No finite difference of -infinity.
   check(gradient.logits, routing.logits);
 }
@@ -319,52 +346,47 @@ TEST_CASE("HierarchicalLoadLoss reaches all parameters of two noisy routers",
           "[moe][balance][hierarchical_load_loss][gradient]") {
   Rng rng(10);
   const Matrix<double> x = test::random_matrix(6, 3, 11);
-  const HierarchicalTopK<double> selector{.groups = 3, .group_k = 2, .k = 2, .rest_k = 1};
-  const Pass training{.training = true};
+  const HierarchicalTopK<double> selector({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1});
   auto both = layer(HierarchicalRouter(noisy_router(3, 3, 6, 14), noisy_router(9, 3, 6, 17)),
                     selector, rng);
-  test::check_gradients(both, x, training);
   test::check_gradients(both, x);
-  test::check_gradients(both, x, {.training = true, .aux_scale = 0.3});
+  test::check_gradients(both, x, {.aux_scale = 0.3});
   const std::vector<std::uint8_t> allowed = {1, 1, 0, 1, 1, 1, 0, 1, 1};
-  test::check_gradients(both, x, {.training = true, .allowed = allowed});
+  test::check_gradients(both, x, {.allowed = allowed});
 }
 
 TEST_CASE("HierarchicalLoadLoss reaches all parameters where one level has noise, or is scaled",
           "[moe][balance][hierarchical_load_loss][gradient]") {
   Rng rng(10);
   const Matrix<double> x = test::random_matrix(6, 3, 11);
-  const HierarchicalTopK<double> selector{.groups = 3, .group_k = 2, .k = 2, .rest_k = 1};
-  const Pass training{.training = true};
+  const HierarchicalTopK<double> selector({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1});
   const LinearRouter<double> linear_groups(test::random_matrix(3, 3, 12));
   const LinearRouter<double> linear_experts(test::random_matrix(9, 3, 13));
   auto outer = layer(HierarchicalRouter(noisy_router(3, 3, 6, 14), linear_experts), selector, rng);
-  test::check_gradients(outer, x, training);
+  test::check_gradients(outer, x);
   auto inner = layer(HierarchicalRouter(linear_groups, noisy_router(9, 3, 6, 17)), selector, rng);
-  test::check_gradients(inner, x, training);
+  test::check_gradients(inner, x);
   auto warm =
       layer(TemperatureRouter(
                 HierarchicalRouter(TemperatureRouter(noisy_router(3, 3, 6, 14), {.start = 0.7}),
                                    noisy_router(9, 3, 6, 17)),
                 {.start = 1.5}),
             selector, rng);
-  test::check_gradients(warm, x, training);
+  test::check_gradients(warm, x);
 }
 
-TEST_CASE("HierarchicalRouter tells of the noise of both levels",
+TEST_CASE("HierarchicalRouter tells of the noise of both levels as HierarchicalLoadLoss wants it",
           "[moe][balance][hierarchical_load_loss]") {
   const HierarchicalRouter router(noisy_router(2, 3, 5, 20), noisy_router(8, 3, 5, 23));
   const Matrix<double> x = test::random_matrix(5, 3, 26);
   decltype(router)::Cache cache;
-  const HierarchicalTopK<double> selector{.groups = 2};
-  Routing<double> routing = route(selector, router.forward(x, {.training = true}, cache));
-  router.annotate(cache, routing);
-  REQUIRE(routing.noisy);
-  REQUIRE(routing.groups == 2);
+  const Matrix<double> logits = router.forward(x, kTraining, cache);
+  const std::span<const NoiseLevel<double>> noise = router.noise(cache);
+  REQUIRE(noise.size() == 2);
   // As TwoLevels has it.
   TwoLevels levels(5, 2, 4, 1);
-  levels.a = router.group_router().forward(x);
-  levels.b = router.expert_router().forward(x);
+  levels.a = infer(router.group_router(), x);
+  levels.b = infer(router.expert_router(), x);
   const auto std_of = [&](const Noisy& level) {
     const Matrix<double> raw = x * level.noise_weight().value.transpose();
     return Matrix<double>((raw.array().exp() + 1.0).log() + 0.01);
@@ -373,17 +395,16 @@ TEST_CASE("HierarchicalRouter tells of the noise of both levels",
   levels.b_std = std_of(router.expert_router());
   levels.a_noise = test::random_matrix(5, 2, 22);
   levels.b_noise = test::random_matrix(5, 8, 25);
-  const Routing<double> expected = levels.routing(selector);
-  CHECK(test::relative_error(routing.logits, expected.logits) <= 1e-13);
-  CHECK(test::relative_error(routing.clean_logits, expected.clean_logits) <= 1e-13);
-  CHECK(test::relative_error(routing.noise_std, expected.noise_std) <= 1e-13);
-  CHECK(test::relative_error(routing.group_noise, expected.group_noise) <= 1e-13);
-  CHECK(test::relative_error(routing.group_noise_std, expected.group_noise_std) <= 1e-13);
+  const test::NoisyRouting<double> expected =
+      levels.routing(HierarchicalTopK<double>({.groups = 2}));
+  CHECK(test::relative_error(logits, expected.logits) <= 1e-13);
+  for (const std::size_t level : {0U, 1U}) {
+    CHECK(test::relative_error(noise[level].clean, expected.levels[level].clean) <= 1e-13);
+    CHECK(test::relative_error(noise[level].deviation, expected.levels[level].deviation) <= 1e-13);
+  }
 
-  routing = route(selector, router.forward(x, {}, cache));
-  router.annotate(cache, routing);
-  CHECK_FALSE(routing.noisy);
-  CHECK(routing.groups == 0);
+  router.forward(x, {}, cache);
+  CHECK(router.noise(cache).empty());
 }
 
 TEST_CASE("HierarchicalLoadLoss levels groups and experts that noise alone tells apart",
@@ -399,16 +420,20 @@ TEST_CASE("HierarchicalLoadLoss levels groups and experts that noise alone tells
   Rng rng(28);
   HierarchicalRouter router(NoisyRouter<double>(a, Matrix<double>::Zero(groups, 2)),
                             NoisyRouter<double>(b, Matrix<double>::Zero(groups * size, 2)));
-  auto moe = layer(std::move(router), {.groups = groups, .group_k = 1, .k = 1, .rest_k = 1}, rng);
+  auto moe =
+      layer(std::move(router),
+            HierarchicalTopK<double>({.groups = groups, .group_k = 1, .k = 1, .rest_k = 1}), rng);
   decltype(moe)::Cache cache;
+  PassRecord record;
   const auto step = [&] {
-    moe.forward(x, {.training = true, .rng = &rng}, cache);
+    record.clear();
+    moe.forward(x, {.training = true, .rng = &rng, .record = &record}, cache);
     zero_gradients(moe);
     moe.backward(Matrix<double>::Zero(64, 2), cache);
     for (auto& [name, parameter] : parameters(moe.router())) {
       parameter->value -= 0.5 * parameter->gradient();
     }
-    return cache.aux_loss;
+    return record.aux_loss();
   };
   const double before = step();
   double after = before;
@@ -423,22 +448,23 @@ TEST_CASE("HierarchicalLoadLoss gives the same bits on any number of threads, al
   const Index tokens = 200;
   auto moe =
       layer(HierarchicalRouter(noisy_router(5, 4, tokens, 31), noisy_router(35, 4, tokens, 34)),
-            {.groups = 5, .group_k = 2, .k = 2, .rest_k = 1}, rng);
+            HierarchicalTopK<double>({.groups = 5, .group_k = 2, .k = 2, .rest_k = 1}), rng);
   const Matrix<double> x = test::random_matrix(tokens, 4, 37);
   const Matrix<double> dy = test::random_matrix(tokens, 4, 38);
   decltype(moe)::Cache cache;
   const auto run = [&](int threads) {
     const test::Threads set(threads);
     zero_gradients(moe);
-    moe.forward(x, {.training = true}, cache);
+    PassRecord record;
+    moe.forward(x, {.training = true, .record = &record}, cache);
     const Matrix<double> dx = moe.backward(dy, cache);
-    return std::tuple(cache.aux_loss, dx, parameters(moe)[0].parameter->gradient());
+    return std::tuple(record.aux_loss(), dx, parameters(moe)[0].parameter->gradient());
   };
   CHECK(run(1) == run(3));
   if (!test::allocations_are_counted()) return;
   const test::Threads one(1);
   const auto step = [&] {
-    moe.forward(x, {.training = true}, cache);
+    moe.forward(x, kTraining, cache);
     moe.backward(dy, cache);
   };
   step();
@@ -446,31 +472,30 @@ TEST_CASE("HierarchicalLoadLoss gives the same bits on any number of threads, al
 }
 
 TEST_CASE("HierarchicalLoadLoss works in float", "[moe][balance][hierarchical_load_loss]") {
-  const HierarchicalTopK<double> selector{.groups = 3, .group_k = 2, .k = 2, .rest_k = 1};
-  const Routing<double> routing = TwoLevels(20, 3, 5, 40).routing(selector);
-  Routing<float> single;
-  HierarchicalTopK<float>{.groups = 3, .group_k = 2, .k = 2, .rest_k = 1}.select(
-      routing.logits.cast<float>(), {}, single);
-  single.noisy = true;
-  single.groups = 3;
-  single.clean_logits = routing.clean_logits.cast<float>();
-  single.noise_std = routing.noise_std.cast<float>();
-  single.group_noise = routing.group_noise.cast<float>();
-  single.group_noise_std = routing.group_noise_std.cast<float>();
-  CHECK(HierarchicalLoadLoss<float>{0.5F}.loss(single) ==
-        Approx(HierarchicalLoadLoss<double>{0.5}.loss(routing)).epsilon(1e-4));
-  RoutingGradient<float> gradient;
-  gradient.reset(single);
-  HierarchicalLoadLoss<float>{0.5F}.add_gradient(single, gradient);
-  const RoutingGradient<double> expected = gradient_of({0.5}, routing);
-  CHECK(test::relative_error(gradient.group_noise.cast<double>(), expected.group_noise) <= 1e-4);
+  const HierarchicalTopK<double> selector({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1});
+  const test::NoisyRouting<double> routing = TwoLevels(20, 3, 5, 40).routing(selector);
+  const HierarchicalTopK<float> in_float({.groups = 3, .group_k = 2, .k = 2, .rest_k = 1});
+  HierarchicalTopK<float>::Cache selector_cache;
+  Routing<float> choice;
+  in_float.forward(routing.logits.cast<float>(), {}, choice, selector_cache);
+  std::vector<NoiseLevel<float>> noise;
+  for (const NoiseLevel<double>& level : routing.levels) {
+    noise.push_back({level.clean.cast<float>(), level.deviation.cast<float>()});
+  }
+  const test::NoisyRouting<float> single(std::move(choice), std::move(noise));
+  const HierarchicalLoadLoss<float> loss({.coefficient = 1.0});
+  CHECK(loss_of(loss, single) == Approx(loss_of(kLoss, routing)).epsilon(1e-4));
+  const RoutingGradient<float> gradient = gradient_of(loss, single);
+  const RoutingGradient<double> expected = gradient_of(kLoss, routing);
+  CHECK(test::relative_error(gradient.noise.front().clean.cast<double>(),
+                             expected.noise.front().clean) <= 1e-4);
   CHECK(test::relative_error(gradient.logits.cast<double>(), expected.logits) <= 1e-4);
 }
 
 TEST_CASE("HierarchicalLoadLoss and LoadLoss refuse routers of other levels",
           "[moe][balance][hierarchical_load_loss]") {
-  CHECK(test::message_of<ConfigError>([] { HierarchicalLoadLoss<float>{-1.0F}.check(); }) ==
-        "HierarchicalLoadLoss: coefficient = -1, expected >= 0");
+  CHECK(test::message_of<ConfigError>([] { HierarchicalLoadLoss<float>({.coefficient = -1.0}); }) ==
+        "HierarchicalLoadLoss: coefficient = -1, expected a finite number >= 0");
   const LinearRouter<double> linear(test::random_matrix(4, 3, 41));
   const Noisy noisy = noisy_router(4, 3, 2, 42);
   const HierarchicalLoadLoss<double> loss;
@@ -480,14 +505,10 @@ TEST_CASE("HierarchicalLoadLoss and LoadLoss refuse routers of other levels",
   CHECK(refused(noisy) ==
         "HierarchicalLoadLoss: the router has one level, expected two, as HierarchicalRouter has; "
         "LoadLoss is for one");
-  const std::string silent =
-      "HierarchicalLoadLoss: the router tells of no noise, expected a NoisyRouter as one of its "
-      "levels, or as both";
+  CHECK(refused(linear) == refused(noisy));
   const HierarchicalRouter two(noisy, noisy_router(8, 3, 2, 45));
-  CHECK(refused(HierarchicalRouter(linear, linear)) == silent);
-  CHECK(refused(HierarchicalRouter(noisy, two)) == silent);
-  CHECK(refused(GumbelRouter(two)) == silent);
   CHECK(refused(two) == "no exception");
+  CHECK(refused(HierarchicalRouter(linear, noisy_router(8, 3, 2, 45))) == "no exception");
   CHECK(refused(JitterRouter(two)) == "no exception");
 
   const std::string levels =
@@ -496,8 +517,8 @@ TEST_CASE("HierarchicalLoadLoss and LoadLoss refuse routers of other levels",
   const auto refused_plain = [](const auto& router) {
     Rng rng(1);
     return test::message_of<ConfigError>([&] {
-      MoELayer(router, HierarchicalTopK<double>{.groups = 4}, Dropless{},
-               GluBank<double>(8, 3, 4, rng), LoadLoss<double>{});
+      MoELayer(router, HierarchicalTopK<double>({.groups = 4}), Dropless(),
+               GluBank<double>(3, 8, 4, rng), LoadLoss<double>());
     });
   };
   CHECK(refused_plain(two) == levels);

@@ -18,13 +18,15 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<HierarchicalLoss<float>, float>);
+static_assert(RoutingLoss<HierarchicalLoss<float>, float>);
 
 namespace {
 
@@ -35,9 +37,7 @@ double reference(const Routing<double>& routing, Index groups) {
   const Index size = routing.experts() / groups;
   const auto tokens = static_cast<double>(routing.tokens());
   const auto count = static_cast<double>(groups);
-  const auto first = [&](Index t) {
-    return routing.expert[static_cast<std::size_t>(routing.first(t))];
-  };
+  const auto first = [&](Index t) { return routing.expert[routing.first(t)]; };
   double outer = 0.0;
   double inner = 0.0;
   for (Index g = 0; g < groups; ++g) {
@@ -68,8 +68,8 @@ TEST_CASE("HierarchicalLoss matches a routing worked out by hand", "[moe][balanc
   // outer = 2/4 * (1 * 8/10 + 1 * 12/10) = 1; inner = 4/4 * (2/3 + 5/8).
   Matrix<double> z(2, 4);
   z << std::log(4.0), std::log(2.0), 0.0, std::log(3.0), 0.0, 0.0, std::log(5.0), std::log(3.0);
-  const Routing<double> routing = route(HierarchicalTopK<double>{.groups = 2}, z);
-  CHECK(HierarchicalLoss<double>{.groups = 2, .coefficient = 0.5}.loss(routing) ==
+  const Routing<double> routing = route(HierarchicalTopK<double>({.groups = 2}), z);
+  CHECK(loss_of(HierarchicalLoss<double>({.groups = 2, .coefficient = 0.5}), routing) ==
         Approx(0.5 * (1.0 + 2.0 / 3.0 + 5.0 / 8.0)));
 }
 
@@ -81,66 +81,70 @@ TEST_CASE("HierarchicalLoss is the sum of Mesh TensorFlow's two losses in any se
     const Index experts = groups * (1 + rng.below(5));
     const Matrix<double> z = normal_init<double>(1 + rng.below(9), experts, 1.5, rng);
     const Routing<double> routing =
-        route(HierarchicalTopK<double>{.groups = groups, .group_k = 1, .k = 1}, z);
-    const HierarchicalLoss<double> loss{.groups = groups, .coefficient = 0.3};
-    REQUIRE(loss.loss(routing) == Approx(0.3 * reference(routing, groups)));
+        route(HierarchicalTopK<double>({.groups = groups, .group_k = 1, .k = 1}), z);
+    const HierarchicalLoss<double> loss({.groups = groups, .coefficient = 0.3});
+    REQUIRE(loss_of(loss, routing) == Approx(0.3 * reference(routing, groups)));
     // With one group, or one expert to a group, one level is that of GShard, the other constant.
-    const double flat = GShardLoss<double>{0.3}.loss(routing);
-    if (groups == 1) REQUIRE(loss.loss(routing) == Approx(0.3 + flat));
-    const Routing<double> first = route(SoftmaxTopK<double>{1}, z);
+    const double flat = loss_of(GShardLoss<double>({.coefficient = 0.3}), routing);
+    if (groups == 1) REQUIRE(loss_of(loss, routing) == Approx(0.3 + flat));
+    const Routing<double> first = route(SoftmaxTopK<double>({.k = 1}), z);
     RowVector<double> load = RowVector<double>::Zero(experts);
     first.add_load(0, first.tokens(), load);
     double squares = load.squaredNorm() * static_cast<double>(experts);
     squares /= static_cast<double>(z.rows() * z.rows());
-    const HierarchicalLoss<double> each{.groups = experts, .coefficient = 0.3};
-    REQUIRE(each.loss(first) == Approx(0.3 * squares + GShardLoss<double>{0.3}.loss(first)));
+    const HierarchicalLoss<double> each({.groups = experts, .coefficient = 0.3});
+    REQUIRE(loss_of(each, first) ==
+            Approx(0.3 * squares + loss_of(GShardLoss<double>({.coefficient = 0.3}), first)));
   }
 }
 
 TEST_CASE("HierarchicalLoss at uniform load is twice the coefficient",
           "[moe][balance][hierarchical]") {
   Routing<double> routing =
-      route(HierarchicalTopK<double>{.groups = 4}, Matrix<double>::Constant(24, 12, 0.3));
+      route(HierarchicalTopK<double>({.groups = 4}), Matrix<double>::Constant(24, 12, 0.3));
   for (Index t = 0; t < 24; ++t) {
-    routing.expert[static_cast<std::size_t>(routing.first(t))] = t % 12;
+    routing.expert[routing.first(t)] = t % 12;
   }
-  CHECK(HierarchicalLoss<double>{.groups = 4, .coefficient = 0.5}.loss(routing) == Approx(1.0));
+  CHECK(loss_of(HierarchicalLoss<double>({.groups = 4, .coefficient = 0.5}), routing) ==
+        Approx(1.0));
 }
 
 TEST_CASE("HierarchicalLoss counts what is dropped, per sequence if told so, and no padding",
           "[moe][balance][hierarchical]") {
-  const HierarchicalTopK<double> selector{.groups = 2};
-  const HierarchicalLoss<double> batch{.groups = 2, .coefficient = 0.5};
-  const HierarchicalLoss<double> sequence{
-      .groups = 2, .coefficient = 0.5, .scope = Scope::kSequence};
+  const HierarchicalTopK<double> selector({.groups = 2});
+  const HierarchicalLoss<double> batch({.groups = 2, .coefficient = 0.5});
+  const HierarchicalLoss<double> sequence(
+      {.groups = 2, .coefficient = 0.5, .scope = Scope::kSequence});
   const Matrix<double> z = test::random_matrix(9, 6, 1);
   Routing<double> routing = route(selector, z);
-  const double expected = batch.loss(routing);
-  FixedCapacity{1}.apply(routing);
-  CHECK(batch.loss(routing) == expected);
+  const double expected = loss_of(batch, routing);
+  test::limit(FixedCapacity({.capacity = 1}), routing);
+  CHECK(loss_of(batch, routing) == expected);
 
   const Sequences sequences({3, 0, 4, 2});
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1, 0, 0};
-  const double first = batch.loss(route(selector, z.topRows(2)));
-  const double third = batch.loss(route(selector, z.middleRows(3, 4)));
+  const double first = loss_of(batch, route(selector, z.topRows(2)));
+  const double third = loss_of(batch, route(selector, z.middleRows(3, 4)));
   Matrix<double> padded = z;
   padded.row(2).setConstant(NAN);
   const Routing<double> masked = route(selector, padded, {.sequences = &sequences, .mask = mask});
-  CHECK(sequence.loss(masked) == Approx((first + third) / 2.0));
-  const Matrix<double> gradient = logit_gradient(selector, sequence, masked);
+  CHECK(loss_of(sequence, masked) == Approx((first + third) / 2.0));
+  const Matrix<double> gradient =
+      logit_gradient(selector, sequence, padded, {.sequences = &sequences, .mask = mask});
   CHECK(gradient.allFinite());
   CHECK(gradient.row(2).isZero(0.0));
   CHECK(gradient.bottomRows(2).isZero(0.0));
 }
 
 TEST_CASE("HierarchicalLoss is zero without real tokens", "[moe][balance][hierarchical]") {
-  const HierarchicalTopK<double> selector{.groups = 2};
+  const HierarchicalTopK<double> selector({.groups = 2});
   const std::vector<std::uint8_t> mask = {0, 0};
   const Index tokens = GENERATE(0, 2);
   const Pass pass{.mask = std::span(mask).first(static_cast<std::size_t>(tokens))};
   const Routing<double> routing = route(selector, Matrix<double>::Ones(tokens, 4), pass);
-  CHECK(HierarchicalLoss<double>{}.loss(routing) == 0.0);
-  CHECK(logit_gradient(selector, HierarchicalLoss<double>{}, routing).isZero(0.0));
+  CHECK(loss_of(HierarchicalLoss<double>(), routing) == 0.0);
+  CHECK(logit_gradient(selector, HierarchicalLoss<double>(), Matrix<double>::Ones(tokens, 4), pass)
+            .isZero(0.0));
 }
 
 TEST_CASE("HierarchicalLoss gradient agrees with finite differences",
@@ -151,16 +155,13 @@ TEST_CASE("HierarchicalLoss gradient agrees with finite differences",
   const Pass pass{.sequences = &sequences, .mask = mask};
   const auto groups = GENERATE(as<Index>{}, 1, 2, 3, 6);
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
-  const HierarchicalLoss<double> balancer{.groups = groups, .coefficient = 0.5, .scope = scope};
+  const HierarchicalLoss<double> balancer({.groups = groups, .coefficient = 0.5, .scope = scope});
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
-  check(SoftmaxTopK<double>{2});
-  check(ExpertChoice<double>{.factor = 0.5});  // Tokens without experts.
-  check(HierarchicalTopK<double>{.groups = groups, .group_k = 1, .k = 1});
+  check(SoftmaxTopK<double>({.k = 2}));
+  check(ExpertChoice<double>({.factor = 0.5}));  // Tokens without experts.
+  check(HierarchicalTopK<double>({.groups = groups, .group_k = 1, .k = 1}));
 }
 
 TEST_CASE("HierarchicalLoss reaches both levels of a layer's router",
@@ -168,16 +169,15 @@ TEST_CASE("HierarchicalLoss reaches both levels of a layer's router",
   Rng rng(2);
   MoELayer moe(HierarchicalRouter(LinearRouter<double>(2.0 * test::random_matrix(2, 4, 1)),
                                   LinearRouter<double>(2.0 * test::random_matrix(6, 4, 2))),
-               HierarchicalTopK<double>{.groups = 2}, Dropless{},
-               GluBank<double>(6, 4, 2, rng, 1.0),
-               HierarchicalLoss<double>{.groups = 2, .coefficient = 0.5});
+               HierarchicalTopK<double>({.groups = 2}), Dropless(), GluBank<double>(4, 6, 2, rng),
+               HierarchicalLoss<double>({.groups = 2, .coefficient = 0.5}));
   test::check_gradients(moe, test::random_matrix(5, 4, 4));
   decltype(moe)::Cache cache;
   const Matrix<double> x = test::random_matrix(5, 4, 4);
   const Matrix<double> dy = Matrix<double>::Zero(5, 4);
   zero_gradients(moe);
   const auto pass = [&] {
-    moe.forward(x, cache);
+    moe.forward(x, kTraining, cache);
     moe.backward(dy, cache);
   };
   pass();
@@ -188,21 +188,23 @@ TEST_CASE("HierarchicalLoss reaches both levels of a layer's router",
 }
 
 TEST_CASE("HierarchicalLoss refuses misuse", "[moe][balance][hierarchical]") {
-  const auto message = [](const HierarchicalLoss<double>& loss) {
-    return test::message_of<ConfigError>([&] { loss.check(); });
+  const auto message = [](const HierarchicalLossConfig& config) {
+    return test::message_of<ConfigError>([&] { HierarchicalLoss<double>{config}; });
   };
   CHECK(message({.groups = 0}) == "HierarchicalLoss: groups = 0, expected >= 1");
-  CHECK(message({.coefficient = -1.0}) == "HierarchicalLoss: coefficient = -1, expected >= 0");
-  CHECK(message({.coefficient = NAN}) == "HierarchicalLoss: coefficient = nan, expected >= 0");
-  const Routing<double> routing = route(SoftmaxTopK<double>{1}, Matrix<double>::Zero(1, 4));
+  CHECK(message({.coefficient = -1.0}) ==
+        "HierarchicalLoss: coefficient = -1, expected a finite number >= 0");
+  CHECK(message({.coefficient = NAN}) ==
+        "HierarchicalLoss: coefficient = nan, expected a finite number >= 0");
+  const Routing<double> routing = route(SoftmaxTopK<double>({.k = 1}), Matrix<double>::Zero(1, 4));
   CHECK(test::message_of<ConfigError>([&] {
-          HierarchicalLoss<double>{.groups = 3}.loss(routing);
+          loss_of(HierarchicalLoss<double>({.groups = 3}), routing);
         }) == "HierarchicalLoss: groups = 3, expected a divisor of experts = 4");
   CHECK(test::message_of<ConfigError>([] {
           Rng rng(1);
           MoELayer(
               HierarchicalRouter(LinearRouter<double>(4, 3, rng), LinearRouter<double>(4, 6, rng)),
-              HierarchicalTopK<double>{.groups = 3}, Dropless{}, GluBank<double>(6, 4, 2, rng),
-              HierarchicalLoss<double>{.groups = 2});
+              HierarchicalTopK<double>({.groups = 3}), Dropless(), GluBank<double>(4, 6, 2, rng),
+              HierarchicalLoss<double>({.groups = 2}));
         }) == "HierarchicalLoss: groups = 2, expected 3 as the router");
 }

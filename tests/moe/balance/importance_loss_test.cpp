@@ -10,14 +10,16 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<ImportanceLoss<float>, float>);
-static_assert(!BalancingRule<ImportanceLoss<float>, float>);
+static_assert(RoutingLoss<ImportanceLoss<float>, float>);
+static_assert(!ObservingBalancer<ImportanceLoss<float>, float>);
 
 namespace {
 
@@ -34,49 +36,52 @@ Matrix<double> three_tokens() {
 TEST_CASE("ImportanceLoss matches a case worked out by hand", "[moe][balance][importance_loss]") {
   // With k = 1 and raw weights the importance is (1/2, 1, 0): mean 1/2, deviations 0, 1/2, -1/2,
   // their squares sum to 1/2. Population: (1/6) / (1/4) = 2/3. Sample: (1/4) / (1/4) = 1.
-  Routing<double> routing = route(SoftmaxTopK<double>{1}, three_tokens());
-  CHECK(ImportanceLoss<double>{0.1}.loss(routing) == Approx(0.1 * 2.0 / 3.0));
-  CHECK(ImportanceLoss<double>{0.1, Variance::kSample}.loss(routing) == Approx(0.1));
+  Routing<double> routing = route(SoftmaxTopK<double>({.k = 1}), three_tokens());
+  CHECK(loss_of(ImportanceLoss<double>({.coefficient = 0.1}), routing) == Approx(0.1 * 2.0 / 3.0));
+  CHECK(loss_of(ImportanceLoss<double>({.coefficient = 0.1, .variance = Variance::kSample}),
+                routing) == Approx(0.1));
 
-  FixedCapacity{1}.apply(routing);  // Drops one assignment, which counts all the same.
-  CHECK(ImportanceLoss<double>{0.1}.loss(routing) == Approx(0.1 * 2.0 / 3.0));
+  test::limit(FixedCapacity({.capacity = 1}),
+              routing);  // Drops one assignment, which counts all the same.
+  CHECK(loss_of(ImportanceLoss<double>({.coefficient = 0.1}), routing) == Approx(0.1 * 2.0 / 3.0));
 }
 
 TEST_CASE("ImportanceLoss is zero where all experts weigh the same",
           "[moe][balance][importance_loss]") {
   const auto variance = GENERATE(Variance::kPopulation, Variance::kSample);
-  const ImportanceLoss<double> balancer{1.0, variance};
-  const SoftmaxTopK<double> all{4, true};
+  const ImportanceLoss<double> balancer({.coefficient = 1.0, .variance = variance});
+  const SoftmaxTopK<double> all({.k = 4, .renormalise = true});
   const Routing<double> routing = route(all, Matrix<double>::Zero(6, 4));
-  CHECK(balancer.loss(routing) == 0.0);
-  CHECK(logit_gradient(all, balancer, routing).isZero(1e-15));
+  CHECK(loss_of(balancer, routing) == 0.0);
+  CHECK(logit_gradient(all, balancer, Matrix<double>::Zero(6, 4)).isZero(1e-15));
 }
 
 TEST_CASE("ImportanceLoss of one expert, or of no tokens, is zero",
           "[moe][balance][importance_loss]") {
   const auto variance = GENERATE(Variance::kPopulation, Variance::kSample);
-  const ImportanceLoss<double> balancer{1.0, variance};
-  const SoftmaxTopK<double> selector{1};
+  const ImportanceLoss<double> balancer({.coefficient = 1.0, .variance = variance});
+  const SoftmaxTopK<double> selector({.k = 1});
   const Routing<double> one = route(selector, test::random_matrix(3, 1, 1));
-  CHECK(balancer.loss(one) == 0.0);
-  CHECK(logit_gradient(selector, balancer, one).isZero(0.0));
+  CHECK(loss_of(balancer, one) == 0.0);
+  CHECK(logit_gradient(selector, balancer, test::random_matrix(3, 1, 1)).isZero(0.0));
 
   const Routing<double> none = route(selector, Matrix<double>(0, 3));
-  CHECK(balancer.loss(none) == 0.0);
-  CHECK(logit_gradient(selector, balancer, none).rows() == 0);
+  CHECK(loss_of(balancer, none) == 0.0);
+  CHECK(logit_gradient(selector, balancer, Matrix<double>(0, 3)).rows() == 0);
 
   const std::vector<std::uint8_t> mask = {0, 0};
   const Routing<double> padding = route(selector, Matrix<double>::Ones(2, 3), {.mask = mask});
-  CHECK(balancer.loss(padding) == 0.0);
-  CHECK(logit_gradient(selector, balancer, padding).isZero(0.0));
+  CHECK(loss_of(balancer, padding) == 0.0);
+  CHECK(logit_gradient(selector, balancer, Matrix<double>::Ones(2, 3), {.mask = mask}).isZero(0.0));
 }
 
 TEST_CASE("ImportanceLoss does not see padding", "[moe][balance][importance_loss]") {
   Matrix<double> padded(4, 3);
   padded << three_tokens(), Matrix<double>::Constant(1, 3, NAN);
   const std::vector<std::uint8_t> mask = {1, 1, 1, 0};
-  CHECK(ImportanceLoss<double>{}.loss(route(SoftmaxTopK<double>{1}, padded, {.mask = mask})) ==
-        ImportanceLoss<double>{}.loss(route(SoftmaxTopK<double>{1}, three_tokens())));
+  CHECK(loss_of(ImportanceLoss<double>(),
+                route(SoftmaxTopK<double>({.k = 1}), padded, {.mask = mask})) ==
+        loss_of(ImportanceLoss<double>(), route(SoftmaxTopK<double>({.k = 1}), three_tokens())));
 }
 
 TEST_CASE("ImportanceLoss gradient agrees with finite differences",
@@ -85,15 +90,12 @@ TEST_CASE("ImportanceLoss gradient agrees with finite differences",
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
   const Pass pass{.mask = mask};
   const auto variance = GENERATE(Variance::kPopulation, Variance::kSample);
-  const ImportanceLoss<double> balancer{0.5, variance};
+  const ImportanceLoss<double> balancer({.coefficient = 0.5, .variance = variance});
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
-  check(SoftmaxTopK<double>{2});
-  check(SoftmaxTopK<double>{2, true, 2.5});
+  check(SoftmaxTopK<double>({.k = 2}));
+  check(SoftmaxTopK<double>({.k = 2, .renormalise = true, .scale = 2.5}));
   check(SigmoidTopK<double>(5, {.k = 2}));
 }
 
@@ -109,6 +111,6 @@ TEST_CASE("squared_variation gradient agrees with finite differences",
 }
 
 TEST_CASE("ImportanceLoss refuses a negative coefficient", "[moe][balance][importance_loss]") {
-  CHECK(test::message_of<ConfigError>([] { ImportanceLoss<float>{-1.0F}.check(); }) ==
-        "ImportanceLoss: coefficient = -1, expected >= 0");
+  CHECK(test::message_of<ConfigError>([] { ImportanceLoss<float>({.coefficient = -1.0}); }) ==
+        "ImportanceLoss: coefficient = -1, expected a finite number >= 0");
 }

@@ -3,22 +3,27 @@
 #include <cmath>
 #include <cstdint>
 #include <numbers>
+#include <utility>
 #include <vector>
 
 #include <weir/moe/balance/load_loss.hpp>
+#include <weir/moe/balance/squared_variation.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/noisy_routing.hpp"
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
+using test::gradient_of;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<LoadLoss<float>, float>);
-static_assert(!BalancingRule<LoadLoss<float>, float>);
+static_assert(RoutingLoss<LoadLoss<float>, float>);
+static_assert(!ObservingBalancer<LoadLoss<float>, float>);
 
 namespace {
 
@@ -31,33 +36,21 @@ struct Noisy {
 
   Matrix<double> logits() const { return clean + noise.cwiseProduct(std); }
 
-  Routing<double> routing(Index k, const Pass& pass = {}) const {
-    Routing<double> routing = route(TopKSoftmax<double>{k}, logits(), pass);
-    routing.noisy = true;
-    routing.clean_logits = clean;
-    routing.noise_std = std;
-    return routing;
+  test::NoisyRouting<double> routing(Index k, const Pass& pass = {}) const {
+    return {route(TopKSoftmax<double>({.k = k}), logits(), pass), {{clean, std}}};
   }
 
   Matrix<double> clean, std, noise;
 };
 
 RowVector<double> load_of(const Routing<double>& routing) {
-  RowVector<double> load;
-  LoadLoss<double>::load(routing, load);
-  return load;
+  LoadLoss<double>::Cache cache;
+  LoadLoss<double>().forward(routing, cache);
+  return cache.load;
 }
 
 double phi(double z) {
   return 0.5 * std::erfc(-z / std::numbers::sqrt2);
-}
-
-RoutingGradient<double> gradient_of(const LoadLoss<double>& balancer,
-                                    const Routing<double>& routing) {
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  balancer.add_gradient(routing, gradient);
-  return gradient;
 }
 
 }  // namespace
@@ -77,9 +70,10 @@ TEST_CASE("LoadLoss matches probabilities worked out by hand", "[moe][balance][l
   CHECK(two[0] == Approx(phi(3.0)));
   CHECK(two[1] == Approx(phi(0.0)));
   CHECK(two[2] == Approx(phi(0.0)));
-  CHECK(LoadLoss<double>{0.5}.loss(noisy.routing(1)) ==
+  CHECK(loss_of(LoadLoss<double>({.coefficient = 0.5}), noisy.routing(1)) ==
         Approx(0.5 * squared_variation<double>(one, Variance::kPopulation)));
-  CHECK(LoadLoss<double>{0.5, Variance::kSample}.loss(noisy.routing(1)) ==
+  CHECK(loss_of(LoadLoss<double>({.coefficient = 0.5, .variance = Variance::kSample}),
+                noisy.routing(1)) ==
         Approx(0.5 * squared_variation<double>(one, Variance::kSample)));
 }
 
@@ -126,53 +120,55 @@ TEST_CASE("LoadLoss agrees with the sorted thresholds of the paper", "[moe][bala
 
 TEST_CASE("LoadLoss counts where there is nothing to estimate", "[moe][balance][load_loss]") {
   const Noisy noisy(5, 4, 7);
-  const LoadLoss<double> balancer{1.0};
+  const LoadLoss<double> balancer({.coefficient = 1.0});
   const auto flat = [](const RoutingGradient<double>& gradient) {
     return gradient.logits.isZero(0.0) && gradient.weights.isZero(0.0) &&
            gradient.probabilities.isZero(0.0);
   };
   Routing<double> quiet = noisy.routing(2);
-  quiet.noisy = false;
+  quiet.noise = {};
   RowVector<double> count = RowVector<double>::Zero(4);
   quiet.add_load(0, 5, count);
   CHECK(load_of(quiet) == count);
   CHECK(flat(gradient_of(balancer, quiet)));
 
-  const Routing<double> all = noisy.routing(4);
+  const test::NoisyRouting<double> all = noisy.routing(4);
   CHECK(load_of(all) == RowVector<double>::Constant(4, 5.0));
-  CHECK(balancer.loss(all) == 0.0);
+  CHECK(loss_of(balancer, all) == 0.0);
   const RoutingGradient<double> gradient = gradient_of(balancer, all);
   CHECK(flat(gradient));
-  CHECK(gradient.clean_logits.isZero(0.0));
-  CHECK(gradient.noise_std.isZero(0.0));
+  CHECK(gradient.noise.back().clean.isZero(0.0));
+  CHECK(gradient.noise.back().deviation.isZero(0.0));
 
-  Routing<double> certain = noisy.routing(2);
-  certain.noise_std.setZero();
+  test::NoisyRouting<double> certain = noisy.routing(2);
+  certain.levels.back().deviation.setZero();
   CHECK(load_of(certain) == count);
-  CHECK(gradient_of(balancer, certain).clean_logits.isZero(0.0));
+  CHECK(gradient_of(balancer, certain).noise.back().clean.isZero(0.0));
 }
 
 TEST_CASE("LoadLoss gives a forbidden expert no load", "[moe][balance][load_loss]") {
-  Routing<double> routing = Noisy(2, 3, 8).routing(1);
+  test::NoisyRouting<double> routing = Noisy(2, 3, 8).routing(1);
   routing.logits << 1.0, 0.5, -INFINITY, 1.0, -INFINITY, -INFINITY;
   routing.expert = {0, 0};
   const RowVector<double> load = load_of(routing);
-  CHECK(load[0] == Approx(1.0 + phi((routing.clean_logits(0, 0) - 0.5) / routing.noise_std(0, 0))));
+  CHECK(load[0] == Approx(1.0 + phi((routing.levels.back().clean(0, 0) - 0.5) /
+                                    routing.levels.back().deviation(0, 0))));
   CHECK(load[2] == 0.0);
-  const RoutingGradient<double> gradient = gradient_of(LoadLoss<double>{1.0}, routing);
+  const RoutingGradient<double> gradient =
+      gradient_of(LoadLoss<double>({.coefficient = 1.0}), routing);
   CHECK(gradient.logits.allFinite());
-  CHECK(gradient.clean_logits.allFinite());
-  CHECK(gradient.noise_std.allFinite());
-  CHECK(gradient.clean_logits.row(1).isZero(0.0));
+  CHECK(gradient.noise.back().clean.allFinite());
+  CHECK(gradient.noise.back().deviation.allFinite());
+  CHECK(gradient.noise.back().clean.row(1).isZero(0.0));
   CHECK(gradient.logits(0, 2) == 0.0);
 }
 
 TEST_CASE("LoadLoss of one expert, or of no tokens, is zero", "[moe][balance][load_loss]") {
   const auto variance = GENERATE(Variance::kPopulation, Variance::kSample);
-  const LoadLoss<double> balancer{1.0, variance};
-  CHECK(balancer.loss(Noisy(3, 1, 9).routing(1)) == 0.0);
-  CHECK(balancer.loss(Noisy(0, 3, 9).routing(1)) == 0.0);
-  CHECK(gradient_of(balancer, Noisy(0, 3, 9).routing(1)).clean_logits.rows() == 0);
+  const LoadLoss<double> balancer({.coefficient = 1.0, .variance = variance});
+  CHECK(loss_of(balancer, Noisy(3, 1, 9).routing(1)) == 0.0);
+  CHECK(loss_of(balancer, Noisy(0, 3, 9).routing(1)) == 0.0);
+  CHECK(gradient_of(balancer, Noisy(0, 3, 9).routing(1)).noise.back().clean.rows() == 0);
   CHECK(load_of(Noisy(1, 3, 9).routing(1)).size() == 3);
 }
 
@@ -182,9 +178,12 @@ TEST_CASE("LoadLoss does not see padding", "[moe][balance][load_loss]") {
   const Pass pass{.mask = mask};
   const RowVector<double> load = load_of(noisy.routing(1, pass));
   noisy.clean.row(3).setConstant(NAN);
-  const Routing<double> routing = noisy.routing(1, pass);
+  const test::NoisyRouting<double> routing = noisy.routing(1, pass);
   CHECK(load_of(routing) == load);
-  CHECK(gradient_of(LoadLoss<double>{1.0}, routing).clean_logits.row(3).isZero(0.0));
+  CHECK(gradient_of(LoadLoss<double>({.coefficient = 1.0}), routing)
+            .noise.back()
+            .clean.row(3)
+            .isZero(0.0));
 }
 
 TEST_CASE("LoadLoss gradient agrees with finite differences",
@@ -192,48 +191,50 @@ TEST_CASE("LoadLoss gradient agrees with finite differences",
   const Index experts = GENERATE(5, 11);
   const Index k = GENERATE(1, 3);
   const auto variance = GENERATE(Variance::kPopulation, Variance::kSample);
-  const LoadLoss<double> balancer{0.5, variance};
-  Routing<double> routing = Noisy(6, experts, 11).routing(k);
-  const auto loss = [&] { return balancer.loss(routing); };
+  const LoadLoss<double> balancer({.coefficient = 0.5, .variance = variance});
+  test::NoisyRouting<double> routing = Noisy(6, experts, 11).routing(k);
+  const auto loss = [&] { return loss_of(balancer, routing); };
   const RoutingGradient<double> gradient = gradient_of(balancer, routing);
   const auto check = [&](const Matrix<double>& analytic, Matrix<double>& x) {
     CHECK(test::relative_error(analytic, test::numeric_gradient(x, loss)) <= 1e-6);
     CHECK(analytic.norm() > 1e-3);
   };
-  check(gradient.clean_logits, routing.clean_logits);
-  check(gradient.noise_std, routing.noise_std);
+  check(gradient.noise.back().clean, routing.levels.back().clean);
+  check(gradient.noise.back().deviation, routing.levels.back().deviation);
   check(gradient.logits, routing.logits);  // The thresholds alone, the choice being fixed.
 }
 
-TEST_CASE("LoadLoss gives the same bits on any number of threads", "[moe][balance][load_loss]") {
-  const Routing<double> routing = Noisy(300, 13, 12).routing(3);
-  const LoadLoss<double> balancer{1.0};
-  const double loss = balancer.loss(routing);
+TEST_CASE("LoadLoss gives the same bits on any number of threads, and scales its gradient",
+          "[moe][balance][load_loss]") {
+  const test::NoisyRouting<double> routing = Noisy(300, 13, 12).routing(3);
+  const LoadLoss<double> balancer({.coefficient = 1.0});
+  const double loss = loss_of(balancer, routing);
   const RoutingGradient<double> gradient = gradient_of(balancer, routing);
+  const RoutingGradient<double> twice = gradient_of(balancer, routing, 2.0);
+  CHECK(twice.noise.back().clean == 2.0 * gradient.noise.back().clean);
   const test::Threads threads(3);
-  CHECK(balancer.loss(routing) == loss);
+  CHECK(loss_of(balancer, routing) == loss);
   CHECK(gradient_of(balancer, routing).logits == gradient.logits);
-  CHECK(gradient_of(balancer, routing).noise_std == gradient.noise_std);
+  CHECK(gradient_of(balancer, routing).noise.back().deviation == gradient.noise.back().deviation);
 }
 
 TEST_CASE("LoadLoss works in float", "[moe][balance][load_loss]") {
   const Noisy noisy(6, 5, 13);
-  const Routing<double> routing = noisy.routing(2);
-  Routing<float> single;
-  TopKSoftmax<float>{2}.select(noisy.logits().cast<float>(), {}, single);
-  single.noisy = true;
-  single.clean_logits = noisy.clean.cast<float>();
-  single.noise_std = noisy.std.cast<float>();
-  CHECK(LoadLoss<float>{0.5F}.loss(single) ==
-        Approx(LoadLoss<double>{0.5}.loss(routing)).epsilon(1e-4));
-  RoutingGradient<float> gradient;
-  gradient.reset(single);
-  LoadLoss<float>{0.5F}.add_gradient(single, gradient);
-  CHECK(test::relative_error(gradient.clean_logits.cast<double>(),
-                             gradient_of({0.5}, routing).clean_logits) <= 1e-4);
+  const test::NoisyRouting<double> routing = noisy.routing(2);
+  Routing<float> choice;
+  TopKSoftmax<float>::Cache selector_cache;
+  TopKSoftmax<float>({.k = 2}).forward(noisy.logits().cast<float>(), {}, choice, selector_cache);
+  const test::NoisyRouting<float> single(std::move(choice),
+                                         {{noisy.clean.cast<float>(), noisy.std.cast<float>()}});
+  const LoadLoss<float> loss({.coefficient = 0.5});
+  const LoadLoss<double> expected({.coefficient = 0.5});
+  CHECK(loss_of(loss, single) == Approx(loss_of(expected, routing)).epsilon(1e-4));
+  const Matrix<float> d_clean = gradient_of(loss, single).noise.back().clean;
+  CHECK(test::relative_error(d_clean.cast<double>(),
+                             gradient_of(expected, routing).noise.back().clean) <= 1e-4);
 }
 
 TEST_CASE("LoadLoss refuses a negative coefficient", "[moe][balance][load_loss]") {
-  CHECK(test::message_of<ConfigError>([] { LoadLoss<float>{-1.0F}.check(); }) ==
-        "LoadLoss: coefficient = -1, expected >= 0");
+  CHECK(test::message_of<ConfigError>([] { LoadLoss<float>({.coefficient = -1.0}); }) ==
+        "LoadLoss: coefficient = -1, expected a finite number >= 0");
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include <weir/moe/balance/quantile_balance.hpp>
@@ -12,24 +11,15 @@
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
-#include "support/gradient.hpp"
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
-#include "support/threads.hpp"
 
 using namespace weir;
 
-static_assert(Selector<BiasedSoftmaxTopK<float>, float>);
-static_assert(BiasedSelector<BiasedSoftmaxTopK<float>>);
-static_assert(BalancingRule<QuantileBalance<float>, float>);
-static_assert(!BalancingLoss<QuantileBalance<float>, float>);
-
-template <class S>
-concept QuantileBalanced = requires(QuantileBalance<float>& balance, S& selector) {
-  balance.update(selector);
-};
-static_assert(QuantileBalanced<BiasedSoftmaxTopK<float>>);
-static_assert(!QuantileBalanced<SigmoidTopK<float>>);  // Its bias is on scores, not on shares.
+static_assert(BalancingRule<QuantileBalance<float>, BiasedSoftmaxTopK<float>>);
+// Its bias is on scores, not on shares.
+static_assert(!BalancingRule<QuantileBalance<float>, SigmoidTopK<float>>);
+static_assert(!RoutingLoss<QuantileBalance<float>, float>);
 
 namespace {
 
@@ -38,85 +28,6 @@ Matrix<double> logarithms(const Matrix<double>& p) {
 }
 
 }  // namespace
-
-TEST_CASE("BiasedSoftmaxTopK chooses by biased probabilities and weighs with those that are not",
-          "[moe][selector][biased_softmax_top_k]") {
-  Matrix<double> p(1, 4);
-  p << 0.1, 0.4, 0.3, 0.2;
-  BiasedSoftmaxTopK<double> selector(4, {.k = 2, .scale = 3.0});
-  CHECK(test::route(selector, logarithms(p)).expert == std::vector<Index>{1, 2});
-  selector.selection_bias().value << 0.35, 0.0, -0.2, 0.0;
-  const Routing<double> routing = test::route(selector, logarithms(p));
-  CHECK(routing.expert == std::vector<Index>{0, 1});
-  CHECK(routing.weight[0] == Approx(0.3));
-  CHECK(routing.weight[1] == Approx(1.2));
-  CHECK(test::relative_error(routing.probabilities, p) <= 1e-15);
-  selector.selection_bias().value << 0.3, 0.0, 0.1, 0.2;  // Ties: the lowest index first.
-  CHECK(test::route(selector, logarithms(p)).expert == std::vector<Index>{0, 1});
-}
-
-TEST_CASE("BiasedSoftmaxTopK has gradients that agree with finite differences",
-          "[moe][selector][biased_softmax_top_k][gradient]") {
-  Matrix<double> logits = test::random_matrix(6, 5, 1);
-  BiasedSoftmaxTopK<double> selector(5, {.k = 3, .scale = 1.7});
-  selector.selection_bias().value = 0.2 * test::random_matrix(1, 5, 2);
-  const Matrix<double> on_weights = test::random_matrix(1, 18, 3);
-  const Matrix<double> on_probabilities = test::random_matrix(6, 5, 4);
-  const auto value = [&] {
-    const Routing<double> routing = test::route(selector, logits);
-    double sum = routing.probabilities.cwiseProduct(on_probabilities).sum();
-    for (Index a = 0; a < 18; ++a) {
-      sum += on_weights(0, a) * routing.weight[static_cast<std::size_t>(a)];
-    }
-    return sum;
-  };
-  const Routing<double> routing = test::route(selector, logits);
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = on_weights;
-  gradient.probabilities = on_probabilities;
-  selector.backward(routing, gradient);
-  CHECK(test::relative_error(gradient.logits, test::numeric_gradient(logits, value)) <= 1e-7);
-}
-
-TEST_CASE("BiasedSoftmaxTopK gives the same bits for any number of threads",
-          "[moe][selector][biased_softmax_top_k]") {
-  const Matrix<double> logits = test::random_matrix(900, 12, 5);
-  BiasedSoftmaxTopK<double> selector(12, {.k = 3});
-  selector.selection_bias().value = 0.1 * test::random_matrix(1, 12, 6);
-  const Routing<double> one = test::route(selector, logits);
-  const test::Threads threads(3);
-  const Routing<double> three = test::route(selector, logits);
-  CHECK(one.expert == three.expert);
-  CHECK(one.weight == three.weight);
-  CHECK(one.probabilities == three.probabilities);
-}
-
-TEST_CASE("BiasedSoftmaxTopK takes padding and no tokens, and says what is wrong",
-          "[moe][selector][biased_softmax_top_k]") {
-  BiasedSoftmaxTopK<double> selector(3, {.k = 2});
-  CHECK(test::route(selector, Matrix<double>(0, 3)).assignments() == 0);
-  Matrix<double> logits = Matrix<double>::Zero(2, 3);
-  logits(1, 0) = NAN;
-  const std::vector<std::uint8_t> mask = {1, 0};
-  const Routing<double> routing = test::route(selector, logits, {.mask = mask});
-  CHECK(routing.assignments() == 2);
-  CHECK(routing.probabilities.row(1).isZero());
-
-  CHECK(test::message_of<NonFiniteError>([&] { test::route(selector, logits); }) ==
-        "BiasedSoftmaxTopK: logits[1, 0] = nan, expected a finite number");
-  CHECK(test::message_of<ConfigError>([] { BiasedSoftmaxTopK<double>(3, {.k = 4}); }) ==
-        "BiasedSoftmaxTopK: k = 4, expected 1 <= k <= experts = 3");
-  CHECK(test::message_of<ConfigError>([] { BiasedSoftmaxTopK<double>(3, {.scale = 0.0}); }) ==
-        "BiasedSoftmaxTopK: scale = 0, expected > 0");
-  CHECK(test::message_of<ConfigError>([] { BiasedSoftmaxTopK<double>(0); }) ==
-        "BiasedSoftmaxTopK: experts = 0, expected >= 1");
-  CHECK(test::message_of<ConfigError>([&] { selector.check(5); }) ==
-        "BiasedSoftmaxTopK: the bias is [1, 3], expected [1, 5]");
-  selector.selection_bias().value(0, 1) = std::numeric_limits<double>::infinity();
-  CHECK(test::message_of<NonFiniteError>([&] { selector.check(3); }) ==
-        "BiasedSoftmaxTopK: bias[1] = inf, expected a finite number");
-}
 
 TEST_CASE("QuantileBalance matches offsets worked out by hand",
           "[moe][balance][quantile_balance]") {

@@ -9,13 +9,15 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<SecondPlaceLoss<float>, float>);
+static_assert(RoutingLoss<SecondPlaceLoss<float>, float>);
 
 TEST_CASE("SecondPlaceLoss matches a routing worked out by hand",
           "[moe][balance][second_place_loss]") {
@@ -24,22 +26,22 @@ TEST_CASE("SecondPlaceLoss matches a routing worked out by hand",
   Matrix<double> logits(2, 3);
   logits << std::log(3.0), std::log(2.0), 0.0, 0.0, std::log(3.0), std::log(2.0);
   const auto k = GENERATE(as<Index>{}, 1, 2, 3);
-  CHECK(SecondPlaceLoss<double>{0.5}.loss(route(SoftmaxTopK<double>{k}, logits)) ==
-        Approx(0.5 * 5.0 / 4.0));
+  CHECK(loss_of(SecondPlaceLoss<double>({.coefficient = 0.5}),
+                route(SoftmaxTopK<double>({.k = k}), logits)) == Approx(0.5 * 5.0 / 4.0));
 }
 
 TEST_CASE("SecondPlaceLoss is zero with one expert and without real tokens",
           "[moe][balance][second_place_loss]") {
-  const SecondPlaceLoss<double> balancer{1.0};
-  const SoftmaxTopK<double> selector{1};
+  const SecondPlaceLoss<double> balancer({.coefficient = 1.0});
+  const SoftmaxTopK<double> selector({.k = 1});
   const std::vector<std::uint8_t> mask = {0, 0};
   const Routing<double> one = route(selector, Matrix<double>::Ones(2, 1));
-  CHECK(balancer.loss(one) == 0.0);
-  CHECK(logit_gradient(selector, balancer, one).isZero(0.0));
-  CHECK(balancer.loss(route(selector, Matrix<double>(0, 4))) == 0.0);
+  CHECK(loss_of(balancer, one) == 0.0);
+  CHECK(logit_gradient(selector, balancer, Matrix<double>::Ones(2, 1)).isZero(0.0));
+  CHECK(loss_of(balancer, route(selector, Matrix<double>(0, 4))) == 0.0);
   const Routing<double> padding = route(selector, Matrix<double>::Ones(2, 4), {.mask = mask});
-  CHECK(balancer.loss(padding) == 0.0);
-  CHECK(logit_gradient(selector, balancer, padding).isZero(0.0));
+  CHECK(loss_of(balancer, padding) == 0.0);
+  CHECK(logit_gradient(selector, balancer, Matrix<double>::Ones(2, 4), {.mask = mask}).isZero(0.0));
 }
 
 TEST_CASE("SecondPlaceLoss has no second place for a forbidden expert",
@@ -49,13 +51,11 @@ TEST_CASE("SecondPlaceLoss has no second place for a forbidden expert",
   Matrix<double> logits(3, 4);
   logits << 1.0, 9.0, 2.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0, 9.0, 0.0, -1000.0;
   const std::vector<std::uint8_t> allowed = {1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1};
-  const SoftmaxTopK<double> selector{1};
-  const SecondPlaceLoss<double> balancer{0.5};
+  const SoftmaxTopK<double> selector({.k = 1});
+  const SecondPlaceLoss<double> balancer({.coefficient = 0.5});
   const Routing<double> routing = route(selector, logits, {.allowed = allowed});
-  CHECK(balancer.loss(routing) == Approx(0.5 * 4.0 / 9.0).epsilon(1e-6));
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  balancer.add_gradient(routing, gradient);
+  CHECK(loss_of(balancer, routing) == Approx(0.5 * 4.0 / 9.0).epsilon(1e-6));
+  const RoutingGradient<double> gradient = test::gradient_of(balancer, routing);
   CHECK(gradient.probabilities(0, 1) == 0.0);
   CHECK(gradient.probabilities(0, 3) == 0.0);
   CHECK(gradient.probabilities.row(1).isZero(0.0));
@@ -68,20 +68,17 @@ TEST_CASE("SecondPlaceLoss gradient agrees with finite differences",
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
   std::vector<std::uint8_t> allowed(35, 1);
   for (const int i : {0, 7, 8, 16, 30, 31, 34}) allowed[static_cast<std::size_t>(i)] = 0;
-  const SecondPlaceLoss<double> balancer{0.5};
+  const SecondPlaceLoss<double> balancer({.coefficient = 0.5});
   const auto check = [&](const auto& selector, const Pass& pass) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
   for (const Pass& pass : {Pass{.mask = mask}, Pass{.mask = mask, .allowed = allowed}}) {
-    check(SoftmaxTopK<double>{2}, pass);
+    check(SoftmaxTopK<double>({.k = 2}), pass);
     check(SigmoidTopK<double>(5, {.k = 1}), pass);
   }
 }
 
 TEST_CASE("SecondPlaceLoss refuses a negative coefficient", "[moe][balance][second_place_loss]") {
-  CHECK(test::message_of<ConfigError>([] { SecondPlaceLoss<float>{-1.0F}.check(); }) ==
-        "SecondPlaceLoss: coefficient = -1, expected >= 0");
+  CHECK(test::message_of<ConfigError>([] { SecondPlaceLoss<float>({.coefficient = -1.0}); }) ==
+        "SecondPlaceLoss: coefficient = -1, expected a finite number >= 0");
 }

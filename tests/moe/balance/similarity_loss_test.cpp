@@ -12,14 +12,16 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<SimilarityLoss<float>, float>);
+static_assert(RoutingLoss<SimilarityLoss<float>, float>);
 
 namespace {
 
@@ -29,7 +31,7 @@ double reference(const Routing<double>& routing) {
   Matrix<double> m = Matrix<double>::Zero(routing.tokens(), experts);
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      m(t, routing.expert[static_cast<std::size_t>(a)]) = 1.0;
+      m(t, routing.expert[a]) = 1.0;
     }
   }
   const Matrix<double> mm = m.transpose() * m;
@@ -44,7 +46,7 @@ double reference(const Routing<double>& routing) {
       if (i != j && others > 0.0) sum += (n * n - n) * mm(i, j) / others * pp(i, j);
     }
   }
-  return sum / static_cast<double>(routing.real_tokens());
+  return sum / static_cast<double>(routing.rows.real());
 }
 
 }  // namespace
@@ -56,10 +58,11 @@ TEST_CASE("SimilarityLoss matches a routing worked out by hand", "[moe][balance]
   Matrix<double> logits(2, 3);
   logits << std::log(3.0), std::log(2.0), 0.0, 0.0, std::log(3.0), std::log(2.0);
   const double sum = 0.75 * 10.0 + 1.5 * 13.0 + 0.75 * 5.0 + 2.0 * 1.5 * (9.0 + 8.0);
-  CHECK(SimilarityLoss<double>{0.5}.loss(route(SoftmaxTopK<double>{2}, logits)) ==
-        Approx(0.5 * sum / 36.0 / 2.0));
+  CHECK(loss_of(SimilarityLoss<double>({.coefficient = 0.5}),
+                route(SoftmaxTopK<double>({.k = 2}), logits)) == Approx(0.5 * sum / 36.0 / 2.0));
   // Choices {0} and {1}: W = diag(3/2, 3/2, 0).
-  CHECK(SimilarityLoss<double>{0.5}.loss(route(SoftmaxTopK<double>{1}, logits)) ==
+  CHECK(loss_of(SimilarityLoss<double>({.coefficient = 0.5}),
+                route(SoftmaxTopK<double>({.k = 1}), logits)) ==
         Approx(0.5 * 1.5 * 23.0 / 36.0 / 2.0));
 }
 
@@ -69,54 +72,59 @@ TEST_CASE("SimilarityLoss is its definition in any setting", "[moe][balance][sim
     const Index experts = 1 + rng.below(9);
     const Index tokens = 1 + rng.below(12);
     const Matrix<double> logits = normal_init<double>(tokens, experts, 1.5, rng);
-    const SoftmaxTopK<double> fixed{1 + rng.below(experts)};
-    const SimilarityLoss<double> loss{0.3};
+    const SoftmaxTopK<double> fixed({.k = 1 + rng.below(experts)});
+    const SimilarityLoss<double> loss({.coefficient = 0.3});
     const Routing<double> routing = route(fixed, logits);
-    REQUIRE(loss.loss(routing) == Approx(0.3 * reference(routing)));
-    const Routing<double> variable = route(TopP<double>{rng.uniform(0.1, 1.0)}, logits);
-    REQUIRE(loss.loss(variable) == Approx(0.3 * reference(variable)));
+    REQUIRE(loss_of(loss, routing) == Approx(0.3 * reference(routing)));
+    const Routing<double> variable =
+        route(TopP<double>({.threshold = rng.uniform(0.1, 1.0)}), logits);
+    REQUIRE(loss_of(loss, variable) == Approx(0.3 * reference(variable)));
   }
 }
 
 TEST_CASE("SimilarityLoss with uniform probabilities is the coefficient at any load",
           "[moe][balance][similarity]") {
-  Routing<double> routing = route(SoftmaxTopK<double>{2}, Matrix<double>::Constant(6, 4, 0.3));
-  CHECK(SimilarityLoss<double>{0.5}.loss(routing) == Approx(0.5));  // All choose 0 and 1.
-  CHECK(SimilarityLoss<double>{0.5}.loss(route(
-            SoftmaxTopK<double>{1}, Matrix<double>::Constant(6, 4, 0.3))) == Approx(0.5 / 4.0));
+  Routing<double> routing =
+      route(SoftmaxTopK<double>({.k = 2}), Matrix<double>::Constant(6, 4, 0.3));
+  CHECK(loss_of(SimilarityLoss<double>({.coefficient = 0.5}), routing) ==
+        Approx(0.5));  // All choose 0 and 1.
+  CHECK(loss_of(SimilarityLoss<double>({.coefficient = 0.5}),
+                route(SoftmaxTopK<double>({.k = 1}), Matrix<double>::Constant(6, 4, 0.3))) ==
+        Approx(0.5 / 4.0));
 }
 
 TEST_CASE("SimilarityLoss counts what is dropped and does not see padding",
           "[moe][balance][similarity]") {
-  const SoftmaxTopK<double> selector{2};
-  const SimilarityLoss<double> loss{0.5};
+  const SoftmaxTopK<double> selector({.k = 2});
+  const SimilarityLoss<double> loss({.coefficient = 0.5});
   const Matrix<double> logits = test::random_matrix(5, 4, 3);
   Routing<double> plain = route(selector, logits);
-  const double expected = loss.loss(plain);
-  const Matrix<double> expected_gradient = logit_gradient(selector, loss, plain);
-  FixedCapacity{1}.apply(plain);
-  CHECK(loss.loss(plain) == expected);
+  const double expected = loss_of(loss, plain);
+  const Matrix<double> expected_gradient = logit_gradient(selector, loss, logits);
+  test::limit(FixedCapacity({.capacity = 1}), plain);
+  CHECK(loss_of(loss, plain) == expected);
 
   Matrix<double> padded = Matrix<double>::Constant(7, 4, NAN);
   padded.topRows(2) = logits.topRows(2);
   padded.middleRows(3, 3) = logits.bottomRows(3);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 0};
   const Routing<double> masked = route(selector, padded, {.mask = mask});
-  CHECK(loss.loss(masked) == Approx(expected));
-  const Matrix<double> actual = logit_gradient(selector, loss, masked);
+  CHECK(loss_of(loss, masked) == Approx(expected));
+  const Matrix<double> actual = logit_gradient(selector, loss, padded, {.mask = mask});
   CHECK(test::relative_error(actual.topRows(2), expected_gradient.topRows(2)) < 1e-13);
   CHECK(test::relative_error(actual.middleRows(3, 3), expected_gradient.bottomRows(3)) < 1e-13);
   CHECK(actual.row(2).isZero(0.0));
 }
 
 TEST_CASE("SimilarityLoss is zero without assignments", "[moe][balance][similarity]") {
-  const SoftmaxTopK<double> selector{1};
+  const SoftmaxTopK<double> selector({.k = 1});
   const std::vector<std::uint8_t> mask = {0, 0};
   const Index tokens = GENERATE(0, 2);
   const Pass pass{.mask = std::span(mask).first(static_cast<std::size_t>(tokens))};
   const Routing<double> routing = route(selector, Matrix<double>::Ones(tokens, 4), pass);
-  CHECK(SimilarityLoss<double>{}.loss(routing) == 0.0);
-  CHECK(logit_gradient(selector, SimilarityLoss<double>{}, routing).isZero(0.0));
+  CHECK(loss_of(SimilarityLoss<double>(), routing) == 0.0);
+  CHECK(logit_gradient(selector, SimilarityLoss<double>(), Matrix<double>::Ones(tokens, 4), pass)
+            .isZero(0.0));
 }
 
 TEST_CASE("SimilarityLoss gradient agrees with finite differences",
@@ -124,41 +132,42 @@ TEST_CASE("SimilarityLoss gradient agrees with finite differences",
   Matrix<double> logits = test::random_matrix(7, 5, 5);
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
   const Pass pass{.mask = mask};
-  const SimilarityLoss<double> balancer{0.5};
+  const SimilarityLoss<double> balancer({.coefficient = 0.5});
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
-  check(SoftmaxTopK<double>{1});
-  check(SoftmaxTopK<double>{3});
+  check(SoftmaxTopK<double>({.k = 1}));
+  check(SoftmaxTopK<double>({.k = 3}));
   check(SigmoidTopK<double>(5, {.k = 2}));
 }
 
 TEST_CASE("SimilarityLoss gives the same bits on any number of threads and allocates nothing",
           "[moe][balance][similarity]") {
   Routing<float> routing;
-  SoftmaxTopK<float>{4}.select(test::random_matrix<float>(300, 33, 1), {}, routing);
-  const SimilarityLoss<float> loss{0.5F};
+  SoftmaxTopK<float>::Cache selector_cache;
+  SoftmaxTopK<float>({.k = 4}).forward(test::random_matrix<float>(300, 33, 1), {}, routing,
+                                       selector_cache);
+  const SimilarityLoss<float> loss({.coefficient = 0.5});
+  SimilarityLoss<float>::Cache cache;
   RoutingGradient<float> gradient;
   const auto run = [&](int threads) {
     const test::Threads set(threads);
     gradient.reset(routing);
-    loss.add_gradient(routing, gradient);
-    return std::pair(loss.loss(routing), gradient.probabilities);
+    const double value = loss.forward(routing, cache);
+    loss.backward(routing, 0.5, gradient, cache);
+    return std::pair(value, gradient.probabilities);
   };
   CHECK(run(1) == run(3));
   if (!test::allocations_are_counted()) return;
   CHECK(test::count_allocations([&] {
-          loss.add_gradient(routing, gradient);
-          loss.loss(routing);
+          loss.forward(routing, cache);
+          loss.backward(routing, 0.5, gradient, cache);
         }) == 0);
 }
 
 TEST_CASE("SimilarityLoss refuses a negative coefficient", "[moe][balance][similarity]") {
-  CHECK(test::message_of<ConfigError>([] { SimilarityLoss<float>{-1.0F}.check(); }) ==
-        "SimilarityLoss: coefficient = -1, expected >= 0");
-  CHECK(test::message_of<ConfigError>([] { SimilarityLoss<float>{NAN}.check(); }) ==
-        "SimilarityLoss: coefficient = nan, expected >= 0");
+  CHECK(test::message_of<ConfigError>([] { SimilarityLoss<float>({.coefficient = -1.0}); }) ==
+        "SimilarityLoss: coefficient = -1, expected a finite number >= 0");
+  CHECK(test::message_of<ConfigError>([] { SimilarityLoss<float>({.coefficient = NAN}); }) ==
+        "SimilarityLoss: coefficient = nan, expected a finite number >= 0");
 }

@@ -10,27 +10,27 @@
 
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
 using namespace weir;
 using test::logit_gradient;
+using test::loss_of;
 using test::route;
 
-static_assert(BalancingLoss<SwitchLoss<float>, float>);
-static_assert(!BalancingRule<SwitchLoss<float>, float>);
+static_assert(RoutingLoss<SwitchLoss<float>, float>);
+static_assert(!ObservingBalancer<SwitchLoss<float>, float>);
 
 TEST_CASE("SwitchLoss at uniform load is what its fraction says", "[moe][balance][switch_loss]") {
   const auto k = GENERATE(as<Index>{}, 1, 2, 4);
   const auto experts = GENERATE(as<Index>{}, 4, 8);
   Routing<double> routing =
-      route(SoftmaxTopK<double>{k}, Matrix<double>::Constant(2 * experts, experts, 0.7));
-  for (std::size_t a = 0; a < routing.expert.size(); ++a) {
-    routing.expert[a] = static_cast<Index>(a) % experts;
-  }
+      route(SoftmaxTopK<double>({.k = k}), Matrix<double>::Constant(2 * experts, experts, 0.7));
+  for (Index a = 0; a < routing.assignments(); ++a) routing.expert[a] = a % experts;
 
-  CHECK(SwitchLoss<double>{0.01}.loss(routing) == Approx(0.01));
-  CHECK(SwitchLoss<double>{0.01, LoadFraction::kOfTokens}.loss(routing) ==
-        Approx(0.01 * static_cast<double>(k)));
+  CHECK(loss_of(SwitchLoss<double>({.coefficient = 0.01}), routing) == Approx(0.01));
+  CHECK(loss_of(SwitchLoss<double>({.coefficient = 0.01, .fraction = LoadFraction::kOfTokens}),
+                routing) == Approx(0.01 * static_cast<double>(k)));
 }
 
 TEST_CASE("SwitchLoss matches routings worked out by hand", "[moe][balance][switch_loss]") {
@@ -39,34 +39,35 @@ TEST_CASE("SwitchLoss matches routings worked out by hand", "[moe][balance][swit
     // f = (1, 0), P = (17/24, 7/24) and loss = 2 * 17/24.
     Matrix<double> logits(2, 2);
     logits << std::log(3.0), 0.0, std::log(2.0), 0.0;
-    CHECK(SwitchLoss<double>{1.0}.loss(route(SoftmaxTopK<double>{1}, logits)) ==
-          Approx(17.0 / 12.0));
+    CHECK(loss_of(SwitchLoss<double>({.coefficient = 1.0}),
+                  route(SoftmaxTopK<double>({.k = 1}), logits)) == Approx(17.0 / 12.0));
   }
   SECTION("k = 2") {
     // Softmax rows (3, 2, 1)/6 and (1, 3, 2)/6, choices {0, 1} and {1, 2}: counts (1, 2, 1),
     // P = (4, 5, 3)/12, sum_e count_e P_e = 17/12; over 4 assignments or 2 tokens, times 3.
     Matrix<double> logits(2, 3);
     logits << std::log(3.0), std::log(2.0), 0.0, 0.0, std::log(3.0), std::log(2.0);
-    const Routing<double> routing = route(SoftmaxTopK<double>{2}, logits);
-    CHECK(SwitchLoss<double>{0.5}.loss(routing) == Approx(0.5 * 17.0 / 16.0));
-    CHECK(SwitchLoss<double>{0.5, LoadFraction::kOfTokens}.loss(routing) ==
-          Approx(0.5 * 17.0 / 8.0));
+    const Routing<double> routing = route(SoftmaxTopK<double>({.k = 2}), logits);
+    CHECK(loss_of(SwitchLoss<double>({.coefficient = 0.5}), routing) == Approx(0.5 * 17.0 / 16.0));
+    CHECK(loss_of(SwitchLoss<double>({.coefficient = 0.5, .fraction = LoadFraction::kOfTokens}),
+                  routing) == Approx(0.5 * 17.0 / 8.0));
   }
   SECTION("the value at uniform load is not the least") {
     // p = (.51, .49) twice and (0, 1): f = (2/3, 1/3), P = (.34, .66).
     Matrix<double> logits(3, 2);
     logits << std::log(0.51), std::log(0.49), std::log(0.51), std::log(0.49), -1000.0, 0.0;
-    const double loss = SwitchLoss<double>{1.0}.loss(route(SoftmaxTopK<double>{1}, logits));
+    const double loss = loss_of(SwitchLoss<double>({.coefficient = 1.0}),
+                                route(SoftmaxTopK<double>({.k = 1}), logits));
     CHECK(loss == Approx(2.0 * (2.0 * 0.34 + 0.66) / 3.0));
     CHECK(std::abs(loss - 0.893) < 5e-4);
   }
 }
 
 TEST_CASE("SwitchLoss counts assignments before any are dropped", "[moe][balance][switch_loss]") {
-  Routing<double> routing = route(SoftmaxTopK<double>{2}, test::random_matrix(9, 4, 1));
-  const double before = SwitchLoss<double>{}.loss(routing);
-  FixedCapacity{1}.apply(routing);
-  CHECK(SwitchLoss<double>{}.loss(routing) == before);
+  Routing<double> routing = route(SoftmaxTopK<double>({.k = 2}), test::random_matrix(9, 4, 1));
+  const double before = loss_of(SwitchLoss<double>(), routing);
+  test::limit(FixedCapacity({.capacity = 1}), routing);
+  CHECK(loss_of(SwitchLoss<double>(), routing) == before);
 }
 
 TEST_CASE("SwitchLoss of sequences is the mean over those that are not empty",
@@ -74,18 +75,21 @@ TEST_CASE("SwitchLoss of sequences is the mean over those that are not empty",
   const Matrix<double> logits = test::random_matrix(9, 4, 2);
   const Sequences sequences({3, 0, 4, 2});
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1, 0, 0};  // The last: only padding.
-  const SoftmaxTopK<double> selector{2};
+  const SoftmaxTopK<double> selector({.k = 2});
   const auto fraction = GENERATE(LoadFraction::kOfAssignments, LoadFraction::kOfTokens);
-  const SwitchLoss<double> batch{0.3, fraction, Scope::kBatch};
-  const SwitchLoss<double> sequence{0.3, fraction, Scope::kSequence};
+  const SwitchLoss<double> batch(
+      {.coefficient = 0.3, .fraction = fraction, .scope = Scope::kBatch});
+  const SwitchLoss<double> sequence(
+      {.coefficient = 0.3, .fraction = fraction, .scope = Scope::kSequence});
 
-  const double first = batch.loss(route(selector, logits.topRows(2)));
-  const double third = batch.loss(route(selector, logits.middleRows(3, 4)));
+  const double first = loss_of(batch, route(selector, logits.topRows(2)));
+  const double third = loss_of(batch, route(selector, logits.middleRows(3, 4)));
   const Routing<double> routing = route(selector, logits, {.sequences = &sequences, .mask = mask});
-  CHECK(sequence.loss(routing) == Approx((first + third) / 2.0));
-  CHECK(batch.loss(routing) != Approx((first + third) / 2.0));
+  CHECK(loss_of(sequence, routing) == Approx((first + third) / 2.0));
+  CHECK(loss_of(batch, routing) != Approx((first + third) / 2.0));
 
-  CHECK(sequence.loss(route(selector, logits)) == Approx(batch.loss(route(selector, logits))));
+  CHECK(loss_of(sequence, route(selector, logits)) ==
+        Approx(loss_of(batch, route(selector, logits))));
 }
 
 TEST_CASE("SwitchLoss does not see padding", "[moe][balance][switch_loss]") {
@@ -95,17 +99,17 @@ TEST_CASE("SwitchLoss does not see padding", "[moe][balance][switch_loss]") {
   padded.middleRows(3, 3) = logits.bottomRows(3);
   padded(2, 1) = NAN;
   const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 0};
-  const SoftmaxTopK<double> selector{2};
+  const SoftmaxTopK<double> selector({.k = 2});
   const auto fraction = GENERATE(LoadFraction::kOfAssignments, LoadFraction::kOfTokens);
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
-  const SwitchLoss<double> balancer{0.3, fraction, scope};
+  const SwitchLoss<double> balancer({.coefficient = 0.3, .fraction = fraction, .scope = scope});
 
   const Routing<double> plain = route(selector, logits);
   const Routing<double> masked = route(selector, padded, {.mask = mask});
-  CHECK(balancer.loss(masked) == Approx(balancer.loss(plain)));
+  CHECK(loss_of(balancer, masked) == Approx(loss_of(balancer, plain)));
 
-  const Matrix<double> expected = logit_gradient(selector, balancer, plain);
-  const Matrix<double> actual = logit_gradient(selector, balancer, masked);
+  const Matrix<double> expected = logit_gradient(selector, balancer, logits);
+  const Matrix<double> actual = logit_gradient(selector, balancer, padded, {.mask = mask});
   CHECK(test::relative_error(actual.topRows(2), expected.topRows(2)) < 1e-14);
   CHECK(test::relative_error(actual.middleRows(3, 3), expected.bottomRows(3)) < 1e-14);
   CHECK(actual.row(2).isZero(0.0));
@@ -114,17 +118,18 @@ TEST_CASE("SwitchLoss does not see padding", "[moe][balance][switch_loss]") {
 
 TEST_CASE("SwitchLoss is zero without real tokens", "[moe][balance][switch_loss]") {
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
-  const SwitchLoss<double> balancer{1.0, LoadFraction::kOfAssignments, scope};
-  const SoftmaxTopK<double> selector{1};
+  const SwitchLoss<double> balancer(
+      {.coefficient = 1.0, .fraction = LoadFraction::kOfAssignments, .scope = scope});
+  const SoftmaxTopK<double> selector({.k = 1});
   const std::vector<std::uint8_t> mask = {0, 0};
 
   const Routing<double> none = route(selector, Matrix<double>(0, 4));
-  CHECK(balancer.loss(none) == 0.0);
-  CHECK(logit_gradient(selector, balancer, none).rows() == 0);
+  CHECK(loss_of(balancer, none) == 0.0);
+  CHECK(logit_gradient(selector, balancer, Matrix<double>(0, 4)).rows() == 0);
 
   const Routing<double> padding = route(selector, Matrix<double>::Ones(2, 4), {.mask = mask});
-  CHECK(balancer.loss(padding) == 0.0);
-  CHECK(logit_gradient(selector, balancer, padding).isZero(0.0));
+  CHECK(loss_of(balancer, padding) == 0.0);
+  CHECK(logit_gradient(selector, balancer, Matrix<double>::Ones(2, 4), {.mask = mask}).isZero(0.0));
 }
 
 TEST_CASE("SwitchLoss gradient agrees with finite differences",
@@ -135,22 +140,19 @@ TEST_CASE("SwitchLoss gradient agrees with finite differences",
   const Pass pass{.sequences = &sequences, .mask = mask};
   const auto fraction = GENERATE(LoadFraction::kOfAssignments, LoadFraction::kOfTokens);
   const auto scope = GENERATE(Scope::kBatch, Scope::kSequence);
-  const SwitchLoss<double> balancer{0.5, fraction, scope};
+  const SwitchLoss<double> balancer({.coefficient = 0.5, .fraction = fraction, .scope = scope});
 
   const auto check = [&](const auto& selector) {
-    const auto loss = [&] { return balancer.loss(route(selector, logits, pass)); };
-    const Matrix<double> analytic =
-        logit_gradient(selector, balancer, route(selector, logits, pass));
-    CHECK(test::relative_error(analytic, test::numeric_gradient(logits, loss)) <= 1e-6);
+    test::check_logit_gradient(selector, balancer, logits, pass);
   };
-  check(SoftmaxTopK<double>{2});
+  check(SoftmaxTopK<double>({.k = 2}));
   check(SigmoidTopK<double>(5, {.k = 2}));
 }
 
 TEST_CASE("SwitchLoss refuses a negative coefficient", "[moe][balance][switch_loss]") {
-  CHECK(test::message_of<ConfigError>([] { SwitchLoss<float>{-1.0F}.check(); }) ==
-        "SwitchLoss: coefficient = -1, expected >= 0");
-  CHECK(test::message_of<ConfigError>([] { SwitchLoss<float>{NAN}.check(); }) ==
-        "SwitchLoss: coefficient = nan, expected >= 0");
-  SwitchLoss<float>{0.0F}.check();
+  CHECK(test::message_of<ConfigError>([] { SwitchLoss<float>({.coefficient = -1.0}); }) ==
+        "SwitchLoss: coefficient = -1, expected a finite number >= 0");
+  CHECK(test::message_of<ConfigError>([] { SwitchLoss<float>({.coefficient = NAN}); }) ==
+        "SwitchLoss: coefficient = nan, expected a finite number >= 0");
+  SwitchLoss<float>({.coefficient = 0.0});
 }

@@ -8,10 +8,12 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
-#include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/moe/balance/mark_allowed.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
 
@@ -27,6 +29,7 @@ enum class BiasRule {
 
 /// Settings of BiasBalance.
 struct BiasBalanceConfig {
+  double rate = 0.001;
   BiasRule rule = BiasRule::kSign;
   bool recentre = false;  ///< Shift the bias to mean zero after each move, as torchtitan does; the
                           ///< choice of experts does not depend on it.
@@ -46,25 +49,19 @@ struct BiasBalanceConfig {
 /// left out of both means, of the load and of the bias: once allowed again it is chosen as before,
 /// neither swamped nor avoided.
 template <std::floating_point T>
-class BiasBalance {
+class BiasBalance : public BalancerBase {
  public:
   static constexpr std::string_view kName = "bias";
 
-  /// \throws ConfigError  if rate < 0.
-  explicit BiasBalance(T rate = T(0.001), BiasBalanceConfig config = {})
-      : rate_(rate), config_(config) {
-    check();
-  }
+  explicit BiasBalance(BiasBalanceConfig config = {}) : config_(config) { check(); }
 
-  void check() const { expect_at_least("BiasBalance", "rate", rate_, T(0)); }
+  /// \throws ConfigError  if the rate is negative.
+  void check() const { expect_at_least("BiasBalance", "rate", config_.rate, 0.0); }
 
   void observe(const Routing<T>& routing) {
     if (load_.size() != routing.experts()) start(routing.experts());
-    routing.mark_allowed(allowed_);
-    RowVector<T>& count = routing.scratch[0];
-    count.setZero(routing.experts());
-    routing.add_load(0, routing.tokens(), count);
-    load_ += count.template cast<double>();
+    mark_allowed(routing, allowed_);
+    routing.add_load(0, routing.tokens(), load_);
   }
 
   /// Adds what other ranks counted: the load is that of the global batch.
@@ -75,15 +72,15 @@ class BiasBalance {
     if (load_.size() > 0) {
       expect_shape("BiasBalance::add_load", "load", load, 1, load_.size());
     }
-    const auto experts = static_cast<std::size_t>(load.size());
-    if (!allowed.empty() && allowed.size() != experts) {
+    const Index experts = load.size();
+    if (!allowed.empty() && static_cast<Index>(allowed.size()) != experts) {
       fail<ShapeError>("BiasBalance::add_load: allowed has ", allowed.size(), " entries, expected ",
                        experts);
     }
-    if (load_.size() == 0) start(load.size());
+    if (load_.size() == 0) start(experts);
     load_ += load;
-    for (std::size_t e = 0; e < experts; ++e) {
-      if (allowed.empty() || allowed[e] != 0) allowed_[e] = 1;
+    for (Index e = 0; e < experts; ++e) {
+      if (allowed.empty() || allowed.data()[e] != 0) allowed_[e] = 1;
     }
   }
 
@@ -97,11 +94,9 @@ class BiasBalance {
       Matrix<T>& bias = selector.selection_bias().value;
       for_each_allowed([&](Index e) {
         const double lack = mean - load_[e];
-        if (config_.rule == BiasRule::kProportional) {
-          bias(0, e) += rate_ * static_cast<T>(lack / mean);
-        } else {
-          bias(0, e) += lack > 0.0 ? rate_ : lack < 0.0 ? -rate_ : T(0);
-        }
+        const double sign = lack > 0.0 ? 1.0 : lack < 0.0 ? -1.0 : 0.0;
+        const double step = config_.rule == BiasRule::kProportional ? lack / mean : sign;
+        bias(0, e) += static_cast<T>(config_.rate * step);
       });
       if (config_.recentre) {
         const T mean_bias = mean_of_allowed(bias);
@@ -118,34 +113,32 @@ class BiasBalance {
   /// What has been counted since the last update; empty before the first pass.
   const RowVector<double>& load() const { return load_; }
 
-  /// Since then: 1 for the experts that any token was allowed, else 0.
+  /// 1 for the experts that any token was allowed since the last update, else 0.
   std::span<const std::uint8_t> allowed() const { return allowed_; }
 
   const BiasBalanceConfig& config() const { return config_; }
 
-  T rate() const { return rate_; }
-
   /// For a schedule, set before `update`: `balancer.set_rate(schedule(step))`. DeepSeek-V3 ends its
   /// training with 0.
-  void set_rate(T rate) {
-    expect_at_least("BiasBalance", "rate", rate, T(0));
-    rate_ = rate;
+  void set_rate(double rate) {
+    expect_at_least("BiasBalance", "rate", rate, 0.0);
+    config_.rate = rate;
   }
 
  private:
   void start(Index experts) {
     load_.setZero(experts);
-    allowed_.assign(static_cast<std::size_t>(experts), 0);
+    allowed_.assign(experts, 0);
   }
 
   template <class Body>
   void for_each_allowed(Body&& body) const {
     for (Index e = 0; e < load_.size(); ++e) {
-      if (allowed_[static_cast<std::size_t>(e)] != 0) body(e);
+      if (allowed_[e] != 0) body(e);
     }
   }
 
-  /// Of the numbers of the experts [1, experts]; 0 if no expert was allowed.
+  /// The mean of numbers [1, experts] over the experts that were allowed; 0 if there are none.
   template <class Numbers>
   auto mean_of_allowed(const Numbers& of_expert) const {
     typename Numbers::Scalar sum(0), count(0);
@@ -156,11 +149,10 @@ class BiasBalance {
     return count > 0 ? sum / count : sum;
   }
 
-  T rate_;
   BiasBalanceConfig config_;
   bool frozen_ = false;
   RowVector<double> load_;
-  std::vector<std::uint8_t> allowed_;
+  List<std::uint8_t> allowed_;
 };
 
 }  // namespace weir

@@ -5,12 +5,22 @@
 
 #include <concepts>
 #include <string_view>
+#include <utility>
 
+#include <weir/core/error.hpp>
 #include <weir/moe/balance/expert_groups.hpp>
 #include <weir/moe/balance/priced_probability.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
+
+/// Settings of CommunicationLoss.
+struct CommunicationLossConfig {
+  Index devices_per_token = 1;  ///< M; 3 of 8 in DeepSeek-V2.
+  double coefficient = 0.02;
+  Scope scope = Scope::kSequence;
+};
 
 /// Rewards a router for sending the same number of tokens to all devices:
 ///
@@ -18,53 +28,65 @@ namespace weir {
 ///     f''_i = D / (M T) * |{t : t is sent to device i}|,    P''_i = sum_{j in E_i} P_j
 ///
 /// A token is sent once to a device, however many of its experts are there. D counts the devices, M
-/// is the most devices a token is sent to, E_i are the experts of device i and P_j the mean
-/// probability of expert j. It is reckoned for each sequence, as in the paper, and averaged; or
-/// over the batch. With M devices for each token and uniform load the loss is the coefficient. f''
+/// is the most devices a token is sent to, E_i are the experts of device i and P_j is the mean
+/// probability of expert j. The loss is computed for each sequence, as in the paper, and averaged;
+/// or over the batch. With M devices for each token and uniform load it is the coefficient. f''
 /// counts assignments before any are dropped and is constant to the derivative. Padding is not
 /// counted; without real tokens the loss is zero.
 template <std::floating_point T>
-struct CommunicationLoss {
+class CommunicationLoss : public BalancerBase {
+ public:
   static constexpr std::string_view kName = "communication";
+  struct Cache {
+    PriceSpace<T> prices;
+    RowVector<T> sent;  ///< [devices]
+  };
 
-  ExpertGroups devices;
-  Index devices_per_token = 1;  ///< M; 3 of 8 in DeepSeek-V2.
-  T coefficient = T(0.02);
-  Scope scope = Scope::kSequence;
+  explicit CommunicationLoss(ExpertGroups devices, CommunicationLossConfig config = {})
+      : devices_(std::move(devices)), config_(config) {
+    check();
+  }
 
   /// \throws ConfigError  if the coefficient is negative, or unless
   ///                      1 <= devices_per_token <= devices.
   void check() const {
-    expect_at_least("CommunicationLoss", "coefficient", coefficient, T(0));
-    if (devices_per_token < 1 || devices_per_token > devices.count()) {
-      fail<ConfigError>("CommunicationLoss: devices_per_token = ", devices_per_token,
-                        ", expected 1 <= devices_per_token <= devices = ", devices.count());
+    expect_at_least("CommunicationLoss", "coefficient", config_.coefficient, 0.0);
+    if (config_.devices_per_token < 1 || config_.devices_per_token > devices_.count()) {
+      fail<ConfigError>("CommunicationLoss: devices_per_token = ", config_.devices_per_token,
+                        ", expected 1 <= devices_per_token <= devices = ", devices_.count());
     }
   }
 
   /// \return         The loss, already scaled by `coefficient`.
   /// \throws ConfigError  if `devices` has another number of experts than the routing.
-  T loss(const Routing<T>& routing) const {
-    devices.expect_experts("CommunicationLoss", routing.experts());
-    return coefficient * priced_probability(routing, scope, traffic(routing));
+  double forward(const Routing<T>& routing, Cache& cache) const {
+    devices_.expect_experts("CommunicationLoss", routing.experts());
+    return config_.coefficient *
+           static_cast<double>(
+               priced_probability(routing, config_.scope, traffic(routing, cache), cache.prices));
   }
 
-  /// Adds d(loss)/d(probabilities).
-  void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    devices.expect_experts("CommunicationLoss", routing.experts());
-    add_priced_probability_gradient(routing, scope, coefficient, traffic(routing), gradient);
+  /// Adds `scale` times d(loss)/d(probabilities).
+  void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                Cache& cache) const {
+    add_priced_probability_gradient(routing, config_.scope,
+                                    static_cast<T>(scale * config_.coefficient),
+                                    traffic(routing, cache), cache.prices, gradient);
   }
+
+  const ExpertGroups& devices() const { return devices_; }
+  const CommunicationLossConfig& config() const { return config_; }
 
  private:
   Index device_of(const Routing<T>& routing, Index assignment) const {
-    return devices.group_of(routing.expert[static_cast<std::size_t>(assignment)]);
+    return devices_.group_of(routing.expert[assignment]);
   }
 
   /// f'' of the device of each expert.
-  auto traffic(const Routing<T>& routing) const {
-    return [&routing, this](Index begin, Index end, Index tokens, RowVector<T>& f) {
-      RowVector<T>& sent = routing.scratch[2];
-      sent.setZero(devices.count());
+  auto traffic(const Routing<T>& routing, Cache& cache) const {
+    return [&routing, &cache, this](Index begin, Index end, Index tokens, RowVector<T>& f) {
+      RowVector<T>& sent = cache.sent;
+      sent.setZero(devices_.count());
       for (Index t = begin; t < end; ++t) {
         for (Index a = routing.first(t); a < routing.last(t); ++a) {
           const Index device = device_of(routing, a);
@@ -75,11 +97,14 @@ struct CommunicationLoss {
           if (!again) sent[device] += T(1);
         }
       }
-      sent *= static_cast<T>(devices.count()) / static_cast<T>(devices_per_token * tokens);
+      sent *= static_cast<T>(devices_.count()) / static_cast<T>(config_.devices_per_token * tokens);
       f.resize(routing.experts());
-      for (Index e = 0; e < routing.experts(); ++e) f[e] = sent[devices.group_of(e)];
+      for (Index e = 0; e < routing.experts(); ++e) f[e] = sent[devices_.group_of(e)];
     };
   }
+
+  ExpertGroups devices_;
+  CommunicationLossConfig config_;
 };
 
 }  // namespace weir

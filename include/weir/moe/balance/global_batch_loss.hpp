@@ -6,10 +6,17 @@
 #include <concepts>
 #include <string_view>
 
+#include <weir/core/error.hpp>
 #include <weir/moe/balance/priced_probability.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
+
+/// Settings of GlobalBatchLoss.
+struct GlobalBatchLossConfig {
+  double coefficient = 0.01;
+};
 
 /// The Switch loss with the fractions of all micro-batches of an optimizer step so far:
 ///
@@ -23,35 +30,41 @@ namespace weir {
 /// whose c_e are running averages. f is constant to the derivative.
 ///
 /// A micro-batch is added to the counts by its backward pass: a forward pass that is run again
-/// counts once. The loss a forward pass reports is the one that is differentiated if its backward
-/// pass is the next one of the layer. `MoELayer::update` starts the next step.
+/// counts once. The backward pass differentiates the loss that its forward pass reported, whatever
+/// has been counted in between. `update` starts the next step.
 template <std::floating_point T>
-class GlobalBatchLoss {
+class GlobalBatchLoss : public BalancerBase {
  public:
   static constexpr std::string_view kName = "global_batch";
+  struct Cache {
+    PriceSpace<T> prices;
+    RowVector<T> fractions;  ///< [experts], f of the forward pass.
+  };
+
+  explicit GlobalBatchLoss(GlobalBatchLossConfig config = {}) : config_(config) { check(); }
 
   /// \throws ConfigError  if the coefficient is negative.
-  explicit GlobalBatchLoss(T coefficient = T(0.01)) : coefficient_(coefficient) { check(); }
-
-  void check() const { expect_at_least("GlobalBatchLoss", "coefficient", coefficient_, T(0)); }
-
-  /// \return         The loss, already scaled by the coefficient.
-  T loss(const Routing<T>& routing) const {
-    return factor(routing) * priced_probability(routing, Scope::kBatch, fractions(routing));
+  void check() const {
+    expect_at_least("GlobalBatchLoss", "coefficient", config_.coefficient, 0.0);
   }
 
-  /// Adds d(loss)/d(probabilities).
-  void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    add_priced_probability_gradient(routing, Scope::kBatch, factor(routing), fractions(routing),
-                                    gradient);
+  /// \return         The loss, already scaled by the coefficient.
+  double forward(const Routing<T>& routing, Cache& cache) const {
+    set_fractions(routing, cache.fractions);
+    return factor(routing) * static_cast<double>(priced_probability(
+                                 routing, Scope::kBatch, fractions_of(cache), cache.prices));
+  }
+
+  /// Adds `scale` times d(loss)/d(probabilities).
+  void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                Cache& cache) const {
+    add_priced_probability_gradient(routing, Scope::kBatch, static_cast<T>(scale * factor(routing)),
+                                    fractions_of(cache), cache.prices, gradient);
   }
 
   void observe(const Routing<T>& routing) {
     if (load_.size() != routing.experts()) load_.setZero(routing.experts());
-    RowVector<T>& count = routing.scratch[0];
-    count.setZero(routing.experts());
-    routing.add_load(0, routing.tokens(), count);
-    load_ += count.template cast<double>();
+    routing.add_load(0, routing.tokens(), load_);
   }
 
   /// Adds what other ranks counted.
@@ -72,24 +85,30 @@ class GlobalBatchLoss {
   /// What has been counted in this step; empty before the first pass.
   const RowVector<double>& load() const { return load_; }
 
+  const GlobalBatchLossConfig& config() const { return config_; }
+
  private:
-  T factor(const Routing<T>& routing) const {
-    return coefficient_ * static_cast<T>(routing.experts());
+  double factor(const Routing<T>& routing) const {
+    return config_.coefficient * static_cast<double>(routing.experts());
   }
 
-  auto fractions(const Routing<T>& routing) const {
-    return [&routing, this](Index begin, Index end, Index /*tokens*/, RowVector<T>& f) {
-      f.setZero(routing.experts());
-      routing.add_load(begin, end, f);
-      const bool more = load_.size() == routing.experts();
-      const double total = static_cast<double>(f.sum()) + (more ? load_.sum() : 0.0);
-      for (Index e = 0; e < f.size() && total > 0.0; ++e) {
-        f[e] = static_cast<T>((static_cast<double>(f[e]) + (more ? load_[e] : 0.0)) / total);
-      }
+  void set_fractions(const Routing<T>& routing, RowVector<T>& f) const {
+    f.setZero(routing.experts());
+    routing.add_load(0, routing.tokens(), f);
+    const bool more = load_.size() == routing.experts();
+    const double total = static_cast<double>(f.sum()) + (more ? load_.sum() : 0.0);
+    for (Index e = 0; e < f.size() && total > 0.0; ++e) {
+      f[e] = static_cast<T>((static_cast<double>(f[e]) + (more ? load_[e] : 0.0)) / total);
+    }
+  }
+
+  static auto fractions_of(const Cache& cache) {
+    return [&cache](Index /*begin*/, Index /*end*/, Index /*tokens*/, RowVector<T>& f) {
+      f = cache.fractions;
     };
   }
 
-  T coefficient_;
+  GlobalBatchLossConfig config_;
   RowVector<double> load_;
 };
 

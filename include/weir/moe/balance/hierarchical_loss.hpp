@@ -4,14 +4,26 @@
 /// (mesh_tensorflow/transformer/moe.py, `transformer_moe_layer_v2`).
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/moe/balance/conditional_price.hpp>
+#include <weir/moe/balance/first_choice.hpp>
+#include <weir/moe/balance/priced_probability.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/router/group_count.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
+
+/// Settings of HierarchicalLoss.
+struct HierarchicalLossConfig {
+  Index groups = 2;
+  double coefficient = 0.01;
+  Scope scope = Scope::kBatch;
+};
 
 /// GShard's loss of the groups of experts, plus that of the experts within each group, on the
 /// tokens whose first choice is in the group:
@@ -32,131 +44,110 @@ namespace weir {
 /// capacity factor * T / groups, and counts what is in a buffer; its inner loss is this one divided
 /// by the square of that factor.
 template <std::floating_point T>
-struct HierarchicalLoss {
+class HierarchicalLoss : public BalancerBase {
+ public:
   static constexpr std::string_view kName = "hierarchical";
+  struct Cache {
+    PriceSpace<T> outer;
+    RowVector<T> price;  ///< [experts], experts / T^2 * c_e of one sequence, or of the batch.
+    Index parts = 0;     ///< How many sequences, or batches, have real tokens.
+  };
 
-  Index groups = 2;
-  T coefficient = T(0.01);
-  Scope scope = Scope::kBatch;
+  explicit HierarchicalLoss(HierarchicalLossConfig config = {}) : config_(config) { check(); }
 
   /// \throws ConfigError  if groups is below 1 or the coefficient negative.
   void check() const {
-    expect_at_least<Index>("HierarchicalLoss", "groups", groups, 1);
-    expect_at_least("HierarchicalLoss", "coefficient", coefficient, T(0));
+    expect_at_least<Index>("HierarchicalLoss", "groups", config_.groups, 1);
+    expect_at_least("HierarchicalLoss", "coefficient", config_.coefficient, 0.0);
   }
 
   /// \throws ConfigError  if the router has groups, and another number of them.
   template <class R>
   void check_router(const R& router) const {
-    expect_groups_of(router, "HierarchicalLoss", groups);
+    expect_groups_of(router, "HierarchicalLoss", config_.groups);
   }
 
   /// \return         The loss, already scaled by `coefficient`.
   /// \throws ConfigError  unless `groups` divides the experts.
-  T loss(const Routing<T>& routing) const {
+  double forward(const Routing<T>& routing, Cache& cache) const {
     expect_groups_fit(routing);
-    T sum = T(0);
-    Index parts = 0;
-    routing.for_each_group(scope, [&](Index begin, Index end) {
-      const auto tokens = static_cast<T>(routing.real_tokens(begin, end));
-      if (tokens == T(0)) return;
-      ++parts;
-      count(routing, begin, end);
-      T part = T(0);
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        for (Index g = 0; g < groups; ++g) part += outer(routing, g) * mass(routing, t, g);
-        if (routing.first(t) == routing.last(t)) continue;
-        const Index g = first_choice(routing, t) / size(routing);
-        part += inner(routing, t, g, mass(routing, t, g));
-      }
-      sum += part / (tokens * tokens);
+    const T outer = priced_probability(routing, config_.scope, group_prices(routing), cache.outer);
+    T inner = T(0);
+    for_each_choice(routing, cache, [&](Index t, Index first) {
+      inner += in_group(routing, t, first, cache).value();
     });
-    return parts > 0 ? coefficient * sum / static_cast<T>(parts) : T(0);
+    if (cache.parts > 0) inner /= static_cast<T>(cache.parts);
+    return config_.coefficient * static_cast<double>(outer + inner);
   }
 
-  /// Adds d(loss)/d(probabilities).
-  void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    expect_groups_fit(routing);
-    Index parts = 0;
-    routing.for_each_group(scope, [&](Index begin, Index end) {
-      parts += routing.real_tokens(begin, end) > 0 ? 1 : 0;
-    });
-    routing.for_each_group(scope, [&](Index begin, Index end) {
-      const auto tokens = static_cast<T>(routing.real_tokens(begin, end));
-      if (tokens == T(0)) return;
-      count(routing, begin, end);
-      const T factor = coefficient / (static_cast<T>(parts) * tokens * tokens);
-      for (Index t = begin; t < end; ++t) {
-        if (routing.is_padding(t)) continue;
-        T* const dp = &gradient.probabilities(t, 0);
-        for (Index e = 0; e < routing.experts(); ++e) {
-          dp[e] += factor * outer(routing, e / size(routing));
-        }
-        if (routing.first(t) == routing.last(t)) continue;
-        const Index g = first_choice(routing, t) / size(routing);
-        const T of_group = mass(routing, t, g);
-        if (!(of_group > T(0))) continue;
-        const T mean = inner(routing, t, g, of_group);
-        for (Index e = g * size(routing); e < (g + 1) * size(routing); ++e) {
-          dp[e] += factor * (price(routing, e) - mean) / of_group;
-        }
-      }
+  /// Adds `scale` times d(loss)/d(probabilities).
+  void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                Cache& cache) const {
+    const auto factor = static_cast<T>(scale * config_.coefficient);
+    add_priced_probability_gradient(routing, config_.scope, factor, group_prices(routing),
+                                    cache.outer, gradient);
+    const T per_part = factor / static_cast<T>(std::max(cache.parts, Index(1)));
+    for_each_choice(routing, cache, [&](Index t, Index first) {
+      in_group(routing, t, first, cache).add_gradient(per_part, &gradient.probabilities(t, 0));
     });
   }
+
+  const HierarchicalLossConfig& config() const { return config_; }
 
  private:
-  /// The experts of a group.
-  Index size(const Routing<T>& routing) const { return routing.experts() / groups; }
+  /// How many experts a group has.
+  Index size(const Routing<T>& routing) const { return routing.experts() / config_.groups; }
 
-  static Index first_choice(const Routing<T>& routing, Index t) {
-    return routing.expert[static_cast<std::size_t>(routing.first(t))];
+  /// groups / T * n_g for each expert of g.
+  auto group_prices(const Routing<T>& routing) const {
+    return [&routing, this](Index begin, Index end, Index tokens, RowVector<T>& u) {
+      u.setZero(routing.experts());
+      const Index width = size(routing);
+      for_each_first_choice(routing, begin, end, [&](Index /*t*/, Index first) {
+        u.segment(first / width * width, width).array() += T(1);
+      });
+      u *= static_cast<T>(config_.groups) / static_cast<T>(tokens);
+    };
   }
 
-  /// c of the tokens `begin` to `end` to scratch[0], n to scratch[1].
-  void count(const Routing<T>& routing, Index begin, Index end) const {
-    routing.scratch[0].setZero(routing.experts());
-    routing.scratch[1].setZero(routing.experts());  // As long as for others: no new memory.
-    for (Index t = begin; t < end; ++t) {
-      if (routing.first(t) == routing.last(t)) continue;
-      const Index e = first_choice(routing, t);
-      routing.scratch[0][e] += T(1);
-      routing.scratch[1][e / size(routing)] += T(1);
-    }
+  /// Calls `body(t, first)` for each token with a choice, the prices in the cache being those of
+  /// its sequence, or of the batch. Counts those.
+  template <class Body>
+  void for_each_choice(const Routing<T>& routing, Cache& cache, Body&& body) const {
+    cache.parts = 0;
+    routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
+      const auto tokens = static_cast<T>(routing.rows.real(begin, end));
+      if (tokens == T(0)) return;
+      ++cache.parts;
+      cache.price.setZero(routing.experts());
+      for_each_first_choice(routing, begin, end,
+                            [&](Index /*t*/, Index first) { cache.price[first] += T(1); });
+      cache.price *= static_cast<T>(routing.experts()) / (tokens * tokens);
+      for_each_first_choice(routing, begin, end, body);
+    });
   }
 
-  T outer(const Routing<T>& routing, Index g) const {
-    return static_cast<T>(groups) * routing.scratch[1][g];
-  }
-  static T price(const Routing<T>& routing, Index e) {
-    return static_cast<T>(routing.experts()) * routing.scratch[0][e];
-  }
-
-  /// P_tg
-  T mass(const Routing<T>& routing, Index t, Index g) const {
-    T sum = T(0);
-    for (Index e = g * size(routing); e < (g + 1) * size(routing); ++e) {
-      sum += routing.probabilities(t, e);
-    }
-    return sum;
-  }
-
-  /// The sum of the prices times q_te in a group; zero where its probability is.
-  T inner(const Routing<T>& routing, Index t, Index g, T of_group) const {
-    if (!(of_group > T(0))) return T(0);
-    T sum = T(0);
-    for (Index e = g * size(routing); e < (g + 1) * size(routing); ++e) {
-      sum += price(routing, e) * routing.probabilities(t, e);
-    }
-    return sum / of_group;
+  /// The sum of the prices times q_te in the group of the first choice.
+  auto in_group(const Routing<T>& routing, Index t, Index first, const Cache& cache) const {
+    const auto is_in = [](Index /*e*/) { return true; };
+    const Index width = size(routing);
+    const Index begin = first / width * width;
+    return ConditionalPrice<T, decltype(is_in)>{.p = &routing.probabilities(t, 0),
+                                                .u = cache.price.data(),
+                                                .begin = begin,
+                                                .end = begin + width,
+                                                .is_in = is_in,
+                                                .epsilon = T(0)};
   }
 
   void expect_groups_fit(const Routing<T>& routing) const {
-    if (routing.experts() % groups != 0) {
-      fail<ConfigError>("HierarchicalLoss: groups = ", groups,
+    if (routing.experts() % config_.groups != 0) {
+      fail<ConfigError>("HierarchicalLoss: groups = ", config_.groups,
                         ", expected a divisor of experts = ", routing.experts());
     }
   }
+
+  HierarchicalLossConfig config_;
 };
 
 }  // namespace weir

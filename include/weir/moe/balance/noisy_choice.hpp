@@ -10,6 +10,7 @@
 #include <span>
 
 #include <weir/core/types.hpp>
+#include <weir/moe/routing.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/normal.hpp>
 
@@ -20,11 +21,20 @@ namespace weir {
 ///
 ///     P_e = Phi((clean_e - threshold_e) / std_e)
 ///
-/// that of its being chosen if the noise of that one logit were drawn again. threshold_e is what
-/// the noisy logit has to exceed: the largest of those not chosen if e is chosen, else the smallest
-/// of the chosen ones. See LoadLoss, and HierarchicalLoadLoss, which has two choices of a token.
+/// the chance that it were chosen if the noise of that one logit were drawn again. threshold_e is
+/// what the noisy logit has to exceed: the largest of those not chosen if e is chosen, else the
+/// smallest of the chosen ones. See LoadLoss, and HierarchicalLoadLoss, where a token has a choice
+/// of groups and one in each group.
 template <std::floating_point T>
 struct NoisyChoice {
+  /// The choice of token t among the columns `first` to `last` of the noisy logits.
+  NoisyChoice(const Matrix<T>& logits, const NoiseLevel<T>& level, Index t, Index first, Index last)
+      : noisy(&logits(t, 0)),
+        clean(&level.clean(t, 0)),
+        std(&level.deviation(t, 0)),
+        begin(first),
+        end(last) {}
+
   const T* noisy;
   const T* clean;
   const T* std;
@@ -37,7 +47,8 @@ struct NoisyChoice {
     bool none;                    ///< Nothing is chosen.
   };
 
-  /// \param chosen   What was chosen, in any order, also twice; what is no option here is skipped.
+  /// \param chosen   What was chosen, in any order, perhaps twice; what is no option here is
+  ///                 skipped.
   Rivals rivals(std::span<const Index> chosen) const {
     constexpr T kLowest = -std::numeric_limits<T>::infinity();
     Rivals rivals = {kLowest, kLowest, -1, -1, true};
@@ -63,8 +74,8 @@ struct NoisyChoice {
     LaneBits<double> inside;  ///< The option was chosen.
   };
 
-  /// Of `count` options from e on, at most as many as there are lanes. There is nothing to
-  /// estimate, and no slope, where std is zero or all are chosen.
+  /// The chances of `count` options from e on, at most as many as there are lanes. There is nothing
+  /// to estimate, and no slope, where std is zero or all are chosen.
   Chance chance(Index e, Index count, T in, T out) const {
     constexpr double kLowest = -std::numeric_limits<double>::infinity();
     const Lanes<double> zero{};
@@ -85,16 +96,22 @@ struct NoisyChoice {
     return {certain ? decided : normal.cdf, certain ? zero : normal.density / safe, z, inside};
   }
 
-  /// Adds the gradient of sum_e d_e P_e, whose thresholds are noisy logits of other options. The
-  /// pointers are to option 0.
-  void add_gradient(const Rivals& rivals, const T* d, T* d_noisy, T* d_clean, T* d_std) const {
+  /// Adds the gradient of sum_e d_e P_e, whose thresholds are noisy logits of other options.
+  /// \param chosen   As for `rivals`; there is nothing to add without any.
+  /// \param d        [options]
+  /// \param d_noisy  The gradient of the noisy logits of the token, from option 0 on.
+  /// \param d_level  The gradient of the level, in its row t.
+  void add_gradient(std::span<const Index> chosen, const T* d, T* d_noisy, NoiseLevel<T>& d_level,
+                    Index t) const {
+    const Rivals rivals = this->rivals(chosen);
+    if (rivals.none) return;
     Lanes<double> d_in{}, d_out{};
     for (Index e = begin; e < end; e += kLanes<double>) {
       const Index count = std::min(kLanes<double>, end - e);
       const Chance of_e = chance(e, count, rivals.in, rivals.out);
       const Lanes<double> through = load_as_double(d + e, count) * of_e.slope;
-      add(through, d_clean + e, count);
-      add(-(through * of_e.z), d_std + e, count);
+      add(through, &d_level.clean(t, e), count);
+      add(-(through * of_e.z), &d_level.deviation(t, e), count);
       d_in -= of_e.inside ? through : Lanes<double>{};
       d_out -= of_e.inside ? Lanes<double>{} : through;
     }

@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <functional>
 #include <string_view>
-#include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
+#include <weir/moe/balance/mark_allowed.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
 
@@ -18,7 +20,8 @@ namespace weir {
 
 /// Settings of QuantileBalance.
 struct QuantileBalanceConfig {
-  double momentum = 0.0;  ///< Of the moving average over steps; 0 takes the last step's offsets.
+  double momentum = 0.0;  ///< The share of the old offsets in the new ones; 0 takes those of the
+                          ///< last step alone.
   bool recentre = true;   ///< Shift the offsets to mean zero after each move.
 };
 
@@ -38,33 +41,28 @@ struct QuantileBalanceConfig {
 /// An expert that none of the tokens was allowed (Pass::allowed) keeps its beta, and is left out of
 /// all of this, also of the number of experts and of the mean.
 ///
-/// The scores are `routing.probabilities`, to which the selector has to add its bias, as
-/// BiasedSoftmaxTopK does; others do not compile. k is the mean number of experts of a token,
-/// rounded down. Ranks are balanced each by itself. (Megatron-Core, `qb_dual_update`, with recentre
-/// = false: the dual update of an optimal-transport problem.)
+/// The scores are `routing.probabilities`, to which the selector has to add its bias
+/// (kBiasesProbabilities), as BiasedSoftmaxTopK does; others do not compile. k is the mean number
+/// of experts of a token, rounded down. Ranks are balanced each by itself. (Megatron-Core,
+/// `qb_dual_update`, with recentre = false: the dual update of an optimal-transport problem.)
 template <std::floating_point T>
-class QuantileBalance {
+class QuantileBalance : public BalancerBase {
  public:
   static constexpr std::string_view kName = "quantile";
 
   /// \throws ConfigError  unless 0 <= momentum < 1.
   explicit QuantileBalance(QuantileBalanceConfig config = {}) : config_(config) { check(); }
 
-  void check() const {
-    if (!(config_.momentum >= 0.0 && config_.momentum < 1.0)) {
-      fail<ConfigError>("QuantileBalance: momentum = ", config_.momentum,
-                        ", expected 0 <= momentum < 1");
-    }
-  }
+  void check() const { expect_fraction("QuantileBalance", "momentum", config_.momentum); }
 
   void observe(const Routing<T>& routing) {
     if (routing.experts() != experts_) {
       experts_ = routing.experts();
       start();
     }
-    routing.mark_allowed(allowed_);
+    mark_allowed(routing, allowed_);
     for (Index t = 0; t < routing.tokens(); ++t) {
-      if (routing.is_padding(t)) continue;
+      if (routing.rows.is_padding(t)) continue;
       const T* const p = &routing.probabilities(t, 0);
       scores_.insert(scores_.end(), p, p + experts_);
     }
@@ -75,25 +73,25 @@ class QuantileBalance {
   /// \throws ConfigError  if the selector is of another number of experts than what was counted.
   template <BiasedSelector S>
   requires(S::kBiasesProbabilities) void update(S& selector) {
-    const Index tokens = experts_ > 0 ? static_cast<Index>(scores_.size()) / experts_ : 0;
+    const Index tokens = experts_ > 0 ? scores_.count() / experts_ : 0;
     const Index k = tokens > 0 ? assignments_ / tokens : 0;
     open_.clear();
     for (Index e = 0; e < experts_; ++e) {
-      if (allowed_[static_cast<std::size_t>(e)] != 0) open_.push_back(e);
+      if (allowed_[e] != 0) open_.push_back(e);
     }
-    if (tokens > 0 && k < static_cast<Index>(open_.size())) {
+    if (tokens > 0 && k < open_.count()) {
       expect_selection_bias("QuantileBalance::update", selector.selection_bias(), experts_);
       Matrix<T>& bias = selector.selection_bias().value;
       local_offsets(tokens, k, bias);
       const auto keep = static_cast<T>(config_.momentum);
       T sum = T(0);
-      for (std::size_t i = 0; i < open_.size(); ++i) {
+      for (Index i = 0; i < open_.count(); ++i) {
         T& of_expert = bias(0, open_[i]);
         of_expert = keep * of_expert - (T(1) - keep) * local_[i];
         sum += of_expert;
       }
       if (config_.recentre) {
-        const T mean = sum / static_cast<T>(open_.size());
+        const T mean = sum / static_cast<T>(open_.count());
         for (const Index e : open_) bias(0, e) -= mean;
       }
     }
@@ -106,36 +104,31 @@ class QuantileBalance {
   void start() {
     scores_.clear();
     assignments_ = 0;
-    allowed_.assign(static_cast<std::size_t>(experts_), 0);
+    allowed_.assign(experts_, 0);
   }
 
-  T score(Index t, Index e) const { return scores_[static_cast<std::size_t>(t * experts_ + e)]; }
+  T score(Index t, Index e) const { return scores_[t * experts_ + e]; }
 
   /// Element `rank` of `numbers`, the largest being element 0.
-  static T ranked(std::vector<T>& numbers, Index rank) {
+  static T ranked(List<T>& numbers, Index rank) {
     const auto nth = numbers.begin() + rank;
     std::nth_element(numbers.begin(), nth, numbers.end(), std::greater<>());
     return *nth;
   }
 
   void local_offsets(Index tokens, Index k, const Matrix<T>& bias) {
-    alpha_.resize(static_cast<std::size_t>(tokens));
-    sorted_.resize(open_.size());
+    const Index open = open_.count();
+    alpha_.resize(tokens);
+    sorted_.resize(open);
     for (Index t = 0; t < tokens; ++t) {
-      for (std::size_t i = 0; i < open_.size(); ++i) {
-        sorted_[i] = score(t, open_[i]) + bias(0, open_[i]);
-      }
-      alpha_[static_cast<std::size_t>(t)] = ranked(sorted_, k);
+      for (Index i = 0; i < open; ++i) sorted_[i] = score(t, open_[i]) + bias(0, open_[i]);
+      alpha_[t] = ranked(sorted_, k);
     }
-    local_.resize(open_.size());
-    sorted_.resize(static_cast<std::size_t>(tokens));
-    const auto open = static_cast<Index>(open_.size());
+    local_.resize(open);
+    sorted_.resize(tokens);
     const Index share = tokens * k / open;  // Below `tokens`, since k < open.
-    for (std::size_t i = 0; i < open_.size(); ++i) {
-      for (Index t = 0; t < tokens; ++t) {
-        const auto of_token = static_cast<std::size_t>(t);
-        sorted_[of_token] = score(t, open_[i]) - alpha_[of_token];
-      }
+    for (Index i = 0; i < open; ++i) {
+      for (Index t = 0; t < tokens; ++t) sorted_[t] = score(t, open_[i]) - alpha_[t];
       local_[i] = ranked(sorted_, share);
     }
   }
@@ -143,10 +136,10 @@ class QuantileBalance {
   QuantileBalanceConfig config_;
   Index experts_ = 0;
   Index assignments_ = 0;
-  std::vector<T> scores_;              // [tokens, experts] of the step so far.
-  std::vector<std::uint8_t> allowed_;  // [experts], to any token of the step so far.
-  std::vector<Index> open_;            // Those that are.
-  std::vector<T> alpha_, local_, sorted_;
+  List<T> scores_;              // [tokens, experts] of the step so far.
+  List<std::uint8_t> allowed_;  // [experts], 1 for those allowed to any token of the step so far.
+  List<Index> open_;            // The experts that are.
+  List<T> alpha_, local_, sorted_;
 };
 
 }  // namespace weir

@@ -4,23 +4,27 @@
 /// 3.3-3.4).
 #pragma once
 
+#include <algorithm>
 #include <concepts>
+#include <limits>
 #include <string_view>
 
+#include <weir/core/error.hpp>
+#include <weir/core/parameter.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 
 namespace weir {
 
 /// Settings of ReluL1Loss.
-struct ReluL1Config {
+struct ReluL1LossConfig {
   Index k = 2;               ///< The mean number of experts per token that is wanted.
-  double initial = 1e-8;     ///< The coefficient lambda at first.
+  double initial = 1e-8;     ///< The coefficient lambda before the first update.
   double multiplier = 1.2;   ///< alpha.
   bool load_balance = true;  ///< Weights the experts by their load.
 };
 
-/// Keeps the weights of ReluRouting small, as much so as it takes for a token to have k experts on
-/// average:
+/// Keeps the weights of ReluRouting just small enough that a token has k experts on average:
 ///
 ///     loss = lambda / T * sum_t sum_e g_te                        eq. 7
 ///     loss = lambda / T * sum_t sum_e f_e g_te,                   eq. 10, with load_balance
@@ -30,95 +34,106 @@ struct ReluL1Config {
 /// T counts real tokens, c_e the assignments to expert e, dropped or not; S = 1 - (sum_e c_e) /
 /// (T experts) is the sparsity of all backward passes since the last update, micro-batches adding
 /// up. So lambda grows while tokens have more than k experts on average, shrinks while they have
-/// fewer, and stays at exactly k. At uniform load, of k experts to a token, f_e = 1: then eq. 10 is
+/// fewer, and stays at exactly k. At uniform load with k experts to a token f_e = 1: then eq. 10 is
 /// eq. 7, lambda times the mean over tokens of the sum of their weights. f_e is constant to the
 /// derivative, and the loss reaches the router through the weights of chosen experts. Without real
 /// tokens the loss is zero.
 ///
 /// The paper has one lambda for all layers, moved by their mean sparsity, and divides the loss by
-/// the number of layers; here every layer has its own.
+/// the number of layers; here every layer has its own. lambda is a buffer, so that a resumed
+/// training goes on with it.
 template <std::floating_point T>
-class ReluL1Loss {
+class ReluL1Loss : public BalancerBase {
  public:
   static constexpr std::string_view kName = "relu_l1";
+  struct Cache {
+    RowVector<T> price;  ///< [experts], what each weight of the expert is multiplied by.
+  };
 
   /// \throws ConfigError  unless k >= 1, initial > 0 and multiplier >= 1.
-  explicit ReluL1Loss(ReluL1Config config = {})
-      : config_(config), coefficient_(static_cast<T>(config.initial)) {
+  explicit ReluL1Loss(ReluL1LossConfig config = {}) : config_(config) {
+    expect_positive("ReluL1Loss", "initial", config_.initial);
+    set_coefficient(config_.initial);
     check();
   }
 
   void check() const {
     expect_at_least<Index>("ReluL1Loss", "k", config_.k, 1);
-    expect_positive("ReluL1Loss", "initial", config_.initial);
     expect_at_least("ReluL1Loss", "multiplier", config_.multiplier, 1.0);
+    expect_positive("ReluL1Loss", "coefficient", coefficient());
   }
 
   /// \return         The loss, already scaled by lambda.
-  T loss(const Routing<T>& routing) const {
-    if (routing.assignments() == 0) return T(0);
-    RowVector<T>& f = routing.scratch[0];
-    factors(routing, f);
+  double forward(const Routing<T>& routing, Cache& cache) const {
+    set_prices(routing, cache.price);
     T sum = T(0);
-    for (std::size_t a = 0; a < routing.expert.size(); ++a) {
-      sum += f[routing.expert[a]] * routing.weight[a];
+    for (Index a = 0; a < routing.assignments(); ++a) {
+      sum += cache.price[routing.expert[a]] * routing.weight[a];
     }
-    return sum;
+    return static_cast<double>(sum);
   }
 
-  /// Adds d(loss)/d(weights).
-  void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    if (routing.assignments() == 0) return;
-    RowVector<T>& f = routing.scratch[0];
-    factors(routing, f);
+  /// Adds `scale` times d(loss)/d(weights).
+  void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                Cache& cache) const {
     for (Index a = 0; a < routing.assignments(); ++a) {
-      gradient.weights[a] += f[routing.expert[static_cast<std::size_t>(a)]];
+      gradient.weights[a] += static_cast<T>(scale) * cache.price[routing.expert[a]];
     }
   }
 
   void observe(const Routing<T>& routing) {
-    tokens_ += routing.real_tokens();
+    tokens_ += routing.rows.real();
     assignments_ += routing.assignments();
   }
 
-  /// Moves lambda and starts counting anew; without anything counted it stays.
+  /// Moves lambda and starts counting anew; without anything counted it stays. It does not shrink
+  /// to zero, from which it could not come back.
   template <class S>
-  void update(S&) {
+  void update(S& /*selector*/) {
     const Index wanted = config_.k * tokens_;
-    if (assignments_ > wanted) coefficient_ *= static_cast<T>(config_.multiplier);
-    if (assignments_ < wanted) coefficient_ /= static_cast<T>(config_.multiplier);
+    const auto multiplier = static_cast<T>(config_.multiplier);
+    T& lambda = coefficient_.value(0, 0);
+    if (assignments_ > wanted) lambda *= multiplier;
+    if (assignments_ < wanted) lambda = std::max(lambda / multiplier, kLeast);
     tokens_ = 0;
     assignments_ = 0;
   }
 
-  /// lambda.
-  T coefficient() const { return coefficient_; }
-
-  /// To go on with an earlier training.
-  /// \throws ConfigError  unless it is above zero.
-  void set_coefficient(T coefficient) {
-    expect_positive("ReluL1Loss", "coefficient", coefficient);
-    coefficient_ = coefficient;
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("coefficient", self.coefficient_);
   }
 
-  const ReluL1Config& config() const { return config_; }
+  /// lambda.
+  double coefficient() const { return static_cast<double>(coefficient_.value(0, 0)); }
+
+  /// \throws ConfigError  unless it is above zero.
+  void set_coefficient(double coefficient) {
+    expect_positive("ReluL1Loss", "coefficient", coefficient);
+    coefficient_.value.setConstant(1, 1, static_cast<T>(coefficient));
+  }
+
+  const ReluL1LossConfig& config() const { return config_; }
 
  private:
-  /// What a weight of each expert is multiplied by.
-  void factors(const Routing<T>& routing, RowVector<T>& f) const {
-    const auto tokens = static_cast<T>(routing.real_tokens());
+  static constexpr T kLeast = std::numeric_limits<T>::min();
+
+  void set_prices(const Routing<T>& routing, RowVector<T>& price) const {
+    const T lambda = coefficient_.value(0, 0);
+    const auto tokens = static_cast<T>(routing.rows.real());
+    price.setZero(routing.experts());
+    if (routing.assignments() == 0) return;
     if (!config_.load_balance) {
-      f.setConstant(routing.experts(), coefficient_ / tokens);
+      price.setConstant(lambda / tokens);
       return;
     }
-    f.setZero(routing.experts());
-    routing.add_load(0, routing.tokens(), f);
-    f *= coefficient_ * static_cast<T>(routing.experts()) /
-         (static_cast<T>(config_.k) * tokens * tokens);
+    routing.add_load(0, routing.tokens(), price);
+    price *=
+        lambda * static_cast<T>(routing.experts()) / (static_cast<T>(config_.k) * tokens * tokens);
   }
 
-  ReluL1Config config_;
-  T coefficient_;
+  ReluL1LossConfig config_;
+  Buffer<T> coefficient_;  // [1, 1]
   Index tokens_ = 0;
   Index assignments_ = 0;
 };

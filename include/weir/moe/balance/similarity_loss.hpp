@@ -6,15 +6,19 @@
 #include <concepts>
 #include <string_view>
 
-#include <Eigen/Core>
-
-#include <weir/core/thread_space.hpp>
+#include <weir/core/error.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
+
+/// Settings of SimilarityLoss.
+struct SimilarityLossConfig {
+  double coefficient = 1e-4;
+};
 
 /// Rewards a router for giving the same experts, and the same pairs of experts, to few tokens:
 ///
@@ -33,49 +37,53 @@ namespace weir {
 /// coefficient / experts where no token has two experts. Without assignments it is zero. As W is
 /// one of the whole batch, the loss of a batch is not the mean of those of its parts.
 template <std::floating_point T>
-struct SimilarityLoss {
+class SimilarityLoss : public BalancerBase {
+ public:
   static constexpr std::string_view kName = "similarity";
+  struct Cache {
+    Matrix<T> w;   ///< W
+    Matrix<T> pw;  ///< P W, with rows for padding.
+  };
 
-  T coefficient = T(1e-4);
+  explicit SimilarityLoss(SimilarityLossConfig config = {}) : config_(config) { check(); }
 
   /// \throws ConfigError  if the coefficient is negative.
-  void check() const { expect_at_least("SimilarityLoss", "coefficient", coefficient, T(0)); }
+  void check() const { expect_at_least("SimilarityLoss", "coefficient", config_.coefficient, 0.0); }
 
   /// \return         The loss, already scaled by `coefficient`.
-  T loss(const Routing<T>& routing) const {
-    if (routing.assignments() == 0) return T(0);
-    const Map pw = product(routing);
-    return factor(routing) * loops::dot<T>(pw.size(), routing.probabilities.data(), pw.data());
+  double forward(const Routing<T>& routing, Cache& cache) const {
+    if (routing.assignments() == 0) return 0.0;
+    set_similarity(routing, cache.w);
+    cache.pw.resize(routing.tokens(), routing.experts());
+    multiply_nn<T>(routing.probabilities, cache.w, cache.pw);
+    const T sum = loops::dot<T>(cache.pw.size(), routing.probabilities.data(), cache.pw.data());
+    return factor(routing) * static_cast<double>(sum);
   }
 
-  /// Adds d(loss)/d(probabilities).
-  void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
+  /// Adds `scale` times d(loss)/d(probabilities).
+  void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                Cache& cache) const {
     if (routing.assignments() == 0) return;
-    const Map pw = product(routing);
-    const T twice = T(2) * factor(routing);
+    const Matrix<T>& pw = cache.pw;
+    const auto twice = static_cast<T>(2.0 * scale * factor(routing));
     parallel_pieces(pw.rows(), pw.cols(), 1, [&](Index t, Index col, Index count) {
       loops::add_scaled<T>(count, twice, &pw(t, col), &gradient.probabilities(t, col));
     });
   }
 
- private:
-  using Map = Eigen::Map<Matrix<T>>;
+  const SimilarityLossConfig& config() const { return config_; }
 
-  T factor(const Routing<T>& routing) const {
-    return coefficient / static_cast<T>(routing.real_tokens());
+ private:
+  double factor(const Routing<T>& routing) const {
+    return config_.coefficient / static_cast<double>(routing.rows.real());
   }
 
-  /// P W, in this thread's workspace.
-  static Map product(const Routing<T>& routing) {
+  static void set_similarity(const Routing<T>& routing, Matrix<T>& w) {
     const Index experts = routing.experts();
-    auto& space = ThreadSpace<T, SimilarityLoss>::of_this_thread();
-    space.reserve(experts * experts + routing.tokens() * experts);
-    Map w(space.take_zeros(experts * experts), experts, experts);
-    Map pw(space.take(routing.tokens() * experts), routing.tokens(), experts);
+    w.setZero(experts, experts);
     for (Index t = 0; t < routing.tokens(); ++t) {
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        for (Index b = routing.first(t); b < routing.last(t); ++b)
-          w(e(routing, a), e(routing, b)) += T(1);
+      for (const Index i : routing.experts_of(t)) {
+        for (const Index j : routing.experts_of(t)) w(i, j) += T(1);
       }
     }
     const T alone = w.trace();
@@ -86,13 +94,9 @@ struct SimilarityLoss {
     for (Index i = 0; i < experts; ++i) {
       for (Index j = 0; j < experts; ++j) w(i, j) *= i == j ? of_one : of_two;
     }
-    multiply_nn<T>(routing.probabilities, w, pw);
-    return pw;
   }
 
-  static Index e(const Routing<T>& routing, Index assignment) {
-    return routing.expert[static_cast<std::size_t>(assignment)];
-  }
+  SimilarityLossConfig config_;
 };
 
 }  // namespace weir

@@ -6,12 +6,18 @@
 #include <concepts>
 #include <string_view>
 
-#include <weir/core/parallel.hpp>
+#include <weir/core/error.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/logsumexp.hpp>
 
 namespace weir {
+
+/// Settings of ZLoss.
+struct ZLossConfig {
+  double coefficient = 0.001;
+};
 
 /// Keeps the router's logits small, so that rounding cannot change the routing:
 ///
@@ -19,55 +25,52 @@ namespace weir {
 ///     dloss/dz_te = 2 * coefficient / T * lse_t * softmax(z_t)_e
 ///
 /// over the T real tokens, so that parts of a batch add up to it; zero if there are none. Adding a
-/// constant to all logits of a token does not change its routing, but it does change this loss. At
-/// uniform load as at any other it is what the logits are: coefficient * (ln experts)^2 if zero.
+/// constant to all logits of a token does not change its routing, but it does change this loss. The
+/// load does not matter to it: logits of zero give coefficient * (ln experts)^2.
 template <std::floating_point T>
-struct ZLoss {
+class ZLoss : public BalancerBase {
+ public:
   static constexpr std::string_view kName = "z";
+  struct Cache {
+    RowVector<T> lse;  ///< [tokens], zero for padding.
+  };
 
-  T coefficient = T(0.001);
+  explicit ZLoss(ZLossConfig config = {}) : config_(config) { check(); }
 
   /// \throws ConfigError  if the coefficient is negative.
-  void check() const { expect_at_least("ZLoss", "coefficient", coefficient, T(0)); }
+  void check() const { expect_at_least("ZLoss", "coefficient", config_.coefficient, 0.0); }
 
   /// \return         The loss, already scaled by `coefficient`.
-  T loss(const Routing<T>& routing) const {
-    const Index tokens = routing.real_tokens();
-    if (tokens == 0) return T(0);
-    RowVector<T>& squares = routing.per_token;
-    squares.resize(routing.tokens());
-    for_each_real_token(routing, [&](Index t) {
-      const T lse = logsumexp(&routing.logits(t, 0), routing.experts());
-      squares[t] = lse * lse;
+  double forward(const Routing<T>& routing, Cache& cache) const {
+    const Index tokens = routing.rows.real();
+    if (tokens == 0) return 0.0;
+    cache.lse.setZero(routing.tokens());
+    routing.rows.for_each_real(kCostOfExp * routing.experts(), [&](Index t) {
+      cache.lse[t] = logsumexp(&routing.logits(t, 0), routing.experts());
     });
     T sum = T(0);
-    for (Index t = 0; t < routing.tokens(); ++t) sum += routing.is_padding(t) ? T(0) : squares[t];
-    return coefficient * sum / static_cast<T>(tokens);
+    for (const T lse : cache.lse) sum += lse * lse;
+    return config_.coefficient * static_cast<double>(sum / static_cast<T>(tokens));
   }
 
-  /// Adds d(loss)/d(logits).
-  void add_gradient(const Routing<T>& routing, RoutingGradient<T>& gradient) const {
-    const Index tokens = routing.real_tokens();
-    for_each_real_token(routing, [&](Index t) {
-      const T* const z = &routing.logits(t, 0);
-      T* const dz = &gradient.logits(t, 0);
-      const T lse = logsumexp(z, routing.experts());
-      const T factor = T(2) * coefficient * lse / static_cast<T>(tokens);
-      loops::add_exp_shifted(routing.experts(), factor, z, lse, dz);
+  /// Adds `scale` times d(loss)/d(logits).
+  void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                Cache& cache) const {
+    const double twice = 2.0 * scale * config_.coefficient;
+    const auto factor = static_cast<T>(twice / static_cast<double>(routing.rows.real()));
+    routing.rows.for_each_real(kCostOfExp * routing.experts(), [&](Index t) {
+      const T lse = cache.lse[t];
+      loops::add_exp_shifted(routing.experts(), factor * lse, &routing.logits(t, 0), lse,
+                             &gradient.logits(t, 0));
     });
   }
+
+  const ZLossConfig& config() const { return config_; }
 
  private:
-  /// Calls `body(t)` on all threads.
-  template <class Body>
-  static void for_each_real_token(const Routing<T>& routing, Body&& body) {
-    constexpr Index kCost = 8;  // Of an exponential and what goes with it.
-    parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (!routing.is_padding(t)) body(t);
-      }
-    });
-  }
+  static constexpr Index kCostOfExp = 8;
+
+  ZLossConfig config_;
 };
 
 }  // namespace weir
