@@ -3,6 +3,8 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -535,6 +537,29 @@ TEST_CASE("The report tells what was trained with, also after backward and updat
   update(moe);
   CHECK(moe.report(cache).losses == before.losses);
   CHECK(moe.report(cache).load == before.load);
+}
+
+TEST_CASE("Threads may report on one cache and run one layer side by side", "[moe][moe_layer]") {
+  const auto moe = simple_layer();
+  const Matrix<double> x = test::random_matrix(64, kModel, 1);
+  std::remove_cvref_t<decltype(moe)>::Cache filled;
+  const Matrix<double> expected = moe.forward(x, kTraining, filled);
+  const auto& cache = filled;
+  const LayerReport alone = moe.report(cache);
+  std::vector<std::thread> threads;
+  std::vector<int> good(4, 0);
+  for (int& is_good : good) {
+    threads.emplace_back([&] {
+      std::remove_cvref_t<decltype(moe)>::Cache own;
+      for (int i = 0; i < 20; ++i) {
+        const LayerReport report = moe.report(cache);
+        const bool same = moe.forward(x, kTraining, own) == expected;
+        is_good += same && report.load == alone.load && report.losses == alone.losses ? 1 : 0;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(good == std::vector<int>(4, 20));
 }
 
 TEST_CASE("MoELayer names its parameters and buffers", "[moe][moe_layer]") {
