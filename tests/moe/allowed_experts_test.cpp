@@ -20,21 +20,23 @@
 #include <weir/moe/selector/balanced_assignment.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
+#include <weir/moe/selector/relaxed_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/sparse_mixer.hpp>
+#include <weir/moe/selector/straight_through.hpp>
 #include <weir/moe/selector/threshold.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/moe/selector/top_p.hpp>
 #include <weir/moe/soft_moe.hpp>
 #include <weir/nn/linear.hpp>
 
+#include "moe/selector/selected.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
-#include "support/routing.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
@@ -47,11 +49,11 @@ constexpr Index kExperts = 6;
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 const Mask kSome = {1, 0, 1, 1, 0, 1};
-const std::vector<Index> kAllowed = {0, 2, 3, 5};
+const List<Index> kAllowed = {0, 2, 3, 5};
 
 Matrix<double> allowed_columns(const Matrix<double>& all) {
   Matrix<double> some(all.rows(), 4);
-  for (Index i = 0; i < 4; ++i) some.col(i) = all.col(kAllowed[static_cast<std::size_t>(i)]);
+  for (Index i = 0; i < 4; ++i) some.col(i) = all.col(kAllowed[i]);
   return some;
 }
 
@@ -61,19 +63,19 @@ void for_each_selector(Body&& body) {
   const auto same = [&](const std::string& name, const auto& selector) {
     body(name, selector, selector);
   };
-  same("softmax", SoftmaxTopK<double>{.k = 3});
-  same("softmax, renormalised", SoftmaxTopK<double>{.k = 2, .renormalise = true, .norm = 2.0});
-  same("top-k softmax", TopKSoftmax<double>{.k = 3});
-  same("threshold", Threshold<double>{.k = 4, .threshold = 0.0, .renormalise = true});
-  same("top-p", TopP<double>{1.0});
-  same("relu", ReluRouting<double>{});
-  same("balanced", BalancedAssignment<double>{});
-  same("sinkhorn", Sinkhorn<double>{.k = 2});
-  same("mixer", SparseMixer<double>{.epsilon = 0.5});
+  same("softmax", SoftmaxTopK<double>({.k = 3}));
+  same("softmax, renormalised", SoftmaxTopK<double>({.k = 2, .renormalise = true, .norm = 2.0}));
+  same("top-k softmax", TopKSoftmax<double>({.k = 3}));
+  same("threshold", Threshold<double>({.k = 4, .threshold = 0.0, .renormalise = true}));
+  same("top-p", TopP<double>({.threshold = 1.0}));
+  same("relu", ReluRouting<double>());
+  same("balanced", BalancedAssignment<double>());
+  same("sinkhorn", Sinkhorn<double>({.k = 2}));
+  same("mixer", SparseMixer<double>({.epsilon = 0.5}));
   // Its capacity is factor * T / experts.
   for (const ScoresOver over : {ScoresOver::kExperts, ScoresOver::kTokens}) {
-    body("expert choice", ExpertChoice<double>{.factor = 3.0, .over = over},
-         ExpertChoice<double>{.factor = 2.0, .over = over});
+    body("expert choice", ExpertChoice<double>({.factor = 3.0, .over = over}),
+         ExpertChoice<double>({.factor = 2.0, .over = over}));
   }
   const auto biased = [&](const std::string& name, auto all, auto some) {
     Matrix<double>& bias = all.selection_bias().value;
@@ -86,30 +88,22 @@ void for_each_selector(Body&& body) {
     biased("sigmoid", SigmoidTopK<double>(6, config), SigmoidTopK<double>(4, config));
   }
   biased("biased softmax", BiasedSoftmaxTopK<double>(6), BiasedSoftmaxTopK<double>(4));
-}
-
-template <class Selector>
-Matrix<double> gradient_of(const Selector& selector, const Routing<double>& routing,
-                           const RowVector<double>& d_weights,
-                           const Matrix<double>& d_probabilities) {
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  gradient.weights = d_weights;
-  gradient.probabilities = d_probabilities;
-  selector.backward(routing, gradient);
-  return gradient.logits;
+  same("straight-through", StraightThrough<double>({.k = 3}));
+  same("relaxed", RelaxedTopK<double>({.k = 3, .descent = {.epsilon = 0.4}}));
 }
 
 /// Whether a routing of all experts is one of those allowed.
 template <class All, class Some>
 void check_same(const All& all, const Some& some, const Matrix<double>& logits, Pass pass) {
-  const Routing<double> expected = test::route(some, allowed_columns(logits), pass);
+  auto of_some = test::select(some, allowed_columns(logits), pass);
   pass.allowed = kSome;
-  const Routing<double> routing = test::route(all, logits, pass);
+  auto of_all = test::select(all, logits, pass);
+  const Routing<double>& expected = of_some.routing;
+  const Routing<double>& routing = of_all.routing;
   CHECK(routing.offsets == expected.offsets);
   REQUIRE(routing.assignments() == expected.assignments());
-  for (std::size_t a = 0; a < routing.expert.size(); ++a) {
-    CHECK(routing.expert[a] == kAllowed[static_cast<std::size_t>(expected.expert[a])]);
+  for (Index a = 0; a < routing.assignments(); ++a) {
+    CHECK(routing.expert[a] == kAllowed[expected.expert[a]]);
     CHECK(routing.weight[a] == Approx(expected.weight[a]).epsilon(1e-12));
   }
   CHECK(test::relative_error(allowed_columns(routing.probabilities), expected.probabilities) <=
@@ -117,17 +111,16 @@ void check_same(const All& all, const Some& some, const Matrix<double>& logits, 
   CHECK(routing.probabilities.col(1).isZero(0.0));
   CHECK(routing.probabilities.col(4).isZero(0.0));
 
-  const Matrix<double> d_probabilities = test::random_matrix(logits.rows(), kExperts, 7);
-  const RowVector<double> d_weights = test::random_matrix(1, routing.assignments(), 8);
-  const Matrix<double> d_logits = gradient_of(all, routing, d_weights, d_probabilities);
-  CHECK(test::relative_error(
-            allowed_columns(d_logits),
-            gradient_of(some, expected, d_weights, allowed_columns(d_probabilities))) <= 1e-11);
+  const auto objective = test::RoutingObjective<double>::random(routing, 7);
+  const test::RoutingObjective<double> same{objective.c, allowed_columns(objective.d)};
+  const Matrix<double> d_logits = objective.logit_gradient(all, of_all);
+  CHECK(test::relative_error(allowed_columns(d_logits), same.logit_gradient(some, of_some)) <=
+        1e-11);
   CHECK(d_logits.col(1).isZero(0.0));
   CHECK(d_logits.col(4).isZero(0.0));
 }
 
-GluBank<double> bank(const std::vector<Index>& experts) {
+GluBank<double> bank(const List<Index>& experts) {
   std::vector<Matrix<double>> gate, up, down;
   for (const Index e : experts) {
     const auto seed = static_cast<std::uint64_t>(10 * e);
@@ -135,7 +128,7 @@ GluBank<double> bank(const std::vector<Index>& experts) {
     up.push_back(test::random_matrix(3, 4, seed + 1));
     down.push_back(test::random_matrix(4, 3, seed + 2));
   }
-  return {gate, up, down};
+  return GluBank<double>(gate, up, down);
 }
 
 template <class Action>
@@ -148,14 +141,17 @@ std::string config_message(Action&& action) {
 TEST_CASE("A forbidden expert is routed to as if it were not there", "[moe][allowed]") {
   for_each_selector([](const std::string& name, const auto& all, const auto& some) {
     INFO(name);
-    for (const std::uint64_t seed : {1u, 2u, 3u}) {
-      check_same(all, some, test::random_matrix(9, kExperts, seed), {});
+    for (const bool training : {false, true}) {
+      // In training, one refuses to forbid experts and one draws.
+      if (training && (name == "balanced" || name == "mixer")) continue;
+      for (const std::uint64_t seed : {1u, 2u, 3u}) {
+        check_same(all, some, test::random_matrix(9, kExperts, seed), {.training = training});
+      }
+      const Mask mask = {1, 1, 0, 1, 0, 1, 1};
+      check_same(all, some, test::random_matrix(7, kExperts, 4),
+                 {.training = training, .mask = mask});
+      check_same(all, some, Matrix<double>::Zero(0, kExperts), {.training = training});
     }
-    const Mask mask = {1, 1, 0, 1, 0, 1, 1};
-    Pass padded;
-    padded.mask = mask;
-    check_same(all, some, test::random_matrix(7, kExperts, 4), padded);
-    check_same(all, some, Matrix<double>::Zero(0, kExperts), {});
   });
 }
 
@@ -163,13 +159,13 @@ TEST_CASE("A forbidden expert has no place in the plan of training", "[moe][allo
   Pass pass;
   pass.training = true;
   for (const Index k : {1, 2}) {
-    const Sinkhorn<double> selector{.k = k};
+    const Sinkhorn<double> selector({.k = k});
     check_same(selector, selector, test::random_matrix(16, kExperts, 5), pass);
   }
   const Matrix<double> logits = test::random_matrix(16, kExperts, 6);
-  const Matrix<double> expected = Sinkhorn<double>{}.plan(allowed_columns(logits));
+  const Matrix<double> expected = Sinkhorn<double>().plan(allowed_columns(logits));
   pass.allowed = kSome;
-  const Matrix<double> plan = Sinkhorn<double>{}.plan(logits, pass);
+  const Matrix<double> plan = Sinkhorn<double>().plan(logits, pass);
   CHECK(test::relative_error(allowed_columns(plan), expected) <= 1e-12);
   CHECK(plan.col(1).isZero(0.0));
   CHECK(plan.col(4).isZero(0.0));
@@ -206,14 +202,16 @@ TEST_CASE("A forbidden expert does not win where allowed ones lost all to underf
   Pass pass;
   pass.allowed = allowed;
   const std::vector<Index> expected = {1, 3};
-  CHECK(test::route(SoftmaxTopK<double>{.k = 2}, logits, pass).expert == expected);
-  CHECK(test::route(SoftmaxTopK<double>{.k = 2, .renormalise = true}, logits, pass).weight ==
+  CHECK(test::route(SoftmaxTopK<double>({.k = 2}), logits, pass).expert == expected);
+  CHECK(test::route(SoftmaxTopK<double>({.k = 2, .renormalise = true}), logits, pass).weight ==
         std::vector<double>{1.0, 0.0});
-  CHECK(test::route(Threshold<double>{.k = 2, .threshold = 0.0}, logits, pass).expert == expected);
+  CHECK(test::route(Threshold<double>({.k = 2, .threshold = 0.0}), logits, pass).expert ==
+        expected);
   CHECK(test::route(SigmoidTopK<double>(4), logits, pass).expert == expected);
   CHECK(test::route(BiasedSoftmaxTopK<double>(4), logits, pass).expert == expected);
-  CHECK(test::route(SoftmaxTopK<double>{.k = 2, .groups = {2, 2, 1}}, logits, pass).expert ==
-        expected);
+  CHECK(
+      test::route(SoftmaxTopK<double>({.k = 2, .groups = {.count = 2, .allowed = 2}}), logits, pass)
+          .expert == expected);
 }
 
 TEST_CASE("Each token may have experts of its own", "[moe][allowed]") {
@@ -233,11 +231,10 @@ TEST_CASE("Each token may have experts of its own", "[moe][allowed]") {
       const Routing<double> alone = test::route(all, logits.row(t), one);
       REQUIRE(routing.last(t) - routing.first(t) == alone.assignments());
       for (Index i = 0; i < alone.assignments(); ++i) {
-        const auto a = static_cast<std::size_t>(routing.first(t) + i);
-        const auto j = static_cast<std::size_t>(i);
+        const Index a = routing.first(t) + i;
         CHECK(rows[t][static_cast<std::size_t>(routing.expert[a])] == 1);
-        CHECK(routing.expert[a] == alone.expert[j]);
-        CHECK(routing.weight[a] == alone.weight[j]);
+        CHECK(routing.expert[a] == alone.expert[i]);
+        CHECK(routing.weight[a] == alone.weight[i]);
       }
       CHECK(routing.probabilities.row(t) == alone.probabilities.row(0));
     }
@@ -251,7 +248,7 @@ TEST_CASE("Expert choice takes no token that is forbidden to it", "[moe][allowed
   Pass pass;
   pass.allowed = allowed;
   for (const ScoresOver over : {ScoresOver::kExperts, ScoresOver::kTokens}) {
-    const ExpertChoice<double> all{.factor = 8.0, .over = over};
+    const ExpertChoice<double> all({.factor = 8.0, .over = over});
     const Routing<double> routing = test::route(all, test::random_matrix(4, 2, 1), pass);
     CHECK(routing.offsets == std::vector<Index>{0, 1, 3, 4, 6});
     CHECK(routing.expert[0] == 0);
@@ -263,19 +260,24 @@ TEST_CASE("A layer with forbidden experts is the layer without their rows", "[mo
   const Matrix<double> weight = test::random_matrix(kExperts, 4, 1);
   const auto check = [&](const auto& all_selector, const auto& some_selector) {
     // f and P are those of the smaller layer; the factor `experts` is not.
-    MoELayer all(LinearRouter<double>(weight), all_selector, Dropless{}, bank({0, 1, 2, 3, 4, 5}),
-                 SwitchLoss<double>{0.2}, ZLoss<double>{0.1}, EntropyLoss<double>{0.3, -0.2});
+    MoELayer all(LinearRouter<double>(weight), all_selector, Dropless(), bank({0, 1, 2, 3, 4, 5}),
+                 SwitchLoss<double>({.coefficient = 0.2}), ZLoss<double>({.coefficient = 0.1}),
+                 EntropyLoss<double>({.token = 0.3, .mean = -0.2}));
     MoELayer some(LinearRouter<double>(allowed_columns(weight.transpose()).transpose()),
-                  some_selector, Dropless{}, bank(kAllowed), SwitchLoss<double>{0.3},
-                  ZLoss<double>{0.1}, EntropyLoss<double>{0.3, -0.2});
+                  some_selector, Dropless(), bank(kAllowed),
+                  SwitchLoss<double>({.coefficient = 0.3}), ZLoss<double>({.coefficient = 0.1}),
+                  EntropyLoss<double>({.token = 0.3, .mean = -0.2}));
     const Matrix<double> x = test::random_matrix(8, 4, 2);
     const Matrix<double> dy = test::random_matrix(8, 4, 3);
-    Pass pass;
-    pass.allowed = kSome;
     typename decltype(all)::Cache cache;
     typename decltype(some)::Cache expected;
-    CHECK(test::relative_error(all.forward(x, pass, cache), some.forward(x, expected)) <= 1e-12);
-    CHECK(cache.aux_loss == Approx(expected.aux_loss).epsilon(1e-12));
+    PassRecord record;
+    PassRecord expected_record;
+    const Pass pass{.training = true, .allowed = kSome, .record = &record};
+    const Pass unrestricted{.training = true, .record = &expected_record};
+    CHECK(test::relative_error(all.forward(x, pass, cache),
+                               some.forward(x, unrestricted, expected)) <= 1e-12);
+    CHECK(record.aux_loss() == Approx(expected_record.aux_loss()).epsilon(1e-12));
     CHECK(test::relative_error(all.backward(dy, cache), some.backward(dy, expected)) <= 1e-11);
     const auto of_all = parameters(all);
     const auto of_some = parameters(some);
@@ -293,8 +295,8 @@ TEST_CASE("A layer with forbidden experts is the layer without their rows", "[mo
       if (forbidden) CHECK(d.isZero(0.0));
     }
   };
-  check(SoftmaxTopK<double>{.k = 2}, SoftmaxTopK<double>{.k = 2});
-  check(TopKSoftmax<double>{.k = 3}, TopKSoftmax<double>{.k = 3});
+  check(SoftmaxTopK<double>({.k = 2}), SoftmaxTopK<double>({.k = 2}));
+  check(TopKSoftmax<double>({.k = 3}), TopKSoftmax<double>({.k = 3}));
   check(SigmoidTopK<double>(6), SigmoidTopK<double>(4));
 }
 
@@ -309,27 +311,31 @@ TEST_CASE("A layer whose tokens have experts of their own has its exact gradient
   Pass pass;
   pass.allowed = allowed;
   MoELayer layer(LinearRouter<double>(5.0 * test::random_matrix(kExperts, 4, 4)),
-                 SoftmaxTopK<double>{.k = 2, .renormalise = true}, Dropless{},
-                 bank({0, 1, 2, 3, 4, 5}), SwitchLoss<double>{0.2}, ZLoss<double>{0.1},
-                 ImportanceLoss<double>{0.2});
+                 SoftmaxTopK<double>({.k = 2, .renormalise = true}), Dropless(),
+                 bank({0, 1, 2, 3, 4, 5}), SwitchLoss<double>({.coefficient = 0.2}),
+                 ZLoss<double>({.coefficient = 0.1}), ImportanceLoss<double>({.coefficient = 0.2}));
   test::check_gradients(layer, test::random_matrix(5, 4, 5), pass);
 }
 
 TEST_CASE("The load loss of a noisy router leaves forbidden experts out", "[moe][allowed]") {
   MoELayer layer(
       NoisyRouter<double>(test::random_matrix(kExperts, 4, 7), test::random_matrix(kExperts, 4, 8)),
-      TopKSoftmax<double>{.k = 2}, Dropless{}, bank({0, 1, 2, 3, 4, 5}), LoadLoss<double>{});
+      TopKSoftmax<double>({.k = 2}), Dropless(), bank({0, 1, 2, 3, 4, 5}), LoadLoss<double>());
   Rng draws(2);
   Pass pass;
+  PassRecord record;
   pass.training = true;
   pass.rng = &draws;
   pass.allowed = kSome;
+  pass.record = &record;
   typename decltype(layer)::Cache cache;
   const Matrix<double> x = test::random_matrix(8, 4, 6);
   layer.forward(x, pass, cache);
-  CHECK(std::isfinite(cache.aux_loss));
-  RowVector<double> load;
-  LoadLoss<double>::load(cache.routing, load);
+  REQUIRE(record.losses().size() == 1);
+  CHECK(std::isfinite(record.aux_loss()));
+  LoadLoss<double>::Cache of_load;
+  LoadLoss<double>().forward(cache.routing, of_load);
+  const RowVector<double>& load = of_load.load;
   CHECK(load[1] == 0.0);
   CHECK(load[4] == 0.0);
   CHECK(layer.backward(x, cache).allFinite());
@@ -343,8 +349,8 @@ TEST_CASE("The load loss of a noisy router leaves forbidden experts out", "[moe]
 }
 
 TEST_CASE("Mixture of depths hands the experts of the chosen tokens on", "[moe][allowed]") {
-  MoELayer inner(LinearRouter<double>(test::random_matrix(2, 4, 1)), SoftmaxTopK<double>{.k = 1},
-                 Dropless{}, bank({0, 1}));
+  MoELayer inner(LinearRouter<double>(test::random_matrix(2, 4, 1)), SoftmaxTopK<double>({.k = 1}),
+                 Dropless(), bank({0, 1}));
   Matrix<double> weight(1, 4);
   weight << 1.0, 0.0, 0.0, 0.0;
   MixtureOfDepths layer(inner, weight, {.capacity = 0.5});
@@ -371,25 +377,25 @@ TEST_CASE("Forbidding too much is an error that names the token", "[moe][allowed
     return config_message([&] { test::route(selector, logits, pass); });
   };
   const Mask last = {1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0};
-  CHECK(message(SoftmaxTopK<double>{.k = 2}, last) ==
+  CHECK(message(SoftmaxTopK<double>({.k = 2}), last) ==
         "SoftmaxTopK: token 2 is allowed 1 of 4 experts, expected at least k = 2");
-  CHECK(message(SoftmaxTopK<double>{.k = 2}, last, {1, 1, 0}) == "no exception");
-  CHECK(message(TopKSoftmax<double>{.k = 2}, {0, 0, 1, 0}) ==
+  CHECK(message(SoftmaxTopK<double>({.k = 2}), last, {1, 1, 0}) == "no exception");
+  CHECK(message(TopKSoftmax<double>({.k = 2}), {0, 0, 1, 0}) ==
         "TopKSoftmax: token 0 is allowed 1 of 4 experts, expected at least k = 2");
   CHECK(message(SigmoidTopK<double>(4, {.k = 3}), last) ==
         "SigmoidTopK: token 1 is allowed 2 of 4 experts, expected at least k = 3");
   CHECK(message(BiasedSoftmaxTopK<double>(4), last) ==
         "BiasedSoftmaxTopK: token 2 is allowed 1 of 4 experts, expected at least k = 2");
-  CHECK(message(Threshold<double>{.k = 2}, last) ==
+  CHECK(message(Threshold<double>({.k = 2}), last) ==
         "Threshold: token 2 is allowed 1 of 4 experts, expected at least k = 2");
-  CHECK(message(Sinkhorn<double>{.k = 2}, last) ==
+  CHECK(message(Sinkhorn<double>({.k = 2}), last) ==
         "Sinkhorn: token 2 is allowed 1 of 4 experts, expected at least k = 2");
-  CHECK(message(SparseMixer<double>{}, last) ==
+  CHECK(message(SparseMixer<double>(), last) ==
         "SparseMixer: token 2 is allowed 1 of 4 experts, expected at least k = 2");
-  CHECK(message(TopP<double>{}, last) == "no exception");
-  CHECK(message(TopP<double>{}, {0, 0, 0, 0}) ==
+  CHECK(message(TopP<double>(), last) == "no exception");
+  CHECK(message(TopP<double>(), {0, 0, 0, 0}) ==
         "TopP: token 0 is allowed 0 of 4 experts, expected at least 1");
-  CHECK(message(ReluRouting<double>{}, {0, 0, 0, 0}) ==
+  CHECK(message(ReluRouting<double>(), {0, 0, 0, 0}) ==
         "ReluRouting: token 0 is allowed 0 of 4 experts, expected at least 1");
 
   // One group, of which one expert is left.
@@ -400,21 +406,21 @@ TEST_CASE("Forbidding too much is an error that names the token", "[moe][allowed
   pass.allowed = allowed;
   const GroupLimit groups{.count = 2, .allowed = 1};
   CHECK(config_message([&] {
-          test::route(SoftmaxTopK<double>{.k = 2, .groups = groups}, decided, pass);
+          test::route(SoftmaxTopK<double>({.k = 2, .groups = groups}), decided, pass);
         }) == "SoftmaxTopK: token 0 is allowed 1 experts in its groups, expected at least k = 2");
   CHECK(config_message([&] {
-          test::route(TopKSoftmax<double>{.k = 2, .groups = groups}, decided, pass);
+          test::route(TopKSoftmax<double>({.k = 2, .groups = groups}), decided, pass);
         }) == "TopKSoftmax: token 0 is allowed 1 experts in its groups, expected at least k = 2");
   CHECK(config_message([&] {
           test::route(SigmoidTopK<double>(4, {.k = 2, .groups = groups}), decided, pass);
         }) == "SigmoidTopK: token 0 is allowed 1 experts in its groups, expected at least k = 2");
   // The sum of two looks for a group that has them.
   const GroupLimit summed{.count = 2, .allowed = 1, .summed = 2};
-  CHECK(test::route(SoftmaxTopK<double>{.k = 2, .groups = summed}, decided, pass).expert ==
+  CHECK(test::route(SoftmaxTopK<double>({.k = 2, .groups = summed}), decided, pass).expert ==
         std::vector<Index>{2, 3});
 
   pass.training = true;
-  CHECK(config_message([&] { test::route(BalancedAssignment<double>{}, decided, pass); }) ==
+  CHECK(config_message([&] { test::route(BalancedAssignment<double>(), decided, pass); }) ==
         "BalancedAssignment: a logit is -inf, expected finite logits in training: a forbidden "
         "expert may leave no level assignment");
 }
@@ -424,14 +430,14 @@ TEST_CASE("A mask that does not fit is an error", "[moe][allowed]") {
   const Mask five = {1, 1, 1, 1, 1};
   pass.allowed = five;
   CHECK(test::message_of<ShapeError>([&] {
-          test::route(SoftmaxTopK<double>{.k = 1}, test::random_matrix(3, 4, 1), pass);
+          test::route(SoftmaxTopK<double>({.k = 1}), test::random_matrix(3, 4, 1), pass);
         }) ==
         "SoftmaxTopK: pass.allowed has 5 entries, expected 4 (one per expert) or 12 (for each "
         "token)");
   CHECK(test::message_of<NonFiniteError>([&] {
           Matrix<double> logits = Matrix<double>::Zero(2, 5);
           logits(1, 3) = -kInfinity;
-          test::route(SoftmaxTopK<double>{.k = 1}, logits, pass);
+          test::route(SoftmaxTopK<double>({.k = 1}), logits, pass);
         }) == "SoftmaxTopK: logits[1, 3] = -inf, expected a finite number");
 }
 
@@ -445,8 +451,8 @@ TEST_CASE("Layers that cannot tell experts from tokens refuse a mask", "[moe][al
   CHECK(config_message([&] { depths.forward(x, pass, cache); }) ==
         "MixtureOfDepths::forward: pass.allowed is set, expected none around a layer without "
         "experts()");
-  SoftMoe<GluBank<double>> soft(bank({0, 1}), rng);
+  SoftMoE<GluBank<double>> soft(bank({0, 1}), rng);
   typename decltype(soft)::Cache soft_cache;
   CHECK(config_message([&] { soft.forward(x, pass, soft_cache); }) ==
-        "SoftMoe::forward: pass.allowed is set, expected none: slots mix tokens");
+        "SoftMoE::forward: pass.allowed is set, expected none: slots mix tokens");
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/core/decoding.hpp>
 #include <weir/moe/beside/residual_moe.hpp>
 #include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/adaptive_capacity.hpp>
@@ -18,14 +19,15 @@
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/depths/mixture_of_depths.hpp>
 #include <weir/moe/depths/token_predictor.hpp>
-#include <weir/moe/experts/any_bank.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/output_masking.hpp>
+#include <weir/moe/experts/pass_dropped.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/cosine_router.hpp>
 #include <weir/moe/router/d_select_k_router.hpp>
 #include <weir/moe/router/gumbel_router.hpp>
 #include <weir/moe/router/hash_router.hpp>
+#include <weir/moe/router/hash_tables.hpp>
 #include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/input_dropout_router.hpp>
 #include <weir/moe/router/jitter_router.hpp>
@@ -83,11 +85,10 @@ Sees what_is_seen(const L& layer, bool training) {
     Matrix<double> x = normal_init<double>(kCount, kModel, 1.0, rng);
     const auto earlier = [&](Index tokens) {
       Rng draws(static_cast<std::uint64_t>(trial));
-      typename L::Cache cache;
       const Pass pass{.training = training,
                       .token_ids = std::span(ids).first(static_cast<std::size_t>(tokens)),
                       .rng = &draws};
-      return Matrix<double>(apply(layer, x.topRows(tokens), pass, cache).topRows(kEarlier));
+      return Matrix<double>(infer(layer, x.topRows(tokens), pass).topRows(kEarlier));
     };
     const Matrix<double> expected = earlier(kCount);
     const auto differs = [&](const Matrix<double>& y) {
@@ -107,27 +108,39 @@ LinearRouter<double> router() {
 
 GluBank<double> bank() {
   Rng rng(2);
-  return {kExperts, kModel, 2, rng, 1.0};
+  return GluBank<double>(kModel, kExperts, 2, rng);
+}
+
+template <class R, class S, class C, class B>
+auto layer(R router, S selector, C capacity, B bank) {
+  return MoELayer(std::move(router), std::move(selector), std::move(capacity), std::move(bank));
 }
 
 template <class R, class S, class C>
 auto layer(R router, S selector, C capacity) {
-  return MoELayer(std::move(router), std::move(selector), std::move(capacity), bank());
+  return layer(std::move(router), std::move(selector), std::move(capacity), bank());
 }
 
 template <class S>
 Sees seen_by_selector(S selector, bool training) {
-  return what_is_seen(layer(router(), std::move(selector), Dropless{}), training);
+  return what_is_seen(layer(router(), std::move(selector), Dropless()), training);
 }
 
 template <class R>
 Sees seen_by_router(R router, bool training) {
-  return what_is_seen(layer(std::move(router), SoftmaxTopK<double>{2}, Dropless{}), training);
+  return what_is_seen(layer(std::move(router), SoftmaxTopK<double>({.k = 2}), Dropless()),
+                      training);
+}
+
+template <class C, class B>
+Sees seen_by_capacity(C capacity, Index k, bool training, B bank) {
+  const SoftmaxTopK<double> selector({.k = k});
+  return what_is_seen(layer(router(), selector, std::move(capacity), std::move(bank)), training);
 }
 
 template <class C>
 Sees seen_by_capacity(C capacity, Index k, bool training = false) {
-  return what_is_seen(layer(router(), SoftmaxTopK<double>{k}, std::move(capacity)), training);
+  return seen_by_capacity(std::move(capacity), k, training, bank());
 }
 
 /// A layer whose forward pass is a `decode` of all tokens at once.
@@ -135,20 +148,16 @@ template <class L>
 struct Decoded {
   using Scalar = double;
   using Cache = typename L::Cache;
-  Matrix<double> forward(MatrixIn<double> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-  Matrix<double> forward(MatrixIn<double> x, Cache& cache) const {
+  const Matrix<double>& forward(MatrixIn<double> x, const Pass& /*pass*/, Cache& cache) const {
     typename L::State state;
-    return layer.decode(x, state, cache);
+    return decode(layer, x, state, cache);
   }
   const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) {
     return layer.backward(dy, cache);
   }
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    L::visit(self.layer, visit);
+    visit("", self.layer);
   }
 
   L layer;
@@ -176,51 +185,51 @@ TEST_CASE("Selectors that look at one token are causal", "[moe][causality]") {
   const auto check = [&](auto selector) {
     CHECK(seen_by_selector(std::move(selector), training) == Sees::kNothing);
   };
-  check(SoftmaxTopK<double>{2});
-  check(SoftmaxTopK<double>{.k = 2, .groups = {.count = 2, .allowed = 1}});
-  check(TopKSoftmax<double>{2});
+  check(SoftmaxTopK<double>({.k = 2}));
+  check(SoftmaxTopK<double>({.k = 2, .groups = {.count = 2, .allowed = 1}}));
+  check(TopKSoftmax<double>({.k = 2}));
   check(SigmoidTopK<double>(kExperts, {.k = 2}));
   check(BiasedSoftmaxTopK<double>(kExperts, {.k = 2}));
-  check(Threshold<double>{.k = 3, .threshold = 0.2});
-  check(TopP<double>{0.6});
-  check(ReluRouting<double>{});
-  check(SparseMixer<double>{});
-  check(StraightThrough<double>{{.k = 2}});
-  check(StraightThrough<double>{{.k = 2, .renormalise = true}});
+  check(Threshold<double>({.k = 3, .threshold = 0.2}));
+  check(TopP<double>({.threshold = 0.6}));
+  check(ReluRouting<double>());
+  check(SparseMixer<double>());
+  check(StraightThrough<double>({.k = 2}));
+  check(StraightThrough<double>({.k = 2, .renormalise = true}));
   check(RelaxedTopK<double>({.k = 2, .descent = {.epsilon = 0.1}}));
   check(RelaxedTopK<double>({.k = 2, .weight = RelaxedWeight::kStraightThrough}));
-  check(SampledChoice(SoftmaxTopK<double>{2}));
-  check(SampledChoice(TopKSoftmax<double>{2}, {.certain = 1, .evaluate = true}));
-  check(HierarchicalTopK<double>{.groups = 2});
-  check(RankPolicy(SoftmaxTopK<double>{2}));
-  check(Replay(SoftmaxTopK<double>{2}));
+  check(SampledChoice(SoftmaxTopK<double>({.k = 2})));
+  check(SampledChoice(TopKSoftmax<double>({.k = 2}), {.certain = 1, .evaluate = true}));
+  check(HierarchicalTopK<double>({.groups = 2}));
+  check(RankPolicy(SoftmaxTopK<double>({.k = 2})));
+  check(Replay(SoftmaxTopK<double>({.k = 2})));
 }
 
 TEST_CASE("Selectors that look at the batch are not causal", "[moe][causality]") {
   for (const bool training : {false, true}) {
-    CHECK(seen_by_selector(ExpertChoice<double>{}, training) == Sees::kContent);
-    CHECK(seen_by_selector(ExpertChoice<double>{.over = ScoresOver::kTokens}, training) ==
+    CHECK(seen_by_selector(ExpertChoice<double>(), training) == Sees::kContent);
+    CHECK(seen_by_selector(ExpertChoice<double>({.over = ScoresOver::kTokens}), training) ==
           Sees::kContent);
   }
-  CHECK(seen_by_selector(Sinkhorn<double>{}, true) == Sees::kContent);
-  CHECK(seen_by_selector(Sinkhorn<double>{}, false) == Sees::kNothing);
-  CHECK(seen_by_selector(BalancedAssignment<double>{}, true) == Sees::kContent);
-  CHECK(seen_by_selector(BalancedAssignment<double>{}, false) == Sees::kNothing);
+  CHECK(seen_by_selector(Sinkhorn<double>(), true) == Sees::kContent);
+  CHECK(seen_by_selector(Sinkhorn<double>(), false) == Sees::kNothing);
+  CHECK(seen_by_selector(BalancedAssignment<double>(), true) == Sees::kContent);
+  CHECK(seen_by_selector(BalancedAssignment<double>(), false) == Sees::kNothing);
 }
 
 TEST_CASE("Replay of a trace is causal if the trace is", "[moe][causality]") {
   // One trace for all inputs; the later tokens can only be replaced, not left out.
-  auto moe = layer(router(), Replay(SoftmaxTopK<double>{2}), Dropless{});
+  auto moe = layer(router(), Replay(SoftmaxTopK<double>({.k = 2})), Dropless());
   Matrix<double> x = test::random_matrix(kCount, kModel, 3);
   decltype(moe)::Cache cache;
-  moe.forward(x, cache);
+  moe.forward(x, {}, cache);
   RoutingTrace trace;
   trace.record(cache.routing);
   moe.selector().impose(trace);
   x = test::random_matrix(kCount, kModel, 4);
-  const Matrix<double> expected = moe.forward(x).topRows(kEarlier);
+  const Matrix<double> expected = infer(moe, x).topRows(kEarlier);
   x.bottomRows(kCount - kEarlier) = test::random_matrix(kCount - kEarlier, kModel, 5);
-  CHECK(test::relative_error(moe.forward(x).topRows(kEarlier), expected) <= 1e-12);
+  CHECK(test::relative_error(infer(moe, x).topRows(kEarlier), expected) <= 1e-12);
 }
 
 TEST_CASE("Routers are causal, whatever they draw", "[moe][causality]") {
@@ -233,35 +242,36 @@ TEST_CASE("Routers are causal, whatever they draw", "[moe][causality]") {
   check(router());
   check(CosineRouter<double>(kModel, kExperts, rng, {.d_projection = 4}));
   check(NoisyRouter<double>(weight, weight));
-  check(JitterRouter(router(), 0.5));
-  check(InputDropoutRouter(router(), 0.5));
+  check(JitterRouter(router(), {.epsilon = 0.5}));
+  check(InputDropoutRouter(router(), {.rate = 0.5}));
   check(TemperatureRouter(router(), {.start = 2.0}));
   check(GumbelRouter(router()));
   check(HashRouter<double>(kModel, kExperts, modulo_hash_table(20, kExperts)));
   check(HierarchicalRouter(NoisyRouter<double>(weight.topRows(2), weight.topRows(2)), router()));
   const DSelectKRouter<double> selectors(kModel, kExperts, rng);
   check(selectors);
-  CHECK(what_is_seen(layer(selectors, ReluRouting<double>{}, Dropless{}), training) ==
+  CHECK(what_is_seen(layer(selectors, ReluRouting<double>(), Dropless()), training) ==
         Sees::kNothing);
 }
 
 TEST_CASE("Capacities that depend on nothing are as causal as their order", "[moe][causality]") {
   for (const Index k : {1, 2}) {
-    CHECK(seen_by_capacity(Dropless{}, k) == Sees::kNothing);
-    for (const OnDrop on_drop : {OnDrop::kZero, OnDrop::kPass}) {
-      for (const DropOrder order : kOrders) {
-        INFO("k " << k << ", order " << static_cast<int>(order));
-        const FixedCapacity fixed{.capacity = 2, .order = order, .on_drop = on_drop};
-        CHECK(seen_by_capacity(fixed, k, true) == seen_by_order(order, k));
-        if (k == 1) continue;  // One weight that always is 1.
-        CHECK(seen_by_capacity(RenormaliseKept(fixed), k, true) == seen_by_order(order, k));
-        CHECK(seen_by_capacity(OutputMasking(fixed), k, true) == seen_by_order(order, k));
-      }
+    CHECK(seen_by_capacity(Dropless(), k) == Sees::kNothing);
+    for (const DropOrder order : kOrders) {
+      INFO("k " << k << ", order " << static_cast<int>(order));
+      const Sees expected = seen_by_order(order, k);
+      const FixedCapacity fixed({.capacity = 2, .order = order});
+      CHECK(seen_by_capacity(fixed, k, true) == expected);
+      CHECK(seen_by_capacity(fixed, k, true, PassDropped(bank())) == expected);
+      CHECK(seen_by_capacity(fixed, k, true, OutputMasking(bank())) == expected);
+      if (k == 1) continue;  // One weight that always is 1.
+      CHECK(seen_by_capacity(RenormaliseKept(fixed), k, true) == expected);
+      CHECK(seen_by_capacity(RenormaliseKept(fixed), k, true, PassDropped(bank())) == expected);
     }
     // In evaluation nothing is drawn.
-    CHECK(seen_by_capacity(FixedCapacity{.capacity = 2, .order = DropOrder::kRandom}, k) ==
+    CHECK(seen_by_capacity(FixedCapacity({.capacity = 2, .order = DropOrder::kRandom}), k) ==
           seen_by_order(DropOrder::kRankMajor, k));
-    CHECK(seen_by_capacity(DynamicCapacity{.factor = 0.0}, k) == Sees::kNothing);
+    CHECK(seen_by_capacity(DynamicCapacity({.factor = 0.0}), k) == Sees::kNothing);
   }
 }
 
@@ -270,15 +280,17 @@ TEST_CASE("Capacities in proportion to the tokens depend on their number", "[moe
     for (const DropOrder order : kOrders) {
       INFO("k " << k << ", order " << static_cast<int>(order));
       const Sees expected = seen_with_number(order, k);
-      CHECK(seen_by_capacity(CapacityFactor{.train = 1.0, .minimum = 0, .order = order}, k, true) ==
+      CHECK(seen_by_capacity(CapacityFactor({.train = 1.0, .minimum = 0, .order = order}), k,
+                             true) == expected);
+      CHECK(seen_by_capacity(DynamicCapacity({.factor = 1.0, .order = order}), k, true) ==
             expected);
-      CHECK(seen_by_capacity(DynamicCapacity{.factor = 1.0, .order = order}, k, true) == expected);
-      CHECK(seen_by_capacity(DynamicCapacity{.factor = -1.0, .order = order}, k, true) == expected);
+      CHECK(seen_by_capacity(DynamicCapacity({.factor = -1.0, .order = order}), k, true) ==
+            expected);
       CHECK(
           seen_by_capacity(AdaptiveCapacity<double>({.initial = 1.0, .minimum = 0, .order = order}),
                            k, true) == expected);
     }
-    const DeviceCapacity device{.devices = 2, .protected_share = 0.0};
+    const DeviceCapacity device({.devices = 2, .protected_share = 0.0});
     CHECK(seen_by_capacity(device, k, true) == Sees::kContent);
     CHECK(seen_by_capacity(device, k, false) == Sees::kNothing);
   }
@@ -289,21 +301,21 @@ TEST_CASE("Layers around a mixture of experts are as causal as it is", "[moe][ca
   const Linear<double> dense(kModel, kModel, rng);
   const Linear<double> mix(kModel, 2, rng);
   const auto check = [&](auto capacity, Sees expected) {
-    const auto moe = layer(router(), SoftmaxTopK<double>{2}, capacity);
+    const auto moe = layer(router(), SoftmaxTopK<double>({.k = 2}), capacity);
     CHECK(what_is_seen(moe, false) == expected);
     CHECK(what_is_seen(SharedExperts(moe, dense), false) == expected);
-    CHECK(what_is_seen(ResidualMoe(moe, dense, mix), false) == expected);
+    CHECK(what_is_seen(ResidualMoE(moe, dense, mix), false) == expected);
   };
-  check(Dropless{}, Sees::kNothing);
-  check(FixedCapacity{.capacity = 2, .order = DropOrder::kTokenMajor}, Sees::kNothing);
-  check(FixedCapacity{.capacity = 2, .order = DropOrder::kRankMajor}, Sees::kContent);
+  check(Dropless(), Sees::kNothing);
+  check(FixedCapacity({.capacity = 2, .order = DropOrder::kTokenMajor}), Sees::kNothing);
+  check(FixedCapacity({.capacity = 2, .order = DropOrder::kRankMajor}), Sees::kContent);
 }
 
-TEST_CASE("SoftMoe and MixtureOfDepths look at the whole sequence", "[moe][causality]") {
+TEST_CASE("SoftMoE and MixtureOfDepths look at the whole sequence", "[moe][causality]") {
   Rng rng(5);
   const Linear<double> dense(kModel, kModel, rng);
   for (const bool training : {false, true}) {
-    CHECK(what_is_seen(SoftMoe<GluBank<double>>(bank(), rng), training) == Sees::kContent);
+    CHECK(what_is_seen(SoftMoE<GluBank<double>>(bank(), rng), training) == Sees::kContent);
     const MixtureOfDepths depths(dense, kModel, rng, {.capacity = 0.5});
     CHECK(what_is_seen(depths, training) == Sees::kContent);
     const MixtureOfDepths sampling(dense, kModel, rng,
@@ -316,7 +328,7 @@ TEST_CASE("Decoding a MixtureOfDepths looks at no later token", "[moe][causality
   Rng rng(7);
   const MixtureOfDepthsConfig config{.capacity = 0.5, .causal_evaluation = true};
   const GroupedQueryAttention<double> attention(
-      {.d_model = kModel, .heads = 1, .kv_heads = 1, .head_dim = 2}, rng);
+      rng, {.d_model = kModel, .heads = 1, .kv_heads = 1, .head_dim = 2});
   const auto check = [](const auto& layer) {
     using L = std::remove_cvref_t<decltype(layer)>;
     CHECK(what_is_seen(Decoded<L>{layer}, false) == Sees::kNothing);
@@ -324,7 +336,8 @@ TEST_CASE("Decoding a MixtureOfDepths looks at no later token", "[moe][causality
   check(MixtureOfDepths(Linear<double>(kModel, kModel, rng), kModel, rng, config));
   check(MixtureOfDepths(attention, kModel, rng, config));
   check(MixtureOfDepths(attention, kModel, rng, config, TokenPredictor<double>(kModel, 2, rng)));
-  check(MixtureOfDepths(layer(router(), SoftmaxTopK<double>{2}, Dropless{}), kModel, rng, config));
+  check(MixtureOfDepths(layer(router(), SoftmaxTopK<double>({.k = 2}), Dropless()), kModel, rng,
+                        config));
 }
 
 TEST_CASE("No token sees another sequence where the scope is the sequence", "[moe][causality]") {
@@ -341,14 +354,14 @@ TEST_CASE("No token sees another sequence where the scope is the sequence", "[mo
   };
   const auto order = GENERATE(DropOrder::kRankMajor, DropOrder::kProbability,
                               DropOrder::kBatchPrioritised, DropOrder::kBatchPrioritisedSum);
-  const SoftmaxTopK<double> selector{2};
-  check(layer(router(), selector, FixedCapacity{.capacity = 2, .order = order}));
-  check(
-      layer(router(), selector,
-            CapacityFactor{.train = 1.0, .minimum = 0, .order = order, .scope = Scope::kSequence}));
+  const SoftmaxTopK<double> selector({.k = 2});
+  check(layer(router(), selector, FixedCapacity({.capacity = 2, .order = order})));
+  check(layer(
+      router(), selector,
+      CapacityFactor({.train = 1.0, .minimum = 0, .order = order, .scope = Scope::kSequence})));
   check(layer(router(), selector,
-              DynamicCapacity{.factor = 1.0, .order = order, .scope = Scope::kSequence}));
-  check(layer(router(), ExpertChoice<double>{.scope = Scope::kSequence}, Dropless{}));
-  check(SoftMoe<GluBank<double>>(bank(), rng));
+              DynamicCapacity({.factor = 1.0, .order = order, .scope = Scope::kSequence})));
+  check(layer(router(), ExpertChoice<double>({.scope = Scope::kSequence}), Dropless()));
+  check(SoftMoE<GluBank<double>>(bank(), rng));
   check(MixtureOfDepths(Linear<double>(kModel, kModel, rng), kModel, rng, {.capacity = 0.5}));
 }

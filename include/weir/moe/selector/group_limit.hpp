@@ -18,8 +18,8 @@ namespace weir {
 
 /// The experts are cut into `count` groups of neighbours of equal size. The score of a group is the
 /// sum of the `summed` largest scores in it; a token may choose from the `allowed` groups of the
-/// largest score, of equal ones those with the lowest index. The scores are those that the selector
-/// chooses experts by, and the decision is constant to the derivative.
+/// largest score, among equal ones those with the lowest index. The scores are those that the
+/// selector chooses experts by, and the decision is constant to the derivative.
 ///
 ///     summed = 1              the maximum: DeepSeek-V2's device-limited routing
 ///                             (arXiv:2405.04434, section 2.2.2; count = 8, allowed = 3)
@@ -79,7 +79,7 @@ struct GroupLimit {
     std::copy_n(scores, experts, candidate);
     for (Index g = 0; g < count; ++g) of_group[g] = score(scores + g * size, size, sorted);
 
-    // The worst group goes, of equal ones the last, until as many are left as are allowed.
+    // The worst group goes, among equal ones the last, until as many are left as are allowed.
     for (Index left = count; left > allowed; --left) {
       Index worst = 0;
       for (Index g = 1; g < count; ++g) {

@@ -10,6 +10,7 @@
 #include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/around/rank_policy.hpp>
+#include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
@@ -25,6 +26,8 @@ static_assert(Selector<RankPolicy<SoftmaxTopK<float>>, float>);
 static_assert(Selector<RankPolicy<SigmoidTopK<float>>, float>);
 static_assert(BiasedSelector<RankPolicy<SigmoidTopK<float>>>);
 static_assert(!BiasedSelector<RankPolicy<SoftmaxTopK<float>>>);
+static_assert(RankPolicy<BiasedSoftmaxTopK<float>>::kBiasesProbabilities);
+static_assert(!RankPolicy<SigmoidTopK<float>>::kBiasesProbabilities);
 
 namespace {
 

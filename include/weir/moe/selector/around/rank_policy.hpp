@@ -52,10 +52,10 @@ struct RankPolicyConfig {
 ///     s_r > u * max(tau_r, 1e-9)          kRandom
 ///
 /// A rejected assignment is one that is not kept: it takes no place in an expert. Balancers count
-/// it, and so does a CapacityFactor that computes C from assignments; a bank that passes dropped
-/// tokens on passes it on too. Its weight is not given to the token's other experts: the weights of
-/// a token with renormalised weights then sum to less than 1 (Mesh TensorFlow, ST-MoE). To
-/// renormalise after the drop, as NLLB may, see RenormaliseKept.
+/// it, and so does a CapacityFactor that computes C from assignments; PassDropped passes its token
+/// on. Its weight is not given to the token's other experts: the weights of a token with
+/// renormalised weights then sum to less than 1 (Mesh TensorFlow, ST-MoE). To renormalise after the
+/// drop, as NLLB may, see RenormaliseKept.
 ///
 /// What a token keeps depends on no other token: causal. Which is rejected is constant to the
 /// derivative; the weights have the gradient that the inner selector gives them.

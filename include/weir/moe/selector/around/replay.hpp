@@ -45,7 +45,7 @@ class Replay : public SelectorWrapper<Inner> {
   using T = typename Inner::Scalar;
   using typename SelectorWrapper<Inner>::Cache;
 
-  /// Without a trace.
+  /// The trace comes later, see `impose`.
   explicit Replay(Inner inner, ReplayConfig config = {})
       : SelectorWrapper<Inner>(std::move(inner)), config_(config) {}
 
