@@ -7,6 +7,7 @@
 #include <weir/core/aligned.hpp>
 #include <weir/core/decode_states.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/function_ref.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/parallel.hpp>
