@@ -5,6 +5,7 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
 #include <cstdio>
 #include <initializer_list>
 #include <stdexcept>
@@ -44,9 +45,15 @@ class MessagePart {
  public:
   MessagePart(std::string_view text) : text_(text) {}  // NOLINT(google-explicit-constructor)
   MessagePart(const char* text) : text_(text) {}       // NOLINT(google-explicit-constructor)
-  [[gnu::cold]] explicit MessagePart(double value) { format("%g", value); }
-  [[gnu::cold]] explicit MessagePart(long long value) { format("%lld", value); }
-  [[gnu::cold]] explicit MessagePart(unsigned long long value) { format("%llu", value); }
+  [[gnu::cold]] explicit MessagePart(double value) {
+    set_length(std::snprintf(number_, sizeof number_, "%g", value));
+  }
+  [[gnu::cold]] explicit MessagePart(long long value) {
+    set_length(std::snprintf(number_, sizeof number_, "%lld", value));
+  }
+  [[gnu::cold]] explicit MessagePart(unsigned long long value) {
+    set_length(std::snprintf(number_, sizeof number_, "%llu", value));
+  }
   template <std::floating_point V>
   explicit MessagePart(V value) : MessagePart(static_cast<double>(value)) {}
   template <std::signed_integral V>
@@ -61,11 +68,7 @@ class MessagePart {
   std::string_view text() const { return text_; }
 
  private:
-  template <class V>
-  void format(const char* how, V value) {
-    const int length = std::snprintf(number_, sizeof number_, how, value);
-    text_ = {number_, static_cast<std::size_t>(length)};
-  }
+  void set_length(int length) { text_ = {number_, static_cast<std::size_t>(length)}; }
 
   std::string_view text_;
   char number_[24];  // NOLINT(modernize-avoid-c-arrays): no more than 20 digits and a sign.
