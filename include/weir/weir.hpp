@@ -8,6 +8,7 @@
 #include <weir/core/cache_state.hpp>
 #include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/function_ref.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>

@@ -14,6 +14,7 @@
 #include <weir/attention/few_queries.hpp>
 #include <weir/attention/operands.hpp>
 #include <weir/attention/query_blocks.hpp>
+#include <weir/core/function_ref.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
@@ -88,7 +89,7 @@ class CausalAttention {
     cut(cache);
     if (!cache.tasks.empty()) set_values_apart(cache);
     const Blocks blocks = {in_, cache};
-    run(cache.tasks, in_.shape.heads, [&](const auto& task, Index head) {
+    run(cache.tasks, in_.shape.heads, [&](const Task& task, Index head) {
       blocks.forward(task.span, task.first, head, cache.apart[index(task.span)], out);
     });
 
@@ -137,7 +138,7 @@ class CausalAttention {
         cache.tasks.push_back({s, first});
       }
     }
-    run(cache.tasks, shape.heads, [&](const auto& task, Index head) {
+    run(cache.tasks, shape.heads, [&](const Task& task, Index head) {
       blocks.backward_queries(task.span, task.first, head, d_out, dq);
     });
     cache.tasks.clear();
@@ -146,7 +147,7 @@ class CausalAttention {
         cache.tasks.push_back({s, first});
       }
     }
-    run(cache.tasks, shape.kv_heads, [&](const auto& task, Index kv_head) {
+    run(cache.tasks, shape.kv_heads, [&](const Task& task, Index kv_head) {
       blocks.backward_keys(task.span, task.first, kv_head, dk, dv);
     });
     if (!d_sinks.empty()) add_sink_gradients(cache, d_sinks);
@@ -230,8 +231,7 @@ class CausalAttention {
   }
 
   /// Calls `body(i)` for each i in [0, count), in parallel if there is enough to do.
-  template <class Body>
-  void run(Index count, Body&& body) const {
+  void run(Index count, FunctionRef<void(Index)> body) const {
     constexpr Index kSerialWork = 100'000;  // Multiply-adds below which waking a thread costs more.
     Index work = 0;
     for (const AttentionSpan& s : in_.spans) work += s.queries * in_.shape.most_visible(s.keys);
@@ -244,8 +244,8 @@ class CausalAttention {
   }
 
   /// Calls `body(task, head)` for every pair, heads of one task together.
-  template <class Body>
-  void run(const std::vector<Task>& tasks, Index head_count, Body&& body) const {
+  void run(const std::vector<Task>& tasks, Index head_count,
+           FunctionRef<void(const Task&, Index)> body) const {
     run(static_cast<Index>(tasks.size()) * head_count,
         [&](Index i) { body(tasks[index(i / head_count)], i % head_count); });
   }

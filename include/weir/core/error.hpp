@@ -5,7 +5,10 @@
 #pragma once
 
 #include <cmath>
-#include <sstream>
+#include <concepts>
+#include <cstddef>
+#include <cstdio>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -35,29 +38,99 @@ class StateError : public std::logic_error {
   using std::logic_error::logic_error;
 };
 
-/// Formats `parts` one after the other and throws them as an `Error`.
-template <class Error, class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw Error(message.str());
+namespace detail {
+
+/// A part of a message: text that lies elsewhere, or a number, which is formatted here. The
+/// constructors are what a call of `fail` compiles to, so that no such call formats anything
+/// itself.
+class MessagePart {
+ public:
+  MessagePart(std::string_view text) : text_(text) {}  // NOLINT(google-explicit-constructor)
+  MessagePart(const char* text) : text_(text) {}       // NOLINT(google-explicit-constructor)
+  [[gnu::cold]] explicit MessagePart(double value) {
+    set_length(std::snprintf(number_, sizeof number_, "%g", value));
+  }
+  [[gnu::cold]] explicit MessagePart(long long value) {
+    set_length(std::snprintf(number_, sizeof number_, "%lld", value));
+  }
+  [[gnu::cold]] explicit MessagePart(unsigned long long value) {
+    set_length(std::snprintf(number_, sizeof number_, "%llu", value));
+  }
+  template <std::floating_point V>
+  explicit MessagePart(V value) : MessagePart(static_cast<double>(value)) {}
+  template <std::signed_integral V>
+  explicit MessagePart(V value) : MessagePart(static_cast<long long>(value)) {}
+  template <std::unsigned_integral V>
+  explicit MessagePart(V value) : MessagePart(static_cast<unsigned long long>(value)) {}
+  MessagePart(char) = delete;
+
+  MessagePart(const MessagePart&) = delete;  // The text may be that of the object itself.
+  MessagePart& operator=(const MessagePart&) = delete;
+
+  std::string_view text() const { return text_; }
+
+ private:
+  void set_length(int length) { text_ = {number_, static_cast<std::size_t>(length)}; }
+
+  std::string_view text_;
+  char number_[24];  // NOLINT(modernize-avoid-c-arrays): no more than 20 digits and a sign.
+};
+
+[[gnu::cold]] inline std::string join(std::initializer_list<MessagePart> parts) {
+  std::string text;
+  for (const MessagePart& part : parts) text += part.text();
+  return text;
 }
+
+template <class Error>
+[[noreturn, gnu::cold, gnu::noinline]] void raise(std::initializer_list<MessagePart> parts) {
+  throw Error(join(parts));
+}
+
+}  // namespace detail
+
+/// Formats `parts`, which are text and numbers, one after the other and throws them as an `Error`.
+template <class Error, class... Parts>
+[[noreturn, gnu::cold]] void fail(Parts... parts) {  // Values: arrays of any length are one type.
+  detail::raise<Error>({detail::MessagePart(parts)...});
+}
+
+namespace detail {
+
+[[gnu::cold]] inline std::string shape_text(Index rows, Index cols) {
+  return join({MessagePart("["), MessagePart(rows), MessagePart(", "), MessagePart(cols),
+               MessagePart("]")});
+}
+
+[[noreturn, gnu::cold, gnu::noinline]] inline void fail_shape(std::string_view where,
+                                                              std::string_view name, Index is_rows,
+                                                              Index is_cols,
+                                                              std::string_view expected) {
+  fail<ShapeError>(where, ": ", name, " is ", shape_text(is_rows, is_cols), ", expected ",
+                   expected);
+}
+
+[[noreturn, gnu::cold, gnu::noinline]] inline void fail_columns(std::string_view where,
+                                                                std::string_view name,
+                                                                Index is_rows, Index is_cols,
+                                                                Index cols) {
+  fail<ShapeError>(where, ": ", name, " is ", shape_text(is_rows, is_cols), ", expected [tokens, ",
+                   cols, "]");
+}
+
+}  // namespace detail
 
 /// "[rows, cols]" for use in a message.
 template <class M>
 std::string shape_of(const M& m) {
-  std::ostringstream text;
-  text << "[" << m.rows() << ", " << m.cols() << "]";
-  return text.str();
+  return detail::shape_text(m.rows(), m.cols());
 }
 
 /// \throws ShapeError   unless `m`, the argument `name` of `where`, is [any number of tokens,
 /// cols].
 template <class M>
 void expect_columns(std::string_view where, std::string_view name, const M& m, Index cols) {
-  if (m.cols() != cols) {
-    fail<ShapeError>(where, ": ", name, " is ", shape_of(m), ", expected [tokens, ", cols, "]");
-  }
+  if (m.cols() != cols) detail::fail_columns(where, name, m.rows(), m.cols(), cols);
 }
 
 /// \throws ShapeError   unless `m`, the argument `name` of `where`, is [rows, cols].
@@ -65,7 +138,7 @@ template <class M>
 void expect_shape(std::string_view where, std::string_view name, const M& m, Index rows,
                   Index cols) {
   if (m.rows() != rows || m.cols() != cols) {
-    fail<ShapeError>(where, ": ", name, " is ", shape_of(m), ", expected [", rows, ", ", cols, "]");
+    detail::fail_shape(where, name, m.rows(), m.cols(), detail::shape_text(rows, cols));
   }
 }
 

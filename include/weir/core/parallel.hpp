@@ -6,11 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <thread>
-#include <type_traits>
 
 #include <weir/core/error.hpp>
+#include <weir/core/function_ref.hpp>
 #include <weir/core/thread_pool.hpp>
 #include <weir/core/types.hpp>
 
@@ -40,15 +39,9 @@ inline void set_threads(int count) {
 /// result is the same for any number of threads. An exception from `body` reaches the caller; of
 /// several, one. Called from inside another parallel loop, or while another thread of the program
 /// is in one, it runs on the calling thread.
-template <class Body>
-void parallel_for(Index count, Body&& body) {
-  using Function = std::remove_reference_t<Body>;
+[[gnu::noinline]] inline void parallel_for(Index count, FunctionRef<void(Index)> body) {
   if (count > 1 && threads() > 1 && count <= std::numeric_limits<std::uint32_t>::max()) {
-    const auto call = [](void* function, Index i) { (*static_cast<Function*>(function))(i); };
-    void* const function = const_cast<void*>(static_cast<const void*>(std::addressof(body)));
-    if (detail::ThreadPool::instance().run(static_cast<std::uint32_t>(count), function, call)) {
-      return;
-    }
+    if (detail::ThreadPool::instance().run(static_cast<std::uint32_t>(count), body)) return;
   }
   for (Index i = 0; i < count; ++i) body(i);
 }
@@ -56,8 +49,8 @@ void parallel_for(Index count, Body&& body) {
 /// Calls `body(begin, end)` for consecutive ranges of [0, rows). `row_cost` is roughly how many
 /// elementary operations one row takes: ranges are made large enough to be worth a thread's while,
 /// and do not depend on the number of threads.
-template <class Body>
-void parallel_rows(Index rows, Index row_cost, Body&& body) {
+[[gnu::noinline]] inline void parallel_rows(Index rows, Index row_cost,
+                                            FunctionRef<void(Index, Index)> body) {
   constexpr Index kWorthwhile = 16384;
   const Index chunk = std::max<Index>(1, kWorthwhile / std::max<Index>(1, row_cost));
   parallel_for((rows + chunk - 1) / chunk,

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/function_ref.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir::detail {
@@ -61,16 +62,15 @@ class ThreadPool {
     for (int i = 1; i < size; ++i) workers_.emplace_back([this, generation] { work(generation); });
   }
 
-  /// Runs `call(body, i)` for each i in [0, count). Returns false, having done nothing, where there
+  /// Runs `body(i)` for each i in [0, count). Returns false, having done nothing, where there
   /// are no other threads to share with: they are busy with another caller's loop, or this is one
   /// of them.
-  bool run(std::uint32_t count, void* body, void (*call)(void*, Index)) {
+  bool run(std::uint32_t count, const FunctionRef<void(Index)>& body) {
     if (inside()) return false;
     std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock() || workers_.empty()) return false;
 
-    body_.store(body, std::memory_order_relaxed);
-    call_.store(call, std::memory_order_relaxed);
+    body_.store(&body, std::memory_order_relaxed);
     count_.store(count, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
     failed_.store(false, std::memory_order_relaxed);
@@ -143,8 +143,7 @@ class ThreadPool {
     for (;;) {
       const auto remaining = static_cast<std::uint32_t>(claim);
       if (remaining == 0 || claim >> 32U != generation) return;
-      void* const body = body_.load(std::memory_order_relaxed);
-      const auto call = call_.load(std::memory_order_relaxed);
+      const FunctionRef<void(Index)>* const body = body_.load(std::memory_order_relaxed);
       const std::uint32_t count = count_.load(std::memory_order_relaxed);
       if (!claim_.compare_exchange_weak(claim, claim - 1, std::memory_order_acq_rel,
                                         std::memory_order_acquire)) {
@@ -152,7 +151,7 @@ class ThreadPool {
       }
       if (!failed_.load(std::memory_order_relaxed)) {
         try {
-          call(body, static_cast<Index>(count - remaining));
+          (*body)(static_cast<Index>(count - remaining));
         } catch (...) {
           if (!failed_.exchange(true, std::memory_order_acq_rel)) error_ = std::current_exception();
         }
@@ -169,8 +168,7 @@ class ThreadPool {
   std::atomic<std::uint32_t> generation_{0};  ///< Counts loops; what threads wait for.
 
   std::atomic<std::uint64_t> claim_{0};  ///< [generation | iterations nobody has taken yet].
-  std::atomic<void*> body_{nullptr};
-  std::atomic<void (*)(void*, Index)> call_{nullptr};
+  std::atomic<const FunctionRef<void(Index)>*> body_{nullptr};
   std::atomic<std::uint32_t> count_{0};
   std::atomic<std::uint32_t> finished_{0};
   std::atomic<bool> failed_{false};

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include <weir/core/aligned.hpp>
+#include <weir/core/function_ref.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
@@ -76,8 +77,8 @@ class HeadBlocks {
   }
 
  private:
-  template <class OutOf>
-  void multiply_packed(MatrixIn<T> x, Index tokens, OutOf&& out_of, Index out_row) const {
+  void multiply_packed(MatrixIn<T> x, Index tokens, FunctionRef<T*(Index)> out_of,
+                       Index out_row) const {
     const auto weight = [&](Index h) -> const PackedWeight<T>& {
       return packed_[static_cast<std::size_t>(h)];
     };
@@ -95,7 +96,7 @@ class HeadBlocks {
           [&](Index h) -> PackedProduct<Arithmetic> {
             return {left + h * tokens * length, tokens, &weight(h)};
           },
-          [&](Index h, Index row, Index rows, Index j, auto&& compute) {
+          [&](Index h, Index row, Index rows, Index j, Compute<T> compute) {
             const ToMatrix<T> to = {out_of(h), out_row, weight(h).rows()};
             to(row, rows, j, compute);
           });

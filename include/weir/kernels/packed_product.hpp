@@ -7,6 +7,7 @@
 #include <span>
 #include <type_traits>
 
+#include <weir/core/function_ref.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
@@ -32,8 +33,10 @@ Index row_length(Index cols) {
 
 /// to[i] = the `cols` numbers at `row_of(i)`, rounded if the arithmetic wants that, and filled up
 /// with zeros to `row_length`.
-template <class Arithmetic, class RowOf>
-void arrange_rows(Index rows, Index cols, RowOf&& row_of, typename Arithmetic::Left* to) {
+template <class Arithmetic>
+void arrange_rows(Index rows, Index cols,
+                  FunctionRef<const typename Arithmetic::Sum*(Index)> row_of,
+                  typename Arithmetic::Left* to) {
   using Left = typename Arithmetic::Left;
   const Index length = row_length<Arithmetic>(cols);
   parallel_rows(rows, cols, [&](Index begin, Index end) {
@@ -50,9 +53,12 @@ void arrange_rows(Index rows, Index cols, RowOf&& row_of, typename Arithmetic::L
 }
 
 /// Computes `count` products: `product_of(i)` is number i, whose parts go to `store(i, row, rows,
-/// j, compute)`, see `multiply_pieces`. All threads share the pieces of all products.
-template <class Arithmetic, class ProductOf, class Store>
-void multiply_packed(Index count, ProductOf&& product_of, Store&& store) {
+/// j, compute)`, see `Store`. All threads share the pieces of all products.
+template <class Arithmetic>
+void multiply_packed(Index count, FunctionRef<PackedProduct<Arithmetic>(Index)> product_of,
+                     FunctionRef<void(Index i, Index row, Index rows, Index j,
+                                      Compute<typename Arithmetic::Sum> compute)>
+                         store) {
   const Index most_rows = most_rows_for_threads([&](Index rows) {
     Index pieces = 0;
     for (Index i = 0; i < count; ++i) {
@@ -79,7 +85,7 @@ void multiply_packed(Index count, ProductOf&& product_of, Store&& store) {
             [&](Index j, bool followed) {
               return p.weight->template panel<Arithmetic>(j, followed);
             },
-            [&](Index row, Index rows, Index j, auto&& compute) {
+            [&](Index row, Index rows, Index j, Compute<typename Arithmetic::Sum> compute) {
               store(i, row, rows, j, compute);
             });
       });
@@ -117,7 +123,7 @@ void multiply_packed(MatrixIn<T> x, std::span<const PackedTo<T>> products) {
         [&](Index i) -> PackedProduct<Arithmetic> {
           return {left + product(i).first * length, product(i).rows, product(i).weight};
         },
-        [&](Index i, Index row, Index rows, Index j, auto&& compute) {
+        [&](Index i, Index row, Index rows, Index j, Compute<T> compute) {
           const PackedTo<T>& p = product(i);
           const ToMatrix<T> to = {p.out, p.out_row, p.weight->rows()};
           to(row, rows, j, compute);

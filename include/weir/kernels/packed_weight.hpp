@@ -114,27 +114,30 @@ class PackedWeight {
   std::size_t numbers() const { return static_cast<std::size_t>(panels() * panel_numbers()); }
 
   void fill(MatrixIn<T> first, MatrixIn<T> second, SharedMemory& memory) {
-    const auto half = [](T value) { return BFloat16(static_cast<float>(value)); };
     if (rounded_ && std::is_same_v<T, float>) {
-      halves_ = packed<BFloat16>(first, second, memory, half);
-    } else if (rounded_) {
-      exact_ = packed<T>(first, second, memory,
-                         [&](T value) { return static_cast<T>(static_cast<float>(half(value))); });
+      halves_ = packed<BFloat16>(first, second, memory);
     } else {
-      exact_ = packed<T>(first, second, memory, [](T value) { return value; });
+      exact_ = packed<T>(first, second, memory);
     }
   }
 
-  /// All numbers in their places, as `convert` makes them.
-  template <class Number, class Convert>
+  /// All numbers in their places, rounded if they shall be.
+  template <class Number>
   std::shared_ptr<Number[]> packed(MatrixIn<T> first, MatrixIn<T> second,  // NOLINT: as below.
-                                   SharedMemory& memory, Convert&& convert) const {
+                                   SharedMemory& memory) const {
     auto to = memory.take<Number>(numbers());
     parallel_for(panels(), [&](Index j) {
       std::fill_n(to.get() + j * panel_numbers(), panel_numbers(), Number());
     });
     for_each_number([&](bool of_second, Index row, Index col, Index place) {
-      to[place] = convert(of_second ? second(row, col) : first(row, col));
+      const T value = of_second ? second(row, col) : first(row, col);
+      if constexpr (std::is_same_v<Number, BFloat16>) {
+        to[place] = BFloat16(static_cast<float>(value));
+      } else {
+        to[place] = rounded_
+                        ? static_cast<T>(static_cast<float>(BFloat16(static_cast<float>(value))))
+                        : value;
+      }
     });
     return to;
   }

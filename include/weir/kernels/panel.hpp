@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include <weir/core/function_ref.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/register_block.hpp>
@@ -231,8 +232,7 @@ struct Cut {
 
 /// The most rows a piece should have for every thread to get enough pieces;
 /// `pieces_with(most_rows)` counts those there would be.
-template <class PiecesWith>
-Index most_rows_for_threads(PiecesWith&& pieces_with) {
+inline Index most_rows_for_threads(FunctionRef<Index(Index)> pieces_with) {
   constexpr Index kEnough = 8;  // For each thread.
   constexpr Index kFewestRows = 48;
   Index most_rows = Cut::kMostRows;
@@ -240,14 +240,25 @@ Index most_rows_for_threads(PiecesWith&& pieces_with) {
   return most_rows;
 }
 
+/// `compute(c, c_row, accumulate)` computes a part of a product: row i of it goes to `c + i *
+/// c_row`, all kCols columns, added to what is there if `accumulate`.
+template <class Sum>
+using Compute = FunctionRef<void(Sum* c, Index c_row, bool accumulate)>;
+
+/// `store(row, rows, j, compute)` has to call `compute` once for where rows `row` to `row + rows`
+/// of panel j shall go. `accumulate` is not for packed panels, since sums that begin in different
+/// places would have different bits.
+template <class Sum>
+using Store = FunctionRef<void(Index row, Index rows, Index j, Compute<Sum> compute)>;
+
 /// Up to three rows times several of the `remaining` packed panels from `panel` on, side by side,
 /// since a core that waits for memory gets more from it by reading at several places. `behind`
 /// counts the panels of the operand from `panel` on. Returns how many were multiplied; none with
 /// more rows.
-template <class Arithmetic, class Store>
+template <class Arithmetic>
 Index multiply_side_by_side(LeftRows<Arithmetic> left, Index row, Index rows,
                             const PackedPanel<Arithmetic>& panel, Index j, Index remaining,
-                            Index behind, Store&& store) {
+                            Index behind, Store<typename Arithmetic::Sum> store) {
   using Sum = typename Arithmetic::Sum;
   constexpr Index kCols = Block<Sum>::kCols;
   constexpr Index kMostSums = 6;
@@ -289,13 +300,9 @@ Index multiply_side_by_side(LeftRows<Arithmetic> left, Index row, Index rows,
 ///
 /// \param panel_of  `panel_of(j, followed)` gives panel j, `followed` telling whether panel j + 1
 ///                  will be multiplied after it.
-/// \param store     `store(row, rows, j, compute)` has to call `compute(c, c_row, accumulate)` once
-///                  for where rows `row` to `row + rows` of panel j shall go; all kCols columns of
-///                  c are written. `accumulate` is not for packed panels, since sums that begin in
-///                  different places would have different bits.
-template <class Arithmetic, class PanelOf, class Store>
+template <class Arithmetic, class PanelOf>
 void multiply_pieces(const Cut& cut, LeftRows<Arithmetic> left, Index steps, Index begin, Index end,
-                     PanelOf&& panel_of, Store&& store) {
+                     PanelOf&& panel_of, Store<typename Arithmetic::Sum> store) {
   Index piece = begin;
   while (piece < end) {
     const Index row = piece / cut.panels * cut.rows;
@@ -318,7 +325,7 @@ void multiply_pieces(const Cut& cut, LeftRows<Arithmetic> left, Index steps, Ind
 }
 
 /// Where a product goes that is a matrix: `cols` columns, added to what is there if `accumulate`.
-/// To be the `store` of `multiply_pieces`.
+/// To be a `Store`.
 template <class T>
 struct ToMatrix {
   T* out = nullptr;
@@ -326,8 +333,7 @@ struct ToMatrix {
   Index cols = 0;
   bool accumulate = false;
 
-  template <class Compute>
-  void operator()(Index row, Index rows, Index j, Compute&& compute) const {
+  void operator()(Index row, Index rows, Index j, Compute<T> compute) const {
     constexpr Index kCols = Block<T>::kCols;
     const Index width = std::min(kCols, cols - j * kCols);
     T* const to = out + row * out_row + j * kCols;

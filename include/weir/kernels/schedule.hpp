@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include <weir/core/function_ref.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
 
@@ -66,8 +67,8 @@ class SharedTasks {
 /// Calls `body(group, begin, end)` such that each piece of each group is in exactly one of the
 /// ranges [begin, end). `pieces_of(group)` gives the group's `Pieces`. The work is cut by cost, not
 /// by group: when one expert has most of the tokens, all threads work on that expert.
-template <class PiecesOf, class Body>
-void parallel_pieces_of(Index groups, PiecesOf&& pieces_of, Body&& body) {
+[[gnu::noinline]] inline void parallel_pieces_of(Index groups, FunctionRef<Pieces(Index)> pieces_of,
+                                                 FunctionRef<void(Index, Index, Index)> body) {
   constexpr Index kWorthwhile = 100'000;  // Multiply-adds below which waking a thread costs more.
   constexpr Index kTasksPerThread = 16;
   constexpr Index kPiecesPerTask = 4;  // So that a thread can do several side by side.

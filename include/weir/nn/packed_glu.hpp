@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include <weir/core/aligned.hpp>
+#include <weir/core/function_ref.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/thread_space.hpp>
@@ -58,16 +59,14 @@ struct PackedGluCache {
   Scratch<kernels::BFloat16> rounded_x, rounded_hidden;
 };
 
-/// out = (act(x gate^T) * (x up^T)) down^T for groups of rows, each with the weights of its own
-/// network. The activation is applied to sums that are still in the cache of their core.
-///
-/// \param rows      How many rows there are in all.
-/// \param row_of    `row_of(i)` is where row i of x lies: gathered on the way.
-/// \param groups    Their networks have one storage and one shape.
-/// \param out       [rows, outputs].
-template <Activation Act, class T, class RowOf>
-void packed_glu_forward(Index rows, RowOf&& row_of, std::span<const PackedGluGroup<T>> groups,
-                        PackedGluCache<T>& cache, MatrixOut<T> out) {
+namespace detail {
+
+/// `packed_glu_forward` for an activation known at run time: compiled once for all of them.
+template <class T>
+void packed_glu_forward(Index rows, FunctionRef<const T*(Index)> row_of,
+                        std::span<const PackedGluGroup<T>> groups,
+                        void (*activation)(Index, const T*, T*), PackedGluCache<T>& cache,
+                        MatrixOut<T> out) {
   if (groups.empty()) return;
   const kernels::PackedWeight<T>& one = groups[0].glu->gate_up;
   const auto count = static_cast<Index>(groups.size());
@@ -94,7 +93,8 @@ void packed_glu_forward(Index rows, RowOf&& row_of, std::span<const PackedGluGro
     }
     kernels::arrange_rows<Arithmetic>(rows, one.cols(), row_of, x);
 
-    const auto activate = [&](Index g, Index row, Index height, Index j, auto&& compute) {
+    const auto activate = [&](Index g, Index row, Index height, Index j,
+                              kernels::Compute<T> compute) {
       auto& space = ThreadSpace<T, PackedGlu<T>>::of_this_thread();
       space.reserve((kernels::Cut::kMostRows + 1) * kCols);
       T* const sums = space.take(kernels::Cut::kMostRows * kCols);
@@ -105,7 +105,7 @@ void packed_glu_forward(Index rows, RowOf&& row_of, std::span<const PackedGluGro
       Left* h = hidden + (group_of(g).first + row) * hidden_row + j * kHalf;
       for (Index i = 0; i < height; ++i, h += hidden_row) {
         const T* const gate = sums + i * kCols;
-        Act::value(width, gate, activated);
+        activation(width, gate, activated);
         if constexpr (std::is_same_v<Left, T>) {
           loops::multiply(width, activated, gate + kHalf, h);
         } else {
@@ -130,10 +130,26 @@ void packed_glu_forward(Index rows, RowOf&& row_of, std::span<const PackedGluGro
           const PackedGluGroup<T>& group = group_of(g);
           return {hidden + group.first * hidden_row, group.rows, &group.glu->down};
         },
-        [&](Index g, Index row, Index height, Index j, auto&& compute) {
+        [&](Index g, Index row, Index height, Index j, kernels::Compute<T> compute) {
           to(group_of(g).first + row, height, j, compute);
         });
   });
+}
+
+}  // namespace detail
+
+/// out = (act(x gate^T) * (x up^T)) down^T for groups of rows, each with the weights of its own
+/// network. The activation is applied to sums that are still in the cache of their core.
+///
+/// \param rows      How many rows there are in all.
+/// \param row_of    `row_of(i)` is where row i of x lies: gathered on the way.
+/// \param groups    Their networks have one storage and one shape.
+/// \param out       [rows, outputs].
+template <Activation Act, class T>
+void packed_glu_forward(Index rows, FunctionRef<const T*(Index)> row_of,
+                        std::span<const PackedGluGroup<T>> groups, PackedGluCache<T>& cache,
+                        MatrixOut<T> out) {
+  detail::packed_glu_forward<T>(rows, row_of, groups, &Act::template value<T>, cache, out);
 }
 
 }  // namespace weir
