@@ -24,6 +24,7 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/thread_pool.hpp>
 #include <weir/core/thread_space.hpp>
+#include <weir/core/token_ids.hpp>
 #include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
@@ -38,6 +39,7 @@
 #include <weir/ops/normal.hpp>
 #include <weir/ops/rope.hpp>
 #include <weir/ops/rows.hpp>
+#include <weir/ops/smooth_step.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/tanh.hpp>
 #include <weir/ops/top_k.hpp>
@@ -67,16 +69,20 @@
 #include <weir/nn/rms_norm.hpp>
 
 #include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/chance_table.hpp>
 #include <weir/moe/balance/communication_loss.hpp>
+#include <weir/moe/balance/conditional_price.hpp>
 #include <weir/moe/balance/device_loss.hpp>
 #include <weir/moe/balance/entropy_loss.hpp>
 #include <weir/moe/balance/expert_groups.hpp>
+#include <weir/moe/balance/first_choice.hpp>
 #include <weir/moe/balance/global_batch_loss.hpp>
 #include <weir/moe/balance/gshard_loss.hpp>
 #include <weir/moe/balance/hierarchical_load_loss.hpp>
 #include <weir/moe/balance/hierarchical_loss.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
+#include <weir/moe/balance/mark_allowed.hpp>
 #include <weir/moe/balance/noisy_choice.hpp>
 #include <weir/moe/balance/orthogonality_loss.hpp>
 #include <weir/moe/balance/priced_probability.hpp>
@@ -84,6 +90,7 @@
 #include <weir/moe/balance/relu_l1_loss.hpp>
 #include <weir/moe/balance/second_place_loss.hpp>
 #include <weir/moe/balance/similarity_loss.hpp>
+#include <weir/moe/balance/squared_variation.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/balancers.hpp>
@@ -100,35 +107,43 @@
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/depths/choice_loss.hpp>
-#include <weir/moe/depths/chosen_tokens.hpp>
+#include <weir/moe/depths/depth_choice.hpp>
 #include <weir/moe/depths/mixture_of_depths.hpp>
+#include <weir/moe/depths/token_part.hpp>
 #include <weir/moe/depths/token_predictor.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/expert_mask.hpp>
 #include <weir/moe/experts/any_bank.hpp>
+#include <weir/moe/experts/bank_wrapper.hpp>
 #include <weir/moe/experts/clamped_glu_bank.hpp>
 #include <weir/moe/experts/expert_linear.hpp>
+#include <weir/moe/experts/gathered_pass.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/input_weighted.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/experts/output_masking.hpp>
+#include <weir/moe/experts/pass_dropped.hpp>
 #include <weir/moe/experts/with_zero_experts.hpp>
 #include <weir/moe/forbidden_experts.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/router/cosine_router.hpp>
 #include <weir/moe/router/d_select_k_router.hpp>
-#include <weir/moe/router/expert_vectors.hpp>
 #include <weir/moe/router/group_count.hpp>
+#include <weir/moe/router/group_logits.hpp>
 #include <weir/moe/router/gumbel_router.hpp>
 #include <weir/moe/router/hash_router.hpp>
+#include <weir/moe/router/hash_tables.hpp>
 #include <weir/moe/router/hierarchical_router.hpp>
 #include <weir/moe/router/input_dropout_router.hpp>
 #include <weir/moe/router/jitter_router.hpp>
 #include <weir/moe/router/layer_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/router/mapped_logits_router.hpp>
+#include <weir/moe/router/move_noise.hpp>
 #include <weir/moe/router/noise.hpp>
 #include <weir/moe/router/noisy_router.hpp>
+#include <weir/moe/router/router_wrapper.hpp>
 #include <weir/moe/router/scaled_input_router.hpp>
 #include <weir/moe/router/temperature_router.hpp>
 #include <weir/moe/routing.hpp>
@@ -156,27 +171,35 @@
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/moe/selector/top_p.hpp>
 #include <weir/moe/selector/variable_choice.hpp>
+#include <weir/moe/slot_weights.hpp>
 #include <weir/moe/soft_moe.hpp>
 
 #include <weir/attention/causal.hpp>
 #include <weir/attention/few_queries.hpp>
 #include <weir/attention/grouped_query.hpp>
 #include <weir/attention/grouped_query_config.hpp>
+#include <weir/attention/growing_rows.hpp>
 #include <weir/attention/heads.hpp>
 #include <weir/attention/kv_cache.hpp>
 #include <weir/attention/latent.hpp>
 #include <weir/attention/latent_absorbed.hpp>
 #include <weir/attention/latent_cache.hpp>
 #include <weir/attention/latent_config.hpp>
+#include <weir/attention/latent_expanded.hpp>
+#include <weir/attention/operands.hpp>
 #include <weir/attention/qk_norm.hpp>
+#include <weir/attention/qkv_stages.hpp>
 #include <weir/attention/query_blocks.hpp>
 #include <weir/attention/rows_apart.hpp>
+#include <weir/attention/score_strips.hpp>
+#include <weir/attention/spans.hpp>
 
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/generate.hpp>
 #include <weir/model/interleave.hpp>
+#include <weir/model/language_head.hpp>
 #include <weir/model/logit_scale.hpp>
 #include <weir/model/multi_token.hpp>
 #include <weir/model/sampling.hpp>
@@ -185,6 +208,7 @@
 #include <weir/presets/compose.hpp>
 #include <weir/presets/count.hpp>
 #include <weir/presets/dbrx.hpp>
+#include <weir/presets/deepseek_attention.hpp>
 #include <weir/presets/deepseek_moe_16b.hpp>
 #include <weir/presets/deepseek_v2.hpp>
 #include <weir/presets/deepseek_v2_lite.hpp>
@@ -214,7 +238,8 @@
 
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
-#include <weir/optim/schedule.hpp>
+#include <weir/optim/parameter_states.hpp>
+#include <weir/optim/warmup_cosine.hpp>
 
 #include <weir/version.hpp>
 // clang-format on
