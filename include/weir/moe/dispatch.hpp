@@ -108,7 +108,7 @@ class Dispatch {
   Index experts() const { return offsets_.count() - 1; }
   Index tokens() const { return token_offsets_.count() - 1; }
   Index slots() const { return token_.count(); }
-  Index assignments() const { return assignments_; }  ///< Of the routing, dropped or not.
+  Index assignments() const { return assignments_; }  ///< How many the routing has, dropped or not.
 
   /// The slots of expert e.
   Index begin(Index e) const { return offsets_[e]; }

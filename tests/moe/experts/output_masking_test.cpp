@@ -43,7 +43,7 @@ namespace {
 using Bytes = std::vector<std::uint8_t>;
 
 constexpr OutputMaskingConfig kFinal = {.rate = 0.4, .unit = MaskedUnit::kToken};
-constexpr OutputMaskingConfig kInverted = {.rate = 0.4, .scaling = MaskScaling::kTraining};
+constexpr OutputMaskingConfig kInverted = {.rate = 0.4, .scaling = MaskScaling::kInTraining};
 
 GluBank<double> glu(Index experts = 4) {
   Rng rng(1);
@@ -249,7 +249,7 @@ TEST_CASE("OutputMasking yields the sum of the outputs that are left",
       const Bytes is_masked = masked_of(masked.dispatch, masked.bank.unmasked);
       // The output of each assignment by itself, from a routing that keeps no other.
       Matrix<double> expected = Matrix<double>::Zero(12, 4);
-      const double scale = training == (config.scaling == MaskScaling::kEvaluation) ? 1.0
+      const double scale = training == (config.scaling == MaskScaling::kInEvaluation) ? 1.0
                            : training ? 1.0 / (1.0 - config.rate)
                                       : 1.0 - config.rate;
       typename decltype(bank)::Cache bank_cache;
@@ -377,8 +377,8 @@ TEST_CASE("OutputMasking knows padding and no tokens", "[moe][experts][output_ma
   const Bytes mask = {1, 0, 1};
   const Pass pass{.training = true, .mask = mask, .rng = &rng};
   const Dispatch<double> dispatch = small_dispatch(pass);
-  OutputMasking bank(glu(3),
-                     {.rate = 0.4, .unit = MaskedUnit::kToken, .scaling = MaskScaling::kTraining});
+  OutputMasking bank(
+      glu(3), {.rate = 0.4, .unit = MaskedUnit::kToken, .scaling = MaskScaling::kInTraining});
   decltype(bank)::Cache cache;
   Matrix<double> x = test::random_matrix(3, 4, 1);
   x.row(1).setConstant(std::numeric_limits<double>::quiet_NaN());

@@ -27,12 +27,14 @@ enum class DropOrder {
   /// causal. (DeepSpeed.)
   kTokenMajor,
 
-  /// The largest weights; equal ones: the earlier token. Not causal. (Megatron-Core's "probs".)
+  /// The largest weights come first; among equal ones, the earlier token does. Not causal.
+  /// (Megatron-Core's "probs".)
   kProbability,
 
   /// Batch-prioritised routing: as rank-major, but with the tokens in descending order of their
-  /// largest probability max_e p_te, e among the token's experts; equal ones: the earlier token.
-  /// Not causal, not even for k = 1. (Riquelme et al. 2021, arXiv:2106.05974, section 4.1.)
+  /// largest probability max_e p_te, e among the token's experts; among equal ones, the earlier
+  /// token comes first. Not causal, not even for k = 1. (Riquelme et al. 2021, arXiv:2106.05974,
+  /// section 4.1.)
   kBatchPrioritised,
 
   /// The same by the sum of the probabilities of the token's experts, which the authors found to do
@@ -47,7 +49,7 @@ enum class DropOrder {
   kRandom,
 };
 
-/// The working space of those who limit experts, and the cache of policies that keep nothing else.
+/// The working space of a capacity policy, and its cache if it keeps nothing else.
 template <class T>
 struct OverflowSpace {
   List<Index> count;   ///< One number for each expert, or each bin.

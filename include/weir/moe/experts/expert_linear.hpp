@@ -66,8 +66,8 @@ class ExpertLinear {
     });
   }
 
-  /// dx = dy W, or added to it; adds to the gradients of W and b. Those of experts without slots
-  /// are left alone.
+  /// dx = dy W, or is increased by it; adds to the gradients of W and b. The gradients of experts
+  /// without slots are left alone.
   /// \param dy       [slots, d_out]
   /// \param x        [slots, d_in], as given to `forward`.
   /// \param dx       [slots, d_in]

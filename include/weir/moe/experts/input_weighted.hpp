@@ -42,7 +42,7 @@ class InputWeighted : public BankWrapper<Bank> {
 
   /// The bank inside sees one token per assignment, with a weight of one.
   struct Cache : BankWrapper<Bank>::Cache {
-    Assignments assignments;   ///< Those that the bank inside sees.
+    Assignments assignments;   ///< What the bank inside sees.
     List<T> ones;              ///< The weights that it sees.
     Dispatch<T> dispatch;      ///< Where they go.
     List<Index> token_ids;     ///< [assignments], where the pass has ids.

@@ -26,15 +26,15 @@ enum class MaskedUnit {
 
 /// How OutputMasking keeps the mean of an output the same in training and evaluation.
 enum class MaskScaling {
-  kEvaluation,  ///< Evaluation multiplies by 1 - rate: fairseq.
-  kTraining,    ///< Training divides by 1 - rate: a Dropout2d over [assignments, d_model].
+  kInEvaluation,  ///< Evaluation multiplies by 1 - rate: fairseq.
+  kInTraining,    ///< Training divides by 1 - rate: a Dropout2d over [assignments, d_model].
 };
 
 /// Settings of OutputMasking.
 struct OutputMaskingConfig {
   double rate = 0.2;
   MaskedUnit unit = MaskedUnit::kAssignment;
-  MaskScaling scaling = MaskScaling::kEvaluation;
+  MaskScaling scaling = MaskScaling::kInEvaluation;
 };
 
 /// A bank in which outputs of experts are zero with probability `rate` in training:
@@ -45,8 +45,8 @@ struct OutputMaskingConfig {
 ///                                                with kToken one for each token
 ///     m_te = 1                                   otherwise
 ///
-///     s = 1 in training, 1 - rate otherwise      kEvaluation
-///     s = 1 / (1 - rate) in training, else 1     kTraining
+///     s = 1 in training, 1 - rate otherwise      kInEvaluation
+///     s = 1 / (1 - rate) in training, else 1     kInTraining
 ///
 /// Everything but the experts is as if there were no mask: an assignment whose output is masked has
 /// its place in the expert, and capacity, RenormaliseKept, balancers and reports see it with the
@@ -60,7 +60,7 @@ struct OutputMaskingConfig {
 /// both units, and both factors s.
 ///
 /// (NLLB Team 2022, arXiv:2207.04672, and Elbayad et al. 2022, arXiv:2212.07571; in fairseq
-/// `moe_eom` and `moe_fom`, with kEvaluation. Hugging Face's NLLB-MoE evaluates as fairseq does
+/// `moe_eom` and `moe_fom`, with kInEvaluation. Hugging Face's NLLB-MoE evaluates as fairseq does
 /// with `moe_token_dropout` as the rate. It trains with a dropout of single features instead,
 /// divided by 1 - rate as well, so that the mean differs from that of evaluation; there is no
 /// setting for it.)
@@ -131,7 +131,7 @@ class OutputMasking : public BankWrapper<Bank> {
 
   T scale(bool training) const {
     const double left = 1.0 - config_.rate;
-    const bool scales = training == (config_.scaling == MaskScaling::kTraining);
+    const bool scales = training == (config_.scaling == MaskScaling::kInTraining);
     return static_cast<T>(!scales ? 1.0 : training ? 1.0 / left : left);
   }
 

@@ -202,7 +202,7 @@ class WithZeroExperts : public BankWrapper<Bank> {
     }
   }
 
-  /// The number of all experts, those of the bank and those behind.
+  /// The number of all experts, of the bank and behind it.
   Index experts() const { return first_constant() + config_.constant; }
 
   const WithZeroExpertsConfig& config() const { return config_; }
