@@ -20,6 +20,8 @@
 #include <weir/nn/linear.hpp>
 #include <weir/nn/rms_norm.hpp>
 
+#include "support/allocations.hpp"
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
@@ -30,13 +32,13 @@ namespace {
 constexpr Index kModel = 4;
 
 GroupedQueryAttention<double> attention(Rng& rng) {
-  return {{.d_model = kModel, .heads = 2, .kv_heads = 1}, rng};
+  return {rng, {.d_model = kModel, .heads = 2, .kv_heads = 1}};
 }
 
 auto mixture(Rng& rng) {
   return MoELayer(LinearRouter<double>(kModel, 3, rng, {.init_scale = 1.0}),
-                  SoftmaxTopK<double>{.k = 2}, Dropless{}, GluBank<double>(3, kModel, 5, rng, 1.0),
-                  SwitchLoss<double>{.coefficient = 0.3}, ZLoss<double>{.coefficient = 0.1});
+                  SoftmaxTopK<double>({.k = 2}), Dropless(), GluBank<double>(kModel, 3, 5, rng),
+                  SwitchLoss<double>({.coefficient = 0.3}), ZLoss<double>({.coefficient = 0.1}));
 }
 
 // Attention, a mixture, and a dense network behind it.
@@ -52,21 +54,27 @@ Block<double> of_linear(Linear<double> linear, const std::string& name = "linear
   return Block<double>({{name, RmsNorm<double>(kModel), std::move(linear)}});
 }
 
-// The identity, but zero for padding.
+// The identity, except that padding yields zero.
 struct Masking {
   using Scalar = double;
-  struct Cache {};
+  struct Cache {
+    CacheState state;
+    Matrix<double> y, dx;
+  };
 
-  Matrix<double> forward(MatrixIn<double> x) const { return x; }
-  Matrix<double> forward(MatrixIn<double> x, Cache& /*cache*/) const { return x; }
-  Matrix<double> forward(MatrixIn<double> x, const Pass& pass, Cache& /*cache*/) const {
-    Matrix<double> y = x;
+  const Matrix<double>& forward(MatrixIn<double> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
+    cache.y = x;
     for (Index t = 0; t < x.rows(); ++t) {
-      if (pass.is_padding(t)) y.row(t).setZero();
+      if (pass.is_padding(t)) cache.y.row(t).setZero();
     }
-    return y;
+    return cache.state.finish(*this, pass, cache.y);
   }
-  Matrix<double> backward(MatrixIn<double> dy, Cache& /*cache*/) { return dy; }
+  const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) {
+    cache.state.begin_backward("Masking::backward", *this, dy);
+    cache.dx = dy;
+    return cache.dx;
+  }
 
   template <class Self, class Visit>
   static void visit(Self& /*self*/, Visit& /*visit*/) {}
@@ -74,7 +82,7 @@ struct Masking {
 
 }  // namespace
 
-static_assert(PassLayer<Block<double>>);
+static_assert(Layer<Block<double>>);
 static_assert(DecodingLayer<Block<double>>);
 
 TEST_CASE("Block adds one branch after the other to its input", "[model][block]") {
@@ -87,12 +95,12 @@ TEST_CASE("Block adds one branch after the other to its input", "[model][block]"
   const Block<double> block({{"a", norm_a, a}, {"b", norm_b, b}});
   const Matrix<double> x = test::random_matrix(5, kModel, 2);
 
-  const Matrix<double> between = x + a.forward(norm_a.forward(x));
-  const Matrix<double> expected = between + b.forward(norm_b.forward(between));
-  CHECK(block.forward(x) == expected);
-  Block<double>::Cache cache;
-  CHECK(block.forward(x, cache) == expected);
-  CHECK(cache.aux_loss == 0.0);
+  const Matrix<double> between = x + infer(a, infer(norm_a, x));
+  const Matrix<double> expected = between + infer(b, infer(norm_b, between));
+  CHECK(infer(block, x) == expected);
+  PassRecord record;
+  CHECK(infer(block, x, {.training = true, .record = &record}) == expected);
+  CHECK(record.losses().empty());
 }
 
 TEST_CASE("Block hands the pass to norms and layers", "[model][block]") {
@@ -106,7 +114,7 @@ TEST_CASE("Block hands the pass to norms and layers", "[model][block]") {
     Block<double>::Cache cache;
     const Matrix<double> y = block.forward(x, {.mask = mask}, cache);
     CHECK(y.row(1) == x.row(1));
-    CHECK(y.row(0) == (x + linear.forward(x)).row(0));
+    CHECK(y.row(0) == (x + infer(linear, x)).row(0));
   }
 }
 
@@ -118,19 +126,25 @@ TEST_CASE("Block's gradients agree with finite differences", "[model][block][gra
   test::check_gradients(block, test::random_matrix(7, kModel, 4), pass);
 }
 
-TEST_CASE("Block's auxiliary loss is that of its branches together", "[model][block]") {
+TEST_CASE("Block's auxiliary losses are recorded by branch", "[model][block]") {
   Rng rng(5);
   const RmsNorm<double> norm(kModel);
-  Block<double> block({{"first", norm, mixture(rng)}, {"second", norm, mixture(rng)}});
+  const Block<double> block({{"first", norm, mixture(rng)}, {"second", norm, mixture(rng)}});
+  PassRecord record;
   Block<double>::Cache cache;
-  block.forward(test::random_matrix(6, kModel, 6), cache);
-  const double first = cache.branches[0].layer.aux_loss;
-  const double second = cache.branches[1].layer.aux_loss;
-  CHECK(first > 0.0);
-  CHECK(second > 0.0);
-  CHECK(cache.aux_loss == first + second);
-  block.forward(test::random_matrix(6, kModel, 6), cache);
-  CHECK(cache.aux_loss == first + second);
+  const Pass pass{.training = true, .record = &record};
+  block.forward(test::random_matrix(6, kModel, 6), pass, cache);
+  const std::vector<std::string> names = {"first.switch", "first.z", "second.switch", "second.z"};
+  REQUIRE(record.losses().size() == 4);
+  double sum = 0.0;
+  for (std::size_t i = 0; i < 4; ++i) {
+    CHECK(record.losses()[i].name == names[i]);
+    CHECK(record.losses()[i].value > 0.0);
+    sum += record.losses()[i].value;
+  }
+  CHECK(record.aux_loss() == sum);
+  block.forward(test::random_matrix(6, kModel, 6), pass, cache);
+  CHECK(record.aux_loss() == Approx(2.0 * sum));  // Passes add up.
 }
 
 TEST_CASE("Block names its parameters by branch", "[model][block]") {
@@ -171,18 +185,18 @@ TEST_CASE("pre_norm_block is attention and a feed-forward network", "[model][blo
   CHECK(block.branches()[0].name == "attention");
   CHECK(block.branches()[1].name == "mlp");
   const Matrix<double> x = test::random_matrix(5, kModel, 9);
-  CHECK(block.forward(x) == expected.forward(x));
+  CHECK(infer(block, x) == infer(expected, x));
 }
 
 TEST_CASE("Block decodes in pieces what it computes at once", "[model][block]") {
   const Block<double> block = three_branches(10);
   const Matrix<double> x = test::random_matrix(6, kModel, 11);
-  const Matrix<double> expected = block.forward(x);
+  const Matrix<double> expected = infer(block, x);
   const auto piece = GENERATE(as<Index>{}, 1, 2, 6);
   Block<double>::State state;
   Block<double>::Cache cache;
   for (Index t = 0; t < 6; t += piece) {
-    const Matrix<double> y = block.decode(x.middleRows(t, piece), state, cache);
+    const Matrix<double> y = decode(block, x.middleRows(t, piece), state, cache);
     CHECK(test::relative_error(y, expected.middleRows(t, piece)) <= 1e-12);
   }
 }
@@ -191,15 +205,15 @@ TEST_CASE("Block lets the balancing rules of its branches act", "[model][block]"
   Rng rng(12);
   Block<double> block(
       {{"moe", RmsNorm<double>(kModel),
-        MoELayer(LinearRouter<double>(kModel, 3, rng), SigmoidTopK<double>(3, {.k = 1}), Dropless{},
-                 GluBank<double>(3, kModel, 5, rng), BiasBalance<double>(0.5))}});
+        MoELayer(LinearRouter<double>(kModel, 3, rng), SigmoidTopK<double>(3, {.k = 1}), Dropless(),
+                 GluBank<double>(kModel, 3, 5, rng), BiasBalance<double>({.rate = 0.5}))}});
   const auto kept = buffers(block);
   REQUIRE(kept.size() == 1);
   CHECK(kept[0].name == "moe.selector.bias");
   Block<double>::Cache cache;
-  block.forward(test::random_matrix(1, kModel, 13), cache);
+  block.forward(test::random_matrix(1, kModel, 13), kTraining, cache);
   block.backward(Matrix<double>::Ones(1, kModel), cache);
-  block.update();
+  update(block);
   CHECK(kept[0].buffer->value.cwiseAbs() == Matrix<double>::Constant(1, 3, 0.5));
 }
 
@@ -209,9 +223,9 @@ TEST_CASE("Block takes zero tokens and one", "[model][block]") {
   const Matrix<double> x = test::random_matrix(tokens, kModel, 15);
   Block<double>::Cache cache;
   Block<double>::State state;
-  CHECK(block.forward(x).rows() == tokens);
-  CHECK(block.decode(x, state, cache).rows() == tokens);
-  const Matrix<double>& y = block.forward(x, cache);
+  CHECK(infer(block, x).rows() == tokens);
+  CHECK(decode(block, x, state, cache).rows() == tokens);
+  const Matrix<double>& y = block.forward(x, kTraining, cache);
   CHECK(y.rows() == tokens);
   CHECK(y.cols() == kModel);
   const Matrix<double>& dx = block.backward(x, cache);
@@ -235,27 +249,25 @@ TEST_CASE("Block says what is wrong with shapes and order", "[model][block]") {
   Block<double> block = of_linear(Linear<double>(kModel, kModel, rng));
   Block<double>::Cache cache;
   const Matrix<double> x = test::random_matrix(3, kModel, 18);
+  test::check_refused_caches(block, x, "Block::backward");
   const auto backward = [&](const Matrix<double>& dy) {
     return [&block, &cache, dy] { block.backward(dy, cache); };
   };
-  constexpr auto kEmpty = "Block::backward: the cache is empty, expected a forward pass before";
-
-  CHECK(test::message_of<StateError>(backward(x)) == kEmpty);
-  block.forward(x, cache);
-  CHECK(test::message_of<ShapeError>(backward(x.topRows(2))) ==
-        "Block::backward: dy is [2, 4], expected [3, 4]");
+  zero_gradients(block);
+  block.forward(x, kTraining, cache);
   CHECK(test::message_of<ShapeError>(backward(x.leftCols(2))) ==
         "Block::backward: dy is [3, 2], expected [3, 4]");
-  CHECK(parameters(block)[1].parameter->grad.size() == 0);
+  CHECK(parameters(block)[1].parameter->grad.isZero(0.0));
 
   Block<double>::State state;
-  block.decode(x, state, cache);
-  CHECK(test::message_of<StateError>(backward(x)) == kEmpty);
+  decode(block, x, state, cache);
+  CHECK(test::message_of<StateError>(backward(x)) ==
+        "Block::backward: the cache is empty, expected a forward pass that succeeded");
 
   const Block<double> narrow = of_linear(Linear<double>(kModel, 3, rng), "narrow");
-  CHECK(test::message_of<ShapeError>([&] { narrow.forward(x); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(narrow, x); }) ==
         "Block::forward: narrow is [3, 3], expected [3, 4]");
-  CHECK(test::message_of<ShapeError>([&] { narrow.decode(x, state, cache); }) ==
+  CHECK(test::message_of<ShapeError>([&] { decode(narrow, x, state, cache); }) ==
         "Block::decode: narrow is [3, 3], expected [3, 4]");
 }
 
@@ -263,12 +275,30 @@ TEST_CASE("A failed forward pass of a block is no base for backward", "[model][b
   Block<double> block = three_branches(19);
   Block<double>::Cache cache;
   const Matrix<double> x = test::random_matrix(3, kModel, 20);
-  block.forward(x, cache);
+  block.forward(x, kTraining, cache);
   Matrix<double> bad = x;
   bad(1, 1) = std::numeric_limits<double>::quiet_NaN();
-  CHECK_THROWS_AS(block.forward(bad, cache), NonFiniteError);
+  CHECK_THROWS_AS(block.forward(bad, kTraining, cache), NonFiniteError);
   CHECK(test::message_of<StateError>([&] { block.backward(x, cache); }) ==
-        "Block::backward: the cache is empty, expected a forward pass before");
-  CHECK(block.forward(x, cache) == block.forward(x));
+        "Block::backward: the cache is empty, expected a forward pass that succeeded");
+  CHECK(block.forward(x, kTraining, cache) == infer(block, x));
   CHECK(block.backward(x, cache).allFinite());
+}
+
+TEST_CASE("Blocks of several kinds take turns with one cache", "[model][block]") {
+  Rng rng(23);
+  const Block<double> blocks[] = {three_branches(24), of_linear(Linear<double>(kModel, 4, rng)),
+                                  three_branches(25)};
+  const Matrix<double> x = test::random_matrix(6, kModel, 26);
+  Block<double>::Cache cache;
+  for (int round = 0; round < 2; ++round) {
+    for (const Block<double>& block : blocks) {
+      CHECK(block.forward(x, Pass{}, cache) == infer(block, x));
+    }
+  }
+  const auto run = [&] {
+    for (const Block<double>& block : blocks) block.forward(x, Pass{}, cache);
+  };
+  run();
+  CHECK(test::count_allocations(run) == 0);
 }

@@ -35,13 +35,13 @@ RmsNorm<double> norm(Rng& rng) {
 }
 
 GroupedQueryAttention<double> attention(Rng& rng) {
-  return {{.d_model = kModel, .heads = 2, .kv_heads = 1}, rng};
+  return {rng, {.d_model = kModel, .heads = 2, .kv_heads = 1}};
 }
 
 auto mixture(Rng& rng) {
   return MoELayer(LinearRouter<double>(kModel, 3, rng, {.init_scale = 1.0}),
-                  SoftmaxTopK<double>{.k = 2}, Dropless{}, GluBank<double>(3, kModel, 5, rng, 1.0),
-                  SwitchLoss<double>{.coefficient = 0.3});
+                  SoftmaxTopK<double>({.k = 2}), Dropless(), GluBank<double>(kModel, 3, 5, rng),
+                  SwitchLoss<double>({.coefficient = 0.3}));
 }
 
 Glu<double> dense(Rng& rng) {
@@ -93,7 +93,7 @@ TEST_CASE("A norm behind a layer applies to the branch alone", "[model][block]")
   const Linear<double> layer(kModel, kModel, rng);
   const Block<double> block({{"layer", before, layer, behind}});
   const Matrix<double> x = test::random_matrix(5, kModel, 2);
-  CHECK(block.forward(x) == x + behind.forward(layer.forward(before.forward(x))));
+  CHECK(infer(block, x) == x + infer(behind, infer(layer, infer(before, x))));
 }
 
 TEST_CASE("Parallel branches read the same x", "[model][block]") {
@@ -106,16 +106,15 @@ TEST_CASE("Parallel branches read the same x", "[model][block]") {
                              {.name = "b", .norm = norms[1], .layer = b, .parallel = true},
                              {"c", norms[2], c}});
   const Matrix<double> x = test::random_matrix(5, kModel, 4);
-  const Matrix<double> between =
-      x + a.forward(norms[0].forward(x)) + b.forward(norms[1].forward(x));
-  CHECK(test::relative_error(block.forward(x), between + c.forward(norms[2].forward(between))) <=
+  const Matrix<double> between = x + infer(a, infer(norms[0], x)) + infer(b, infer(norms[1], x));
+  CHECK(test::relative_error(infer(block, x), between + infer(c, infer(norms[2], between))) <=
         1e-15);
 }
 
 TEST_CASE("A dense network beside the mixture is not one behind it", "[model][block]") {
   const Matrix<double> x = test::random_matrix(5, kModel, 5);
-  const Matrix<double> beside = dense_beside(6).forward(x);
-  const Matrix<double> behind = dense_behind(6).forward(x);
+  const Matrix<double> beside = infer(dense_beside(6), x);
+  const Matrix<double> behind = infer(dense_behind(6), x);
   CHECK(test::relative_error(beside, behind) > 1e-3);
 }
 
@@ -135,8 +134,8 @@ TEST_CASE("All kinds of blocks decode in pieces, together, what they compute at 
   const Block<double> block = make(9);
   const Matrix<double> a = test::random_matrix(6, kModel, 10);
   const Matrix<double> b = test::random_matrix(4, kModel, 11);
-  const Matrix<double> expected_a = block.forward(a);
-  const Matrix<double> expected_b = block.forward(b);
+  const Matrix<double> expected_a = infer(block, a);
+  const Matrix<double> expected_b = infer(block, b);
   Block<double>::State state_a, state_b;
   Block<double>::State* const states[] = {&state_a, &state_b};
   Block<double>::Cache cache;
@@ -175,7 +174,7 @@ TEST_CASE("All kinds of blocks allocate nothing once they have run before", "[mo
   Block<double> block = make(13);
   const Matrix<double> x = test::random_matrix(6, kModel, 14);
   Block<double>::Cache cache;
-  const auto step = [&] { block.backward(block.forward(x, cache), cache); };
+  const auto step = [&] { block.backward(block.forward(x, kTraining, cache), cache); };
   step();
   step();
   CHECK(test::count_allocations(step) == 0);
@@ -192,6 +191,6 @@ TEST_CASE("The first branch of a block is parallel to nothing", "[model][block]"
   const Branch<double> narrow{"narrow", RmsNorm<double>(kModel), Linear<double>(kModel, 3, rng),
                               RmsNorm<double>(3)};
   CHECK(test::message_of<ShapeError>([&] {
-          Block<double>({narrow}).forward(test::random_matrix(2, kModel, 16));
+          infer(Block<double>({narrow}), test::random_matrix(2, kModel, 16));
         }) == "Block::forward: narrow is [2, 3], expected [2, 4]");
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Text for many conversations at once.
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -20,6 +22,7 @@
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
+#include "support/texts.hpp"
 
 using namespace weir;
 
@@ -35,40 +38,21 @@ Decoder<double> make_decoder(std::uint64_t seed = 1) {
   Rng rng(seed);
   const RmsNorm<double> norm(8);
   const auto attention = [&] {
-    return GroupedQueryAttention<double>({.d_model = 8, .heads = 2, .kv_heads = 1}, rng);
+    return GroupedQueryAttention<double>(rng, {.d_model = 8, .heads = 2, .kv_heads = 1});
   };
   std::vector<Block<double>> layers;
   layers.push_back(pre_norm_block<double>(
       norm, attention(), norm,
-      MoELayer(LinearRouter<double>(8, 3, rng, {.init_scale = 1.0}), SoftmaxTopK<double>{.k = 2},
-               Dropless{}, GluBank<double>(3, 8, 6, rng, 1.0)),
+      MoELayer(LinearRouter<double>(8, 3, rng, {.init_scale = 1.0}), SoftmaxTopK<double>({.k = 2}),
+               Dropless(), GluBank<double>(8, 3, 6, rng)),
       "moe"));
   layers.push_back(pre_norm_block<double>(
       norm, attention(), norm,
-      MoELayer(HashRouter<double>(8, 3, modulo_hash_table(kVocab, 3)), SoftmaxTopK<double>{.k = 1},
-               Dropless{}, GluBank<double>(3, 8, 6, rng, 1.0)),
+      MoELayer(HashRouter<double>(8, 3, modulo_hash_table(kVocab, 3)),
+               SoftmaxTopK<double>({.k = 1}), Dropless(), GluBank<double>(8, 3, 6, rng)),
       "moe"));
-  return {Embedding<double>(kVocab, 8, rng, 0.5), std::move(layers), norm,
+  return {Embedding<double>(kVocab, 8, rng, {.stddev = 0.5}), std::move(layers), norm,
           Linear<double>(8, kVocab, rng)};
-}
-
-// What one conversation gets without the others, computed anew for each token.
-Ids alone(const Decoder<double>& model, Ids ids, Index count, const Sampling& sampling, Rng rng) {
-  const auto prompt = static_cast<std::ptrdiff_t>(ids.size());
-  Sampler<double> sampler;
-  for (Index i = 0; i < count; ++i) {
-    ids.push_back(sampler.sample(model.forward(ids).bottomRows(1), sampling, rng));
-  }
-  return {ids.begin() + prompt, ids.end()};
-}
-
-Ids operator+(Ids a, const Ids& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
-}
-
-std::vector<Generated> run(const Decoder<double>& model, Conversations& conversations) {
-  return generate<double>(model, conversations);
 }
 
 }  // namespace
@@ -84,11 +68,11 @@ TEST_CASE("Each of many conversations gets the tokens it gets alone", "[model][g
     conversations.push_back(
         {.prompt = prompts[i], .until = {.count = counts[i]}, .sampling = sampling, .rng = Rng(i)});
   }
-  const std::vector<Generated> results = run(model, conversations);
+  const std::vector<Generated> results = generate(model, conversations);
   REQUIRE(results.size() == prompts.size());
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     INFO("conversation " << i);
-    const Ids expected = alone(model, prompts[i], counts[i], sampling, Rng(i));
+    const Ids expected = test::generate_slowly(model, prompts[i], counts[i], sampling, Rng(i));
     CHECK(results[i].tokens == expected);
     CHECK(results[i].ending == Ending::kCount);
     CHECK(conversations[i].state.length == static_cast<Index>(prompts[i].size()) + counts[i]);
@@ -102,15 +86,15 @@ TEST_CASE("Each of many conversations gets the tokens it gets alone", "[model][g
   // The next turn goes on behind the first.
   std::vector<Ids> text;
   for (std::size_t i = 0; i < prompts.size(); ++i) {
-    text.push_back(prompts[i] + results[i].tokens + Ids{1, 8});
+    text.push_back(test::joined(prompts[i], results[i].tokens, Ids{1, 8}));
     conversations[i].prompt = {1, 8};
     conversations[i].until.count = 4;
   }
   const Conversations before = conversations;
-  const std::vector<Generated> next = run(model, conversations);
+  const std::vector<Generated> next = generate(model, conversations);
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     INFO("conversation " << i);
-    CHECK(next[i].tokens == alone(model, text[i], 4, sampling, before[i].rng));
+    CHECK(next[i].tokens == test::generate_slowly(model, text[i], 4, sampling, before[i].rng));
   }
 }
 
@@ -126,9 +110,10 @@ TEST_CASE("Conversations go on from copies of one prefix", "[model][generate]") 
     conversations.push_back(
         {.prompt = prompt, .until = {.count = 6}, .sampling = kGreedy, .state = state});
   }
-  const std::vector<Generated> results = run(model, conversations);
+  const std::vector<Generated> results = generate(model, conversations);
   for (std::size_t i = 0; i < prompts.size(); ++i) {
-    CHECK(results[i].tokens == alone(model, prefix + prompts[i], 6, kGreedy, rng));
+    CHECK(results[i].tokens ==
+          test::generate_slowly(model, test::joined(prefix, prompts[i]), 6, kGreedy, rng));
     CHECK(conversations[i].state.length == 8 + static_cast<Index>(prompts[i].size()) + 6);
   }
   CHECK(results[0].tokens == results[2].tokens);
@@ -139,7 +124,7 @@ TEST_CASE("Conversations end each by its own conditions", "[model][generate]") {
   const Decoder<double> model = make_decoder();
   const Ids prompt = {6, 1};
   const Sampling sampling = {.temperature = 2.0};
-  const Ids all = alone(model, prompt, 12, sampling, Rng(3));
+  const Ids all = test::generate_slowly(model, prompt, 12, sampling, Rng(3));
   const auto first_of = [&](Index token) {
     return static_cast<std::size_t>(std::find(all.begin(), all.end(), token) - all.begin());
   };
@@ -157,7 +142,7 @@ TEST_CASE("Conversations end each by its own conditions", "[model][generate]") {
                             .tokens = {all[0]},
                             .texts = {{all[0]}, {prompt[1], all[0]}},
                             .on_token = [](Index) { return false; }};
-  const std::vector<Generated> results = run(model, conversations);
+  const std::vector<Generated> results = generate(model, conversations);
   const auto begins = [&](const Generated& result, std::size_t count) {
     return result.tokens == Ids(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(count));
   };
@@ -193,16 +178,31 @@ TEST_CASE("Conversations end each by its own conditions", "[model][generate]") {
 TEST_CASE("A text that begins in the prompt does not end a conversation", "[model][generate]") {
   const Decoder<double> model = make_decoder();
   const Ids prompt = {6, 1};
-  const Ids all = alone(model, prompt, 5, kGreedy, Rng(0));
+  const Ids all = test::generate_slowly(model, prompt, 5, kGreedy, Rng(0));
   Conversations conversations = {{.prompt = prompt,
                                   .until = {.count = 5, .texts = {{6, 1, all[0]}, {1, all[0]}}},
                                   .sampling = kGreedy}};
-  CHECK(run(model, conversations)[0].ending == Ending::kCount);
+  CHECK(generate(model, conversations)[0].ending == Ending::kCount);
 }
 
 TEST_CASE("No conversations are no work", "[model][generate]") {
   Conversations none;
-  CHECK(run(make_decoder(), none).empty());
+  CHECK(generate(make_decoder(), none).empty());
+}
+
+TEST_CASE("Conversations may be a vector, an array or a span", "[model][generate]") {
+  const Decoder<double> model = make_decoder();
+  const Conversation<double> one = {.prompt = {6, 1}, .until = {.count = 4}, .sampling = kGreedy};
+  const Ids expected = test::generate_slowly(model, {6, 1}, 4, kGreedy, Rng(0));
+  Conversations vector = {one, one};
+  CHECK(generate(model, vector)[1].tokens == expected);
+  std::array<Conversation<double>, 2> array = {one, one};
+  CHECK(generate(model, array)[1].tokens == expected);
+  vector = {one, one};
+  const std::vector<Generated> of_span = generate(model, std::span(vector).first(1));
+  REQUIRE(of_span.size() == 1);
+  CHECK(of_span[0].tokens == expected);
+  CHECK(vector[1].state.length == 0);
 }
 
 TEST_CASE("Conversations are checked before any of them changes", "[model][generate]") {
@@ -210,7 +210,7 @@ TEST_CASE("Conversations are checked before any of them changes", "[model][gener
   const Conversation<double> good = {.prompt = {1, 2}, .until = {.count = 3}, .sampling = {}};
   const auto message = [&](const Conversation<double>& bad) {
     Conversations conversations = {good, bad};
-    std::string text = test::message_of<ConfigError>([&] { run(model, conversations); });
+    std::string text = test::message_of<ConfigError>([&] { generate(model, conversations); });
     CHECK(conversations[0].state.length == 0);
     CHECK(conversations[0].rng.position() == 0);
     return text;
@@ -221,7 +221,7 @@ TEST_CASE("Conversations are checked before any of them changes", "[model][gener
   CHECK(message({.prompt = {1}, .until = {.count = 1, .texts = {{1}, {}}}}) ==
         "generate: until.texts[1] is empty, expected at least one token");
   CHECK(message({.prompt = {1}, .until = {.count = 1}, .sampling = {.top_p = 2.0}}) ==
-        "Sampling: top_p = 2, expected in [0, 1]");
+        "Sampling: top_p = 2, expected 0 <= top_p <= 1");
   CHECK(message({.prompt = {3, 11}, .until = {.count = 1}}) ==
         "Embedding::forward: ids[3] = 11, expected 0 <= id < 11");
 }
@@ -230,5 +230,5 @@ TEST_CASE("A callback that throws ends it for all", "[model][generate]") {
   const Decoder<double> model = make_decoder();
   Conversations conversations(2, {.prompt = {1, 2}, .until = {.count = 3}});
   conversations[1].until.on_token = [](Index) -> bool { throw std::runtime_error("enough"); };
-  CHECK(test::message_of<std::runtime_error>([&] { run(model, conversations); }) == "enough");
+  CHECK(test::message_of<std::runtime_error>([&] { generate(model, conversations); }) == "enough");
 }

@@ -21,6 +21,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
+#include "support/texts.hpp"
 #include "support/threads.hpp"
 
 using namespace weir;
@@ -37,29 +38,22 @@ Decoder<T> make_decoder(bool tied) {
   Rng rng(1);
   const RmsNorm<T> norm(8);
   const auto attention = [&] {
-    return GroupedQueryAttention<T>({.d_model = 8, .heads = 2, .kv_heads = 1}, rng);
+    return GroupedQueryAttention<T>(rng, {.d_model = 8, .heads = 2, .kv_heads = 1});
   };
   std::vector<Block<T>> layers;
   layers.push_back(
       pre_norm_block<T>(norm, attention(), norm,
                         MoELayer(LinearRouter<T>(8, 3, rng, {.init_scale = 1.0}),
-                                 SoftmaxTopK<T>{.k = 2}, Dropless{}, GluBank<T>(3, 8, 6, rng, 1.0)),
+                                 SoftmaxTopK<T>({.k = 2}), Dropless(), GluBank<T>(8, 3, 6, rng)),
                         "moe"));
   layers.push_back(
       pre_norm_block<T>(norm, attention(), norm,
                         MoELayer(HashRouter<T>(8, 3, modulo_hash_table(kVocab, 3)),
-                                 SoftmaxTopK<T>{.k = 1}, Dropless{}, GluBank<T>(3, 8, 6, rng, 1.0)),
+                                 SoftmaxTopK<T>({.k = 1}), Dropless(), GluBank<T>(8, 3, 6, rng)),
                         "moe"));
   std::optional<Linear<T>> head;
   if (!tied) head.emplace(8, kVocab, rng);
-  return {Embedding<T>(kVocab, 8, rng, 0.5), std::move(layers), norm, std::move(head)};
-}
-
-Ids random_ids(Index count, std::uint64_t seed) {
-  Rng rng(seed);
-  Ids ids(static_cast<std::size_t>(count));
-  for (Index& id : ids) id = rng.below(kVocab);
-  return ids;
+  return {Embedding<T>(kVocab, 8, rng, {.stddev = 0.5}), std::move(layers), norm, std::move(head)};
 }
 
 }  // namespace
@@ -101,7 +95,7 @@ TEST_CASE("Decoder decodes several conversations as it does each alone", "[model
       const Index count = counts[c];
       CHECK(state[c].length == static_cast<Index>(text[c].size()));
       if (count == 0) continue;
-      const Matrix<double> alone = model.forward(text[c]);
+      const Matrix<double> alone = infer(model, text[c]);
       CHECK(test::relative_error(logits.middleRows(sequences.begin(static_cast<Index>(c)), count),
                                  alone.bottomRows(count)) <= 1e-12);
       REQUIRE(row < last.rows());
@@ -118,24 +112,29 @@ TEST_CASE("Mixtures of experts see the tokens of all conversations in one pass",
   Decoder<double>::State* const states[] = {&a, &b};
   Decoder<double>::Cache cache;
   const Sequences sequences({2, 3});
-  model.decode(Ids{0, 1, 2, 5, 3}, {.sequences = &sequences}, states, cache);
-  const std::vector<NamedReport> reports = model.reports(cache);
-  REQUIRE(reports.size() == 2);
-  CHECK(reports[0].report.tokens == 5);
-  CHECK(reports[1].report.load == Ids{2, 1, 2});  // By token id modulo 3.
+  PassRecord record(PassRecord::Collects::kLossesAndReports);
+  const Ids ids = {0, 1, 2, 5, 3};
+  model.decode(ids, {.sequences = &sequences, .record = &record}, states, cache);
+  REQUIRE(record.reports().size() == 2);
+  CHECK(record.reports()[0].name == "layers.0.moe");
+  CHECK(record.reports()[0].report.tokens == 5);
+  CHECK(record.reports()[1].report.load == Ids{2, 1, 2});  // By token id modulo 3.
+  CHECK(record.losses().empty());
 
   // Ids of the pass come before the decoder's own.
   const Ids others = {1, 1, 1, 1, 1};
-  model.decode(Ids{0, 1, 2, 5, 3}, {.sequences = &sequences, .token_ids = others}, states, cache);
-  CHECK(model.reports(cache)[1].report.load == Ids{0, 5, 0});
+  record.clear();
+  model.decode(ids, {.sequences = &sequences, .token_ids = others, .record = &record}, states,
+               cache);
+  CHECK(record.reports()[1].report.load == Ids{0, 5, 0});
 }
 
 TEST_CASE("Tokens taken back leave no trace", "[model][decode]") {
   const Decoder<double> model = make_decoder<double>(false);
-  const Ids text = random_ids(9, 3);
+  const Ids text = test::random_ids(9, kVocab, 3);
   Decoder<double>::State state;
   Decoder<double>::Cache cache;
-  model.decode(text, state, cache);
+  decode(model, text, state, cache);
   const auto length = GENERATE(as<Index>{}, 0, 1, 5, 9);
   state.truncate(length);
   CHECK(state.length == length);
@@ -143,12 +142,12 @@ TEST_CASE("Tokens taken back leave no trace", "[model][decode]") {
   Decoder<double>::State expected;
   Decoder<double>::Cache other;
   Ids all(text.begin(), text.begin() + length);
-  if (length > 0) model.decode(all, expected, other);
+  if (length > 0) decode(model, all, expected, other);
   const Ids more = {4, 9};
-  const Matrix<double>& logits = model.decode(more, expected, other);
-  CHECK(test::relative_error(model.decode(more, state, cache), logits) <= 1e-12);
+  const Matrix<double>& logits = decode(model, more, expected, other);
+  CHECK(test::relative_error(decode(model, more, state, cache), logits) <= 1e-12);
   all.insert(all.end(), more.begin(), more.end());
-  CHECK(test::relative_error(logits, model.forward(all).bottomRows(2)) <= 1e-12);
+  CHECK(test::relative_error(logits, infer(model, all).bottomRows(2)) <= 1e-12);
 }
 
 TEST_CASE("A state that a failed pass has changed is truncated to its length", "[model][decode]") {
@@ -156,20 +155,20 @@ TEST_CASE("A state that a failed pass has changed is truncated to its length", "
   Decoder<double>::State state;
   Decoder<double>::Cache cache;
   const Ids text = {1, 2, 3};
-  model.decode(text, state, cache);
+  decode(model, text, state, cache);
   // NaN in the embedding of token 5: the first router notices, behind the first attention.
   Parameter<double>& weight = *parameters(model)[0].parameter;
   weight.value(5, 0) = std::numeric_limits<double>::quiet_NaN();
-  CHECK_THROWS_AS(model.decode(Ids{4, 5}, state, cache), NonFiniteError);
+  CHECK_THROWS_AS(decode(model, Ids{4, 5}, state, cache), NonFiniteError);
   CHECK(state.length == 3);
   state.truncate(state.length);
-  CHECK(test::relative_error(model.decode(Ids{4}, state, cache),
-                             model.forward(Ids{1, 2, 3, 4}).bottomRows(1)) <= 1e-12);
+  CHECK(test::relative_error(decode(model, Ids{4}, state, cache),
+                             infer(model, Ids{1, 2, 3, 4}).bottomRows(1)) <= 1e-12);
 }
 
 TEST_CASE("Decoding is the same to the bit on one thread and on two", "[model][decode]") {
   const Decoder<float> model = make_decoder<float>(true);
-  const Ids ids = random_ids(150, 4);
+  const Ids ids = test::random_ids(150, kVocab, 4);
   const Sequences sequences({100, 1, 49});
   const auto decode = [&] {
     Decoder<float>::State a, b, c;
@@ -182,13 +181,28 @@ TEST_CASE("Decoding is the same to the bit on one thread and on two", "[model][d
   CHECK(decode() == one);
 }
 
+TEST_CASE("Decoding needs one workspace, whatever the number of layers", "[model][decode]") {
+  Decoder<double> model = make_decoder<double>(true);
+  const std::vector<Block<double>> two = model.layers();
+  for (int copies = 0; copies < 3; ++copies) {
+    for (const Block<double>& layer : two) model.layers().push_back(layer);
+  }
+  Decoder<double>::State state;
+  Decoder<double>::Cache cache;
+  const Ids ids = test::random_ids(6, kVocab, 6);
+  const Matrix<double>& logits = decode(model, ids, state, cache);
+  CHECK(test::relative_error(logits, infer(model, ids)) <= 1e-12);
+  CHECK(cache.layers.empty());
+  CHECK(state.layers.size() == 8);
+}
+
 TEST_CASE("Decoding allocates nothing once it has run before", "[model][decode]") {
   const auto last_only = GENERATE(false, true);
   const Decoder<float> model = make_decoder<float>(false);
   Decoder<float>::State a, b, c;
   Decoder<float>::State* const states[] = {&a, &b, &c};
   Decoder<float>::Cache cache;
-  const Ids ids = random_ids(6, 5);
+  const Ids ids = test::random_ids(6, kVocab, 5);
   const Sequences sequences({3, 1, 2});
   const Pass pass{.sequences = &sequences};
   for (int i = 0; i < 8; ++i) model.decode(ids, pass, states, cache, last_only);
@@ -202,34 +216,34 @@ TEST_CASE("Decoding refuses misuse before it changes anything", "[model][decode]
   const Decoder<double> model = make_decoder<double>(false);
   Decoder<double>::State a, b;
   Decoder<double>::Cache cache;
-  model.decode(Ids{1, 2}, a, cache);
+  decode(model, Ids{1, 2}, a, cache);
   const Sequences two({2, 1});
   const Sequences four({2, 2});
   const Ids ids = {1, 2, 3};
   using States = std::vector<Decoder<double>::State*>;
-  const auto decode = [&](const Pass& pass, const States& states, const Ids& of) {
+  const auto attempt = [&](const Pass& pass, const States& states, const Ids& of) {
     return [&model, &cache, pass, states, of] { model.decode(of, pass, states, cache); };
   };
-  CHECK(test::message_of<StateError>(decode({.sequences = &two}, {&a}, ids)) ==
+  CHECK(test::message_of<StateError>(attempt({.sequences = &two}, {&a}, ids)) ==
         "Decoder::decode: 1 states, expected 2 (one for each sequence)");
-  CHECK(test::message_of<StateError>(decode({}, {&a, &b}, ids)) ==
+  CHECK(test::message_of<StateError>(attempt({}, {&a, &b}, ids)) ==
         "Decoder::decode: 2 states, expected 1 (one for each sequence)");
-  CHECK(test::message_of<StateError>(decode({.sequences = &two}, {&a, &a}, ids)) ==
+  CHECK(test::message_of<StateError>(attempt({.sequences = &two}, {&a, &a}, ids)) ==
         "Decoder::decode: states[0] and states[1] are the same, expected one for each sequence");
-  CHECK(test::message_of<StateError>(decode({.sequences = &two}, {&a, nullptr}, ids)) ==
+  CHECK(test::message_of<StateError>(attempt({.sequences = &two}, {&a, nullptr}, ids)) ==
         "Decoder::decode: states[1] is null");
-  CHECK(test::message_of<ShapeError>(decode({.sequences = &four}, {&a, &b}, ids)) ==
+  CHECK(test::message_of<ShapeError>(attempt({.sequences = &four}, {&a, &b}, ids)) ==
         "Decoder::decode: pass.sequences cover 4 tokens, expected 3");
   const std::vector<std::uint8_t> mask = {1, 0, 1};
-  CHECK(test::message_of<ConfigError>(decode({.sequences = &two, .mask = mask}, {&a, &b}, ids)) ==
+  CHECK(test::message_of<ConfigError>(attempt({.sequences = &two, .mask = mask}, {&a, &b}, ids)) ==
         "Decoder::decode: token 1 is padding, expected none where tokens are kept");
-  CHECK(test::message_of<ConfigError>(decode({.sequences = &two}, {&a, &b}, {1, 2, 11})) ==
+  CHECK(test::message_of<ConfigError>(attempt({.sequences = &two}, {&a, &b}, {1, 2, 11})) ==
         "Embedding::forward: ids[2] = 11, expected 0 <= id < 11");
   CHECK(test::message_of<ConfigError>([&] { a.truncate(3); }) ==
         "Decoder::State::truncate: length = 3, expected 0 to 2");
   CHECK(test::message_of<ConfigError>([&] { a.truncate(-1); }) ==
         "Decoder::State::truncate: length = -1, expected 0 to 2");
   CHECK(a.length == 2);
-  CHECK(test::relative_error(model.decode(Ids{3}, a, cache),
-                             model.forward(Ids{1, 2, 3}).bottomRows(1)) <= 1e-12);
+  CHECK(test::relative_error(decode(model, Ids{3}, a, cache),
+                             infer(model, Ids{1, 2, 3}).bottomRows(1)) <= 1e-12);
 }

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -30,6 +31,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
+#include "support/texts.hpp"
 
 using namespace weir;
 
@@ -50,7 +52,7 @@ Decoder<T> make_decoder(const Sizes& sizes, std::uint64_t seed = 1) {
   Rng rng(seed);
   const Index d = sizes.d_model;
   const auto attention = [&] {
-    return GroupedQueryAttention<T>({.d_model = d, .heads = 2, .kv_heads = 1}, rng);
+    return GroupedQueryAttention<T>(rng, {.d_model = d, .heads = 2, .kv_heads = 1});
   };
   const auto norm = [&] {
     RmsNorm<T> rms(d);
@@ -58,46 +60,43 @@ Decoder<T> make_decoder(const Sizes& sizes, std::uint64_t seed = 1) {
     return rms;
   };
   std::vector<Block<T>> layers;
-  layers.push_back(pre_norm_block<T>(norm(), attention(), norm(),
-                                     Glu<T>(d, sizes.d_hidden, rng, {.init_scale = 1.0}), "mlp"));
-  layers.push_back(pre_norm_block<T>(
-      norm(), attention(), norm(),
-      MoELayer(LinearRouter<T>(d, sizes.experts, rng, {.init_scale = 1.0}), SoftmaxTopK<T>{.k = 2},
-               Dropless{}, GluBank<T>(sizes.experts, d, sizes.d_hidden, rng, 1.0),
-               SwitchLoss<T>{.coefficient = T(0.1), .scope = Scope::kSequence},
-               ZLoss<T>{.coefficient = T(0.01)}),
-      "moe"));
+  layers.push_back(
+      pre_norm_block<T>(norm(), attention(), norm(), Glu<T>(d, sizes.d_hidden, rng), "mlp"));
+  layers.push_back(
+      pre_norm_block<T>(norm(), attention(), norm(),
+                        MoELayer(LinearRouter<T>(d, sizes.experts, rng, {.init_scale = 1.0}),
+                                 SoftmaxTopK<T>({.k = 2}), Dropless(),
+                                 GluBank<T>(d, sizes.experts, sizes.d_hidden, rng),
+                                 SwitchLoss<T>({.coefficient = 0.1, .scope = Scope::kSequence}),
+                                 ZLoss<T>({.coefficient = 0.01})),
+                        "moe"));
   std::optional<Linear<T>> head;
   if (!sizes.tied) head.emplace(d, sizes.vocab, rng);
-  return {Embedding<T>(sizes.vocab, d, rng, 0.5), std::move(layers), norm(), std::move(head)};
-}
-
-std::vector<Index> random_ids(Index count, Index vocab, std::uint64_t seed) {
-  Rng rng(seed);
-  std::vector<Index> ids(static_cast<std::size_t>(count));
-  for (Index& id : ids) id = rng.below(vocab);
-  return ids;
+  return {Embedding<T>(sizes.vocab, d, rng, {.stddev = 0.5}), std::move(layers), norm(),
+          std::move(head)};
 }
 
 // What a training step needs beside the model, and keeps.
 template <class T>
 struct Training {
-  CrossEntropy<T> loss = {};
+  CrossEntropy<T> loss{};
   typename Decoder<T>::Cache cache = {};
   typename CrossEntropy<T>::Cache loss_cache = {};
+  PassRecord record = {};  // Of the last pass.
 
   // Accumulates the gradients; returns the objective, auxiliary losses included.
-  T accumulate(Decoder<T>& model, std::span<const Index> ids, std::span<const Index> targets,
-               const Pass& pass = {}, Index tokens = 0) {
+  T accumulate(Decoder<T>& model, TokenIds ids, TokenIds targets, const Pass& pass = {},
+               Index tokens = 0) {
     const T objective = evaluate(model, ids, targets, pass, tokens);
     model.backward(loss.backward(loss_cache), cache);
     return objective;
   }
 
-  T evaluate(const Decoder<T>& model, std::span<const Index> ids, std::span<const Index> targets,
-             const Pass& pass = {}, Index tokens = 0) {
-    const Matrix<T>& logits = model.forward(ids, pass, cache);
-    return loss.forward(logits, targets, loss_cache, tokens) + cache.aux_loss;
+  T evaluate(const Decoder<T>& model, TokenIds ids, TokenIds targets, const Pass& pass = {},
+             Index tokens = 0) {
+    record.clear();
+    const Matrix<T>& logits = model.forward(ids, test::recorded(pass, record), cache);
+    return loss.forward(logits, targets, loss_cache, tokens) + static_cast<T>(record.aux_loss());
   }
 };
 
@@ -112,7 +111,7 @@ std::vector<std::string> names_of(Decoder<double> model) {
 TEST_CASE("Decoder is embedding, blocks, norm and head", "[model][decoder]") {
   const auto tied = GENERATE(false, true);
   Rng rng(2);
-  const Embedding<double> embedding(7, 8, rng, 1.0);
+  const Embedding<double> embedding(7, 8, rng, {.stddev = 1.0});
   const Block<double> first({{"mlp", RmsNorm<double>(8), Glu<double>(8, 6, rng)}});
   const Block<double> second({{"mlp", RmsNorm<double>(8), Glu<double>(8, 5, rng)}});
   RmsNorm<double> norm(8);
@@ -122,10 +121,12 @@ TEST_CASE("Decoder is embedding, blocks, norm and head", "[model][decoder]") {
                               tied ? std::nullopt : std::optional(head));
   const std::vector<Index> ids = {3, 0, 6, 3};
 
-  const Matrix<double> hidden = norm.forward(second.forward(first.forward(embedding.forward(ids))));
+  Embedding<double>::Cache embedded;
+  const Matrix<double> hidden =
+      infer(norm, infer(second, infer(first, embedding.forward(ids, Pass{}, embedded))));
   const Matrix<double> expected =
-      tied ? hidden * embedding.weight().value.transpose() : head.forward(hidden);
-  CHECK(test::relative_error(model.forward(ids), expected) <= 1e-14);
+      tied ? hidden * embedding.weight().value.transpose() : infer(head, hidden);
+  CHECK(test::relative_error(infer(model, ids), expected) <= 1e-14);
   CHECK(model.tied() == tied);
   CHECK(model.vocab() == 7);
   CHECK(model.d_model() == 8);
@@ -142,7 +143,7 @@ TEST_CASE("Decoder's gradients agree with finite differences", "[model][decoder]
 
   Training<double> training;
   training.accumulate(model, ids, targets, pass);
-  CHECK(training.cache.aux_loss > 0.01);
+  CHECK(training.record.aux_loss() > 0.01);
   for (auto& [name, parameter] : parameters(model)) {
     INFO("parameter " << name);
     const Matrix<double> analytic = parameter->gradient();
@@ -195,8 +196,8 @@ TEMPLATE_TEST_CASE("Decoder decodes in pieces what it computes at once", "[model
                                std::vector<Index>{5, 1, 1, 4, 1},      // in chunks
                                std::vector<Index>{0, 7, 0, 0, 1, 4});  // some of them empty
   const Decoder<T> model = make_decoder<T>({.tied = tied});
-  const std::vector<Index> ids = random_ids(12, 7, 3);
-  const Matrix<T> expected = model.forward(ids);
+  const std::vector<Index> ids = test::random_ids(12, 7, 3);
+  const Matrix<T> expected = infer(model, ids);
 
   typename Decoder<T>::State state;
   typename Decoder<T>::State last_state;
@@ -205,10 +206,10 @@ TEMPLATE_TEST_CASE("Decoder decodes in pieces what it computes at once", "[model
   for (const Index piece : pieces) {
     const auto next = rest.first(static_cast<std::size_t>(piece));
     rest = rest.subspan(next.size());
-    const Matrix<T> logits = model.decode(next, state, cache);
+    const Matrix<T> logits = decode(model, next, state, cache);
     CHECK(test::relative_error(logits, expected.middleRows(state.length - piece, piece)) <=
           tolerance);
-    const Matrix<T> last = model.decode(next, last_state, cache, true);
+    const Matrix<T> last = decode(model, next, last_state, cache, true);
     REQUIRE(last.rows() == (piece > 0 ? 1 : 0));
     CHECK(test::relative_error(last, logits.bottomRows(last.rows())) <= tolerance);
   }
@@ -218,19 +219,19 @@ TEMPLATE_TEST_CASE("Decoder decodes in pieces what it computes at once", "[model
 
 TEST_CASE("Decoder sees nothing of later tokens or other sequences", "[model][decoder]") {
   const Decoder<double> model = make_decoder<double>({});
-  const std::vector<Index> ids = random_ids(9, 7, 4);
+  const std::vector<Index> ids = test::random_ids(9, 7, 4);
   const Sequences sequences({4, 5});
-  const Matrix<double> packed = model.forward(ids, {.sequences = &sequences});
+  const Matrix<double> packed = infer(model, ids, {.sequences = &sequences});
   const std::span<const Index> all = ids;
-  CHECK(test::relative_error(packed.topRows(4), model.forward(all.first(4))) <= 1e-12);
-  CHECK(test::relative_error(packed.bottomRows(5), model.forward(all.last(5))) <= 1e-12);
-  CHECK(test::relative_error(packed.topRows(2), model.forward(all.first(2))) <= 1e-12);
+  CHECK(test::relative_error(packed.topRows(4), infer(model, all.first(4))) <= 1e-12);
+  CHECK(test::relative_error(packed.bottomRows(5), infer(model, all.last(5))) <= 1e-12);
+  CHECK(test::relative_error(packed.topRows(2), infer(model, all.first(2))) <= 1e-12);
 }
 
 TEST_CASE("Padding changes nothing for the tokens before it", "[model][decoder]") {
   Decoder<double> model = make_decoder<double>({});
-  const std::vector<Index> ids = random_ids(5, 7, 5);
-  const std::vector<Index> targets = random_ids(5, 7, 6);
+  const std::vector<Index> ids = test::random_ids(5, 7, 5);
+  const std::vector<Index> targets = test::random_ids(5, 7, 6);
   Training<double> training;
   const double objective = training.accumulate(model, ids, targets);
   std::vector<Matrix<double>> expected;
@@ -252,46 +253,46 @@ TEST_CASE("Padding changes nothing for the tokens before it", "[model][decoder]"
 
 TEST_CASE("A copy of a decoder's state continues on its own", "[model][decoder]") {
   const Decoder<double> model = make_decoder<double>({});
-  const std::vector<Index> prompt = random_ids(5, 7, 7);
+  const std::vector<Index> prompt = test::random_ids(5, 7, 7);
   const auto continued = [&](std::vector<Index> with) {
     with.insert(with.begin(), prompt.begin(), prompt.end());
-    return Matrix<double>(model.forward(with).bottomRows(1));
+    return Matrix<double>(infer(model, with).bottomRows(1));
   };
   Decoder<double>::State state;
   Decoder<double>::Cache cache;
-  model.decode(prompt, state, cache);
+  decode(model, prompt, state, cache);
   Decoder<double>::State copy = state;
 
   const std::vector<Index> one = {3};
   const std::vector<Index> other = {5};
-  CHECK(test::relative_error(model.decode(one, state, cache), continued({3})) <= 1e-12);
-  CHECK(test::relative_error(model.decode(other, copy, cache), continued({5})) <= 1e-12);
-  CHECK(test::relative_error(model.decode(other, state, cache), continued({3, 5})) <= 1e-12);
-  CHECK(test::relative_error(model.decode(one, copy, cache), continued({5, 3})) <= 1e-12);
+  CHECK(test::relative_error(decode(model, one, state, cache), continued({3})) <= 1e-12);
+  CHECK(test::relative_error(decode(model, other, copy, cache), continued({5})) <= 1e-12);
+  CHECK(test::relative_error(decode(model, other, state, cache), continued({3, 5})) <= 1e-12);
+  CHECK(test::relative_error(decode(model, one, copy, cache), continued({5, 3})) <= 1e-12);
   CHECK(copy.length == 7);
 }
 
 TEST_CASE("A copy of a decoder is trained on its own", "[model][decoder]") {
   const Decoder<double> model = make_decoder<double>({});
-  const std::vector<Index> ids = random_ids(6, 7, 8);
-  const Matrix<double> logits = model.forward(ids);
+  const std::vector<Index> ids = test::random_ids(6, 7, 8);
+  const Matrix<double> logits = infer(model, ids);
   Decoder<double> copy = model;
-  CHECK(copy.forward(ids) == logits);
+  CHECK(infer(copy, ids) == logits);
   for (auto& [name, parameter] : parameters(copy)) parameter->value *= 1.5;
-  CHECK(copy.forward(ids) != logits);
-  CHECK(model.forward(ids) == logits);
+  CHECK(infer(copy, ids) != logits);
+  CHECK(infer(model, ids) == logits);
 }
 
 TEST_CASE("Micro-batches add up to the batch, auxiliary losses included", "[model][decoder]") {
   const auto tied = GENERATE(false, true);
   Decoder<double> model = make_decoder<double>({.tied = tied});
-  const std::vector<Index> ids = random_ids(12, 7, 9);
-  std::vector<Index> targets = random_ids(12, 7, 10);
+  const std::vector<Index> ids = test::random_ids(12, 7, 9);
+  std::vector<Index> targets = test::random_ids(12, 7, 10);
   targets[1] = targets[2] = targets[9] = -100;  // Not in proportion to the sequences.
   const Sequences all({4, 4, 4});
   Training<double> training;
   const double objective = training.accumulate(model, ids, targets, {.sequences = &all});
-  const double aux_loss = training.cache.aux_loss;
+  const double aux_loss = training.record.aux_loss();
   std::vector<Matrix<double>> expected;
   for (auto& [name, parameter] : parameters(model)) expected.push_back(parameter->gradient());
 
@@ -304,7 +305,7 @@ TEST_CASE("Micro-batches add up to the batch, auxiliary losses included", "[mode
                     .aux_scale = static_cast<double>(sequences.count()) / 3.0};
     sum += training.accumulate(model, std::span(ids).subspan(begin, count),
                                std::span(targets).subspan(begin, count), pass, 9);
-    aux_sum += training.cache.aux_loss;
+    aux_sum += training.record.aux_loss();
   };
   add_micro_batch(0, Sequences({4}));
   add_micro_batch(4, Sequences({4, 4}));
@@ -320,25 +321,24 @@ TEST_CASE("Micro-batches add up to the batch, auxiliary losses included", "[mode
 TEST_CASE("Ten steps of training are the same to the bit on one thread and on two",
           "[model][decoder]") {
   const Sizes sizes{.tied = true, .vocab = 96, .d_model = 64, .d_hidden = 48, .experts = 4};
-  const std::vector<Index> ids = random_ids(160, 96, 11);
-  const std::vector<Index> targets = random_ids(160, 96, 12);
+  const std::vector<Index> ids = test::random_ids(160, 96, 11);
+  const std::vector<Index> targets = test::random_ids(160, 96, 12);
   const Sequences sequences({100, 60});
   const auto train = [&] {
     Decoder<float> model = make_decoder<float>(sizes);
-    AdamW<float> optimizer(parameters(model));
+    AdamW<float> optimizer;
     Training<float> training;
     for (int step = 0; step < 10; ++step) {
-      training.accumulate(model, ids, targets, {.training = true, .sequences = &sequences});
-      clip_global_norm(parameters(model), 1.0);
-      optimizer.step();
-      model.update();
+      training.accumulate(model, ids, targets, {.sequences = &sequences});
+      clip_global_norm(model, 1.0);
+      optimizer.step(model);
     }
     return model;
   };
   Decoder<float> one = train();
   set_threads(2);
   Decoder<float> two = train();
-  const Matrix<float> logits = two.forward(ids);
+  const Matrix<float> logits = infer(two, ids);
   set_threads(1);
 
   const auto expected = parameters(one);
@@ -348,26 +348,22 @@ TEST_CASE("Ten steps of training are the same to the bit on one thread and on tw
     INFO("parameter " << actual[i].name);
     CHECK(actual[i].parameter->value == expected[i].parameter->value);
   }
-  CHECK(logits == one.forward(ids));
+  CHECK(logits == infer(one, ids));
 }
 
 TEST_CASE("A training step allocates nothing once it has run before", "[model][decoder]") {
   const auto tied = GENERATE(false, true);
   Decoder<float> model = make_decoder<float>({.tied = tied});
-  const std::vector<Index> ids = random_ids(18, 7, 18);
-  const std::vector<Index> targets = random_ids(18, 7, 19);
+  const std::vector<Index> ids = test::random_ids(18, 7, 18);
+  const std::vector<Index> targets = test::random_ids(18, 7, 19);
   const Sequences sequences({10, 8});
   const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1};
-  const auto named = parameters(model);
-  for (const auto& [name, parameter] : named) parameter->gradient();
-  AdamW<float> optimizer(named, {.learning_rate = 1e-5});
+  for (const auto& [name, parameter] : parameters(model)) parameter->gradient();
+  AdamW<float> optimizer({.learning_rate = 1e-5});
   Training<float> training;
   const auto step = [&] {
-    const Pass pass{.training = true, .sequences = &sequences, .mask = mask};
-    training.accumulate(model, ids, targets, pass);
-    clip_global_norm(named, 1.0);
-    optimizer.step();
-    model.update();
+    training.accumulate(model, ids, targets, {.sequences = &sequences, .mask = mask});
+    optimizer.step(model);
   };
   CHECK((test::count_allocations(step) > 0 || !test::allocations_are_counted()));
   step();
@@ -382,14 +378,13 @@ TEST_CASE("Training a decoder lowers the loss", "[model][decoder]") {
   for (Index t = 0; t < 33; ++t) ids.push_back(t * t % 7);
   const std::span<const Index> inputs = std::span(ids).first(32);
   const std::span<const Index> targets = std::span(ids).last(32);
-  AdamW<float> optimizer(parameters(model), {.learning_rate = 1e-2});
+  AdamW<float> optimizer({.learning_rate = 1e-2});
   Training<float> training;
   const float before = training.evaluate(model, inputs, targets);
   for (int step = 0; step < 10; ++step) {
     training.accumulate(model, inputs, targets);
-    clip_global_norm(parameters(model), 1.0);
-    optimizer.step();
-    model.update();
+    clip_global_norm(model, 1.0);
+    optimizer.step(model);
   }
   CHECK(training.evaluate(model, inputs, targets) < 0.7F * before);
 }
@@ -399,49 +394,138 @@ TEST_CASE("Decoder lets balancing rules act", "[model][decoder]") {
   std::vector<Block<double>> layers;
   layers.push_back(Block<double>(
       {{"moe", RmsNorm<double>(8),
-        MoELayer(LinearRouter<double>(8, 3, rng), SigmoidTopK<double>(3, {.k = 1}), Dropless{},
-                 GluBank<double>(3, 8, 5, rng), BiasBalance<double>(0.5))}}));
+        MoELayer(LinearRouter<double>(8, 3, rng), SigmoidTopK<double>(3, {.k = 1}), Dropless(),
+                 GluBank<double>(8, 3, 5, rng), BiasBalance<double>({.rate = 0.5}))}}));
   Decoder<double> model(Embedding<double>(7, 8, rng), std::move(layers), RmsNorm<double>(8));
   const auto kept = buffers(model);
   REQUIRE(kept.size() == 1);
   CHECK(kept[0].name == "layers.0.moe.selector.bias");
   Decoder<double>::Cache cache;
   const std::vector<Index> ids = {4};
-  const Matrix<double> d_logits = model.forward(ids, {}, cache);
+  const Matrix<double> d_logits = model.forward(ids, kTraining, cache);
   model.backward(d_logits, cache);
-  model.update();
+  update(model);
   CHECK(kept[0].buffer->value.cwiseAbs() == Matrix<double>::Constant(1, 3, 0.5));
 }
 
-TEST_CASE("Decoder reports on its mixtures by name", "[model][decoder]") {
+TEST_CASE("Decoder tells a record losses and reports of its mixtures by name", "[model][decoder]") {
   const Decoder<double> model = make_decoder<double>({});
   Decoder<double>::Cache cache;
-  CHECK(model.reports(cache).empty());
-  const std::vector<Index> ids = random_ids(6, 7, 14);
+  PassRecord record(PassRecord::Collects::kLossesAndReports);
+  const std::vector<Index> ids = test::random_ids(6, 7, 14);
   const std::vector<std::uint8_t> mask = {1, 1, 1, 1, 0, 0};
-  model.forward(ids, {.mask = mask, .aux_scale = 0.5}, cache);
-  const std::vector<NamedReport> reports = model.reports(cache);
-  REQUIRE(reports.size() == 1);
-  CHECK(reports[0].name == "layers.1.moe");
-  const MoEReport& report = reports[0].report;
+  model.forward(ids, {.training = true, .mask = mask, .aux_scale = 0.5, .record = &record}, cache);
+  REQUIRE(record.losses().size() == 2);
+  CHECK(record.losses()[0].name == "layers.1.moe.switch");
+  CHECK(record.losses()[1].name == "layers.1.moe.z");
+  CHECK(record.aux_loss("switch") == record.losses()[0].value);
+  REQUIRE(record.reports().size() == 1);
+  CHECK(record.reports()[0].name == "layers.1.moe");
+  const LayerReport& report = record.reports()[0].report;
   CHECK(report.tokens == 4);
   CHECK(report.assignments == 8);
   CHECK(report.dropped == 0);
   REQUIRE(report.losses.size() == 2);
   CHECK(report.losses[0].first == "switch");
   CHECK(report.losses[1].first == "z");
-  CHECK(0.5 * (report.losses[0].second + report.losses[1].second) == Approx(cache.aux_loss));
+  CHECK(report.losses[0].second + report.losses[1].second == Approx(record.aux_loss()));
+
+  // Losses are computed for a record also without training, and for nobody otherwise.
+  PassRecord inferred;
+  model.forward(ids, {.mask = mask, .aux_scale = 0.5, .record = &inferred}, cache);
+  CHECK(inferred.aux_loss() == record.aux_loss());
+  CHECK(inferred.reports().empty());
+}
+
+TEST_CASE("An inference pass needs one workspace, whatever the number of layers",
+          "[model][decoder]") {
+  const auto tied = GENERATE(false, true);
+  Decoder<double> shallow = make_decoder<double>({.tied = tied});
+  Decoder<double> deep = shallow;
+  for (int copies = 0; copies < 3; ++copies) {
+    for (const Block<double>& layer : shallow.layers()) deep.layers().push_back(layer);
+  }
+  const std::vector<Index> ids = test::random_ids(9, 7, 20);
+  const Sequences sequences({5, 4});
+  const auto allocations_of = [&](const Decoder<double>& model) {
+    Decoder<double>::Cache cache;
+    const Pass pass{.sequences = &sequences};
+    model.forward(ids, pass, cache);
+    const long allocations = test::count_allocations([&] {
+      Decoder<double>::Cache fresh;
+      model.forward(ids, pass, fresh);
+    });
+    CHECK(cache.layers.empty());
+    CHECK(test::count_allocations([&] { model.forward(ids, pass, cache); }) == 0);
+
+    Decoder<double>::Cache training;
+    const Matrix<double> logits =
+        model.forward(ids, {.training = true, .sequences = &sequences}, training);
+    CHECK(training.layers.size() == model.layers().size());
+    CHECK(model.forward(ids, pass, cache) == logits);
+    CHECK(model.hidden(cache) == model.hidden(training));
+    return allocations;
+  };
+  const long of_two_layers = allocations_of(shallow);
+  CHECK(allocations_of(deep) == of_two_layers);
+}
+
+TEST_CASE("One cache serves training and inference in turn", "[model][decoder]") {
+  Decoder<double> model = make_decoder<double>({.tied = true});
+  const std::vector<Index> ids = test::random_ids(6, 7, 21);
+  const std::vector<Index> targets = test::random_ids(6, 7, 22);
+  Training<double> training;
+  training.accumulate(model, ids, targets);
+  const Matrix<double> gradient = parameters(model)[0].parameter->gradient();
+  zero_gradients(model);
+  model.forward(ids, Pass{}, training.cache);
+  training.accumulate(model, ids, targets);
+  CHECK(parameters(model)[0].parameter->gradient() == gradient);
+}
+
+TEST_CASE("Token ids may be int", "[model][decoder]") {
+  const Decoder<double> model = make_decoder<double>({});
+  const std::vector<int> ints = {3, 0, 6, 3};
+  const std::vector<Index> ids(ints.begin(), ints.end());
+  CHECK(infer(model, ints) == infer(model, ids));
+  CHECK(infer(model, std::array{3, 0, 6, 3}) == infer(model, ids));
+  Decoder<double>::State state, other;
+  Decoder<double>::Cache cache, other_cache;
+  CHECK(decode(model, ints, state, cache) == decode(model, ids, other, other_cache));
+}
+
+TEST_CASE("Routers of a decoder are frozen by name", "[model][decoder]") {
+  Decoder<double> model = make_decoder<double>({.tied = true});
+  CHECK(freeze(model, "*.router.*") == 1);
+  const std::vector<Index> ids = test::random_ids(6, 7, 23);
+  const std::vector<Index> targets = test::random_ids(6, 7, 24);
+  Decoder<double> before = model;
+  Training<double> training;
+  AdamW<double> optimizer({.learning_rate = 1e-2});
+  training.accumulate(model, ids, targets);
+  optimizer.step(model);
+  const auto old = parameters(before);
+  const auto now = parameters(model);
+  for (std::size_t i = 0; i < now.size(); ++i) {
+    INFO("parameter " << now[i].name);
+    const bool router = now[i].name == "layers.1.moe.router.weight";
+    if (router) CHECK(now[i].parameter->frozen);
+    const bool expert = now[i].name.find("experts") != std::string::npos;  // It may have no token.
+    if (!expert) CHECK((now[i].parameter->value == old[i].parameter->value) == router);
+  }
+  CHECK(test::message_of<ConfigError>([&] { freeze(model, "*.gate_network.*"); }) ==
+        "freeze: no parameter matches '*.gate_network.*', expected at least one");
 }
 
 TEST_CASE("Decoder works on zero tokens and on one", "[model][decoder]") {
   const auto tied = GENERATE(false, true);
   const auto tokens = GENERATE(as<Index>{}, 0, 1);
   Decoder<double> model = make_decoder<double>({.tied = tied});
-  const std::vector<Index> ids = random_ids(tokens, 7, 15);
+  const std::vector<Index> ids = test::random_ids(tokens, 7, 15);
   Training<double> training;
   CHECK(std::isfinite(training.accumulate(model, ids, ids)));
   CHECK(model.hidden(training.cache).rows() == tokens);
-  const Matrix<double> logits = model.forward(ids);
+  const Matrix<double> logits = infer(model, ids);
   CHECK(logits.rows() == tokens);
   CHECK(logits.cols() == 7);
   for (auto& [name, parameter] : parameters(model)) {
@@ -453,8 +537,9 @@ TEST_CASE("Decoder works on zero tokens and on one", "[model][decoder]") {
 
 TEST_CASE("Decoder without layers is a bigram model", "[model][decoder]") {
   Rng rng(16);
-  const Decoder<double> model(Embedding<double>(7, 8, rng, 1.0), {}, RmsNorm<double>(8));
-  const Matrix<double> logits = model.forward(std::vector<Index>{2, 5, 2});
+  const Decoder<double> model(Embedding<double>(7, 8, rng, {.stddev = 1.0}), {},
+                              RmsNorm<double>(8));
+  const Matrix<double> logits = infer(model, std::vector<Index>{2, 5, 2});
   CHECK(logits.row(0) == logits.row(2));
 }
 
@@ -473,13 +558,14 @@ TEST_CASE("Decoder says what does not fit", "[model][decoder]") {
   const std::vector<Index> ids = {1, 2, 3};
   const std::vector<std::uint8_t> mask = {1, 1};
   const Sequences sequences({2, 2});
-  CHECK(test::message_of<ShapeError>([&] { model.forward(ids, {.mask = mask}); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(model, ids, {.mask = mask}); }) ==
         "Decoder::forward: pass.mask has 2 entries, expected 3 (one per token)");
-  CHECK(test::message_of<ShapeError>([&] { model.forward(ids, {.sequences = &sequences}); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(model, ids, {.sequences = &sequences}); }) ==
         "Decoder::forward: pass.sequences cover 4 tokens, expected 3");
 }
 
-TEST_CASE("Decoder refuses backward without forward or of another shape", "[model][decoder]") {
+TEST_CASE("Decoder refuses caches that do not fit, and gradients of another shape",
+          "[model][decoder]") {
   const auto tied = GENERATE(false, true);
   Decoder<double> model = make_decoder<double>({.tied = tied});
   Decoder<double>::Cache cache;
@@ -489,17 +575,54 @@ TEST_CASE("Decoder refuses backward without forward or of another shape", "[mode
     return
         [&model, &cache, rows, cols] { model.backward(Matrix<double>::Zero(rows, cols), cache); };
   };
-  constexpr auto kEmpty = "Decoder::backward: the cache is empty, expected a forward pass before";
+  constexpr auto kEmpty =
+      "Decoder::backward: the cache is empty, expected a forward pass that succeeded";
   CHECK(test::message_of<StateError>(backward(3, 7)) == kEmpty);
-  model.forward(ids, {}, cache);
+  model.forward(ids, Pass{}, cache);
+  CHECK(test::message_of<StateError>(backward(3, 7)) ==
+        "Decoder::backward: the forward pass did not train, expected one with pass.training = "
+        "true");
+  make_decoder<double>({.tied = tied}).forward(ids, kTraining, cache);
+  CHECK(test::message_of<StateError>(backward(3, 7)) ==
+        "Decoder::backward: the cache was filled by another layer, expected a forward pass of this "
+        "one");
+  model.forward(ids, kTraining, cache);
   CHECK(test::message_of<ShapeError>(backward(2, 7)) ==
         "Decoder::backward: d_logits is [2, 7], expected [3, 7]");
   CHECK(test::message_of<ShapeError>(backward(3, 8)) ==
         "Decoder::backward: d_logits is [3, 8], expected [3, 7]");
   for (const auto& [name, parameter] : parameters(model)) CHECK(parameter->grad.size() == 0);
   CHECK(test::message_of<StateError>(backward(3, 7)) == "no exception");
-  model.decode(ids, state, cache);
+  CHECK(test::message_of<StateError>(backward(3, 7)) ==
+        "Decoder::backward: the cache was used by a backward pass already, expected a forward pass "
+        "between the two");
+  model.forward(ids, kTraining, cache);
+  decode(model, ids, state, cache);
   CHECK(test::message_of<StateError>(backward(3, 7)) == kEmpty);
+}
+
+TEST_CASE("A cache may be moved or copied between forward and backward", "[model][decoder]") {
+  Decoder<double> model = make_decoder<double>({.tied = true});
+  const std::vector<Index> ids = test::random_ids(6, 7, 25);
+  const Matrix<double> d_logits = test::random_matrix(6, 7, 26);
+  const auto gradients = [&](Decoder<double>::Cache& cache) {
+    zero_gradients(model);
+    model.backward(d_logits, cache);
+    std::vector<Matrix<double>> all;
+    for (auto& [name, parameter] : parameters(model)) all.push_back(parameter->gradient());
+    return all;
+  };
+  Decoder<double>::Cache cache;
+  model.forward(ids, kTraining, cache);
+  Decoder<double>::Cache copied = cache;
+  const std::vector<Matrix<double>> expected = gradients(cache);
+  Decoder<double>::Cache moved = std::move(copied);
+  CHECK(gradients(moved) == expected);
+
+  // A moved model is another one.
+  model.forward(ids, kTraining, moved);
+  Decoder<double> other = std::move(model);
+  CHECK_THROWS_AS(other.backward(d_logits, moved), StateError);
 }
 
 TEST_CASE("A failed pass leaves model, state and cache usable", "[model][decoder]") {
@@ -508,28 +631,28 @@ TEST_CASE("A failed pass leaves model, state and cache usable", "[model][decoder
   Decoder<double>::State state;
   const std::vector<Index> ids = {1, 2, 3};
   const std::vector<Index> bad = {1, 7};
-  const Matrix<double> logits = model.forward(ids, {}, cache);
+  const Matrix<double> logits = model.forward(ids, kTraining, cache);
   constexpr auto kMessage = "Embedding::forward: ids[1] = 7, expected 0 <= id < 7";
 
-  CHECK(test::message_of<ConfigError>([&] { model.forward(bad, {}, cache); }) == kMessage);
+  CHECK(test::message_of<ConfigError>([&] { model.forward(bad, kTraining, cache); }) == kMessage);
   CHECK_THROWS_AS(model.backward(logits, cache), StateError);
-  CHECK(model.forward(ids, {}, cache) == logits);
+  CHECK(model.forward(ids, kTraining, cache) == logits);
   model.backward(logits, cache);
 
-  model.decode(ids, state, cache);
-  CHECK(test::message_of<ConfigError>([&] { model.decode(bad, state, cache); }) == kMessage);
+  decode(model, ids, state, cache);
+  CHECK(test::message_of<ConfigError>([&] { decode(model, bad, state, cache); }) == kMessage);
   CHECK(state.length == 3);
   const std::vector<Index> next = {4};
   const std::vector<Index> all = {1, 2, 3, 4};
-  CHECK(test::relative_error(model.decode(next, state, cache), model.forward(all).bottomRows(1)) <=
+  CHECK(test::relative_error(decode(model, next, state, cache), infer(model, all).bottomRows(1)) <=
         1e-12);
 
   // NaN in a weight: the router notices.
   Parameter<double>& weight = *parameters(model)[0].parameter;
   const double saved = weight.value(2, 0);
   weight.value(2, 0) = std::numeric_limits<double>::quiet_NaN();
-  CHECK_THROWS_AS(model.forward(ids, {}, cache), NonFiniteError);
+  CHECK_THROWS_AS(model.forward(ids, kTraining, cache), NonFiniteError);
   CHECK_THROWS_AS(model.backward(logits, cache), StateError);
   weight.value(2, 0) = saved;
-  CHECK(model.forward(ids, {}, cache) == logits);
+  CHECK(model.forward(ids, kTraining, cache) == logits);
 }

@@ -17,6 +17,7 @@
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
+#include "support/texts.hpp"
 
 using namespace weir;
 
@@ -32,28 +33,13 @@ Decoder<double> make_decoder() {
   std::vector<Block<double>> layers;
   for (int layer = 0; layer < 2; ++layer) {
     layers.push_back(pre_norm_block<double>(
-        norm, GroupedQueryAttention<double>({.d_model = 8, .heads = 2, .kv_heads = 1}, rng), norm,
-        MoELayer(LinearRouter<double>(8, 3, rng, {.init_scale = 1.0}), SoftmaxTopK<double>{.k = 2},
-                 Dropless{}, GluBank<double>(3, 8, 6, rng, 1.0)),
+        norm, GroupedQueryAttention<double>(rng, {.d_model = 8, .heads = 2, .kv_heads = 1}), norm,
+        MoELayer(LinearRouter<double>(8, 3, rng, {.init_scale = 1.0}),
+                 SoftmaxTopK<double>({.k = 2}), Dropless(), GluBank<double>(8, 3, 6, rng)),
         "moe"));
   }
-  return {Embedding<double>(11, 8, rng, 0.5), std::move(layers), norm, Linear<double>(8, 11, rng)};
-}
-
-// What generate has to yield: the whole sequence is computed anew for each token.
-Ids generate_slowly(const Decoder<double>& model, Ids ids, Index count, const Sampling& sampling,
-                    Rng rng) {
-  const auto prompt = static_cast<std::ptrdiff_t>(ids.size());
-  Sampler<double> sampler;
-  for (Index i = 0; i < count; ++i) {
-    ids.push_back(sampler.sample(model.forward(ids).bottomRows(1), sampling, rng));
-  }
-  return {ids.begin() + prompt, ids.end()};
-}
-
-Ids operator+(Ids a, const Ids& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
+  return {Embedding<double>(11, 8, rng, {.stddev = 0.5}), std::move(layers), norm,
+          Linear<double>(8, 11, rng)};
 }
 
 }  // namespace
@@ -65,7 +51,7 @@ TEST_CASE("generate draws what the whole sequence would give", "[model][generate
   const auto prompt = GENERATE(Ids{4}, Ids{0, 9, 3, 3, 7});
   Rng rng(2);
   CHECK(generate(model, prompt, 12, sampling, rng) ==
-        generate_slowly(model, prompt, 12, sampling, Rng(2)));
+        test::generate_slowly(model, prompt, 12, sampling, Rng(2)));
   CHECK(rng.position() == (sampling.temperature == 0.0 ? 0U : 12U));
 }
 
@@ -76,19 +62,19 @@ TEST_CASE("generate continues a conversation", "[model][generate]") {
   Rng rng(3);
   Decoder<double>::State state;
   const Ids answer = generate(model, first, 4, {}, rng, state);
-  CHECK(answer == generate_slowly(model, first, 4, {}, Rng(3)));
+  CHECK(answer == test::generate_slowly(model, first, 4, {}, Rng(3)));
   CHECK(state.length == 7);
 
   Decoder<double>::State other = state;
   Rng other_rng = rng;
-  const Ids all = first + answer + second;
+  const Ids all = test::joined(first, answer, second);
   CHECK(generate(model, second, 5, {}, rng, state) ==
-        generate_slowly(model, all, 5, {}, other_rng));
+        test::generate_slowly(model, all, 5, {}, other_rng));
   CHECK(state.length == 14);
 
   // A copied state goes on from the same place.
   CHECK(generate(model, second, 5, kGreedy, other_rng, other) ==
-        generate_slowly(model, all, 5, kGreedy, other_rng));
+        test::generate_slowly(model, all, 5, kGreedy, other_rng));
 }
 
 TEST_CASE("generate hands out each token as it comes, and stops when told", "[model][generate]") {
@@ -121,7 +107,7 @@ TEST_CASE("generate hands out each token as it comes, and stops when told", "[mo
   CHECK(state.length == 5);
   const Ids more = {2};
   CHECK(generate(model, more, 3, kGreedy, rng, state) ==
-        generate_slowly(model, prompt + three + more, 3, kGreedy, rng));
+        test::generate_slowly(model, test::joined(prompt, three, more), 3, kGreedy, rng));
 }
 
 TEST_CASE("generate of no tokens adds the prompt to the state", "[model][generate]") {
@@ -135,12 +121,23 @@ TEST_CASE("generate of no tokens adds the prompt to the state", "[model][generat
   CHECK(state.length == 3);
   CHECK(rng.position() == 0);
   CHECK(generate(model, second, 4, kGreedy, rng, state) ==
-        generate_slowly(model, first + second, 4, kGreedy, rng));
+        test::generate_slowly(model, test::joined(first, second), 4, kGreedy, rng));
+}
+
+TEST_CASE("Prompts may be int, as tokenizers give them", "[model][generate]") {
+  const Decoder<double> model = make_decoder();
+  const std::vector<int> prompt = {6, 1};
+  const Ids expected = test::generate_slowly(model, {6, 1}, 5, kGreedy, Rng(0));
+  Rng rng(0);
+  CHECK(generate(model, prompt, 5, kGreedy, rng) == expected);
+  Decoder<double>::State state;
+  CHECK(generate(model, prompt, {.count = 5}, kGreedy, rng, state).tokens == expected);
+  CHECK(state.length == 7);
 }
 
 TEST_CASE("generate works in float", "[model][generate]") {
   Rng rng(6);
-  const Decoder<float> model(Embedding<float>(11, 8, rng, 0.5), {}, RmsNorm<float>(8));
+  const Decoder<float> model(Embedding<float>(11, 8, rng, {.stddev = 0.5}), {}, RmsNorm<float>(8));
   const Ids tokens = generate(model, Ids{3}, 20, {}, rng);
   CHECK(tokens.size() == 20);
   for (const Index token : tokens) CHECK((token >= 0 && token < 11));
@@ -158,14 +155,15 @@ TEST_CASE("generate refuses misuse before it changes anything", "[model][generat
   CHECK(message({}, 3, {}) == "generate: prompt is empty, expected at least one token");
   CHECK(message({3}, -1, {}) == "generate: count = -1, expected >= 0");
   CHECK(message({3, 11}, 3, {}) == "Embedding::forward: ids[1] = 11, expected 0 <= id < 11");
-  CHECK(message({3}, 3, {.temperature = -1.0}) == "Sampling: temperature = -1, expected >= 0");
-  CHECK(message({3}, 0, {.top_p = 2.0}) == "Sampling: top_p = 2, expected in [0, 1]");
+  CHECK(message({3}, 3, {.temperature = -1.0}) ==
+        "Sampling: temperature = -1, expected a finite number >= 0");
+  CHECK(message({3}, 0, {.top_p = 2.0}) == "Sampling: top_p = 2, expected 0 <= top_p <= 1");
   CHECK(test::message_of<ConfigError>([&] { generate(model, Ids{}, 3, {}, rng); }) ==
         "generate: prompt is empty, expected at least one token");
   CHECK(state.length == 2);
   CHECK(rng.position() == 0);
   CHECK(generate(model, Ids{3}, 4, kGreedy, rng, state) ==
-        generate_slowly(model, {1, 2, 3}, 4, kGreedy, rng));
+        test::generate_slowly(model, {1, 2, 3}, 4, kGreedy, rng));
 }
 
 TEST_CASE("generate does not draw from NaN", "[model][generate]") {

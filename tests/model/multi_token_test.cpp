@@ -46,7 +46,7 @@ RmsNorm<T> make_norm(Rng& rng) {
 
 template <class T>
 GroupedQueryAttention<T> make_attention(Rng& rng) {
-  return {{.d_model = kModel, .heads = 2, .kv_heads = 1}, rng};
+  return {rng, {.d_model = kModel, .heads = 2, .kv_heads = 1}};
 }
 
 template <class T>
@@ -54,10 +54,10 @@ Decoder<T> make_decoder(bool tied, const DecoderConfig& config = {}) {
   Rng rng(1);
   std::vector<Block<T>> layers;
   layers.push_back(pre_norm_block<T>(make_norm<T>(rng), make_attention<T>(rng), make_norm<T>(rng),
-                                     Glu<T>(kModel, 3, rng, {.init_scale = 1.0}), "mlp"));
+                                     Glu<T>(kModel, 3, rng), "mlp"));
   std::optional<Linear<T>> head;
   if (!tied) head.emplace(kModel, kVocab, rng);
-  return {Embedding<T>(kVocab, kModel, rng, 0.5), std::move(layers), make_norm<T>(rng),
+  return {Embedding<T>(kVocab, kModel, rng, {.stddev = 0.5}), std::move(layers), make_norm<T>(rng),
           std::move(head), config};
 }
 
@@ -66,9 +66,9 @@ MultiToken<T> make_modules(std::size_t depth, const MultiTokenConfig& config = {
   Rng rng(7);
   std::vector<MultiTokenModule<T>> modules;
   for (std::size_t k = 0; k < depth; ++k) {
-    auto moe = MoELayer(LinearRouter<T>(kModel, 3, rng, {.init_scale = 1.0}),
-                        SoftmaxTopK<T>{.k = 2}, Dropless{}, GluBank<T>(3, kModel, 3, rng, 1.0),
-                        SwitchLoss<T>{.coefficient = T(0.1)});
+    auto moe =
+        MoELayer(LinearRouter<T>(kModel, 3, rng, {.init_scale = 1.0}), SoftmaxTopK<T>({.k = 2}),
+                 Dropless(), GluBank<T>(kModel, 3, 3, rng), SwitchLoss<T>({.coefficient = 0.1}));
     modules.push_back({make_norm<T>(rng), make_norm<T>(rng), Linear<T>(2 * kModel, kModel, rng),
                        pre_norm_block<T>(make_norm<T>(rng), make_attention<T>(rng),
                                          make_norm<T>(rng), std::move(moe), "moe"),
@@ -80,16 +80,19 @@ MultiToken<T> make_modules(std::size_t depth, const MultiTokenConfig& config = {
 // Main model and modules in training, with all that is kept between steps.
 template <class T>
 struct Training {
-  CrossEntropy<T> loss = {};
+  CrossEntropy<T> loss{};
   typename Decoder<T>::Cache cache = {};
   typename MultiToken<T>::Cache module_cache = {};
   typename CrossEntropy<T>::Cache loss_cache = {};
+  PassRecord record = {};  // Of the last pass of both.
 
   T evaluate(const Decoder<T>& model, const MultiToken<T>& modules, const Ids& ids,
-             const Ids& targets, const Pass& pass = {}, Index tokens = 0) {
+             const Ids& targets, Pass pass = {}, Index tokens = 0) {
+    record.clear();
+    pass = test::recorded(pass, record);
     T sum = loss.forward(model.forward(ids, pass, cache), targets, loss_cache, tokens);
     sum += modules.forward(model, cache, ids, targets, pass, module_cache, tokens);
-    return sum + cache.aux_loss + module_cache.aux_loss;
+    return sum + static_cast<T>(record.aux_loss());
   }
 
   T accumulate(Decoder<T>& model, MultiToken<T>& modules, const Ids& ids, const Ids& targets,
@@ -138,7 +141,7 @@ TEST_CASE("MultiToken is what the equations say, worked out step by step", "[mod
   MultiToken<double> modules = make_modules<double>(2, {.weight = 0.4, .source = source});
   const Matrix<double>& table = parameters(model)[0].parameter->value;
   Decoder<double>::Cache cache;
-  model.forward(kIds, {}, cache);
+  model.forward(kIds, Pass{}, cache);
   Matrix<double> h = source == HiddenSource::kHidden ? model.hidden(cache) : model.normed(cache);
   double expected = 0.0;
   for (std::size_t k = 0; k < 2; ++k) {
@@ -152,10 +155,10 @@ TEST_CASE("MultiToken is what the equations say, worked out step by step", "[mod
     }
     const Matrix<double> weight = module.projection.weight().value;
     const Matrix<double> x =
-        module.embedding_norm.forward(embedded) * weight.leftCols(kModel).transpose() +
-        module.hidden_norm.forward(h.topRows(positions)) * weight.rightCols(kModel).transpose();
-    h = module.layer.forward(x);
-    const Matrix<double> logits = module.norm.forward(h) * table.transpose();
+        infer(module.embedding_norm, embedded) * weight.leftCols(kModel).transpose() +
+        infer(module.hidden_norm, h.topRows(positions)) * weight.rightCols(kModel).transpose();
+    h = infer(module.layer, x);
+    const Matrix<double> logits = infer(module.norm, h) * table.transpose();
     for (Index i = 0; i < positions; ++i) {
       const Index target = kTargets[static_cast<std::size_t>(i + shift)];
       const double p = std::exp(logits(i, target)) / logits.row(i).array().exp().sum();
@@ -254,7 +257,7 @@ TEST_CASE("Each module may divide by its own number of targets", "[model][mtp]")
   const MultiToken<double> own = make_modules<double>(2, {.mean = TargetMean::kOwn});
   Decoder<double>::Cache cache;
   MultiToken<double>::Cache main_cache, own_cache;
-  model.forward(kIds, {}, cache);
+  model.forward(kIds, kTraining, cache);
   main.forward(model, cache, kIds, kTargets, {}, main_cache);
   own.forward(model, cache, kIds, kTargets, {}, own_cache);
   CHECK(own_cache.losses[0] == Approx(main_cache.losses[0] * 9.0 / 8.0).epsilon(1e-12));
@@ -279,22 +282,38 @@ TEST_CASE("Sequences too short for a module are none to it", "[model][mtp]") {
   }
 }
 
+TEST_CASE("Balancing losses of modules are recorded by name, and not multiplied by lambda",
+          "[model][mtp]") {
+  const auto weight = GENERATE(0.0, 0.3);
+  const Decoder<double> model = make_decoder<double>(false);
+  const MultiToken<double> modules = make_modules<double>(2, {.weight = weight});
+  Training<double> training;
+  training.evaluate(model, modules, kIds, kTargets);
+  REQUIRE(training.record.losses().size() == 2);
+  CHECK(training.record.losses()[0].name == "modules.0.layer.moe.switch");
+  CHECK(training.record.losses()[1].name == "modules.1.layer.moe.switch");
+  CHECK(training.record.aux_loss() > 0.1);  // About 0.1 for each.
+}
+
 TEST_CASE("Modules tell their routers the ids of the tokens they embed", "[model][mtp]") {
   Rng rng(3);
   const Decoder<double> model = make_decoder<double>(false);
   auto moe =
       MoELayer(HashRouter<double>(kModel, kVocab, modulo_hash_table(kVocab, kVocab)),
-               SoftmaxTopK<double>{.k = 1}, Dropless{}, GluBank<double>(kVocab, kModel, 5, rng));
+               SoftmaxTopK<double>({.k = 1}), Dropless(), GluBank<double>(kModel, kVocab, 5, rng));
   MultiToken<double> modules(
       {{make_norm<double>(rng), make_norm<double>(rng), Linear<double>(2 * kModel, kModel, rng),
         Block<double>({{"moe", make_norm<double>(rng), std::move(moe)}}), make_norm<double>(rng)}});
-  Training<double> training;
-  training.evaluate(model, modules, kIds, kTargets);
-  const std::vector<NamedReport> reports = modules.reports(training.module_cache);
-  REQUIRE(reports.size() == 1);
-  CHECK(reports[0].name == "modules.0.layer.moe");
-  CHECK(reports[0].report.load == Ids{1, 1, 2, 1, 1, 1, 1});  // Of 0, 6, 3, 1, 5, 2, 2, 4.
-  CHECK(modules.reports({}).empty());
+  Decoder<double>::Cache cache;
+  MultiToken<double>::Cache module_cache;
+  PassRecord record(PassRecord::Collects::kLossesAndReports);
+  const Pass pass{.record = &record};
+  model.forward(kIds, pass, cache);
+  modules.forward(model, cache, kIds, kTargets, pass, module_cache);
+  REQUIRE(record.reports().size() == 1);
+  CHECK(record.reports()[0].name == "modules.0.layer.moe");
+  // The tokens are 0, 6, 3, 1, 5, 2, 2 and 4.
+  CHECK(record.reports()[0].report.load == Ids{1, 1, 2, 1, 1, 1, 1});
 }
 
 TEST_CASE("Modules decode in pieces what they compute at once", "[model][mtp]") {
@@ -324,8 +343,9 @@ TEST_CASE("Modules decode in pieces what they compute at once", "[model][mtp]") 
 
 TEST_CASE("Modules name their parameters, and let balancing rules act", "[model][mtp]") {
   Rng rng(4);
-  auto moe = MoELayer(LinearRouter<double>(kModel, 3, rng), SigmoidTopK<double>(3, {.k = 1}),
-                      Dropless{}, GluBank<double>(3, kModel, 5, rng), BiasBalance<double>(0.5));
+  auto moe =
+      MoELayer(LinearRouter<double>(kModel, 3, rng), SigmoidTopK<double>(3, {.k = 1}), Dropless(),
+               GluBank<double>(kModel, 3, 5, rng), BiasBalance<double>({.rate = 0.5}));
   MultiToken<double> modules(
       {{RmsNorm<double>(kModel), RmsNorm<double>(kModel), Linear<double>(2 * kModel, kModel, rng),
         Block<double>({{"moe", RmsNorm<double>(kModel), std::move(moe)}}),
@@ -342,7 +362,7 @@ TEST_CASE("Modules name their parameters, and let balancing rules act", "[model]
   Decoder<double> model = make_decoder<double>(true);
   Training<double> training;
   training.accumulate(model, modules, {3, 1}, {1, 2});
-  modules.update();
+  update(modules);
   CHECK(buffers(modules)[0].buffer->value.cwiseAbs() == Matrix<double>::Constant(1, 3, 0.5));
 }
 
@@ -351,9 +371,8 @@ TEST_CASE("Training with modules lowers their loss too, bit for bit on any numbe
   const auto train = [] {
     Decoder<float> model = make_decoder<float>(true);
     MultiToken<float> modules = make_modules<float>(2);
-    auto all = parameters(model);
-    for (const auto& named : parameters(modules)) all.push_back(named);
-    AdamW<float> optimizer(all, {.learning_rate = 1e-2});
+    AdamW<float> optimizer({.learning_rate = 1e-2});
+    AdamW<float> module_optimizer({.learning_rate = 1e-2});
     Training<float> training;
     std::vector<float> losses;
     Ids ids, targets;
@@ -364,7 +383,8 @@ TEST_CASE("Training with modules lowers their loss too, bit for bit on any numbe
     for (int step = 0; step < 20; ++step) {
       training.accumulate(model, modules, ids, targets);
       losses.push_back(training.module_cache.losses[1]);
-      optimizer.step();
+      optimizer.step(model);
+      module_optimizer.step(modules);
     }
     return losses;
   };
@@ -404,15 +424,34 @@ TEST_CASE("MultiToken says what does not fit", "[model][mtp]") {
   };
   CHECK(build(8, 4, 0.3, 0) == "MultiToken: modules = 0, expected >= 1");
   CHECK(build(8, 5, 0.3, 2) == "MultiToken: projection 1 is [5, 8], expected [4, 8]");
-  CHECK(build(8, 4, -1.0, 1) == "MultiToken: weight = -1, expected finite and >= 0");
+  CHECK(build(8, 4, -1.0, 1) == "MultiToken: weight = -1, expected a finite number >= 0");
 
   Decoder<double> model = make_decoder<double>(false);
   MultiToken<double> modules = make_modules<double>(1);
   Decoder<double>::Cache cache;
   MultiToken<double>::Cache own;
-  CHECK(test::message_of<StateError>([&] { modules.backward(model, own); }) ==
-        "MultiToken::backward: the cache is empty, expected a forward pass before");
-  model.forward(kIds, {}, cache);
+  const auto refusal = [&](MultiToken<double>& of) {
+    return test::message_of<StateError>([&] { of.backward(model, own); });
+  };
+  const std::string where = "MultiToken::backward: ";
+  const std::string empty = where + "the cache is empty, expected a forward pass that succeeded";
+  CHECK(refusal(modules) == empty);
+  model.forward(kIds, kTraining, cache);
+  modules.forward(model, cache, kIds, kTargets, Pass{}, own);
+  CHECK(refusal(modules) ==
+        where + "the forward pass did not train, expected one with pass.training = true");
+  modules.forward(model, cache, kIds, kTargets, kTraining, own);
+  MultiToken<double> other = modules;
+  CHECK(refusal(other) ==
+        where + "the cache was filled by another layer, expected a forward pass of this one");
+  modules.backward(model, own);
+  CHECK(refusal(modules) ==
+        where +
+            "the cache was used by a backward pass already, expected a forward pass between the "
+            "two");
+  modules.forward(model, cache, kIds, kTargets, kTraining, own);
+  CHECK_THROWS_AS(modules.forward(model, cache, kIds, Ids{1}, kTraining, own), ShapeError);
+  CHECK(refusal(modules) == empty);
   const Ids few = {1, 2};
   const std::vector<std::uint8_t> mask = {1, 1};
   CHECK(test::message_of<ShapeError>([&] { modules.forward(model, cache, few, few, {}, own); }) ==

@@ -106,7 +106,7 @@ TEST_CASE("Sampler never draws a forbidden token", "[model][sampling]") {
       GENERATE(Sampling{}, Sampling{.top_k = 3}, Sampling{.top_p = 0.9999}, Sampling{.top_k = 4});
   check_close(probabilities(logits, sampling), expected, 1e-15);
   check_close(frequencies(logits, sampling), expected, 0.015);
-  CHECK(probabilities(logits, {.temperature = kInfinity}) == row({0.0, 0.5, 0.0, 0.5, 0.0}));
+  CHECK(probabilities(logits, {.temperature = 1e300}) == row({0.0, 0.5, 0.0, 0.5, 0.0}));
 }
 
 TEST_CASE("Sampler stands extreme logits and temperatures", "[model][sampling]") {
@@ -206,9 +206,13 @@ TEST_CASE("Sampler refuses impossible settings and shapes", "[model][sampling]")
   const auto message = [&](const Sampling& sampling) {
     return test::message_of<ConfigError>([&] { sampler.sample(row({1.0}), sampling, rng); });
   };
-  CHECK(message({.temperature = -1.0}) == "Sampling: temperature = -1, expected >= 0");
+  CHECK(message({.temperature = -1.0}) ==
+        "Sampling: temperature = -1, expected a finite number >= 0");
+  CHECK(message({.temperature = kInfinity}) ==
+        "Sampling: temperature = inf, expected a finite number >= 0");
   CHECK(message({.top_k = -2}) == "Sampling: top_k = -2, expected >= 0");
-  CHECK(message({.top_p = 1.5}) == "Sampling: top_p = 1.5, expected in [0, 1]");
+  CHECK(message({.top_p = std::nan("")}) == "Sampling: top_p = nan, expected 0 <= top_p <= 1");
+  CHECK(message({.top_p = 1.5}) == "Sampling: top_p = 1.5, expected 0 <= top_p <= 1");
   CHECK(test::message_of<ShapeError>([&] { sampler.sample(Matrix<double>(2, 4), {}, rng); }) ==
         "Sampler::sample: logits is [2, 4], expected [1, vocabulary]");
   CHECK(test::message_of<ShapeError>([&] { sampler.distribution(Matrix<double>(1, 0), {}); }) ==

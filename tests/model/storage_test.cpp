@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What set_storage promises, for every layer that keeps weights.
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,7 +48,7 @@ auto mixture(Bank bank, std::uint64_t seed) {
   using T = typename Bank::Scalar;
   Rng rng(seed);
   LinearRouter<T> router(bank.d_in(), bank.experts(), rng, {.init_scale = 4.0});
-  return MoELayer(std::move(router), TopKSoftmax<T>{2}, Dropless{}, std::move(bank));
+  return MoELayer(std::move(router), TopKSoftmax<T>({.k = 2}), Dropless(), std::move(bank));
 }
 
 /// \param weights  How many of the parameters are kept elsewhere when stored for inference.
@@ -58,42 +59,42 @@ void check_storage(L layer, const Matrix<typename L::Scalar>& x, std::size_t wei
   using T = typename L::Scalar;
   const double kSame = std::is_same_v<T, float> ? 1e-6 : 1e-14;
   typename L::Cache cache;
-  const Matrix<T> plain = layer.forward(x, cache);
+  const Matrix<T> plain = infer(layer, x);
   const Values<T> before = values(layer);
+  layer.forward(x, kTraining, cache);
 
   set_storage(layer, Storage::kPacked);
-  CHECK(parameters(layer).size() == before.size() - weights);
-  CHECK(test::relative_error(layer.forward(x, cache), plain) <= kSame);
-  CHECK(layer.forward(x) == layer.forward(x, cache));
   CHECK(test::message_of<StateError>([&] { layer.backward(plain, cache); }) == message);
-  if (test::allocations_are_counted()) {
-    layer.forward(x, cache);
-    CHECK(test::count_allocations([&] { layer.forward(x, cache); }) == 0);
-  }
+  CHECK(parameters(layer).size() == before.size() - weights);
+  const auto run = [&]() -> const Matrix<T>& { return layer.forward(x, Pass{}, cache); };
+  CHECK(test::relative_error(run(), plain) <= kSame);
+  CHECK(infer(layer, x) == run());
+  run();
+  CHECK(test::count_allocations(run) == 0);
   {
-    const Matrix<T> one = layer.forward(x);
+    const Matrix<T> one = infer(layer, x);
     const test::Threads threads(3);
-    CHECK(layer.forward(x) == one);
+    CHECK(infer(layer, x) == one);
   }
   L copy = layer;
-  const Matrix<T> packed = layer.forward(x);
-  CHECK(copy.forward(x) == packed);
+  const Matrix<T> packed = infer(layer, x);
+  CHECK(infer(copy, x) == packed);
 
   set_storage(layer, Storage::kTrainable);
   CHECK(values(layer) == before);
-  CHECK(layer.forward(x, cache) == plain);
+  CHECK(layer.forward(x, kTraining, cache) == plain);
   layer.backward(plain, cache);
 
   set_storage(layer, Storage::kBfloat16);
-  const double error = test::relative_error(layer.forward(x, cache), plain);
+  const double error = test::relative_error(run(), plain);
   CHECK(error > 1e-4);
   CHECK(error < 2e-2);
-  const Matrix<T> rounded = layer.forward(x);
+  const Matrix<T> rounded = infer(layer, x);
   const L rounded_copy = layer;
 
   // From one storage for inference to the other: what was rounded stays so.
   set_storage(layer, Storage::kPacked);
-  CHECK(test::relative_error(layer.forward(x), rounded) < 1e-2);
+  CHECK(test::relative_error(infer(layer, x), rounded) < 1e-2);
   set_storage(layer, Storage::kTrainable);
   const Values<T> after = values(layer);
   REQUIRE(after.size() == before.size());
@@ -108,12 +109,12 @@ void check_storage(L layer, const Matrix<typename L::Scalar>& x, std::size_t wei
   CHECK(changed == weights);
   if constexpr (std::is_same_v<T, double>) {
     // In double, tokens are not rounded: the rounded weights as parameters compute the same.
-    CHECK(test::relative_error(layer.forward(x), rounded) <= kSame);
+    CHECK(test::relative_error(infer(layer, x), rounded) <= kSame);
   }
 
   // Copies share what is packed, and keep it whatever becomes of the original.
-  CHECK(rounded_copy.forward(x) == rounded);
-  CHECK(copy.forward(x) == packed);
+  CHECK(infer(rounded_copy, x) == rounded);
+  CHECK(infer(copy, x) == packed);
   set_storage(copy, Storage::kTrainable);
   CHECK(values(copy) == before);
 }
@@ -144,19 +145,19 @@ TEMPLATE_TEST_CASE("Mixtures compute the same in every storage", "[moe][storage]
   Rng rng(2);
   const Matrix<T> x = test::random_matrix<T>(40, 35, 1);
   SECTION("GluBank") {
-    check_storage(mixture(GluBank<T>(3, 35, 71, rng, 1.0), 1), x, 9, "GluBank::backward" + kStored);
+    check_storage(mixture(GluBank<T>(35, 3, 71, rng), 1), x, 9, "GluBank::backward" + kStored);
   }
   SECTION("MlpBank") {
-    check_storage(mixture(MlpBank<T>(3, 35, 71, rng, {.bias = true, .init_scale = 1.0}), 1), x, 6,
+    check_storage(mixture(MlpBank<T>(35, 3, 71, rng, {.bias = true, .init_scale = 1.0}), 1), x, 6,
                   "MlpBank::backward" + kStored);
   }
   SECTION("ClampedGluBank") {
-    check_storage(mixture(ClampedGluBank<T>(3, 35, 71, rng, {.init_scale = 1.0}), 1), x, 9,
+    check_storage(mixture(ClampedGluBank<T>(35, 3, 71, rng), 1), x, 9,
                   "ClampedGluBank::backward" + kStored);
   }
   SECTION("Shared experts") {
-    check_storage(SharedExperts(mixture(GluBank<T>(3, 35, 71, rng, 1.0), 1), Glu<T>(35, 40, rng)),
-                  x, 12, "GluBank::backward" + kStored);
+    check_storage(SharedExperts(mixture(GluBank<T>(35, 3, 71, rng), 1), Glu<T>(35, 40, rng)), x, 12,
+                  "GluBank::backward" + kStored);
   }
 }
 
@@ -168,15 +169,15 @@ TEST_CASE("Banks stored for inference have the same bits for any number of threa
   const Matrix<float> x = test::random_matrix<float>(tokens, 160, 1);
   const auto check = [&](auto moe) {
     set_storage(moe, storage);
-    const Matrix<float> one = moe.forward(x);
+    const Matrix<float> one = infer(moe, x);
     for (const int count : {2, 3}) {
       const test::Threads threads(count);
-      CHECK(moe.forward(x) == one);
+      CHECK(infer(moe, x) == one);
     }
   };
   Rng rng(7);
-  check(mixture(GluBank<float>(3, 160, 1000, rng, 1.0), 1));
-  check(mixture(MlpBank<float>(3, 160, 1000, rng, {.bias = true, .init_scale = 1.0}), 1));
+  check(mixture(GluBank<float>(160, 3, 1000, rng), 1));
+  check(mixture(MlpBank<float>(160, 3, 1000, rng, {.bias = true, .init_scale = 1.0}), 1));
 }
 
 TEST_CASE("The experts of a bank stored for inference share one memory", "[moe][storage]") {
@@ -189,9 +190,9 @@ TEST_CASE("The experts of a bank stored for inference share one memory", "[moe][
     CHECK(test::count_allocations([&] { set_storage(many, storage); }) == 0);
   };
   Rng rng(8);
-  check(GluBank<float>(2, 35, 71, rng), GluBank<float>(9, 35, 71, rng));
-  check(MlpBank<float>(2, 35, 71, rng), MlpBank<float>(9, 35, 71, rng));
-  check(ClampedGluBank<float>(2, 35, 71, rng), ClampedGluBank<float>(9, 35, 71, rng));
+  check(GluBank<float>(35, 2, 71, rng), GluBank<float>(35, 9, 71, rng));
+  check(MlpBank<float>(35, 2, 71, rng), MlpBank<float>(35, 9, 71, rng));
+  check(ClampedGluBank<float>(35, 2, 71, rng), ClampedGluBank<float>(35, 9, 71, rng));
 }
 
 TEST_CASE("A bank of layers stores those", "[moe][storage]") {
@@ -199,23 +200,22 @@ TEST_CASE("A bank of layers stores those", "[moe][storage]") {
   auto moe =
       mixture(AnyBank<Glu<float>>({Glu<float>(8, 40, rng), Glu<float>(8, 40, rng)}, 8, 8), 1);
   const Matrix<float> x = test::random_matrix<float>(30, 8, 1);
-  const Matrix<float> plain = moe.forward(x);
+  const Matrix<float> plain = infer(moe, x);
   set_storage(moe, Storage::kPacked);
   CHECK(parameters(moe).size() == 1);
-  CHECK(test::relative_error(moe.forward(x), plain) < 1e-6);
+  CHECK(test::relative_error(infer(moe, x), plain) < 1e-6);
 }
 
 TEMPLATE_TEST_CASE("Attention computes the same in every storage", "[attention][storage]", float,
                    double) {
   using T = TestType;
   Rng rng(4);
-  GroupedQueryAttention<T> attention({.d_model = 36,
-                                      .heads = 4,
-                                      .kv_heads = 2,
-                                      .head_dim = 10,
-                                      .qkv_bias = true,
-                                      .output_bias = true},
-                                     rng);
+  GroupedQueryAttention<T> attention(rng, {.d_model = 36,
+                                           .heads = 4,
+                                           .kv_heads = 2,
+                                           .head_dim = 10,
+                                           .qkv_bias = true,
+                                           .output_bias = true});
   const Matrix<T> x = test::random_matrix<T>(12, 36, 1);
   check_storage(attention, x, 4, "GroupedQueryAttention::backward" + kStored);
 
@@ -223,8 +223,8 @@ TEMPLATE_TEST_CASE("Attention computes the same in every storage", "[attention][
   typename GroupedQueryAttention<T>::Cache cache;
   KvCache<T> kv;
   Matrix<T> decoded(12, 36);
-  for (Index t = 0; t < 12; ++t) decoded.row(t) = attention.decode(x.row(t), kv, cache);
-  CHECK(test::relative_error(decoded, attention.forward(x)) <= 1e-5);
+  for (Index t = 0; t < 12; ++t) decoded.row(t) = decode(attention, x.row(t), kv, cache);
+  CHECK(test::relative_error(decoded, infer(attention, x)) <= 1e-5);
 }
 
 TEST_CASE("A decoder stores its layers and its head", "[model][storage]") {
@@ -235,38 +235,38 @@ TEST_CASE("A decoder stores its layers and its head", "[model][storage]") {
     std::vector<Block<T>> layers;
     for (int l = 0; l < 2; ++l) {
       layers.push_back(pre_norm_block<T>(
-          RmsNorm<T>(16), GroupedQueryAttention<T>({.d_model = 16, .heads = 2, .kv_heads = 1}, rng),
-          RmsNorm<T>(16), mixture(GluBank<T>(3, 16, 24, rng, 1.0), 6), "moe"));
+          RmsNorm<T>(16), GroupedQueryAttention<T>(rng, {.d_model = 16, .heads = 2, .kv_heads = 1}),
+          RmsNorm<T>(16), mixture(GluBank<T>(16, 3, 24, rng), 6), "moe"));
     }
-    return Decoder<T>(Embedding<T>(50, 16, rng, 1.0), std::move(layers), RmsNorm<T>(16),
+    return Decoder<T>(Embedding<T>(50, 16, rng, {.stddev = 1.0}), std::move(layers), RmsNorm<T>(16),
                       tied ? std::nullopt : std::optional<Linear<T>>(Linear<T>(16, 50, rng)));
   };
   Decoder<T> decoder = make();
   const std::vector<Index> ids = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3};
-  const Matrix<T> plain = decoder.forward(ids);
+  const Matrix<T> plain = infer(decoder, ids);
   const Values<T> before = values(decoder);
 
   set_storage(decoder, Storage::kPacked);
-  CHECK(test::relative_error(decoder.forward(ids), plain) < 1e-5);
+  CHECK(test::relative_error(infer(decoder, ids), plain) < 1e-5);
   // What is left: norms, routers and, where it is not the head as well, the embedding.
   CHECK(parameters(decoder).size() == 2 * 3 + 1 + (tied ? 0 : 1));
   Decoder<T>::Cache cache;
-  decoder.forward(ids, {}, cache);
+  decoder.forward(ids, kTraining, cache);
   CHECK(test::message_of<StateError>([&] { decoder.backward(plain, cache); }) ==
-        (tied ? "Decoder::backward" : "Linear::backward") + kStored);
+        (tied ? "LanguageHead::backward" : "Linear::backward") + kStored);
   Decoder<T>::State state;
   Matrix<T> decoded(plain.rows(), plain.cols());
   for (std::size_t t = 0; t < ids.size(); ++t) {
-    decoded.row(static_cast<Index>(t)) = decoder.decode({&ids[t], 1}, state, cache);
+    decoded.row(static_cast<Index>(t)) = decode(decoder, std::span(&ids[t], 1), state, cache);
   }
   CHECK(test::relative_error(decoded, plain) < 1e-5);
 
   set_storage(decoder, Storage::kTrainable);
   CHECK(values(decoder) == before);
-  CHECK(decoder.forward(ids) == plain);
+  CHECK(infer(decoder, ids) == plain);
 
   set_storage(decoder, Storage::kBfloat16);
-  const double error = test::relative_error(decoder.forward(ids), plain);
+  const double error = test::relative_error(infer(decoder, ids), plain);
   CHECK(error > 1e-4);
   CHECK(error < 5e-2);
 }

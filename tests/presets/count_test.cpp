@@ -178,9 +178,15 @@ TEST_CASE("A small model is counted by hand", "[presets]") {
   shape.extra_hidden = 2;
   CHECK(count(shape).dense == 3 * 6 * 2);
   CHECK(count(shape).norms == c.norms + 6);
-  shape.norms = 4;
+  shape.post_norms = true;
   CHECK(count(shape).norms == c.norms + 6 + 3 * 6);
-  shape.norms = 2;
+  shape.post_norms = false;
+  shape.network = Network::kPlain;
+  CHECK(count(shape).dense == 2 * 6 * 2);
+  CHECK(count(shape).experts == 3 * 2 * 6 * 5);
+  shape.network = Network::kOpenMoE;
+  CHECK(count(shape).dense == 4 * 6 * 2);
+  shape.network = Network::kGated;
   shape.layers = 3;
   shape.interleave = {.first_dense = 2};
   shape.dense_hidden = 4;
@@ -271,15 +277,12 @@ TEST_CASE("A shape that makes no model is refused", "[presets]") {
   CHECK(with([](ModelShape& s) { s.k = 0; }) ==
         "ModelShape: k = 0, expected 1 <= k <= experts = 3");
   CHECK(with([](ModelShape& s) { s.d_hidden = 0; }) == "ModelShape: d_hidden = 0, expected >= 1");
-  CHECK(with([](ModelShape& s) { s.ffn_matrices = 5; }) ==
-        "ModelShape: ffn_matrices = 5, expected 2, 3 or 4");
   CHECK(with([](ModelShape& s) { s.shared_hidden = -1; }) ==
         "ModelShape: shared_hidden = -1, expected >= 0");
   CHECK(with([](ModelShape& s) { s.encoder_layers = -1; }) ==
         "ModelShape: encoder_layers = -1, expected >= 0");
   CHECK(with([](ModelShape& s) { s.attention = GroupedQueryConfig{.heads = 4, .kv_heads = 3}; }) ==
         "GroupedQueryAttention: kv_heads = 3, expected a divisor of heads = 4");
-  CHECK(with([](ModelShape& s) { s.norms = 3; }) == "ModelShape: norms = 3, expected 2 or 4");
   CHECK(with([](ModelShape& s) { s.interleave = {.first_dense = 1}; }) ==
         "ModelShape: dense_hidden = 0, expected >= 1");
 }

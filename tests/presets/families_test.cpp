@@ -96,9 +96,9 @@ TEST_CASE("Mixtral routes by the softmax over two logits", "[presets]") {
   CHECK(branches(model, 0) == "attention moe");
   CHECK(branches(model, 1) == "attention moe");
   const Moe& moe = layer_of<Moe>(model, 1, 1);
-  CHECK(moe.selector().k == 2);
-  CHECK(moe.selector().scale == 1.0);
-  CHECK(moe.balancer<0>().coefficient == 0.01);  // 0.02 as a mean over two layers.
+  CHECK(moe.selector().config().k == 2);
+  CHECK(moe.selector().config().scale == 1.0);
+  CHECK(moe.balancer<0>().config().coefficient == 0.01);  // 0.02 as a mean over two layers.
   CHECK(attention(model, 0).rope_theta == 1e6);
   CHECK(attention(model, 0).window == 0);
   CHECK(!model.tied());
@@ -110,7 +110,7 @@ TEST_CASE("Grok-1 has norms behind its branches, softcaps and multipliers", "[pr
   for (const Branch<T>& branch : model.layers()[0].branches()) {
     CHECK(branch.post_norm.has_value());
   }
-  CHECK(!layer_of<Moe>(model, 0, 1).selector().renormalise);
+  CHECK(!layer_of<Moe>(model, 0, 1).selector().config().renormalise);
   CHECK(attention(model, 0).softcap == 30.0);
   CHECK(model.config().embedding_multiplier == 4.0);
   CHECK(model.config().logit_multiplier == 0.5773502691896257);
@@ -123,21 +123,21 @@ TEST_CASE("DBRX has layer norms without bias, clamps, and four renormalised expe
   const auto* norm = model.layers()[0].branches()[1].norm.get<LayerNorm<T>>();
   REQUIRE(norm != nullptr);
   CHECK(!norm->has_bias());
-  CHECK(layer_of<Moe>(model, 0, 1).selector().renormalise);
-  CHECK(layer_of<Moe>(model, 0, 1).selector().norm == 1.0);
-  CHECK(layer_of<Moe>(model, 0, 1).selector().k == 4);
+  CHECK(layer_of<Moe>(model, 0, 1).selector().config().renormalise);
+  CHECK(layer_of<Moe>(model, 0, 1).selector().config().norm == 1.0);
+  CHECK(layer_of<Moe>(model, 0, 1).selector().config().k == 4);
   CHECK(attention(model, 0).clip_qkv == 8.0);
 }
 
 TEST_CASE("OLMoE keeps raw probabilities and Qwen3 divides them by their sum", "[presets]") {
   using Raw = MoELayer<Projection, SoftmaxTopK<T>, Dropless, GluBank<T>, SwitchLoss<T>, ZLoss<T>>;
   const Decoder<T> olmoe = small(olmoe_1b_7b());
-  CHECK(!layer_of<Raw>(olmoe, 0, 1).selector().renormalise);
+  CHECK(!layer_of<Raw>(olmoe, 0, 1).selector().config().renormalise);
   CHECK(attention(olmoe, 0).qk_norm == QkNorm::kFull);
   using Renormalised = MoELayer<Projection, SoftmaxTopK<T>, Dropless, GluBank<T>, SwitchLoss<T>>;
   const Decoder<T> qwen = small(qwen3_30b_a3b());
-  CHECK(layer_of<Renormalised>(qwen, 0, 1).selector().renormalise);
-  CHECK(layer_of<Renormalised>(qwen, 0, 1).selector().k == 8);
+  CHECK(layer_of<Renormalised>(qwen, 0, 1).selector().config().renormalise);
+  CHECK(layer_of<Renormalised>(qwen, 0, 1).selector().config().k == 8);
   CHECK(attention(qwen, 0).qk_norm == QkNorm::kPerHead);
 }
 
@@ -145,7 +145,7 @@ TEST_CASE("gpt-oss has clamped experts, a router with bias, and a window in ever
           "[presets]") {
   using Moe = MoELayer<Projection, TopKSoftmax<T>, Dropless, ClampedGluBank<T>, SwitchLoss<T>>;
   const Decoder<T> model = small(gpt_oss_20b());
-  CHECK(layer_of<Moe>(model, 0, 1).selector().k == 4);
+  CHECK(layer_of<Moe>(model, 0, 1).selector().config().k == 4);
   CHECK(attention(model, 0).window == 8);
   CHECK(attention(model, 1).window == 0);
   for (std::size_t layer = 0; layer < 2; ++layer) {
@@ -193,15 +193,15 @@ TEST_CASE("DeepSeek-V2 chooses from three of eight groups, V2-Lite from all", "[
     return layer_of<Moe>(model, 1, 1).moe().selector();
   };
   const Decoder<T> wide = small(deepseek_v2());
-  CHECK(selector(wide).groups.count == 8);
-  CHECK(selector(wide).groups.allowed == 3);
-  CHECK(selector(wide).groups.summed == 1);
-  CHECK(selector(wide).scale == 16.0);
-  CHECK(!selector(wide).renormalise);
+  CHECK(selector(wide).config().groups.count == 8);
+  CHECK(selector(wide).config().groups.allowed == 3);
+  CHECK(selector(wide).config().groups.summed == 1);
+  CHECK(selector(wide).config().scale == 16.0);
+  CHECK(!selector(wide).config().renormalise);
   CHECK(layer_of<LatentAttention<T>>(wide, 0, 0).config().q_rank > 0);
   const Decoder<T> lite = small(deepseek_v2_lite());
-  CHECK(selector(lite).groups.count == 1);
-  CHECK(selector(lite).scale == 1.0);
+  CHECK(selector(lite).config().groups.count == 1);
+  CHECK(selector(lite).config().scale == 1.0);
   CHECK(layer_of<LatentAttention<T>>(lite, 0, 0).config().q_rank == 0);
   CHECK(layer_of<LatentAttention<T>>(lite, 0, 0).config().yarn->mscale_all_dim == 0.707);
 }
@@ -229,11 +229,11 @@ TEST_CASE("Switch has one expert in every other layer, with a capacity and jitte
   CHECK(branches(model, 0) == "attention mlp");
   CHECK(branches(model, 1) == "attention moe");
   const Moe& moe = layer_of<Moe>(model, 1, 1);
-  CHECK(moe.selector().k == 1);
-  CHECK(!moe.selector().renormalise);
-  CHECK(!moe.capacity().count_k);
-  CHECK(moe.capacity().train == 1.25);
-  CHECK(moe.capacity().evaluate == 2.0);
+  CHECK(moe.selector().config().k == 1);
+  CHECK(!moe.selector().config().renormalise);
+  CHECK(!moe.capacity().config().count_k);
+  CHECK(moe.capacity().config().train == 1.25);
+  CHECK(moe.capacity().config().evaluate == 2.0);
   CHECK(model.tied());
   using Gated = MoELayer<JitterRouter<Projection>, SoftmaxTopK<T>, CapacityFactor,
                          GluBank<T, GeluTanh>, SwitchLoss<T>>;
@@ -258,9 +258,9 @@ TEST_CASE("ST-MoE and OpenMoE have a dense network with each mixture", "[presets
 TEST_CASE("What make cannot build it refuses", "[presets]") {
   Rng rng(1);
   MixtralConfig mixtral = scaled(mixtral_8x7b());
-  mixtral.shape.ffn_matrices = 2;
+  mixtral.shape.network = Network::kPlain;
   CHECK(test::message_of<ConfigError>([&] { presets::make<T>(mixtral, rng); }) ==
-        "gated_experts: ffn_matrices = 2, expected 3");
+        "gated_experts: network = kPlain, expected kGated");
   mixtral = scaled(mixtral_8x7b());
   mixtral.shape.encoder_layers = 2;
   CHECK(test::message_of<ConfigError>([&] { presets::make<T>(mixtral, rng); }) ==

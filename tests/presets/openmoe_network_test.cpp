@@ -7,6 +7,7 @@
 #include <weir/presets/openmoe_network.hpp>
 
 #include "support/allocations.hpp"
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -25,7 +26,7 @@ TEST_CASE("OpenMoE's network is a gated network with one more factor", "[presets
   const Matrix<double> x = Matrix<double>::Constant(1, 1, 0.5);
   // silu(1) * 1.5 * 2.5 * 7.
   const double expected = 1.0 / (1.0 + std::exp(-1.0)) * 1.5 * 2.5 * 7.0;
-  CHECK(network.forward(x)(0, 0) == Approx(expected).epsilon(1e-14));
+  CHECK(infer(network, x)(0, 0) == Approx(expected).epsilon(1e-14));
 }
 
 TEST_CASE("The gradients of OpenMoE's network agree with finite differences",
@@ -39,14 +40,17 @@ TEST_CASE("OpenMoE's network takes no tokens, and stores its weights", "[presets
   Rng rng(3);
   OpenMoENetwork<float> network(8, 12, rng);
   OpenMoENetwork<float>::Cache cache;
-  CHECK(network.forward(Matrix<float>(0, 8), cache).rows() == 0);
+  CHECK(network.forward(Matrix<float>(0, 8), kTraining, cache).rows() == 0);
   CHECK(network.backward(Matrix<float>(0, 8), cache).rows() == 0);
 
   const Matrix<float> x = test::random_matrix(5, 8, 4).cast<float>();
-  const Matrix<float> y = network.forward(x);
+  const Matrix<float> y = infer(network, x);
+  network.forward(x, kTraining, cache);
   set_storage(network, Storage::kPacked);
+  CHECK(test::message_of<StateError>([&] { network.backward(y, cache); }) ==
+        "Linear::backward: the weights are stored for inference, expected Storage::kTrainable");
   CHECK(parameters(network).empty());
-  CHECK(test::relative_error(network.forward(x), y) <= 1e-6);
+  CHECK(test::relative_error(infer(network, x), y) <= 1e-6);
 }
 
 TEST_CASE("OpenMoE's network allocates nothing in the steady state", "[presets]") {
@@ -55,7 +59,7 @@ TEST_CASE("OpenMoE's network allocates nothing in the steady state", "[presets]"
   OpenMoENetwork<float>::Cache cache;
   const Matrix<float> x = test::random_matrix(5, 8, 5).cast<float>();
   const auto step = [&] {
-    network.forward(x, cache);
+    network.forward(x, kTraining, cache);
     network.backward(x, cache);
   };
   step();
@@ -65,14 +69,9 @@ TEST_CASE("OpenMoE's network allocates nothing in the steady state", "[presets]"
 TEST_CASE("OpenMoE's network says what is wrong", "[presets]") {
   Rng rng(5);
   OpenMoENetwork<double> network(3, 4, rng);
-  OpenMoENetwork<double>::Cache cache;
-  CHECK(test::message_of<ShapeError>([&] { network.forward(Matrix<double>(2, 4)); }) ==
+  CHECK(test::message_of<ShapeError>([&] { infer(network, Matrix<double>(2, 4)); }) ==
         "OpenMoENetwork::forward: x is [2, 4], expected [tokens, 3]");
-  CHECK(test::message_of<StateError>([&] { network.backward(Matrix<double>(2, 3), cache); }) ==
-        "OpenMoENetwork::backward: no forward pass before it");
-  network.forward(test::random_matrix(2, 3, 1), cache);
-  CHECK(test::message_of<ShapeError>([&] { network.backward(Matrix<double>(1, 3), cache); }) ==
-        "OpenMoENetwork::backward: dy is [1, 3], expected [2, 3]");
+  test::check_refused_caches(network, test::random_matrix(2, 3, 1), "OpenMoENetwork::backward");
   CHECK(test::message_of<ConfigError>([&] { OpenMoENetwork<double>(0, 4, rng); }) ==
         "Linear: d_in = 0, expected > 0");
 }

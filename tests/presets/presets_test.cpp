@@ -124,15 +124,16 @@ std::vector<Index> text(std::size_t begin, std::size_t count) {
   return {piece.begin(), piece.end()};
 }
 
-// Logits of `ids` decoded in pieces of so many tokens.
-Matrix<double> decode(const Decoder<double>& model, std::span<const Index> ids, std::size_t piece,
-                      Decoder<double>::State state = {}, Decoder<double>::State* end = nullptr) {
+// Logits of `ids` decoded in pieces of `piece` tokens.
+Matrix<double> decode_in_pieces(const Decoder<double>& model, std::span<const Index> ids,
+                                std::size_t piece, Decoder<double>::State state = {},
+                                Decoder<double>::State* end = nullptr) {
   Decoder<double>::Cache cache;
   Matrix<double> logits(static_cast<Index>(ids.size()), model.vocab());
   for (std::size_t begin = 0; begin < ids.size(); begin += piece) {
     const auto next = ids.subspan(begin, std::min(piece, ids.size() - begin));
     logits.middleRows(static_cast<Index>(begin), static_cast<Index>(next.size())) =
-        model.decode(next, state, cache);
+        decode(model, next, state, cache);
   }
   if (end != nullptr) *end = std::move(state);
   return logits;
@@ -140,16 +141,18 @@ Matrix<double> decode(const Decoder<double>& model, std::span<const Index> ids, 
 
 // Cross-entropy and auxiliary losses of predicting each next byte, as in training.
 struct Objective {
-  CrossEntropy<double> loss = {};
+  CrossEntropy<double> loss{};
   Decoder<double>::Cache cache = {};
   CrossEntropy<double>::Cache loss_cache = {};
+  PassRecord record = {};  // Of the last pass.
 
   double operator()(const Decoder<double>& model, std::span<const Index> ids) {
     const Sequences sequences = Sequences::uniform(1, static_cast<Index>(ids.size()) - 1);
     Rng rng(7);
-    const Pass pass{.training = true, .sequences = &sequences, .rng = &rng};
+    record.clear();
+    const Pass pass{.training = true, .sequences = &sequences, .rng = &rng, .record = &record};
     const Matrix<double>& logits = model.forward(ids.first(ids.size() - 1), pass, cache);
-    return loss.forward(logits, ids.subspan(1), loss_cache) + cache.aux_loss;
+    return loss.forward(logits, ids.subspan(1), loss_cache) + record.aux_loss();
   }
 };
 
@@ -179,11 +182,11 @@ TEST_CASE("Presets keep their structure at any small size", "[presets]") {
     Decoder<double> model = preset.make_large(9);
     const ModelCount counted = count(preset.shape);
     CHECK(parameter_count(model) == counted.total() - counted.selection_bias);
-    const Matrix<double> whole = model.forward(ids);
+    const Matrix<double> whole = infer(model, ids);
     CHECK(whole.allFinite());
-    CHECK(test::relative_error(decode(model, ids, 5), whole) <= 1e-11);
+    CHECK(test::relative_error(decode_in_pieces(model, ids, 5), whole) <= 1e-11);
     set_storage(model, Storage::kPacked);
-    CHECK(test::relative_error(model.forward(ids), whole) <= 1e-11);
+    CHECK(test::relative_error(infer(model, ids), whole) <= 1e-11);
   }
 }
 
@@ -201,13 +204,12 @@ TEST_CASE("DeepSeek-V3's module of multi-token prediction has as many numbers as
   // Behind the model, it is trained with it.
   const std::vector<Index> ids = text(0, 12);
   const std::vector<Index> targets = text(1, 12);
-  const Pass pass{.training = true};
   Decoder<double>::Cache cache;
   MultiToken<double>::Cache modules_cache;
   CrossEntropy<double>::Cache loss_cache;
   const CrossEntropy<double> loss;
-  loss.forward(model.forward(ids, pass, cache), targets, loss_cache);
-  const double further = modules.forward(model, cache, ids, targets, pass, modules_cache);
+  loss.forward(model.forward(ids, kTraining, cache), targets, loss_cache);
+  const double further = modules.forward(model, cache, ids, targets, kTraining, modules_cache);
   CHECK(further == Approx(0.3 * std::log(128.0)).epsilon(0.5));
   model.backward(loss.backward(loss_cache), cache, modules.backward(model, modules_cache));
   CHECK(parameters(modules).front().parameter->grad.norm() > 0.0);
@@ -219,10 +221,10 @@ TEST_CASE("Each preset decodes token by token and in chunks what it computes at 
   for (const Small& preset : all_presets()) {
     INFO(preset.name);
     const Decoder<double> model = preset.make_large(2);
-    const Matrix<double> whole = model.forward(ids);
-    CHECK(test::relative_error(decode(model, ids, ids.size()), whole) <= 1e-11);
-    CHECK(test::relative_error(decode(model, ids, 7), whole) <= 1e-11);
-    CHECK(test::relative_error(decode(model, ids, 1), whole) <= 1e-11);
+    const Matrix<double> whole = infer(model, ids);
+    CHECK(test::relative_error(decode_in_pieces(model, ids, ids.size()), whole) <= 1e-11);
+    CHECK(test::relative_error(decode_in_pieces(model, ids, 7), whole) <= 1e-11);
+    CHECK(test::relative_error(decode_in_pieces(model, ids, 1), whole) <= 1e-11);
   }
 }
 
@@ -233,8 +235,8 @@ TEST_CASE("A rolling cache equals full attention under the window", "[presets]")
     INFO(preset.name);
     const Decoder<double> model = preset.make_large(8);
     Decoder<double>::State state;
-    const Matrix<double> whole = model.forward(ids);
-    CHECK(test::relative_error(decode(model, ids, 10, {}, &state), whole) <= 1e-11);
+    const Matrix<double> whole = infer(model, ids);
+    CHECK(test::relative_error(decode_in_pieces(model, ids, 10, {}, &state), whole) <= 1e-11);
 
     // The cache has rolled: what it would take to go back to token 40 is gone.
     Decoder<double>::State copy = state;
@@ -242,7 +244,8 @@ TEST_CASE("A rolling cache equals full attention under the window", "[presets]")
     // But a draft can be taken back.
     state.truncate(140);
     const auto again = std::span(ids).subspan(140);
-    CHECK(test::relative_error(decode(model, again, 1, state), whole.bottomRows(20)) <= 1e-11);
+    CHECK(test::relative_error(decode_in_pieces(model, again, 1, state), whole.bottomRows(20)) <=
+          1e-11);
   }
 }
 
@@ -285,7 +288,7 @@ TEST_CASE("200 steps of AdamW on real text lower the loss of each preset", "[pre
   for (const Small& preset : all_presets()) {
     INFO(preset.name);
     Decoder<double> model = preset.make(5);
-    AdamW<double> optimizer(parameters(model), {.learning_rate = 3e-3});
+    AdamW<double> optimizer({.learning_rate = 3e-3});
     Objective objective;
     Rng rng(6);
     const auto mean_loss = [&] { return objective(model, text(0, kText.size())); };
@@ -294,8 +297,7 @@ TEST_CASE("200 steps of AdamW on real text lower the loss of each preset", "[pre
       const auto begin = static_cast<std::size_t>(rng.below(static_cast<Index>(kText.size()) - 33));
       objective(model, text(begin, 33));
       model.backward(objective.loss.backward(objective.loss_cache), objective.cache);
-      optimizer.step();
-      model.update();
+      optimizer.step(model);
     }
     CHECK(mean_loss() < 0.7 * before);
   }

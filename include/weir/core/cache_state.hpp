@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Whose a cache is, and whether a backward pass may follow.
+/// Which layer a cache belongs to, and whether a backward pass may follow.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,9 @@
 
 namespace weir {
 
-/// A member of every layer's cache. It knows which layer's forward pass filled the cache, and makes
-/// `backward` refuse a cache that is empty, another layer's, of a pass that did not train, or used
-/// up.
+/// A member of every layer's cache. It knows which layer's forward pass filled the cache. It makes
+/// `backward` refuse a cache that is empty, belongs to another layer, comes from a pass that did
+/// not train, or was used by a backward pass already.
 ///
 ///     const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
 ///       cache.state.begin();
@@ -45,16 +45,18 @@ class CacheState {
   /// Whether the last forward pass succeeded.
   bool is_filled() const { return stage_ != Stage::kEmpty; }
 
-  /// Uses the cache up.
+  /// Marks the cache as used.
   /// \param where    The name of the function, for messages.
   /// \param dy       The gradient of the result.
+  /// \param name     What `layer` calls it, for messages.
   /// \throws StateError   unless the last forward pass with this cache was one of `layer`,
   ///                      succeeded, trained, and has had no backward pass.
   /// \throws ShapeError   if dy does not have the shape of the result.
   template <class Layer, class Gradient>
-  void begin_backward(std::string_view where, const Layer& layer, const Gradient& dy) {
+  void begin_backward(std::string_view where, const Layer& layer, const Gradient& dy,
+                      std::string_view name = "dy") {
     expect_backward(where, &layer);
-    expect_shape(where, "dy", dy, rows_, cols_);
+    expect_shape(where, name, dy, rows_, cols_);
     stage_ = Stage::kSpent;
   }
 

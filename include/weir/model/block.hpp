@@ -52,7 +52,7 @@ class Block {
       Matrix<T> out;  ///< The sum with this branch.
     };
     CacheState state;
-    std::vector<OfBranch> branches;
+    std::vector<OfBranch> branches;  ///< One for each branch, or more after a larger block.
     Matrix<T> dx;
     Matrix<T> d_sum;  ///< The gradient of what parallel branches add up to.
     std::vector<typename AnyLayer<T>::State*> states;  ///< Those of one branch.
@@ -130,6 +130,11 @@ class Block {
                });
   }
 
+  /// The result of the last pass with `cache`.
+  const Matrix<T>& output(const Cache& cache) const {
+    return cache.branches[branches_.size() - 1].out;
+  }
+
   /// Parameters `name_norm.*`, `name.*` and `name_post_norm.*` of each branch.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -149,7 +154,7 @@ class Block {
   const Matrix<T>& run(std::string_view where, MatrixIn<T> x, const Pass& pass, Cache& cache,
                        Run&& layer) const {
     using In = Eigen::Ref<const Matrix<T>>;
-    cache.branches.resize(branches_.size());
+    if (cache.branches.size() < branches_.size()) cache.branches.resize(branches_.size());
     const auto sum_before = [&](std::size_t i) -> In {
       return i == 0 ? In(x) : In(cache.branches[i - 1].out);
     };
@@ -166,7 +171,7 @@ class Block {
       own.out.resize(sum.rows(), sum.cols());
       add_rows<T>(sum, *y, own.out);
     }
-    return cache.branches.back().out;
+    return output(cache);
   }
 
   const Matrix<T>& backward_branch(std::size_t i, const Matrix<T>& dy,

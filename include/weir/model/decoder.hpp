@@ -147,7 +147,7 @@ class Decoder {
       expect_like_h("also.hidden", also.hidden);
       expect_like_h("also.normed", also.normed);
     }
-    cache.state.begin_backward("Decoder::backward", *this, d_logits);
+    cache.state.begin_backward("Decoder::backward", *this, d_logits, "d_logits");
     const auto sum = [](const Matrix<T>& a, const Matrix<T>* b, Matrix<T>& place) {
       if (b == nullptr) return &a;
       place.resize(a.rows(), a.cols());
@@ -163,11 +163,12 @@ class Decoder {
   /// Continues several sequences at once, each by any number of tokens, for inference. However a
   /// sequence is cut into calls, and whatever others are beside it, its logits are to rounding
   /// those that `forward` gives for the whole, provided that no token's result depends on later
-  /// ones or on other sequences; a capacity can make it so. Mixtures of experts see the tokens of
-  /// all sequences in one pass. For a single sequence, see the free function `decode`. \param ids
-  /// The new tokens, packed one sequence after the other as pass.sequences says;
+  /// ones or on other sequences; a capacity can make it depend on them. Mixtures of experts see the
+  /// tokens of all sequences in one pass. For a single sequence, see the free function `decode`.
+  ///
+  /// \param ids      The new tokens, packed one sequence after the other as pass.sequences says;
   ///                 without, there is one sequence.
-  /// \param pass     Counts as one that does not train, without auxiliary losses.
+  /// \param pass     Is run as one that does not train, without auxiliary losses.
   /// \param states   One for each sequence, all different.
   /// \param last_only  Computes the logits of the last new token of each sequence alone.
   /// \return         Logits [ids, vocab]; with last_only, a row for each sequence that has new
@@ -210,9 +211,8 @@ class Decoder {
   /// last pass with `cache`. Both live in the cache until its next pass.
   const Matrix<T>& hidden(const Cache& cache) const {
     if (layers_.empty()) return embedded(cache.embedding);
-    const auto& last =
-        cache.training ? cache.layers.back() : cache.workspace[(layers_.size() - 1) % 2];
-    return last.branches.back().out;
+    const std::size_t last = layers_.size() - 1;
+    return layers_[last].output(cache.training ? cache.layers[last] : cache.workspace[last % 2]);
   }
   const Matrix<T>& normed(const Cache& cache) const { return cache.normed; }
 

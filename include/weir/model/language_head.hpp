@@ -62,7 +62,7 @@ class LanguageHead {
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Embedding<T>& embedding, Cache& cache) {
     expect_trainable("LanguageHead::backward", storage());
-    cache.state.begin_backward("LanguageHead::backward", *this, d_logits);
+    cache.state.begin_backward("LanguageHead::backward", *this, d_logits, "d_logits");
     if (scale_.is_identity()) return product_backward(d_logits, embedding, cache);
     cache.d_z.resize(d_logits.rows(), d_logits.cols());
     scale_.backward(cache.logits, d_logits, cache.d_z);

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/cache_state.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/pass.hpp>
@@ -116,6 +117,7 @@ class MultiToken {
   };
 
   struct Cache {
+    CacheState state;
     std::vector<ModuleCache> modules;
     std::vector<T> losses;  ///< L_k, without lambda / D.
     Matrix<T> d_source;     ///< The gradient of h^0.
@@ -149,6 +151,7 @@ class MultiToken {
   /// \throws NonFiniteError  as CrossEntropy does.
   T forward(const Decoder<T>& model, const typename Decoder<T>::Cache& main, TokenIds ids,
             TokenIds targets, const Pass& pass, Cache& cache, Index tokens = 0) const {
+    cache.state.begin();
     const Matrix<T>& source =
         config_.source == HiddenSource::kHidden ? model.hidden(main) : model.normed(main);
     check(source, ids, targets, pass);
@@ -179,6 +182,7 @@ class MultiToken {
     }
     T sum = T(0);
     for (const T loss : cache.losses) sum += loss;
+    cache.state.finish(*this, pass, cache.d_source);
     return scale() * sum;
   }
 
@@ -187,10 +191,7 @@ class MultiToken {
   /// \return         The gradient of h, for `model.backward`; lives in the cache.
   /// \throws StateError   if the cache does not fit, see CacheState.
   typename Decoder<T>::HiddenGradient backward(Decoder<T>& model, Cache& cache) {
-    if (cache.modules.size() != modules_.size()) {
-      fail<StateError>(
-          "MultiToken::backward: the cache is empty, expected a forward pass that succeeded");
-    }
+    cache.state.begin_backward("MultiToken::backward", *this, cache.d_source);
     const Index d = d_model();
     for (std::size_t k = modules_.size(); k-- > 0;) {
       ModuleCache& own = cache.modules[k];
