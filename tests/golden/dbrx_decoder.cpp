@@ -34,7 +34,7 @@ struct Place {
   bool transposed = false;
 };
 
-/// Of the parameter `ours`, such as "layers.0.moe.experts.2.down".
+/// Where the parameter `ours` is, such as "layers.0.moe.experts.2.down".
 Place place_of(const std::string& ours, const DecoderInputs& in) {
   const Index d = in.d_model;
   if (ours == "embedding.weight") return {"transformer.wte.weight", {in.vocab, d}};
@@ -72,30 +72,30 @@ Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coe
   Rng rng(0);
   const LayerNorm<double> norm(in.d_model,
                                {.epsilon = file.number("layernorm_eps"), .bias = false});
-  SoftmaxTopK<double> selector{.k = in.k};
+  SoftmaxTopKConfig selection{.k = in.k};
   if (const auto norm_of_weights = file.optional_number("moe_normalize_expert_weights")) {
-    selector.renormalise = true;
-    selector.norm = *norm_of_weights;
+    selection.renormalise = true;
+    selection.norm = *norm_of_weights;
   }
   std::vector<Block<double>> layers;
   for (Index l = 0; l < in.layers; ++l) {
     // As in Mixtral's: f_e that sum to k, and the mean over the layers.
-    GlobalBatchLoss<double> balance(coefficient * static_cast<double>(in.k) /
-                                    static_cast<double>(in.layers));
+    GlobalBatchLoss<double> balance(
+        {.coefficient = coefficient * static_cast<double>(in.k) / static_cast<double>(in.layers)});
     const RowVector<double> elsewhere = load_elsewhere(loads, l);
     if (elsewhere.size() > 0) balance.add_load(elsewhere);
     layers.push_back(pre_norm_block<double>(
         norm,
-        GroupedQueryAttention<double>({.d_model = in.d_model,
+        GroupedQueryAttention<double>(rng,
+                                      {.d_model = in.d_model,
                                        .heads = in.heads,
                                        .kv_heads = in.kv_heads,
                                        .rope_theta = file.number("rope_theta"),
-                                       .clip_qkv = file.optional_number("clip_qkv").value_or(0.0)},
-                                      rng),
+                                       .clip_qkv = file.optional_number("clip_qkv").value_or(0.0)}),
         norm,
-        Moe(LinearRouter<double>(in.d_model, in.experts, rng), selector, Dropless{},
-            GluBank<double>(in.experts, in.d_model, in.d_ff, rng),
-            DoubleSoftmaxLoss<GlobalBatchLoss<double>>{balance}),
+        Moe(LinearRouter<double>(in.d_model, in.experts, rng), SoftmaxTopK<double>(selection),
+            Dropless(), GluBank<double>(in.d_model, in.experts, in.d_ff, rng),
+            DoubleSoftmaxLoss(balance)),
         "moe"));
   }
   Decoder<double> decoder(Embedding<double>(in.vocab, in.d_model, rng), std::move(layers), norm,

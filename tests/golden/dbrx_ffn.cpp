@@ -15,6 +15,7 @@
 #include "golden/double_softmax_loss.hpp"
 #include "golden/families.hpp"
 #include "golden/moe_case.hpp"
+#include "support/routing.hpp"
 
 namespace weir::golden {
 namespace {
@@ -53,13 +54,13 @@ Matrix<double> join(Gradients& gradients, const std::string& member, bool transp
 
 /// DBRX divides by a norm of at least 1 of the chosen probabilities, or by none.
 SoftmaxTopK<double> selector_of(CaseFile& file) {
-  SoftmaxTopK<double> selector{.k = file.size("top_k")};
+  SoftmaxTopKConfig config{.k = file.size("top_k")};
   const std::optional<double> norm = file.optional_number("moe_normalize_expert_weights");
   if (norm) {
-    selector.renormalise = true;
-    selector.norm = *norm;
+    config.renormalise = true;
+    config.norm = *norm;
   }
-  return selector;
+  return SoftmaxTopK<double>(config);
 }
 
 }  // namespace
@@ -68,21 +69,22 @@ void check_dbrx_ffn(CaseFile& file, Checker& checker) {
   file.expect_activation("silu");
   const MoeInputs in(file);
   const Index rows = in.experts * in.d_ff;
-  SwitchLoss<double> balance{file.number("aux_coef"), LoadFraction::kOfTokens};
+  const SwitchLoss<double> balance(
+      {.coefficient = file.number("aux_coef"), .fraction = LoadFraction::kOfTokens});
   MoELayer moe(LinearRouter<double>(weight(file, kRouter, in.experts, in.d_model)),
-               selector_of(file), Dropless{},
+               selector_of(file), Dropless(),
                GluBank<double>(split(weight(file, kGate, rows, in.d_model), in.experts),
                                split(weight(file, kUp, rows, in.d_model), in.experts),
                                split_transposed(weight(file, kDown, rows, in.d_model), in.experts)),
-               DoubleSoftmaxLoss<SwitchLoss<double>>{balance});
+               DoubleSoftmaxLoss(balance));
 
   decltype(moe)::Cache cache;
   check_layer(checker, moe, in, cache);
   check_routing(checker, file, cache.routing);
-  balance.coefficient = 1.0;  // The file has these losses unscaled.
-  checker.scalar("out.aux_loss",
-                 DoubleSoftmaxLoss<SwitchLoss<double>>{balance}.loss(cache.routing));
-  checker.scalar("out.aux_loss_single_softmax", balance.loss(cache.routing));
+  // The file has these losses unscaled.
+  const SwitchLoss<double> unscaled({.coefficient = 1.0, .fraction = LoadFraction::kOfTokens});
+  checker.scalar("out.aux_loss", test::loss_of(DoubleSoftmaxLoss(unscaled), cache.routing));
+  checker.scalar("out.aux_loss_single_softmax", test::loss_of(unscaled, cache.routing));
 
   Gradients gradients(moe);
   gradients.check(checker, "router.weight", kRouter);

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/core/layer.hpp>
+#include <weir/core/pass_record.hpp>
 #include <weir/core/sequences.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/moe/report.hpp>
@@ -21,7 +23,7 @@
 
 namespace weir::golden {
 
-/// Tokens and labels, and how many of what there are.
+/// Tokens and labels, and the sizes.
 struct DecoderInputs {
   explicit DecoderInputs(CaseFile& file)
       : batch(file.size("batch")),
@@ -45,7 +47,7 @@ struct DecoderInputs {
     targets.assign(labels.begin() + 1, labels.end());
     targets.push_back(0);
     for (std::size_t t = 0; t < targets.size(); ++t) {
-      if ((static_cast<Index>(t) + 1) % seq == 0) targets[t] = CrossEntropy<double>{}.ignore_index;
+      if ((static_cast<Index>(t) + 1) % seq == 0) targets[t] = CrossEntropyConfig{}.ignore_index;
     }
   }
 
@@ -59,8 +61,8 @@ struct DecoderInputs {
 /// The assignments to each expert in each layer.
 using Loads = std::vector<RowVector<double>>;
 
-/// What the balancing loss of layer l has to know of the others: their assignments together. Empty
-/// where `loads` is.
+/// What the balancing loss of layer l has to know of the others: the sum of their assignments.
+/// Empty where `loads` is.
 inline RowVector<double> load_elsewhere(const Loads& loads, Index l) {
   RowVector<double> sum;
   for (std::size_t other = 0; other < loads.size(); ++other) {
@@ -101,8 +103,11 @@ Decoder<double> check_decoder(CaseFile& file, Checker& checker, const DecoderInp
   Loads loads;
   {
     const Decoder<double> first = make(loads);
-    first.forward(in.ids, in.pass(), cache);
-    for (const NamedReport& named : first.reports(cache)) {
+    PassRecord record(PassRecord::Collects::kLossesAndReports);
+    Pass pass = in.pass();
+    pass.record = &record;
+    first.forward(in.ids, pass, cache);
+    for (const PassRecord::NamedReport& named : record.reports()) {
       const std::vector<Index>& load = named.report.load;
       loads.push_back(Eigen::Map<const RowVector<Index>>(load.data(), in.experts).cast<double>());
     }
@@ -110,18 +115,21 @@ Decoder<double> check_decoder(CaseFile& file, Checker& checker, const DecoderInp
   Decoder<double> decoder = make(loads);
   const CrossEntropy<double> objective;
   CrossEntropy<double>::Cache loss_cache;
-  const Matrix<double> logits = decoder.forward(in.ids, in.pass(), cache);
+  PassRecord record;
+  Pass pass = in.pass();
+  pass.record = &record;
+  const Matrix<double> logits = decoder.forward(in.ids, pass, cache);
   const double loss = objective.forward(logits, in.targets, loss_cache);
   checker.reals("out.logits", logits);
   checker.scalar("out.ce_loss", loss);
-  checker.scalar("out.aux_loss", cache.aux_loss / coefficient);
-  checker.scalar("out.loss", loss + cache.aux_loss);
+  checker.scalar("out.aux_loss", record.aux_loss() / coefficient);
+  checker.scalar("out.loss", loss + record.aux_loss());
 
   for (Index l = 0; l < in.layers; ++l) {
     const std::string prefix = "out.layers." + std::to_string(l) + ".";
     const auto i = static_cast<std::size_t>(l);
     const Branch<double>& branch = decoder.layers()[i].branches()[1];
-    const Matrix<double> x = branch.norm.forward(cache.layers[i].branches[0].out);
+    const Matrix<double> x = infer(branch.norm, cache.layers[i].branches[0].out);
     typename Moe::Cache moe;
     branch.layer.get<Moe>()->forward(x, in.pass(), moe);
     if (file.has(prefix + "router_logits")) {

@@ -3,6 +3,7 @@
 // network in the first layers, and shared and routed experts in the others.
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -81,7 +82,7 @@ void load(CaseFile& file, Layer& layer, const std::string& prefix, NameOf&& name
 }
 
 RmsNorm<double> read_norm(CaseFile& file, const std::string& name, const LatentConfig& config) {
-  RmsNorm<double> norm(config.d_model, config.norm_epsilon);
+  RmsNorm<double> norm(config.d_model, {.epsilon = config.norm_epsilon});
   norm.weight().value = file.matrix("w." + name + ".weight", {config.d_model});
   return norm;
 }
@@ -95,8 +96,8 @@ Moe read_moe(CaseFile& file, const Shape& shape, const std::string& prefix) {
        .scale = file.number("route_scale"),
        .groups = {.count = file.size("n_group"), .allowed = file.size("topk_group"), .summed = 2}});
   selector.selection_bias().value = file.matrix("w." + prefix + "gate.bias", {shape.experts});
-  Moe moe(MoELayer(LinearRouter<double>(d_model, shape.experts, rng), selector, Dropless{},
-                   GluBank<double>(shape.experts, d_model, shape.d_ff, rng)),
+  Moe moe(MoELayer(LinearRouter<double>(d_model, shape.experts, rng), selector, Dropless(),
+                   GluBank<double>(d_model, shape.experts, shape.d_ff, rng)),
           Glu<double>(d_model, shape.shared * shape.d_ff, rng));
   load(file, moe, prefix, moe_name);
   return moe;
@@ -106,7 +107,7 @@ Parts read_layer(CaseFile& file, const Shape& shape, Index l) {
   Rng rng(0);
   const std::string prefix = "layers." + std::to_string(l) + ".";
   Parts parts{read_norm(file, prefix + "attn_norm", shape.latent),
-              LatentAttention<double>(shape.latent, rng),
+              LatentAttention<double>(rng, shape.latent),
               read_norm(file, prefix + "ffn_norm", shape.latent), std::nullopt, std::nullopt};
   for (auto& [name, parameter] : parameters(parts.attention)) {
     parameter->value =
@@ -139,10 +140,10 @@ void check_routing_of(CaseFile& file, Checker& checker, const std::vector<Parts>
   for (std::size_t l = 0; l < layers.size(); ++l) {
     const Parts& parts = layers[l];
     LatentAttention<double>::Cache attention;
-    x += parts.attention.forward(parts.attention_norm.forward(x), pass, attention);
-    const Matrix<double> normed = parts.feed_forward_norm.forward(x);
+    x += parts.attention.forward(infer(parts.attention_norm, x), pass, attention);
+    const Matrix<double> normed = infer(parts.feed_forward_norm, x);
     if (parts.dense) {
-      x += parts.dense->forward(normed);
+      x += infer(*parts.dense, normed);
       continue;
     }
     Moe::Cache cache;
@@ -210,7 +211,7 @@ void check_deepseek_v3_decoder(CaseFile& file, Checker& checker) {
   targets.push_back(0);
   const CrossEntropy<double> objective;
   for (std::size_t t = 0; t < targets.size(); ++t) {
-    if ((static_cast<Index>(t) + 1) % seq == 0) targets[t] = objective.ignore_index;
+    if ((static_cast<Index>(t) + 1) % seq == 0) targets[t] = objective.config().ignore_index;
   }
   const Sequences sequences = Sequences::uniform(batch, seq);
   const Pass pass{.training = true, .sequences = &sequences};
@@ -222,14 +223,16 @@ void check_deepseek_v3_decoder(CaseFile& file, Checker& checker) {
   checker.scalar("out.loss", objective.forward(logits, targets, loss));
   decoder.backward(objective.backward(loss), cache);
   check_gradients(checker, decoder, shape);
-  check_routing_of(file, checker, layers, embedding.forward(ids), pass);
+  Embedding<double>::Cache embedded;
+  check_routing_of(file, checker, layers, embedding.forward(ids, pass, embedded), pass);
 
   checker.section("decoding token by token");
   Matrix<double> decoded(logits.rows(), logits.cols());
   for (Index b = 0; b < batch; ++b) {
     Decoder<double>::State state;
     for (Index t = b * seq; t < (b + 1) * seq; ++t) {
-      decoded.row(t) = decoder.decode({&ids[static_cast<std::size_t>(t)], 1}, state, cache);
+      const std::span<const Index> id(&ids[static_cast<std::size_t>(t)], 1);
+      decoded.row(t) = decode(decoder, id, state, cache);
     }
   }
   checker.reals("out.logits", decoded);

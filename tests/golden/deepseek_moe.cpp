@@ -49,7 +49,7 @@ template <class S, class Check, class... L>
 void check_deepseek(CaseFile& file, Checker& checker, const MoeInputs& in, const GluNames& names,
                     const S& selector, Check&& check_routing_of, const L&... balancers) {
   MoELayer moe(LinearRouter<double>(weight(file, "gate.weight", in.experts, in.d_model)), selector,
-               Dropless{}, read_bank(file, in, names), balancers...);
+               Dropless(), read_bank(file, in, names), balancers...);
   const Index d_ff = file.size("shared_d_ff");
   if (d_ff != file.size("n_shared_experts") * in.d_ff) {
     checker.failure("cfg.shared_d_ff", "is not that of the shared experts together");
@@ -59,15 +59,15 @@ void check_deepseek(CaseFile& file, Checker& checker, const MoeInputs& in, const
                      weight(file, kShared + names.down, in.d_model, d_ff));
   SharedExperts layer(std::move(moe), std::move(shared));
   typename decltype(layer)::Cache cache;
-  check_layer(checker, layer, in, cache);
+  const double aux_loss = check_layer(checker, layer, in, cache);
 
   const Routing<double>& routing = cache.moe.routing;
   checker.reals("out.router_logits", routing.logits);
   check_top_k(checker, file, routing);
   checker.reals("out.combine_dense", dense_weights(routing));
-  const MoEReport report = report_of(routing);
+  const LayerReport report = report_of(routing);
   checker.integers("out.tokens_per_expert", {report.load.begin(), report.load.end()});
-  check_routing_of(routing, cache.aux_loss);
+  check_routing_of(routing, aux_loss);
 
   Gradients gradients(layer);
   gradients.check(checker, "router.weight", "gate.weight");
@@ -104,11 +104,11 @@ void check_deepseek_v2_moe(CaseFile& file, Checker& checker) {
   expect_text(file, "norm_topk_prob", "False");
   const MoeInputs in(file);
   // Groups that are not allowed have the score 0 there, below every probability.
-  const SoftmaxTopK<double> selector{.k = file.size("top_k"),
-                                     .scale = file.number("routed_scaling_factor"),
-                                     .groups = read_groups(file, 1)};
-  const SwitchLoss<double> balance{file.number("aux_loss_alpha"), LoadFraction::kOfAssignments,
-                                   Scope::kSequence};
+  const SoftmaxTopK<double> selector({.k = file.size("top_k"),
+                                      .scale = file.number("routed_scaling_factor"),
+                                      .groups = read_groups(file, 1)});
+  const SwitchLoss<double> balance(
+      {.coefficient = file.number("aux_loss_alpha"), .scope = Scope::kSequence});
   const auto check = [&](const Routing<double>& routing, double aux_loss) {
     checker.reals("out.router_scores", routing.probabilities);
     checker.scalar("out.aux_loss", aux_loss);

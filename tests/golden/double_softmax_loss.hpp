@@ -3,35 +3,43 @@
 /// What Hugging Face's code for DBRX makes of a balancing loss.
 #pragma once
 
+#include <utility>
+
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/softmax.hpp>
 
 namespace weir::golden {
 
-/// It takes the softmax of probabilities for the probabilities. f_e is as it should be, the softmax
-/// keeping the order.
+/// It takes the softmax of probabilities for the probabilities. f_e is as it should be, because the
+/// softmax keeps the order.
 template <class Balance>
-struct DoubleSoftmaxLoss {
-  Balance balance;
+class DoubleSoftmaxLoss : public BalancerBase {
+ public:
+  struct Cache {
+    typename Balance::Cache inner;
+    Routing<double> doubled;
+  };
 
-  double loss(const Routing<double>& routing) const {
-    return balance.loss(with_double_softmax(routing));
+  explicit DoubleSoftmaxLoss(Balance balance) : balance_(std::move(balance)) {}
+
+  double forward(const Routing<double>& routing, Cache& cache) const {
+    cache.doubled = routing;
+    softmax<double>(routing.probabilities, cache.doubled.probabilities);
+    return balance_.forward(cache.doubled, cache.inner);
   }
 
-  void add_gradient(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
-    const Routing<double> doubled = with_double_softmax(routing);
+  void backward(const Routing<double>& /*routing*/, double scale, RoutingGradient<double>& gradient,
+                Cache& cache) const {
     RoutingGradient<double> inner;
-    inner.reset(doubled);
-    balance.add_gradient(doubled, inner);
-    add_softmax_backward<double>(doubled.probabilities, inner.probabilities,
+    inner.reset(cache.doubled);
+    balance_.backward(cache.doubled, scale, inner, cache.inner);
+    add_softmax_backward<double>(cache.doubled.probabilities, inner.probabilities,
                                  gradient.probabilities);
   }
 
  private:
-  static Routing<double> with_double_softmax(Routing<double> routing) {
-    softmax<double>(routing.probabilities, routing.probabilities);
-    return routing;
-  }
+  Balance balance_;
 };
 
 }  // namespace weir::golden

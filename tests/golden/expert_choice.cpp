@@ -3,17 +3,15 @@
 // g.*), the paper what comes out of it (out.y_paper, gp.*); the routing is the same.
 #include <algorithm>
 #include <cstdint>
-#include <span>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/experts/input_weighted.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
-#include <weir/nn/glu.hpp>
 
 #include "golden/families.hpp"
 #include "golden/moe_case.hpp"
@@ -34,59 +32,6 @@ std::vector<Matrix<double>> read_experts(CaseFile& file, const std::string& name
   }
   return parts;
 }
-
-/// A bank whose experts see weight * x, and whose results are added up unweighted.
-class InputWeightedBank {
- public:
-  using Scalar = double;
-
-  struct Cache {
-    std::vector<Glu<double>::Cache> glu;
-    Matrix<double> y, dx;
-  };
-
-  explicit InputWeightedBank(std::vector<Glu<double>> experts) : experts_(std::move(experts)) {}
-
-  const Matrix<double>& forward(MatrixIn<double> x, const Dispatch<double>& dispatch,
-                                Cache& cache) const {
-    cache.glu.resize(experts_.size());
-    cache.y.setZero(x.rows(), d_out());
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      Matrix<double> scaled(rows, x.cols());
-      for (Index i = 0; i < rows; ++i) {
-        scaled.row(i) = dispatch.weight(begin + i) * x.row(dispatch.token(begin + i));
-      }
-      const Matrix<double>& y = experts_[e].forward(scaled, cache.glu[e]);
-      for (Index i = 0; i < rows; ++i) cache.y.row(dispatch.token(begin + i)) += y.row(i);
-    });
-    return cache.y;
-  }
-
-  const Matrix<double>& backward(MatrixIn<double> dy, MatrixIn<double> x,
-                                 const Dispatch<double>& dispatch, std::span<double> d_weight,
-                                 Cache& cache) {
-    cache.dx.setZero(x.rows(), d_in());
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      Matrix<double> gradient(rows, d_out());
-      for (Index i = 0; i < rows; ++i) gradient.row(i) = dy.row(dispatch.token(begin + i));
-      const Matrix<double>& d_scaled = experts_[e].backward(gradient, cache.glu[e]);
-      for (Index i = 0; i < rows; ++i) {
-        const Index s = begin + i;
-        d_weight[static_cast<std::size_t>(dispatch.assignment(s))] =
-            d_scaled.row(i).dot(x.row(dispatch.token(s)));
-        cache.dx.row(dispatch.token(s)) += dispatch.weight(s) * d_scaled.row(i);
-      }
-    });
-    return cache.dx;
-  }
-
-  Index d_in() const { return experts_[0].d_model(); }
-  Index d_out() const { return experts_[0].d_model(); }
-  Glu<double>& operator[](std::size_t e) { return experts_[e]; }
-
- private:
-  std::vector<Glu<double>> experts_;
-};
 
 /// The gradients of one member of all experts, one below the other, as the file has them.
 Matrix<double> join(const std::vector<Matrix<double>>& parts) {
@@ -128,6 +73,29 @@ void check_decision(Checker& checker, CaseFile& file, const Routing<double>& rou
   checker.reals("out.token_score", scores);
 }
 
+/// Compares what `layer` decides, its result, and its gradients, which the file has under names
+/// that end in `suffix` or begin with `prefix`.
+template <class Moe>
+void check_layer_of(Checker& checker, CaseFile& file, const MoeInputs& in, Moe& layer,
+                    const std::string& suffix, const std::string& prefix) {
+  typename Moe::Cache cache;
+  const Matrix<double> y = layer.forward(in.x, in.pass(), cache);
+  check_decision(checker, file, cache.routing);
+  checker.reals("out.y" + suffix, y);
+  checker.scalar("out.loss" + suffix, y.cwiseProduct(in.cotangent).sum());
+  checker.reals(prefix + "x", layer.backward(in.cotangent, cache));
+  Gradients gradients(layer);
+  checker.reals(prefix + kRouter, gradients.take("router.weight"));
+  for (const std::string& member : kMembers) {
+    std::vector<Matrix<double>> parts;
+    for (Index e = 0; e < in.experts; ++e) {
+      parts.push_back(gradients.take("experts." + std::to_string(e) + "." + member));
+    }
+    checker.reals(prefix + "experts." + member + "_proj", join(parts));
+  }
+  gradients.finish(checker);
+}
+
 }  // namespace
 
 void check_expert_choice(CaseFile& file, Checker& checker) {
@@ -135,63 +103,20 @@ void check_expert_choice(CaseFile& file, Checker& checker) {
     throw UnknownCase("score = " + score);
   }
   const MoeInputs in(file);
-  const ExpertChoice<double> selector{
-      .factor = file.number("capacity_factor"), .rounding = Rounding::kDown, .multiple = 8};
+  const ExpertChoice<double> selector(
+      {.factor = file.number("capacity_factor"), .rounding = Rounding::kDown, .multiple = 8});
   const auto gate = read_experts(file, "gate_proj", in.experts, in.d_model, in.d_ff);
   const auto up = read_experts(file, "up_proj", in.experts, in.d_model, in.d_ff);
   const auto down = read_experts(file, "down_proj", in.experts, in.d_ff, in.d_model);
-  const Matrix<double> router_weight = weight(file, kRouter, in.experts, in.d_model);
+  const LinearRouter<double> router(weight(file, kRouter, in.experts, in.d_model));
+  const GluBank<double> bank(gate, up, down);
 
   checker.section("the paper: outputs are weighted");
-  MoELayer moe(LinearRouter<double>(router_weight), selector, Dropless{},
-               GluBank<double>(gate, up, down));
-  decltype(moe)::Cache cache;
-  const Matrix<double> y_paper = moe.forward(in.x, in.pass(), cache);
-  check_decision(checker, file, cache.routing);
-  checker.reals("out.y_paper", y_paper);
-  checker.scalar("out.loss_paper", y_paper.cwiseProduct(in.cotangent).sum());
-  checker.reals("gp.x", moe.backward(in.cotangent, cache));
-  Gradients gradients(moe);
-  checker.reals("gp." + kRouter, gradients.take("router.weight"));
-  for (const std::string& member : kMembers) {
-    std::vector<Matrix<double>> parts;
-    for (Index e = 0; e < in.experts; ++e) {
-      parts.push_back(gradients.take("experts." + std::to_string(e) + "." + member));
-    }
-    checker.reals("gp.experts." + member + "_proj", join(parts));
-  }
-  gradients.finish(checker);
-
+  MoELayer of_paper(router, selector, Dropless(), bank);
+  check_layer_of(checker, file, in, of_paper, "_paper", "gp.");
   checker.section("the reference: inputs are weighted");
-  std::vector<Glu<double>> experts;
-  for (std::size_t e = 0; e < gate.size(); ++e) experts.emplace_back(gate[e], up[e], down[e]);
-  InputWeightedBank bank(std::move(experts));
-  LinearRouter<double> router(router_weight);
-  LinearRouter<double>::Cache router_cache;
-  InputWeightedBank::Cache bank_cache;
-  Routing<double> routing;
-  Dispatch<double> dispatch;
-  selector.select(apply(router, in.x, in.pass(), router_cache), in.pass(), routing);
-  dispatch.build(routing);
-  const Matrix<double> y = bank.forward(in.x, dispatch, bank_cache);
-  checker.reals("out.y", y);
-  checker.scalar("out.loss", y.cwiseProduct(in.cotangent).sum());
-
-  RoutingGradient<double> gradient;
-  gradient.reset(routing);
-  const std::span<double> d_weight(gradient.weights.data(), routing.expert.size());
-  Matrix<double> dx = bank.backward(in.cotangent, in.x, dispatch, d_weight, bank_cache);
-  selector.backward(routing, gradient);
-  dx += router.backward(gradient.logits, router_cache);
-  checker.reals("g.x", dx);
-  checker.reals("g." + kRouter, Gradients(router).take("weight"));
-  std::vector<Gradients> per_expert;
-  for (std::size_t e = 0; e < gate.size(); ++e) per_expert.emplace_back(bank[e]);
-  for (const std::string& member : kMembers) {
-    std::vector<Matrix<double>> parts;
-    for (Gradients& of_expert : per_expert) parts.push_back(of_expert.take(member));
-    checker.reals("g.experts." + member + "_proj", join(parts));
-  }
+  MoELayer of_reference(router, selector, Dropless(), InputWeighted(bank));
+  check_layer_of(checker, file, in, of_reference, "", "g.");
 }
 
 }  // namespace weir::golden

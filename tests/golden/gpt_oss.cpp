@@ -84,7 +84,7 @@ void check_gpt_oss(CaseFile& file, Checker& checker) {
   const MoeInputs in(file);
   Matrix<double> bias = file.matrix("w.router.bias", {in.experts});
   MoELayer moe(LinearRouter<double>(weight(file, "router.weight", in.experts, in.d_model), bias),
-               TopKSoftmax<double>{.k = file.size("top_k")}, Dropless{}, read_bank(file, in));
+               TopKSoftmax<double>({.k = file.size("top_k")}), Dropless(), read_bank(file, in));
   decltype(moe)::Cache cache;
   check_layer(checker, moe, in, cache);
   checker.reals("out.router_logits", cache.routing.logits);

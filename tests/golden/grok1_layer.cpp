@@ -80,12 +80,12 @@ void check_grok1_layer(CaseFile& file, Checker& checker) {
                                      .rope_theta = file.number("rope_theta"),
                                      .scale = file.number("attn_output_multiplier"),
                                      .softcap = file.number("max_attn_val")};
-  const RmsNorm<double> norm(in.d_model, file.number("rms_eps"));
-  Block<double> block({{"attention", norm, GroupedQueryAttention<double>(config, rng), norm},
+  const RmsNorm<double> norm(in.d_model, {.epsilon = file.number("rms_eps")});
+  Block<double> block({{"attention", norm, GroupedQueryAttention<double>(rng, config), norm},
                        {"moe", norm,
                         Moe(LinearRouter<double>(in.d_model, in.experts, rng),
-                            SoftmaxTopK<double>{.k = file.size("top_k")}, Dropless{},
-                            GluBank<double, GeluTanh>(in.experts, in.d_model, in.d_ff, rng)),
+                            SoftmaxTopK<double>({.k = file.size("top_k")}), Dropless(),
+                            GluBank<double, GeluTanh>(in.d_model, in.experts, in.d_ff, rng)),
                         norm}});
   read_weights(file, block, in.experts);
 
@@ -95,11 +95,11 @@ void check_grok1_layer(CaseFile& file, Checker& checker) {
   const Branch<double>& attention = block.branches()[0];
   AnyLayer<double>::Cache attention_cache;
   checker.reals("out.attn_out",
-                attention.layer.forward(attention.norm.forward(in.x), in.pass(), attention_cache));
+                attention.layer.forward(infer(attention.norm, in.x), in.pass(), attention_cache));
   const Branch<double>& moe = block.branches()[1];
   Moe::Cache moe_cache;
-  checker.reals("out.moe_out", moe.layer.get<Moe>()->forward(
-                                   moe.norm.forward(cache.branches[0].out), in.pass(), moe_cache));
+  checker.reals("out.moe_out", moe.layer.get<Moe>()->forward(infer(moe.norm, cache.branches[0].out),
+                                                             in.pass(), moe_cache));
   checker.reals("out.router_logits", moe_cache.routing.logits);
   checker.reals("out.router_probs", moe_cache.routing.probabilities);
   check_top_k(checker, file, moe_cache.routing);

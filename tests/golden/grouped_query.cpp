@@ -50,14 +50,14 @@ struct Layout {
 
 Gqa read_layer(CaseFile& file, const Layout& layout) {
   Rng rng(1);
-  Gqa layer({.d_model = file.size("d_model"),
+  Gqa layer(rng,
+            {.d_model = file.size("d_model"),
              .heads = file.size("n_heads"),
              .kv_heads = file.size("n_kv_heads"),
              .head_dim = file.size("head_dim"),
              .rope_theta = file.number("rope_theta"),
              .rope_layout = layout.packed ? RopeLayout::kInterleaved : RopeLayout::kHalfSplit,
-             .window = static_cast<Index>(file.optional_number("sliding_window").value_or(0.0))},
-            rng);
+             .window = static_cast<Index>(file.optional_number("sliding_window").value_or(0.0))});
   const auto read = [&](const std::string& name, Parameter<double>& parameter) {
     parameter.value = weight(file, name, parameter.value.rows(), parameter.value.cols());
   };
@@ -93,7 +93,7 @@ Matrix<double> decode(const Gqa& layer, const Layout& layout, const Matrix<doubl
   for (Index s = 0; s < layout.sequences.count(); ++s) {
     Gqa::State kv;
     for (Index t = layout.sequences.begin(s); t < layout.sequences.end(s); ++t) {
-      y.row(t) = layer.decode(x.row(t), kv, cache);
+      y.row(t) = weir::decode(layer, x.row(t), kv, cache);
     }
   }
   return y;
@@ -135,7 +135,8 @@ void check_grouped_query(CaseFile& file, Checker& checker) {
     const Index pairs = layer.config().head_dim / 2;
     const std::vector<Index> of_token(positions.begin(), positions.end());
     Scratch<double> table;
-    Rope(2 * pairs, layer.config().rope_theta).tabulate(std::span<const Index>(of_token), table);
+    const Rope rope(2 * pairs, {.theta = layer.config().rope_theta});
+    rope.tabulate(std::span<const Index>(of_token), table);
     checker.reals("out.freqs_cos", table.view().leftCols(pairs));
     checker.reals("out.freqs_sin", table.view().rightCols(pairs));
   }

@@ -21,18 +21,19 @@ template <class S>
 void check_variant(Checker& checker, const std::string& name, const S& selector,
                    const Matrix<double>& logits, const Matrix<double>& cotangent) {
   Routing<double> routing;
-  selector.select(logits, {}, routing);
+  typename S::Cache cache;
+  selector.forward(logits, kTraining, routing, cache);
   RoutingGradient<double> gradient;
   gradient.reset(routing);
   std::vector<std::int64_t> map(static_cast<std::size_t>(logits.size()), 0);
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const Index expert = routing.expert[static_cast<std::size_t>(a)];
+      const Index expert = routing.expert[a];
       map[static_cast<std::size_t>(t * routing.experts() + expert)] = 1;
       gradient.weights[a] = cotangent(t, expert);
     }
   }
-  selector.backward(routing, gradient);
+  selector.backward(routing, gradient, cache);
   checker.reals("out." + name + ".probs", dense_weights(routing));
   checker.integers("out." + name + ".map", map);
   checker.reals("g_" + name + ".logits", gradient.logits);
@@ -58,14 +59,15 @@ void check_routing_functions(CaseFile& file, Checker& checker) {
     return selector;
   };
 
-  check("post_softmax", TopKSoftmax<double>{.k = k});
-  check("pre_softmax", SoftmaxTopK<double>{.k = k});
-  check("pre_softmax_scaled", SoftmaxTopK<double>{.k = k, .scale = scale});
+  check("post_softmax", TopKSoftmax<double>({.k = k}));
+  check("pre_softmax", SoftmaxTopK<double>({.k = k}));
+  check("pre_softmax_scaled", SoftmaxTopK<double>({.k = k, .scale = scale}));
   check("sigmoid", SigmoidTopK<double>(experts, {.k = k}));
   check("sigmoid_bias_scaled", biased({.k = k, .scale = scale}));
   check("sqrtsoftplus_bias", biased({.k = k, .score = ScoreFunction::kSqrtSoftplus}));
-  check("group_post_softmax", TopKSoftmax<double>{.k = k, .groups = groups});
-  check("group_pre_softmax_scaled", SoftmaxTopK<double>{.k = k, .scale = scale, .groups = groups});
+  check("group_post_softmax", TopKSoftmax<double>({.k = k, .groups = groups}));
+  check("group_pre_softmax_scaled",
+        SoftmaxTopK<double>({.k = k, .scale = scale, .groups = groups}));
   check("group_sigmoid_bias_scaled", biased({.k = k, .scale = scale, .groups = groups}));
 }
 

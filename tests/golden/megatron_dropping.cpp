@@ -17,6 +17,7 @@
 
 #include "golden/megatron.hpp"
 #include "golden/moe_case.hpp"
+#include "support/routing.hpp"
 
 namespace weir::golden {
 namespace {
@@ -27,7 +28,7 @@ using Integers = std::vector<std::int64_t>;
 /// `probs`; both [tokens, experts].
 Routing<double> routing_of(const Matrix<double>& probs, const Integers& map) {
   Routing<double> routing;
-  routing.begin("Golden", Matrix<double>::Zero(probs.rows(), probs.cols()), {.training = true});
+  routing.begin("Golden", Matrix<double>::Zero(probs.rows(), probs.cols()), kTraining);
   routing.probabilities = probs;
   for (Index t = 0; t < probs.rows(); ++t) {
     for (Index e = 0; e < probs.cols(); ++e) {
@@ -36,18 +37,17 @@ Routing<double> routing_of(const Matrix<double>& probs, const Integers& map) {
       routing.weight.push_back(probs(t, e));
       routing.kept.push_back(1);
     }
-    routing.offsets[static_cast<std::size_t>(t) + 1] = routing.assignments();
+    routing.offsets[t + 1] = routing.assignments();
   }
   return routing;
 }
 
-/// 1 where a token is with an expert, [tokens, experts].
+/// 1 where a token keeps an expert, [tokens, experts].
 Integers kept_map(const Routing<double>& routing) {
   Integers map(static_cast<std::size_t>(routing.tokens() * routing.experts()), 0);
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      map[static_cast<std::size_t>(t * routing.experts() + routing.expert[i])] = routing.kept[i];
+      map[static_cast<std::size_t>(t * routing.experts() + routing.expert[a])] = routing.kept[a];
     }
   }
   return map;
@@ -78,15 +78,15 @@ void check_padded_map(Checker& checker, CaseFile& file, const std::string& name,
 
 void check_drop(Checker& checker, CaseFile& file, const std::string& name, DropOrder order,
                 Routing<double> routing, const Matrix<double>& cotangent) {
-  const CapacityFactor policy{.train = file.number("capacity_factor"),
-                              .rounding = Rounding::kUp,
-                              .minimum = 0,
-                              .order = order};
+  const CapacityFactor policy({.train = file.number("capacity_factor"),
+                               .rounding = Rounding::kUp,
+                               .minimum = 0,
+                               .order = order});
   const Index capacity = policy.capacity(routing.assignments(), routing.experts(), true);
   if (capacity != file.size("capacity")) {
     checker.failure("cfg.capacity", "weir has " + std::to_string(capacity));
   }
-  policy.apply(routing);
+  test::limit(policy, routing, kTraining);
   const Matrix<double> weights = dense_weights(routing);
   checker.reals("out." + name + ".probs", weights);
   checker.integers("out." + name + ".map", kept_map(routing));
@@ -98,8 +98,7 @@ void check_drop(Checker& checker, CaseFile& file, const std::string& name, DropO
   Routing<double> slopes = routing;
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      slopes.weight[i] = cotangent(t, routing.expert[i]);
+      slopes.weight[a] = cotangent(t, routing.expert[a]);
     }
   }
   checker.reals("g_" + name + ".probs", dense_weights(slopes));
@@ -118,7 +117,7 @@ void check_bias_update(Checker& checker, CaseFile& file, Index experts) {
     }
   }
   const auto tokens = static_cast<Index>(map.size() / load.size());
-  BiasBalance<double> balance(file.number("expert_bias_update_rate"));
+  BiasBalance<double> balance({.rate = file.number("expert_bias_update_rate")});
   balance.observe(routing_of(Matrix<double>::Zero(tokens, experts), map));
   balance.update(selector);
   checker.reals("out.updated_expert_bias", selector.selection_bias().value);
@@ -127,8 +126,7 @@ void check_bias_update(Checker& checker, CaseFile& file, Index experts) {
 /// Compares a routing by the plan: which experts, and their scores, [tokens, experts].
 void check_sinkhorn(Checker& checker, const std::string& name, const Matrix<double>& logits,
                     Index k) {
-  Routing<double> routing;
-  Sinkhorn<double>{.k = k}.select(logits, {.training = true}, routing);
+  const Routing<double> routing = test::route(Sinkhorn<double>({.k = k}), logits, kTraining);
   checker.reals(name + ".scores", dense_weights(routing));
   checker.integers(name + ".map", kept_map(routing));
 }
@@ -137,8 +135,7 @@ void check_sinkhorn(Checker& checker, const std::string& name, const Matrix<doub
 void check_quantile(Checker& checker, CaseFile& file, const Matrix<double>& logits) {
   BiasedSoftmaxTopK<double> selector(logits.cols(), {.k = file.size("top_k")});
   selector.selection_bias().value = -file.matrix("in.qb_beta", {logits.cols()});
-  Routing<double> routing;
-  selector.select(logits, {}, routing);
+  const Routing<double> routing = test::route(selector, logits);
   checker.integers("out.qb_indices", {routing.expert.begin(), routing.expert.end()});
   QuantileBalance<double> balance({.recentre = false});
   balance.observe(routing);
@@ -162,12 +159,12 @@ void check_megatron_dropping(CaseFile& file, Checker& checker) {
   check_drop(checker, file, "drop_position", DropOrder::kTokenMajor, routing, cotangent);
   check_bias_update(checker, file, experts);
 
-  const MoEReport report = report_of(routing);
+  const LayerReport report = report_of(routing);
   check_padded_map(checker, file, "out.pad_routing_map_multiple4", routing,
                    [&](Index e) { return (report.load[static_cast<std::size_t>(e)] + 3) / 4 * 4; });
 
   const Matrix<double> logits = file.matrix("in.logits", {tokens, experts});
-  checker.reals("out.sinkhorn", Sinkhorn<double>{}.plan(logits));
+  checker.reals("out.sinkhorn", Sinkhorn<double>().plan(logits));
   check_sinkhorn(checker, "out.sinkhorn_route_k1", logits, 1);
   check_sinkhorn(checker, "out.sinkhorn_route_k2", logits, 2);
   check_quantile(checker, file, logits);

@@ -19,6 +19,7 @@
 
 #include "golden/families.hpp"
 #include "golden/moe_case.hpp"
+#include "support/routing.hpp"
 
 namespace weir::golden {
 namespace {
@@ -52,7 +53,7 @@ GluBank<double> read_bank(CaseFile& file, const MoeInputs& in) {
   return {std::move(gate), std::move(up), std::move(down)};
 }
 
-/// The loss of `routing`, the tokens that in.attention_mask makes padding left out. They are routed
+/// The loss of `routing` without the tokens that in.attention_mask makes padding. They are routed
 /// all the same.
 template <class S>
 double masked_loss(CaseFile& file, const MoeInputs& in, const S& selector,
@@ -61,26 +62,26 @@ double masked_loss(CaseFile& file, const MoeInputs& in, const S& selector,
   for (const std::int64_t real : file.integers("in.attention_mask", {in.batch, in.seq})) {
     mask.push_back(real != 0 ? 1 : 0);
   }
-  Routing<double> masked;
-  selector.select(routing.logits, {.mask = mask}, masked);
-  return loss.loss(masked);
+  return test::loss_of(loss, test::route(selector, routing.logits, {.mask = mask}));
 }
 
 template <class S>
 void check_with(CaseFile& file, Checker& checker, const S& selector) {
   const MoeInputs in(file);
-  SwitchLoss<double> balance{file.number("aux_coef"), LoadFraction::kOfTokens};
+  const SwitchLoss<double> balance(
+      {.coefficient = file.number("aux_coef"), .fraction = LoadFraction::kOfTokens});
   MoELayer moe(LinearRouter<double>(weight(file, "gate.weight", in.experts, in.d_model)), selector,
-               Dropless{}, read_bank(file, in), balance);
+               Dropless(), read_bank(file, in), balance);
   const bool shared = file.has_config("shared_d_ff");
 
   const auto check = [&](auto& layer, auto& cache, const Routing<double>& routing) {
     check_layer(checker, layer, in, cache);
     check_routing(checker, file, routing);
-    balance.coefficient = 1.0;  // The file has this loss unscaled.
-    checker.scalar("out.aux_loss", balance.loss(routing));
+    // The file has this loss unscaled.
+    const SwitchLoss<double> unscaled({.coefficient = 1.0, .fraction = LoadFraction::kOfTokens});
+    checker.scalar("out.aux_loss", test::loss_of(unscaled, routing));
     if (file.has("in.attention_mask")) {
-      checker.scalar("out.aux_loss_masked", masked_loss(file, in, selector, balance, routing));
+      checker.scalar("out.aux_loss_masked", masked_loss(file, in, selector, unscaled, routing));
     }
 
     Gradients gradients(layer);
@@ -123,11 +124,11 @@ void check_mixtral_block(CaseFile& file, Checker& checker) {
   const Index k = file.size("top_k");
   if (file.flag("norm_topk_prob")) {
     checker.section("TopKSoftmax");
-    check_with(file, checker, TopKSoftmax<double>{.k = k});
+    check_with(file, checker, TopKSoftmax<double>({.k = k}));
     checker.section("SoftmaxTopK, renormalised, which is the same");
-    check_with(file, checker, SoftmaxTopK<double>{.k = k, .renormalise = true});
+    check_with(file, checker, SoftmaxTopK<double>({.k = k, .renormalise = true}));
   } else {
-    check_with(file, checker, SoftmaxTopK<double>{.k = k});
+    check_with(file, checker, SoftmaxTopK<double>({.k = k}));
   }
 }
 

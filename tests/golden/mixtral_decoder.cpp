@@ -55,27 +55,27 @@ std::string name_of(const std::string& ours) {
 Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coefficient,
                              const Loads& loads) {
   Rng rng(0);
-  const RmsNorm<double> norm(in.d_model, file.number("rms_eps"));
+  const RmsNorm<double> norm(in.d_model, {.epsilon = file.number("rms_eps")});
   std::vector<Block<double>> layers;
   for (Index l = 0; l < in.layers; ++l) {
     // f_e that sum to k instead of 1, and the mean over the layers instead of the sum.
-    GlobalBatchLoss<double> balance(coefficient * static_cast<double>(in.k) /
-                                    static_cast<double>(in.layers));
+    GlobalBatchLoss<double> balance(
+        {.coefficient = coefficient * static_cast<double>(in.k) / static_cast<double>(in.layers)});
     const RowVector<double> elsewhere = load_elsewhere(loads, l);
     if (elsewhere.size() > 0) balance.add_load(elsewhere);
     layers.push_back(pre_norm_block<double>(
         norm,
         GroupedQueryAttention<double>(
+            rng,
             {.d_model = in.d_model,
              .heads = in.heads,
              .kv_heads = in.kv_heads,
              .rope_theta = file.number("rope_theta"),
-             .window = static_cast<Index>(file.optional_number("sliding_window").value_or(0.0))},
-            rng),
+             .window = static_cast<Index>(file.optional_number("sliding_window").value_or(0.0))}),
         norm,
         Moe(LinearRouter<double>(in.d_model, in.experts, rng),
-            SoftmaxTopK<double>{.k = in.k, .renormalise = true}, Dropless{},
-            GluBank<double>(in.experts, in.d_model, in.d_ff, rng), balance),
+            SoftmaxTopK<double>({.k = in.k, .renormalise = true}), Dropless(),
+            GluBank<double>(in.d_model, in.experts, in.d_ff, rng), balance),
         "moe"));
   }
   Decoder<double> decoder(Embedding<double>(in.vocab, in.d_model, rng), std::move(layers), norm,

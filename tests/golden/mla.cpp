@@ -32,7 +32,7 @@ LatentConfig read_config(CaseFile& file) {
 
 LatentAttention<double> read_layer(CaseFile& file, const LatentConfig& config) {
   Rng rng(0);
-  LatentAttention<double> layer(config, rng);
+  LatentAttention<double> layer(rng, config);
   for (auto& [name, parameter] : parameters(layer)) {
     parameter->value = latent_weight(file, config, "w.", name, parameter->value);
   }
@@ -64,7 +64,9 @@ Matrix<double> decode(const LatentAttention<double>& layer, const Matrix<double>
 }
 
 void check_angles(CaseFile& file, Checker& checker, const LatentConfig& config) {
-  const Rope rope(config.rope_dim, config.rope_theta, RopeLayout::kInterleaved, config.yarn);
+  const Rope rope(
+      config.rope_dim,
+      {.theta = config.rope_theta, .layout = RopeLayout::kInterleaved, .yarn = config.yarn});
   std::vector<Index> positions;
   for (Index t = 0; t < file.size("seq"); ++t) positions.push_back(t);
   Scratch<double> table;

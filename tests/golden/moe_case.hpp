@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <weir/core/layer.hpp>
+#include <weir/core/pass_record.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/routing.hpp>
 
@@ -17,7 +18,7 @@
 
 namespace weir::golden {
 
-/// in.x and in.cotangent, [batch, seq, d_model] in the file; and how many of what there are.
+/// The tensors in.x and in.cotangent, [batch, seq, d_model] in the file, and the sizes.
 struct MoeInputs {
   explicit MoeInputs(CaseFile& file)
       : batch(file.size("batch")),
@@ -44,12 +45,18 @@ inline Matrix<double> weight(CaseFile& file, const std::string& name, Index rows
 /// Runs `layer` forward and backward, and compares
 ///
 ///     out.y, g.x and out.loss = sum(y * cotangent) + the auxiliary losses of the layer
-template <PassLayer L>
-void check_layer(Checker& checker, L& layer, const MoeInputs& in, typename L::Cache& cache) {
-  const Matrix<double> y = layer.forward(in.x, in.pass(), cache);
+///
+/// \return         The sum of the auxiliary losses.
+template <Layer L>
+double check_layer(Checker& checker, L& layer, const MoeInputs& in, typename L::Cache& cache) {
+  PassRecord record;
+  Pass pass = in.pass();
+  pass.record = &record;
+  const Matrix<double> y = layer.forward(in.x, pass, cache);
   checker.reals("out.y", y);
-  checker.scalar("out.loss", y.cwiseProduct(in.cotangent).sum() + cache.aux_loss);
+  checker.scalar("out.loss", y.cwiseProduct(in.cotangent).sum() + record.aux_loss());
   checker.reals("g.x", layer.backward(in.cotangent, cache));
+  return record.aux_loss();
 }
 
 /// The weight of each expert for each token, [tokens, experts]; zero where it is not chosen, or
@@ -58,8 +65,7 @@ inline Matrix<double> dense_weights(const Routing<double>& routing) {
   Matrix<double> dense = Matrix<double>::Zero(routing.tokens(), routing.experts());
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto i = static_cast<std::size_t>(a);
-      if (routing.kept[i] != 0) dense(t, routing.expert[i]) = routing.weight[i];
+      if (routing.kept[a] != 0) dense(t, routing.expert[a]) = routing.weight[a];
     }
   }
   return dense;
@@ -86,12 +92,11 @@ inline void check_top_k(Checker& checker, CaseFile& file, const Routing<double>&
       Matrix<double>::Constant(tokens, k, std::numeric_limits<double>::quiet_NaN());
   for (Index t = 0; t < tokens; ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
-      const auto ours = static_cast<std::size_t>(a);
       for (Index r = 0; r < k; ++r) {
         const auto theirs = static_cast<std::size_t>(t * k + r);
-        if (order[theirs] != routing.expert[ours] || expert[theirs] != kNotChosen) continue;
-        expert[theirs] = routing.expert[ours];
-        weights(t, r) = routing.weight[ours];
+        if (order[theirs] != routing.expert[a] || expert[theirs] != kNotChosen) continue;
+        expert[theirs] = routing.expert[a];
+        weights(t, r) = routing.weight[a];
         break;
       }
     }
@@ -107,7 +112,7 @@ inline void check_routing(Checker& checker, CaseFile& file, const Routing<double
   checker.reals("out.router_probs", routing.probabilities);
   check_top_k(checker, file, routing);
   checker.reals("out.combine_dense", dense_weights(routing));
-  const MoEReport report = report_of(routing);
+  const LayerReport report = report_of(routing);
   checker.integers("out.tokens_per_expert", {report.load.begin(), report.load.end()});
 }
 

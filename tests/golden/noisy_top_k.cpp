@@ -4,15 +4,17 @@
 #include <cmath>
 #include <numbers>
 #include <string>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
+#include <weir/moe/balance/squared_variation.hpp>
 #include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/ops/softmax.hpp>
@@ -20,19 +22,10 @@
 
 #include "golden/families.hpp"
 #include "golden/moe_case.hpp"
+#include "support/fixed_noise.hpp"
 
 namespace weir::golden {
 namespace {
-
-/// The noise that the reference drew.
-struct RecordedNoise {
-  Matrix<double> values;
-
-  template <class T>
-  void fill(const Pass& /*pass*/, MatrixOut<T> noise) const {
-    noise = values;
-  }
-};
 
 struct Inputs {
   explicit Inputs(CaseFile& file)
@@ -55,10 +48,10 @@ struct Inputs {
   double coefficient;
   Matrix<double> x, cotangent;
   bool training = false;
-  RecordedNoise noise;
+  test::FixedNoise noise;  ///< That of the reference.
 };
 
-NoisyRouter<double, RecordedNoise> read_router(CaseFile& file, const Inputs& in) {
+NoisyRouter<double, test::FixedNoise> read_router(CaseFile& file, const Inputs& in) {
   const Matrix<double> gate = weight(file, "w_gate", in.d_model, in.experts);
   const Matrix<double> noise = weight(file, "w_noise", in.d_model, in.experts);
   return {gate.transpose(), noise.transpose(),
@@ -86,29 +79,28 @@ MlpBank<double> read_bank(CaseFile& file, const Inputs& in) {
 
 /// The weights of the later version: g_e = p_e / (sum_{j in S} p_j + 1e-6), p the softmax over all
 /// experts.
-struct LaterGate {
-  using Scalar = double;
-
-  Index k = 2;
+class LaterGate : public SelectorBase<double> {
+ public:
+  explicit LaterGate(Index k) : k_(k) {}
 
   void check(Index /*experts*/) const {}
 
-  void select(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing) const {
-    routing.begin("LaterGate", logits, pass);
-    routing.assign_each(k);
+  void forward(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing,
+               Cache& /*cache*/) const {
+    routing.begin("LaterGate", logits, pass, k_);
+    routing.assign_each(k_);
     for (Index t = 0; t < routing.tokens(); ++t) {
       double* p = routing.probabilities.row(t).data();
       Index* chosen = routing.expert.data() + routing.first(t);
       softmax_row(routing.logits.row(t).data(), routing.experts(), p);
-      top_k(p, routing.experts(), k, chosen);
+      top_k(p, routing.experts(), k_, chosen);
       const double sum = sum_of(p, chosen);
-      for (Index i = 0; i < k; ++i) {
-        routing.weight[static_cast<std::size_t>(routing.first(t) + i)] = p[chosen[i]] / sum;
-      }
+      for (Index i = 0; i < k_; ++i) routing.weight[routing.first(t) + i] = p[chosen[i]] / sum;
     }
   }
 
-  void backward(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
+  void backward(const Routing<double>& routing, RoutingGradient<double>& gradient,
+                Cache& /*cache*/) const {
     for (Index t = 0; t < routing.tokens(); ++t) {
       const double* p = routing.probabilities.row(t).data();
       const Index* chosen = routing.expert.data() + routing.first(t);
@@ -116,8 +108,8 @@ struct LaterGate {
       double* dp = gradient.probabilities.row(t).data();
       const double sum = sum_of(p, chosen);
       double inner = 0.0;
-      for (Index i = 0; i < k; ++i) inner += d_weight[i] * p[chosen[i]] / sum;
-      for (Index i = 0; i < k; ++i) dp[chosen[i]] += (d_weight[i] - inner) / sum;
+      for (Index i = 0; i < k_; ++i) inner += d_weight[i] * p[chosen[i]] / sum;
+      for (Index i = 0; i < k_; ++i) dp[chosen[i]] += (d_weight[i] - inner) / sum;
       add_softmax_backward_row(p, dp, routing.experts(), gradient.logits.row(t).data());
     }
   }
@@ -125,43 +117,47 @@ struct LaterGate {
  private:
   double sum_of(const double* p, const Index* chosen) const {
     double sum = 1e-6;
-    for (Index i = 0; i < k; ++i) sum += p[chosen[i]];
+    for (Index i = 0; i < k_; ++i) sum += p[chosen[i]];
     return sum;
   }
+
+  Index k_;
 };
 
 /// The load of the later version, which compares logits with thresholds that are probabilities.
-struct LaterLoad {
-  double coefficient = 0.1;
+class LaterLoad : public BalancerBase {
+ public:
+  struct Cache {
+    RowVector<double> load;  ///< [experts]
+  };
 
-  double loss(const Routing<double>& routing) const {
-    return coefficient * squared_variation<double>(load(routing), Variance::kSample);
+  explicit LaterLoad(double coefficient) : coefficient_(coefficient) {}
+
+  double forward(const Routing<double>& routing, Cache& cache) const {
+    cache.load.setZero(routing.experts());
+    if (routing.noise.empty()) {
+      routing.add_load(0, routing.tokens(), cache.load);
+    } else {
+      for_each(routing, [&](Index /*t*/, Index e, Index /*rival*/, double z, double /*std*/) {
+        cache.load[e] += 0.5 * std::erfc(-z / std::numbers::sqrt2);
+      });
+    }
+    return coefficient_ * squared_variation<double>(cache.load, Variance::kSample);
   }
 
-  void add_gradient(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
-    if (!routing.noisy) return;
+  void backward(const Routing<double>& routing, double scale, RoutingGradient<double>& gradient,
+                Cache& cache) const {
+    if (routing.noise.empty()) return;
     RowVector<double> d_load;
-    squared_variation<double>(load(routing), Variance::kSample, &d_load);
+    squared_variation<double>(cache.load, Variance::kSample, &d_load);
     for_each(routing, [&](Index t, Index e, Index rival, double z, double std) {
       const double density =
           std::exp(-0.5 * z * z) * std::numbers::inv_sqrtpi / std::numbers::sqrt2;
-      const double d = coefficient * d_load[e] * density / std;
-      gradient.clean_logits(t, e) += d;
-      gradient.noise_std(t, e) -= d * z;
+      const double d = scale * coefficient_ * d_load[e] * density / std;
+      gradient.noise.back().clean(t, e) += d;
+      gradient.noise.back().deviation(t, e) -= d * z;
       gradient.probabilities(t, rival) -= d;
     });
-  }
-
-  static RowVector<double> load(const Routing<double>& routing) {
-    RowVector<double> load = RowVector<double>::Zero(routing.experts());
-    if (!routing.noisy) {
-      routing.add_load(0, routing.tokens(), load);
-    } else {
-      for_each(routing, [&](Index /*t*/, Index e, Index /*rival*/, double z, double /*std*/) {
-        load[e] += 0.5 * std::erfc(-z / std::numbers::sqrt2);
-      });
-    }
-    return load;
   }
 
  private:
@@ -174,49 +170,33 @@ struct LaterLoad {
       top_k(p, routing.experts(), routing.experts(), order.data());
       for (Index e = 0; e < routing.experts(); ++e) {
         const Index rival = routing.logits(t, e) > p[order[k]] ? order[k] : order[k - 1];
-        const double std = routing.noise_std(t, e);
-        body(t, e, rival, (routing.clean_logits(t, e) - p[rival]) / std, std);
+        const NoiseLevel<double>& level = routing.noise.back();
+        const double std = level.deviation(t, e);
+        body(t, e, rival, (level.clean(t, e) - p[rival]) / std, std);
       }
     }
   }
+
+  double coefficient_;
 };
 
-template <class Selector, class Load>
-void check(CaseFile& file, Checker& checker, const Inputs& in, Selector selector, Load balancer) {
-  MoELayer layer(read_router(file, in), std::move(selector), Dropless{}, read_bank(file, in),
-                 ImportanceLoss<double>{in.coefficient, Variance::kSample}, std::move(balancer));
-  typename decltype(layer)::Cache cache;
-  const Matrix<double> y = layer.forward(in.x, {.training = in.training}, cache);
-  checker.reals("out.y", y);
-  checker.scalar("out.loss", y.cwiseProduct(in.cotangent).sum() + cache.aux_loss);
-  checker.scalar("out.aux_loss", cache.aux_loss);
+/// The load of `routing` as the balancer `loss` has it, [1, experts].
+template <class Loss>
+Matrix<double> load_of(const Loss& loss, const Routing<double>& routing) {
+  typename Loss::Cache cache;
+  static_cast<void>(loss.forward(routing, cache));
+  return cache.load;
+}
+
+/// Compares the gradients of a layer whose forward pass filled `cache`.
+template <class Moe>
+void check_gradients(Checker& checker, const Inputs& in, Moe& layer, typename Moe::Cache& cache) {
   checker.reals("g.x", layer.backward(in.cotangent, cache));
-
-  const Routing<double>& routing = cache.routing;
-  const auto column = [](const RowVector<double>& row) { return Matrix<double>(row); };
-  RowVector<double> importance, load, paper;
-  ImportanceLoss<double>::importance(routing, importance);
-  LoadLoss<double>::load(routing, paper);
-  if constexpr (std::is_same_v<Load, LaterLoad>) {
-    load = LaterLoad::load(routing);
-  } else {
-    load = paper;
-  }
-  checker.reals("out.gates", dense_weights(routing));
-  checker.reals("out.importance", column(importance));
-  checker.reals("out.load", column(load));
-  checker.scalar("out.cv2_importance", squared_variation<double>(importance, Variance::kSample));
-  checker.scalar("out.cv2_load", squared_variation<double>(load, Variance::kSample));
-  checker.reals("out.clean_logits", layer.router().forward(in.x));
-  if (in.training) {
-    checker.reals("out.noise_stddev", routing.noise_std);
-    checker.reals("out.noisy_logits", routing.logits);
-    checker.reals("out.load_paper", column(paper));
-  }
-
   Gradients gradients(layer);
   checker.reals("g.w_gate", gradients.take("router.weight").transpose());
-  checker.reals("g.w_noise", gradients.take("router.noise_weight").transpose());
+  checker.reals("g.w_noise", in.training
+                                 ? Matrix<double>(gradients.take("router.noise_weight").transpose())
+                                 : Matrix<double>::Zero(in.d_model, in.experts));
   for (Index e = 0; e < in.experts; ++e) {
     const std::string prefix = "experts." + std::to_string(e) + ".";
     gradients.check(checker, prefix + "in", expert_weight(e, "fc1.weight"));
@@ -227,19 +207,60 @@ void check(CaseFile& file, Checker& checker, const Inputs& in, Selector selector
   gradients.finish(checker);
 }
 
+template <class Selector, class Load>
+void check(CaseFile& file, Checker& checker, const Inputs& in, const Selector& selector,
+           const Load& balancer) {
+  const ImportanceLoss<double> importance(
+      {.coefficient = in.coefficient, .variance = Variance::kSample});
+  const auto layer_with = [&](auto router) {
+    return MoELayer(std::move(router), selector, Dropless(), read_bank(file, in), importance,
+                    balancer);
+  };
+  auto layer = layer_with(read_router(file, in));
+  typename decltype(layer)::Cache cache;
+  PassRecord record;
+  const Matrix<double> y = layer.forward(in.x, {.training = in.training, .record = &record}, cache);
+  checker.reals("out.y", y);
+  checker.scalar("out.loss", y.cwiseProduct(in.cotangent).sum() + record.aux_loss());
+  checker.scalar("out.aux_loss", record.aux_loss());
+
+  const Routing<double>& routing = cache.routing;
+  ImportanceLoss<double>::Cache of_importance;
+  static_cast<void>(importance.forward(routing, of_importance));
+  const RowVector<double> load = load_of(balancer, routing);
+  checker.reals("out.gates", dense_weights(routing));
+  checker.reals("out.importance", of_importance.importance);
+  checker.reals("out.load", load);
+  checker.scalar("out.cv2_importance",
+                 squared_variation<double>(of_importance.importance, Variance::kSample));
+  checker.scalar("out.cv2_load", squared_variation<double>(load, Variance::kSample));
+  checker.reals("out.clean_logits", infer(layer.router(), in.x));
+  if (in.training) {
+    checker.reals("out.noise_stddev", routing.noise.back().deviation);
+    checker.reals("out.noisy_logits", routing.logits);
+    checker.reals("out.load_paper", load_of(LoadLoss<double>(), routing));
+    return check_gradients(checker, in, layer, cache);
+  }
+  // The reference differentiates an evaluation, too. weir trains without noise instead.
+  auto quiet = layer_with(LinearRouter<double>(layer.router().weight().value));
+  typename decltype(quiet)::Cache quiet_cache;
+  checker.reals("out.y", quiet.forward(in.x, kTraining, quiet_cache));
+  check_gradients(checker, in, quiet, quiet_cache);
+}
+
 }  // namespace
 
 void check_noisy_top_k(CaseFile& file, Checker& checker) {
   file.expect_activation("relu");
   const Inputs in(file);
   if (file.text("version") != "head") {
-    return check(file, checker, in, TopKSoftmax<double>{in.k},
-                 LoadLoss<double>{in.coefficient, Variance::kSample});
+    return check(file, checker, in, TopKSoftmax<double>({.k = in.k}),
+                 LoadLoss<double>({.coefficient = in.coefficient, .variance = Variance::kSample}));
   }
   checker.section(
       "with this version's weights, softmax over all and 1e-6 in the divisor, and its load, "
       "whose thresholds are probabilities; out.load_paper with weir's LoadLoss");
-  check(file, checker, in, LaterGate{in.k}, LaterLoad{in.coefficient});
+  check(file, checker, in, LaterGate(in.k), LaterLoad(in.coefficient));
 }
 
 }  // namespace weir::golden

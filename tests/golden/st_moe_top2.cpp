@@ -8,21 +8,28 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/cache_state.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/pass_record.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/concepts.hpp>
 #include <weir/moe/experts/any_bank.hpp>
+#include <weir/moe/experts/bank_wrapper.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/around/rank_policy.hpp>
+#include <weir/moe/selector/around/selector_wrapper.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/activation.hpp>
 
 #include "golden/families.hpp"
 #include "golden/moe_case.hpp"
+#include "support/routing.hpp"
 
 namespace weir::golden {
 namespace {
@@ -38,6 +45,7 @@ class GegluExpert {
   using Scalar = double;
 
   struct Cache {
+    CacheState state;
     Linear<double>::Cache in, out;
     Real activated, slope, hidden, d_in;
   };
@@ -45,14 +53,10 @@ class GegluExpert {
   GegluExpert(Linear<double> in, Real mult_bias, Linear<double> out)
       : in_(std::move(in)), mult_bias_{std::move(mult_bias)}, out_(std::move(out)) {}
 
-  Real forward(MatrixIn<double> x) const {
-    Cache cache;
-    return forward(x, cache);
-  }
-
-  const Real& forward(MatrixIn<double> x, Cache& cache) const {
+  const Real& forward(MatrixIn<double> x, const Pass& pass, Cache& cache) const {
+    cache.state.begin();
     const Index hidden = mult_bias_.value.cols();
-    const Real& in = in_.forward(x, cache.in);
+    const Real& in = in_.forward(x, pass, cache.in);
     const Real gate = in.rightCols(hidden);
     cache.activated.resize(in.rows(), hidden);
     cache.slope.resize(in.rows(), hidden);
@@ -60,10 +64,11 @@ class GegluExpert {
     Gelu::derivative(gate.size(), gate.data(), cache.slope.data());
     cache.hidden =
         cache.activated.cwiseProduct(in.leftCols(hidden)) * mult_bias_.value.row(0).asDiagonal();
-    return out_.forward(cache.hidden, cache.out);
+    return cache.state.finish(*this, pass, out_.forward(cache.hidden, pass, cache.out));
   }
 
   const Real& backward(MatrixIn<double> dy, Cache& cache) {
+    cache.state.begin_backward("GegluExpert::backward", *this, dy);
     const Index hidden = mult_bias_.value.cols();
     const Real& d_hidden = out_.backward(dy, cache.out);
     const Real x = cache.in.y.leftCols(hidden);
@@ -91,75 +96,61 @@ class GegluExpert {
 /// A bank whose weights have, beside their own gradient, that of a factor 1 in front of the
 /// experts' input: dL/dg_te += dL/d(input of e) . x_t. This is the code's
 /// straight_through_dispatch_tensor; it is in none of the papers, and weir has no such thing.
-class StraightThroughBank {
+class StraightThroughBank : public BankWrapper<AnyBank<GegluExpert>> {
  public:
-  using Scalar = double;
-  using Cache = AnyBank<GegluExpert>::Cache;
-
   StraightThroughBank(AnyBank<GegluExpert> bank, bool straight_through)
-      : bank_(std::move(bank)), straight_through_(straight_through) {}
-
-  const Real& forward(MatrixIn<double> x, const Dispatch<double>& dispatch, Cache& cache) const {
-    return bank_.forward(x, dispatch, cache);
-  }
+      : BankWrapper(std::move(bank)), straight_through_(straight_through) {}
 
   const Real& backward(MatrixIn<double> dy, const Dispatch<double>& dispatch,
                        std::span<double> d_weight, Cache& cache) {
-    const Real& dx = bank_.backward(dy, dispatch, d_weight, cache);
+    const Real& dx = bank_.backward(dy, dispatch, d_weight, cache.inner);
     for (Index slot = 0; straight_through_ && slot < dispatch.slots(); ++slot) {
       d_weight[static_cast<std::size_t>(dispatch.assignment(slot))] +=
-          cache.d_packed.view().row(slot).dot(cache.x.view().row(slot));
+          cache.inner.d_packed.view().row(slot).dot(cache.inner.x.view().row(slot));
     }
     return dx;
   }
 
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    AnyBank<GegluExpert>::visit(self.bank_, visit);
-  }
-
-  Index experts() const { return bank_.experts(); }
-  Index d_in() const { return bank_.d_in(); }
-  Index d_out() const { return bank_.d_out(); }
-
  private:
-  AnyBank<GegluExpert> bank_;
   bool straight_through_;
 };
 
 /// A RankPolicy with the file's draws, [ranks, tokens].
-struct DrawnPolicy {
-  using Scalar = double;
+class DrawnPolicy : public SelectorWrapper<RankPolicy<SoftmaxTopK<double>>> {
+ public:
+  DrawnPolicy(RankPolicy<SoftmaxTopK<double>> policy, List<double> uniform)
+      : SelectorWrapper(std::move(policy)), uniform_(std::move(uniform)) {}
 
-  RankPolicy<SoftmaxTopK<double>> policy;
-  std::vector<double> uniform;
-
-  void check(Index experts) const { policy.check(experts); }
-
-  void select(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing) const {
-    policy.inner().select(logits, pass, routing);
-    const Index k = policy.inner().k;
-    policy.reject(routing, [&](Index a) {
-      return uniform[static_cast<std::size_t>(a % k * routing.tokens() + a / k)];
-    });
+  void forward(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing,
+               Cache& cache) const {
+    inner_.inner().forward(logits, pass, routing, cache.inner.inner);
+    const Index k = inner_.inner().config().k;
+    inner_.reject(pass, routing,
+                  [&](Index a) { return uniform_[a % k * routing.tokens() + a / k]; });
   }
 
-  void backward(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
-    policy.backward(routing, gradient);
-  }
+ private:
+  List<double> uniform_;
 };
 
 /// The Switch loss of each sequence over the first choices that were kept. The paper counts all
 /// first choices; this code's mask of them is the one that its capacity has thinned out.
-struct KeptFirstChoiceLoss {
-  SwitchLoss<double> loss_of;
+class KeptFirstChoiceLoss : public BalancerBase {
+ public:
+  using Cache = SwitchLoss<double>::Cache;
 
-  double loss(const Routing<double>& routing) const {
-    return loss_of.loss(kept_first_choices(routing));
+  explicit KeptFirstChoiceLoss(double coefficient)
+      : balance_({.coefficient = coefficient,
+                  .fraction = LoadFraction::kOfTokens,
+                  .scope = Scope::kSequence}) {}
+
+  double forward(const Routing<double>& routing, Cache& cache) const {
+    return balance_.forward(kept_first_choices(routing), cache);
   }
 
-  void add_gradient(const Routing<double>& routing, RoutingGradient<double>& gradient) const {
-    loss_of.add_gradient(kept_first_choices(routing), gradient);
+  void backward(const Routing<double>& routing, double scale, RoutingGradient<double>& gradient,
+                Cache& cache) const {
+    balance_.backward(kept_first_choices(routing), scale, gradient, cache);
   }
 
  private:
@@ -167,12 +158,14 @@ struct KeptFirstChoiceLoss {
     Routing<double> first = routing;
     first.expert.clear();
     for (Index t = 0; t < routing.tokens(); ++t) {
-      const auto a = static_cast<std::size_t>(routing.first(t));
+      const Index a = routing.first(t);
       if (routing.kept[a] != 0) first.expert.push_back(routing.expert[a]);
-      first.offsets[static_cast<std::size_t>(t) + 1] = first.assignments();
+      first.offsets[t + 1] = first.assignments();
     }
     return first;
   }
+
+  SwitchLoss<double> balance_;
 };
 
 std::string expert_prefix(Index expert) {
@@ -196,14 +189,14 @@ AnyBank<GegluExpert> read_bank(CaseFile& file, Index experts, Index d_model, Ind
 /// have taken theirs before second ones.
 Real placed_weights(const Routing<double>& routing, Index k, Index capacity) {
   Real placed = Real::Zero(routing.tokens() * routing.experts(), capacity);
-  routing.for_each_group(Scope::kSequence, [&](Index begin, Index end) {
-    std::vector<Index> taken(static_cast<std::size_t>(routing.experts()), 0);
+  routing.rows.for_each_group(Scope::kSequence, [&](Index begin, Index end) {
+    List<Index> taken(routing.experts());
     for (Index r = 0; r < k; ++r) {
       for (Index t = begin; t < end; ++t) {
-        const auto a = static_cast<std::size_t>(routing.first(t) + r);
+        const Index a = routing.first(t) + r;
         if (routing.kept[a] == 0) continue;
         const Index e = routing.expert[a];
-        placed(t * routing.experts() + e, taken[static_cast<std::size_t>(e)]++) = routing.weight[a];
+        placed(t * routing.experts() + e, taken[e]++) = routing.weight[a];
       }
     }
   });
@@ -227,30 +220,30 @@ void check_st_moe_top2(CaseFile& file, Checker& checker) {
   const Real cotangent = file.matrix("in.cotangent", {batch, seq, d_model});
   const Real uniform = file.matrix("in.uniform", {k, batch, seq});
   const Sequences sequences = Sequences::uniform(batch, seq);
-  const CapacityFactor capacity{.train = file.number("capacity_factor"),
-                                .count_k = false,
-                                .rounding = Rounding::kDown,
-                                .minimum = 4,
-                                .scope = Scope::kSequence};
+  const CapacityFactor capacity({.train = file.number("capacity_factor"),
+                                 .count_k = false,
+                                 .rounding = Rounding::kDown,
+                                 .minimum = 4,
+                                 .scope = Scope::kSequence});
   const bool straight_through = file.flag("straight_through_dispatch");
   checker.section(straight_through
                       ? "balancing loss after the drop, straight-through gradient: this code's own"
                       : "balancing loss after the drop: this code's own");
 
-  SwitchLoss<double> balance{file.number("balance_loss_coef"), LoadFraction::kOfTokens,
-                             Scope::kSequence};
-  ZLoss<double> z{file.number("router_z_loss_coef")};
   MoELayer layer(LinearRouter<double>(weight(file, "gate.to_gates.weight", experts, d_model)),
-                 DrawnPolicy{RankPolicy(SoftmaxTopK<double>{.k = k, .renormalise = true},
+                 DrawnPolicy(RankPolicy(SoftmaxTopK<double>({.k = k, .renormalise = true}),
                                         {.train_threshold = {file.number("threshold")}}),
-                             {uniform.data(), uniform.data() + uniform.size()}},
+                             std::vector(uniform.data(), uniform.data() + uniform.size())),
                  capacity,
                  StraightThroughBank(read_bank(file, experts, d_model, d_ff), straight_through),
-                 KeptFirstChoiceLoss{balance}, z);
+                 KeptFirstChoiceLoss(file.number("balance_loss_coef")),
+                 ZLoss<double>({.coefficient = file.number("router_z_loss_coef")}));
   decltype(layer)::Cache cache;
-  const Real y = layer.forward(x, {.training = true, .sequences = &sequences}, cache);
+  PassRecord record;
+  const Pass pass{.training = true, .sequences = &sequences, .record = &record};
+  const Real y = layer.forward(x, pass, cache);
   checker.reals("out.y", y);
-  checker.scalar("out.loss", y.cwiseProduct(cotangent).sum() + cache.aux_loss);
+  checker.scalar("out.loss", y.cwiseProduct(cotangent).sum() + record.aux_loss());
   checker.reals("g.x", layer.backward(cotangent, cache));
 
   const Routing<double>& routing = cache.routing;
@@ -262,15 +255,13 @@ void check_st_moe_top2(CaseFile& file, Checker& checker) {
     checker.failure("cfg.expert_capacity", "weir has " + std::to_string(places));
   }
   checker.reals("out.combine_tensor", placed_weights(routing, k, places));
-  const MoEReport report = layer.report(cache);
+  const LayerReport report = layer.report(cache);
   checker.integers("out.tokens_kept_per_expert", {report.kept.begin(), report.kept.end()});
 
   // The file has the single losses unscaled, and their sum scaled.
-  checker.scalar("out.aux_loss", cache.aux_loss);
-  balance.coefficient = 1.0;
-  z.coefficient = 1.0;
-  checker.scalar("out.balance_loss", KeptFirstChoiceLoss{balance}.loss(routing));
-  checker.scalar("out.z_loss", z.loss(routing));
+  checker.scalar("out.aux_loss", record.aux_loss());
+  checker.scalar("out.balance_loss", test::loss_of(KeptFirstChoiceLoss(1.0), routing));
+  checker.scalar("out.z_loss", test::loss_of(ZLoss<double>({.coefficient = 1.0}), routing));
 
   Gradients gradients(layer);
   gradients.check(checker, "router.weight", "gate.to_gates.weight");

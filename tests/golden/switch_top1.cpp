@@ -9,12 +9,14 @@
 #include <weir/moe/balance/z_loss.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
+#include <weir/moe/experts/pass_dropped.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 
 #include "golden/families.hpp"
 #include "golden/moe_case.hpp"
+#include "support/routing.hpp"
 
 namespace weir::golden {
 namespace {
@@ -34,22 +36,24 @@ MlpBank<double> read_bank(CaseFile& file, const MoeInputs& in) {
   return {std::move(wi), std::move(wo)};
 }
 
-/// The layer of the file, but for what it makes of dropped tokens.
-auto read_layer(CaseFile& file, const MoeInputs& in, OnDrop on_drop) {
+/// The layer of the file with `bank`, which decides what becomes of dropped tokens.
+template <class Bank>
+auto read_layer(CaseFile& file, const MoeInputs& in, Bank bank) {
   return MoELayer(
       LinearRouter<double>(weight(file, kRouter, in.experts, in.d_model)),
-      SoftmaxTopK<double>{.k = 1},
-      FixedCapacity{
-          .capacity = file.size("expert_capacity"), .scope = Scope::kSequence, .on_drop = on_drop},
-      read_bank(file, in),
-      SwitchLoss<double>{file.number("aux_coef"), LoadFraction::kOfTokens, Scope::kSequence},
-      ZLoss<double>{file.number("z_coef")});
+      SoftmaxTopK<double>({.k = 1}),
+      FixedCapacity({.capacity = file.size("expert_capacity"), .scope = Scope::kSequence}),
+      std::move(bank),
+      SwitchLoss<double>({.coefficient = file.number("aux_coef"),
+                          .fraction = LoadFraction::kOfTokens,
+                          .scope = Scope::kSequence}),
+      ZLoss<double>({.coefficient = file.number("z_coef")}));
 }
 
 /// The routing that this code's model takes its loss from: it looks for the expert in the mask
 /// after the capacity, where a dropped token seems to have chosen expert 0.
 Routing<double> as_seen_after_capacity(Routing<double> routing) {
-  for (std::size_t a = 0; a < routing.expert.size(); ++a) {
+  for (Index a = 0; a < routing.assignments(); ++a) {
     if (routing.kept[a] == 0) routing.expert[a] = 0;
   }
   return routing;
@@ -60,22 +64,20 @@ Routing<double> as_seen_after_capacity(Routing<double> routing) {
 void check_switch_top1(CaseFile& file, Checker& checker) {
   file.expect_activation("relu");
   const MoeInputs in(file);
-  auto layer = read_layer(file, in, OnDrop::kPass);
+  auto layer = read_layer(file, in, PassDropped(read_bank(file, in)));
   decltype(layer)::Cache cache;
-  check_layer(checker, layer, in, cache);
-
-  const auto dropping = read_layer(file, in, OnDrop::kZero);
-  decltype(layer)::Cache dropping_cache;
-  checker.reals("out.y_dropped_zero", dropping.forward(in.x, in.pass(), dropping_cache));
+  const double aux_loss = check_layer(checker, layer, in, cache);
+  checker.reals("out.y_dropped_zero",
+                infer(read_layer(file, in, read_bank(file, in)), in.x, in.pass()));
 
   const Routing<double>& routing = cache.routing;
   const Routing<double> seen = as_seen_after_capacity(routing);
   std::vector<std::int64_t> mask(static_cast<std::size_t>(routing.tokens() * in.experts), 0);
   for (Index t = 0; t < routing.tokens(); ++t) {
-    const auto a = static_cast<std::size_t>(routing.first(t));
+    const Index a = routing.first(t);
     mask[static_cast<std::size_t>(t * in.experts + routing.expert[a])] = routing.kept[a];
   }
-  const MoEReport report = layer.report(cache);
+  const LayerReport report = layer.report(cache);
   checker.reals("out.router_logits", routing.logits);
   checker.reals("out.router_probs", routing.probabilities);
   checker.integers("out.argmax", {routing.expert.begin(), routing.expert.end()});
@@ -87,11 +89,12 @@ void check_switch_top1(CaseFile& file, Checker& checker) {
   checker.integers("out.tokens_per_expert_requested", {report.load.begin(), report.load.end()});
 
   // The file has the single losses unscaled, and their sum scaled.
-  const SwitchLoss<double> balance{1.0, LoadFraction::kOfTokens, Scope::kSequence};
-  checker.scalar("out.aux_loss", cache.aux_loss);
-  checker.scalar("out.aux_loss_precap", balance.loss(routing));
-  checker.scalar("out.aux_loss_hf", balance.loss(seen));
-  checker.scalar("out.z_loss", ZLoss<double>{1.0}.loss(routing));
+  const SwitchLoss<double> balance(
+      {.coefficient = 1.0, .fraction = LoadFraction::kOfTokens, .scope = Scope::kSequence});
+  checker.scalar("out.aux_loss", aux_loss);
+  checker.scalar("out.aux_loss_precap", test::loss_of(balance, routing));
+  checker.scalar("out.aux_loss_hf", test::loss_of(balance, seen));
+  checker.scalar("out.z_loss", test::loss_of(ZLoss<double>({.coefficient = 1.0}), routing));
 
   Gradients gradients(layer);
   gradients.check(checker, "router.weight", kRouter);
