@@ -9,6 +9,7 @@
 #include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/function_ref.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
@@ -51,6 +52,7 @@
 #include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/head_blocks.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/kernels/pack.hpp>
 #include <weir/kernels/packed_product.hpp>
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/panel.hpp>

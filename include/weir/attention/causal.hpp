@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: MIT
-/// \file
-/// Causal softmax attention of ready-made queries, keys and values: the core that every kind of
-/// attention layer shares. Blockwise with an online softmax (Dao et al. 2022, arXiv:2205.14135;
-/// Milakov & Gimelshein 2018, arXiv:1805.02867), so that memory is linear in the number of tokens.
+/// \file Causal softmax attention of ready-made queries, keys and values: the core that every kind
+/// of attention layer shares. It works blockwise with an online softmax (Dao et al. 2022,
+/// arXiv:2205.14135; Milakov & Gimelshein 2018, arXiv:1805.02867), so that memory is linear in the
+/// number of tokens.
 #pragma once
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include <weir/attention/few_queries.hpp>
 #include <weir/attention/operands.hpp>
 #include <weir/attention/query_blocks.hpp>
 #include <weir/core/function_ref.hpp>
+#include <weir/core/index_span.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
@@ -28,23 +28,24 @@ namespace weir {
 ///
 ///     out_i = sum_j p_ij v_j,    p_ij = exp(s_ij - logsumexp_i),    s_ij = scale * q_i . k_j
 ///
-/// over the keys j of the same sequence that are not padding, not later than query i, and in its
-/// window and chunk, if there are such (see `AttentionHeads`, also for the softcap of s). A query
-/// that sees no key at all has out = 0 and passes no gradient on.
+/// The sum is over the keys j of the same sequence that are not padding, not later than query i,
+/// and in its window and chunk if there are any (see `AttentionHeads`, also for the softcap of s).
+/// A query that sees no key at all has out = 0 and passes no gradient on.
 ///
-/// A sink is one more score of each query of a head, the same for all of them, and has no value: it
-/// takes its share of the softmax away (the released code of gpt-oss; Xiao et al. 2023,
-/// arXiv:2309.17453, have a token for it).
+/// A sink is one more score of each query of a head. It is the same for all of them and has no
+/// value, so it takes its share of the softmax away (the released code of gpt-oss; Xiao et al.
+/// 2023, arXiv:2309.17453, use a token instead).
 ///
 ///     logsumexp_i = log(exp(sink_h) + sum_j exp(s_ij))
 ///
-/// A NaN in a key reaches the queries that see it, one in a value also some that are computed
-/// together with them. What no query of a block of 64 sees is not computed with.
+/// A NaN in a key reaches the queries that see it; a NaN in a value also reaches some queries that
+/// are computed together with them. A key or value that no query of a block of 64 sees does not
+/// enter its computation.
 ///
-/// Cost and memory: queries times the keys they see, and linear. Results do not depend on the
+/// The cost is queries times the keys they see; memory is linear. Results do not depend on the
 /// number of threads. The backward pass computes probabilities anew, once over blocks of queries
-/// for dq and once over blocks of keys for dk and dv, so that each sum is one task's and has one
-/// order.
+/// for dq and once over blocks of keys for dk and dv, so that each sum belongs to one task and has
+/// one order.
 template <class T>
 class CausalAttention {
   using Blocks = QueryBlocks<T>;
@@ -56,15 +57,15 @@ class CausalAttention {
     struct Task {
       Index span, first;
     };
-    /// Some keys that one query looks at, where the queries of a span are few.
+    /// Some keys that one query sees, if its span has few queries.
     struct FewTask {
       Index span, query, begin, end;
     };
-    std::vector<Task> tasks;
-    std::vector<FewTask> few_tasks;
-    std::vector<Index> few_queries;  ///< Where each query begins in few_tasks, and the end.
-    std::vector<Index> apart;        ///< Row of v of each span's first value.
-    Scratch<T> partial;              ///< A few-task's sums over its keys.
+    List<Task> tasks;
+    List<FewTask> few_tasks;
+    List<Index> few_queries;  ///< Where each query begins in few_tasks, and the end.
+    List<Index> apart;        ///< The row of v that holds each span's first value.
+    Scratch<T> partial;       ///< The sums of each of few_tasks over its keys.
   };
 
   /// \param mask   One byte per row of k, 0 for padding; or empty.
@@ -77,8 +78,8 @@ class CausalAttention {
                   std::span<const T> sinks = {})
       : in_{shape, spans, mask, q, k, v, sinks, {}} {}
 
-  /// With keys and values that lie in places of their own for each span, such as the states of
-  /// several conversations. For `forward` only; key_begin of a span is not looked at.
+  /// Takes keys and values that lie in a place of their own for each span, such as the states of
+  /// several conversations. Only `forward` may be called. The key_begin of spans is ignored.
   CausalAttention(const AttentionHeads& shape, std::span<const AttentionSpan> spans, MatrixIn<T> q,
                   std::span<const KeyValueRows<T>> rows, std::span<const T> sinks = {})
       : in_{shape, spans, {}, q, none(), none(), sinks, rows} {}
@@ -90,27 +91,27 @@ class CausalAttention {
     if (!cache.tasks.empty()) set_values_apart(cache);
     const Blocks blocks = {in_, cache};
     run(cache.tasks, in_.shape.heads, [&](const Task& task, Index head) {
-      blocks.forward(task.span, task.first, head, cache.apart[index(task.span)], out);
+      blocks.forward(task.span, task.first, head, cache.apart[task.span], out);
     });
 
     const FewQueries<T> few = {in_};
-    const auto count = static_cast<Index>(cache.few_tasks.size());
+    const Index count = cache.few_tasks.count();
     auto partial = cache.partial.reshape(count, few.partial_width());
     run(count, [&](Index i) {
-      const auto& task = cache.few_tasks[index(i)];
+      const auto& task = cache.few_tasks[i];
       few.attend(task.span, task.query, task.begin, task.end, partial.row(i).data());
     });
-    run(static_cast<Index>(cache.few_queries.size()) - 1, [&](Index i) {
-      const Index begin = cache.few_queries[index(i)];
-      const auto& task = cache.few_tasks[index(begin)];
+    run(cache.few_queries.count() - 1, [&](Index i) {
+      const Index begin = cache.few_queries[i];
+      const auto& task = cache.few_tasks[begin];
       few.combine(in_.span(task.span).query_begin + task.query,
-                  partial.middleRows(begin, cache.few_queries[index(i + 1)] - begin), out,
+                  partial.middleRows(begin, cache.few_queries[i + 1] - begin), out,
                   cache.logsumexp);
     });
   }
 
   /// Sets the gradients of q, k and v. Padding keys get zero.
-  /// \param out      What `forward` made with the same cache, of the same operands.
+  /// \param out      The result of `forward` with the same cache and operands.
   /// \param d_out    [queries, heads * value_dim]
   /// \param d_sinks  One for each query head, added to; or empty.
   void backward(MatrixIn<T> out, MatrixIn<T> d_out, MatrixOut<T> dq, MatrixOut<T> dk,
@@ -156,16 +157,15 @@ class CausalAttention {
  private:
   using Task = typename Cache::Task;
 
-  /// The keys of one query are cut into runs of this many for parallelism, where queries are few.
+  /// Where queries are few, the keys of each are cut into runs of this many, for parallelism.
   static constexpr Index kRun = 256;
 
-  static std::size_t index(Index i) { return static_cast<std::size_t>(i); }
   static Index last_block(Index n) {
     return n == 0 ? -1 : (n - 1) / Blocks::kBlock * Blocks::kBlock;
   }
   static Eigen::Map<const Matrix<T>> none() { return {nullptr, 0, 0}; }
 
-  /// So few queries that packing keys for them and filling up a strip costs more than it saves.
+  /// Whether packing keys for the queries and filling up a strip costs more than it saves.
   static bool is_few(const AttentionSpan& s) { return s.queries <= Blocks::kStrip / 4; }
 
   /// Cuts the forward pass into tasks.
@@ -187,7 +187,7 @@ class CausalAttention {
         for (Index begin = in_.first_key(span, end - 1); begin < end; begin += kRun) {
           cache.few_tasks.push_back({s, i, begin, std::min(begin + kRun, end)});
         }
-        cache.few_queries.push_back(static_cast<Index>(cache.few_tasks.size()));
+        cache.few_queries.push_back(cache.few_tasks.count());
       }
     }
   }
@@ -209,12 +209,12 @@ class CausalAttention {
     for (Index s = 0; s < in_.span_count(); ++s) {
       if (is_few(in_.span(s))) continue;
       const KeyValueRows<T> rows = in_.rows_of(s);
-      cache.v.copy(rows.values, rows.value_stride, in_.span(s).keys, cache.apart[index(s)]);
+      cache.v.copy(rows.values, rows.value_stride, in_.span(s).keys, cache.apart[s]);
     }
   }
 
-  /// The sink's share of a query's softmax is p = exp(sink - logsumexp), its score has the gradient
-  /// p (0 - d_out . out).
+  /// The sink's share of a query's softmax is p = exp(sink - logsumexp). The gradient of its score
+  /// is p (0 - d_out . out).
   void add_sink_gradients(Cache& cache, std::span<T> d_sinks) const {
     run(in_.shape.heads, [&](Index head) {
       const auto of_query = [sink = in_.sink(head)](const Lanes<T>& logsumexp,
@@ -223,7 +223,7 @@ class CausalAttention {
       };
       for (const AttentionSpan& s : in_.spans) {
         if (s.queries == 0) continue;
-        d_sinks[index(head)] -=
+        element(d_sinks, head) -=
             sum_lanes<T>(s.queries, of_query, &cache.logsumexp.view()(head, s.query_begin),
                          &cache.dot.view()(head, s.query_begin));
       }
@@ -244,10 +244,9 @@ class CausalAttention {
   }
 
   /// Calls `body(task, head)` for every pair, heads of one task together.
-  void run(const std::vector<Task>& tasks, Index head_count,
+  void run(const List<Task>& tasks, Index head_count,
            FunctionRef<void(const Task&, Index)> body) const {
-    run(static_cast<Index>(tasks.size()) * head_count,
-        [&](Index i) { body(tasks[index(i / head_count)], i % head_count); });
+    run(tasks.count() * head_count, [&](Index i) { body(tasks[i / head_count], i % head_count); });
   }
 
   AttentionOperands<T> in_;

@@ -18,8 +18,9 @@
 
 namespace weir {
 
-/// The part of `CausalAttention` for spans with few queries. A query's keys are cut into runs that
-/// may be computed in parallel; what they sum up, relative to their largest scores, is combined.
+/// The part of `CausalAttention` for spans with few queries. The keys of a query are cut into runs,
+/// which may be computed in parallel. The sums of the runs, relative to their largest scores, are
+/// combined afterwards.
 template <class T>
 struct FewQueries {
   const AttentionOperands<T>& in;
@@ -27,11 +28,11 @@ struct FewQueries {
   /// Numbers in the result of a run of keys: [totals | largest scores | sums of values].
   Index partial_width() const { return in.shape.heads * (2 + in.shape.value_dim); }
 
-  /// One query, all heads, keys `begin` to `end`, which it sees. Bound by reading keys and values:
-  /// reads whole rows, each once.
+  /// Computes all heads of one query over the keys `begin` to `end`, which it sees. Reading keys
+  /// and values takes most of the time, so whole rows are read, each once.
   /// \param query  Its number in span s.
   void attend(Index s, Index query, Index begin, Index end, T* partial) const {
-    // Copies, which no store of a score can change.
+    // These are copies, so that no store of a score can change them.
     const AttentionHeads shape = in.shape;
     const AttentionSpan span = in.span(s);
     const KeyValueRows<T> rows_of = in.rows_of(s);
@@ -52,7 +53,7 @@ struct FewQueries {
     for (Index row = begin; row < end; row += kRows) {
       const Index rows = std::min(kRows, end - row);
       const bool padding = in.any_padding(span, row, row + rows);
-      // Keys for all heads, then values for all: a group's share of both would not fit in L1.
+      // Keys for all heads come first, then values for all: a group's share of both exceeds L1.
       for (Index head = 0; head < shape.heads; ++head) {
         const T* const of_head =
             rows_of.keys + row * rows_of.key_stride + head / shape.group() * dim;
@@ -67,7 +68,7 @@ struct FewQueries {
       if (shape.softcap > 0) cap(rows, scores);
       for (Index head = 0; head < shape.heads; ++head) {
         T* const p = scores + head * kRows;
-        // What is beyond the keys is hidden too, so that softmax works on whole vectors.
+        // Scores beyond the keys are hidden too, so that softmax works on whole vectors.
         std::fill(p + rows, p + kRows, -std::numeric_limits<T>::infinity());
         for (Index r = 0; padding && r < rows; ++r) {
           if (in.is_padding(span, row + r)) p[r] = -std::numeric_limits<T>::infinity();
@@ -91,7 +92,7 @@ struct FewQueries {
     }
   }
 
-  /// Adds up what the runs of one query found, in the order of the keys.
+  /// Adds up the results of the runs of one query, in the order of the keys.
   /// \param row      The row of q and of out.
   /// \param partial  [runs, partial_width()]
   void combine(Index row, MatrixIn<T> partial, MatrixOut<T>& out, Scratch<T>& logsumexp) const {
@@ -115,11 +116,11 @@ struct FewQueries {
   }
 
  private:
-  /// Keys whose scores are held at once, of all heads: they stay in L1.
+  /// For this many keys the scores of all heads are held at once, in L1.
   static constexpr Index kRows = 32;
   static_assert(kRows % kLanes<T> == 0);
 
-  /// scores [heads, kRows], of which `rows` columns count.
+  /// Applies the softcap to the scores [heads, kRows], of which the first `rows` columns count.
   void cap(Index rows, T* scores) const {
     const auto softcap = static_cast<T>(in.shape.softcap);
     for (Index head = 0; head < in.shape.heads; ++head) {
@@ -139,7 +140,7 @@ struct FewQueries {
     return sums_of<T>(sums);
   }
 
-  /// The lanes of the products of one query and as many keys.
+  /// The products of one query and `keys` keys, not yet summed over lanes.
   template <int keys>
   static void inner_products(const T* query, const T* key, Index stride, Index dim,
                              Lanes<T>* sums) {
@@ -173,11 +174,11 @@ struct FewQueries {
     }
   }
 
-  /// The same for `blocks` blocks of kLanes columns; the last one has `lanes` of them.
+  /// Adds `blocks` blocks of kLanes columns, of which the last one has `lanes` columns.
   template <int blocks>
   static void add_values(const T* p, const T* values, Index stride, Index rows, Index lanes,
                          T* sum) {
-    Lanes<T> even[blocks] = {};  // Two sums, neither of which waits for the other.
+    Lanes<T> even[blocks] = {};  // Neither sum waits for the other.
     Lanes<T> odd[blocks] = {};
     Index r = 0;
     for (; r + 1 < rows; r += 2) {

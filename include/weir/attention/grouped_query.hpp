@@ -17,6 +17,7 @@
 #include <weir/attention/spans.hpp>
 #include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
@@ -37,16 +38,16 @@ namespace weir {
 ///     y = concat_h(softmax(scale q_h k_g^T) v_g) Wo^T + bo,    g = h / (heads / kv_heads)
 ///
 /// The softmax runs over the keys of the same sequence up to the query's own position; positions
-/// begin at 0 in each sequence of the pass. `GroupedQueryConfig` says what else there may be:
-/// windows, chunks, softcaps, sinks, and what `QkvStages` does to queries, keys and values.
+/// begin at 0 in each sequence of the pass. `GroupedQueryConfig` lists the options: windows,
+/// chunks, softcaps, sinks, and the stages of `QkvStages`.
 ///
 /// Padding tokens are seen by no one. Their own rows are computed like any other; a query that sees
 /// no key, not even itself, gets zero from the attention (so y = bo) and passes no gradient through
 /// it. Padding still counts as a position.
 ///
 /// Memory is linear in the number of tokens: probabilities are never stored (see CausalAttention).
-/// With a window or chunks, so is time, and the state of decoding is bounded: it holds the keys
-/// that are still in sight, and 64 tokens can always be taken back.
+/// With a window or chunks, time is linear too, and the state of decoding is bounded: it holds the
+/// keys that are still in sight, so that 64 tokens can always be taken back.
 template <std::floating_point T>
 class GroupedQueryAttention {
  public:
@@ -57,14 +58,14 @@ class GroupedQueryAttention {
   struct Cache {
     CacheState state;
     Matrix<T> x;
-    Matrix<T> q, k, v;  ///< As attention gets them.
+    Matrix<T> q, k, v;  ///< The inputs of attention.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * head_dim].
     Matrix<T> y;
     Matrix<T> d_context, dq, dk, dv, dx;
     TokenRows rows;
     List<AttentionSpan> spans;
     List<Index> positions;
-    List<KeyValueRows<T>> kept;  ///< What the states hold, in `decode`.
+    List<KeyValueRows<T>> kept;  ///< The contents of the states, in `decode`.
     typename QkvStages<T>::Cache stages;
     typename CausalAttention<T>::Cache attention;
   };
@@ -87,7 +88,7 @@ class GroupedQueryAttention {
     if (config_.sinks) sinks_.value.setZero(1, config_.heads);
   }
 
-  /// With head_dim filled in.
+  /// The settings, with head_dim filled in.
   const Config& config() const { return config_; }
 
   /// The weights; empty where they are stored for inference.
@@ -108,7 +109,7 @@ class GroupedQueryAttention {
   }
 
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
-  /// \param pass  Its sequences and its padding mask are looked at.
+  /// \param pass  Its sequences and its padding mask are used.
   /// \return      [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns, or pass does not fit it.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
@@ -222,12 +223,10 @@ class GroupedQueryAttention {
   Index query_width() const { return config_.query_width(); }
   Index kv_width() const { return config_.kv_width(); }
 
-  std::span<const T> sinks() const {
-    return {sinks_.value.data(), static_cast<std::size_t>(sinks_.value.size())};
-  }
+  std::span<const T> sinks() const { return span_of(sinks_.value.data(), sinks_.value.size()); }
   std::span<T> d_sinks() {
     if (!config_.sinks) return {};
-    return {sinks_.gradient().data(), static_cast<std::size_t>(config_.heads)};
+    return span_of(sinks_.gradient().data(), config_.heads);
   }
 
   void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const {
@@ -247,7 +246,7 @@ class GroupedQueryAttention {
     }
   }
 
-  /// Lets a state go of what its next tokens do not see, and gives the span the keys that are left.
+  /// Lets a state forget what its next tokens do not see, and gives the remaining keys to the span.
   void make_sight(State& kv, AttentionSpan& span) const {
     if (config_.window > 0 || config_.chunk > 0) {
       const Index from = std::max<Index>(0, kv.length() - State::kSlack);
@@ -257,7 +256,7 @@ class GroupedQueryAttention {
     span.keys += kv.held();
   }
 
-  /// x to cache.q, k and v, at the positions that the spans give them.
+  /// Projects x to cache.q, k and v, at the positions that the spans give.
   void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     cache.q.resize(x.rows(), query_width());
     cache.k.resize(x.rows(), kv_width());
@@ -276,7 +275,7 @@ class GroupedQueryAttention {
     return {config_.shape(), cache.spans, cache.rows.mask(), cache.q, cache.k, cache.v, sinks()};
   }
 
-  /// cache.context to cache.y.
+  /// Projects cache.context to cache.y.
   void project_out(Cache& cache) const {
     cache.y.resize(cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});

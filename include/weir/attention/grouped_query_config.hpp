@@ -15,20 +15,20 @@
 
 namespace weir {
 
-/// Settings of `GroupedQueryAttention`; what is not given is off. Queries, keys and values pass
-/// through projection, bias, clamp, norms kFull and kPerHead, rotation, norm kL2 and temperature,
-/// in this order.
+/// Settings of `GroupedQueryAttention`. Options that are not given are off. Queries, keys and
+/// values pass through projection, bias, clamp, norms kFull and kPerHead, rotation, norm kL2 and
+/// temperature, in this order.
 struct GroupedQueryConfig {
   Index d_model = 0;
   Index heads = 0;
   Index kv_heads = 0;  ///< Divides heads: `heads` is multi-head, 1 is multi-query attention.
-  Index head_dim = 0;  ///< Even, if there is rotation; 0 stands for d_model / heads.
+  Index head_dim = 0;  ///< Even if there is rotation; 0 stands for d_model / heads.
   double rope_theta = 1e4;
   RopeLayout rope_layout = RopeLayout::kHalfSplit;
-  bool qkv_bias = false;          ///< On the projections to queries, keys and values.
-  bool output_bias = false;       ///< On the projection of the heads' outputs.
-  bool rope = true;               ///< Whether rotation tells positions; else nothing does (NoPE).
-  std::optional<Yarn> yarn = {};  ///< Stretches the rotation, and scales scores as it says.
+  bool qkv_bias = false;     ///< Whether the projections to queries, keys and values have one.
+  bool output_bias = false;  ///< Whether the projection of the heads' outputs has one.
+  bool rope = true;          ///< Whether rotation encodes positions; if not, nothing does (NoPE).
+  std::optional<Yarn> yarn = {};  ///< Stretches the rotation and scales scores.
   double scale = 0.0;     ///< Multiplies scores; 0 stands for 1 / sqrt(head_dim) times the Yarn's.
   double softcap = 0.0;   ///< See `AttentionHeads`.
   Index window = 0;       ///< See `AttentionHeads`.
@@ -36,7 +36,7 @@ struct GroupedQueryConfig {
   double clip_qkv = 0.0;  ///< Above zero, the bound within which queries, keys and values are kept.
   QkNorm qk_norm = QkNorm::kNone;
   double qk_norm_epsilon = 1e-6;
-  bool sinks = false;  ///< One learned logit for each head, see `CausalAttention`.
+  bool sinks = false;  ///< Whether each head has a learned logit, see `CausalAttention`.
 
   /// Above zero, the query at position t is multiplied by
   ///
@@ -65,7 +65,7 @@ struct GroupedQueryConfig {
     return 1.0 + temperature_scale * std::log(1.0 + static_cast<double>(steps));
   }
 
-  /// Itself, with head_dim filled in.
+  /// A copy with head_dim filled in.
   /// \throws ConfigError  if a size is out of range, heads do not divide evenly, or options
   ///                      contradict each other.
   GroupedQueryConfig checked() const {

@@ -25,7 +25,7 @@ class GrowingRows {
 
   Index count() const { return count_; }
   bool empty() const { return count_ == 0; }
-  /// Numbers in a row; 0 before the first.
+  /// How many numbers a row has; 0 before the first row.
   Index width() const { return width_; }
   /// How many rows fit before memory is allocated; 0 while the width is unknown.
   Index capacity() const {
@@ -35,9 +35,9 @@ class GrowingRows {
   /// [count, width]. Valid until the next change.
   View view() const { return {numbers_.data(), count_, width_}; }
 
-  /// Adds rows, which are as wide as those that are there, unless there are none.
-  /// \param most  How many rows there will be in the long run, beside those that are added at once:
-  ///              no more memory is set aside than for these.
+  /// Adds rows, which have to be as wide as the rows that are there, if there are any.
+  /// \param most  How many rows there will be in the long run, beside those that are added now.
+  ///              Memory is set aside for no more than these.
   void append(MatrixIn<T> rows, Index most = kUnlimited) {
     make_room(rows.rows(), rows.cols(), most);
     for (Index i = 0; i < rows.rows(); ++i) add_row_of(rows, i);
@@ -54,7 +54,7 @@ class GrowingRows {
     count_ += left.rows();
   }
 
-  /// Makes room for `count` rows in all. Has an effect once the width is known.
+  /// Makes room for `count` rows in all. Has no effect before the width is known.
   void reserve(Index count) { numbers_.reserve(size_of(std::max(count, count_))); }
 
   /// Takes back all rows but the first `count`. Keeps the memory.
@@ -63,8 +63,8 @@ class GrowingRows {
     numbers_.resize(size_of(count));
   }
 
-  /// Lets go of the first `count` rows; the others move to the front. Memory for far more than
-  /// `most` rows is given up.
+  /// Removes the first `count` rows; the others move to the front. Memory for far more than `most`
+  /// rows is given up.
   void drop_front(Index count, Index most) {
     constexpr std::size_t kFarTooMuch = 4;
     const auto kept = numbers_.begin() + count * width_;

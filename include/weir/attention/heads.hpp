@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// The heads of softmax attention, and who sees whom.
+/// The heads of softmax attention, and which keys a query sees.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace weir {
 
-/// How the columns of queries, keys and values divide into heads, and what becomes of the product
-/// of a query and a key. Query head h reads the keys and values of head h / (heads / kv_heads)
+/// How the columns of queries, keys and values divide into heads, and how the product of a query
+/// and a key becomes a score. Query head h reads the keys and values of head h / (heads / kv_heads)
 /// (Ainslie et al. 2023, arXiv:2305.13245).
 struct AttentionHeads {
   Index heads = 0;      ///< Heads of the queries; a multiple of kv_heads.
@@ -44,8 +44,9 @@ struct AttentionHeads {
 
   /// The highest position from which a key at `position` is seen.
   Index last_seeing(Index position) const {
-    constexpr Index kFar = std::numeric_limits<Index>::max() / 2;  // Still an Index with something
-    Index last = kFar;                                             // added to it.
+    // The half leaves room for additions.
+    constexpr Index kFar = std::numeric_limits<Index>::max() / 2;
+    Index last = kFar;
     if (window > 0) last = std::min(last, position + std::min(window, kFar / 2) - 1);
     if (chunk > 0) last = std::min(last, position + (chunk - position % chunk) - 1);
     return last;

@@ -12,23 +12,22 @@
 namespace weir {
 
 /// Keys (already rotated to their positions) and values of one sequence in one layer, a row per
-/// token. Grows geometrically, so that a token costs the same however long the sequence is. A copy
-/// is independent: several continuations can start from one prompt.
+/// token. Memory grows geometrically, so that a token costs the same however long the sequence is.
+/// A copy is independent: several continuations can start from one prompt.
 ///
-/// Where attention looks back a limited way, `forget` lets go of what it has passed. What is held
-/// stays in one piece: the rows that remain are moved to the front once the useless ones before
-/// them are a quarter as many, so that a token moves four rows on average and memory is bounded.
-/// Room for a prompt that is far longer than what attention looks back is given up when it is
-/// passed.
+/// If attention only looks back a limited way, `forget` drops the rows behind that. The other rows
+/// stay in one piece: they move to the front once there are a quarter as many useless ones before
+/// them. So a token moves four rows on average, and memory is bounded. Room for a prompt far longer
+/// than attention looks back is given up afterwards.
 template <class T>
 class KvCache {
  public:
   using View = typename GrowingRows<T>::View;
 
-  /// How many tokens an attention with a window should be able to take back, see `forget`.
+  /// How many tokens attention with a window should be able to take back, see `forget`.
   static constexpr Index kSlack = 64;
 
-  /// Tokens in all; the position of the next one.
+  /// How many tokens there were in all, which is the position of the next one.
   Index length() const { return first_ + held(); }
   bool empty() const { return length() == 0; }
 
@@ -57,16 +56,17 @@ class KvCache {
     values_.append(values, most_);
   }
 
-  /// Makes room for `length` tokens in all, so that appending up to there allocates nothing. Has an
-  /// effect once the first token has told how wide rows are. With `forget`, much less may do.
+  /// Makes room for `length` tokens in all, so that appending up to there allocates nothing. Has no
+  /// effect before the first token, which tells how wide rows are. With `forget`, much less room
+  /// may do.
   void reserve(Index length) {
     keys_.reserve(length - first_);
     values_.reserve(length - first_);
   }
 
-  /// Allows to let go of the tokens before `position`, which no token from position `from` on will
-  /// look at: not necessarily at once. Once they are gone, the sequence cannot be cut below `from`
-  /// tokens, except to none.
+  /// Allows the cache to drop the tokens before `position`, at once or later. No token from
+  /// position `from` on may see them. Once they are gone, the sequence can only be cut to `from`
+  /// tokens or more, or to none.
   /// \throws ConfigError  unless position <= from <= length().
   void forget(Index position, Index from) {
     if (from > length() || position > from) {
@@ -85,7 +85,7 @@ class KvCache {
 
   /// Takes back all tokens but the first `length`, as after a rejected draft. Keeps the memory.
   /// \throws ConfigError  unless 0 <= length <= this->length().
-  /// \throws StateError   if the next token would have to look at some that have been forgotten.
+  /// \throws StateError   if the next token would have to see some that have been forgotten.
   void truncate(Index length) {
     expect_in<Index>("KvCache::truncate", "length", length, 0, this->length());
     if (length > 0 && length < shortest_) {
@@ -106,8 +106,8 @@ class KvCache {
  private:
   GrowingRows<T> keys_, values_;
   Index first_ = 0;
-  Index shortest_ = 0;                       // What the sequence may be cut to.
-  Index most_ = GrowingRows<T>::kUnlimited;  // Rows that `forget` leaves at most.
+  Index shortest_ = 0;  // The least length above 0 that the sequence can be cut to.
+  Index most_ = GrowingRows<T>::kUnlimited;  // The most rows that `forget` leaves.
 };
 
 }  // namespace weir

@@ -43,9 +43,9 @@ namespace weir {
 /// with a Yarn, its `score_scale()`. Sequences, positions and padding are as in
 /// GroupedQueryAttention.
 ///
-/// Training, and prompts in decoding, take the way of LatentExpanded; decoding may go another way
-/// to the same result, see LatentDecoding and LatentAbsorbed. Stored for inference, W_uk and W_uv
-/// are there twice, once for either way.
+/// Training takes the way of LatentExpanded, and so do prompts in decoding. Decoding may take
+/// another way to the same result, see LatentDecoding and LatentAbsorbed. For inference, W_uk and
+/// W_uv are stored twice, once for each way.
 ///
 /// Released checkpoints have W_dkv above W_kr in one matrix, as here, and for each head W_uk_h
 /// above W_uv_h, which are two parameters here.
@@ -59,10 +59,10 @@ class LatentAttention {
   struct Cache {
     CacheState state;
     Matrix<T> x;
-    Matrix<T> query_down;  ///< Latents of queries before their norm.
+    Matrix<T> query_down;  ///< The latents of queries before their norm.
     Matrix<T> kv;          ///< [latents before their norm | rotated keys of positions]
     typename RmsNorm<T>::Cache query_norm, kv_norm;
-    Matrix<T> q;        ///< Rotated.
+    Matrix<T> q;        ///< The queries, rotated.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * value_dim].
     Matrix<T> y;
     Matrix<T> d_context, dq, d_query_latent, d_latent, d_kv, dx;
@@ -110,7 +110,7 @@ class LatentAttention {
   }
 
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
-  /// \param pass  Its sequences and its padding mask are looked at.
+  /// \param pass  Its sequences and its padding mask are used.
   /// \return      [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns, or pass does not fit it.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
@@ -171,8 +171,8 @@ class LatentAttention {
 
   /// Continues several sequences at once: token by token, in chunks, or with whole prompts.
   /// \param x       [new tokens, d_model], those of the sequences of `pass` one after the other.
-  /// \param pass    Its sequences are looked at. Null is one; padding is refused.
-  /// \param states  For each sequence what it has seen so far; the new tokens are added.
+  /// \param pass    Its sequences say how the rows of x divide; without, there is one.
+  /// \param states  The tokens that each sequence has seen so far; the new ones are added.
   /// \param cache   Workspace. It cannot be followed by `backward`.
   /// \return        [new tokens, d_model], to rounding what `forward` of each whole sequence gives.
   /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
@@ -259,7 +259,7 @@ class LatentAttention {
     }
   }
 
-  /// x to queries, and to latents and keys of positions, rotated to the positions of the spans.
+  /// Projects x to queries, latents and keys of positions, rotated to the positions of the spans.
   void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     const Index tokens = x.rows();
     cache.q.resize(tokens, config_.heads * config_.query_dim());
@@ -293,7 +293,7 @@ class LatentAttention {
     return absorbed <= expanded;
   }
 
-  /// cache.context to cache.y.
+  /// Projects cache.context to cache.y.
   void project_out(Cache& cache) const {
     cache.y.resize(cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});

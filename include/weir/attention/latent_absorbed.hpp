@@ -11,6 +11,7 @@
 #include <weir/attention/causal.hpp>
 #include <weir/attention/latent_cache.hpp>
 #include <weir/attention/latent_config.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
@@ -30,13 +31,13 @@ class LatentAbsorbed {
  public:
   /// Workspace.
   struct Cache {
-    std::vector<AttentionSpan> spans;   ///< With queries close together.
-    std::vector<KeyValueRows<T>> kept;  ///< What the states of the spans hold.
-    std::vector<Index> rows;            ///< Which of the tokens are absorbed.
-    Scratch<T> apart;                   ///< The rows that each head multiplies, head after head.
-    Scratch<T> q;                       ///< [rows, heads * (kv_rank + rope_dim)]
-    Scratch<T> latents;                 ///< Their weighted sums, [rows, heads * kv_rank].
-    Scratch<T> context;                 ///< [rows, heads * value_dim]
+    List<AttentionSpan> spans;   ///< The sequences, their queries numbered without gaps.
+    List<KeyValueRows<T>> kept;  ///< The contents of their states.
+    List<Index> rows;            ///< Which of the tokens are absorbed.
+    Scratch<T> apart;            ///< The rows that each head multiplies, head after head.
+    Scratch<T> q;                ///< [rows, heads * (kv_rank + rope_dim)]
+    Scratch<T> latents;          ///< The weighted sums of latents, [rows, heads * kv_rank].
+    Scratch<T> context;          ///< [rows, heads * value_dim]
     std::vector<Product<T>> products;
     typename CausalAttention<T>::Cache attention;
 
@@ -47,10 +48,10 @@ class LatentAbsorbed {
     }
 
     /// Adds a sequence.
-    /// \param span   Its queries among all tokens, which need not all be added.
-    /// \param state  What it has seen, its new tokens included.
+    /// \param span   The place of its queries among all tokens, some of which may not be added.
+    /// \param state  The tokens that it has seen, the new ones included.
     void add(const AttentionSpan& span, const LatentCache<T>& state) {
-      spans.push_back({static_cast<Index>(rows.size()), span.queries, 0, span.keys});
+      spans.push_back({rows.count(), span.queries, 0, span.keys});
       const T* const first = state.rows().data();
       const Index stride = state.rows().outerStride();
       kept.push_back({first, stride, first, stride});  // A row begins with the latent, the value.
@@ -71,14 +72,13 @@ class LatentAbsorbed {
 
   /// Sets the rows of `context` that belong to the sequences added to `cache`.
   /// \param q         [tokens, heads * (nope_dim + rope_dim)], rotated.
-  /// \param key_up    [heads * nope_dim, kv_rank]; looked at unless stored for inference.
-  /// \param value_up  [heads * value_dim, kv_rank]; looked at unless stored for inference.
-  /// \param context   [tokens, heads * value_dim]
+  /// \param key_up    [heads * nope_dim, kv_rank]; read unless the copies are stored for inference.
+  /// \param value_up  [heads * value_dim, kv_rank]; read unless the copies are stored for
+  /// inference. \param context   [tokens, heads * value_dim]
   void attend(const Matrix<T>& q, const Matrix<T>& key_up, const Matrix<T>& value_up,
               Matrix<T>& context, Cache& cache) const {
     if (cache.rows.empty()) return;
-    const auto count = static_cast<Index>(cache.rows.size());
-    const auto row = [&](Index i) { return cache.rows[static_cast<std::size_t>(i)]; };
+    const Index count = cache.rows.count();
     const Index heads = config_.heads;
     const Index rank = config_.kv_rank;
     const Index width = rank + config_.rope_dim;
@@ -86,7 +86,7 @@ class LatentAbsorbed {
     auto low_q = cache.q.reshape(count, heads * width);
     auto nope = cache.apart.reshape(heads * count, config_.nope_dim);
     for_each_head(count, config_.query_dim(), [&](Index i, Index h) {
-      const T* const from = &q(row(i), h * config_.query_dim());
+      const T* const from = &q(cache.rows[i], h * config_.query_dim());
       std::copy_n(from, config_.nope_dim, &nope(h * count + i, 0));
       std::copy_n(from + config_.nope_dim, config_.rope_dim, &low_q(i, h * width + rank));
     });
@@ -104,7 +104,7 @@ class LatentAbsorbed {
     values_.multiply(sums, value_up, values, config_.value_dim, cache.products);
     parallel_rows(count, values.cols(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
-        std::copy_n(&values(i, 0), values.cols(), &context(row(i), 0));
+        std::copy_n(&values(i, 0), values.cols(), &context(cache.rows[i], 0));
       }
     });
   }

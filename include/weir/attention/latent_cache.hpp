@@ -12,14 +12,14 @@ namespace weir {
 
 /// The latents (after their norm) and the keys of positions (already rotated) of one sequence in
 /// one layer, side by side in a row per token: kv_rank + rope_dim numbers, whatever the number of
-/// heads. Grows geometrically, so that a token costs the same however long the sequence is. A copy
-/// is independent: several continuations can start from one prompt.
+/// heads. Memory grows geometrically, so that a token costs the same however long the sequence is.
+/// A copy is independent: several continuations can start from one prompt.
 template <class T>
 class LatentCache {
  public:
   using View = typename GrowingRows<T>::View;
 
-  /// Tokens held; the position of the next one.
+  /// How many tokens are held, which is the position of the next one.
   Index length() const { return rows_.count(); }
   bool empty() const { return rows_.empty(); }
 
@@ -33,8 +33,8 @@ class LatentCache {
   /// [length, rope_dim]
   auto rope_keys() const { return rows().rightCols(rope_dim()); }
 
-  /// Adds what belongs to the next tokens. The first call after construction or `clear` decides how
-  /// wide it is.
+  /// Adds the rows of the next tokens. The first call after construction or `clear` decides how
+  /// wide they are.
   /// \param latents    [tokens, kv_rank]
   /// \param rope_keys  [tokens, rope_dim]
   /// \throws ShapeError   if the widths are not those of what is held, or the rows differ.
@@ -46,8 +46,8 @@ class LatentCache {
     rows_.append(latents, rope_keys);
   }
 
-  /// Makes room for `length` tokens in all, so that appending up to there allocates nothing. Has an
-  /// effect once the first token has told how wide rows are.
+  /// Makes room for `length` tokens in all, so that appending up to there allocates nothing. Has no
+  /// effect before the first token, which tells how wide rows are.
   void reserve(Index length) { rows_.reserve(length); }
 
   /// Forgets all tokens but the first `length`, as after a rejected draft. Keeps the memory.

@@ -25,9 +25,9 @@ enum class LatentDecoding {
 struct LatentConfig {
   Index d_model = 0;
   Index heads = 0;
-  Index q_rank = 0;     ///< Numbers in a query's latent; 0: queries come from x directly.
+  Index q_rank = 0;     ///< Numbers in a query's latent. With 0, queries come from x directly.
   Index kv_rank = 0;    ///< Numbers in the latent of keys and values.
-  Index nope_dim = 0;   ///< Numbers of a head's queries and keys that know no position.
+  Index nope_dim = 0;   ///< Numbers of a head's queries and keys that are not rotated.
   Index rope_dim = 0;   ///< Numbers that are rotated to the position; even.
   Index value_dim = 0;  ///< Numbers of a head's values.
   double rope_theta = 1e4;
@@ -39,7 +39,7 @@ struct LatentConfig {
   /// Numbers of a head's queries and keys.
   Index query_dim() const { return nope_dim + rope_dim; }
 
-  /// What the product of a query and a key is multiplied by.
+  /// The factor of the product of a query and a key.
   double scale() const {
     return (yarn ? yarn->score_scale() : 1.0) / std::sqrt(static_cast<double>(query_dim()));
   }

@@ -36,12 +36,12 @@ class LatentExpanded {
   using Scalar = T;
 
   struct Cache {
-    Scratch<T> key_nope, k, v;  ///< Those of all tokens that queries look at.
+    Scratch<T> key_nope, k, v;  ///< Keys and values of all tokens that queries see.
     Matrix<T> dk, d_key_nope, dv;
     typename CausalAttention<T>::Cache attention;
   };
 
-  /// \param config  Checked.
+  /// \param config  Has to be checked.
   LatentExpanded(Rng& rng, const LatentConfig& config)
       : config_(config),
         key_up_(
@@ -72,8 +72,8 @@ class LatentExpanded {
     core(q, spans, mask, cache).forward(context, cache.attention);
   }
 
-  /// Adds to the gradients of the weights and sets those of what `forward` was given last.
-  /// \param context    What `forward` made.
+  /// Adds to the gradients of the weights and sets those of the inputs of the last `forward`.
+  /// \param context    The result of `forward`.
   void backward(MatrixIn<T> q, MatrixIn<T> latents, std::span<const AttentionSpan> spans,
                 std::span<const std::uint8_t> mask, MatrixIn<T> context, MatrixIn<T> d_context,
                 MatrixOut<T> dq, MatrixOut<T> d_latents, MatrixOut<T> d_rope_keys, Cache& cache) {
@@ -118,7 +118,8 @@ class LatentExpanded {
     });
   }
 
-  /// The reverse for gradients: cache.dk to d_key_nope and, added up over heads, d_rope_keys.
+  /// The reverse of `expand` for gradients: splits cache.dk into d_key_nope and, summed over heads,
+  /// d_rope_keys.
   void take_apart(Cache& cache, MatrixOut<T>& d_rope_keys) const {
     const Index nope = config_.nope_dim;
     parallel_rows(cache.dk.rows(), cache.dk.cols(), [&](Index begin, Index end) {

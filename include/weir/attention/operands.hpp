@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// All that softmax attention is computed from.
+/// The inputs of softmax attention.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 
 #include <weir/attention/heads.hpp>
 #include <weir/attention/spans.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -23,7 +24,7 @@ struct KeyValueRows {
   Index value_stride = 0;
 };
 
-/// All that attention is computed from. Keys of a span are numbered from 0 here.
+/// The inputs of attention. Members count the keys of a span from 0.
 template <class T>
 struct AttentionOperands {
   AttentionHeads shape;
@@ -36,10 +37,10 @@ struct AttentionOperands {
   std::span<const KeyValueRows<T>> rows;  ///< One for each span, instead of k and v; or empty.
 
   Index span_count() const { return static_cast<Index>(spans.size()); }
-  const AttentionSpan& span(Index s) const { return spans[static_cast<std::size_t>(s)]; }
+  const AttentionSpan& span(Index s) const { return element(spans, s); }
 
   KeyValueRows<T> rows_of(Index s) const {
-    if (!rows.empty()) return rows[static_cast<std::size_t>(s)];
+    if (!rows.empty()) return element(rows, s);
     const Index begin = span(s).key_begin;
     return {k.data() + begin * k.outerStride(), k.outerStride(), v.data() + begin * v.outerStride(),
             v.outerStride()};
@@ -47,24 +48,23 @@ struct AttentionOperands {
 
   /// The logit that joins the scores of a head; -infinity, which is no score, if there is none.
   T sink(Index head) const {
-    return sinks.empty() ? -std::numeric_limits<T>::infinity()
-                         : sinks[static_cast<std::size_t>(head)];
+    return sinks.empty() ? -std::numeric_limits<T>::infinity() : element(sinks, head);
   }
 
-  /// What q is multiplied by: the softcap's tangent is taken of the product.
+  /// The factor of q. With a softcap, tanh is taken of the product.
   double factor() const { return shape.softcap > 0 ? shape.scale / shape.softcap : shape.scale; }
 
-  /// The first key that the query of key `own` sees.
+  /// The first key that is seen by the query whose own key is `own`.
   Index first_key(const AttentionSpan& s, Index own) const {
     return std::max<Index>(0, shape.first_visible(s.first_key + own) - s.first_key);
   }
-  /// The key of the last query that sees `key`; may be beyond the end.
+  /// The own key of the last query that sees `key`; may be beyond the end.
   Index last_query(const AttentionSpan& s, Index key) const {
     return shape.last_seeing(s.first_key + key) - s.first_key;
   }
 
   bool is_padding(const AttentionSpan& s, Index key) const {
-    return !mask.empty() && mask[static_cast<std::size_t>(s.key_begin + key)] == 0;
+    return !mask.empty() && element(mask, s.key_begin + key) == 0;
   }
   bool any_padding(const AttentionSpan& s, Index begin, Index end) const {
     for (Index key = begin; key < end && !mask.empty(); ++key) {

@@ -22,11 +22,11 @@ namespace weir {
 
 /// What queries and keys are normalised over, and when.
 enum class QkNorm {
-  kNone,     ///< Not at all.
+  kNone,     ///< There is no normalisation.
   kFull,     ///< RMSNorm over all heads together, before rotation (OLMoE; arXiv:2409.02060).
   kPerHead,  ///< RMSNorm of each head with one weight for all, before rotation (Qwen3;
              ///< arXiv:2505.09388).
-  kL2,       ///< Each head over its root mean square, no weight, after rotation (Llama 4).
+  kL2,       ///< Each head divided by its root mean square, after rotation (Llama 4).
 };
 
 /// `RmsNorm` of the queries or the keys of all tokens, in place.
@@ -46,7 +46,7 @@ class HeadNorm {
     copy(norm_.forward(parts(x), pass, cache), x);
   }
 
-  /// Takes the gradient of what `forward` wrote to that of what it read.
+  /// Turns the gradient of the output of `forward` into that of its input.
   void backward(Matrix<T>& d, Cache& cache) { copy(norm_.backward(parts(d), cache), d); }
 
  private:
@@ -63,7 +63,7 @@ class HeadNorm {
   RmsNorm<T> norm_;
 };
 
-/// Each head over its root mean square, in place:
+/// Divides each head by its root mean square, in place:
 ///
 ///     y = r x,    r = 1 / sqrt(mean(x^2) + epsilon),    dx = r (dy - y mean(dy y))
 ///
@@ -95,7 +95,7 @@ class HeadL2Norm {
     });
   }
 
-  /// \param y  What `forward` left in its x.
+  /// \param y  The output of `forward`.
   /// \param d  The gradient of y, which becomes that of x.
   void backward(const Matrix<T>& y, Matrix<T>& d, const Cache& cache) const {
     const auto r = cache.inverse.view();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// What happens to queries, keys and values before attention.
+/// The changes to queries, keys and values before attention.
 #pragma once
 
 #include <concepts>
@@ -10,6 +10,7 @@
 
 #include <weir/attention/grouped_query_config.hpp>
 #include <weir/attention/qk_norm.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
@@ -34,7 +35,7 @@ class QkvStages {
     Scratch<T> angles;
   };
 
-  /// \param config  Checked, with head_dim filled in.
+  /// \param config  Has to be checked, with head_dim filled in.
   explicit QkvStages(const GroupedQueryConfig& config) : config_(config) {
     const RmsNormConfig norm = {.epsilon = config_.qk_norm_epsilon};
     if (config_.rope) {
@@ -55,7 +56,8 @@ class QkvStages {
 
   /// \param positions  One per token.
   /// \param q          [tokens, heads * head_dim]
-  /// \param k          [tokens, kv_heads * head_dim], as is v.
+  /// \param k          [tokens, kv_heads * head_dim]
+  /// \param v          [tokens, kv_heads * head_dim]
   void forward(std::span<const Index> positions, const Pass& pass, Matrix<T>& q, Matrix<T>& k,
                Matrix<T>& v, Cache& cache) const {
     if (config_.clip_qkv > 0.0) {
@@ -82,8 +84,9 @@ class QkvStages {
     if (config_.temperature_scale > 0.0) temper(positions, q);
   }
 
-  /// Takes the gradients of what `forward` left to those of what it was given.
-  /// \param q  What `forward` left in its q; k is what it left in its k.
+  /// Turns the gradients of the outputs of `forward` into those of its inputs.
+  /// \param q  The queries that `forward` left.
+  /// \param k  The keys that `forward` left.
   void backward(std::span<const Index> positions, const Matrix<T>& q, const Matrix<T>& k,
                 Matrix<T>& dq, Matrix<T>& dk, Matrix<T>& dv, Cache& cache) {
     if (config_.temperature_scale > 0.0) temper(positions, dq);
@@ -118,7 +121,7 @@ class QkvStages {
   /// Multiplies each row by the temperature of its position.
   void temper(std::span<const Index> positions, Matrix<T>& rows) const {
     for (Index t = 0; t < rows.rows(); ++t) {
-      rows.row(t) *= static_cast<T>(config_.temperature(positions[static_cast<std::size_t>(t)]));
+      rows.row(t) *= static_cast<T>(config_.temperature(element(positions, t)));
     }
   }
 

@@ -31,7 +31,7 @@ template <class T>
 struct QueryBlocks {
   using Strips = ScoreStrips<T>;
   static constexpr Index kStrip = Strips::kStrip;
-  static constexpr Index kBlock = 64;  ///< Queries, or in `backward_keys` keys, of a block.
+  static constexpr Index kBlock = 64;  ///< The queries of a block, or in `backward_keys` the keys.
 
   struct Cache {
     /// [heads, queries]; +infinity for a query that sees no key, so that all its p are zero.
@@ -43,8 +43,8 @@ struct QueryBlocks {
   const AttentionOperands<T>& in;
   Cache& cache;
 
-  /// One block of queries of one head, from query `first` of span s on.
-  /// \param apart  The row of cache.v that the span's first value has.
+  /// Computes one block of queries of one head, from query `first` of span s on.
+  /// \param apart  The row of cache.v that holds the span's first value.
   void forward(Index s, Index first, Index head, Index apart, MatrixOut<T>& out) const {
     const AttentionSpan& span = in.span(s);
     const KeyValueRows<T> rows_of = in.rows_of(s);
@@ -69,26 +69,19 @@ struct QueryBlocks {
     Strips::pack(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
                  right);
 
-    for (Index row = in.first_key(span, own); row < own + queries; row += kRowBlock) {
-      const Index capacity = std::min(kRowBlock, span.keys - row);
-      const bool padding = in.any_padding(span, row, row + capacity);
-      for (Index strip = 0; strip < Strips::strips_for(queries); ++strip) {
-        const Index column = strip * kStrip;
-        const VisibleKeys keys = visible_keys(span, own + column, row, capacity);
-        if (keys.count <= 0) continue;
-        const typename Strips::Left left = {
-            rows_of.keys + keys.begin * rows_of.key_stride + kv_head * dim, rows_of.key_stride, 1};
-        Strips::multiply(left, keys.count, right + column * dim, dim, scores, false);
-        if (softcap > 0) Strips::cap(softcap, keys.count, scores);
-        if (padding || keys.partly_hidden) {
-          hide(span, keys, own + column, -std::numeric_limits<T>::infinity(), scores);
-        }
-        T* const sum = sums + column * value_dim;
-        Strips::soften(keys.count, scores, top + column, total + column, sum, value_dim);
-        Strips::multiply(Strips::columns_of(cache.v, apart + keys.begin, kv_head), value_dim,
-                         scores, keys.count, sum, true);
+    for_each_strip(span, own, queries, [&](Index column, const VisibleKeys& keys) {
+      const typename Strips::Left left = {
+          rows_of.keys + keys.begin * rows_of.key_stride + kv_head * dim, rows_of.key_stride, 1};
+      Strips::multiply(left, keys.count, right + column * dim, dim, scores, false);
+      if (softcap > 0) Strips::cap(softcap, keys.count, scores);
+      if (keys.partly_hidden) {
+        hide(span, keys, own + column, -std::numeric_limits<T>::infinity(), scores);
       }
-    }
+      T* const sum = sums + column * value_dim;
+      Strips::soften(keys.count, scores, top + column, total + column, sum, value_dim);
+      Strips::multiply(Strips::columns_of(cache.v, apart + keys.begin, kv_head), value_dim, scores,
+                       keys.count, sum, true);
+    });
 
     for (Index i = 0; i < queries; ++i) {
       cache.logsumexp.view()(head, span.query_begin + first + i) =
@@ -107,7 +100,7 @@ struct QueryBlocks {
     Strips::unpack(sums, T(1), span.query_begin + first, queries, head, value_dim, out);
   }
 
-  /// dq of one block of queries of one head:
+  /// Computes dq of one block of queries of one head:
   ///
   ///     ds_ij = p_ij (d_out_i . v_j - d_out_i . out_i),    dq_i = scale * sum_j ds_ij k_j
   ///
@@ -138,40 +131,33 @@ struct QueryBlocks {
     T* const dot = space.take_zeros(kBlock);
     std::copy_n(of_queries(cache.logsumexp, head, span) + first, queries, logsumexp);
     std::copy_n(of_queries(cache.dot, head, span) + first, queries, dot);
-    for (Index row = in.first_key(span, own); row < own + queries; row += kRowBlock) {
-      const Index capacity = std::min(kRowBlock, span.keys - row);
-      const bool padding = in.any_padding(span, row, row + capacity);
-      for (Index strip = 0; strip < Strips::strips_for(queries); ++strip) {
-        const Index column = strip * kStrip;
-        const VisibleKeys keys = visible_keys(span, own + column, row, capacity);
-        if (keys.count <= 0) continue;
-        const Index key = span.key_begin + keys.begin;
-        Strips::multiply(Strips::rows_of(cache.k, key, kv_head), keys.count, right + column * dim,
-                         dim, scores, false);
-        const typename Strips::Left values = {&in.v.coeffRef(key, kv_head * value_dim),
-                                              in.v.outerStride(), 1};
-        Strips::multiply(values, keys.count, d_right + column * value_dim, value_dim, d_p, false);
-        if (softcap > 0) Strips::cap(softcap, keys.count, scores, slopes);
-        for (Index j = 0; j < kStrip; j += kLanes<T>) {
-          const Lanes<T> lse = load_lanes<T>(logsumexp + column + j);
-          const Lanes<T> along_out = load_lanes<T>(dot + column + j);
-          for (Index r = 0; r < keys.count; ++r) {
-            T* const ds = scores + r * kStrip + j;
-            const Lanes<T> p = exp_lanes<T>(load_lanes<T>(ds) - lse);
-            store_lanes<T>(p * (load_lanes<T>(d_p + r * kStrip + j) - along_out), ds);
-          }
+    for_each_strip(span, own, queries, [&](Index column, const VisibleKeys& keys) {
+      const Index key = span.key_begin + keys.begin;
+      Strips::multiply(Strips::rows_of(cache.k, key, kv_head), keys.count, right + column * dim,
+                       dim, scores, false);
+      const typename Strips::Left values = {&in.v.coeffRef(key, kv_head * value_dim),
+                                            in.v.outerStride(), 1};
+      Strips::multiply(values, keys.count, d_right + column * value_dim, value_dim, d_p, false);
+      if (softcap > 0) Strips::cap(softcap, keys.count, scores, slopes);
+      for (Index j = 0; j < kStrip; j += kLanes<T>) {
+        const Lanes<T> lse = load_lanes<T>(logsumexp + column + j);
+        const Lanes<T> along_out = load_lanes<T>(dot + column + j);
+        for (Index r = 0; r < keys.count; ++r) {
+          T* const ds = scores + r * kStrip + j;
+          const Lanes<T> p = exp_lanes<T>(load_lanes<T>(ds) - lse);
+          store_lanes<T>(p * (load_lanes<T>(d_p + r * kStrip + j) - along_out), ds);
         }
-        if (softcap > 0) loops::multiply<T>(keys.count * kStrip, scores, slopes, scores);
-        if (padding || keys.partly_hidden) hide(span, keys, own + column, T(0), scores);
-        Strips::multiply(Strips::columns_of(cache.k, key, kv_head), dim, scores, keys.count,
-                         sums + column * dim, true);
       }
-    }
+      if (softcap > 0) loops::multiply<T>(keys.count * kStrip, scores, slopes, scores);
+      if (keys.partly_hidden) hide(span, keys, own + column, T(0), scores);
+      Strips::multiply(Strips::columns_of(cache.k, key, kv_head), dim, scores, keys.count,
+                       sums + column * dim, true);
+    });
     Strips::unpack(sums, static_cast<T>(in.shape.scale), span.query_begin + first, queries, head,
                    dim, dq);
   }
 
-  /// dk and dv of one block of keys of one key head, from the queries of all heads of its group:
+  /// Computes dk and dv of a block of keys of a key head, from the queries of its group's heads:
   ///
   ///     dv_j = sum_i p_ij d_out_i,    dk_j = scale * sum_i ds_ij q_i
   void backward_keys(Index s, Index first, Index kv_head, MatrixOut<T>& dk,
@@ -195,7 +181,8 @@ struct QueryBlocks {
                  right);
     Strips::pack(in.v, span.key_begin + first, keys, kv_head, value_dim, T(1), value_right);
 
-    // From the first block with a query that sees the first key, to the last that sees the last.
+    // Rows run from the first block with a query that sees the first key to the last query that
+    // sees the last one.
     const Index first_row = std::max<Index>(0, first - span.prefix()) / kRowBlock * kRowBlock;
     const Index end_row =
         std::min(span.queries, in.last_query(span, first + keys - 1) - span.prefix() + 1);
@@ -260,13 +247,13 @@ struct QueryBlocks {
     return numbers.data() + head * numbers.cols() + span.query_begin;
   }
 
-  /// Keys that a strip of queries looks at.
+  /// The keys that a strip of queries sees.
   struct VisibleKeys {
     Index begin = 0, count = 0;
-    bool partly_hidden = false;  ///< Not every query of the strip sees every one of them.
+    bool partly_hidden = false;  ///< Whether some are padding, or some query does not see them all.
   };
 
-  /// Those of the `capacity` keys from `row` on that a query of the strip sees.
+  /// Those of the `capacity` keys from `row` on that some query of the strip sees.
   /// \param own  The key of the strip's first query.
   VisibleKeys visible_keys(const AttentionSpan& span, Index own, Index row, Index capacity) const {
     const Index begin = std::max(row, in.first_key(span, own));
@@ -274,7 +261,24 @@ struct QueryBlocks {
     return {begin, end - begin, end - 1 > own || in.last_query(span, begin) < own + kStrip - 1};
   }
 
-  /// Sets the scores, [keys, kStrip] of keys by queries, that must not count to `value`.
+  /// Calls `body(column, keys)` for the strips of a block of queries, each with blocks of the keys
+  /// that it sees. `column` is the first query of the strip.
+  /// \param own  The key of the block's first query.
+  template <class Body>
+  void for_each_strip(const AttentionSpan& span, Index own, Index queries, Body&& body) const {
+    for (Index row = in.first_key(span, own); row < own + queries; row += kRowBlock) {
+      const Index capacity = std::min(kRowBlock, span.keys - row);
+      const bool padding = in.any_padding(span, row, row + capacity);
+      for (Index column = 0; column < queries; column += kStrip) {
+        VisibleKeys keys = visible_keys(span, own + column, row, capacity);
+        keys.partly_hidden = keys.partly_hidden || padding;
+        if (keys.count > 0) body(column, keys);
+      }
+    }
+  }
+
+  /// Sets those of the scores that must not count to `value`. They are [keys, kStrip]: keys by
+  /// queries.
   /// \param own  The key of the strip's first query.
   void hide(const AttentionSpan& span, const VisibleKeys& keys, Index own, T value,
             T* scores) const {
@@ -288,7 +292,8 @@ struct QueryBlocks {
     }
   }
 
-  /// The same for a and b, [rows, kStrip] of queries by keys, with zero.
+  /// Sets those numbers of a and b that must not count to zero. They are [rows, kStrip]: queries by
+  /// keys.
   /// \param own  The key of the first query.
   void hide_keys(const AttentionSpan& span, Index own, Index rows, Index key, T* a, T* b) const {
     for (Index r = 0; r < rows; ++r) {

@@ -11,8 +11,8 @@
 
 namespace weir {
 
-/// The rows of each head by themselves, one behind the other. Read column by column from the
-/// matrix, whose rows lie a power of two apart, they would push each other out of L1.
+/// Stores the rows of each head by themselves, one behind the other. The rows of the matrix often
+/// lie a power of two apart; read column by column, they would push each other out of L1.
 template <class T>
 class RowsApart {
  public:
@@ -22,7 +22,7 @@ class RowsApart {
     storage_.reshape(heads * rows, dim);
   }
 
-  /// Copies the heads of `rows` rows, each row `stride` behind the other, to row `to` on.
+  /// Copies the heads of `rows` rows, which lie `stride` apart, to the rows from `to` on.
   void copy(const T* from, Index stride, Index rows, Index to) {
     const Index dim = storage_.cols();
     const Index heads = height_ == 0 ? 0 : storage_.rows() / height_;

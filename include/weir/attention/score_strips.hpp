@@ -7,6 +7,7 @@
 
 #include <weir/attention/rows_apart.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/pack.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/register_block.hpp>
 #include <weir/kernels/transpose.hpp>
@@ -17,8 +18,8 @@
 
 namespace weir {
 
-/// A strip is a matrix of kStrip columns, as wide as the kernel's register block: right operand or
-/// result of a product. Many columns are several strips, one behind the other.
+/// A strip is a matrix of kStrip columns, as wide as the kernel's register block. It is the right
+/// operand or the result of a product. Many columns are several strips, one behind the other.
 template <class T>
 struct ScoreStrips {
   static constexpr Index kStrip = kernels::Block<T>::kCols;
@@ -36,10 +37,11 @@ struct ScoreStrips {
     kernels::multiply_panel<Arithmetic>(left, rows, depth, panel, out, kStrip, accumulate);
   }
 
-  /// Rows of one head from `row` on, as they are and transposed, as left operands.
+  /// The rows of one head from `row` on as a left operand.
   static Left rows_of(RowsApart<T>& from, Index row, Index head) {
     return {from.at(head, row), from.row_size(), 1};
   }
+  /// The transposed rows of one head from `row` on as a left operand.
   static Left columns_of(RowsApart<T>& from, Index row, Index head) {
     return {from.at(head, row), 1, from.row_size()};
   }
@@ -53,8 +55,8 @@ struct ScoreStrips {
     if (factor != T(1)) loops::scale(strips_for(count) * kStrip * dim, factor, to, to);
   }
 
-  /// The inverse for results: multiplies the strips by `factor` and writes them to `count` rows of
-  /// one head.
+  /// The inverse of `pack`, for results: multiplies the strips by `factor` and writes them to
+  /// `count` rows of one head.
   static void unpack(T* from, T factor, Index row, Index count, Index head, Index dim,
                      MatrixOut<T>& to) {
     if (factor != T(1)) loops::scale(strips_for(count) * kStrip * dim, factor, from, from);
@@ -81,7 +83,7 @@ struct ScoreStrips {
     loops::scaled_tanh<T>(rows * kStrip, softcap, scores, scores);
   }
 
-  /// The same, with the slopes 1 - tanh(scores)^2.
+  /// slopes = 1 - tanh(scores)^2, then scores = softcap * tanh(scores); both [rows, kStrip].
   static void cap(T softcap, Index rows, T* scores, T* slopes) {
     for (Index i = 0; i < rows * kStrip; i += kLanes<T>) {
       const Lanes<T> tangent = tanh_lanes<T>(load_lanes<T>(scores + i));
@@ -91,8 +93,8 @@ struct ScoreStrips {
   }
 
   /// Raises `top` [kStrip] to the largest score of its column, turns scores [rows, kStrip] into
-  /// exp(score - top) and adds them to `total` [kStrip]. What was summed for a smaller top, in
-  /// `total` and in `sum` [value_dim, kStrip], is brought to the new one.
+  /// exp(score - top) and adds them to `total` [kStrip]. Sums made with a smaller top, in `total`
+  /// and in `sum` [value_dim, kStrip], are scaled to the new one.
   static void soften(Index rows, T* scores, T* top, T* total, T* sum, Index value_dim) {
     Lanes<T> new_top[kVectors];
     for (Index j = 0; j < kVectors; ++j) new_top[j] = load_lanes<T>(top + j * kLanes<T>);

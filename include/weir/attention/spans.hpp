@@ -12,16 +12,16 @@
 
 namespace weir {
 
-/// One sequence: its queries are its last tokens, its keys all of them, or all that have not been
-/// forgotten. Query i sees the keys up to its own, number `prefix() + i`.
+/// One sequence. Its queries are its last tokens; its keys are all tokens, or all that have not
+/// been forgotten. Query i sees the keys up to its own, number `prefix() + i`.
 struct AttentionSpan {
   Index query_begin, queries;  ///< Rows of q.
   Index key_begin, keys;       ///< Rows of k and v; keys >= queries.
   Index first_key = 0;         ///< Position of the first key.
 
-  /// Keys before that of the first query.
+  /// How many keys come before that of the first query.
   Index prefix() const { return keys - queries; }
-  /// Position of the first query.
+  /// The position of the first query.
   Index first_position() const { return first_key + prefix(); }
 };
 

@@ -36,8 +36,8 @@ struct CacheLineAllocator {
     void* const memory = ::operator new(bytes, alignment(bytes));
 #if defined(__linux__)
     if (bytes >= kHugePage) {
-      // Memory that was in use before has small pages; once they are given up, with what nobody
-      // needs any more, huge ones can take their place. Where that fails, nothing is lost but time.
+      // Memory that was in use before has small pages. Once they are given up, with contents that
+      // nobody needs, huge pages can take their place. If that fails, memory is merely slower.
       static_cast<void>(madvise(memory, bytes, MADV_DONTNEED));
       static_cast<void>(madvise(memory, bytes, MADV_HUGEPAGE));
     }
@@ -54,7 +54,7 @@ struct CacheLineAllocator {
   }
 
  private:
-  /// A part of a huge page at the end would be small pages.
+  /// Rounds large sizes up to whole huge pages: the rest would consist of small ones.
   static std::size_t rounded(std::size_t bytes) {
     return bytes < kHugePage ? bytes : (bytes + kHugePage - 1) / kHugePage * kHugePage;
   }
@@ -67,11 +67,11 @@ struct CacheLineAllocator {
 template <class T>
 using AlignedVector = std::vector<T, CacheLineAllocator<T>>;
 
-/// One piece of memory that arrays are taken from, front to back, and that lives as long as the
-/// last of them: many small arrays in few huge pages.
+/// One piece of memory from which arrays are taken, front to back. It lives as long as the last of
+/// them. Many small arrays thus share a few huge pages.
 class SharedMemory {
  public:
-  /// How much of it an array takes.
+  /// How many bytes of it an array of `count` numbers takes.
   template <class T>
   static std::size_t bytes_of(std::size_t count) {
     constexpr std::size_t kLine = CacheLineAllocator<T>::kLine;

@@ -16,9 +16,9 @@
 namespace weir {
 
 /// A layer whose output for a token depends on the tokens before it. `decode` continues several
-/// sequences at once: their new tokens are the rows of x, packed as `pass.sequences` says (null:
-/// one sequence), and `states` has what the layer knows of each, `State{}` in the beginning.
-/// `state.truncate(length)` makes a state forget all tokens but the first `length`.
+/// sequences at once: their new tokens are the rows of x, packed as `pass.sequences` says (one
+/// sequence if that is null). `states` holds what the layer knows of each sequence, at first
+/// `State{}`. `state.truncate(length)` makes a state forget all tokens but the first `length`.
 template <class L>
 concept DecodingLayer = Layer<L> && std::semiregular<typename L::State> &&
     requires(const L& layer, MatrixIn<typename L::Scalar> x, const Pass& pass,
@@ -36,10 +36,9 @@ const Matrix<typename L::Scalar>& decode(const L& layer, MatrixIn<typename L::Sc
   return layer.decode(x, Pass{}, states, cache);
 }
 
-/// Whether `states` can continue the sequences of `pass`, in a layer's `decode`.
-/// \throws StateError   unless there is one state for each sequence (without sequences, one), no
-/// two
-///                      of them the same.
+/// Checks that `states` can continue the sequences of `pass`, in a layer's `decode`.
+/// \throws StateError   unless there is one state for each sequence (without sequences, one), and
+///                      all are different.
 /// \throws ConfigError  if a token is padding: a state has no place for it.
 template <class State>
 void expect_states(std::string_view where, const Pass& pass, std::span<State* const> states) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// How the library reports misuse: an exception whose message names the
-/// parameter, the value it has and the value it should have.
+/// How the library reports misuse: by an exception whose message names the parameter, the value it
+/// has and the value it should have.
 #pragma once
 
 #include <cmath>
@@ -40,9 +40,8 @@ class StateError : public std::logic_error {
 
 namespace detail {
 
-/// A part of a message: text that lies elsewhere, or a number, which is formatted here. The
-/// constructors are what a call of `fail` compiles to, so that no such call formats anything
-/// itself.
+/// A part of a message: text that lies elsewhere, or a number, which is formatted here. A call of
+/// `fail` compiles to these constructors, so that no caller formats anything itself.
 class MessagePart {
  public:
   MessagePart(std::string_view text) : text_(text) {}  // NOLINT(google-explicit-constructor)
@@ -91,7 +90,8 @@ template <class Error>
 
 /// Formats `parts`, which are text and numbers, one after the other and throws them as an `Error`.
 template <class Error, class... Parts>
-[[noreturn, gnu::cold]] void fail(Parts... parts) {  // Values: arrays of any length are one type.
+[[noreturn, gnu::cold]] void fail(
+    Parts... parts) {  // By value, so that arrays of any length become one type.
   detail::raise<Error>({detail::MessagePart(parts)...});
 }
 
@@ -126,8 +126,9 @@ std::string shape_of(const M& m) {
   return detail::shape_text(m.rows(), m.cols());
 }
 
-/// \throws ShapeError   unless `m`, the argument `name` of `where`, is [any number of tokens,
-/// cols].
+/// \throws ShapeError   unless `m`, the argument `name` of `where`, is [tokens, cols], for any
+/// number
+///                      of tokens.
 template <class M>
 void expect_columns(std::string_view where, std::string_view name, const M& m, Index cols) {
   if (m.cols() != cols) detail::fail_columns(where, name, m.rows(), m.cols(), cols);
@@ -144,7 +145,7 @@ void expect_shape(std::string_view where, std::string_view name, const M& m, Ind
 
 namespace detail {
 
-/// Begins what a message says of the values that are expected: numbers have to be finite.
+/// Introduces the expected value in a message; floating-point numbers also have to be finite.
 template <class V>
 constexpr std::string_view kExpectedNumber =
     std::is_floating_point_v<V> ? ", expected a finite number " : ", expected ";

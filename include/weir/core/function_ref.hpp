@@ -13,8 +13,8 @@ template <class Signature>
 class FunctionRef;
 
 /// Refers to something that can be called, which has to outlive it: a parameter type for functions
-/// that take a lambda, such as the body of a loop. They are compiled once, and not for each lambda.
-/// A call is an indirect one, which the body should be long enough to be worth.
+/// that take a lambda, such as the body of a loop. Such a function is compiled once, not once for
+/// each lambda. Each call is indirect, so the body should be long enough to be worth it.
 template <class Result, class... Args>
 class FunctionRef<Result(Args...)> {
  public:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Initial weights. A weight is [out, in]; its fan-in is `in`, also where it is one expert of many.
+/// Initial weights. A weight is [out, in]; its fan-in is `in`, also for one expert of many.
 #pragma once
 
 #include <cmath>
@@ -25,8 +25,8 @@ Matrix<T> normal_init(Index rows, Index cols, double stddev, Rng& rng) {
   return Matrix<T>::NullaryExpr(rows, cols, [&] { return static_cast<T>(stddev * rng.normal()); });
 }
 
-/// [rows, cols] drawn from a normal distribution cut at two standard deviations, its variance
-/// scaled down for the stability of sparse models:
+/// [rows, cols] drawn from a normal distribution that is cut at two standard deviations. `scale`
+/// lowers its variance, which keeps sparse models stable:
 ///
 ///     stddev = sqrt(scale / cols)
 ///

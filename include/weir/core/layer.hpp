@@ -22,8 +22,8 @@ namespace weir {
 ///
 /// `forward` is const: whatever `backward` will need goes into a `Cache` that the caller owns. One
 /// layer can therefore serve many threads, each with its own cache. The cache is the workspace too:
-/// results live in it until the next call that is given it, and a cache that is kept makes the next
-/// pass allocate nothing.
+/// results live in it until the next call with that cache. If the cache is kept, the next pass
+/// allocates nothing.
 ///
 /// `pass` says whether the pass trains, and more; see Pass. A `CacheState` in the cache lets
 /// `backward` refuse a cache that does not fit.
@@ -37,7 +37,7 @@ concept Layer = std::floating_point<typename L::Scalar> &&
   L::visit(trained, walk);
 };
 
-/// What `layer` makes of x, for those who keep no cache.
+/// The output of `layer` for x, for callers that keep no cache.
 template <Layer L>
 Matrix<typename L::Scalar> infer(const L& layer, MatrixIn<typename L::Scalar> x,
                                  const Pass& pass = {}) {

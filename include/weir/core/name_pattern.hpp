@@ -7,13 +7,13 @@
 
 namespace weir {
 
-/// Whether `name` is as `pattern` says, in which '*' stands for any characters, dots included, also
-/// for none. Everything else stands for itself.
+/// Whether `name` matches `pattern`, in which '*' stands for any number of characters, dots
+/// included. Every other character stands for itself.
 inline bool matches_pattern(std::string_view pattern, std::string_view name) {
   std::size_t p = 0;
   std::size_t n = 0;
-  std::size_t star = std::string_view::npos;  // The last '*' so far, and
-  std::size_t taken = 0;                      // how far in `name` it reaches.
+  std::size_t star = std::string_view::npos;  // The last '*' so far.
+  std::size_t taken = 0;                      // Where in `name` its match ends.
   while (n < name.size()) {
     if (p < pattern.size() && pattern[p] == '*') {
       star = p++;

@@ -15,7 +15,7 @@
 
 namespace weir {
 
-/// How many threads this machine runs at once, as far as the process may use them.
+/// How many threads this machine can run at once.
 inline int hardware_threads() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
@@ -25,8 +25,8 @@ inline int threads() {
   return detail::ThreadPool::instance().size();
 }
 
-/// Lets weir use `count` threads from now on, in every call of every layer: starts count - 1 of
-/// them, which sleep between calls. Results do not depend on it, to the last bit.
+/// Lets weir use `count` threads from now on, in every call of every layer. It starts count - 1
+/// threads, which sleep between calls. Results do not depend on the number, to the last bit.
 /// \throws ConfigError  if count < 1.
 /// \throws StateError   from inside a parallel loop.
 inline void set_threads(int count) {
@@ -35,10 +35,10 @@ inline void set_threads(int count) {
 }
 
 /// Calls `body(i)` for each i in [0, count), in any order, on up to `threads()` threads. Each i has
-/// to write to places of its own, and what it computes must not depend on who runs it: then the
-/// result is the same for any number of threads. An exception from `body` reaches the caller; of
-/// several, one. Called from inside another parallel loop, or while another thread of the program
-/// is in one, it runs on the calling thread.
+/// to write to places of its own, and its result must not depend on which thread runs it: then the
+/// result is the same for any number of threads. An exception from `body` reaches the caller; if
+/// there are several, one of them does. Called from inside another parallel loop, or while another
+/// thread of the program is in one, it runs on the calling thread.
 [[gnu::noinline]] inline void parallel_for(Index count, FunctionRef<void(Index)> body) {
   if (count > 1 && threads() > 1 && count <= std::numeric_limits<std::uint32_t>::max()) {
     if (detail::ThreadPool::instance().run(static_cast<std::uint32_t>(count), body)) return;
@@ -47,8 +47,8 @@ inline void set_threads(int count) {
 }
 
 /// Calls `body(begin, end)` for consecutive ranges of [0, rows). `row_cost` is roughly how many
-/// elementary operations one row takes: ranges are made large enough to be worth a thread's while,
-/// and do not depend on the number of threads.
+/// elementary operations one row takes: ranges are large enough to be worth sharing out, and do not
+/// depend on the number of threads.
 [[gnu::noinline]] inline void parallel_rows(Index rows, Index row_cost,
                                             FunctionRef<void(Index, Index)> body) {
   constexpr Index kWorthwhile = 16384;

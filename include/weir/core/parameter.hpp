@@ -14,7 +14,7 @@ template <class T>
 struct Parameter {
   Matrix<T> value;
   Matrix<T> grad = {};  ///< Empty until the first backward pass; accumulates.
-  bool frozen = false;  ///< A frozen parameter keeps its value; optimizers pass it by.
+  bool frozen = false;  ///< A frozen parameter keeps its value; optimizers skip it.
 
   /// The gradient, zeroed and sized like `value` on first use.
   Matrix<T>& gradient() {

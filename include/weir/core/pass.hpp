@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// What a forward pass knows beside the token matrix.
+/// What a forward pass is told beside the token matrix.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/pass_record.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
@@ -15,30 +16,30 @@
 
 namespace weir {
 
-/// The circumstances of one forward pass. Everything is optional, and nothing is owned: what it
-/// points to has to live until the forward call returns.
+/// The circumstances of one forward pass. Everything is optional. Nothing is owned: whatever a
+/// member points to has to live until the forward call returns.
 struct Pass {
   /// Whether a backward pass may follow. In training, noise and jitter are on, capacity takes its
   /// training factor, auxiliary losses are computed and caches keep what `backward` needs. An
   /// inference pass does none of that, and `backward` refuses its cache.
   bool training = false;
 
-  /// Which rows belong together. Null: all rows are one sequence.
+  /// Which rows belong together. If null, all rows are one sequence.
   const Sequences* sequences = nullptr;
 
   /// One byte per token, 0 for padding, which is routed nowhere, counted nowhere and attended to by
-  /// no one. Empty: every token is real.
+  /// no one. If empty, every token is real.
   std::span<const std::uint8_t> mask = {};
 
-  /// The id of each token, for what routes by it. Empty: not known. Decoder::forward gives its own.
+  /// The id of each token, for routers that use it. Empty if unknown; Decoder fills it in.
   std::span<const Index> token_ids = {};
 
   /// Which experts tokens may go to, one byte each, 0 for a forbidden one: [experts], for all
   /// tokens (experts that failed or are switched off), or [tokens * experts], token by token
-  /// (experts of a modality). Empty: all. See expert_mask.hpp and `Routing::begin`.
+  /// (experts of a modality). If empty, all are allowed. See expert_mask.hpp and `Routing::begin`.
   std::span<const std::uint8_t> allowed = {};
 
-  /// Where random decisions come from. Only mechanisms that draw need it, and they say so.
+  /// The generator for random decisions. Only mechanisms that draw need it, and they say so.
   Rng* rng = nullptr;
 
   /// The factor of auxiliary losses and of their gradients. With a batch split into micro-batches
@@ -46,18 +47,16 @@ struct Pass {
   /// there are no auxiliary losses.
   double aux_scale = 1.0;
 
-  /// Where layers tell their auxiliary losses and reports. Null: nobody asks; in training the
-  /// losses are differentiated all the same.
+  /// Where layers record their auxiliary losses and reports. It may be null; in training the losses
+  /// are differentiated all the same.
   PassRecord* record = nullptr;
 
-  bool is_padding(Index token) const {
-    return !mask.empty() && mask[static_cast<std::size_t>(token)] == 0;
-  }
+  bool is_padding(Index token) const { return !mask.empty() && element(mask, token) == 0; }
 
   /// Whether auxiliary losses are computed.
   bool has_aux_losses() const { return aux_scale != 0.0 && (training || record != nullptr); }
 
-  /// Where `who` has its random numbers from.
+  /// The generator that `who` draws from.
   /// \throws ConfigError  if the pass came without a generator.
   Rng& generator(std::string_view who) const {
     if (rng == nullptr) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// What passes leave behind for those who ask: auxiliary losses and reports, by name.
+/// What passes leave behind for callers that ask: auxiliary losses and reports, by name.
 #pragma once
 
 #include <span>
@@ -14,9 +14,9 @@
 
 namespace weir {
 
-/// Collects what the layers of a model tell during forward passes: the value of each auxiliary loss
-/// and, if wanted, a report of each layer that routes tokens. A layer adds to the record that its
-/// pass points to; nothing is handed from layer to layer.
+/// Collects what the layers of a model report during forward passes: the value of each auxiliary
+/// loss and, if wanted, a report of each layer that routes tokens. A layer adds to the record that
+/// its pass points to; nothing is handed from layer to layer.
 ///
 ///     PassRecord record;
 ///     model.forward(x, {.training = true, .record = &record}, cache);
@@ -77,7 +77,7 @@ class PassRecord {
 
   bool wants_reports() const { return collects_ == Collects::kLossesAndReports; }
 
-  /// Adds a loss under the current path; for layers.
+  /// Adds a loss under the current path. Layers call this.
   void add_loss(std::string_view name, double value) {
     if (losses_in_use_ == losses_.size()) losses_.emplace_back();
     Loss& loss = losses_[losses_in_use_++];
@@ -85,19 +85,19 @@ class PassRecord {
     loss.value = value;
   }
 
-  /// Adds a report under the current path; for layers.
+  /// Adds a report under the current path. Layers call this.
   void add_report(LayerReport report) {
     const std::size_t length = path_.empty() ? 0 : path_.size() - 1;
     reports_.push_back({path_.substr(0, length), std::move(report)});
   }
 
-  /// Starts anew as the record of a part, which collects what `whole` does; null: losses.
+  /// Clears the record and makes it collect what `whole` collects, or losses if `whole` is null.
   void restart(const PassRecord* whole) {
     clear();
     collects_ = whole != nullptr ? whole->collects_ : Collects::kLosses;
   }
 
-  /// Adds what a part collected, under the current path.
+  /// Adds the contents of `part` under the current path.
   void add(const PassRecord& part) {
     for (const Loss& loss : part.losses()) add_loss(loss.name, loss.value);
     for (const NamedReport& named : part.reports()) {
@@ -107,7 +107,7 @@ class PassRecord {
     }
   }
 
-  /// For the duration of a scope, what is added to the record is a part's of that name.
+  /// While a scope lives, everything added to the record belongs to the part of that name.
   class Scope {
    public:
     /// \param record   May be null.
@@ -133,7 +133,7 @@ class PassRecord {
 
  private:
   Collects collects_ = Collects::kLosses;
-  std::string path_;          // Of the layer that is running, with a dot at the end.
+  std::string path_;          // The path of the running layer, with a dot at the end.
   std::vector<Loss> losses_;  // Those in use come first; the others keep their memory.
   std::size_t losses_in_use_ = 0;
   std::vector<NamedReport> reports_;

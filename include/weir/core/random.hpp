@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Random numbers that are the same on every compiler and standard library
-/// (those of <random> are not: its distributions are left to the library).
+/// Random numbers that are the same with every compiler and standard library. (Those of <random>
+/// are not, since each library may define its distributions as it likes.)
 #pragma once
 
 #include <cmath>
@@ -26,9 +26,9 @@ constexpr double unit_interval(std::uint64_t bits) {
   return static_cast<double>(bits >> 11U) * 0x1.0p-53;
 }
 
-/// A stream of random numbers given by a seed and a position: draw n of stream s
-/// is `mix_bits(s + n * odd)`. Its state is two integers, so it can be saved, and
-/// any draw can be made out of order, from any thread (`at`).
+/// A stream of random numbers given by a seed and a position. Draw n of stream s is
+/// `mix_bits(s + n * odd)`. Its state is two integers, so it can be saved, and any draw can be made
+/// out of order, from any thread (`at`).
 class Rng {
  public:
   explicit constexpr Rng(std::uint64_t seed = 0) : stream_(mix_bits(seed)) {}
@@ -36,7 +36,7 @@ class Rng {
   /// The next 64 random bits.
   constexpr std::uint64_t bits() { return at(position_++); }
 
-  /// The bits that draw number `position` of this stream has.
+  /// The bits of draw number `position` of this stream.
   constexpr std::uint64_t at(std::uint64_t position) const {
     return mix_bits(stream_ + position * 0xD1342543DE82EF95U);
   }

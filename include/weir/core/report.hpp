@@ -32,7 +32,8 @@ struct LayerReport {
     return assignments > 0 ? static_cast<double>(dropped) / static_cast<double>(assignments) : 0.0;
   }
 
-  /// max_e load_e / mean_e load_e: 1 when level, `experts` when one has it all; 1 without load.
+  /// max_e load_e / mean_e load_e. It is 1 if the load is level or there is none, and the number of
+  /// experts if one of them has all of it.
   double imbalance() const {
     Index largest = 0;
     for (const Index l : load) largest = std::max(largest, l);

@@ -17,7 +17,7 @@ class Scratch {
   using Map = Eigen::Map<Matrix<T>>;
   using ConstMap = Eigen::Map<const Matrix<T>>;
 
-  /// Makes it [rows, cols], contents unspecified.
+  /// Makes the matrix [rows, cols], contents unspecified.
   Map reshape(Index rows, Index cols) {
     reserve(rows * cols);
     rows_ = rows;
@@ -25,7 +25,8 @@ class Scratch {
     return view();
   }
 
-  /// Room for `count` numbers, contents unspecified, for those who lay them out themselves.
+  /// Makes room for `count` numbers, contents unspecified, for callers that lay them out
+  /// themselves.
   T* reserve(Index count) {
     const auto size = static_cast<std::size_t>(count);
     if (storage_.size() < size) storage_.resize(size);

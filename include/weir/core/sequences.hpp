@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -23,7 +24,7 @@ class Sequences {
 
   /// `count` sequences of the same length.
   static Sequences uniform(Index count, Index length) {
-    return Sequences(std::vector<Index>(static_cast<std::size_t>(count), length));
+    return Sequences(List<Index>(count, length));
   }
 
   /// Adds one sequence behind the others.
@@ -32,17 +33,17 @@ class Sequences {
     offsets_.push_back(offsets_.back() + length);
   }
 
-  /// No sequences; keeps the memory.
+  /// Removes all sequences. Keeps the memory.
   void clear() { offsets_.resize(1); }
 
-  Index count() const { return static_cast<Index>(offsets_.size()) - 1; }
+  Index count() const { return offsets_.count() - 1; }
   Index tokens() const { return offsets_.back(); }
-  Index begin(Index s) const { return offsets_[static_cast<std::size_t>(s)]; }
-  Index end(Index s) const { return offsets_[static_cast<std::size_t>(s) + 1]; }
+  Index begin(Index s) const { return offsets_[s]; }
+  Index end(Index s) const { return offsets_[s + 1]; }
   Index length(Index s) const { return end(s) - begin(s); }
 
  private:
-  std::vector<Index> offsets_ = {0};
+  List<Index> offsets_ = {0};
 };
 
 }  // namespace weir

@@ -18,10 +18,10 @@ namespace weir::detail {
 
 /// Threads that wait for a loop and take its iterations one by one, the caller taking part.
 ///
-/// The caller waits for iterations, not for threads: a thread that the system keeps from running
-/// costs nothing but its help, so that a busy machine slows a program down by its share and no
-/// more. OpenMP's barriers wait for every thread. Mean microseconds of a loop on two threads (two
-/// virtual cores of Zen 3, GCC 12; ranges over three runs, two of the busy ones):
+/// The caller waits for iterations, not for threads. A thread that the system keeps from running
+/// only fails to help, so a busy machine slows a program down by its share and no more. OpenMP's
+/// barriers wait for every thread. Mean microseconds of a loop on two threads (two virtual cores of
+/// Zen 3, GCC 12; ranges over three runs, two of the busy ones):
 ///
 ///                                               weir     OpenMP      std::thread, joined
 ///     8 empty tasks                             0.4-0.7  0.9-2.5     51-68
@@ -62,9 +62,8 @@ class ThreadPool {
     for (int i = 1; i < size; ++i) workers_.emplace_back([this, generation] { work(generation); });
   }
 
-  /// Runs `body(i)` for each i in [0, count). Returns false, having done nothing, where there
-  /// are no other threads to share with: they are busy with another caller's loop, or this is one
-  /// of them.
+  /// Runs `body(i)` for each i in [0, count). Does nothing and returns false if there are no other
+  /// threads to share with, they are busy with another caller's loop, or this is one of them.
   bool run(std::uint32_t count, const FunctionRef<void(Index)>& body) {
     if (inside()) return false;
     std::unique_lock lock(mutex_, std::try_to_lock);
@@ -136,8 +135,8 @@ class ThreadPool {
     }
   }
 
-  /// Claims and runs iterations of the loop `generation` until none is left. What a thread that
-  /// comes late reads of the next loop does no harm: its claim fails.
+  /// Claims and runs iterations of the loop `generation` until none is left. A thread that comes
+  /// late may read members of the next loop; then its claim fails.
   void take_iterations(std::uint32_t generation) {
     std::uint64_t claim = claim_.load(std::memory_order_acquire);
     for (;;) {
@@ -161,18 +160,18 @@ class ThreadPool {
     }
   }
 
-  std::mutex mutex_;  ///< Held by the caller of a loop, and to resize.
+  std::mutex mutex_;  ///< Held while a loop runs or the number of threads changes.
   std::vector<std::thread> workers_;
   std::atomic<int> size_{1};
   std::atomic<bool> stop_{false};
-  std::atomic<std::uint32_t> generation_{0};  ///< Counts loops; what threads wait for.
+  std::atomic<std::uint32_t> generation_{0};  ///< Counts loops; threads wait for it to change.
 
   std::atomic<std::uint64_t> claim_{0};  ///< [generation | iterations nobody has taken yet].
   std::atomic<const FunctionRef<void(Index)>*> body_{nullptr};
   std::atomic<std::uint32_t> count_{0};
   std::atomic<std::uint32_t> finished_{0};
   std::atomic<bool> failed_{false};
-  std::exception_ptr error_;  ///< Of the first iteration that threw.
+  std::exception_ptr error_;  ///< The exception of the first iteration that threw.
 };
 
 }  // namespace weir::detail

@@ -10,8 +10,8 @@
 
 namespace weir {
 
-/// A thread's space for the blocks it works on, aligned to cache lines; grows and never shrinks.
-/// `User` keeps apart those whose blocks are in use at the same time.
+/// A thread's space for the blocks it works on, aligned to cache lines. It grows and never shrinks.
+/// Code whose blocks are in use at the same time names different types as `User`.
 template <class T, class User>
 class ThreadSpace {
  public:

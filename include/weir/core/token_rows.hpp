@@ -22,10 +22,10 @@ enum class Scope {
   kSequence,  ///< Each sequence of the pass by itself.
 };
 
-/// The rows of a pass, owned: padding and sequences, kept for the backward pass.
+/// A copy of what a pass says about its rows, padding and sequences, kept for the backward pass.
 class TokenRows {
  public:
-  /// Takes over what `pass` says of `tokens` rows.
+  /// Copies what `pass` says about its `tokens` rows.
   /// \throws ShapeError   if the pass does not fit them.
   void set(std::string_view where, const Pass& pass, Index tokens) {
     pass.check(where, tokens);

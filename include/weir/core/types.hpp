@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// The matrix vocabulary every other header speaks.
+/// The matrix types that every other header uses.
 #pragma once
 
 #include <Eigen/Core>

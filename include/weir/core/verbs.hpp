@@ -101,7 +101,7 @@ Index parameter_count(Layer& layer) {
   return count;
 }
 
-/// Lets everything act that acts between optimizer steps: balancing rules, adaptive capacities,
+/// Runs everything that acts between optimizer steps: balancing rules, adaptive capacities,
 /// schedules. Optimizers call it at the end of their `step`; call it yourself only if you update
 /// the parameters without one.
 template <class Layer>

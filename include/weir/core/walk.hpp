@@ -19,7 +19,7 @@ namespace weir {
 /// whatever its type. A type offers what it has:
 ///
 ///     void update_self()                   acts after an optimizer's step, for itself alone
-///     void set_storage(Storage storage)    stores its weights, and those of all that is in it
+///     void set_storage(Storage storage)    stores its weights, and those of all its members
 class Node {
  public:
   template <class Member>
@@ -39,7 +39,7 @@ class Node {
     if (update_ != nullptr) update_(self_);
   }
 
-  /// \return         Whether the type took care of itself and all that is in it.
+  /// \return         Whether the type stored its own weights and those of all its members.
   bool set_storage(Storage storage) const {
     if (set_storage_ != nullptr) set_storage_(self_, storage);
     return set_storage_ != nullptr;
@@ -113,7 +113,7 @@ class Walk {
 
   std::array<char, kPathInside + 1> memory_{};
   std::pmr::monotonic_buffer_resource resource_{memory_.data(), memory_.size()};
-  std::pmr::string path_{&resource_};  // Of the node, with a dot at the end.
+  std::pmr::string path_{&resource_};  // The path of the node, with a dot at the end.
 };
 
 }  // namespace weir

@@ -13,8 +13,8 @@
 
 namespace weir::kernels {
 
-/// The upper half of a float: 8 bits of significand, the exponent of a float. Made of a float it is
-/// the nearest number, ties to even; a NaN stays a NaN.
+/// The upper half of a float: 8 bits of significand, the exponent of a float. A float becomes the
+/// nearest number, ties to even; a NaN stays a NaN.
 using BFloat16 = Eigen::bfloat16;
 
 /// to[i] = from[i], rounded, for i in [0, count). Numbers below the normal range may become zero.

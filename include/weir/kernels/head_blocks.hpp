@@ -8,8 +8,8 @@
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/function_ref.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/storage.hpp>
-#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
@@ -22,8 +22,8 @@ namespace weir::kernels {
 ///
 ///     out_h = x_h W_h^T,  or  out_h = x_h W_h  if it is transposed
 ///
-/// All heads are computed at once. The weight belongs to someone else, who multiplies with it as a
-/// whole too; packed for inference, the blocks are a copy of it.
+/// All heads are computed at once. The weight belongs to another object, which also multiplies with
+/// the whole. Packed for inference, the blocks are a copy of it.
 template <class T>
 class HeadBlocks {
  public:
@@ -38,11 +38,11 @@ class HeadBlocks {
     if (storage == Storage::kTrainable) return;
     const Index rows = weight.rows() / heads_;
     const bool transposed = side_ == Side::kTransposed;
-    // One memory for all: the block of a head fills no huge page.
-    SharedMemory memory(static_cast<std::size_t>(heads_) *
-                        PackedWeight<T>::bytes(transposed ? weight.cols() : rows,
-                                               transposed ? rows : weight.cols(), storage));
-    packed_.reserve(static_cast<std::size_t>(heads_));
+    // All blocks share one memory, since the block of a head does not fill a huge page.
+    const std::size_t bytes = PackedWeight<T>::bytes(transposed ? weight.cols() : rows,
+                                                     transposed ? rows : weight.cols(), storage);
+    SharedMemory memory(static_cast<std::size_t>(heads_) * bytes);
+    packed_.reserve(heads_);
     Matrix<T> block;
     for (Index h = 0; h < heads_; ++h) {
       const auto of_head = weight.middleRows(h * rows, rows);
@@ -55,8 +55,8 @@ class HeadBlocks {
     }
   }
 
-  /// \param x       [heads * tokens, in], the rows of one head after those of the other.
-  /// \param weight  As a whole; looked at unless it is packed.
+  /// \param x       [heads * tokens, in], head after head.
+  /// \param weight  The whole weight. It is read unless the blocks are packed.
   /// \param out     [tokens, heads * out_width]; each head sets the first columns of its own.
   /// \param plain   Workspace.
   void multiply(MatrixIn<T> x, const Matrix<T>& weight, MatrixOut<T> out, Index out_width,
@@ -79,25 +79,17 @@ class HeadBlocks {
  private:
   void multiply_packed(MatrixIn<T> x, Index tokens, FunctionRef<T*(Index)> out_of,
                        Index out_row) const {
-    const auto weight = [&](Index h) -> const PackedWeight<T>& {
-      return packed_[static_cast<std::size_t>(h)];
-    };
-    weight(0).with_arithmetic([&](auto arithmetic) {
+    packed_[0].with_arithmetic([&](auto arithmetic) {
       using Arithmetic = decltype(arithmetic);
-      using Left = typename Arithmetic::Left;
       const Index length = row_length<Arithmetic>(x.cols());
-      auto& space = ThreadSpace<Left, HeadBlocks>::of_this_thread();
-      space.reserve(x.rows() * length);
-      Left* const left = space.take(x.rows() * length);
-      arrange_rows<Arithmetic>(
-          x.rows(), x.cols(), [&](Index i) { return x.data() + i * x.outerStride(); }, left);
+      const auto* const left = arranged_rows<Arithmetic, HeadBlocks>(x);
       kernels::multiply_packed<Arithmetic>(
           heads_,
           [&](Index h) -> PackedProduct<Arithmetic> {
-            return {left + h * tokens * length, tokens, &weight(h)};
+            return {left + h * tokens * length, tokens, &packed_[h]};
           },
           [&](Index h, Index row, Index rows, Index j, Compute<T> compute) {
-            const ToMatrix<T> to = {out_of(h), out_row, weight(h).rows()};
+            const ToMatrix<T> to = {out_of(h), out_row, packed_[h].rows()};
             to(row, rows, j, compute);
           });
     });
@@ -105,7 +97,7 @@ class HeadBlocks {
 
   Index heads_ = 0;
   Side side_ = Side::kRows;
-  std::vector<PackedWeight<T>> packed_;
+  List<PackedWeight<T>> packed_;
 };
 
 }  // namespace weir::kernels

@@ -8,6 +8,7 @@
 #include <span>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/panel.hpp>
@@ -17,7 +18,7 @@
 
 namespace weir {
 
-/// One matrix product, operands described by their strides so that a transposed one needs no copy:
+/// One matrix product. Strides describe the operands, so that a transposed one needs no copy:
 ///
 ///     out[i, j] = sum_p a[i, p] b[p, j]           (added to out[i, j] if `accumulate`)
 ///
@@ -50,16 +51,16 @@ void multiply_few_rows(const Product<T>& p, Index col, Index cols) {
   }
 }
 
-/// Whether a product is computed as dot products: a matter of its shape alone, since it decides the
-/// order of sums.
+/// Whether a product is computed as dot products. This depends on its shape alone, since it decides
+/// the order of sums.
 template <class T>
 bool has_few_rows(const Product<T>& p) {
   constexpr Index kFew = 4;
   return p.m <= kFew && p.a_col == 1 && p.b_row == 1;
 }
 
-/// How many columns a piece has: with few rows also those of a small weight, a router's say, are
-/// shared out.
+/// How many columns a piece has. With few rows there are fewer, so that a small weight such as a
+/// router's is shared out too.
 template <class T>
 Index piece_cols(const Product<T>& p) {
   constexpr Index kFew = 8;
@@ -83,7 +84,7 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
   space.reserve(kSlice * kCols);
   T* const packed = space.take(kSlice * kCols);
   const auto panel_of = [&](Index j, bool followed) -> StridedPanel<T> {
-    const Index at = p.k == 0 ? 0 : j * kCols * p.b_col;  // Nothing may have no address.
+    const Index at = p.k == 0 ? 0 : j * kCols * p.b_col;  // An empty operand may have no address.
     const T* const from = p.b + at;
     return {from,
             p.b_col,
@@ -99,8 +100,8 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
 
 }  // namespace kernels
 
-/// Computes all `products`, which must not write to the same place, with all threads sharing the
-/// pieces of all of them: one expert with most of the tokens keeps every core busy.
+/// Computes all `products`, which must not write to the same place. All threads share the pieces of
+/// all products, so that one expert with most of the tokens keeps every core busy.
 template <class T>
 void multiply(std::span<const Product<T>> products) {
   const Index most_rows = kernels::most_rows_for_threads([&](Index rows) {
@@ -108,17 +109,15 @@ void multiply(std::span<const Product<T>> products) {
     for (const Product<T>& p : products) pieces += kernels::cut(p, rows).pieces(1).count;
     return pieces;
   });
-  const auto product = [&](Index i) -> const Product<T>& {
-    return products[static_cast<std::size_t>(i)];
-  };
   kernels::parallel_pieces_of(
       static_cast<Index>(products.size()),
       [&](Index i) {
-        const Product<T>& p = product(i);
+        const Product<T>& p = element(products, i);
         return kernels::cut(p, most_rows).pieces(kernels::piece_cols(p) * std::max<Index>(1, p.k));
       },
       [&](Index i, Index begin, Index end) {
-        kernels::multiply_pieces_of(product(i), kernels::cut(product(i), most_rows), begin, end);
+        const Product<T>& p = element(products, i);
+        kernels::multiply_pieces_of(p, kernels::cut(p, most_rows), begin, end);
       });
 }
 

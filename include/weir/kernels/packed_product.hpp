@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include <weir/core/function_ref.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
@@ -31,7 +32,7 @@ Index row_length(Index cols) {
   return (cols + Arithmetic::kDepth - 1) / Arithmetic::kDepth * Arithmetic::kDepth;
 }
 
-/// to[i] = the `cols` numbers at `row_of(i)`, rounded if the arithmetic wants that, and filled up
+/// to[i] = the `cols` numbers at `row_of(i)`, rounded if the arithmetic asks for it, and filled up
 /// with zeros to `row_length`.
 template <class Arithmetic>
 void arrange_rows(Index rows, Index cols,
@@ -52,8 +53,20 @@ void arrange_rows(Index rows, Index cols,
   });
 }
 
-/// Computes `count` products: `product_of(i)` is number i, whose parts go to `store(i, row, rows,
-/// j, compute)`, see `Store`. All threads share the pieces of all products.
+/// The rows of x as `arrange_rows` leaves them, in space of this thread that `User` has for itself.
+template <class Arithmetic, class User>
+const typename Arithmetic::Left* arranged_rows(MatrixIn<typename Arithmetic::Sum> x) {
+  const Index size = x.rows() * row_length<Arithmetic>(x.cols());
+  auto& space = ThreadSpace<typename Arithmetic::Left, User>::of_this_thread();
+  space.reserve(size);
+  auto* const left = space.take(size);
+  arrange_rows<Arithmetic>(
+      x.rows(), x.cols(), [&](Index i) { return x.data() + i * x.outerStride(); }, left);
+  return left;
+}
+
+/// Computes `count` products. `product_of(i)` is number i; its parts go to `store(i, row, rows, j,
+/// compute)`, see `Store`. All threads share the pieces of all products.
 template <class Arithmetic>
 void multiply_packed(Index count, FunctionRef<PackedProduct<Arithmetic>(Index)> product_of,
                      FunctionRef<void(Index i, Index row, Index rows, Index j,
@@ -108,23 +121,16 @@ void multiply_packed(MatrixIn<T> x, std::span<const PackedTo<T>> products) {
   if (products.empty()) return;
   products[0].weight->with_arithmetic([&](auto arithmetic) {
     using Arithmetic = decltype(arithmetic);
-    using Left = typename Arithmetic::Left;
-    const auto product = [&](Index i) -> const PackedTo<T>& {
-      return products[static_cast<std::size_t>(i)];
-    };
     const Index length = row_length<Arithmetic>(x.cols());
-    auto& space = ThreadSpace<Left, PackedWeight<T>>::of_this_thread();
-    space.reserve(x.rows() * length);
-    Left* const left = space.take(x.rows() * length);
-    arrange_rows<Arithmetic>(
-        x.rows(), x.cols(), [&](Index i) { return x.data() + i * x.outerStride(); }, left);
+    const auto* const left = arranged_rows<Arithmetic, PackedWeight<T>>(x);
     multiply_packed<Arithmetic>(
         static_cast<Index>(products.size()),
         [&](Index i) -> PackedProduct<Arithmetic> {
-          return {left + product(i).first * length, product(i).rows, product(i).weight};
+          const PackedTo<T>& p = element(products, i);
+          return {left + p.first * length, p.rows, p.weight};
         },
         [&](Index i, Index row, Index rows, Index j, Compute<T> compute) {
-          const PackedTo<T>& p = product(i);
+          const PackedTo<T>& p = element(products, i);
           const ToMatrix<T> to = {p.out, p.out_row, p.weight->rows()};
           to(row, rows, j, compute);
         });

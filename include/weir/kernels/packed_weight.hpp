@@ -17,8 +17,9 @@
 
 namespace weir::kernels {
 
-/// A weight [out, in], or two of them side by side, as the panels that x W^T is computed from: the
-/// columns of a panel are kCols outputs, its rows the inputs; places beyond the weight are zero.
+/// A weight [out, in], or two of them side by side, as the panels from which x W^T is computed. The
+/// columns of a panel are kCols outputs, its rows are the inputs. Places beyond the weight are
+/// zero.
 template <class T>
 class PackedWeight {
  public:
@@ -30,17 +31,18 @@ class PackedWeight {
   PackedWeight() = default;
 
   /// \param storage  kPacked or kBfloat16.
-  /// \param memory   Where the numbers go, with room for `bytes`. Null: memory of their own.
+  /// \param memory   Where the numbers go, with room for `bytes`. If null, they get memory of their
+  ///                 own.
   PackedWeight(MatrixIn<T> weight, Storage storage, SharedMemory* memory = nullptr)
       : PackedWeight(weight, weight, kCols, storage, memory) {}
 
-  /// Two weights of the same shape; half of each panel is one's, half the other's, so that a
-  /// product has what belongs together in one panel.
+  /// Two weights of the same shape. Half of each panel belongs to `first`, half to `second`, so
+  /// that outputs that belong together are in one panel.
   PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Storage storage,
                SharedMemory* memory = nullptr)
       : PackedWeight(first, second, kCols / 2, storage, memory) {}
 
-  /// What a weight [rows, cols], or a pair of them, takes of a memory.
+  /// How many bytes a weight [rows, cols], or a pair of them, takes.
   static std::size_t bytes(Index rows, Index cols, Storage storage, bool pair = false) {
     const std::size_t count = PackedWeight(rows, cols, pair ? kCols / 2 : kCols, storage).numbers();
     return stores_halves(storage) ? SharedMemory::bytes_of<BFloat16>(count)
@@ -52,9 +54,8 @@ class PackedWeight {
   Index cols() const { return cols_; }  ///< Inputs.
   Index panels() const { return (rows_ + width_ - 1) / width_; }
   Index steps() const { return steps_; }
-  bool is_rounded() const { return rounded_; }
 
-  /// Calls `body` with the arithmetic the weight is stored for, an empty value of its type.
+  /// Calls `body` with the arithmetic that the weight is stored for, an empty object.
   template <class Body>
   decltype(auto) with_arithmetic(Body&& body) const {
     return rounded_ ? body(Rounded{}) : body(Native<T>{});
@@ -74,7 +75,7 @@ class PackedWeight {
     return {at, followed ? at + size : nullptr, steps_};
   }
 
-  /// The weights as they were given, rounded if they were rounded. `second` is for a pair.
+  /// Writes the weights as they were given, or rounded as they are stored. `second` is for a pair.
   void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const {
     first.resize(rows_, cols_);
     if (second != nullptr) second->resize(rows_, cols_);
@@ -90,7 +91,7 @@ class PackedWeight {
     return storage == Storage::kBfloat16 && std::is_same_v<T, float>;
   }
 
-  /// Without numbers yet.
+  /// Knows the sizes; `fill` sets the numbers.
   PackedWeight(Index rows, Index cols, Index width, Storage storage)
       : rows_(rows),
         cols_(cols),
@@ -121,7 +122,7 @@ class PackedWeight {
     }
   }
 
-  /// All numbers in their places, rounded if they shall be.
+  /// A copy of all numbers in their places, rounded where the storage asks for it.
   template <class Number>
   std::shared_ptr<Number[]> packed(MatrixIn<T> first, MatrixIn<T> second,  // NOLINT: as below.
                                    SharedMemory& memory) const {
@@ -166,8 +167,9 @@ class PackedWeight {
   Index depth_ = 1;      ///< Inputs of a step.
   Index steps_ = 0;
   bool rounded_ = false;
-  std::shared_ptr<const T[]> exact_;          // NOLINT(modernize-avoid-c-arrays): shared by
-  std::shared_ptr<const BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays): copies.
+  // Copies share the numbers.
+  std::shared_ptr<const T[]> exact_;          // NOLINT(modernize-avoid-c-arrays)
+  std::shared_ptr<const BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays)
 };
 
 }  // namespace weir::kernels

@@ -4,91 +4,36 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
 #include <weir/core/function_ref.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/pack.hpp>
 #include <weir/kernels/register_block.hpp>
 #include <weir/kernels/schedule.hpp>
-#include <weir/kernels/transpose.hpp>
 
 namespace weir::kernels {
 
-/// Copies [count, depth], count <= width, depth-major: `to[p * to_row + i]`; the places from
-/// `count` to `width` are filled with zeros.
-template <Index width, class T>
-void pack_strip(const T* from, Index stride, Index depth_stride, Index count, Index depth, T* to,
-                Index to_row = width) {
-  constexpr Index kSide = kLanes<T>;
-  if (stride == 1) {
-    for (Index p = 0; p < depth; ++p) {
-      const T* row = from + p * depth_stride;
-      T* out = to + p * to_row;
-      if (count == width) {
-        std::memcpy(out, row, width * sizeof(T));
-      } else {
-        for (Index i = 0; i < width; ++i) out[i] = i < count ? row[i] : T(0);
-      }
-    }
-    return;
-  }
-  Index done = 0;
-  if constexpr (width % kSide == 0) {
-    if (count == width && depth_stride == 1) {
-      for (; done + kSide <= depth; done += kSide) {
-        for (Index i = 0; i < width; i += kSide) {
-          transpose<T>(from + i * stride + done, stride, to + done * to_row + i, to_row);
-        }
-      }
-    }
-  }
-  // In blocks of depth, so that both sides stay in L1.
-  constexpr Index kStep = 16;
-  for (; done < depth; done += kStep) {
-    const Index end = std::min(depth, done + kStep);
-    for (Index i = 0; i < width; ++i) {
-      if (i < count) {
-        const T* source = from + i * stride;
-        for (Index p = done; p < end; ++p) to[p * to_row + i] = source[p * depth_stride];
-      } else {
-        for (Index p = done; p < end; ++p) to[p * to_row + i] = T(0);
-      }
-    }
-  }
-}
-
-/// Copies [count, depth] into strips of `width` rows, depth-major inside a strip:
-/// `to[strip][p][i]`; the last strip is filled up with zeros.
-template <Index width, class T>
-void pack(const T* from, Index stride, Index depth_stride, Index count, Index depth, T* to) {
-  for (Index i = 0; i < count; i += width) {
-    pack_strip<width>(from + i * stride, stride, depth_stride, std::min(width, count - i), depth,
-                      to);
-    to += width * depth;
-  }
-}
-
-/// How many steps of a panel are multiplied before the next ones are touched: what stays in L2
-/// while all rows pass by.
+/// How many steps of a panel are multiplied before the next ones are read. They stay in L2 while
+/// all rows pass by.
 inline constexpr Index kSlice = 512;
 
-/// The rows of a left operand: row i, step s at `at + i * row + s * step`.
+/// The rows of a left operand: step s of row i is at `at + i * row + s * step`.
 template <class Arithmetic>
 struct LeftRows {
   const typename Arithmetic::Left* at = nullptr;
   Index row = 0, step = 0;
 };
 
-/// A panel that lies packed in memory, with the one that will be multiplied next.
+/// A panel that lies packed in memory, and the panel that will be multiplied next.
 template <class Arithmetic>
 struct PackedPanel {
   using Right = typename Arithmetic::Right;
   static constexpr Index kRow = Block<typename Arithmetic::Sum>::kCols * Arithmetic::kDepth;
 
   const Right* panel = nullptr;
-  const Right* next = nullptr;  ///< Null if nothing is known of it.
+  const Right* next = nullptr;  ///< Null if unknown.
   Index steps = 0;
 
   const Right* slice(Index first, Index /*count*/) const { return panel + first * kRow; }
@@ -105,8 +50,8 @@ struct PackedPanel {
   }
 };
 
-/// A panel that is packed from a matrix slice by slice, into `space` [kSlice, kCols]: element
-/// [p, j] at `from + p * depth_stride + j * stride`.
+/// A panel that is packed from a matrix slice by slice, into `space` [kSlice, kCols]. Element [p,
+/// j] of the matrix is at `from + p * depth_stride + j * stride`.
 template <class T>
 struct StridedPanel {
   static constexpr Index kCols = Block<T>::kCols;
@@ -129,7 +74,7 @@ struct StridedPanel {
     return ahead_of(following, stride, depth_stride, tile, space);
   }
 
-  /// Tile by tile, a quarter or so of what has to be read.
+  /// Reads about a quarter of the following slice, tile by tile.
   static ReadAhead ahead_of(const T* following, Index stride, Index depth_stride, Index tile,
                             const T* idle) {
     constexpr Index kLine = 64 / static_cast<Index>(sizeof(T));
@@ -147,7 +92,7 @@ struct StridedPanel {
   }
 };
 
-/// What to read ahead while one tile of sums that are added to memory is computed: the next tile.
+/// What to read ahead while a tile of sums is computed that are added to memory: the next tile.
 template <class T>
 ReadAhead ahead_of_sums(const T* next, Index row, Index steps) {
   constexpr Index kSize = static_cast<Index>(sizeof(T));
@@ -155,8 +100,8 @@ ReadAhead ahead_of_sums(const T* next, Index row, Index steps) {
   return {reinterpret_cast<const char*>(next), row * kSize, Block<T>::kCols * kSize / groups};
 }
 
-/// What to read besides: with many tiles the rows of the next one, with few the line beside the one
-/// that is read ahead anyway, so that few tiles suffice to read all of the next slice.
+/// What else to read ahead. With many tiles, it is the rows of the next tile. With few tiles, it is
+/// the line behind the one that `ahead` reads, so that they suffice to read all of the next slice.
 template <class Arithmetic>
 ReadAhead also_ahead(LeftRows<Arithmetic> left, const typename Arithmetic::Left* next,
                      ReadAhead ahead, Index tiles) {
@@ -176,11 +121,12 @@ void multiply_panel(LeftRows<Arithmetic> left, Index rows, Index steps, const Pa
     constexpr Index kCols = Block<typename Arithmetic::Sum>::kCols;
     for (Index i = 0; i < rows; ++i) std::fill_n(c + i * c_row, kCols, typename Arithmetic::Sum(0));
   }
-  // One tile reads a panel once, two read it twice: worth a row that leaves no register free.
+  // One tile reads a panel once, two read it twice. This is worth a row that leaves no register
+  // free.
   const bool alone = rows > 0 && rows <= Arithmetic::kMostRows;
   if constexpr (std::is_same_v<Panel, PackedPanel<Arithmetic>>) {
-    // It reads the panel front to back and leaves reading ahead to the processor, which anything
-    // else would disturb.
+    // A single tile reads the panel front to back. It leaves reading ahead to the processor, which
+    // any other access would disturb.
     if (alone) {
       return multiply_rows<Arithmetic>(rows, left.at, left.row, left.step, panel.panel, steps, c,
                                        c_row, accumulate, ReadAhead{}, ReadAhead{});
@@ -207,14 +153,16 @@ void multiply_panel(LeftRows<Arithmetic> left, Index rows, Index steps, const Pa
 /// How the product of one group of rows with one right operand is cut into pieces: each is a range
 /// of rows times a panel. A piece's number counts panels first, then rows.
 struct Cut {
-  /// So few rows are multiplied with several packed panels at once.
+  /// Up to this many rows are multiplied with several packed panels at once.
   static constexpr Index kMostRowsSideBySide = 3;
   static constexpr Index kMostSideBySide = 4;
 
-  Index total_rows = 0, rows = 1, panels = 0;  ///< `rows` of a piece; the last may have fewer.
-
   /// The most rows that are multiplied with a panel while it stays in L2.
   static constexpr Index kMostRows = 512;
+
+  Index total_rows = 0;
+  Index rows = 1;  ///< The rows of a piece; the last piece may have fewer.
+  Index panels = 0;
 
   /// Pieces of about equal size, of at most `most_rows` rows.
   static Cut of(Index total_rows, Index panels, Index most_rows = kMostRows) {
@@ -222,16 +170,16 @@ struct Cut {
     return {total_rows, std::max<Index>(1, (total_rows + groups - 1) / groups), panels};
   }
 
-  /// `panel_cost`: the numbers of a panel.
+  /// \param panel_cost  How many numbers a panel has.
   Pieces pieces(Index panel_cost) const {
-    constexpr Index kReading = 8;  // Rows that are multiplied while a panel is read.
+    constexpr Index kReading = 8;  // How many rows take as long as reading a panel.
     return {(total_rows + rows - 1) / rows * panels, std::max(kReading, rows) * panel_cost,
             rows <= kMostRowsSideBySide ? kMostSideBySide : 1};
   }
 };
 
-/// The most rows a piece should have for every thread to get enough pieces;
-/// `pieces_with(most_rows)` counts those there would be.
+/// The most rows a piece should have, so that every thread gets enough pieces.
+/// `pieces_with(most_rows)` counts the pieces.
 inline Index most_rows_for_threads(FunctionRef<Index(Index)> pieces_with) {
   constexpr Index kEnough = 8;  // For each thread.
   constexpr Index kFewestRows = 48;
@@ -240,21 +188,21 @@ inline Index most_rows_for_threads(FunctionRef<Index(Index)> pieces_with) {
   return most_rows;
 }
 
-/// `compute(c, c_row, accumulate)` computes a part of a product: row i of it goes to `c + i *
-/// c_row`, all kCols columns, added to what is there if `accumulate`.
+/// `compute(c, c_row, accumulate)` computes a part of a product. Row i goes to `c + i * c_row`, all
+/// kCols columns; it is added to the numbers there if `accumulate`.
 template <class Sum>
 using Compute = FunctionRef<void(Sum* c, Index c_row, bool accumulate)>;
 
-/// `store(row, rows, j, compute)` has to call `compute` once for where rows `row` to `row + rows`
-/// of panel j shall go. `accumulate` is not for packed panels, since sums that begin in different
-/// places would have different bits.
+/// `store(row, rows, j, compute)` has to call `compute` once, with the place of rows `row` to `row
+/// + rows` of panel j. With packed panels it must not ask it to accumulate, since sums that begin
+/// in different places would have different bits.
 template <class Sum>
 using Store = FunctionRef<void(Index row, Index rows, Index j, Compute<Sum> compute)>;
 
-/// Up to three rows times several of the `remaining` packed panels from `panel` on, side by side,
-/// since a core that waits for memory gets more from it by reading at several places. `behind`
-/// counts the panels of the operand from `panel` on. Returns how many were multiplied; none with
-/// more rows.
+/// Multiplies up to three rows with several of the `remaining` packed panels from `panel` on, side
+/// by side: a core that waits for memory gets more from it by reading at several places. `behind`
+/// is the number of panels that the operand has from `panel` on. Returns how many panels were
+/// multiplied; with more rows, it is 0.
 template <class Arithmetic>
 Index multiply_side_by_side(LeftRows<Arithmetic> left, Index row, Index rows,
                             const PackedPanel<Arithmetic>& panel, Index j, Index remaining,
@@ -324,8 +272,8 @@ void multiply_pieces(const Cut& cut, LeftRows<Arithmetic> left, Index steps, Ind
   }
 }
 
-/// Where a product goes that is a matrix: `cols` columns, added to what is there if `accumulate`.
-/// To be a `Store`.
+/// A `Store` for a product that is a matrix of `cols` columns. It adds to the matrix if
+/// `accumulate`.
 template <class T>
 struct ToMatrix {
   T* out = nullptr;

@@ -24,15 +24,15 @@ inline constexpr int kVectorRegisters = 32;
 inline constexpr int kVectorRegisters = 16;
 #endif
 
-/// One row more fits the registers where factors are multiplied from memory.
+/// Where factors are multiplied from memory, one more row fits the registers.
 #if defined(__AVX512F__)
 inline constexpr Index kExtraRows = 1;
 #else
 inline constexpr Index kExtraRows = 0;
 #endif
 
-/// A panel is `kCols` columns of a right operand, row after row of depth: what the innermost loop
-/// reads from front to back. It is as wide as `kVectors` registers.
+/// A panel is `kCols` columns of a right operand, row after row of depth. The innermost loop reads
+/// it from front to back. It is as wide as `kVectors` registers.
 template <class T>
 struct Block {
   static constexpr Index kVectors = kVectorRegisters == 32 ? 4 : 2;
@@ -40,7 +40,8 @@ struct Block {
   static constexpr Index kCols = kVectors * kLanes<T>;
 };
 
-/// How numbers are multiplied: numbers of type T as they are.
+/// An arithmetic says how numbers are multiplied. This one multiplies numbers of type T as they
+/// are.
 template <class T>
 struct Native {
   using Left = T;
@@ -51,8 +52,8 @@ struct Native {
   using Factor = T;
   /// How many rows of the panel are multiplied in one step.
   static constexpr Index kDepth = 1;
-  static constexpr Index kRows = Block<T>::kRows;         ///< Of a tile, one of several, and
-  static constexpr Index kMostRows = kRows + kExtraRows;  ///< of one that is alone.
+  static constexpr Index kRows = Block<T>::kRows;  ///< The most rows of one of several tiles.
+  static constexpr Index kMostRows = kRows + kExtraRows;  ///< The most rows of a single tile.
 
   static Column column(const Right* b) { return load_lanes<T>(b); }
   static Factor factor(const Left* a) { return *a; }
@@ -126,8 +127,9 @@ using BFloat16Arithmetic = PairedBFloat16;
 using BFloat16Arithmetic = WidenedBFloat16;
 #endif
 
-/// Cache lines to fetch while a block is computed, one in each step: `near` bytes from one step to
-/// the next, `far` bytes from one group of `kGroup` steps to the next. None if `at` is null.
+/// Cache lines to fetch while a block is computed, one in each step. The next step's line is `near`
+/// bytes on, and the next group of `kGroup` steps begins `far` bytes on. There are none if `at` is
+/// null.
 struct ReadAhead {
   static constexpr Index kGroup = 16;
   const char* at = nullptr;
@@ -199,10 +201,10 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
   }
 }
 
-/// `multiply_block` for few rows and `streams` panels side by side, the next one `panel_size`
-/// numbers on: a core that waits for memory gets more from it by reading at several places. The
-/// sums of panel s go to `c + s * rows * kCols`. Towards the end, the first lines of as many panels
-/// from `next` on are fetched, unless it is null: reading at new places takes time to get going.
+/// `multiply_block` for few rows and `streams` panels side by side, each `panel_size` numbers
+/// behind the other: a core that waits for memory gets more from it by reading at several places.
+/// The sums of panel s go to `c + s * rows * kCols`. Towards the end, the first lines of as many
+/// panels from `next` on are fetched, unless it is null, since reading at new places starts slowly.
 template <class Arithmetic, Index rows, Index streams>
 void multiply_streams(const typename Arithmetic::Left* a, Index a_row, Index a_step,
                       const typename Arithmetic::Right* b, Index panel_size, Index steps,
@@ -262,15 +264,6 @@ void multiply_rows(Index count, const typename Arithmetic::Left* a, Index a_row,
     }
   }
   multiply_block<Arithmetic, rows>(a, a_row, a_step, b, steps, c, c_row, accumulate, ahead, also);
-}
-
-/// The same with the rows packed as `pack<Block<T>::kRows>` does.
-template <class T>
-void multiply_rows(Index count, const T* a, const T* b, Index depth, T* c, Index c_row,
-                   bool accumulate) {
-  multiply_rows<Native<T>>(count, a, 1, Block<T>::kRows, b, depth, c, c_row, accumulate,
-                           ReadAhead{reinterpret_cast<const char*>(b)},
-                           ReadAhead{reinterpret_cast<const char*>(b)});
 }
 
 }  // namespace weir::kernels

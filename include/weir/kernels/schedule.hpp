@@ -15,8 +15,8 @@
 
 namespace weir::kernels {
 
-/// A group's pieces of work, all of one cost (in multiply-adds), of which `together` in a row are
-/// better done by one thread.
+/// The pieces of work of a group. Each costs `cost` multiply-adds, and `together` of them in a row
+/// are better done by one thread.
 struct Pieces {
   Index count = 0;
   Index cost = 0;
@@ -71,7 +71,7 @@ class SharedTasks {
                                                  FunctionRef<void(Index, Index, Index)> body) {
   constexpr Index kWorthwhile = 100'000;  // Multiply-adds below which waking a thread costs more.
   constexpr Index kTasksPerThread = 16;
-  constexpr Index kPiecesPerTask = 4;  // So that a thread can do several side by side.
+  constexpr Index kPiecesPerTask = 4;  // A thread can do several side by side.
   Index total = 0;
   Index count = 0;
   for (Index g = 0; g < groups; ++g) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Squares of numbers, as wide as a register, transposed.
+/// Transposing squares of numbers that are as wide as a register.
 #pragma once
 
 #include <utility>

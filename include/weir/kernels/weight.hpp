@@ -34,8 +34,8 @@ class Weight {
 
   Storage storage() const { return storage_; }
 
-  /// \param memory  Where packed numbers go, with room for `PackedWeight::bytes`. Null: memory of
-  ///                their own.
+  /// \param memory  Where packed numbers go, with room for `PackedWeight::bytes`. If null, they get
+  ///                memory of their own.
   void set_storage(Storage storage, SharedMemory* memory = nullptr) {
     if (storage == storage_ || rows() == 0) return;
     if (storage_ != Storage::kTrainable) packed_.unpack(parameter_.value);

@@ -143,7 +143,7 @@ struct GeluTanh {
   template <class T>
   static constexpr T kCubic = T(0.044715) * kSlope<T>;
 
-  /// sigmoid(2u), which unlike 1 + tanh(u) keeps its digits where it is small.
+  /// sigmoid(2u), which keeps its digits where it is small; 1 + tanh(u) would lose them.
   template <class T>
   static Lanes<T> gate(const Lanes<T>& x) {
     return sigmoid_lanes<T>(x * (kSlope<T> + kCubic<T> * x * x));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Numbers kept within bounds, with the derivative.
+/// Keeping numbers within bounds, with the derivative.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace weir {
 
 /// x <- min(max(x, -bound), bound), in place; a NaN stays a NaN. (DBRX's released code clamps
 /// queries, keys and values.)
-/// \param outside  Becomes one byte for each number of x, 1 where it was outside. Null: no
-///                 `clamp_backward` will follow.
+/// \param outside  Becomes one byte for each number of x, 1 where it was outside. May be null if no
+///                 `clamp_backward` follows.
 template <class T>
 void clamp_forward(double bound, Matrix<T>& x, List<std::uint8_t>* outside) {
   const T most = static_cast<T>(bound);

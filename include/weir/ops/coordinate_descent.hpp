@@ -2,7 +2,7 @@
 /// \file
 /// A choice of k that is differentiable: soft top-k by coordinate descent, as in CoLT5.
 ///
-/// It says how much of each of n scores is among the k largest, lambda_e in [0, 1]: the maximum of
+/// lambda_e in [0, 1] says how far score e of n is among the k largest. The maximum of
 ///
 ///     sum_e s_e lambda_e + epsilon H(lambda)    over    sum_e lambda_e = k,  0 <= lambda_e <= 1
 ///
@@ -14,9 +14,9 @@
 ///     lambda_e = exp((s_e + a + b_e) / epsilon_last)
 ///
 /// As s_e + b_e = min(s_e, -a), only the number a passes from one iteration to the next. k need not
-/// be whole. Larger scores have no smaller lambda; those at the bound have exactly 1. Forbidden
-/// scores are left out. The derivative is that of the iterations, not of the maximum that they
-/// approach.
+/// be whole. A larger score never has a smaller lambda; scores at the bound have exactly 1.
+/// Forbidden scores are left out. The derivative is that of the iterations, not of the maximum that
+/// they approach.
 ///
 /// (Lei et al. 2023, arXiv:2304.04947, and Ainslie et al. 2023, arXiv:2303.09752; `coor_descent` of
 /// lucidrains' colt5-attention.)
@@ -37,11 +37,11 @@ namespace weir {
 
 /// Settings of `coordinate_descent`, by default those of colt5-attention.
 struct CoordinateDescentConfig {
-  double epsilon = 0.1;  ///< Strength of the entropy. A smaller one makes the choice harder and
-                         ///< takes more iterations, unless the first ones have a larger one.
+  double epsilon = 0.1;  ///< Strength of the entropy. A smaller one makes the choice harder, and
+                         ///< needs more iterations or a larger `first_epsilon`.
   Index iterations = 20;
-  double first_epsilon = 0.0;  ///< The epsilon of the first iteration; 0: `epsilon`.
-  double epsilon_decay = 1.0;  ///< Multiplies it after each iteration, down to `epsilon`.
+  double first_epsilon = 0.0;  ///< The epsilon of the first iteration; 0 stands for `epsilon`.
+  double epsilon_decay = 1.0;  ///< Multiplies that after each iteration, down to `epsilon`.
 
   /// \param who      The name of the user, for messages.
   /// \throws ConfigError  unless epsilon > 0, first_epsilon is 0 or at least epsilon,
@@ -71,7 +71,7 @@ namespace detail {
 /// The terms of the sum that an iteration takes the logarithm of, scaled to a largest one of 1.
 template <class T>
 struct DescentTerms {
-  T bound;    ///< -a after the iteration before.
+  T bound;    ///< -a after the previous iteration.
   T largest;  ///< The largest of min(s_e, bound).
   T epsilon;
 
@@ -100,7 +100,7 @@ struct DescentTerms {
 ///
 /// \param scores   [count]. A forbidden one must not be above all others.
 /// \param marks    [count], -infinity where the score is forbidden.
-/// \param k        Above 0; a k beyond the number of allowed scores counts as that number.
+/// \param k        Above 0; a k above the number of allowed scores counts as that number.
 /// \param a        [config.iterations], the multiplier after each iteration.
 template <class T>
 void coordinate_descent(const CoordinateDescentConfig& config, const T* scores, const T* marks,
@@ -126,7 +126,7 @@ T coordinate_descent_lambda(const CoordinateDescentConfig& config, T score, cons
 
 /// Adds to d_scores [count] the gradient of the scores, given that of some of the lambdas.
 ///
-/// \param scores   [count], and
+/// \param scores   [count], as `coordinate_descent` had them.
 /// \param marks    [count], as `coordinate_descent` had them.
 /// \param a        [config.iterations], the result of `coordinate_descent`.
 /// \param chosen   [k], the places of the lambdas that have a gradient; none of them is forbidden.

@@ -14,8 +14,8 @@ namespace weir {
 
 namespace detail {
 
-/// exp(x) = 2^n exp(r), |r| <= log(2) / 2, exp(r) a polynomial: that of least relative error that
-/// begins with 1 + r. Its error is 1e-8 in float, where r may also be up to 0.41, and 4e-18 in
+/// exp(x) = 2^n exp(r) with |r| <= log(2) / 2. exp(r) is the polynomial of least relative error
+/// that begins with 1 + r. Its error is 1e-8 in float, where r may also be up to 0.41, and 4e-18 in
 /// double. Coefficients are doubled, see `exp_parts`.
 template <class T>
 struct ExpTable;
@@ -31,7 +31,7 @@ struct ExpTable<float> {
       2.F * 0.0083827870437379352611F,
       2.F * 0.0013785597440854981043F,
   };
-  // log(2) in two parts, of which the first times a small integer is exact.
+  // log(2) in two parts; the first one times a small integer is exact.
   static constexpr float kLog2High = 0.693359375F;
   static constexpr float kLog2Low = -2.12194440e-4F;
   static constexpr float kLowest = -87.5F;
@@ -64,7 +64,7 @@ struct ExpTable<double> {
   static constexpr double kBias = 1022.0;
 };
 
-/// exp(x + more) as the product of two numbers; `more` is nothing or what x lacks in digits.
+/// exp(x + more) as the product of two numbers. `more`, if there is one, holds digits that x lacks.
 template <class T>
 struct ExpParts {
   Lanes<T> mantissa, power;
@@ -75,9 +75,9 @@ template <class T, class... More>
   using Table = ExpTable<T>;
   const Lanes<T> highest = Lanes<T>{} + Table::kHighest;
   const Lanes<T> lowest = Lanes<T>{} + Table::kLowest;
-  // The sum with 1.5 * 2^mantissa is rounded to an integer, n + bias, which are its last bits. They
-  // are moved to where the exponent is. The power is 2^(n - 1) and the polynomial doubled, since
-  // 2^n can be too large where exp(x) is not.
+  // The sum with 1.5 * 2^mantissa is rounded to an integer: its last bits are n + bias. They are
+  // moved to where the exponent is. The power is 2^(n - 1) and the polynomial doubled, since 2^n
+  // can be too large where exp(x) is not.
   constexpr T kRounder = T(3) * static_cast<T>(std::uint64_t{1} << (Table::kMantissa - 1));
   Lanes<T> x = highest < argument ? highest : argument;
   x = lowest > x ? lowest : x;
@@ -91,8 +91,8 @@ template <class T, class... More>
 
 }  // namespace detail
 
-/// exp(x) to 1.5 units in the last place; exactly zero where it would be below sqrt(2) times the
-/// smallest normal number, also for x = -inf. A NaN stays a NaN.
+/// exp(x) to 1.5 units in the last place. It is exactly zero for x = -inf and wherever it would be
+/// below sqrt(2) times the smallest normal number. A NaN stays a NaN.
 ///
 /// Nanoseconds for a number, and the worst error in units in the last place for x in [-80, 80]
 /// (parts_bench on one virtual core of Zen 3, AVX2, GCC 12; ranges over four runs):

@@ -39,9 +39,9 @@ struct Register {
 
 /// As many numbers as a vector register holds, in the compiler's vector extension: operators work
 /// on all of them, also between `Lanes<T>` and `T`; `a < b ? c : d` chooses lane by lane; `v[i]` is
-/// one lane, `Lanes<T>{}` zeros. An element gets the same bits wherever it lies in memory, which
-/// Eigen's expressions, treating the ends of an unaligned array with other code than its middle, do
-/// not promise.
+/// one lane, `Lanes<T>{}` zeros. An element gets the same bits wherever it lies in memory. Eigen's
+/// expressions do not promise that, since they treat the ends of an unaligned array with other code
+/// than its middle.
 template <class T>
 using Lanes = typename detail::Register<T>::Lanes;
 
@@ -61,7 +61,7 @@ Lanes<T> load_lanes(const T* from) {
   return lanes;
 }
 
-/// All lanes to `to`.
+/// Writes all lanes to `to`.
 template <class T>
 void store_lanes(const Lanes<T>& lanes, T* to) {
   std::memcpy(to, &lanes, sizeof lanes);
@@ -93,7 +93,7 @@ inline void store_part(const Lanes<double>& lanes, double* to, Index count) {
 #else
 namespace detail {
 
-/// Copies `count` < kLanes numbers in pieces of fixed size, which the compiler makes moves of.
+/// Copies `count` < kLanes numbers in pieces of fixed size, which the compiler turns into moves.
 template <class T>
 void copy_part(const T* from, Index count, T* to) {
 #pragma GCC unroll 8
@@ -123,13 +123,13 @@ void store_part(const Lanes<T>& lanes, T* to, Index count) {
 }  // namespace detail
 #endif
 
-/// The `count` <= kLanes numbers from `from` on, in the other lanes those of `rest`.
+/// The `count` <= kLanes numbers from `from` on, followed by the lanes of `rest`.
 template <class T>
 Lanes<T> load_lanes(const T* from, Index count, const Lanes<T>& rest = Lanes<T>{}) {
   return count >= kLanes<T> ? load_lanes<T>(from) : detail::load_part(from, count, rest);
 }
 
-/// The first `count` <= kLanes lanes to `to`.
+/// Writes the first `count` <= kLanes lanes to `to`.
 template <class T>
 void store_lanes(const Lanes<T>& lanes, T* to, Index count) {
   if (count >= kLanes<T>) {
@@ -186,14 +186,14 @@ std::pair<Lanes<T>, Lanes<T>> zip_lanes(const Lanes<T>& a, const Lanes<T>& b,
 
 }  // namespace detail
 
-/// Of 2 kLanes numbers those with an even index, and those with an odd one.
+/// Splits 2 kLanes numbers into those with an even index and those with an odd one.
 template <class T>
 auto unzip_lanes(const Lanes<T>& a, const Lanes<T>& b) {
   return detail::unzip_lanes<T>(a, b,
                                 std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
 }
 
-/// The inverse: a[0], b[0], a[1], b[1] and so on.
+/// The inverse of `unzip_lanes`: a[0], b[0], a[1], b[1] and so on.
 template <class T>
 auto zip_lanes(const Lanes<T>& a, const Lanes<T>& b) {
   return detail::zip_lanes<T>(a, b, std::make_integer_sequence<int, static_cast<int>(kLanes<T>)>{});
@@ -201,8 +201,8 @@ auto zip_lanes(const Lanes<T>& a, const Lanes<T>& b) {
 
 namespace detail {
 
-/// Each lane combined with the one `half` lanes away, then with the one half of that away, and so
-/// on: in the end every lane has the result of all.
+/// Combines each lane with the one `half` lanes away, then with the one half as far away, and so
+/// on. In the end every lane has the result of all.
 template <int half, class V, class F, int... lane>
 V fold(const V& v, F&& f, std::integer_sequence<int, lane...> lanes) {
   if constexpr (half == 0) {
@@ -228,7 +228,7 @@ T sum_of(const Lanes<T>& lanes) {
                        [](const Lanes<T>& a, const Lanes<T>& b) -> Lanes<T> { return a + b; });
 }
 
-/// The sum of each of kLanes<T> blocks of lanes, which it spoils.
+/// The sum of each of kLanes<T> blocks of lanes. It overwrites the blocks.
 template <class T>
 Lanes<T> sums_of(Lanes<T> (&blocks)[kLanes<T>]) {
   // Two blocks become one, which has the sums of the pairs of both.
@@ -283,7 +283,7 @@ Lanes<double> load_as_double(const T* from, Index count) {
   }
 }
 
-/// The first `count` <= kLanes<double> lanes to `to`, rounded.
+/// Writes the first `count` <= kLanes<double> lanes to `to`, rounded.
 template <class T>
 void store_rounded(const Lanes<double>& lanes, T* to, Index count) {
   if constexpr (std::is_same_v<T, double>) {

@@ -13,8 +13,8 @@
 
 namespace weir {
 
-/// log(sum_i exp(values[i])), shifted by the maximum so that no exponential overflows. -inf for no
-/// values, or none above -inf; NaN where a value is NaN.
+/// log(sum_i exp(values[i])), shifted by the maximum so that no exponential overflows. It is -inf
+/// if there is no value above -inf, and NaN if one is NaN.
 template <class T>
 T logsumexp(const T* values, Index count) {
   const T top = loops::max(count, values);

@@ -19,8 +19,8 @@ struct NormalLanes {
 
 namespace detail {
 
-/// exp(z^2 / 2) (z + 5) Phi(-z) as polynomial of t = (z - 5) / (z + 5) for z >= 0: that of least
-/// relative error, 9e-9 for use in float and 1.3e-17 in double.
+/// exp(z^2 / 2) (z + 5) Phi(-z) for z >= 0, as the polynomial of t = (z - 5) / (z + 5) with the
+/// least relative error: 9e-9 for use in float and 1.3e-17 in double.
 template <class T>
 struct NormalTable;
 
@@ -46,9 +46,9 @@ struct NormalTable<double> {
 
 }  // namespace detail
 
-/// The distribution at z, computed in double with the digits that a number of type T holds: in
-/// float to half a unit in the last place and a little, in double to 1e-15, in both with respect to
-/// the result, however small; it is zero below the normal numbers. A NaN stays a NaN.
+/// The distribution at z, computed in double with the digits that a number of type T holds. The
+/// error, relative to the result however small, is little more than half a unit in the last place
+/// in float and 1e-15 in double. The result is zero below the normal numbers. A NaN stays a NaN.
 ///
 /// Nanoseconds for a number, and the worst error in units in the last place for z in [-6, 6]
 /// (parts_bench on one virtual core of Zen 3, AVX2, GCC 12; ranges over four runs):
@@ -57,8 +57,8 @@ struct NormalTable<double> {
 ///     this                    3.3-3.9 ns, 0.62     4.1-4.7 ns, 5.8
 ///     std::erfc(-z / sqrt 2)  15-23 ns, 43         15-24 ns, 57
 ///
-/// A polynomial for all z >= 0 after a change of variable, as Shepherd & Laframboise 1981
-/// (Math. Comp. 36, 249-253) have it for erfc; Phi(z) for z >= 0 is 1 - Phi(-z).
+/// One polynomial serves all z >= 0 after a change of variable, as in Shepherd & Laframboise 1981
+/// (Math. Comp. 36, 249-253) for erfc. Phi(z) for z >= 0 is 1 - Phi(-z).
 template <class T>
 [[gnu::always_inline]] inline NormalLanes normal_lanes(const Lanes<double>& z) {
   constexpr double kCentre = 5.0;
@@ -67,7 +67,7 @@ template <class T>
   Lanes<double> a = z < 0.0 ? -z : z;
   a = farthest < a ? farthest : a;
 
-  // z^2 has more digits than a double where z does: z = s + rest, s^2 being exact.
+  // z^2 has more digits than a double. So z is split into s, whose square is exact, and a rest.
   constexpr double kRounder = 1.5 * 4294967296.0;  // Rounds to multiples of 2^-20.
   const Lanes<double> s = (a + kRounder) - kRounder;
   const detail::ExpParts<double> exp =

@@ -8,9 +8,10 @@
 #include <optional>
 #include <span>
 #include <string_view>
-#include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
@@ -39,12 +40,12 @@ struct RopeConfig {
 ///     angle = position * frequency_i,    frequency_i = theta^(-2i / head_dim)
 ///     (a, b) -> (a cos(angle) - b sin(angle), b cos(angle) + a sin(angle))
 ///
-/// so that the product of a query and a key depends on the distance between them alone. Angles are
+/// so that the product of a query and a key depends only on the distance between them. Angles are
 /// computed in double: in float, position 100000 would be off by 0.004 rad. The rotation is
 /// orthogonal, so its derivative is the rotation back.
 ///
-/// With a `Yarn` frequencies are lower, and cosines and sines come multiplied by its
-/// `rotation_scale()`. Its `score_scale()` is for whoever multiplies queries with keys.
+/// With a `Yarn`, frequencies are lower, and cosines and sines are multiplied by its
+/// `rotation_scale()`. Its `score_scale()` is for the code that multiplies queries with keys.
 class Rope {
  public:
   /// \throws ConfigError  if head_dim is odd or below 2, theta is not above zero (above one, with a
@@ -65,10 +66,10 @@ class Rope {
   Index head_dim() const { return 2 * pairs(); }
   const RopeConfig& config() const { return config_; }
 
-  /// Radians per position, one for each pair.
-  const std::vector<double>& frequencies() const { return frequencies_; }
+  /// The radians per position of each pair.
+  const List<double>& frequencies() const { return frequencies_; }
 
-  /// What cosines and sines are multiplied by: 1 without a Yarn.
+  /// The factor of cosines and sines: 1 without a Yarn.
   double scale() const { return scale_; }
 
   /// Fills `table` with the cosines, then the sines, of every token's angles, times `scale()`.
@@ -81,7 +82,7 @@ class Rope {
     auto rows = table.reshape(static_cast<Index>(positions.size()), head_dim());
     parallel_rows(rows.rows(), kCostOfSine * head_dim(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const auto position = static_cast<double>(positions[static_cast<std::size_t>(t)]);
+        const auto position = static_cast<double>(element(positions, t));
         T* const cosines = &rows(t, 0);
         T* const sines = cosines + pairs();
         for (Index i = 0; i < pairs(); i += kLanes<double>) {
@@ -104,14 +105,14 @@ class Rope {
     turn<T>("Rope::rotate", x, table, whole_heads(), T(1));
   }
 
-  /// The transpose of `rotate`: takes the gradient of its output to that of its input. Where
-  /// `scale()` is 1 it undoes it.
+  /// The transpose of `rotate`: turns the gradient of its output into that of its input. Where
+  /// `scale()` is 1, it undoes `rotate`.
   template <class T>
   void rotate_back(MatrixOut<T> x, const Scratch<T>& table) const {
     turn<T>("Rope::rotate_back", x, table, whole_heads(), T(-1));
   }
 
-  /// Which columns to rotate where only a part of each head is: of each `width` columns, the
+  /// The columns to rotate if only a part of each head is rotated: in every `width` columns, the
   /// head_dim from `first` on.
   struct Part {
     Index width, first;
@@ -151,14 +152,14 @@ class Rope {
   }
 
  private:
-  Index pairs() const { return static_cast<Index>(frequencies_.size()); }
+  Index pairs() const { return frequencies_.count(); }
 
   void stretch(const Yarn& yarn, double theta) {
     yarn.check("Rope");
     if (!(theta > 1.0)) fail<ConfigError>("Rope: theta = ", theta, ", expected > 1 with a Yarn");
     for (Index i = 0; i < pairs(); ++i) {
       const double ramp = yarn.ramp(i, head_dim(), theta);
-      double& frequency = frequencies_[static_cast<std::size_t>(i)];
+      double& frequency = frequencies_[i];
       frequency = (1.0 - ramp) * frequency + ramp * (frequency / yarn.factor);
     }
     scale_ = yarn.rotation_scale();
@@ -166,7 +167,7 @@ class Rope {
 
   Part whole_heads() const { return {head_dim(), 0}; }
 
-  /// \param direction  1 forward, -1 back.
+  /// \param direction  1 rotates forward, -1 back.
   template <class T>
   void turn(std::string_view where, MatrixOut<T>& x, const Scratch<T>& table, const Part& part,
             T direction) const {
@@ -217,7 +218,7 @@ class Rope {
   }
 
   RopeConfig config_;
-  std::vector<double> frequencies_;
+  List<double> frequencies_;
   double scale_ = 1.0;
 };
 

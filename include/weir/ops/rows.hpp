@@ -15,8 +15,8 @@
 namespace weir {
 
 /// Calls `body(row, col, count)` for pieces of at most 1024 columns that cover [rows, cols], on all
-/// threads: elementwise work in steps that stay in L1, shared out even if there is only one row.
-/// `cost` is roughly how many elementary operations one element takes.
+/// threads. Elementwise work done in such pieces stays in L1 and is shared out even if there is
+/// only one row. `cost` is roughly how many elementary operations one element takes.
 template <class Body>
 void parallel_pieces(Index rows, Index cols, Index cost, Body&& body) {
   constexpr Index kPiece = 1024;
@@ -85,9 +85,9 @@ void add_to_each_row(const T* row, MatrixOut<T> rows) {
   });
 }
 
-/// out[j] += sum_t f(t, j, count) for j in [0, cols), `f` giving the `count` lanes from column j on
-/// of row t: the gradient of what all rows share. Threads divide the columns, rows are added from
-/// the first to the last.
+/// out[j] += sum_t f(t, j, count) for j in [0, cols), where `f` gives the `count` lanes of row t
+/// from column j on. This is the gradient of parameters that all rows share. Threads divide the
+/// columns; rows are added from the first to the last.
 template <class T, class F>
 void add_over_rows(Index rows, Index cols, T* out, F&& f) {
   constexpr Index kBlocks = 8;  // Side by side, so that whole cache lines are read.
@@ -120,9 +120,10 @@ void add_rows_to(MatrixIn<T> rows, T* out) {
   add_over_rows<T>(rows.rows(), rows.cols(), out, row);
 }
 
-/// Sums over rows that are read for another purpose as well: `body(t, sums)` adds to `sums` [width]
-/// what row t contributes. Runs of rows, which do not depend on the number of threads, have sums of
-/// their own, each the work of one thread: the rows of `sums`, for `add_rows_to` to add up.
+/// Sums over rows that are read for another purpose as well: `body(t, sums)` adds the contribution
+/// of row t to `sums` [width]. Each run of rows has sums of its own, computed by one thread, which
+/// are a row of `sums`; `add_rows_to` can add them up. The runs do not depend on the number of
+/// threads.
 template <class T, class Body>
 void sum_runs_of_rows(Index rows, Index width, Scratch<T>& sums, Body&& body) {
   constexpr Index kMostRuns = 64;

@@ -5,8 +5,7 @@
 
 namespace weir {
 
-/// The smooth-step function and its derivative: a cubic from 0 at -gamma/2 to 1 at gamma/2, with
-/// the slope 0 at both ends and beyond.
+/// A cubic from 0 at -gamma/2 to 1 at gamma/2, with the slope 0 at both ends and beyond:
 ///
 ///     S(z) = -2 z^3 / gamma^3 + 3 z / (2 gamma) + 1/2
 ///
@@ -19,6 +18,7 @@ T smooth_step(T z, T gamma) {
   return u * (T(1.5) - T(2) * u * u) + T(0.5);
 }
 
+/// The derivative of `smooth_step` with respect to z.
 template <class T>
 T smooth_step_slope(T z, T gamma) {
   const T u = z / gamma;

@@ -14,7 +14,7 @@ namespace weir {
 
 namespace detail {
 
-/// One after the other into a sorted list: for few numbers.
+/// Inserts one number after the other into a sorted list. For few numbers.
 template <class T>
 void top_k_by_insertion(const T* values, Index count, Index k, Index* chosen) {
   T least = values[0];  // The value of the last one chosen.
@@ -30,8 +30,8 @@ void top_k_by_insertion(const T* values, Index count, Index k, Index* chosen) {
   }
 }
 
-/// The place of the largest of `count` numbers, of equal ones the first; NaNs are passed over.
-/// \param count    A multiple of kLanes<T>, not all of the numbers being NaN.
+/// The place of the largest of `count` numbers; among equal ones, of the first. NaNs are skipped.
+/// \param count    A multiple of kLanes<T>. At least one of the numbers is not NaN.
 template <class T>
 Index place_of_largest(const T* values, Index count) {
   using Integer = typename Register<T>::Integer;
@@ -54,10 +54,10 @@ Index place_of_largest(const T* values, Index count) {
   return fold_lanes<T>(place, smaller);
 }
 
-/// How many numbers `top_k_by_search` has room for.
+/// The most numbers that `top_k_by_search` has room for.
 inline constexpr Index kSearched = 1024;
 
-/// A search for the largest of what is left, again and again.
+/// Searches for the largest of the remaining numbers, k times.
 template <class T>
 void top_k_by_search(const T* values, Index count, Index k, Index* chosen) {
   T left[kSearched];
@@ -70,7 +70,7 @@ void top_k_by_search(const T* values, Index count, Index k, Index* chosen) {
   }
 }
 
-/// With a heap of those chosen so far, the last of them on top.
+/// Keeps a heap of the numbers chosen so far, the smallest of them on top.
 template <class T>
 void top_k_by_heap(const T* values, Index count, Index k, Index* chosen) {
   const auto before = [values](Index a, Index b) {
@@ -90,8 +90,8 @@ void top_k_by_heap(const T* values, Index count, Index k, Index* chosen) {
 
 }  // namespace detail
 
-/// Writes the indices of the k largest values to `chosen`, the largest first; of equal values the
-/// one with the lowest index comes first. Allocates nothing.
+/// Writes the indices of the k largest values to `chosen` [k], the largest first. Among equal
+/// values, the one with the lowest index comes first. Allocates nothing.
 ///
 /// \param values   Without NaN; -inf is a value like others.
 /// \param k        0 <= k <= count.

@@ -19,8 +19,8 @@ struct SineCosine {
 
 namespace detail {
 
-/// sin(r) = r + r^3 p(r^2) and cos(r) = 1 - r^2 / 2 + r^4 q(r^2) for |r| <= pi / 4, p and q those
-/// of least error (4e-18 and 5e-20).
+/// sin(r) = r + r^3 p(r^2) and cos(r) = 1 - r^2 / 2 + r^4 q(r^2) for |r| <= pi / 4. p and q are the
+/// polynomials of least error (4e-18 and 5e-20).
 inline constexpr double kSine[] = {-0.16666666666666632028,   0.0083333333333224137433,
                                    -0.0001984126982980782064, 2.7557313691910748847e-6,
                                    -2.5050758113180318545e-8, 1.5896795502429429364e-10};
@@ -28,11 +28,12 @@ inline constexpr double kCosine[] = {0.041666666666666599482,    -0.001388888888
                                      0.000024801587289482679433, -2.7557314352457644703e-7,
                                      2.0875723288221223552e-9,   -1.1359648494882225771e-11};
 
-/// pi / 2 in three parts. The first two times an integer below 2^20 are exact.
+/// pi / 2 in three parts. The product of each of the first two and an integer below 2^20 is exact.
 inline constexpr double kHalfPi[] = {0x1.921fb544p+0, 0x1.0b4611a6p-34, 0x1.3198a2e037073p-69};
 
-/// `of_x` with those lanes from the standard library whose x is too far for the reduction. Not
-/// inlined: GCC 12 would call the library for every lane of every block, and discard it.
+/// `of_x`, in which the standard library computes the lanes whose x is too far away for the
+/// reduction. Not inlined, since GCC 12 would call the library for every lane of every block and
+/// discard the results.
 [[gnu::noinline]] inline SineCosine with_far_lanes(const Lanes<double>& x, double farthest,
                                                    SineCosine of_x) {
   for (int lane = 0; lane < static_cast<int>(kLanes<double>); ++lane) {

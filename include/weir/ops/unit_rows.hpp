@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Rows scaled to length one, and the derivative of that.
+/// Scaling rows to length one, and the derivative.
 #pragma once
 
 #include <cmath>
@@ -15,8 +15,8 @@ namespace weir {
 
 /// unit[i] = rows[i] / |rows[i]|, norm[i] = |rows[i]|. A row of norm below 1e-12 counts as zero:
 /// its unit vector and its norm are zero.
-/// \param norm     [rows of both], and
-/// \param unit     of the shape of `rows`, which it must not overlap.
+/// \param unit     Of the shape of `rows`, which it must not overlap.
+/// \param norm     One number for each row.
 /// \throws ShapeError   if the shapes differ.
 template <class T>
 void unit_rows(MatrixIn<T> rows, MatrixOut<T> unit, T* norm) {
@@ -35,7 +35,8 @@ void unit_rows(MatrixIn<T> rows, MatrixOut<T> unit, T* norm) {
 
 /// The derivative of `unit_rows`, in place: d <- (d - (d . unit) unit) / norm for each row; zero
 /// for a row that counts as zero.
-/// \param d        The gradient with respect to `unit`, whose shape it has; then that of the rows.
+/// \param d        The gradient with respect to `unit`, which becomes that of the rows; of the same
+///                 shape.
 /// \throws ShapeError   if the shapes differ.
 template <class T>
 void unit_rows_backward(MatrixIn<T> unit, const T* norm, MatrixOut<T> d) {

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
-/// \file
-/// Loops over contiguous numbers, a register at a time: what activations, softmax and norms are
-/// computed in.
+/// \file Loops over contiguous numbers, a register at a time. Activations, softmax and norms
+/// consist of them.
 #pragma once
 
 #include <limits>
@@ -22,7 +21,7 @@ void map_lanes(Index count, F&& f, T* out, const In*... in) {
   if (i < count) store_lanes<T>(f(load_lanes<T>(in + i, count - i)...), out + i, count - i);
 }
 
-/// `map_lanes` of numbers of type T that are computed with as doubles.
+/// out[i] = f(in[i]) for i in [0, count); `f` takes and returns `Lanes<double>`, whatever T is.
 template <class T, class F>
 void map_as_double(Index count, F&& f, T* out, const T* in) {
   Index i = 0;
@@ -34,8 +33,8 @@ void map_as_double(Index count, F&& f, T* out, const T* in) {
 
 namespace detail {
 
-/// The sum of `count` numbers of type T. `block(i, lanes)` gives those from i on, `lanes` of them;
-/// what it gives beyond those does not count.
+/// The sum of `count` numbers of type T. `block(i, lanes)` gives the `lanes` numbers from i on;
+/// lanes behind them do not count.
 template <class T, class Block>
 T sum_blocks(Index count, Block&& block) {
   constexpr Index kSums = 4;  // Additions under way at once; none waits for another.
@@ -59,8 +58,8 @@ T sum_lanes(Index count, F&& f, const In*... in) {
       count, [&](Index i, Index lanes) -> Lanes<T> { return f(load_lanes<T>(in + i, lanes)...); });
 }
 
-/// Loops that have a name. Each is over i in [0, count), sums in an order that depends on `count`
-/// alone; what is written may be one of the inputs.
+/// Loops that have a name. Each runs over i in [0, count) and adds in an order that depends on
+/// `count` alone. The output may be one of the inputs.
 namespace loops {
 
 /// out[i] = factor x[i].
@@ -141,7 +140,7 @@ T dot(Index count, const T* a, const T* b, const T* c) {
   return sum_lanes<T>(count, f, a, b, c);
 }
 
-/// The largest x[i]; -inf if there are none. NaNs are passed over.
+/// The largest x[i]; -inf if there are none. NaNs are skipped.
 template <class T>
 T max(Index count, const T* x) {
   constexpr T kLowest = -std::numeric_limits<T>::infinity();
@@ -160,7 +159,5 @@ T max(Index count, const T* x) {
 }
 
 }  // namespace loops
-
-using loops::dot;  // Until moe/dispatch.hpp says loops::dot.
 
 }  // namespace weir

@@ -24,17 +24,17 @@ namespace weir {
 ///     ramp_i = clamp((i - low) / (high - low), 0, 1)
 ///     low, high = the i at which r_i is beta_fast, beta_slow
 ///
-/// The ramp is linear in i, as in the authors' code and all that followed it; in the paper it is
-/// linear in r_i. As in that code, low and high are kept within [0, head_dim - 1], and high is
-/// low + 0.001 where they are equal. Unlike there, both are kept at both ends: where all pairs turn
-/// fast, all keep their frequency, and where all turn slowly, all except the first are slowed down.
+/// The ramp is linear in i, as in the authors' code and its successors; in the paper it is linear
+/// in r_i. As in that code, low and high are kept within [0, head_dim - 1], and high is low + 0.001
+/// where they are equal. Unlike there, both are kept at both ends: where all pairs turn fast, all
+/// keep their frequency, and where all turn slowly, all except the first are slowed down.
 ///
 /// Attention over more tokens is made sharper by
 ///
 ///     sharpness(m) = 0.1 m ln(factor) + 1
 ///
-/// in one of two ways. gpt-oss, and Hugging Face where nothing else is said, multiply cosines and
-/// sines by sharpness(1), and so both queries and keys: these are the defaults. DeepSeek-V2 and V3,
+/// in one of two ways. gpt-oss, and Hugging Face by default, multiply cosines and sines by
+/// sharpness(1), and so both queries and keys: these are the defaults here. DeepSeek-V2 and V3,
 /// which rotate only a part of each head, set mscale = mscale_all_dim and multiply the whole score
 /// by sharpness(mscale_all_dim)^2 instead.
 struct Yarn {
@@ -42,16 +42,17 @@ struct Yarn {
   Index original_context = 4096;  ///< Tokens the model was trained on.
   double beta_fast = 32.0;        ///< Turns above which a frequency stays.
   double beta_slow = 1.0;         ///< Turns below which it is divided by `factor`.
-  double mscale = 1.0;            ///< m of the sharpness that multiplies cosines and sines.
-  double mscale_all_dim = 0.0;    ///< m of the score's, by which cosines and sines are divided.
-  bool truncate = true;           ///< Whether low is rounded down and high up; not in gpt-oss.
+  double mscale = 1.0;            ///< m of the sharpness by which cosines and sines are multiplied.
+  double mscale_all_dim =
+      0.0;               ///< m of the score's sharpness, by which cosines and sines are divided.
+  bool truncate = true;  ///< Whether low is rounded down and high up; not in gpt-oss.
 
   double sharpness(double m) const { return 0.1 * m * std::log(factor) + 1.0; }
 
-  /// What cosines and sines are multiplied by.
+  /// The factor of cosines and sines.
   double rotation_scale() const { return sharpness(mscale) / sharpness(mscale_all_dim); }
 
-  /// What the product of query and key is multiplied by, beside 1 / sqrt(head_dim).
+  /// The factor of the product of query and key, beside 1 / sqrt(head_dim).
   double score_scale() const { return sharpness(mscale_all_dim) * sharpness(mscale_all_dim); }
 
   /// How much of pair i is slowed down, from 0 to 1.
@@ -86,7 +87,7 @@ struct Yarn {
   }
 
  private:
-  /// The i, a fraction, of the pair that turns `turns` times within the original context.
+  /// The i of the pair that turns `turns` times within the original context; mostly a fraction.
   double pair_turning(double turns, Index head_dim, double theta) const {
     const double turns_of_first = static_cast<double>(original_context) / (2.0 * std::numbers::pi);
     return static_cast<double>(head_dim) * std::log(turns_of_first / turns) /

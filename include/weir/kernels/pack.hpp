@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Copies of operands in the order in which the innermost loop reads them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include <weir/core/types.hpp>
+#include <weir/kernels/transpose.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir::kernels {
+
+/// Copies [count, depth], count <= width, depth-major: number [i, p] goes to `to[p * to_row + i]`.
+/// The places from `count` to `width` are filled with zeros.
+template <Index width, class T>
+void pack_strip(const T* from, Index stride, Index depth_stride, Index count, Index depth, T* to,
+                Index to_row = width) {
+  constexpr Index kSide = kLanes<T>;
+  if (stride == 1) {
+    for (Index p = 0; p < depth; ++p) {
+      const T* row = from + p * depth_stride;
+      T* out = to + p * to_row;
+      if (count == width) {
+        std::memcpy(out, row, width * sizeof(T));
+      } else {
+        for (Index i = 0; i < width; ++i) out[i] = i < count ? row[i] : T(0);
+      }
+    }
+    return;
+  }
+  Index done = 0;
+  if constexpr (width % kSide == 0) {
+    if (count == width && depth_stride == 1) {
+      for (; done + kSide <= depth; done += kSide) {
+        for (Index i = 0; i < width; i += kSide) {
+          transpose<T>(from + i * stride + done, stride, to + done * to_row + i, to_row);
+        }
+      }
+    }
+  }
+  // Works in blocks of depth, so that both sides stay in L1.
+  constexpr Index kStep = 16;
+  for (; done < depth; done += kStep) {
+    const Index end = std::min(depth, done + kStep);
+    for (Index i = 0; i < width; ++i) {
+      if (i < count) {
+        const T* source = from + i * stride;
+        for (Index p = done; p < end; ++p) to[p * to_row + i] = source[p * depth_stride];
+      } else {
+        for (Index p = done; p < end; ++p) to[p * to_row + i] = T(0);
+      }
+    }
+  }
+}
+
+/// Copies [count, depth] into strips of `width` rows, depth-major inside a strip:
+/// `to[strip][p][i]`; the last strip is filled up with zeros.
+template <Index width, class T>
+void pack(const T* from, Index stride, Index depth_stride, Index count, Index depth, T* to) {
+  for (Index i = 0; i < count; i += width) {
+    pack_strip<width>(from + i * stride, stride, depth_stride, std::min(width, count - i), depth,
+                      to);
+    to += width * depth;
+  }
+}
+
+}  // namespace weir::kernels
