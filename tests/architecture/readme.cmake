@@ -1,16 +1,29 @@
 # SPDX-License-Identifier: MIT
-# Fails when README.md shows what is not compiled or run by a test:
+# Fails when a README shows what is not compiled or run by a test, or leads nowhere:
 # - a ```cpp block has to be a run of consecutive lines of a file in examples/ or tests/consumer/;
-# - each command of a ```cmake block has to be in tests/consumer/CMakeLists.txt, apart from the
-#   place that weir is taken from;
-# - each `cmake --workflow --preset NAME` needs that preset; `demo` and `test` must be there, and
-#   .ci/run has to run `test`.
+# - each command of a ```cmake block of the main README.md has to be in
+#   tests/consumer/CMakeLists.txt, apart from the place that weir is taken from;
+# - each `cmake --workflow --preset NAME` needs that preset; in the main README.md `demo` and `test`
+#   must be there, and .ci/run has to run `test`;
+# - a link to a place in this repository needs a file or a folder there, and the heading it names;
+# - include/weir/README.md has to have a link to each header that users compose models of.
+# The ```sh blocks are run by readme_commands.cmake.
 cmake_minimum_required(VERSION 3.25)
 
-if(NOT EXISTS "${SOURCE_DIR}/README.md")
-  message(FATAL_ERROR "README.md is missing")
-endif()
+set(documents README.md include/weir/README.md)
+foreach(document IN LISTS documents)
+  if(NOT EXISTS "${SOURCE_DIR}/${document}")
+    message(FATAL_ERROR "${document} is missing")
+  endif()
+endforeach()
+foreach(document examples/README.md benchmarks/README.md tests/golden/README.md)
+  if(EXISTS "${SOURCE_DIR}/${document}")
+    list(APPEND documents "${document}")
+  endif()
+endforeach()
 file(READ "${SOURCE_DIR}/README.md" readme)
+
+# --- Code ---------------------------------------------------------------------------------------
 
 # The text between the first "```language" line and the next "```", taken off `rest`.
 function(next_block language)
@@ -25,7 +38,7 @@ function(next_block language)
   string(SUBSTRING "${rest}" ${begin} -1 rest)
   string(FIND "${rest}" "\n```" end)
   if(end EQUAL -1)
-    message(FATAL_ERROR "README.md: a ```${language} block does not end")
+    message(FATAL_ERROR "a ```${language} block does not end")
   endif()
   string(SUBSTRING "${rest}" 0 ${end} block)
   string(SUBSTRING "${rest}" ${end} -1 rest)
@@ -34,22 +47,26 @@ function(next_block language)
 endfunction()
 
 file(GLOB sources "${SOURCE_DIR}/examples/*.cpp" "${SOURCE_DIR}/tests/consumer/*.cpp")
-set(rest "\n${readme}")
-next_block(cpp)
-while(NOT block STREQUAL "")
-  set(compiled FALSE)
-  foreach(source IN LISTS sources)
-    file(READ "${source}" text)
-    string(FIND "\n${text}\n" "\n${block}\n" at)
-    if(NOT at EQUAL -1)
-      set(compiled TRUE)
-    endif()
-  endforeach()
-  if(NOT compiled)
-    message(SEND_ERROR "README.md: no file in examples/ or tests/consumer/ has these lines:\n${block}")
-  endif()
+foreach(document IN LISTS documents)
+  file(READ "${SOURCE_DIR}/${document}" rest)
+  string(PREPEND rest "\n")
   next_block(cpp)
-endwhile()
+  while(NOT block STREQUAL "")
+    set(compiled FALSE)
+    foreach(source IN LISTS sources)
+      file(READ "${source}" text)
+      string(FIND "\n${text}\n" "\n${block}\n" at)
+      if(NOT at EQUAL -1)
+        set(compiled TRUE)
+      endif()
+    endforeach()
+    if(NOT compiled)
+      message(
+        SEND_ERROR "${document}: no file in examples/ or tests/consumer/ has these lines:\n${block}")
+    endif()
+    next_block(cpp)
+  endwhile()
+endforeach()
 
 # The commands of a piece of CMake, one a line, as far as they have to agree.
 function(commands text result)
@@ -76,6 +93,8 @@ while(NOT block STREQUAL "")
   next_block(cmake)
 endwhile()
 
+# --- Presets ------------------------------------------------------------------------------------
+
 file(READ "${SOURCE_DIR}/CMakePresets.json" presets)
 string(JSON count LENGTH "${presets}" workflowPresets)
 math(EXPR last "${count} - 1")
@@ -84,15 +103,18 @@ foreach(i RANGE ${last})
   string(JSON name GET "${presets}" workflowPresets ${i} name)
   list(APPEND workflows "${name}")
 endforeach()
-string(REGEX MATCHALL "cmake --workflow --preset [A-Za-z_-]+" shown "${readme}")
-list(TRANSFORM shown REPLACE ".* " "")
-foreach(name IN LISTS shown)
-  if(NOT name IN_LIST workflows)
-    message(SEND_ERROR "README.md: there is no workflow preset '${name}'")
-  endif()
+foreach(document IN LISTS documents)
+  file(READ "${SOURCE_DIR}/${document}" text)
+  string(REGEX MATCHALL "cmake --workflow --preset [A-Za-z_-]+" shown "${text}")
+  list(TRANSFORM shown REPLACE ".* " "")
+  foreach(name IN LISTS shown)
+    if(NOT name IN_LIST workflows)
+      message(SEND_ERROR "${document}: there is no workflow preset '${name}'")
+    endif()
+  endforeach()
 endforeach()
 foreach(name demo test)
-  if(NOT name IN_LIST shown)
+  if(NOT readme MATCHES "cmake --workflow --preset ${name}[^A-Za-z_-]")
     message(SEND_ERROR "README.md: should name cmake --workflow --preset ${name}")
   endif()
 endforeach()
@@ -100,3 +122,68 @@ file(READ "${SOURCE_DIR}/.ci/run" ci)
 if(NOT ci MATCHES "cmake --workflow --preset test")
   message(SEND_ERROR ".ci/run: should run cmake --workflow --preset test")
 endif()
+
+# --- Links --------------------------------------------------------------------------------------
+
+# The anchors of a document, one for each heading, as GitHub makes them.
+function(anchors_of file result)
+  file(READ "${file}" text)
+  string(REGEX REPLACE "\n```[^`]*\n```" "" text "\n${text}")
+  string(REGEX REPLACE "[][;]" "" text "${text}")
+  string(REGEX MATCHALL "\n#+ [^\n]*" headings "${text}")
+  set(anchors)
+  foreach(heading IN LISTS headings)
+    string(REGEX REPLACE "^\n#+ " "" heading "${heading}")
+    string(TOLOWER "${heading}" heading)
+    string(REGEX REPLACE "[^a-z0-9 _-]" "" heading "${heading}")
+    string(REPLACE " " "-" heading "${heading}")
+    list(APPEND anchors "${heading}")
+  endforeach()
+  set(${result} "${anchors}" PARENT_SCOPE)
+endfunction()
+
+# The targets of the links of a document that are in this repository.
+function(links_of file result)
+  file(READ "${file}" text)
+  string(REGEX REPLACE "\n```[^`]*\n```" "" text "\n${text}")
+  string(REPLACE "](" "\n<link>(" text "${text}")
+  string(REGEX REPLACE "[][;]" "" text "${text}")
+  string(REGEX MATCHALL "\n<link>\\([^)]*\\)" links "${text}")
+  list(TRANSFORM links REPLACE "^\n<link>\\((.*)\\)$" "\\1")
+  list(FILTER links EXCLUDE REGEX "^[a-z]+:")
+  set(${result} "${links}" PARENT_SCOPE)
+endfunction()
+
+foreach(document IN LISTS documents)
+  cmake_path(GET document PARENT_PATH folder)
+  links_of("${SOURCE_DIR}/${document}" links)
+  foreach(link IN LISTS links)
+    string(REGEX REPLACE "#.*" "" path "${link}")
+    set(target "${SOURCE_DIR}/${document}")
+    if(path)
+      set(target "${SOURCE_DIR}/${folder}/${path}")
+    endif()
+    if(NOT EXISTS "${target}")
+      message(SEND_ERROR "${document}: nothing is at ${link}")
+    elseif(link MATCHES "#(.*)")
+      set(anchor "${CMAKE_MATCH_1}")
+      anchors_of("${target}" anchors)
+      if(NOT anchor IN_LIST anchors)
+        message(SEND_ERROR "${document}: no heading is meant by ${link}")
+      endif()
+    endif()
+  endforeach()
+endforeach()
+
+# --- The catalogue ------------------------------------------------------------------------------
+
+links_of("${SOURCE_DIR}/include/weir/README.md" links)
+foreach(folder moe attention model nn presets optim)
+  file(GLOB_RECURSE headers RELATIVE "${SOURCE_DIR}/include/weir"
+       "${SOURCE_DIR}/include/weir/${folder}/*.hpp")
+  foreach(header IN LISTS headers)
+    if(NOT header IN_LIST links)
+      message(SEND_ERROR "include/weir/README.md: there is no link to ${header}")
+    endif()
+  endforeach()
+endforeach()
