@@ -18,7 +18,6 @@
 #include <benchmark/benchmark.h>
 
 #include <weir/attention/grouped_query.hpp>
-#include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
@@ -69,10 +68,10 @@ constexpr Index kContinuation = 32;
 weir::AnyLayer<float> make_mixture(weir::Rng& rng) {
   bench::MixtureWeights weights = bench::make_weights({"", kWidth, kHidden, kExperts, kActive});
   return weir::MoELayer(
-      weir::LinearRouter<float>(kWidth, kExperts, rng), weir::TopKSoftmax<float>{.k = kActive},
-      weir::Dropless{},
+      weir::LinearRouter<float>(kWidth, kExperts, rng), weir::TopKSoftmax<float>({.k = kActive}),
+      weir::Dropless(),
       weir::GluBank<float>(std::move(weights.gate), std::move(weights.up), std::move(weights.down)),
-      weir::SwitchLoss<float>{}, weir::ZLoss<float>{});
+      weir::SwitchLoss<float>(), weir::ZLoss<float>());
 }
 
 /// As wide as the experts that a token meets.
@@ -87,8 +86,8 @@ Decoder make_decoder(bool sparse) {
   weir::Embedding<float> embedding(kBytes, kWidth, rng);
   std::vector<weir::Block<float>> layers;
   for (Index l = 0; l < kLayers; ++l) {
-    weir::GroupedQueryAttention<float> attention({.d_model = kWidth, .heads = 8, .kv_heads = 2},
-                                                 rng);
+    weir::GroupedQueryAttention<float> attention(rng,
+                                                 {.d_model = kWidth, .heads = 8, .kv_heads = 2});
     layers.push_back(weir::pre_norm_block<float>(
         weir::RmsNorm<float>(kWidth), std::move(attention), weir::RmsNorm<float>(kWidth),
         sparse ? make_mixture(rng) : make_dense(), sparse ? "moe" : "mlp"));
@@ -104,7 +103,7 @@ std::vector<Index> random_bytes(Index count) {
   return ids;
 }
 
-/// Training steps on one batch. The pointers of the optimizer go to the decoder: neither moves.
+/// Training steps on one batch.
 class Training {
  public:
   static constexpr Index kTokens = kSequences * kContext;
@@ -117,13 +116,13 @@ class Training {
       const Matrix<float>& logits = decoder_.forward(ids_, pass, cache_);
       loss_.forward(logits, targets_, loss_cache_);
       decoder_.backward(loss_.backward(loss_cache_), cache_);
-      optimizer_.step();
+      optimizer_.step(decoder_);
     });
   }
 
  private:
   Decoder& decoder_;
-  weir::AdamW<float> optimizer_{weir::parameters(decoder_)};
+  weir::AdamW<float> optimizer_;
   weir::Sequences sequences_ = weir::Sequences::uniform(kSequences, kContext);
   std::vector<Index> ids_ = random_bytes(kTokens);
   std::vector<Index> targets_ = ids_;
@@ -143,7 +142,7 @@ class Prefill {
 
   double run_round() {
     Decoder::State state;
-    return bench::seconds_of([&] { decoder_.decode(ids_, state, cache_, true); });
+    return bench::seconds_of([&] { weir::decode(decoder_, ids_, state, cache_, true); });
   }
 
  private:
@@ -159,13 +158,13 @@ class Decode {
 
   Decode(Decoder& decoder, Storage storage) : decoder_(decoder) {
     weir::set_storage(decoder, storage);
-    decoder.decode(random_bytes(kPrompt / 4), prompt_, cache_, true);
+    weir::decode(decoder, random_bytes(kPrompt / 4), prompt_, cache_, true);
   }
 
   double run_round() {
     Decoder::State state = prompt_;
     return bench::seconds_of([&] {
-      for (const Index id : ids_) decoder_.decode(std::span(&id, 1), state, cache_);
+      for (const Index id : ids_) weir::decode(decoder_, std::span(&id, 1), state, cache_);
     });
   }
 

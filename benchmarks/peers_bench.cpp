@@ -110,10 +110,12 @@ class Weir {
     storage_ = storage;
   }
 
-  const Matrix<float>& forward(const Matrix<float>& x) { return layer_.forward(x, cache_); }
+  const Matrix<float>& forward(const Matrix<float>& x) {
+    return layer_.forward(x, weir::Pass{}, cache_);
+  }
 
   const Matrix<float>& step(const Matrix<float>& x, const Matrix<float>& dy) {
-    layer_.forward(x, cache_);
+    layer_.forward(x, weir::kTraining, cache_);
     return layer_.backward(dy, cache_);
   }
 
@@ -128,13 +130,13 @@ class Weir {
 
  private:
   using Layer =
-      decltype(weir::MoELayer(std::declval<weir::LinearRouter<float>>(), weir::SoftmaxTopK<float>{},
-                              weir::Dropless{}, std::declval<weir::GluBank<float>>()));
+      decltype(weir::MoELayer(std::declval<weir::LinearRouter<float>>(), weir::SoftmaxTopK<float>(),
+                              weir::Dropless(), std::declval<weir::GluBank<float>>()));
 
   Layer make() const {
     return Layer(weir::LinearRouter<float>(weights_.router),
-                 weir::SoftmaxTopK<float>{.k = shape_.k, .renormalise = shape_.k > 1},
-                 weir::Dropless{}, weir::GluBank<float>(weights_.gate, weights_.up, weights_.down));
+                 weir::SoftmaxTopK<float>({.k = shape_.k, .renormalise = shape_.k > 1}),
+                 weir::Dropless(), weir::GluBank<float>(weights_.gate, weights_.up, weights_.down));
   }
 
   Shape shape_;

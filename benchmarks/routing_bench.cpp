@@ -5,8 +5,8 @@
 //         share%  router, selector, capacity and balancers alone, of the time of the whole layer
 //
 // The row's time is theirs alone. The layer has a linear router, softmax and top-k, a capacity
-// factor, SwitchLoss and ZLoss. In training, backward is part of both; the balancers' losses are
-// computed in inference too.
+// factor, SwitchLoss and ZLoss. In training, backward is part of both; in inference nobody asks for
+// the balancers' losses.
 #include <string>
 #include <string_view>
 #include <utility>
@@ -19,11 +19,11 @@
 #include <weir/core/types.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/balancers.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
-#include <weir/moe/routing.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 
 #include "support/clock.hpp"
@@ -43,10 +43,10 @@ auto make_layer(const Shape& shape) {
   bench::MixtureWeights weights = bench::make_weights(shape);
   return weir::MoELayer(
       weir::LinearRouter<float>(std::move(weights.router)),
-      weir::SoftmaxTopK<float>{.k = shape.k, .renormalise = true},
-      weir::CapacityFactor{.train = 1.25, .evaluate = 2.0},
+      weir::SoftmaxTopK<float>({.k = shape.k, .renormalise = true}),
+      weir::CapacityFactor({.train = 1.25, .evaluate = 2.0}),
       weir::GluBank<float>(std::move(weights.gate), std::move(weights.up), std::move(weights.down)),
-      weir::SwitchLoss<float>{}, weir::ZLoss<float>{});
+      weir::SwitchLoss<float>(), weir::ZLoss<float>());
 }
 
 using Layer = decltype(make_layer(bench::kFewLarge));
@@ -54,30 +54,31 @@ using Layer = decltype(make_layer(bench::kFewLarge));
 /// What MoELayer does about routing, without the experts.
 class Routing {
  public:
-  explicit Routing(Layer& layer) : layer_(layer) {}
+  explicit Routing(Layer& layer)
+      : layer_(layer), balancers_(layer.balancer<0>(), layer.balancer<1>()) {}
 
   void forward(const Matrix<float>& x, const weir::Pass& pass) {
-    const Matrix<float>& logits = layer_.router().forward(x, router_cache_);
-    layer_.selector().select(logits, pass, routing_);
-    layer_.capacity().apply(routing_);
-    const float loss = layer_.balancer<0>().loss(routing_) + layer_.balancer<1>().loss(routing_);
-    benchmark::DoNotOptimize(loss);
+    const Matrix<float>& logits = layer_.router().forward(x, pass, cache_.router);
+    layer_.selector().forward(logits, pass, cache_.routing, cache_.selector);
+    layer_.capacity().forward(pass, cache_.routing, cache_.capacity);
+    balancers_.forward(cache_.routing, layer_.router(), pass, cache_.balancers);
   }
 
   void backward() {
-    gradient_.reset(routing_);
-    layer_.balancer<0>().add_gradient(routing_, gradient_);
-    layer_.balancer<1>().add_gradient(routing_, gradient_);
-    gradient_.weights.array() += 1.0F;  // What the experts would say.
-    layer_.selector().backward(routing_, gradient_);
-    layer_.router().backward(gradient_.logits, router_cache_);
+    cache_.gradient.reset(cache_.routing);
+    cache_.gradient.weights.array() += 1.0F;  // What the experts would say.
+    layer_.capacity().backward(cache_.routing, cache_.gradient, cache_.capacity);
+    balancers_.backward(cache_.routing, layer_.router(), cache_.gradient, cache_.balancers);
+    layer_.selector().backward(cache_.routing, cache_.gradient, cache_.selector);
+    layer_.router().backward(cache_.gradient.logits, cache_.router);
   }
 
  private:
   Layer& layer_;
-  weir::LinearRouter<float>::Cache router_cache_;
-  weir::Routing<float> routing_;
-  weir::RoutingGradient<float> gradient_;
+  weir::Balancers<weir::LinearRouter<float>, weir::SoftmaxTopK<float>, weir::SwitchLoss<float>,
+                  weir::ZLoss<float>>
+      balancers_;
+  Layer::Cache cache_;
 };
 
 struct Setting {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// A balancing loss and a router of one's own, in one file. Nothing is derived from or registered:
-// whatever has the members that MoELayer asks for fits in.
+// A balancing loss and a router of one's own, in one file. Each derives from the base of its role,
+// which has everything that it does not say itself; nothing is registered.
 //
 // The task has a trap: all tokens lie near one direction, so that a router left alone sends nearly
 // all of them to the same experts. The program trains the same layer without balancing and with the
@@ -22,19 +22,20 @@
 //     dloss/dp_te = 2 coefficient / T * (P_e - 1/E)
 //
 // The gradient goes to the probabilities; the selector carries it on to the logits.
-struct FlatLoss {
-  static constexpr std::string_view kName = "flat";  // its name in reports
+class FlatLoss : public weir::BalancerBase {
+ public:
+  static constexpr std::string_view kName = "flat";  // its name in records and reports
 
-  float coefficient = 1.0F;
+  explicit FlatLoss(double coefficient = 1.0) : coefficient_(coefficient) {}
 
-  float loss(const weir::Routing<float>& routing) const {
-    return coefficient * excess(routing).squaredNorm();
+  double forward(const weir::Routing<float>& routing, Cache& /*cache*/) const {
+    return coefficient_ * static_cast<double>(excess(routing).squaredNorm());
   }
 
-  void add_gradient(const weir::Routing<float>& routing,
-                    weir::RoutingGradient<float>& gradient) const {
-    const auto tokens = static_cast<float>(routing.tokens());
-    gradient.probabilities.rowwise() += 2.0F * coefficient / tokens * excess(routing);
+  void backward(const weir::Routing<float>& routing, double scale,
+                weir::RoutingGradient<float>& gradient, Cache& /*cache*/) const {
+    const double factor = 2.0 * scale * coefficient_ / static_cast<double>(routing.tokens());
+    gradient.probabilities.rowwise() += static_cast<float>(factor) * excess(routing);
   }
 
  private:
@@ -42,46 +43,46 @@ struct FlatLoss {
     return routing.probabilities.colwise().mean().array() -
            1.0F / static_cast<float>(routing.experts());
   }
+
+  double coefficient_;
 };
 
 // Scores each expert by its distance to a learned point: logits_te = -|x_t - c_e|^2 / 2.
-class DistanceRouter {
+class DistanceRouter : public weir::RouterBase<float> {
  public:
-  using Scalar = float;
-
   struct Cache {
-    weir::Matrix<float> x;
+    weir::CacheState state;  // lets backward refuse a cache that does not fit
+    weir::Matrix<float> x, logits, dx;
   };
 
   DistanceRouter(weir::Index d_model, weir::Index experts, weir::Rng& rng)
       : centres_{weir::normal_init<float>(experts, d_model, 0.3, rng)} {}
 
-  weir::Matrix<float> forward(weir::MatrixIn<float> x) const {
-    weir::Matrix<float> logits(x.rows(), experts());
+  const weir::Matrix<float>& forward(weir::MatrixIn<float> x, const weir::Pass& pass,
+                                     Cache& cache) const {
+    cache.state.begin();
+    if (pass.training) cache.x = x;
+    cache.logits.resize(x.rows(), experts());
     for (weir::Index t = 0; t < x.rows(); ++t) {
       for (weir::Index e = 0; e < experts(); ++e) {
-        logits(t, e) = -0.5F * (x.row(t) - centres_.value.row(e)).squaredNorm();
+        cache.logits(t, e) = -0.5F * (x.row(t) - centres_.value.row(e)).squaredNorm();
       }
     }
-    return logits;
-  }
-
-  weir::Matrix<float> forward(weir::MatrixIn<float> x, Cache& cache) const {
-    cache.x = x;
-    return forward(x);
+    return cache.state.finish(*this, pass, cache.logits);
   }
 
   // dlogits_te/dx_t = c_e - x_t, and the opposite for c_e.
-  weir::Matrix<float> backward(weir::MatrixIn<float> d_logits, Cache& cache) {
-    weir::Matrix<float> dx = weir::Matrix<float>::Zero(cache.x.rows(), cache.x.cols());
-    for (weir::Index t = 0; t < dx.rows(); ++t) {
+  const weir::Matrix<float>& backward(weir::MatrixIn<float> d_logits, Cache& cache) {
+    cache.state.begin_backward("DistanceRouter::backward", *this, d_logits);
+    cache.dx.setZero(cache.x.rows(), cache.x.cols());
+    for (weir::Index t = 0; t < cache.x.rows(); ++t) {
       for (weir::Index e = 0; e < experts(); ++e) {
         const weir::RowVector<float> away = cache.x.row(t) - centres_.value.row(e);
-        dx.row(t) -= d_logits(t, e) * away;
+        cache.dx.row(t) -= d_logits(t, e) * away;
         centres_.gradient().row(e) += d_logits(t, e) * away;
       }
     }
-    return dx;
+    return cache.dx;
   }
 
   template <class Self, class Visit>
@@ -101,10 +102,10 @@ void train(const std::string& title, Balancers... balancers) {
   constexpr weir::Index kModel = 16;
   constexpr weir::Index kExperts = 6;
   weir::Rng rng(7);
-  weir::MoELayer moe(DistanceRouter(kModel, kExperts, rng), weir::SoftmaxTopK<float>{.k = 1},
-                     weir::Dropless{}, weir::MlpBank<float>(kExperts, kModel, 32, rng),
+  weir::MoELayer moe(DistanceRouter(kModel, kExperts, rng), weir::SoftmaxTopK<float>({.k = 1}),
+                     weir::Dropless(), weir::MlpBank<float>(kModel, kExperts, 32, rng),
                      balancers...);
-  weir::AdamW<float> optimizer(weir::parameters(moe), {.learning_rate = 1e-2, .weight_decay = 0.0});
+  weir::AdamW<float> optimizer({.learning_rate = 1e-2, .weight_decay = 0.0});
 
   const weir::RowVector<float> trap = weir::normal_init<float>(1, kModel, 1.0, rng);
   weir::Matrix<float> x = weir::normal_init<float>(512, kModel, 0.5, rng);
@@ -114,13 +115,13 @@ void train(const std::string& title, Balancers... balancers) {
   typename decltype(moe)::Cache cache;
   float loss = 0.0F;
   for (int step = 0; step < 200; ++step) {
-    const weir::Matrix<float> error = moe.forward(x, cache) - target;
+    const weir::Matrix<float> error = moe.forward(x, weir::kTraining, cache) - target;
     loss = error.squaredNorm() / static_cast<float>(error.size());
     moe.backward(2.0F / static_cast<float>(error.size()) * error, cache);
-    optimizer.step();
+    optimizer.step(moe);
   }
 
-  const weir::MoEReport report = moe.report(cache);
+  const weir::LayerReport report = moe.report(cache);
   std::cout << std::fixed << std::setprecision(3) << title << "\n  error " << loss
             << "   max/mean load " << report.imbalance() << '\n';
   for (std::size_t e = 0; e < report.load.size(); ++e) {
@@ -134,5 +135,5 @@ void train(const std::string& title, Balancers... balancers) {
 
 int main() {
   train("without balancing");
-  train("with FlatLoss", FlatLoss{.coefficient = 1.0F});
+  train("with FlatLoss", FlatLoss(1.0));
 }

@@ -116,7 +116,7 @@ Trained train(const Config& config, const Options& options) {
   const Config small = scaled(config, options.scale);
   weir::Rng rng(options.seed);
   weir::Decoder<float> model = weir::presets::make<float>(small, rng);
-  weir::AdamW<float> optimizer(weir::parameters(model), {.learning_rate = options.learning_rate});
+  weir::AdamW<float> optimizer({.learning_rate = options.learning_rate});
 
   std::vector<Index> ids;
   for (const char c : kText) ids.push_back(static_cast<unsigned char>(c));
@@ -137,8 +137,7 @@ Trained train(const Config& config, const Options& options) {
     result.step_ms += milliseconds([&] {
                         forward({.training = true, .rng = &rng});
                         model.backward(loss.backward(loss_cache), cache);
-                        optimizer.step();
-                        model.update();
+                        optimizer.step(model);
                       }) /
                       options.steps;
   }

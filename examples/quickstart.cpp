@@ -7,21 +7,23 @@
 
 int main() {
   weir::Rng rng(42);
-  weir::MoELayer moe(weir::LinearRouter<float>(32, 8, rng), weir::TopKSoftmax<float>{.k = 2},
-                     weir::Dropless{}, weir::GluBank<float>(8, 32, 64, rng),
-                     weir::SwitchLoss<float>{.coefficient = 0.01F});
-  weir::AdamW<float> optimizer(weir::parameters(moe), {.learning_rate = 3e-3});
+  weir::MoELayer moe(weir::LinearRouter<float>(32, 8, rng), weir::TopKSoftmax<float>({.k = 2}),
+                     weir::Dropless(), weir::GluBank<float>(32, 8, 64, rng),
+                     weir::SwitchLoss<float>({.coefficient = 0.01}));
+  weir::AdamW<float> optimizer({.learning_rate = 1e-3});
 
   const weir::Matrix<float> x = weir::normal_init<float>(256, 32, 1.0, rng);  // [tokens, d_model]
   const weir::Matrix<float> target = weir::normal_init<float>(256, 32, 1.0, rng);
   decltype(moe)::Cache cache;
   for (int step = 0; step <= 300; ++step) {
-    const weir::Matrix<float> error = moe.forward(x, cache) - target;
+    weir::PassRecord record;
+    const weir::Matrix<float> error =
+        moe.forward(x, {.training = true, .record = &record}, cache) - target;
     moe.backward(2.0F / 256.0F * error, cache);  // adds the gradients, balancing loss included
-    optimizer.step();                            // uses the gradients and clears them
+    optimizer.step(moe);                         // uses the gradients and clears them
     if (step % 100 == 0) {
       std::cout << "step " << step << "  loss " << error.squaredNorm() / 256.0F << "  balance "
-                << cache.aux_loss << "  max/mean load " << moe.report(cache).imbalance() << '\n';
+                << record.aux_loss() << "  max/mean load " << moe.report(cache).imbalance() << '\n';
     }
   }
 }

@@ -84,12 +84,24 @@ std::string to_text(const std::vector<Index>& ids) {
   return text;
 }
 
+/// A model and its modules, to be trained together.
+struct Both {
+  using Scalar = float;
+  Model& model;
+  Modules& modules;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("", self.model);
+    visit("", self.modules);
+  }
+};
+
 /// Lets the model learn the next byte, and its module the one after.
 void train(Model& model, Modules& modules, const std::string& text, const Options& options,
            weir::Rng& rng) {
-  std::vector<weir::NamedParameter<float>> parameters = weir::parameters(model);
-  for (auto& parameter : weir::parameters(modules)) parameters.push_back(parameter);
-  weir::AdamW<float> optimizer(parameters, {.learning_rate = options.learning_rate});
+  Both both = {model, modules};
+  weir::AdamW<float> optimizer({.learning_rate = options.learning_rate});
   const weir::WarmupCosine schedule{.peak = options.learning_rate,
                                     .warmup_steps = options.steps / 20,
                                     .total_steps = options.steps,
@@ -116,11 +128,9 @@ void train(Model& model, Modules& modules, const std::string& text, const Option
     modules.forward(model, cache, ids, targets, pass, modules_cache);
     const auto d_hidden = modules.backward(model, modules_cache);
     model.backward(cross_entropy.backward(loss_cache), cache, d_hidden);
-    weir::clip_global_norm(parameters, 1.0);
+    weir::clip_global_norm(both, 1.0);
     optimizer.set_learning_rate(schedule.at(step));
-    optimizer.step();
-    model.update();  // moves the biases that balance the experts
-    modules.update();
+    optimizer.step(both);  // also moves the biases that balance the experts
     const bool keep = (step + 1) % 100 == 0 || step + 1 == options.steps;
     const auto bits = [](float nats) {
       return fixed(static_cast<double>(nats) / std::log(2.0), 3);

@@ -39,7 +39,7 @@
 #include <weir/nn/rms_norm.hpp>
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
-#include <weir/optim/schedule.hpp>
+#include <weir/optim/warmup_cosine.hpp>
 
 #include "byte_baseline.hpp"
 #include "corpus.hpp"
@@ -189,12 +189,11 @@ template <class Selector, class Capacity, class... Rules>
 Layer moe_layer(const Options& options, Selector selector, Capacity capacity, weir::Rng& rng,
                 Rules... rules) {
   weir::JitterRouter router(weir::LinearRouter<float>(options.d_model, options.experts, rng),
-                            options.jitter);
-  weir::GluBank<float> experts(options.experts, options.d_model, options.d_hidden, rng, 1.0);
+                            {.epsilon = options.jitter});
+  weir::GluBank<float> experts(options.d_model, options.experts, options.d_hidden, rng);
   weir::MoELayer moe(std::move(router), std::move(selector), capacity, std::move(experts),
-                     weir::SwitchLoss<float>{.coefficient = static_cast<float>(options.balance)},
-                     weir::ZLoss<float>{.coefficient = static_cast<float>(options.z_loss)},
-                     rules...);
+                     weir::SwitchLoss<float>({.coefficient = options.balance}),
+                     weir::ZLoss<float>({.coefficient = options.z_loss}), rules...);
   if (options.shared == 0) return moe;
   weir::Glu<float> shared(options.d_model, options.shared * options.d_hidden, rng);
   return weir::SharedExperts(std::move(moe), std::move(shared));
@@ -204,19 +203,19 @@ template <class Capacity>
 Layer moe_layer(const Options& options, Capacity capacity, weir::Rng& rng) {
   if (options.selector == "sigmoid-top-k") {
     return moe_layer(options, weir::SigmoidTopK<float>(options.experts, {.k = options.k}), capacity,
-                     rng, weir::BiasBalance<float>(static_cast<float>(options.bias_rate)));
+                     rng, weir::BiasBalance<float>({.rate = options.bias_rate}));
   }
   if (options.selector == "top-k-softmax") {
-    return moe_layer(options, weir::TopKSoftmax<float>{.k = options.k}, capacity, rng);
+    return moe_layer(options, weir::TopKSoftmax<float>({.k = options.k}), capacity, rng);
   }
-  return moe_layer(options, weir::SoftmaxTopK<float>{.k = options.k}, capacity, rng);
+  return moe_layer(options, weir::SoftmaxTopK<float>({.k = options.k}), capacity, rng);
 }
 
 Layer moe_layer(const Options& options, weir::Rng& rng) {
-  if (options.capacity_factor == 0.0) return moe_layer(options, weir::Dropless{}, rng);
+  if (options.capacity_factor == 0.0) return moe_layer(options, weir::Dropless(), rng);
   return moe_layer(options,
-                   weir::CapacityFactor{.train = options.capacity_factor,
-                                        .evaluate = 2.0 * options.capacity_factor},
+                   weir::CapacityFactor({.train = options.capacity_factor,
+                                         .evaluate = 2.0 * options.capacity_factor}),
                    rng);
 }
 
@@ -227,7 +226,7 @@ weir::Decoder<float> make_model(const Options& options, weir::Rng& rng) {
     const bool sparse = !options.dense && options.interleave.is_sparse(l);
     const Index active = options.k + options.shared;
     weir::GroupedQueryAttention<float> attention(
-        {.d_model = options.d_model, .heads = options.heads, .kv_heads = options.kv_heads}, rng);
+        rng, {.d_model = options.d_model, .heads = options.heads, .kv_heads = options.kv_heads});
     layers.push_back(weir::pre_norm_block<float>(
         weir::RmsNorm<float>(options.d_model), std::move(attention),
         weir::RmsNorm<float>(options.d_model),
@@ -277,18 +276,19 @@ std::size_t window_start(std::string_view text, Index context, Index i, Index co
 }
 
 struct Validation {
-  double bits = 0.0;                       ///< Bits per byte.
-  std::vector<weir::NamedReport> reports;  ///< Loads summed over all windows.
+  double bits = 0.0;                                   ///< Bits per byte.
+  std::vector<weir::PassRecord::NamedReport> reports;  ///< Loads summed over all windows.
 };
 
-void add_reports(std::vector<weir::NamedReport>& sum, const std::vector<weir::NamedReport>& more) {
+void add_reports(std::vector<weir::PassRecord::NamedReport>& sum,
+                 const std::vector<weir::PassRecord::NamedReport>& more) {
   if (sum.empty()) {
     sum = more;
     return;
   }
   for (std::size_t l = 0; l < sum.size(); ++l) {
-    weir::MoEReport& into = sum[l].report;
-    const weir::MoEReport& from = more[l].report;
+    weir::LayerReport& into = sum[l].report;
+    const weir::LayerReport& from = more[l].report;
     into.assignments += from.assignments;
     into.dropped += from.dropped;
     for (std::size_t e = 0; e < into.load.size(); ++e) into.load[e] += from.load[e];
@@ -296,7 +296,8 @@ void add_reports(std::vector<weir::NamedReport>& sum, const std::vector<weir::Na
 }
 
 /// Assignments of each expert, over all sparse layers, and the share that was dropped.
-std::pair<std::vector<Index>, double> total_load(const std::vector<weir::NamedReport>& reports) {
+std::pair<std::vector<Index>, double> total_load(
+    const std::vector<weir::PassRecord::NamedReport>& reports) {
   std::vector<Index> load;
   double dropped = 0.0;
   double assignments = 0.0;
@@ -316,8 +317,7 @@ class Trainer {
         corpus_(corpus),
         rng_(options.seed),
         model_(make_model(options, rng_)),
-        optimizer_(weir::parameters(model_),
-                   {.learning_rate = options.learning_rate, .weight_decay = options.weight_decay}),
+        optimizer_({.learning_rate = options.learning_rate, .weight_decay = options.weight_decay}),
         schedule_{.peak = options.learning_rate,
                   .warmup_steps = std::min(options.warmup, options.steps - 1),
                   .total_steps = options.steps,
@@ -336,16 +336,17 @@ class Trainer {
     for (Index s = 0; s < options_.batch; ++s) {
       batch_.add(corpus_.train, static_cast<std::size_t>(rng_.below(room)), options_.context);
     }
-    const weir::Pass pass{.training = true, .sequences = &sequences_, .rng = &rng_};
+    record_.clear();
+    const weir::Pass pass{
+        .training = true, .sequences = &sequences_, .rng = &rng_, .record = &record_};
     const auto& logits = model_.forward(batch_.ids, pass, cache_);
     Step result;
     result.loss = static_cast<double>(loss_.forward(logits, batch_.targets, loss_cache_));
-    result.aux_loss = static_cast<double>(cache_.aux_loss);
+    result.aux_loss = record_.aux_loss();
     model_.backward(loss_.backward(loss_cache_), cache_);
-    result.gradient_norm = weir::clip_global_norm(parameters_, options_.clip);
+    result.gradient_norm = weir::clip_global_norm(model_, options_.clip);
     optimizer_.set_learning_rate(schedule_.at(number));
-    optimizer_.step();
-    model_.update();
+    optimizer_.step(model_);
     return result;
   }
 
@@ -359,11 +360,12 @@ class Trainer {
         batch_.add(corpus_.validation, start_of_validation(b * options_.batch + s),
                    options_.context);
       }
-      const weir::Pass pass{.sequences = &sequences_};
+      record_.clear();
+      const weir::Pass pass{.sequences = &sequences_, .record = &record_};
       const auto& logits = model_.forward(batch_.ids, pass, cache_);
       result.bits += static_cast<double>(loss_.forward(logits, batch_.targets, loss_cache_)) /
                      std::log(2.0) / static_cast<double>(batches);
-      add_reports(result.reports, model_.reports(cache_));
+      add_reports(result.reports, record_.reports());
     }
     return result;
   }
@@ -383,7 +385,7 @@ class Trainer {
   }
 
   weir::Decoder<float>& model() { return model_; }
-  std::vector<weir::NamedReport> reports() const { return model_.reports(cache_); }
+  const std::vector<weir::PassRecord::NamedReport>& reports() const { return record_.reports(); }
   double learning_rate() const { return optimizer_.learning_rate(); }
 
  private:
@@ -401,7 +403,7 @@ class Trainer {
   weir::WarmupCosine schedule_;
   weir::Sequences sequences_;
   weir::CrossEntropy<float> loss_;
-  std::vector<weir::NamedParameter<float>> parameters_ = weir::parameters(model_);
+  weir::PassRecord record_{weir::PassRecord::Collects::kLossesAndReports};
   weir::Decoder<float>::Cache cache_;
   weir::CrossEntropy<float>::Cache loss_cache_;
   Batch batch_;
@@ -410,7 +412,7 @@ class Trainer {
 // --- Output ------------------------------------------------------------------------------------
 
 /// JSON of what a validation found.
-Json to_json(const std::vector<weir::NamedReport>& reports) {
+Json to_json(const std::vector<weir::PassRecord::NamedReport>& reports) {
   Json json = Json::array();
   for (const auto& [name, report] : reports) {
     json.push_back({{"layer", name},
@@ -421,7 +423,7 @@ Json to_json(const std::vector<weir::NamedReport>& reports) {
   return json;
 }
 
-void print_loads(const std::vector<weir::NamedReport>& reports) {
+void print_loads(const std::vector<weir::PassRecord::NamedReport>& reports) {
   for (const auto& [name, report] : reports) {
     std::cout << "  " << name << "  max/mean " << fixed(report.imbalance(), 2) << "  dropped "
               << fixed(100.0 * report.drop_rate(), 1) << " %  load %";

@@ -139,7 +139,7 @@ class Mixture {
     storage_ = storage;
   }
 
-  const Matrix<float>& forward(const Matrix<float>& x, const Pass& pass = {}) {
+  const Matrix<float>& forward(const Matrix<float>& x, const Pass& pass) {
     return std::visit(
         [&](auto& own) -> const Matrix<float>& { return own.layer.forward(x, pass, own.cache); },
         own_);
@@ -165,7 +165,7 @@ class Mixture {
 
   /// How many experts the last pass used, shared ones included.
   Index experts_hit() const {
-    const MoEReport report = report_of(routing());
+    const LayerReport report = report_of(routing());
     return shape_.shared + static_cast<Index>(report.kept.size()) -
            std::count(report.kept.begin(), report.kept.end(), Index(0));
   }
@@ -195,8 +195,8 @@ class Mixture {
     L layer;
     typename L::Cache cache = {};
   };
-  using Routed = decltype(MoELayer(std::declval<LinearRouter<float>>(), SoftmaxTopK<float>{},
-                                   Dropless{}, std::declval<GluBank<float>>()));
+  using Routed = decltype(MoELayer(std::declval<LinearRouter<float>>(), SoftmaxTopK<float>(),
+                                   Dropless(), std::declval<GluBank<float>>()));
   using WithShared = SharedExperts<Routed, Glu<float>>;
   using Own = std::variant<WithCache<Routed>, WithCache<WithShared>>;
 
@@ -204,7 +204,7 @@ class Mixture {
     // With one expert for a token, a renormalised weight would always be 1.
     Routed routed(
         LinearRouter<float>(std::move(weights.router)),
-        SoftmaxTopK<float>{.k = shape.k, .renormalise = shape.k > 1}, Dropless{},
+        SoftmaxTopK<float>({.k = shape.k, .renormalise = shape.k > 1}), Dropless(),
         GluBank<float>(std::move(weights.gate), std::move(weights.up), std::move(weights.down)));
     if (shape.shared == 0) return WithCache<Routed>{std::move(routed)};
     Rng rng(2);
