@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-/// \file Causal softmax attention of ready-made queries, keys and values: the core that every kind
-/// of attention layer shares. It works blockwise with an online softmax (Dao et al. 2022,
+/// \file
+/// Causal softmax attention of ready-made queries, keys and values: the core that every kind of
+/// attention layer shares. It works blockwise with an online softmax (Dao et al. 2022,
 /// arXiv:2205.14135; Milakov & Gimelshein 2018, arXiv:1805.02867), so that memory is linear in the
 /// number of tokens.
 #pragma once

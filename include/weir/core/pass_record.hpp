@@ -131,6 +131,14 @@ class PassRecord {
     std::size_t length_ = 0;
   };
 
+  /// Returns `body()`, during which everything added to `record` belongs to the part `name`.
+  /// \param record   May be null.
+  template <class Body>
+  static decltype(auto) within(PassRecord* record, std::string_view name, Body&& body) {
+    const Scope scope(record, name);
+    return body();
+  }
+
  private:
   Collects collects_ = Collects::kLosses;
   std::string path_;          // The path of the running layer, with a dot at the end.

@@ -21,9 +21,9 @@
 namespace weir {
 
 /// Holds any Layer by value: a norm, an attention, a feed-forward network, a mixture of experts, or
-/// a user's own. Copying it copies the layer; one that was moved from may only be assigned to or
-/// destroyed. If the layer is a DecodingLayer, `decode` continues its states; else `decode` runs
-/// the forward pass.
+/// a user's own. A copy has its own copy of the layer; a moved-from object may only be assigned to
+/// or destroyed. If the layer is a DecodingLayer, `decode` continues its states; otherwise `decode`
+/// runs the forward pass.
 ///
 /// The layer and its `Cache` and `State` have to be copyable.
 template <std::floating_point T>
@@ -31,9 +31,9 @@ class AnyLayer {
  public:
   using Scalar = T;
 
-  /// Holds the wrapped layer's own cache. One cache can serve layers of several types in turn, each
-  /// of which finds that of its type again: a model needs one for all of its layers as long as no
-  /// backward pass is to follow.
+  /// Holds the wrapped layer's own cache. One cache can serve layers of several types in turn: each
+  /// finds the cache of its type again. So a model needs one cache for all layers if no backward
+  /// pass follows.
   struct Cache {
     std::vector<std::any> own;
   };
@@ -41,11 +41,12 @@ class AnyLayer {
   /// What decoding keeps of the tokens so far; empty for a layer that looks at one token at a time.
   struct State {
     std::any own;
-    void (*truncate_own)(std::any& own, Index length) = nullptr;  ///< Of the type that `own` has.
+    void (*truncate_own)(std::any& own,
+                         Index length) = nullptr;  ///< Truncates a state of the type in `own`.
 
     /// Forgets all tokens but the first `length`.
-    /// \throws              What the layer's own state throws, if it does not have that many or no
-    ///                      longer has what would then be needed.
+    /// \throws              As the layer's own state does, if it has fewer tokens or has forgotten
+    ///                      what would then be needed.
     void truncate(Index length) {
       if (own.has_value()) truncate_own(own, length);
     }
@@ -101,7 +102,7 @@ class AnyLayer {
     return self_->decode(x, pass, states, cache);
   }
 
-  /// The layer's own members. Not a template on the visitor, since the layer is known at run time.
+  /// Visits the layer's own members. The layer is known at run time, so there is no template.
   static void visit(AnyLayer& self, Walk<T>& visit) { self.self_->visit(visit); }
 
   /// The layer itself, if it is an `L`; else null.

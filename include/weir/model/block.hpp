@@ -28,8 +28,8 @@ struct Branch {
   std::string name;
   AnyLayer<T> norm;
   AnyLayer<T> layer;
-  std::optional<AnyLayer<T>> post_norm{};  // Written "= {}", g++ 12 stops with an internal error.
-  bool parallel = false;                   ///< Reads the x that the branch before it has read.
+  std::optional<AnyLayer<T>> post_norm{};  // With "= {}", g++ 12 stops with an internal error.
+  bool parallel = false;  ///< Whether it reads the x that the branch before it reads.
 };
 
 /// Residual branches f_i(x) = layer_i(norm_i(x)), each added to the sum of all before it:
@@ -54,11 +54,11 @@ class Block {
     CacheState state;
     std::vector<OfBranch> branches;  ///< One for each branch, or more after a larger block.
     Matrix<T> dx;
-    Matrix<T> d_sum;  ///< The gradient of what parallel branches add up to.
-    std::vector<typename AnyLayer<T>::State*> states;  ///< Those of one branch.
+    Matrix<T> d_sum;  ///< The gradient of the sum of parallel branches.
+    std::vector<typename AnyLayer<T>::State*> states;  ///< The states of one branch.
   };
 
-  /// What decoding keeps of one sequence.
+  /// What decoding remembers about one sequence.
   struct State {
     std::vector<typename AnyLayer<T>::State> branches;
 
@@ -149,7 +149,7 @@ class Block {
   const std::vector<Branch<T>>& branches() const { return branches_; }
 
  private:
-  /// Adds to x, branch by branch, what comes of `layer(i, normed)`.
+  /// Adds the results of `layer(i, normed)` to x, branch by branch.
   template <class Run>
   const Matrix<T>& run(std::string_view where, MatrixIn<T> x, const Pass& pass, Cache& cache,
                        Run&& layer) const {
@@ -158,7 +158,7 @@ class Block {
     const auto sum_before = [&](std::size_t i) -> In {
       return i == 0 ? In(x) : In(cache.branches[i - 1].out);
     };
-    std::size_t group = 0;  // Where the group of parallel branches begins, mostly of one.
+    std::size_t group = 0;  // The first branch of the group of parallel branches.
     for (std::size_t i = 0; i < branches_.size(); ++i) {
       const Branch<T>& branch = branches_[i];
       auto& own = cache.branches[i];

@@ -33,20 +33,20 @@ namespace weir {
 struct DecoderConfig {
   double embedding_multiplier = 1.0;  ///< e; Grok-1: sqrt(d_model).
   double logit_multiplier = 1.0;      ///< m of LogitScale.
-  double logit_softcap = 0.0;         ///< c of LogitScale; 0: none.
+  double logit_softcap = 0.0;         ///< c of LogitScale; 0 stands for none.
 };
 
 /// Maps token ids to the logits of the token that follows each:
 ///
 ///     h = e embedding[ids];   h <- block_l(h) for each layer l;   logits = scale(norm(h) W^T)
 ///
-/// W [vocab, d_model] is a head of its own or, tied, the embedding. Blocks are of any make, so that
-/// one class serves dense and sparse models and any interleave of the two. For `scale`, mostly the
-/// identity, see LogitScale.
+/// W [vocab, d_model] is a head of its own or, if tied, the embedding. Blocks may be of any kind,
+/// so that one class serves dense and sparse models and any mixture of the two. For `scale`, mostly
+/// the identity, see LogitScale.
 ///
-/// What hangs on the model beside its logits, such as modules that predict further tokens, finds h
-/// behind the blocks in `hidden` and `normed`, shares `embed` and `head`, and hands the gradient of
-/// h to `backward`.
+/// Other parts that use h behind the blocks, such as modules that predict further tokens, find it
+/// in `hidden` and `normed`. They may share `embed` and `head`, and hand the gradient of h to
+/// `backward`.
 template <std::floating_point T>
 class Decoder {
  public:
@@ -55,25 +55,26 @@ class Decoder {
 
   struct EmbedCache {
     typename Embedding<T>::Cache table;
-    Matrix<T> x, dx;  ///< Multiplied, where there is a multiplier.
+    Matrix<T> x, dx;  ///< Only used if there is a multiplier.
   };
 
   struct Cache {
     CacheState state;
     EmbedCache embedding;
-    std::vector<typename Block<T>::Cache> layers;       ///< One for each layer, in training.
-    std::array<typename Block<T>::Cache, 2> workspace;  ///< Layers take turns, in inference.
+    std::vector<typename Block<T>::Cache> layers;  ///< One for each layer, in training.
+    std::array<typename Block<T>::Cache, 2>
+        workspace;  ///< Layers take turns with them, in inference.
     typename AnyLayer<T>::Cache norm;
     HeadCache head;
     Matrix<T> normed;  ///< The head's input.
     Matrix<T> d_normed, d_hidden;
-    List<Index> last;                               ///< The rows of the last new tokens, decoding.
-    Matrix<T> x_last;                               ///< Those rows, where they are not all.
-    std::vector<typename Block<T>::State*> states;  ///< Those of one layer.
+    List<Index> last;  ///< The rows of the last new tokens, in decoding.
+    Matrix<T> x_last;  ///< Those rows, if they are not all.
+    std::vector<typename Block<T>::State*> states;  ///< The states of one layer.
     bool training = false;                          ///< Whether the last pass trained.
   };
 
-  /// What decoding keeps of one sequence. A copy continues on its own.
+  /// What decoding remembers about one sequence. A copy continues on its own.
   struct State {
     std::vector<typename Block<T>::State> layers;
     Index length = 0;  ///< Tokens so far.
@@ -91,11 +92,11 @@ class Decoder {
     }
   };
 
-  /// The gradient of what is made of h beside the logits; null: none. What is there has to live
-  /// until `backward` returns.
+  /// The gradient that h gets from elsewhere than the logits. Either matrix may be null; it has to
+  /// live until `backward` returns.
   struct HiddenGradient {
-    const Matrix<T>* hidden = nullptr;  ///< That of `hidden`, [tokens, d_model].
-    const Matrix<T>* normed = nullptr;  ///< That of `normed`, [tokens, d_model].
+    const Matrix<T>* hidden = nullptr;  ///< The gradient of `hidden`, [tokens, d_model].
+    const Matrix<T>* normed = nullptr;  ///< The gradient of `normed`, [tokens, d_model].
   };
 
   /// \param head     Empty for tied weights.
@@ -175,9 +176,9 @@ class Decoder {
   ///                 tokens.
   /// \throws ShapeError   if pass does not fit the ids.
   /// \throws StateError   unless there is one state for each sequence.
-  /// \throws ConfigError  if a token is padding, of which a state keeps nothing, or an id is out of
-  ///                      range. The states are as they were in these cases; after any other
-  ///                      exception truncating each to its length makes them so, if it can.
+  /// \throws ConfigError  if a token is padding, which a state cannot hold, or an id is out of
+  ///                      range. In these cases the states are unchanged. After any other
+  ///                      exception, truncating each to its length restores them, if it succeeds.
   const Matrix<T>& decode(TokenIds ids, const Pass& pass, std::span<State* const> states,
                           Cache& cache, bool last_only = false) const {
     cache.state.begin();
@@ -251,8 +252,8 @@ class Decoder {
     return head_.backward(d_logits, embedding_, cache);
   }
 
-  /// See `weir::set_storage`. A tied head is stored beside the embedding, which then is no
-  /// parameter either.
+  /// See `weir::set_storage`. A tied head is stored beside the embedding, which is then no
+  /// parameter any more.
   void set_storage(Storage storage) {
     for (Block<T>& layer : layers_) weir::set_storage(layer, storage);
     weir::set_storage(norm_, storage);
@@ -276,7 +277,7 @@ class Decoder {
   const std::vector<Block<T>>& layers() const { return layers_; }
 
  private:
-  /// What `forward` and `decode` have in common; `layer(l, x, pass)` runs layer l.
+  /// The common part of `forward` and `decode`; `layer(l, x, pass)` runs layer l.
   template <class Run>
   const Matrix<T>& run(TokenIds ids, const Pass& pass, bool last_only, Cache& cache,
                        Run&& layer) const {
@@ -301,8 +302,8 @@ class Decoder {
     return config_.embedding_multiplier == 1.0 ? cache.table.y : cache.x;
   }
 
-  /// A cache for each layer where `backward` may follow; else two for all, so that a layer does not
-  /// write where its input is.
+  /// Each layer has a cache of its own if `backward` may follow. Otherwise all share two, so that a
+  /// layer does not write to where its input is.
   typename Block<T>::Cache& layer_cache(std::size_t l, const Pass& pass, Cache& cache) const {
     if (!pass.training) return cache.workspace[l % 2];
     cache.layers.resize(layers_.size());
@@ -316,7 +317,7 @@ class Decoder {
   DecoderConfig config_;
 };
 
-/// The logits [tokens, vocab] that `model` gives, for those who keep no cache.
+/// The logits [tokens, vocab] that `model` gives, for callers that keep no cache.
 template <std::floating_point T>
 Matrix<T> infer(const Decoder<T>& model, TokenIds ids, const Pass& pass = {}) {
   typename Decoder<T>::Cache cache;
@@ -324,7 +325,7 @@ Matrix<T> infer(const Decoder<T>& model, TokenIds ids, const Pass& pass = {}) {
 }
 
 /// Continues one sequence by `ids`, a whole prompt or a single token; see Decoder::decode.
-/// \param last_only  Computes the logits of the last of them alone.
+/// \param last_only  Computes only the logits of the last of them.
 /// \return         Logits [ids, vocab]; [1, vocab] with last_only, if there are ids at all.
 template <std::floating_point T>
 const Matrix<T>& decode(const Decoder<T>& model, TokenIds ids, typename Decoder<T>::State& state,

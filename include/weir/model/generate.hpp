@@ -30,7 +30,7 @@ struct Until {
   std::vector<Index> tokens = {};              ///< The last token is one of these.
   std::vector<std::vector<Index>> texts = {};  ///< The new tokens end with one of these.
   /// Is called with each new token before the next one is computed, and returns false to end the
-  /// text. Empty: nobody is asked.
+  /// text. If empty, the condition never holds.
   std::function<bool(Index)> on_token = {};
 
   /// \throws ConfigError  if count is negative or a text is empty.

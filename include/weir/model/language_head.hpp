@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// What makes logits of a decoder's hidden states.
+/// The part of a decoder that turns hidden states into logits.
 #pragma once
 
 #include <concepts>
@@ -29,13 +29,13 @@ class LanguageHead {
 
   struct Cache {
     CacheState state;
-    typename Linear<T>::Cache linear;  ///< That of a matrix of its own.
+    typename Linear<T>::Cache linear;  ///< The cache of a matrix of its own.
     Matrix<T> x, dx;                   ///< [tokens, d_model], where the head is tied.
     Matrix<T> logits, d_z;             ///< [tokens, vocab], where it is tied or logits are scaled.
   };
 
   /// \param linear   Empty for a tied head.
-  /// \throws ConfigError  if the scale is out of range, naming `where`.
+  /// \throws ConfigError  if the scale is out of range; the message names `where`.
   LanguageHead(std::string_view where, std::optional<Linear<T>> linear, LogitScale<T> scale)
       : linear_(std::move(linear)), scale_(scale) {
     scale_.check(where);
@@ -69,7 +69,7 @@ class LanguageHead {
     return product_backward(cache.d_z, embedding, cache);
   }
 
-  /// A tied head is stored beside the embedding.
+  /// Stores a tied head beside the embedding.
   void set_storage(Storage storage, const Embedding<T>& embedding) {
     if (linear_) return linear_->set_storage(storage);
     tied_ = storage == Storage::kTrainable

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// What some models do to their logits at the end.
+/// Scaling and capping of logits, as some models do it at the end.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ namespace weir {
 template <std::floating_point T>
 struct LogitScale {
   double multiplier = 1.0;  ///< m, above 0.
-  double softcap = 0.0;     ///< c; 0: none.
+  double softcap = 0.0;     ///< c; 0 stands for none.
 
   /// Whether logits stay as they are.
   bool is_identity() const { return multiplier == 1.0 && softcap == 0.0; }
@@ -45,9 +45,12 @@ struct LogitScale {
     });
   }
 
+  /// The derivative of `forward`:
+  ///
   ///     dz = m dl                      without a cap
   ///     dz = m (1 - (l / c)^2) dl      with the softcap c
-  /// \param logits  What `forward` gave.
+  ///
+  /// \param logits  The result of `forward`.
   /// \param dz      Like d_logits; may be d_logits.
   void backward(MatrixIn<T> logits, MatrixIn<T> d_logits, MatrixOut<T> dz) const {
     const T m = static_cast<T>(multiplier);
@@ -62,7 +65,7 @@ struct LogitScale {
   }
 
   /// \throws ConfigError  unless the multiplier is positive, the softcap not negative, and both
-  /// finite.
+  ///                      finite.
   void check(std::string_view where) const {
     expect_positive(where, "logit_multiplier", multiplier);
     expect_at_least(where, "logit_softcap", softcap, 0.0);

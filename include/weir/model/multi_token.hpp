@@ -14,6 +14,7 @@
 
 #include <weir/core/cache_state.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/sequences.hpp>
@@ -35,7 +36,7 @@ struct MultiTokenModule {
   AnyLayer<T> hidden_norm;
   Linear<T> projection;  ///< [d_model, 2 d_model]; its first d_model columns are the embedding's.
   Block<T> layer;
-  AnyLayer<T> norm;  ///< In front of the shared head.
+  AnyLayer<T> norm;  ///< The norm in front of the shared head.
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -47,8 +48,8 @@ struct MultiTokenModule {
   }
 };
 
-/// What the main model gives to the first module: its h behind the last block, before or after the
-/// norm in front of the head.
+/// What the main model gives to the first module: its h behind the last block, either before or
+/// after the norm in front of the head.
 enum class HiddenSource { kHidden, kNormed };
 
 /// What the losses of the modules are divided by.
@@ -66,8 +67,8 @@ struct MultiTokenConfig {
   Index ignore_index = -100;  ///< Targets with this value are skipped.
 };
 
-/// D modules behind a Decoder, the k-th of which predicts the token k + 1 places on. With h^0 that
-/// of the main model and t the tokens of a sequence,
+/// D modules behind a Decoder. The k-th one predicts the token k + 1 places on. h^0 is the h of the
+/// main model, and t are the tokens of a sequence:
 ///
 ///     x_i   = W_k concat(norm_e(Emb(t_{i+k})), norm_h(h^{k-1}_i))
 ///     h^k   = block_k(x)
@@ -96,7 +97,7 @@ template <std::floating_point T>
 class MultiToken {
  public:
   using Scalar = T;
-  using State = typename Block<T>::State;  ///< What decoding keeps of one sequence in one module.
+  using State = typename Block<T>::State;  ///< The memory of one sequence in one module.
 
   /// The cache of one module.
   struct ModuleCache {
@@ -123,7 +124,7 @@ class MultiToken {
     Matrix<T> d_source;     ///< The gradient of h^0.
   };
 
-  /// \param modules  D of them.
+  /// \param modules  The D modules.
   /// \throws ConfigError  without modules, if a projection is not [d, 2 d] with the same d for all,
   ///                      or if the weight is negative or not finite.
   explicit MultiToken(std::vector<MultiTokenModule<T>> modules, const MultiTokenConfig& config = {})
@@ -141,7 +142,7 @@ class MultiToken {
   }
 
   /// \param model    The main model.
-  /// \param main     What its last forward pass left, with the same ids and pass.
+  /// \param main     The cache of its last forward pass, with the same ids and pass.
   /// \param ids      One per token, as in that pass.
   /// \param targets  The token that follows each, or `ignore_index`: those of the main model.
   /// \param tokens   N; 0 for the number of targets. See CrossEntropy. Of no use with kOwn.
@@ -187,7 +188,7 @@ class MultiToken {
   }
 
   /// Adds to the gradients of the modules and to those of embedding and head of `model`.
-  /// \param model    That of the last forward pass.
+  /// \param model    The model of the last forward pass.
   /// \return         The gradient of h, for `model.backward`; lives in the cache.
   /// \throws StateError   if the cache does not fit, see CacheState.
   typename Decoder<T>::HiddenGradient backward(Decoder<T>& model, Cache& cache) {
@@ -201,7 +202,7 @@ class MultiToken {
           module.norm.backward(model.head_backward(d_logits, own.head), own.norm);
       const Matrix<T>* dh = &d_head;
       if (k + 1 < modules_.size()) {
-        own.d_h += d_head;  // To what the next module has put there.
+        own.d_h += d_head;  // The next module has put its part there.
         dh = &own.d_h;
       }
       const Matrix<T>& d_joined =
@@ -221,9 +222,9 @@ class MultiToken {
 
   /// Continues one sequence in module k, counted from 0, for inference.
   /// \param ids      t_{i+k+1} for each new position i.
-  /// \param h        What the main model, or the module before, has for these positions:
+  /// \param h        The output of the main model, or of the module before, for these positions:
   ///                 [ids, d_model].
-  /// \return         What the module after it reads, [ids, d_model].
+  /// \return         The input of the module after it, [ids, d_model].
   /// \throws ConfigError  if an id is out of range; the state is as it was.
   const Matrix<T>& decode(std::size_t k, const Decoder<T>& model, TokenIds ids, MatrixIn<T> h,
                           State& state, ModuleCache& cache) const {
@@ -234,7 +235,7 @@ class MultiToken {
     return modules_[k].layer.decode(join(k, model, ids, h, pass, cache), pass, states, cache.layer);
   }
 
-  /// The logits of t_{i+k+2} for rows of what `decode` gave: [rows, vocab].
+  /// The logits of t_{i+k+2} for rows of a result of `decode`: [rows, vocab].
   const Matrix<T>& logits(std::size_t k, const Decoder<T>& model, MatrixIn<T> h,
                           ModuleCache& cache) const {
     return model.head(modules_[k].norm.forward(h, Pass{}, cache.norm), Pass{}, cache.head);
@@ -246,7 +247,7 @@ class MultiToken {
     visit("modules", self.modules_);
   }
 
-  /// D.
+  /// D, the number of modules.
   std::size_t depth() const { return modules_.size(); }
   Index d_model() const { return modules_.front().projection.d_out(); }
   const MultiTokenConfig& config() const { return config_; }
@@ -277,7 +278,7 @@ class MultiToken {
     }
   }
 
-  /// Finds the positions of module k, counted from 0, and what belongs to each.
+  /// Finds the positions of module k, counted from 0, and the tokens and targets of each.
   void place(std::size_t k, TokenIds ids, TokenIds targets, const Pass& pass,
              const ModuleCache* before, ModuleCache& own) const {
     const auto shift = static_cast<Index>(k) + 1;
@@ -301,8 +302,8 @@ class MultiToken {
              (before == nullptr ? pass.is_padding(first + i) : before->mask[first + i] == 0));
         own.rows.push_back(first + i);
         own.ids.push_back(ids[token]);
-        own.token_ids.push_back(
-            pass.token_ids.empty() ? ids[token] : pass.token_ids[static_cast<std::size_t>(token)]);
+        own.token_ids.push_back(pass.token_ids.empty() ? ids[token]
+                                                       : element(pass.token_ids, token));
         own.targets.push_back(padding ? config_.ignore_index : targets[token]);
         if (masked) own.mask.push_back(padding ? 0 : 1);
       }

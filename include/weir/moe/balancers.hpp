@@ -12,9 +12,9 @@
 
 namespace weir {
 
-/// Runs any number of balancers of a layer with the router R and the selector S. Losses are told to
-/// the record of the pass by name, and differentiated whether or not anyone asks for their values,
-/// unless the pass has no auxiliary losses.
+/// Runs any number of balancers of a layer with the router R and the selector S. Losses are added
+/// to the record of the pass by name. They are differentiated even if the pass has no record,
+/// unless it has no auxiliary losses.
 template <class R, class S, class... B>
 class Balancers {
  public:
@@ -71,7 +71,7 @@ class Balancers {
     });
   }
 
-  /// Lets the rules count a routing.
+  /// Shows a routing to the rules, which count it.
   void observe(const Routing<T>& routing) {
     for_each(*this, [&](auto& balancer) {
       using Own = std::remove_cvref_t<decltype(balancer)>;

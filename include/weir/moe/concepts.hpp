@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// \file
 /// The roles in a mixture of experts, each as a concept and a base. A type of your own plays a role
-/// if it satisfies the concept; deriving from the base gives it everything that most types have no
-/// use for. Nothing has to be registered.
+/// if it satisfies the concept; the base provides the members that most types do not need. Nothing
+/// has to be registered.
 #pragma once
 
 #include <concepts>
@@ -17,14 +17,14 @@ namespace weir {
 
 // --- Routers --------------------------------------------------------------------------------
 
-/// What a router has unless it says otherwise: no noise, one level, no vectors of its experts, and
-/// weights that keep full precision in every storage.
+/// The defaults of a router: no noise, one level, no vectors of its experts, and weights that keep
+/// full precision in every storage.
 template <class T>
 class RouterBase {
  public:
   using Scalar = T;
 
-  /// The noise that the last pass with `cache` drew: none.
+  /// The noise that the last pass with `cache` drew; here, none.
   template <class Cache>
   std::span<const NoiseLevel<T>> noise(const Cache& /*cache*/) const {
     return {};
@@ -37,7 +37,8 @@ class RouterBase {
   /// The number of groups that a router of two levels chooses from first; 0 for one level.
   Index groups() const { return 0; }
 
-  /// The parameter [experts, n] whose row e stands for expert e, for OrthogonalityLoss; null: none.
+  /// The parameter [experts, n] whose row e stands for expert e, for OrthogonalityLoss. Null if
+  /// there is none.
   Parameter<T>* expert_vectors() { return nullptr; }
   const Parameter<T>* expert_vectors() const { return nullptr; }
 
@@ -45,7 +46,7 @@ class RouterBase {
 };
 
 /// Scores every expert for every token: a layer [tokens, d_model] -> [tokens, experts]. A router
-/// that draws noise tells balancers the noise's levels, and takes their gradients.
+/// that draws noise tells balancers its levels, and takes their gradients.
 template <class R>
 concept Router = Layer<R> &&
     requires(const R& router, R& trained, const typename R::Cache& filled, typename R::Cache& cache,
@@ -60,8 +61,8 @@ concept Router = Layer<R> &&
 
 // --- Selectors ------------------------------------------------------------------------------
 
-/// What a selector has unless it says otherwise: nothing to keep between forward and backward,
-/// nothing to save, and no wishes about the router.
+/// The defaults of a selector: nothing to keep between forward and backward, nothing to save, and
+/// any router.
 template <class T>
 class SelectorBase {
  public:
@@ -104,8 +105,8 @@ concept Selector = std::default_initializable<typename S::Cache> &&
 
 // --- Capacity policies ----------------------------------------------------------------------
 
-/// What a capacity policy has unless it says otherwise: nothing to keep, nothing to learn, nothing
-/// to save, and weights as the selector made them.
+/// The defaults of a capacity policy: nothing to keep, nothing to learn, nothing to save, and
+/// weights as the selector made them.
 class CapacityBase {
  public:
   template <class T>
@@ -128,11 +129,11 @@ class CapacityBase {
 ///
 ///     void check() const;                    throws ConfigError if a setting is out of range
 ///     void forward(const Pass&, Routing<T>&, Cache<T>&) const;
-///                                            clears `kept` of the assignments beyond, never
-///                                            reorders, and may set `applied`
+///                                            clears `kept` of the assignments beyond the bound,
+///                                            never reorders, and may set `applied`
 ///     void backward(const Routing<T>&, RoutingGradient<T>&, Cache<T>&) const;
-///                                            makes gradient.weights, that of what was applied, the
-///                                            gradient of the selector's weights
+///                                            turns gradient.weights, the gradient of the applied
+///                                            weights, into that of the selector's weights
 ///     void observe(const Routing<T>&);       called once for each backward pass
 template <class C, class T>
 concept CapacityPolicy = std::default_initializable<typename C::template Cache<T>> &&
@@ -147,8 +148,8 @@ concept CapacityPolicy = std::default_initializable<typename C::template Cache<T
 
 // --- Experts --------------------------------------------------------------------------------
 
-/// All experts of a layer as one object. `forward` gives [tokens, d_out], the weighted sum of what
-/// the experts make of the rows of x [tokens, d_in] that `dispatch` sends them; `backward` returns
+/// All experts of a layer as one object. `forward` gives [tokens, d_out], the weighted sum of the
+/// experts' outputs for the rows of x [tokens, d_in] that `dispatch` sends them; `backward` returns
 /// dL/dx and sets `d_weight[a]` to dL/d(weight) of each assignment a that has a slot. Both return
 /// references to matrices that live in the cache. `visit` names the members of expert e "e.*".
 template <class B>
@@ -169,8 +170,8 @@ concept ExpertBank = std::default_initializable<typename B::Cache> &&
 
 // --- Balancers ------------------------------------------------------------------------------
 
-/// What a balancer has unless it says otherwise: nothing to keep between forward and backward,
-/// nothing to save, no settings to check and no wishes about the router.
+/// The defaults of a balancer: nothing to keep between forward and backward, nothing to save, no
+/// settings to check, and any router.
 class BalancerBase {
  public:
   static constexpr std::string_view kName = "loss";  ///< Its name in records and reports.
@@ -199,8 +200,8 @@ concept RoutingLoss = requires(const B& balancer, const Routing<T>& routing, dou
   balancer.backward(routing, scale, gradient, cache);
 };
 
-/// A balancer that is a term of the training objective and looks at the parameters of the router:
-/// it is the same for any tokens, also for none.
+/// A balancer that is a term of the training objective and looks at the parameters of the router.
+/// It is the same for any tokens, even if there are none.
 ///
 ///     double forward(const R& router, Cache&) const;         the loss, scaled by its coefficient
 ///     void backward(R& router, double scale, Cache&) const;  adds `scale` times its gradient to

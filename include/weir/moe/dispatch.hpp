@@ -8,6 +8,7 @@
 #include <span>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
@@ -54,7 +55,7 @@ class Dispatch {
     for (Index t = 0; t < assignments.tokens(); ++t) {
       token_offsets_[t] = kept;
       for (Index a = assignments.first(t); a < assignments.last(t); ++a) {
-        const T weight_of_a = weight[static_cast<std::size_t>(a)];
+        const T weight_of_a = element(weight, a);
         if (assignments.kept[a] == 0) {
           dropped_.push_back({t, a, weight_of_a});
           continue;
@@ -123,7 +124,7 @@ class Dispatch {
     }
   }
 
-  /// What a slot holds.
+  /// The token, the weight and the assignment of a slot.
   Index token(Index slot) const { return token_[slot]; }
   T weight(Index slot) const { return weight_[slot]; }
   Index assignment(Index slot) const { return assignment_[slot]; }
@@ -140,8 +141,8 @@ class Dispatch {
   static constexpr Index kNoSlot = -1;
 
   Index assignments_ = 0;
-  List<Index> offsets_ = {0};        // [experts + 1] into slots
-  List<Index> token_offsets_ = {0};  // [tokens + 1] into slot_
+  List<Index> offsets_ = {0};        // [experts + 1], into the slots.
+  List<Index> token_offsets_ = {0};  // [tokens + 1], into slot_.
   List<Index> token_, assignment_, slot_, next_;
   List<T> weight_;
   List<Dropped> dropped_;
@@ -197,9 +198,8 @@ void combine(MatrixIn<T> packed, const Dispatch<T>& dispatch, MatrixOut<T> y) {
   detail::add_up_slots<T>(packed, dispatch, weight, y);
 }
 
-/// The derivative of `combine`: d_packed[s] = weight[s] * dy[token], and
-/// d_weight[assignment of s] = dy[token] . packed[s]. Assignments that are not run have no
-/// slot: theirs is left alone.
+/// The derivative of `combine`: d_packed[s] = weight[s] * dy[token], and d_weight[assignment of s]
+/// = dy[token] . packed[s]. Assignments without a slot, which are not run, keep their d_weight.
 ///
 /// \param dy        [tokens, d].
 /// \param packed    [slots, d], as given to `combine`.
@@ -219,7 +219,7 @@ void combine_backward(MatrixIn<T> dy, MatrixIn<T> packed, const Dispatch<T>& dis
   parallel_rows(dispatch.slots(), 3 * dy.cols(), [&](Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {
       const T* const gradient = &dy.coeffRef(dispatch.token(s), 0);
-      d_weight[static_cast<std::size_t>(dispatch.assignment(s))] =
+      element(d_weight, dispatch.assignment(s)) =
           loops::dot<T>(dy.cols(), gradient, &packed.coeffRef(s, 0));
       loops::scale<T>(dy.cols(), dispatch.weight(s), gradient, &d_packed(s, 0));
     }

@@ -8,21 +8,22 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
 
-/// Allows all experts but those named, [experts]. An expert may be named twice.
+/// Allows all experts except those in `excluded`: [experts]. An expert may be named twice.
 /// \throws ConfigError  unless experts >= 1 and 0 <= excluded[i] < experts.
 inline std::vector<std::uint8_t> all_but(Index experts, std::span<const Index> excluded) {
   expect_at_least<Index>("all_but", "experts", experts, 1);
-  std::vector<std::uint8_t> allowed(static_cast<std::size_t>(experts), 1);
+  List<std::uint8_t> allowed(experts, 1);
   for (std::size_t i = 0; i < excluded.size(); ++i) {
     if (excluded[i] < 0 || excluded[i] >= experts) {
       fail<ConfigError>("all_but: excluded[", i, "] = ", excluded[i],
                         ", expected 0 <= excluded < experts = ", experts);
     }
-    allowed[static_cast<std::size_t>(excluded[i])] = 0;
+    allowed[excluded[i]] = 0;
   }
   return allowed;
 }
@@ -34,8 +35,8 @@ inline std::vector<std::uint8_t> all_but(Index experts, std::span<const Index> e
 /// \param table     [modalities * experts], modality by modality, 0 for a forbidden expert.
 /// \param mask      As Pass::mask: padding may have any modality and is allowed nothing.
 /// \throws ConfigError  unless experts >= 1 and the modalities of real tokens are in the table.
-/// \throws ShapeError   if the table is not a number of rows, or the mask not as long as
-/// `modality`.
+/// \throws ShapeError   if the table does not consist of whole rows, or the mask is not as long as
+///                      `modality`.
 inline std::vector<std::uint8_t> modality_mask(std::span<const Index> modality,
                                                std::span<const std::uint8_t> table, Index experts,
                                                std::span<const std::uint8_t> mask = {}) {

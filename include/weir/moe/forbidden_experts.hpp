@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// What becomes of logits where a pass forbids experts to tokens (Pass::allowed).
+/// Passes that forbid experts to tokens (Pass::allowed), and what becomes of the logits.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
@@ -17,13 +18,14 @@
 
 namespace weir {
 
-/// Whether the pass allows expert e, of `experts`, to the token. pass.allowed has to fit.
+/// Whether the pass allows expert e of `experts` to the token. pass.allowed has to fit.
 inline bool is_allowed(const Pass& pass, Index experts, Index token, Index e) {
   if (pass.allowed.empty()) return true;
   const auto size = static_cast<Index>(pass.allowed.size());
-  return pass.allowed[static_cast<std::size_t>(size == experts ? e : token * experts + e)] != 0;
+  return element(pass.allowed, size == experts ? e : token * experts + e) != 0;
 }
 
+/// Checks that pass.allowed fits the tokens and the experts.
 /// \param k        How many experts each token is to have; 0 if that is not fixed.
 /// \throws ShapeError   unless pass.allowed is empty, [experts] or [tokens * experts].
 /// \throws ConfigError  if a real token is allowed fewer than k experts, or none.

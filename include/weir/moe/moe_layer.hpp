@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// The mixture-of-experts layer, composed of a router, a selector, a capacity policy, a bank of
-/// experts and any number of balancers.
+/// The mixture-of-experts layer: a router, a selector, a capacity policy, experts and balancers.
 #pragma once
 
 #include <concepts>
-#include <string>
 #include <utility>
 
-#include <weir/core/layer.hpp>
+#include <weir/core/cache_state.hpp>
+#include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/report.hpp>
 #include <weir/moe/balancers.hpp>
 #include <weir/moe/concepts.hpp>
@@ -16,11 +17,10 @@
 #include <weir/moe/report.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/rows.hpp>
-#include <weir/ops/rows.hpp>
 
 namespace weir {
 
-/// A sparsely gated mixture of experts:
+/// A sparsely gated mixture of experts (Shazeer et al. 2017, arXiv:1701.06538, eq. 1):
 ///
 ///     y_t = sum_{e in S_t, kept} g_te E_e(x_t)
 ///
@@ -28,19 +28,18 @@ namespace weir {
 ///                       '------------> balancers <------'
 ///
 /// The router scores the experts, the selector chooses S_t and the weights g_t, the capacity policy
-/// drops what an expert cannot take, and the bank computes and combines the rest. A token all of
-/// whose experts are dropped, and padding, yield zero: the residual around the layer carries them.
-/// (Shazeer et al. 2017, arXiv:1701.06538, eq. 1.)
+/// drops what an expert cannot take, and the bank computes and combines the rest. A token whose
+/// experts are all dropped yields zero, as does padding: the residual around the layer carries it.
 ///
 /// Kinds are types, deduced from the constructor's arguments; numbers are run-time settings:
 ///
 ///     MoELayer moe(LinearRouter<float>(64, 8, rng), TopKSoftmax<float>({.k = 2}), Dropless(),
 ///                  GluBank<float>(64, 8, 128, rng), SwitchLoss<float>(), ZLoss<float>());
 ///
-/// The loss that `backward` differentiates is the caller's plus the auxiliary losses: those of the
-/// balancers, of the router, and of mixtures among the experts, all times `pass.aux_scale`. Their
-/// values go to `pass.record`. A RouterLoss, which looks at parameters alone, is one of them: with
-/// a batch split into micro-batches it counts once, if their scales sum to one.
+/// `backward` differentiates the caller's loss plus the auxiliary losses of the balancers, of the
+/// router, and of mixtures among the experts, all times `pass.aux_scale`. Their values go to
+/// `pass.record`. A RouterLoss, which looks at parameters alone, counts once for all micro-batches
+/// of a batch if their scales sum to one.
 template <class R, class S, class C, class B, class... L>
 class MoELayer {
  public:
@@ -52,8 +51,7 @@ class MoELayer {
                 "the second argument of MoELayer has to be a Selector of the "
                 "router's scalar, see SelectorBase");
   static_assert(CapacityPolicy<C, T>,
-                "the third argument of MoELayer has to be a CapacityPolicy, "
-                "see CapacityBase");
+                "the third argument of MoELayer has to be a CapacityPolicy, see CapacityBase");
   static_assert(ExpertBank<B>, "the fourth argument of MoELayer has to be an ExpertBank");
   static_assert(std::same_as<T, typename B::Scalar>, "router and bank differ in their scalar");
 
@@ -67,8 +65,8 @@ class MoELayer {
     Routing<T> routing;
     Dispatch<T> dispatch;
     RoutingGradient<T> gradient;
-    PassRecord record;  ///< What the last forward pass told.
-    Matrix<T> x;        ///< Only where there is padding.
+    PassRecord record;  ///< What the last forward pass recorded.
+    Matrix<T> x;        ///< The input without padding; only used if there is padding.
     Matrix<T> dx;
   };
 
@@ -104,15 +102,16 @@ class MoELayer {
     cache.record.restart(pass.record);
     Pass own = pass;
     own.record = pass.has_aux_losses() || pass.record != nullptr ? &cache.record : nullptr;
-
-    const Matrix<T>& logits = forward_router(without_padding<T>(x, pass, cache.x), own, cache);
+    const Matrix<T>& logits = *PassRecord::within(own.record, "router", [&] {
+      return &router_.forward(without_padding<T>(x, pass, cache.x), own, cache.router);
+    });
     selector_.forward(logits, own, cache.routing, cache.selector);
     cache.routing.noise = router_.noise(cache.router);
     capacity_.forward(own, cache.routing, cache.capacity);
     cache.dispatch.build(cache.routing);
-    const Matrix<T>& y = forward_experts(x, own, cache);
+    const Matrix<T>& y = *PassRecord::within(
+        own.record, "experts", [&] { return &bank_.forward(x, cache.dispatch, own, cache.bank); });
     balancers_.forward(cache.routing, router_, own, cache.balancers);
-
     if (pass.record != nullptr) {
       pass.record->add(cache.record);
       if (pass.record->wants_reports()) pass.record->add_report(report(cache));
@@ -131,33 +130,24 @@ class MoELayer {
     routing.noise = router_.noise(cache.router);  // The cache may have been moved.
     d.reset(routing);
 
-    const std::span<T> d_weight(d.weights.data(), routing.expert.size());
-    const Matrix<T>& through_experts = bank_.backward(dy, cache.dispatch, d_weight, cache.bank);
+    const Matrix<T>& through_experts = bank_.backward(
+        dy, cache.dispatch, span_of(d.weights.data(), routing.assignments()), cache.bank);
     capacity_.backward(routing, d, cache.capacity);
     balancers_.backward(routing, router_, d, cache.balancers);
     selector_.backward(routing, d, cache.selector);
     router_.add_noise_gradient(d.noise, cache.router);
-    const Matrix<T>& through_router = router_.backward(d.logits, cache.router);
     cache.dx.resize(dy.rows(), d_model());
-    add_rows<T>(through_experts, through_router, cache.dx);
-
+    add_rows<T>(through_experts, router_.backward(d.logits, cache.router), cache.dx);
     capacity_.observe(routing);
     balancers_.observe(routing);
     return cache.dx;
   }
 
-  /// Lets the balancing rules act on the selector; for `weir::update`, which reaches all parts.
+  /// Lets the balancing rules act on the selector; `weir::update` calls it.
   void update_self() { balancers_.update(selector_); }
 
-  /// What the last forward pass with `cache` did. Its losses are the values that were recorded
-  /// then: scaled by `pass.aux_scale`, as they are differentiated.
-  LayerReport report(const Cache& cache) const {
-    LayerReport report = report_of(cache.routing);
-    for (const PassRecord::Loss& loss : cache.record.losses()) {
-      report.losses.emplace_back(loss.name, loss.value);
-    }
-    return report;
-  }
+  /// What the last forward pass with `cache` did. The losses are scaled by its aux_scale.
+  LayerReport report(const Cache& cache) const { return report_of(cache.routing, cache.record); }
 
   /// Members `router.*`, `selector.*`, `capacity.*`, `experts.*` and `balancers.*`.
   template <class Self, class Visit>
@@ -171,7 +161,6 @@ class MoELayer {
 
   Index d_model() const { return router_.d_model(); }
   Index experts() const { return router_.experts(); }
-
   R& router() { return router_; }
   const R& router() const { return router_; }
   S& selector() { return selector_; }
@@ -197,16 +186,6 @@ class MoELayer {
     selector_.check_router(router_);
     capacity_.check();
     balancers_.check(router_);
-  }
-
-  const Matrix<T>& forward_router(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    const PassRecord::Scope scope(pass.record, "router");
-    return router_.forward(x, pass, cache.router);
-  }
-
-  const Matrix<T>& forward_experts(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    const PassRecord::Scope scope(pass.record, "experts");
-    return bank_.forward(x, cache.dispatch, pass, cache.bank);
   }
 
   R router_;

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include <weir/core/list.hpp>
+#include <weir/core/pass_record.hpp>
 #include <weir/core/report.hpp>
 #include <weir/moe/routing.hpp>
 
@@ -42,6 +43,16 @@ LayerReport report_of(const Routing<T>& routing) {
   });
   for (const double of_token : entropy) report.entropy += of_token;
   if (report.tokens > 0) report.entropy /= static_cast<double>(report.tokens);
+  return report;
+}
+
+/// The same with the losses that `record` has.
+template <class T>
+LayerReport report_of(const Routing<T>& routing, const PassRecord& record) {
+  LayerReport report = report_of(routing);
+  for (const PassRecord::Loss& loss : record.losses()) {
+    report.losses.emplace_back(loss.name, loss.value);
+  }
   return report;
 }
 

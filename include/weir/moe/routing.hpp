@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Who goes where: what a selector decides, a capacity policy thins out, dispatch sorts and
-/// balancers look at.
+/// Which tokens go to which experts. A selector decides that, a capacity policy thins it out,
+/// dispatch sorts it, and balancers look at it.
 #pragma once
 
 #include <algorithm>
@@ -49,9 +49,9 @@ struct Assignments {
   }
 };
 
-/// The noise that a router added to logits: normal around `clean`, with the standard deviation
-/// `deviation`; both [tokens, n]. A router of two levels has two, one for its groups and one for
-/// the experts within.
+/// The noise that a router added to logits. The sums are normal around `clean`, with the standard
+/// deviation `deviation`; both are [tokens, n]. A router of two levels has two, one for its groups
+/// and one for the experts within.
 template <class T>
 struct NoiseLevel {
   Matrix<T> clean;      ///< The logits as they would be without this noise.
@@ -62,22 +62,24 @@ struct NoiseLevel {
 template <class T>
 struct Routing : Assignments {
   TokenRows rows;           ///< Padding and sequences of the pass.
-  bool restricted = false;  ///< The pass forbids experts: logits may be -infinity.
+  bool restricted = false;  ///< Whether the pass forbids experts, so that logits may be -infinity.
 
-  Matrix<T> logits;  ///< [tokens, experts], from the router; -infinity where the pass forbids
-                     ///< the expert to the token.
-  Matrix<T> probabilities;  ///< [tokens, experts], what balancers take for the router's belief:
-                            ///< each row sums to 1. Zero for padding.
+  /// [tokens, experts], from the router; -infinity where the pass forbids the expert to the token.
+  Matrix<T> logits;
+  /// [tokens, experts], the router's belief as balancers see it. Each row sums to 1; rows of
+  /// padding are zero.
+  Matrix<T> probabilities;
 
-  List<T> weight;   ///< One per assignment: the selector's weight of the expert's output.
-  List<T> applied;  ///< One per assignment: what the output is multiplied by where that is not
-                    ///< `weight`; else empty. See RenormaliseKept.
+  List<T> weight;  ///< One per assignment: the selector's weight of the expert's output.
+  /// One per assignment: the factor of the output where that is not `weight`. Else empty. See
+  /// RenormaliseKept.
+  List<T> applied;
 
-  /// The noise of the router, experts' logits last; empty if it drew none. Lives in the router's
-  /// cache.
+  /// The noise of the router, that of experts' logits last. Empty if it drew none. It lives in the
+  /// router's cache.
   std::span<const NoiseLevel<T>> noise;
 
-  /// What the expert's output is multiplied by.
+  /// The factor of the expert's output.
   T applied_weight(Index assignment) const {
     return applied.empty() ? weight[assignment] : applied[assignment];
   }
@@ -138,10 +140,11 @@ struct Routing : Assignments {
 /// `logits`.
 template <class T>
 struct RoutingGradient {
-  Matrix<T> logits;                  ///< [tokens, experts]
-  Matrix<T> probabilities;           ///< [tokens, experts]
-  RowVector<T> weights;              ///< [assignments]; before the policy's `backward` that of what
-                                     ///< was applied, then that of the selector's weights.
+  Matrix<T> logits;         ///< [tokens, experts]
+  Matrix<T> probabilities;  ///< [tokens, experts]
+  /// [assignments]. At first the gradient of the applied weights; the capacity policy's `backward`
+  /// turns it into that of the selector's weights.
+  RowVector<T> weights;
   std::vector<NoiseLevel<T>> noise;  ///< One for each level of `routing.noise`, of its shapes.
 
   /// Zeros of the shapes of `routing`.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// The choice of experts of one pass, kept to be looked at or replayed.
+/// The choice of experts of one pass, kept for inspection or replay.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,7 @@ class RoutingTrace {
   /// \param offsets  [tokens + 1]; token t has the entries offsets[t] to offsets[t + 1] of the
   ///                 others.
   /// \param expert   One per assignment.
-  /// \param kept     One per assignment, 0 if it was dropped. Empty: all are kept.
+  /// \param kept     One per assignment, 0 if it was dropped. If empty, all are kept.
   /// \throws ConfigError  unless experts >= 1, the offsets ascend from 0 to the number of
   ///                      assignments, and each token's experts differ and are in range.
   RoutingTrace(Index experts, List<Index> offsets, List<Index> expert, List<std::uint8_t> kept = {})
@@ -39,7 +39,7 @@ class RoutingTrace {
     check();
   }
 
-  /// Takes over the choice of a routing, with the drops at the time of the call. Allocates only if
+  /// Copies the choice of a routing, with the drops at the time of the call. Allocates only if
   /// there are more assignments than ever before.
   template <class T>
   void record(const Routing<T>& routing) {

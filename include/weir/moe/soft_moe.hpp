@@ -24,7 +24,7 @@ namespace weir {
 struct SoftMoEConfig {
   Index slots_per_expert = 1;  ///< p, in each sequence.
   bool normalise = true;       ///< Whether logits are made of unit vectors.
-  double scale = 1.0;          ///< The scale of normalised logits at first.
+  double scale = 1.0;          ///< The initial scale of normalised logits.
 };
 
 /// Every slot of every expert takes a convex combination of all tokens of a sequence, and every
@@ -34,13 +34,13 @@ struct SoftMoEConfig {
 ///     D = softmax over tokens of L,   C = softmax over slots of L
 ///     X~ = D^T X,   Y~_i = E_e(X~_i) for the p slots i of each expert e,   Y = C Y~
 ///
-/// With `normalise`, L = scale * X^ Phi^^T, rows divided by their length plus 1e-6, and scale a
-/// trained number that starts at 1. Differentiable throughout; no capacity, no balancing loss.
-/// Padding is in no slot and yields zero; a sequence without tokens computes nothing of use.
+/// With `normalise`, L = scale * X^ Phi^^T: rows are divided by their length plus 1e-6, and scale
+/// is a trained number. The layer is differentiable throughout and needs no capacity and no
+/// balancing loss. Padding is in no slot and yields zero.
 ///
-/// Not causal: each slot sees all tokens of its sequence, so that no token may be predicted with
-/// it, and decoding token by token gives other results.
-/// (Puigcerver et al. 2023, arXiv:2308.00951, eq. 1-3 and algorithms 1 and 2.)
+/// The layer is not causal: each slot sees all tokens of its sequence. So it must not predict
+/// tokens, and decoding token by token gives other results. (Puigcerver et al. 2023,
+/// arXiv:2308.00951, eq. 1-3 and algorithms 1 and 2.)
 template <ExpertBank Bank>
 class SoftMoE {
  public:
@@ -61,7 +61,7 @@ class SoftMoE {
     Matrix<T> y, dx;
   };
 
-  /// Phi from N(0, 1 / d_model).
+  /// Draws Phi from N(0, 1 / d_model).
   /// \throws ConfigError  if slots_per_expert is below 1 or the scale not finite.
   SoftMoE(Bank bank, Rng& rng, SoftMoEConfig config = {})
       : SoftMoE(initial(bank, rng, config), bank, config) {}

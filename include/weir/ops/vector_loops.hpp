@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-/// \file Loops over contiguous numbers, a register at a time. Activations, softmax and norms
-/// consist of them.
+/// \file
+/// Loops over contiguous numbers, a register at a time. Activations, softmax and norms consist of
+/// them.
 #pragma once
 
 #include <limits>

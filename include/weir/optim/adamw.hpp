@@ -23,7 +23,7 @@
 
 namespace weir {
 
-/// What AdamW remembers of one parameter.
+/// What AdamW remembers about one parameter.
 template <class T>
 struct Moments {
   Matrix<T> first;   ///< m, shaped like the parameter; empty until its first update.
@@ -31,7 +31,7 @@ struct Moments {
   Index steps = 0;   ///< t: how many updates the parameter has had.
 };
 
-/// The moments of the parameter of that name.
+/// The moments of the parameter called `name`.
 template <class T>
 struct NamedMoments {
   std::string name;
@@ -53,7 +53,7 @@ struct AdamWConfig {
   double epsilon = 1e-8;
   double weight_decay = 0.1;
   bool decay_vectors = false;  ///< Whether one-row parameters (norm weights, biases) decay too.
-  std::vector<ParameterGroup> groups = {};  ///< The first that matches a name holds for it.
+  std::vector<ParameterGroup> groups = {};  ///< The first that matches a name applies to it.
 };
 
 /// Adam with decoupled weight decay. Per step and parameter, with g its accumulated gradient:
@@ -63,19 +63,20 @@ struct AdamWConfig {
 ///     w <- w - learning_rate * (m' / (sqrt(v') + epsilon) + weight_decay * w)
 ///
 /// learning_rate is the product of the paper's alpha and eta_t, and it multiplies the decay too, as
-/// is the custom: the paper's lambda is weight_decay times the base learning rate. t counts the
-/// updates of this parameter, so that its moments are unbiased whenever it is first used.
-/// (Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.)
+/// in other implementations: the paper's lambda is weight_decay times the base learning rate. t
+/// counts the updates of this parameter, so that its moments are unbiased whenever it is first
+/// used. (Loshchilov & Hutter 2017, arXiv:1711.05101, algorithm 2.)
 ///
 /// The optimizer holds no pointers. `step` finds the parameters of the model by their names, so
 /// that a model may be moved, frozen in part, or lose and gain parts between steps.
 ///
-/// Three kinds of parameter stand apart:
-/// - frozen: keeps value, moments and t; its gradient is cleared.
-/// - gradient empty, because no backward pass ever reached it (an expert that never got a token):
-///   left alone altogether, also by weight decay.
-/// - gradient zero, because no backward pass reached it since the last step: updated like others.
-///   Its moments fade, and with them its movement; weight decay goes on.
+/// Three kinds of parameter are special:
+/// - A frozen one keeps value, moments and t; its gradient is cleared.
+/// - One whose gradient is empty, because no backward pass ever reached it (an expert that never
+///   got a token), is left alone, also by weight decay.
+/// - One whose gradient is zero, because no backward pass reached it since the last step, is
+/// updated
+///   like others. Its moments fade, and with them its movement; weight decay goes on.
 ///
 /// A NaN in a gradient goes through to the value; `clip_global_norm` before each step refuses it.
 template <std::floating_point T>
@@ -97,9 +98,9 @@ class AdamW {
   }
 
   /// Updates every parameter of `model` by its accumulated gradient, sets the gradients to zero,
-  /// and lets balancing rules and schedules act (`weir::update`). Allocates nothing but the moments
-  /// of a parameter at its first update. \throws ShapeError   if a gradient or a moment is not
-  /// shaped like its parameter; nothing has
+  /// and runs balancing rules and schedules (`weir::update`). Allocates nothing except the moments
+  /// of a parameter at its first update.
+  /// \throws ShapeError   if a gradient or a moment is not shaped like its parameter; nothing has
   ///                      changed then.
   /// \throws ConfigError  if two parameters have the same name, or are the same.
   template <class Model>
@@ -141,7 +142,7 @@ class AdamW {
     config_.learning_rate = learning_rate;
   }
 
-  /// How many steps were taken; what a learning-rate schedule wants to know.
+  /// How many steps were taken; learning-rate schedules need it.
   Index steps() const { return steps_; }
 
   /// Continues the count of an earlier run.
@@ -151,7 +152,7 @@ class AdamW {
     steps_ = steps;
   }
 
-  /// The moments of each parameter that has been in a step, to be saved. The pointers are good
+  /// The moments of each parameter that has been in a step, to be saved. The pointers are valid
   /// until the next call of a member.
   std::vector<NamedMoments<T>> moments() {
     std::vector<NamedMoments<T>> named;
@@ -159,20 +160,20 @@ class AdamW {
     return named;
   }
 
-  /// The moments of the parameter `name`, empty if it has been in no step, to be overwritten with
-  /// saved ones. The reference is good until the next call of a member.
+  /// The moments of the parameter `name`, to be overwritten with saved ones; empty if it has been
+  /// in no step. The reference is valid until the next call of a member.
   Moments<T>& moments(std::string_view name) { return states_.of(name, new_state()).moments; }
 
-  /// Forgets the moments of the parameters whose names match `pattern`: they start anew.
+  /// Forgets the moments of the parameters whose names match `pattern`, so that they start anew.
   void forget(std::string_view pattern) { states_.forget(pattern); }
 
  private:
   using Values = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
 
-  // Parameters are worked off in blocks that stay in the first-level cache over the statements of
-  // `update_block`, and a task is a run of blocks, of one large parameter or of many small ones. A
-  // block starts at a multiple of kBlock within its parameter: how an element is rounded then
-  // depends on nothing but its place there.
+  // Parameters are updated in blocks that stay in the first-level cache over the statements of
+  // `update_block`. A task is a run of blocks of one large parameter or of many small ones. A block
+  // starts at a multiple of kBlock within its parameter, so that the rounding of an element depends
+  // only on its place there.
   static constexpr Index kBlock = 512;
   static constexpr Index kTaskBlocks = 32;
 
@@ -183,11 +184,11 @@ class AdamW {
     T root = T(1);
   };
 
-  // What is remembered from step to step.
+  // What is remembered about a parameter from step to step.
   struct State {
     Moments<T> moments = {};
     double learning_rate_factor = 1.0;
-    std::optional<double> weight_decay = {};  // That of the parameter's group.
+    std::optional<double> weight_decay = {};  // Set by the parameter's group.
   };
 
   // A parameter of the model during a step.
@@ -195,7 +196,7 @@ class AdamW {
     Parameter<T>* parameter = nullptr;
     const std::string* name = nullptr;
     State* state = nullptr;
-    Index begin = 0, end = 0;  // Its blocks.
+    Index begin = 0, end = 0;  // The range of its blocks.
     Coefficients coefficients = {};
 
     bool learns() const { return !parameter->frozen && parameter->grad.size() > 0; }
@@ -244,7 +245,7 @@ class AdamW {
         .root = static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(config_.beta2, t)))};
   }
 
-  // One block of a parameter, from element `begin`.
+  // Updates one block of a parameter, from element `begin` on.
   void update_block(const Active& active, Index begin) const {
     Parameter<T>& parameter = *active.parameter;
     if (parameter.grad.size() == 0) return;

@@ -21,8 +21,7 @@ namespace weir {
 
 namespace detail {
 
-/// At most this many tasks share the gradients of a model, so that what each of them finds fits on
-/// the stack.
+/// At most this many tasks share the gradients of a model, so that their results fit on the stack.
 inline constexpr Index kGradientTasks = 256;
 
 /// How many numbers the gradient of a parameter contributes: none if it is frozen or never used.
@@ -89,9 +88,9 @@ double finite_global_norm(std::string_view where,
 ///
 ///     sqrt(sum_p ||g_p||^2)
 ///
-/// Summed in double, and the same to the last bit for any number of threads. Frozen parameters, and
-/// those that never had a gradient, do not count.
-/// \throws NonFiniteError   if it is NaN or infinite; names the first parameter at fault.
+/// Summed in double, and the same to the last bit for any number of threads. Frozen parameters and
+/// those that never had a gradient do not count.
+/// \throws NonFiniteError   if it is NaN or infinite. The message names the first such parameter.
 template <class Model>
 double global_norm(Model& model) {
   return detail::finite_global_norm("global_norm", parameters(model));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// What an optimizer remembers of each parameter, found by the parameter's name.
+/// What an optimizer remembers about each parameter, found by the parameter's name.
 #pragma once
 
 #include <algorithm>
@@ -36,9 +36,9 @@ class ParameterStates {
 
   /// Finds the parameters of `model`, in the order of the walk, each with its state; a new name
   /// gets `make(name)`. Allocates nothing as long as the model has the same parameters as last
-  /// time. The pointers are good until the next call of a member. \throws ConfigError  if two
-  /// parameters have the same name, or are the same. `who` is the
-  ///                      function's name.
+  /// time. The pointers are valid until the next call of a member.
+  /// \param who      The name of the function, for messages.
+  /// \throws ConfigError  if two parameters have the same name, or are the same.
   template <class Model, class Make>
   const List<Found>& find(std::string_view who, Model& model, Make&& make) {
     places_.clear();
@@ -62,6 +62,7 @@ class ParameterStates {
   /// All states, in the order of the model.
   List<Named>& all() { return states_; }
 
+  /// Removes the states of the names that match `pattern`.
   void forget(std::string_view pattern) {
     std::erase_if(states_, [&](const Named& n) { return matches_pattern(pattern, n.name); });
   }
@@ -76,7 +77,7 @@ class ParameterStates {
   struct Finder final : Walk<T> {
     Finder(ParameterStates& s, Make& m) : states(s), make(m) {}
     void at_parameter(std::string_view name, Parameter<T>& parameter) override {
-      const Index guess = states.places_.count();  // Right in every step but the first.
+      const Index guess = states.places_.count();  // Right in every step except the first.
       states.places_.push_back({&parameter, states.index_of(name, guess, make)});
     }
     ParameterStates& states;
@@ -125,8 +126,8 @@ class ParameterStates {
   }
 
   List<Named> states_;
-  List<Place> places_;  // Those of the model at hand, as are
-  List<Found> found_;   // these, once the states stay where they are.
+  List<Place> places_;  // The parameters of the model at hand.
+  List<Found> found_;   // The same, once the states stay where they are.
   List<const Parameter<T>*> addresses_;
 };
 

@@ -28,7 +28,7 @@ struct WarmupCosine {
   double peak = 0.0;       ///< The highest rate.
   Index warmup_steps = 0;  ///< How many steps the rise takes; 0 starts at the peak.
   Index total_steps = 0;   ///< How many steps rise and decay take together.
-  double floor = 0.0;      ///< The rate from `total_steps` on; the warm-up may be below it.
+  double floor = 0.0;      ///< The rate from `total_steps` on. The warm-up may be below it.
 
   /// The rate of `step`.
   /// \throws ConfigError  unless 0 <= floor <= peak, 0 <= warmup_steps < total_steps, 0 <= step.
