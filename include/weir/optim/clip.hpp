@@ -7,7 +7,9 @@
 #include <array>
 #include <cmath>
 #include <numeric>
+#include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <weir/core/error.hpp>
@@ -15,6 +17,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
+#include <weir/core/walk.hpp>
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
@@ -24,61 +27,71 @@ namespace detail {
 /// At most this many tasks share the gradients of a model, so that their results fit on the stack.
 inline constexpr Index kGradientTasks = 256;
 
-/// How many numbers the gradient of a parameter contributes: none if it is frozen or never used.
+/// The gradients that count: those of parameters that are neither frozen nor never used.
 template <class T>
-Index gradient_size(const NamedParameter<T>& named) {
-  return named.parameter->frozen ? 0 : named.parameter->grad.size();
+struct CollectGradients final : Walk<T> {
+  void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
+    if (!parameter.frozen && parameter.grad.size() > 0) gradients.push_back(&parameter.grad);
+  }
+  std::vector<Matrix<T>*> gradients;
+};
+
+template <class Model>
+std::vector<Matrix<typename Model::Scalar>*> gradients_of(Model& model) {
+  CollectGradients<typename Model::Scalar> collect;
+  collect("", model);
+  return std::move(collect.gradients);
 }
 
 /// Calls `body(task, numbers, count)` for pieces that together are all gradients, laid end to end
 /// and divided evenly, whatever the number of threads, among at most `kGradientTasks` tasks. The
 /// pieces of one task come in order, from one thread.
 template <class T, class Body>
-void parallel_gradients(const std::vector<NamedParameter<T>>& parameters, Body&& body) {
+void parallel_gradients(const std::vector<Matrix<T>*>& gradients, Body&& body) {
   constexpr Index kWorthwhile = 16384;
   Index total = 0;
-  for (const NamedParameter<T>& named : parameters) total += gradient_size(named);
+  for (const Matrix<T>* gradient : gradients) total += gradient->size();
   const Index share = std::max(kWorthwhile, (total + kGradientTasks - 1) / kGradientTasks);
 
   parallel_for((total + share - 1) / share, [&](Index task) {
     const Index begin = task * share;
     const Index end = begin + share;
     Index offset = 0;
-    for (const NamedParameter<T>& named : parameters) {
+    for (Matrix<T>* gradient : gradients) {
       if (offset >= end) break;
-      const Index size = gradient_size(named);
+      const Index size = gradient->size();
       const Index from = std::max(begin - offset, Index{0});
       const Index to = std::min(end - offset, size);
-      if (from < to) body(task, named.parameter->grad.data() + from, to - from);
+      if (from < to) body(task, gradient->data() + from, to - from);
       offset += size;
     }
   });
 }
 
 /// Throws for the parameter whose gradient makes the sum of squares NaN or infinite.
-template <class T>
-[[noreturn]] void fail_non_finite(std::string_view where,
-                                  const std::vector<NamedParameter<T>>& parameters) {
+template <class Model>
+[[noreturn]] void fail_non_finite(std::string_view where, Model& model) {
   double total = 0.0;
-  std::string_view name;
-  for (const NamedParameter<T>& named : parameters) {
-    total += loops::sum_of_squares_as_double(gradient_size(named), named.parameter->grad.data());
-    name = named.name;
+  std::string at_fault;
+  for (const auto& [name, parameter] : parameters(model)) {
+    if (parameter->frozen) continue;
+    total += loops::sum_of_squares_as_double(parameter->grad.size(), parameter->grad.data());
+    at_fault = name;
     if (!std::isfinite(total)) break;
   }
-  fail<NonFiniteError>(where, ": gradient of ", name, " has norm ",
+  fail<NonFiniteError>(where, ": gradient of ", at_fault, " has norm ",
                        std::isnan(total) ? "nan" : "inf", ", expected finite");
 }
 
-template <class T>
-double finite_global_norm(std::string_view where,
-                          const std::vector<NamedParameter<T>>& parameters) {
+template <class Model, class T>
+double finite_global_norm(std::string_view where, Model& model,
+                          const std::vector<Matrix<T>*>& gradients) {
   std::array<double, kGradientTasks> sums{};
-  parallel_gradients(parameters, [&](Index task, const T* numbers, Index count) {
+  parallel_gradients(gradients, [&](Index task, const T* numbers, Index count) {
     sums[static_cast<std::size_t>(task)] += loops::sum_of_squares_as_double(count, numbers);
   });
   const double norm = std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
-  if (!std::isfinite(norm)) fail_non_finite(where, parameters);
+  if (!std::isfinite(norm)) fail_non_finite(where, model);
   return norm;
 }
 
@@ -93,7 +106,7 @@ double finite_global_norm(std::string_view where,
 /// \throws NonFiniteError   if it is NaN or infinite. The message names the first such parameter.
 template <class Model>
 double global_norm(Model& model) {
-  return detail::finite_global_norm("global_norm", parameters(model));
+  return detail::finite_global_norm("global_norm", model, detail::gradients_of(model));
 }
 
 /// Makes a long step short without turning it. Where the norm of all gradients is above `max_norm`:
@@ -110,8 +123,8 @@ template <class Model>
 double clip_global_norm(Model& model, double max_norm) {
   using T = typename Model::Scalar;
   expect_positive("clip_global_norm", "max_norm", max_norm);
-  const std::vector<NamedParameter<T>> all = parameters(model);
-  const double norm = detail::finite_global_norm("clip_global_norm", all);
+  const std::vector<Matrix<T>*> all = detail::gradients_of(model);
+  const double norm = detail::finite_global_norm("clip_global_norm", model, all);
   if (norm > max_norm) {
     const auto factor = static_cast<T>(max_norm / norm);
     detail::parallel_gradients(all, [&](Index, T* numbers, Index count) {
