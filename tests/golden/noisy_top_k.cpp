@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/index_span.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
 #include <weir/moe/balance/squared_variation.hpp>
@@ -92,8 +93,8 @@ class LaterGate : public SelectorBase<double> {
     for (Index t = 0; t < routing.tokens(); ++t) {
       double* p = routing.probabilities.row(t).data();
       Index* chosen = routing.expert.data() + routing.first(t);
-      softmax_row(routing.logits.row(t).data(), routing.experts(), p);
-      top_k(p, routing.experts(), k_, chosen);
+      softmax_row<double>(row_span(routing.logits, t), row_span(routing.probabilities, t));
+      top_k<double>(row_span(routing.probabilities, t), span_of(chosen, k_));
       const double sum = sum_of(p, chosen);
       for (Index i = 0; i < k_; ++i) routing.weight[routing.first(t) + i] = p[chosen[i]] / sum;
     }
@@ -110,7 +111,9 @@ class LaterGate : public SelectorBase<double> {
       double inner = 0.0;
       for (Index i = 0; i < k_; ++i) inner += d_weight[i] * p[chosen[i]] / sum;
       for (Index i = 0; i < k_; ++i) dp[chosen[i]] += (d_weight[i] - inner) / sum;
-      add_softmax_backward_row(p, dp, routing.experts(), gradient.logits.row(t).data());
+      add_softmax_backward_row<double>(row_span(routing.probabilities, t),
+                                       row_span(gradient.probabilities, t),
+                                       row_span(gradient.logits, t));
     }
   }
 
@@ -167,7 +170,7 @@ class LaterLoad : public BalancerBase {
     for (Index t = 0; t < routing.tokens(); ++t) {
       const double* p = routing.probabilities.row(t).data();
       const auto k = static_cast<std::size_t>(routing.last(t) - routing.first(t));
-      top_k(p, routing.experts(), routing.experts(), order.data());
+      top_k<double>(row_span(routing.probabilities, t), order);
       for (Index e = 0; e < routing.experts(); ++e) {
         const Index rival = routing.logits(t, e) > p[order[k]] ? order[k] : order[k - 1];
         const NoiseLevel<double>& level = routing.noise.back();

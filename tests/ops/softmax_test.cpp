@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include <weir/ops/softmax.hpp>
@@ -76,7 +77,8 @@ TEST_CASE("Softmax does not depend on where a row lies in memory", "[ops][softma
   std::vector<float> memory(80);
   for (std::size_t shift = 0; shift < 16; ++shift) {
     std::copy_n(logits.data(), 45, memory.data() + shift);
-    softmax_row(memory.data() + shift, 45, memory.data() + shift);
+    const std::span<float> row(memory.data() + shift, 45);
+    softmax_row<float>(row, row);
     CHECK(std::equal(expected.data(), expected.data() + 45, memory.data() + shift));
   }
 }

@@ -16,7 +16,7 @@ namespace {
 template <class T>
 std::vector<Index> top(const std::vector<T>& values, Index k) {
   std::vector<Index> chosen(static_cast<std::size_t>(k));
-  top_k(values.data(), static_cast<Index>(values.size()), k, chosen.data());
+  top_k<T>(values, chosen);
   return chosen;
 }
 
@@ -64,7 +64,7 @@ TEST_CASE("top_k takes -inf for a value like others", "[ops][top_k]") {
 }
 
 TEST_CASE("top_k of nothing touches nothing", "[ops][top_k]") {
-  top_k<float>(nullptr, 0, 0, nullptr);
+  top_k<float>({}, {});
   const float one = 1.F;
-  top_k<float>(&one, 1, 0, nullptr);
+  top_k<float>({&one, 1}, {});
 }

@@ -11,6 +11,7 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
@@ -25,8 +26,8 @@ namespace weir {
 ///     top_p         keeps the nucleus: as few of the most probable tokens as have probabilities
 ///                   that add up to at least top_p, and at least one token
 ///
-/// Of equally probable tokens, the one with the lowest index is taken first. (Holtzman et al. 2019,
-/// arXiv:1904.09751, eq. 2-3, for top_p.)
+/// Among equally probable tokens, the one with the lowest index is taken first. (Holtzman et al.
+/// 2019, arXiv:1904.09751, eq. 2-3, for top_p.)
 struct Sampling {
   double temperature = 1.0;  ///< 0 is greedy: the most probable token is always taken.
   Index top_k = 0;           ///< 0 keeps all tokens, as does anything above the vocabulary's size.
@@ -95,12 +96,12 @@ class Sampler {
     const Index wanted = greedy ? 1 : sampling.top_k;
     if (wanted > 0 && wanted < kept_.count()) {
       kept_.resize(wanted);
-      top_k(z, logits.cols(), wanted, kept_.data());
+      top_k<T>(row_span(logits, 0), kept_);
     }
 
     // Weights are exponentials of differences to the largest logit: no temperature is too low.
     Index best = 0;
-    top_k(z, logits.cols(), 1, &best);
+    top_k<T>(row_span(logits, 0), {&best, 1});
     const auto weight = [&](Index token) {
       if (greedy) return 1.0;
       const double difference = static_cast<double>(z[token]) - static_cast<double>(z[best]);

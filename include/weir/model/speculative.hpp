@@ -13,6 +13,8 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/token_ids.hpp>
 #include <weir/core/types.hpp>
@@ -25,13 +27,13 @@
 
 namespace weir {
 
-/// What became of the drafts, summed over calls.
+/// How the drafts fared, summed over calls.
 struct DraftReport {
   Index passes = 0;  ///< How many passes the main model made, those over the prompts included.
   Index tokens = 0;  ///< How many tokens were drawn.
   /// How many drafts of each module the main model checked, and how many it accepted. A draft that
   /// follows a refused one is not checked.
-  std::vector<Index> checked = {}, accepted = {};
+  List<Index> checked = {}, accepted = {};
 
   /// The share of the checked drafts that were accepted; 0 if none was checked. (DeepSeek-V3
   /// reports 0.85 to 0.90 for its one module.)
@@ -42,7 +44,7 @@ struct DraftReport {
   }
 };
 
-/// What speculative decoding keeps of one conversation. A copy continues on its own.
+/// What speculative decoding remembers about one conversation. A copy continues on its own.
 template <std::floating_point T>
 struct SpeculativeState {
   /// Rows for the positions from `begin` on, one after the other.
@@ -52,7 +54,7 @@ struct SpeculativeState {
   };
 
   typename Decoder<T>::State main;
-  std::vector<Index> tokens;                           ///< All tokens that `main` has seen.
+  List<Index> tokens;                                  ///< All tokens that `main` has seen.
   std::vector<typename MultiToken<T>::State> modules;  ///< One for each module.
   std::vector<Index> lengths;                          ///< How many positions each module has seen.
   std::vector<Rows> hidden;  ///< The rows that each module has yet to read.
@@ -87,8 +89,9 @@ class Speculation {
       fail<StateError>("speculate: the state has ", state.modules.size(), " modules, expected ",
                        depth());
     }
-    report.checked.resize(std::max(report.checked.size(), depth()));
-    report.accepted.resize(std::max(report.accepted.size(), depth()));
+    const auto count = static_cast<Index>(depth());
+    report.checked.resize(std::max(report.checked.count(), count));
+    report.accepted.resize(std::max(report.accepted.count(), count));
   }
 
   void run(Turn<T>& turn) {
@@ -112,7 +115,7 @@ class Speculation {
 
  private:
   std::size_t depth() const { return modules_.depth(); }
-  Index known() const { return static_cast<Index>(state_.tokens.size()); }
+  Index known() const { return state_.tokens.count(); }
 
   /// Runs a pass of the main model.
   const Matrix<T>& feed(TokenIds ids, bool last_only) {
@@ -148,7 +151,7 @@ class Speculation {
       if (k + 1 < depth()) append(state_.hidden[k + 1], h);
       const Matrix<T>& logits = modules_.logits(k, model_, h.bottomRows(1), caches_[k]);
       Index best = 0;
-      top_k(logits.data(), logits.cols(), 1, &best);
+      top_k<T>(row_span(logits, 0), {&best, 1});
       drafts_.push_back(best);
     }
   }
@@ -160,9 +163,9 @@ class Speculation {
     ids_.insert(ids_.end(), drafts_.begin(), drafts_.end());
     const Matrix<T>& logits = feed(ids_, false);
     Index good = 1;  // How many of the tokens that the main model was given are right.
-    for (std::size_t i = 0; i <= drafts_.size() && !turn.ended; ++i) {
-      draw(turn, logits.row(static_cast<Index>(i)));
-      if (i == drafts_.size()) break;
+    for (Index i = 0; i <= drafts_.count() && !turn.ended; ++i) {
+      draw(turn, logits.row(i));
+      if (i == drafts_.count()) break;
       ++report_.checked[i];
       if (drafts_[i] != state_.tokens.back()) break;
       ++report_.accepted[i];
@@ -183,10 +186,7 @@ class Speculation {
   }
 
   /// A token that is known or drafted.
-  Index token(Index i) const {
-    return i < known() ? state_.tokens[static_cast<std::size_t>(i)]
-                       : drafts_[static_cast<std::size_t>(i - known())];
-  }
+  Index token(Index i) const { return i < known() ? state_.tokens[i] : drafts_[i - known()]; }
 
   using Rows = typename SpeculativeState<T>::Rows;
 
@@ -218,7 +218,7 @@ class Speculation {
   typename AnyLayer<T>::Cache norm_cache_;
   std::vector<typename MultiToken<T>::ModuleCache> caches_;
   Sampler<T> sampler_;
-  std::vector<Index> drafts_, ids_;
+  List<Index> drafts_, ids_;
 };
 
 }  // namespace detail

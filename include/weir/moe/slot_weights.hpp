@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
@@ -41,11 +42,11 @@ class SlotWeights {
     Matrix<T> x, unit_x;             ///< [tokens, d_model], zero for padding.
     Matrix<T> unit_phi, scaled_phi;  ///< [slots, d_model]
     Matrix<T> logits, combine;       ///< [tokens, slots]; combine is C.
-    Scratch<T> dispatch;             ///< D^T, [slots, m] of each sequence, after the other.
-    Matrix<T> d_logits, d_combine;   ///< The latter is an input of `backward`, as is
-    Scratch<T> d_dispatch;           ///< this, laid out as `dispatch`.
+    Scratch<T> dispatch;             ///< D^T, [slots, m] for each sequence in turn.
+    Matrix<T> d_combine;             ///< Input of `backward`.
+    Scratch<T> d_dispatch;           ///< Input of `backward`, laid out as `dispatch`.
     Scratch<T> d_transposed;
-    Matrix<T> d_unit_x, d_phi;
+    Matrix<T> d_logits, d_unit_x, d_phi;
     std::vector<Product<T>> products;
 
     /// Calls `body(s, first token, tokens)` for each sequence that has tokens.
@@ -63,7 +64,7 @@ class SlotWeights {
       return {all.data() + begin * logits.cols(), logits.cols(), m};
     }
 
-    /// `to` = `from` with zeros for padding, which may hold anything.
+    /// `to` = `from`, with zeros in the rows of padding, which may hold anything.
     void copy_real(MatrixIn<T> from, Matrix<T>& to) const {
       copy_rows<T>(from, to);
       for (Index t = 0; t < to.rows(); ++t) {
@@ -73,7 +74,7 @@ class SlotWeights {
   };
 
   /// \param phi      [slots, d_model]
-  /// \param scale    The scale of normalised logits at first.
+  /// \param scale    The initial scale of normalised logits.
   SlotWeights(Matrix<T> phi, bool normalise, double scale) : phi_{std::move(phi)} {
     if (normalise) scale_.value.setConstant(1, 1, static_cast<T>(scale));
   }
@@ -184,7 +185,7 @@ class SlotWeights {
     }
   }
 
-  /// The softmax over the m tokens of a sequence from `begin` on.
+  /// Computes the softmax over the m tokens of a sequence from `begin` on.
   void weigh_tokens(Index begin, Index m, Cache& cache) const {
     auto weights = cache.part_of(cache.dispatch, begin, m);
     if (cache.rows.real(begin, begin + m) == 0) {
@@ -197,12 +198,12 @@ class SlotWeights {
         for (Index j = 0; j < m; ++j) {
           weights(i, j) = cache.rows.is_padding(begin + j) ? kNever : cache.logits(begin + j, i);
         }
-        softmax_row<T>(&weights(i, 0), m, &weights(i, 0));
+        softmax_row<T>(row_span(weights, i), row_span(weights, i));
       }
     });
   }
 
-  /// The derivative of both softmaxes.
+  /// Computes the derivative of both softmaxes.
   void compute_d_logits(Cache& cache) const {
     cache.d_logits.setZero(cache.logits.rows(), slots());
     add_softmax_backward<T>(cache.combine, cache.d_combine, cache.d_logits);

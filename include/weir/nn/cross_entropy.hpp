@@ -8,6 +8,7 @@
 
 #include <weir/core/cache_state.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
@@ -74,7 +75,7 @@ class CrossEntropy {
       for (Index t = begin; t < end; ++t) {
         if (cache.targets[t] == config_.ignore_index) continue;  // Nobody reads the row.
         std::copy_n(&logits.coeffRef(t, 0), logits.cols(), &cache.logits(t, 0));
-        cache.log_normaliser[t] = logsumexp(&cache.logits(t, 0), logits.cols());
+        cache.log_normaliser[t] = logsumexp<T>(row_span(cache.logits, t));
       }
     });
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cassert>
 #include <limits>
+#include <span>
 
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
@@ -90,22 +91,24 @@ void top_k_by_heap(const T* values, Index count, Index k, Index* chosen) {
 
 }  // namespace detail
 
-/// Writes the indices of the k largest values to `chosen` [k], the largest first. Among equal
-/// values, the one with the lowest index comes first. Allocates nothing.
+/// Writes the indices of the largest values to `chosen`, as many as it has room for, the largest
+/// first. Among equal values, the one with the lowest index comes first. Allocates nothing.
 ///
 /// \param values   Without NaN; -inf is a value like others.
-/// \param k        0 <= k <= count.
+/// \param chosen   [k], 0 <= k <= the number of values.
 template <class T>
-void top_k(const T* values, Index count, Index k, Index* chosen) {
-  assert(0 <= k && k <= count);
+void top_k(std::span<const T> values, std::span<Index> chosen) {
+  const auto count = static_cast<Index>(values.size());
+  const auto k = static_cast<Index>(chosen.size());
+  assert(k <= count);
   constexpr Index kFew = 8;
   if (k == 0) return;
   if (count <= kFew) {
-    detail::top_k_by_insertion(values, count, k, chosen);
+    detail::top_k_by_insertion(values.data(), count, k, chosen.data());
   } else if (count <= detail::kSearched && k <= 128) {
-    detail::top_k_by_search(values, count, k, chosen);
+    detail::top_k_by_search(values.data(), count, k, chosen.data());
   } else {
-    detail::top_k_by_heap(values, count, k, chosen);
+    detail::top_k_by_heap(values.data(), count, k, chosen.data());
   }
 }
 

@@ -148,7 +148,7 @@ TEST_CASE("HierarchicalLoadLoss of noise at two levels is zero at uniform expect
       {.groups = 4, .group_k = GENERATE(1, 2), .k = 1, .rest_k = 1});
   Matrix<double> groups(kTokens, 4);  // Their logits, without noise.
   for (Index t = 0; t < kTokens; ++t) {
-    for (Index g = 0; g < 4; ++g) groups(t, g) = logsumexp(&logits(t, 2 * g), 2) - 0.2;
+    for (Index g = 0; g < 4; ++g) groups(t, g) = logsumexp<double>({&logits(t, 2 * g), 2}) - 0.2;
   }
   const test::NoisyRouting<double> routing(
       route(selector, logits),

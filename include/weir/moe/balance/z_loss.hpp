@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/ops/exp.hpp>
@@ -46,7 +47,7 @@ class ZLoss : public BalancerBase {
     if (tokens == 0) return 0.0;
     cache.lse.setZero(routing.tokens());
     routing.rows.for_each_real(kCostOfExp * routing.experts(), [&](Index t) {
-      cache.lse[t] = logsumexp(&routing.logits(t, 0), routing.experts());
+      cache.lse[t] = logsumexp<T>(row_span(routing.logits, t));
     });
     T sum = T(0);
     for (const T lse : cache.lse) sum += lse * lse;

@@ -54,7 +54,7 @@ struct TokenPart {
         place.push_back(t);
       }
       best.resize(share(place.count()));
-      top_k(candidate.data(), place.count(), best.count(), best.data());
+      top_k<T>(candidate, best);
       for (const Index i : best) chosen[place[i]] = 1;
     });
     list();

@@ -6,6 +6,7 @@
 #include <limits>
 #include <string_view>
 
+#include <weir/core/index_span.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
@@ -33,7 +34,7 @@ class GroupLogits {
     if (!pass.allowed.empty()) forbid_experts<T>(pass, z_);
     x_.resize(z.rows(), groups);
     for_each_group([&](Index t, Index g, Index first, Index size) {
-      x_(t, g) = logsumexp(&z_(t, first), size);
+      x_(t, g) = logsumexp<T>(span_of(&z_(t, first), size));
     });
   }
 

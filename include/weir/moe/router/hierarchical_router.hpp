@@ -10,6 +10,7 @@
 #include <utility>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
@@ -94,7 +95,7 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
     for_each_group(x.rows(), [&](Index t, Index g, Index first, Index size) {
       const T* const from = &b(t, first);
       const T at = a(t, g);
-      const T sum = logsumexp(from, size);
+      const T sum = logsumexp<T>(span_of(from, size));
       const auto joint = [=](const Lanes<T>& z) -> Lanes<T> { return at + (z - sum); };
       map_lanes<T>(size, joint, &cache.logits(t, first), from);
       if (pass.training) loops::exp_shifted<T>(size, from, sum, &cache.within(t, first));

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
@@ -71,8 +72,8 @@ class BalancedAssignment : public SelectorBase<T> {
     routing.rows.for_each_real(16 * experts, [&](Index t) {
       const T* const z = routing.logits.row(t).data();
       const Index a = routing.first(t);
-      if (!pass.training) top_k(z, experts, 1, &routing.expert[a]);
-      softmax_row(z, experts, routing.probabilities.row(t).data());
+      if (!pass.training) top_k<T>(span_of(z, experts), {&routing.expert[a], 1});
+      softmax_row<T>(span_of(z, experts), row_span(routing.probabilities, t));
       routing.weight[a] = T(1) / (T(1) + std::exp(-z[routing.expert[a]]));
     });
   }
@@ -84,8 +85,8 @@ class BalancedAssignment : public SelectorBase<T> {
       const T w = routing.weight[a];
       T* const dz = gradient.logits.row(t).data();
       dz[routing.expert[a]] += w * (T(1) - w) * gradient.weights[a];
-      add_softmax_backward_row(routing.probabilities.row(t).data(),
-                               gradient.probabilities.row(t).data(), experts, dz);
+      add_softmax_backward_row<T>(row_span(routing.probabilities, t),
+                                  row_span(gradient.probabilities, t), span_of(dz, experts));
     });
   }
 

@@ -6,6 +6,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
@@ -88,12 +89,12 @@ class BiasedSoftmaxTopK : public SelectorBase<T> {
     route_k_best(
         {.who = "BiasedSoftmaxTopK", .k = config_.k, .imposed = imposed}, logits, pass, routing,
         [&](Index t, T* p) -> const T* {
-          softmax_row(routing.logits.row(t).data(), experts, p);
+          softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
           loops::add<T>(experts, p, bias_.value.data(), p);
           return p;
         },
         [&](Index t, const Index* chosen, T* weight, T* p) {
-          softmax_row(routing.logits.row(t).data(), experts, p);
+          softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
           for (Index i = 0; i < config_.k; ++i) {
             weight[i] = static_cast<T>(config_.scale) * p[chosen[i]];
           }

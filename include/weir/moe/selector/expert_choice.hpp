@@ -9,6 +9,7 @@
 #include <limits>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/moe/capacity/capacity_factor.hpp>
@@ -98,7 +99,7 @@ class ExpertChoice : public SelectorBase<T> {
     routing.begin("ExpertChoice", logits, pass);
     const Index experts = routing.experts();
     routing.rows.for_each_real(16 * experts, [&](Index t) {
-      softmax_row(routing.logits.row(t).data(), experts, routing.probabilities.row(t).data());
+      softmax_row<T>(row_span(routing.logits, t), row_span(routing.probabilities, t));
     });
     cache.taken.resize(routing.tokens() * experts);
     routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
@@ -130,8 +131,8 @@ class ExpertChoice : public SelectorBase<T> {
           dp[routing.expert[a]] += share * gradient.weights[a];
         }
       }
-      add_softmax_backward_row(routing.probabilities.row(t).data(), dp, experts,
-                               gradient.logits.row(t).data());
+      add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(dp, experts),
+                                  row_span(gradient.logits, t));
     });
   }
 

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/router/group_count.hpp>
@@ -106,7 +107,7 @@ class HierarchicalTopK : public SelectorBase<T> {
       } else {
         for (Index i = 0; i < assignments(); ++i) dp[chosen[i]] += d_weight[i];
       }
-      add_softmax_backward_row(p, dp, experts, dz);
+      add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts), span_of(dz, experts));
     });
   }
 
@@ -163,7 +164,7 @@ class HierarchicalTopK : public SelectorBase<T> {
     T* const p = routing.probabilities.row(t).data();
     Index* const chosen = routing.expert.data() + routing.first(t);
     T* const weight = routing.weight.data() + routing.first(t);
-    softmax_row(z, experts, p);
+    softmax_row<T>(span_of(z, experts), span_of(p, experts));
 
     auto& space = ThreadSpace<T, HierarchicalTopK>::of_this_thread();
     space.reserve(groups + group_k);
@@ -172,21 +173,21 @@ class HierarchicalTopK : public SelectorBase<T> {
     auto& indices = ThreadSpace<Index, HierarchicalTopK>::of_this_thread();
     indices.reserve(group_k);
     Index* const best = indices.take(group_k);
-    for (Index g = 0; g < groups; ++g) log_group[g] = logsumexp(z + g * size, size);
-    top_k(log_group, groups, group_k, best);
+    for (Index g = 0; g < groups; ++g) log_group[g] = logsumexp<T>(span_of(z + g * size, size));
+    top_k<T>(span_of(log_group, groups), span_of(best, group_k));
     for (Index i = 0; i < group_k; ++i) u[i] = log_group[best[i]];
-    softmax_row(u, group_k, u);
+    softmax_row<T>(span_of(u, group_k), span_of(u, group_k));
 
     Index rank = 0;
     for_each_group([&](Index first, Index count) {
       const Index start = best[rank] * size;
-      top_k(z + start, size, count, chosen + first);
+      top_k<T>(span_of(z + start, size), span_of(chosen + first, count));
       for (Index i = first; i < first + count; ++i) {
         chosen[i] += start;
         weight[i] = config_.renormalise ? z[chosen[i]] : p[chosen[i]];
       }
       if (config_.renormalise) {
-        softmax_row(weight + first, count, weight + first);
+        softmax_row<T>(span_of(weight + first, count), span_of(weight + first, count));
         for (Index i = first; i < first + count; ++i) weight[i] *= u[rank];
       }
       ++rank;

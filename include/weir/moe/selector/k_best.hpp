@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/routing.hpp>
@@ -139,7 +140,7 @@ void choose_k_best(const KBest& best, Routing<T>& routing, Score&& score, Weigh&
     const T* const scores = score(t, p);
     if (scores == p) set_forbidden(routing, t, -std::numeric_limits<T>::infinity(), p);
     if (best.imposed == nullptr) {
-      top_k(best.groups.candidates(scores, experts), experts, k, chosen);
+      top_k<T>(span_of(best.groups.candidates(scores, experts), experts), span_of(chosen, k));
     } else {
       for (Index i = 0; i < k; ++i) chosen[i] = best.imposed->expert(best.imposed->first(t) + i);
       std::sort(chosen, chosen + k, [scores](Index a, Index b) {

@@ -7,6 +7,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/k_best.hpp>
@@ -107,7 +108,8 @@ class RelaxedTopK : public SelectorBase<T> {
       }
       add_coordinate_descent_backward(config_.descent, p, routing.logits.row(t).data(), experts, a,
                                       chosen, dh, k, dp);
-      add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
+      add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
+                                  row_span(gradient.logits, t));
     });
   }
 
@@ -137,7 +139,7 @@ class RelaxedTopK : public SelectorBase<T> {
     route_k_best(
         best, logits, pass, routing,
         [&](Index t, T* p) -> const T* {
-          softmax_row(routing.logits.row(t).data(), experts, p);
+          softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
           return p;
         },
         [&](Index t, const Index* chosen, T* weight, const T* p) {

@@ -6,6 +6,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/variable_choice.hpp>
@@ -40,7 +41,7 @@ class ReluRouting : public SelectorBase<T> {
       const T* z = routing.logits.row(t).data();
       Index n = 0;
       for (Index e = 0; e < experts; ++e) n += z[e] > T(0) ? 1 : 0;
-      top_k(z, experts, n, chosen);
+      top_k<T>(span_of(z, experts), span_of(chosen, n));
       return n;
     };
     assign_chosen(routing, experts, 16 * experts, cache, choose);

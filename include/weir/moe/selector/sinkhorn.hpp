@@ -10,6 +10,7 @@
 #include <utility>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
@@ -95,7 +96,8 @@ class Sinkhorn : public SelectorBase<T> {
       } else {
         for (Index i = 0; i < config_.k; ++i) dp[chosen[i]] += d_weight[i];
       }
-      add_softmax_backward_row(routing.probabilities.row(t).data(), dp, experts, dz);
+      add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(dp, experts),
+                                  span_of(dz, experts));
     });
   }
 
@@ -135,7 +137,7 @@ class Sinkhorn : public SelectorBase<T> {
         },
         [&](Index t, const Index* chosen, T* weight, T* p) {
           const T* const z = routing.logits.row(t).data();
-          softmax_row(z, routing.experts(), p);
+          softmax_row<T>(span_of(z, routing.experts()), span_of(p, routing.experts()));
           for (Index i = 0; i < config_.k; ++i) {
             weight[i] = config_.k == 1 ? T(1) / (T(1) + std::exp(-z[chosen[i]])) : p[chosen[i]];
           }

@@ -7,6 +7,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/group_limit.hpp>
@@ -84,7 +85,8 @@ class SoftmaxTopK : public SelectorBase<T> {
             config_.renormalise ? inner / n * power(p[chosen[i]] / n, config_.norm - 1.0) : T(0);
         dp[chosen[i]] += factor * (d_weight[i] - through_norm);
       }
-      add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
+      add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
+                                  row_span(gradient.logits, t));
     });
   }
 
@@ -97,7 +99,7 @@ class SoftmaxTopK : public SelectorBase<T> {
     route_k_best(
         {"SoftmaxTopK", config_.k, config_.groups, imposed}, logits, pass, routing,
         [&](Index t, T* p) -> const T* {
-          softmax_row(routing.logits.row(t).data(), routing.experts(), p);
+          softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
           return p;
         },
         [&](Index /*t*/, const Index* chosen, T* weight, const T* p) {

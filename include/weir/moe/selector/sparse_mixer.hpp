@@ -10,6 +10,7 @@
 #include <limits>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/random.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
@@ -88,7 +89,7 @@ class SparseMixer : public SelectorBase<T> {
         }
         left_out = chosen[i];
       }
-      softmax_row(z, experts, q);
+      softmax_row<T>(span_of(z, experts), span_of(q, experts));
     });
   }
 
@@ -97,7 +98,8 @@ class SparseMixer : public SelectorBase<T> {
     routing.rows.for_each_real(32 * experts, [&](Index t) {
       T* const dz = gradient.logits.row(t).data();
       T* const q = gradient.probabilities.row(t).data();
-      add_softmax_backward_row(routing.probabilities.row(t).data(), q, experts, dz);
+      add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(q, experts),
+                                  span_of(dz, experts));
       Index left_out = kNone;
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
         const Index e = routing.expert[a];

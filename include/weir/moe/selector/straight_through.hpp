@@ -7,6 +7,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/group_limit.hpp>
@@ -84,7 +85,7 @@ class StraightThrough : public SelectorBase<T> {
     route_k_best(
         {"StraightThrough", config_.k, config_.groups, imposed}, logits, pass, routing,
         [&](Index t, T* p) -> const T* {
-          softmax_row(routing.logits.row(t).data(), routing.experts(), p);
+          softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
           return p;
         },
         [&](Index /*t*/, const Index* /*chosen*/, T* weight, const T* /*p*/) {

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/k_best.hpp>
@@ -61,9 +62,9 @@ class Threshold : public SelectorBase<T> {
     const Index experts = routing.experts();
     const auto choose = [&](Index t, Index* chosen) {
       T* p = routing.probabilities.row(t).data();
-      softmax_row(routing.logits.row(t).data(), experts, p);
+      softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
       set_forbidden(routing, t, -std::numeric_limits<T>::infinity(), p);
-      top_k(p, experts, config_.k, chosen);
+      top_k<T>(span_of(p, experts), span_of(chosen, config_.k));
       set_forbidden(routing, t, T(0), p);
       const T least = static_cast<T>(config_.threshold) * p[chosen[0]];
       Index n = config_.k_min;
@@ -93,7 +94,8 @@ class Threshold : public SelectorBase<T> {
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
         dp[routing.expert[a]] += static_cast<T>(config_.scale) / n * (gradient.weights[a] - inner);
       }
-      add_softmax_backward_row(p, dp, experts, gradient.logits.row(t).data());
+      add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
+                                  row_span(gradient.logits, t));
     });
   }
 

@@ -6,6 +6,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/group_limit.hpp>
@@ -69,8 +70,8 @@ class TopKSoftmax : public SelectorBase<T> {
       for (Index i = 0; i < config_.k; ++i) inner += weight[i] * d_weight[i];
       inner /= static_cast<T>(config_.scale);
       for (Index i = 0; i < config_.k; ++i) dz[chosen[i]] += weight[i] * (d_weight[i] - inner);
-      add_softmax_backward_row(routing.probabilities.row(t).data(),
-                               gradient.probabilities.row(t).data(), experts, dz);
+      add_softmax_backward_row<T>(row_span(routing.probabilities, t),
+                                  row_span(gradient.probabilities, t), span_of(dz, experts));
     });
   }
 
@@ -86,9 +87,9 @@ class TopKSoftmax : public SelectorBase<T> {
         [&](Index t, T* /*p*/) -> const T* { return routing.logits.row(t).data(); },
         [&](Index t, const Index* chosen, T* weight, T* p) {
           const T* z = routing.logits.row(t).data();
-          softmax_row(z, routing.experts(), p);
+          softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
           for (Index i = 0; i < k; ++i) weight[i] = z[chosen[i]];
-          softmax_row(weight, k, weight);
+          softmax_row<T>(span_of(weight, k), span_of(weight, k));
           loops::scale(k, static_cast<T>(config_.scale), weight, weight);
         });
   }

@@ -6,6 +6,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/variable_choice.hpp>
@@ -52,8 +53,8 @@ class TopP : public SelectorBase<T> {
     const Index experts = routing.experts();
     const auto choose = [&](Index t, Index* chosen) {
       T* p = routing.probabilities.row(t).data();
-      softmax_row(routing.logits.row(t).data(), experts, p);
-      top_k(p, experts, experts, chosen);
+      softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
+      top_k<T>(span_of(p, experts), span_of(chosen, experts));
       T sum = p[chosen[0]];
       Index n = 1;
       for (; n < experts && sum < static_cast<T>(config_.threshold) && p[chosen[n]] > T(0); ++n) {
@@ -76,8 +77,8 @@ class TopP : public SelectorBase<T> {
       for (Index a = routing.first(t); a < routing.last(t); ++a) {
         dp[routing.expert[a]] += gradient.weights[a];
       }
-      add_softmax_backward_row(routing.probabilities.row(t).data(), dp, experts,
-                               gradient.logits.row(t).data());
+      add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(dp, experts),
+                                  row_span(gradient.logits, t));
     });
   }
 
