@@ -32,11 +32,23 @@ std::string spark_line(const std::vector<Number>& values) {
   return line;
 }
 
-/// `value` with so many digits behind the point.
+/// `value` with `digits` digits behind the point.
 inline std::string fixed(double value, int digits) {
   char text[64];
   std::snprintf(text, sizeof text, "%.*f", digits, value);
   return text;
+}
+
+/// `value` as in 1.2e-16.
+inline std::string scientific(double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.1e", value);
+  return text;
+}
+
+/// `text` with spaces before it, so that it is at least `width` long.
+inline std::string padded(const std::string& text, std::size_t width) {
+  return std::string(width - std::min(width, text.size()), ' ') + text;
 }
 
 /// 1234567 as "1,234,567".
