@@ -12,6 +12,7 @@ if(NOT headers)
   message(FATAL_ERROR "no headers in ${INCLUDE_DIR}/weir")
 endif()
 
+list(REMOVE_ITEM headers README.md) # the catalogue
 foreach(header IN LISTS headers)
   if(NOT header MATCHES "\\.hpp$")
     message(SEND_ERROR "weir/${header}: not a .hpp file")
