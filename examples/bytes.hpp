@@ -27,3 +27,21 @@ inline std::string to_text(const std::vector<weir::Index>& ids) {
   }
   return text;
 }
+
+/// Windows of text, and the byte that follows each of their bytes.
+struct ByteBatch {
+  std::vector<weir::Index> ids, targets;
+
+  void clear() {
+    ids.clear();
+    targets.clear();
+  }
+
+  /// Adds the `length` bytes from `start` on; at least one more has to follow them.
+  void add(std::string_view text, std::size_t start, weir::Index length) {
+    for (std::size_t i = start; i < start + static_cast<std::size_t>(length); ++i) {
+      ids.push_back(static_cast<unsigned char>(text[i]));
+      targets.push_back(static_cast<unsigned char>(text[i + 1]));
+    }
+  }
+};

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -60,4 +61,17 @@ inline Corpus read_corpus(const std::vector<std::string>& paths) {
   }
   if (corpus.validation.empty()) throw std::runtime_error("the text is too short to learn from");
   return corpus;
+}
+
+/// Where `count` windows of `length` bytes begin that are spread evenly over `text`, each with a
+/// byte behind it.
+inline std::vector<std::size_t> spread_windows(const std::string& text, std::ptrdiff_t length,
+                                               std::ptrdiff_t count) {
+  const auto room = static_cast<double>(text.size() - static_cast<std::size_t>(length) - 1);
+  std::vector<std::size_t> starts;
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    const double share = static_cast<double>(i) / static_cast<double>(count);
+    starts.push_back(static_cast<std::size_t>(room * share));
+  }
+  return starts;
 }

@@ -2,9 +2,7 @@
 // Prints how large published mixtures of experts are, counted from their configs beside the figures
 // their authors give, and then makes each of them small and trains it for a step.
 // `models --help` lists the options.
-#include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -45,6 +43,8 @@
 #include <weir/presets/switch_base_256.hpp>
 #include <weir/presets/switch_base_8.hpp>
 
+#include "bytes.hpp"
+#include "command_line.hpp"
 #include "progress.hpp"
 
 namespace {
@@ -64,26 +64,17 @@ struct Options {
 
 /// Fills `options` from the command line; returns the exit code if there is nothing left to do.
 std::optional<int> parse(int argc, char** argv, Options& options) {
-  CLI::App app("Counts published mixtures of experts, and trains each of them made small.");
-  app.get_formatter()->column_width(34);
-  app.set_help_flag("-h,--help", "Print this and exit");
-  const auto add = [&app](const std::string& name, auto& value, const std::string& help) {
-    return app.add_option(name, value, help)->capture_default_str();
-  };
-  app.add_flag("--no-training", options.no_training, "Only count");
-  add("--d-model", options.scale.d_model, "Width of a token in the small models")
+  CommandLine line("Counts published mixtures of experts, and trains each of them made small.");
+  line.add("--no-training", options.no_training, "Only count");
+  line.add("--d-model", options.scale.d_model, "Width of a token in the small models")
       ->check(CLI::PositiveNumber);
-  add("--steps", options.steps, "Optimizer steps of each small model")->check(CLI::PositiveNumber);
-  add("--learning-rate", options.learning_rate, "Of AdamW");
-  add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
-  add("--threads", options.threads, "How many cores to use")->check(CLI::PositiveNumber);
-  app.add_flag("--quiet", options.quiet, "No progress, only the results");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error);
-  }
-  return std::nullopt;
+  line.add("--steps", options.steps, "Optimizer steps of each small model")
+      ->check(CLI::PositiveNumber);
+  line.add("--learning-rate", options.learning_rate, "Learning rate of AdamW");
+  line.add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
+  line.add("--threads", options.threads, "How many cores to use")->check(CLI::PositiveNumber);
+  line.add("--quiet", options.quiet, "No progress, only the results");
+  return line.parse(argc, argv);
 }
 
 // --- One training step -------------------------------------------------------------------------
@@ -101,15 +92,6 @@ struct Trained {
   double loss_before = 0.0, loss_after = 0.0;
 };
 
-/// Milliseconds that `f()` takes.
-template <class F>
-double milliseconds(F&& f) {
-  const auto start = std::chrono::steady_clock::now();
-  std::forward<F>(f)();
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
-      .count();
-}
-
 /// Makes `config` small, and lets it learn to continue kText byte by byte.
 template <class Config>
 Trained train(const Config& config, const Options& options) {
@@ -118,10 +100,9 @@ Trained train(const Config& config, const Options& options) {
   weir::Decoder<float> model = weir::presets::make<float>(small, rng);
   weir::AdamW<float> optimizer({.learning_rate = options.learning_rate});
 
-  std::vector<Index> ids;
-  for (const char c : kText) ids.push_back(static_cast<unsigned char>(c));
-  const auto inputs = std::span<const Index>(ids).first(ids.size() - 1);
-  const auto targets = std::span<const Index>(ids).subspan(1);
+  const std::vector<Index> ids = to_ids(kText);
+  const auto inputs = std::span(ids).first(ids.size() - 1);
+  const auto targets = std::span(ids).subspan(1);
   weir::Decoder<float>::Cache cache;
   const weir::CrossEntropy<float> loss;
   weir::CrossEntropy<float>::Cache loss_cache;
@@ -132,9 +113,9 @@ Trained train(const Config& config, const Options& options) {
 
   Trained result{.layers = small.shape.layers, .parameters = weir::parameter_count(model)};
   result.loss_before = forward({});  // Also a first pass, after which nothing is allocated.
-  result.forward_ms = milliseconds([&] { forward({}); });
+  result.forward_ms = 1e3 * seconds_of([&] { forward({}); });
   for (int step = 0; step < options.steps; ++step) {
-    result.step_ms += milliseconds([&] {
+    result.step_ms += 1e3 * seconds_of([&] {
                         forward({.training = true, .rng = &rng});
                         model.backward(loss.backward(loss_cache), cache);
                         optimizer.step(model);

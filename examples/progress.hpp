@@ -4,11 +4,13 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <iostream>
 #include <string>
 #include <unistd.h>
+#include <utility>
 #include <vector>
 
 /// "#####-----" with `done` of `all` in it.
@@ -39,13 +41,6 @@ inline std::string fixed(double value, int digits) {
   return text;
 }
 
-/// `value` as in 1.2e-16.
-inline std::string scientific(double value) {
-  char text[64];
-  std::snprintf(text, sizeof text, "%.1e", value);
-  return text;
-}
-
 /// `text` with spaces before it, so that it is at least `width` long.
 inline std::string padded(const std::string& text, std::size_t width) {
   return std::string(width - std::min(width, text.size()), ' ') + text;
@@ -58,6 +53,14 @@ inline std::string grouped(long long value) {
     text.insert(static_cast<std::size_t>(at), ",");
   }
   return text;
+}
+
+/// How many seconds `f()` takes.
+template <class F>
+double seconds_of(F&& f) {
+  const auto start = std::chrono::steady_clock::now();
+  std::forward<F>(f)();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 /// A status line that is rewritten in place on a terminal. Where output goes to a file, only the

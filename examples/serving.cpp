@@ -2,7 +2,6 @@
 // One layer serves several threads at once. `forward` is const, and whatever a pass writes is in
 // the cache of the thread that runs it. The weights are arranged for inference beforehand. (weir
 // starts no threads of its own unless told to: see set_threads.)
-#include <chrono>
 #include <iostream>
 #include <thread>
 #include <vector>
@@ -49,17 +48,17 @@ int main() {
   Requests alone(requests.size());
   serve(layer, requests, 0, 1, alone);
 
-  for (const std::size_t count : {1, 2, 4}) {
+  for (std::size_t count = 1; count <= 4; count *= 2) {
     Requests answers(requests.size());
-    const auto start = std::chrono::steady_clock::now();
-    std::vector<std::thread> threads;
-    for (std::size_t i = 0; i < count; ++i) {
-      threads.emplace_back([&, i] { serve(layer, requests, i, count, answers); });
-    }
-    for (std::thread& thread : threads) thread.join();
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    const double seconds = seconds_of([&] {
+      std::vector<std::thread> threads;
+      for (std::size_t i = 0; i < count; ++i) {
+        threads.emplace_back([&, i] { serve(layer, requests, i, count, answers); });
+      }
+      for (std::thread& thread : threads) thread.join();
+    });
     std::cout << count << (count == 1 ? " thread   " : " threads  ")
-              << padded(fixed(static_cast<double>(requests.size()) / seconds.count(), 0), 6)
+              << padded(fixed(static_cast<double>(requests.size()) / seconds, 0), 6)
               << " requests/s, the answers are the same bits: " << (answers == alone ? "yes" : "no")
               << '\n';
   }

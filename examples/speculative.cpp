@@ -2,8 +2,6 @@
 // DeepSeek-V3 made small, with its module of multi-token prediction: trained on text byte by byte,
 // it then writes faster than byte by byte, by drafting the byte after the next one and checking the
 // draft along with the next; and it answers several prompts behind one prefix at once.
-#include <CLI/CLI.hpp>
-#include <chrono>
 #include <cmath>
 #include <exception>
 #include <iostream>
@@ -15,6 +13,8 @@
 
 #include <weir/weir.hpp>
 
+#include "bytes.hpp"
+#include "command_line.hpp"
 #include "corpus.hpp"
 #include "progress.hpp"
 
@@ -41,47 +41,21 @@ struct Options {
 
 /// Fills `options` from the command line; returns the exit code if there is nothing left to do.
 std::optional<int> parse(int argc, char** argv, Options& options) {
-  CLI::App app("Trains a small DeepSeek-V3 and lets it write with drafts of its own.");
-  app.get_formatter()->column_width(34);
-  app.set_help_flag("-h,--help", "Print this and exit");
-  const auto add = [&app](const std::string& name, auto& value, const std::string& help) {
-    return app.add_option(name, value, help)->capture_default_str();
-  };
-  app.add_option("--text", options.text, "Files or folders to learn from (Eigen and weir)");
-  add("--d-model", options.d_model, "Width of a token")->check(CLI::PositiveNumber);
-  add("--layers", options.layers, "The first is dense")->check(CLI::Range(2, 1000));
-  add("--steps", options.steps, "Optimizer steps")->check(CLI::PositiveNumber);
-  add("--batch", options.batch, "Pieces of text in a step")->check(CLI::PositiveNumber);
-  add("--context", options.context, "Bytes of a piece")->check(CLI::Range(2, 1 << 20));
-  add("--generate", options.generate, "Bytes to write")->check(CLI::NonNegativeNumber);
-  add("--learning-rate", options.learning_rate, "Of AdamW, at its peak");
-  add("--temperature", options.temperature, "0 always takes the likeliest byte")
+  CommandLine line("Trains a small DeepSeek-V3 and lets it write with drafts of its own.");
+  line.add("--text", options.text, "Files or folders to learn from (Eigen and weir)");
+  line.add("--d-model", options.d_model, "Width of a token")->check(CLI::PositiveNumber);
+  line.add("--layers", options.layers, "The first is dense")->check(CLI::Range(2, 1000));
+  line.add("--steps", options.steps, "Optimizer steps")->check(CLI::PositiveNumber);
+  line.add("--batch", options.batch, "Pieces of text in a step")->check(CLI::PositiveNumber);
+  line.add("--context", options.context, "Bytes of a piece")->check(CLI::Range(2, 1 << 20));
+  line.add("--generate", options.generate, "Bytes to write")->check(CLI::NonNegativeNumber);
+  line.add("--learning-rate", options.learning_rate, "Learning rate of AdamW, at its peak");
+  line.add("--temperature", options.temperature, "0 always takes the likeliest byte")
       ->check(CLI::NonNegativeNumber);
-  add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
-  add("--threads", options.threads, "How many cores to use")->check(CLI::PositiveNumber);
-  app.add_flag("--quiet", options.quiet, "No progress, only the results");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error);
-  }
-  return std::nullopt;
-}
-
-std::vector<Index> to_ids(std::string_view text) {
-  std::vector<Index> ids;
-  for (const char c : text) ids.push_back(static_cast<unsigned char>(c));
-  return ids;
-}
-
-/// What cannot be shown becomes '?'.
-std::string to_text(const std::vector<Index>& ids) {
-  std::string text;
-  for (const Index id : ids) {
-    const bool shown = (id >= ' ' && id < 127) || id == '\n' || id == '\t';
-    text += shown ? static_cast<char>(id) : '?';
-  }
-  return text;
+  line.add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
+  line.add("--threads", options.threads, "How many cores to use")->check(CLI::PositiveNumber);
+  line.add("--quiet", options.quiet, "No progress, only the results");
+  return line.parse(argc, argv);
 }
 
 /// A model and its modules, to be trained together.
@@ -108,24 +82,21 @@ void train(Model& model, Modules& modules, const std::string& text, const Option
                                     .floor = options.learning_rate / 10.0};
   const weir::CrossEntropy<float> cross_entropy;
   weir::CrossEntropy<float>::Cache loss_cache;
+  ByteBatch batch;
   Model::Cache cache;
   Modules::Cache modules_cache;
   const auto sequences = weir::Sequences::uniform(options.batch, options.context);
   StatusLine status(options.quiet);
   for (Index step = 0; step < options.steps; ++step) {
-    std::vector<Index> ids;
-    std::vector<Index> targets;
+    batch.clear();
     for (Index s = 0; s < options.batch; ++s) {
-      const auto start =
-          static_cast<std::size_t>(rng.below(static_cast<Index>(text.size()) - options.context));
-      const auto length = static_cast<std::size_t>(options.context);
-      for (const Index id : to_ids(text.substr(start, length))) ids.push_back(id);
-      for (const Index id : to_ids(text.substr(start + 1, length))) targets.push_back(id);
+      const Index room = static_cast<Index>(text.size()) - options.context;
+      batch.add(text, static_cast<std::size_t>(rng.below(room)), options.context);
     }
     const weir::Pass pass{.training = true, .sequences = &sequences, .rng = &rng};
-    const auto& logits = model.forward(ids, pass, cache);
-    const float next = cross_entropy.forward(logits, targets, loss_cache);
-    modules.forward(model, cache, ids, targets, pass, modules_cache);
+    const auto& logits = model.forward(batch.ids, pass, cache);
+    const float next = cross_entropy.forward(logits, batch.targets, loss_cache);
+    modules.forward(model, cache, batch.ids, batch.targets, pass, modules_cache);
     const auto d_hidden = modules.backward(model, modules_cache);
     model.backward(cross_entropy.backward(loss_cache), cache, d_hidden);
     weir::clip_global_norm(both, 1.0);
@@ -142,14 +113,6 @@ void train(Model& model, Modules& modules, const std::string& text, const Option
   }
 }
 
-/// Seconds that `f()` takes.
-template <class F>
-double seconds(F&& f) {
-  const auto start = std::chrono::steady_clock::now();
-  std::forward<F>(f)();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
 /// A text, byte by byte and with drafts: the same, in fewer passes.
 void write_twice(const Model& model, const Modules& modules, const Options& options) {
   const std::vector<Index> prompt = to_ids("template <");
@@ -159,9 +122,9 @@ void write_twice(const Model& model, const Modules& modules, const Options& opti
   std::vector<Index> plain;
   std::vector<Index> drafted;
   weir::DraftReport report;
-  const double alone = seconds(
+  const double alone = seconds_of(
       [&] { plain = weir::generate<float>(model, prompt, options.generate, sampling, rng); });
-  const double with_drafts = seconds([&] {
+  const double with_drafts = seconds_of([&] {
     drafted = weir::speculate<float>(model, modules, prompt, options.generate, sampling, same_rng,
                                      report);
   });

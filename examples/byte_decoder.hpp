@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// A decoder over bytes, composed of parts that are chosen at run time.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/model/interleave.hpp>
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/balance/z_loss.hpp>
+#include <weir/moe/beside/shared_experts.hpp>
+#include <weir/moe/capacity/capacity_factor.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/top_k_softmax.hpp>
+#include <weir/nn/glu.hpp>
+#include <weir/nn/rms_norm.hpp>
+
+#include "bytes.hpp"
+
+struct ByteDecoderConfig {
+  weir::Index layers = 4;
+  weir::Index d_model = 128;
+  weir::Index heads = 4;
+  weir::Index kv_heads = 2;
+  weir::Index d_hidden = 256;  ///< Of one expert; a dense layer is as wide as all that are visited.
+  bool tied = false;           ///< Whether the embedding is the output head, too.
+
+  bool dense = false;  ///< Whether there are no experts at all.
+  weir::Index experts = 8;
+  weir::Index k = 2;
+  weir::Index shared = 0;  ///< Experts that every token visits besides.
+  weir::Interleave interleave = {.stride = 2};
+  std::string selector = "top-k-softmax";  ///< Or "softmax-top-k" or "sigmoid-top-k".
+  double capacity_factor = 0.0;            ///< While training; twice that afterwards; 0: none.
+  double balance = 0.01;                   ///< Coefficient of SwitchLoss.
+  double z_loss = 0.001;                   ///< Coefficient of ZLoss.
+  double bias_rate = 0.001;                ///< Rate of BiasBalance, for "sigmoid-top-k".
+  double jitter = 0.0;
+};
+
+namespace byte_decoder {
+
+using Config = ByteDecoderConfig;
+using Layer = weir::AnyLayer<float>;
+
+/// Router, experts and balancing around a selector and a capacity policy.
+template <class Selector, class Capacity, class... Rules>
+Layer mixture(const Config& config, Selector selector, Capacity capacity, weir::Rng& rng,
+              Rules... rules) {
+  weir::JitterRouter router(weir::LinearRouter<float>(config.d_model, config.experts, rng),
+                            {.epsilon = config.jitter});
+  weir::GluBank<float> experts(config.d_model, config.experts, config.d_hidden, rng);
+  weir::MoELayer moe(std::move(router), std::move(selector), capacity, std::move(experts),
+                     weir::SwitchLoss<float>({.coefficient = config.balance}),
+                     weir::ZLoss<float>({.coefficient = config.z_loss}), rules...);
+  if (config.shared == 0) return moe;
+  weir::Glu<float> shared(config.d_model, config.shared * config.d_hidden, rng);
+  return weir::SharedExperts(std::move(moe), std::move(shared));
+}
+
+template <class Capacity>
+Layer mixture(const Config& config, Capacity capacity, weir::Rng& rng) {
+  if (config.selector == "sigmoid-top-k") {
+    return mixture(config, weir::SigmoidTopK<float>(config.experts, {.k = config.k}), capacity, rng,
+                   weir::BiasBalance<float>({.rate = config.bias_rate}));
+  }
+  if (config.selector == "top-k-softmax") {
+    return mixture(config, weir::TopKSoftmax<float>({.k = config.k}), capacity, rng);
+  }
+  return mixture(config, weir::SoftmaxTopK<float>({.k = config.k}), capacity, rng);
+}
+
+inline Layer mixture(const Config& config, weir::Rng& rng) {
+  const double factor = config.capacity_factor;
+  if (factor == 0.0) return mixture(config, weir::Dropless(), rng);
+  return mixture(config, weir::CapacityFactor({.train = factor, .evaluate = 2.0 * factor}), rng);
+}
+
+}  // namespace byte_decoder
+
+inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, weir::Rng& rng) {
+  weir::Embedding<float> embedding(kBytes, config.d_model, rng);
+  std::vector<weir::Block<float>> layers;
+  for (weir::Index l = 0; l < config.layers; ++l) {
+    const bool sparse = !config.dense && config.interleave.is_sparse(l);
+    const auto feed_forward = [&]() -> byte_decoder::Layer {
+      if (sparse) return byte_decoder::mixture(config, rng);
+      const weir::Index width = (config.k + config.shared) * config.d_hidden;
+      return weir::Glu<float>(config.d_model, width, rng);
+    };
+    weir::GroupedQueryAttention<float> attention(
+        rng, {.d_model = config.d_model, .heads = config.heads, .kv_heads = config.kv_heads});
+    layers.push_back(weir::pre_norm_block<float>(
+        weir::RmsNorm<float>(config.d_model), std::move(attention),
+        weir::RmsNorm<float>(config.d_model), feed_forward(), sparse ? "moe" : "mlp"));
+  }
+  std::optional<weir::Linear<float>> head;
+  if (!config.tied) head = weir::Linear<float>(config.d_model, kBytes, rng);
+  return {std::move(embedding), std::move(layers), weir::RmsNorm<float>(config.d_model),
+          std::move(head)};
+}
+
+/// Total parameters, and those that one token meets.
+inline std::pair<weir::Index, weir::Index> count_parameters(weir::Decoder<float>& model,
+                                                            const ByteDecoderConfig& config) {
+  weir::Index total = 0;
+  weir::Index in_experts = 0;
+  for (const auto& [name, parameter] : weir::parameters(model)) {
+    total += parameter->value.size();
+    if (weir::matches_pattern("*.experts.*", name)) in_experts += parameter->value.size();
+  }
+  return {total, total - in_experts + in_experts * config.k / config.experts};
+}
