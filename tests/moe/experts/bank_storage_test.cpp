@@ -38,9 +38,9 @@ void check_bank(const Bank& original) {
       bank.set_storage(from);
       const Matrix<double> before = output(bank);
       const auto names = [&] {
-        std::vector<std::string> names;
-        for (const auto& [name, parameter] : parameters(bank)) names.push_back(name);
-        return names;
+        std::vector<std::string> found;
+        for (const auto& [name, parameter] : parameters(bank)) found.push_back(name);
+        return found;
       };
       const std::vector<std::string> names_before = names();
       long failures = 0;
