@@ -52,5 +52,5 @@ TEST_CASE("Initial weights repeat for a seed", "[core][init]") {
 TEST_CASE("switch_init refuses a scale that is not positive", "[core][init]") {
   Rng rng(6);
   CHECK(test::message_of<ConfigError>([&] { switch_init<float>(2, 2, rng, 0.0); }) ==
-        "switch_init: scale = 0, expected > 0");
+        "switch_init: scale = 0, expected a finite number > 0");
 }
