@@ -55,7 +55,7 @@ inline void rotate(Eigen::Ref<Matrix<double>> row, const GroupedQueryConfig& c, 
   for (Index head = 0; head < row.cols(); head += c.head_dim) {
     for (Index i = 0; i < half; ++i) {
       const double frequency =
-          c.yarn ? stretched.frequencies()[static_cast<std::size_t>(i)]
+          c.yarn ? stretched.frequencies()[i]
                  : std::pow(c.rope_theta, -static_cast<double>(i) / static_cast<double>(half));
       const double angle = position * frequency;
       const bool split = c.rope_layout == RopeLayout::kHalfSplit;
