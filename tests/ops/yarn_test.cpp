@@ -26,9 +26,9 @@ Rope small_rope(const Yarn& yarn) {
   return Rope(8, {.theta = 16.0, .layout = RopeLayout::kHalfSplit, .yarn = yarn});
 }
 
-void check_frequencies(const Rope& rope, const std::vector<double>& expected) {
+void check_frequencies(const Rope& rope, const List<double>& expected) {
   REQUIRE(rope.frequencies().size() == expected.size());
-  for (std::size_t i = 0; i < expected.size(); ++i) {
+  for (Index i = 0; i < expected.count(); ++i) {
     CHECK(rope.frequencies()[i] == Approx(expected[i]).epsilon(1e-13));
   }
 }
@@ -86,7 +86,7 @@ TEST_CASE("Yarn with factor 1 changes nothing", "[ops][yarn]") {
   const Rope with = small_rope({.factor = 1.0, .original_context = 64});
   const Rope without(8, {.theta = 16.0});
   CHECK(with.scale() == 1.0);
-  for (std::size_t i = 0; i < 4; ++i) {
+  for (Index i = 0; i < 4; ++i) {
     CHECK(with.frequencies()[i] == Approx(without.frequencies()[i]).epsilon(1e-15));
   }
 }
@@ -106,12 +106,11 @@ TEST_CASE("Yarn keeps each frequency between the old one and the old one over fa
     const Rope old(head_dim, {.theta = theta});
     double ramp = 0.0;
     for (Index i = 0; i < head_dim / 2; ++i) {
-      const auto at = static_cast<std::size_t>(i);
       INFO("seed " << seed << ", pair " << i);
       CHECK(yarn.ramp(i, head_dim, theta) >= ramp);
       ramp = yarn.ramp(i, head_dim, theta);
-      CHECK(rope.frequencies()[at] <= old.frequencies()[at] * (1.0 + 1e-14));
-      CHECK(rope.frequencies()[at] >= old.frequencies()[at] / yarn.factor * (1.0 - 1e-14));
+      CHECK(rope.frequencies()[i] <= old.frequencies()[i] * (1.0 + 1e-14));
+      CHECK(rope.frequencies()[i] >= old.frequencies()[i] / yarn.factor * (1.0 - 1e-14));
     }
   }
 }
