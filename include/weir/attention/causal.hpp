@@ -86,74 +86,14 @@ class CausalAttention {
       : in_{shape, spans, {}, q, none(), none(), sinks, rows} {}
 
   /// \param out  [queries, heads * value_dim]; rows outside of every span are left as they are.
-  void forward(MatrixOut<T> out, Cache& cache) const {
-    cache.logsumexp.reshape(in_.shape.heads, in_.q.rows());
-    cut(cache);
-    if (!cache.tasks.empty()) set_values_apart(cache);
-    const Blocks blocks = {in_, cache};
-    run(cache.tasks, in_.shape.heads, [&](const Task& task, Index head) {
-      blocks.forward(task.span, task.first, head, cache.apart[task.span], out);
-    });
-
-    const FewQueries<T> few = {in_};
-    const Index count = cache.few_tasks.count();
-    auto partial = cache.partial.reshape(count, few.partial_width());
-    run(count, [&](Index i) {
-      const auto& task = cache.few_tasks[i];
-      few.attend(task.span, task.query, task.begin, task.end, partial.row(i).data());
-    });
-    run(cache.few_queries.count() - 1, [&](Index i) {
-      const Index begin = cache.few_queries[i];
-      const auto& task = cache.few_tasks[begin];
-      few.combine(in_.span(task.span).query_begin + task.query,
-                  partial.middleRows(begin, cache.few_queries[i + 1] - begin), out,
-                  cache.logsumexp);
-    });
-  }
+  void forward(MatrixOut<T> out, Cache& cache) const;
 
   /// Sets the gradients of q, k and v. Padding keys get zero.
   /// \param out      The result of `forward` with the same cache and operands.
   /// \param d_out    [queries, heads * value_dim]
   /// \param d_sinks  One for each query head, added to; or empty.
   void backward(MatrixIn<T> out, MatrixIn<T> d_out, MatrixOut<T> dq, MatrixOut<T> dk,
-                MatrixOut<T> dv, Cache& cache, std::span<T> d_sinks = {}) const {
-    const AttentionHeads& shape = in_.shape;
-    cache.q.set(in_.q, shape.heads, shape.head_dim);
-    cache.k.set(in_.k, shape.kv_heads, shape.head_dim);
-    cache.d_out.set(d_out, shape.heads, shape.value_dim);
-
-    auto dots = cache.dot.reshape(shape.heads, in_.q.rows());
-    const Index width = shape.value_dim;
-    parallel_rows(in_.q.rows(), 2 * out.cols(), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) {
-        for (Index head = 0; head < shape.heads; ++head) {
-          dots(head, i) = loops::dot<T>(width, &out.coeffRef(i, head * width),
-                                        &d_out.coeffRef(i, head * width));
-        }
-      }
-    });
-
-    const Blocks blocks = {in_, cache};
-    cache.tasks.clear();
-    for (Index s = 0; s < in_.span_count(); ++s) {
-      for (Index first = last_block(in_.span(s).queries); first >= 0; first -= Blocks::kBlock) {
-        cache.tasks.push_back({s, first});
-      }
-    }
-    run(cache.tasks, shape.heads, [&](const Task& task, Index head) {
-      blocks.backward_queries(task.span, task.first, head, d_out, dq);
-    });
-    cache.tasks.clear();
-    for (Index s = 0; s < in_.span_count(); ++s) {
-      for (Index first = 0; first < in_.span(s).keys; first += Blocks::kBlock) {
-        cache.tasks.push_back({s, first});
-      }
-    }
-    run(cache.tasks, shape.kv_heads, [&](const Task& task, Index kv_head) {
-      blocks.backward_keys(task.span, task.first, kv_head, dk, dv);
-    });
-    if (!d_sinks.empty()) add_sink_gradients(cache, d_sinks);
-  }
+                MatrixOut<T> dv, Cache& cache, std::span<T> d_sinks = {}) const;
 
  private:
   using Task = typename Cache::Task;
@@ -170,79 +110,17 @@ class CausalAttention {
   static bool is_few(const AttentionSpan& s) { return s.queries <= Blocks::kStrip / 4; }
 
   /// Cuts the forward pass into tasks.
-  void cut(Cache& cache) const {
-    cache.tasks.clear();
-    cache.few_tasks.clear();
-    cache.few_queries.assign(1, 0);
-    for (Index s = 0; s < in_.span_count(); ++s) {
-      const AttentionSpan& span = in_.span(s);
-      if (!is_few(span)) {
-        // The last block has the most keys: it goes first, so that no thread is left with it.
-        for (Index first = last_block(span.queries); first >= 0; first -= Blocks::kBlock) {
-          cache.tasks.push_back({s, first});
-        }
-        continue;
-      }
-      for (Index i = 0; i < span.queries; ++i) {
-        const Index end = span.prefix() + i + 1;
-        for (Index begin = in_.first_key(span, end - 1); begin < end; begin += kRun) {
-          cache.few_tasks.push_back({s, i, begin, std::min(begin + kRun, end)});
-        }
-        cache.few_queries.push_back(cache.few_tasks.count());
-      }
-    }
-  }
+  void cut(Cache& cache) const;
 
   /// Copies the values that blocks of queries need.
-  void set_values_apart(Cache& cache) const {
-    const AttentionHeads& shape = in_.shape;
-    cache.apart.clear();
-    if (in_.rows.empty()) {
-      for (const AttentionSpan& s : in_.spans) cache.apart.push_back(s.key_begin);
-      return cache.v.set(in_.v, shape.kv_heads, shape.value_dim);
-    }
-    Index total = 0;
-    for (const AttentionSpan& s : in_.spans) {
-      cache.apart.push_back(total);
-      if (!is_few(s)) total += s.keys;
-    }
-    cache.v.reshape(shape.kv_heads, total, shape.value_dim);
-    for (Index s = 0; s < in_.span_count(); ++s) {
-      if (is_few(in_.span(s))) continue;
-      const KeyValueRows<T> rows = in_.rows_of(s);
-      cache.v.copy(rows.values, rows.value_stride, in_.span(s).keys, cache.apart[s]);
-    }
-  }
+  void set_values_apart(Cache& cache) const;
 
   /// The sink's share of a query's softmax is p = exp(sink - logsumexp). The gradient of its score
   /// is p (0 - d_out . out).
-  void add_sink_gradients(Cache& cache, std::span<T> d_sinks) const {
-    run(in_.shape.heads, [&](Index head) {
-      const auto of_query = [sink = in_.sink(head)](const Lanes<T>& logsumexp,
-                                                    const Lanes<T>& dot) -> Lanes<T> {
-        return exp_lanes<T>(sink - logsumexp) * dot;
-      };
-      for (const AttentionSpan& s : in_.spans) {
-        if (s.queries == 0) continue;
-        element(d_sinks, head) -=
-            sum_lanes<T>(s.queries, of_query, &cache.logsumexp.view()(head, s.query_begin),
-                         &cache.dot.view()(head, s.query_begin));
-      }
-    });
-  }
+  void add_sink_gradients(Cache& cache, std::span<T> d_sinks) const;
 
   /// Calls `body(i)` for each i in [0, count), in parallel if there is enough to do.
-  void run(Index count, FunctionRef<void(Index)> body) const {
-    constexpr Index kSerialWork = 100'000;  // Multiply-adds below which waking a thread costs more.
-    Index work = 0;
-    for (const AttentionSpan& s : in_.spans) work += s.queries * in_.shape.most_visible(s.keys);
-    work *= in_.shape.heads * (in_.shape.head_dim + in_.shape.value_dim);
-    if (work <= kSerialWork) {
-      for (Index i = 0; i < count; ++i) body(i);
-    } else {
-      parallel_for(count, body);
-    }
-  }
+  void run(Index count, FunctionRef<void(Index)> body) const;
 
   /// Calls `body(task, head)` for every pair, heads of one task together.
   void run(const List<Task>& tasks, Index head_count,
@@ -253,4 +131,150 @@ class CausalAttention {
   AttentionOperands<T> in_;
 };
 
+template <class T>
+void CausalAttention<T>::forward(MatrixOut<T> out, Cache& cache) const {
+  cache.logsumexp.reshape(in_.shape.heads, in_.q.rows());
+  cut(cache);
+  if (!cache.tasks.empty()) set_values_apart(cache);
+  const Blocks blocks = {in_, cache};
+  run(cache.tasks, in_.shape.heads, [&](const Task& task, Index head) {
+    blocks.forward(task.span, task.first, head, cache.apart[task.span], out);
+  });
+
+  const FewQueries<T> few = {in_};
+  const Index count = cache.few_tasks.count();
+  auto partial = cache.partial.reshape(count, few.partial_width());
+  run(count, [&](Index i) {
+    const auto& task = cache.few_tasks[i];
+    few.attend(task.span, task.query, task.begin, task.end, partial.row(i).data());
+  });
+  run(cache.few_queries.count() - 1, [&](Index i) {
+    const Index begin = cache.few_queries[i];
+    const auto& task = cache.few_tasks[begin];
+    few.combine(in_.span(task.span).query_begin + task.query,
+                partial.middleRows(begin, cache.few_queries[i + 1] - begin), out, cache.logsumexp);
+  });
+}
+
+template <class T>
+void CausalAttention<T>::backward(MatrixIn<T> out, MatrixIn<T> d_out, MatrixOut<T> dq,
+                                  MatrixOut<T> dk, MatrixOut<T> dv, Cache& cache,
+                                  std::span<T> d_sinks) const {
+  const AttentionHeads& shape = in_.shape;
+  cache.q.set(in_.q, shape.heads, shape.head_dim);
+  cache.k.set(in_.k, shape.kv_heads, shape.head_dim);
+  cache.d_out.set(d_out, shape.heads, shape.value_dim);
+
+  auto dots = cache.dot.reshape(shape.heads, in_.q.rows());
+  const Index width = shape.value_dim;
+  parallel_rows(in_.q.rows(), 2 * out.cols(), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      for (Index head = 0; head < shape.heads; ++head) {
+        dots(head, i) =
+            loops::dot<T>(width, &out.coeffRef(i, head * width), &d_out.coeffRef(i, head * width));
+      }
+    }
+  });
+
+  const Blocks blocks = {in_, cache};
+  cache.tasks.clear();
+  for (Index s = 0; s < in_.span_count(); ++s) {
+    for (Index first = last_block(in_.span(s).queries); first >= 0; first -= Blocks::kBlock) {
+      cache.tasks.push_back({s, first});
+    }
+  }
+  run(cache.tasks, shape.heads, [&](const Task& task, Index head) {
+    blocks.backward_queries(task.span, task.first, head, d_out, dq);
+  });
+  cache.tasks.clear();
+  for (Index s = 0; s < in_.span_count(); ++s) {
+    for (Index first = 0; first < in_.span(s).keys; first += Blocks::kBlock) {
+      cache.tasks.push_back({s, first});
+    }
+  }
+  run(cache.tasks, shape.kv_heads, [&](const Task& task, Index kv_head) {
+    blocks.backward_keys(task.span, task.first, kv_head, dk, dv);
+  });
+  if (!d_sinks.empty()) add_sink_gradients(cache, d_sinks);
+}
+
+template <class T>
+void CausalAttention<T>::cut(Cache& cache) const {
+  cache.tasks.clear();
+  cache.few_tasks.clear();
+  cache.few_queries.assign(1, 0);
+  for (Index s = 0; s < in_.span_count(); ++s) {
+    const AttentionSpan& span = in_.span(s);
+    if (!is_few(span)) {
+      // The last block has the most keys: it goes first, so that no thread is left with it.
+      for (Index first = last_block(span.queries); first >= 0; first -= Blocks::kBlock) {
+        cache.tasks.push_back({s, first});
+      }
+      continue;
+    }
+    for (Index i = 0; i < span.queries; ++i) {
+      const Index end = span.prefix() + i + 1;
+      for (Index begin = in_.first_key(span, end - 1); begin < end; begin += kRun) {
+        cache.few_tasks.push_back({s, i, begin, std::min(begin + kRun, end)});
+      }
+      cache.few_queries.push_back(cache.few_tasks.count());
+    }
+  }
+}
+
+template <class T>
+void CausalAttention<T>::set_values_apart(Cache& cache) const {
+  const AttentionHeads& shape = in_.shape;
+  cache.apart.clear();
+  if (in_.rows.empty()) {
+    for (const AttentionSpan& s : in_.spans) cache.apart.push_back(s.key_begin);
+    return cache.v.set(in_.v, shape.kv_heads, shape.value_dim);
+  }
+  Index total = 0;
+  for (const AttentionSpan& s : in_.spans) {
+    cache.apart.push_back(total);
+    if (!is_few(s)) total += s.keys;
+  }
+  cache.v.reshape(shape.kv_heads, total, shape.value_dim);
+  for (Index s = 0; s < in_.span_count(); ++s) {
+    if (is_few(in_.span(s))) continue;
+    const KeyValueRows<T> rows = in_.rows_of(s);
+    cache.v.copy(rows.values, rows.value_stride, in_.span(s).keys, cache.apart[s]);
+  }
+}
+
+template <class T>
+void CausalAttention<T>::add_sink_gradients(Cache& cache, std::span<T> d_sinks) const {
+  run(in_.shape.heads, [&](Index head) {
+    const auto of_query = [sink = in_.sink(head)](const Lanes<T>& logsumexp,
+                                                  const Lanes<T>& dot) -> Lanes<T> {
+      return exp_lanes<T>(sink - logsumexp) * dot;
+    };
+    for (const AttentionSpan& s : in_.spans) {
+      if (s.queries == 0) continue;
+      element(d_sinks, head) -=
+          sum_lanes<T>(s.queries, of_query, &cache.logsumexp.view()(head, s.query_begin),
+                       &cache.dot.view()(head, s.query_begin));
+    }
+  });
+}
+
+template <class T>
+void CausalAttention<T>::run(Index count, FunctionRef<void(Index)> body) const {
+  constexpr Index kSerialWork = 100'000;  // Multiply-adds below which waking a thread costs more.
+  Index work = 0;
+  for (const AttentionSpan& s : in_.spans) work += s.queries * in_.shape.most_visible(s.keys);
+  work *= in_.shape.heads * (in_.shape.head_dim + in_.shape.value_dim);
+  if (work <= kSerialWork) {
+    for (Index i = 0; i < count; ++i) body(i);
+  } else {
+    parallel_for(count, body);
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::CausalAttention<float>;
+extern template class weir::CausalAttention<double>;
+#endif

@@ -72,21 +72,7 @@ class GroupedQueryAttention {
 
   /// Weights begin as `switch_init`, biases and sinks as zero, norms as one.
   /// \throws ConfigError  if the config is not sound, see `GroupedQueryConfig::checked`.
-  GroupedQueryAttention(Rng& rng, const Config& config)
-      : config_(config.checked()),
-        query_(initial(query_width(), config_.d_model, rng)),
-        key_(initial(kv_width(), config_.d_model, rng)),
-        value_(initial(kv_width(), config_.d_model, rng)),
-        output_(initial(config_.d_model, query_width(), rng)),
-        stages_(config_) {
-    if (config_.qkv_bias) {
-      query_bias_.value.setZero(1, query_width());
-      key_bias_.value.setZero(1, kv_width());
-      value_bias_.value.setZero(1, kv_width());
-    }
-    if (config_.output_bias) output_bias_.value.setZero(1, config_.d_model);
-    if (config_.sinks) sinks_.value.setZero(1, config_.heads);
-  }
+  GroupedQueryAttention(Rng& rng, const Config& config);
 
   /// The settings, with head_dim filled in.
   const Config& config() const { return config_; }
@@ -112,18 +98,7 @@ class GroupedQueryAttention {
   /// \param pass  Its sequences and its padding mask are used.
   /// \return      [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns, or pass does not fit it.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("GroupedQueryAttention::forward", "x", x, config_.d_model);
-    cache.rows.set("GroupedQueryAttention::forward", pass, x.rows());
-    if (pass.training) cache.x = x;
-    fill_spans(cache.rows.sequences(), cache.spans);
-    project(x, pass, cache);
-    cache.context.resize(x.rows(), query_width());
-    core(cache).forward(cache.context, cache.attention);
-    project_out(cache);
-    return cache.state.finish(*this, pass, cache.y);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of the parameters.
   /// \param dy  [tokens, d_model], the gradient of what `forward` returned last.
@@ -131,38 +106,7 @@ class GroupedQueryAttention {
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
   ///                      for inference.
   /// \throws ShapeError   if dy is not shaped like the output.
-  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    expect_trainable("GroupedQueryAttention::backward", query_.storage());
-    cache.state.begin_backward("GroupedQueryAttention::backward", *this, dy);
-    const Index tokens = dy.rows();
-    cache.d_context.resize(tokens, query_width());
-    cache.dq.resize(tokens, query_width());
-    cache.dk.resize(tokens, kv_width());
-    cache.dv.resize(tokens, kv_width());
-    cache.dx.resize(tokens, config_.d_model);
-
-    multiply_nn<T>(dy, output().value, cache.d_context);
-    multiply_tn<T>(dy, cache.context, output().gradient(), true);
-    core(cache).backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv,
-                         cache.attention, d_sinks());
-    stages_.backward(cache.positions, cache.q, cache.k, cache.dq, cache.dk, cache.dv, cache.stages);
-
-    const std::array<Product<T>, 3> weights = {
-        product_tn<T>(cache.dq, cache.x, query().gradient(), true),
-        product_tn<T>(cache.dk, cache.x, key().gradient(), true),
-        product_tn<T>(cache.dv, cache.x, value().gradient(), true)};
-    multiply<T>(weights);
-    if (config_.qkv_bias) {
-      add_rows_to<T>(cache.dq, query_bias_.gradient().data());
-      add_rows_to<T>(cache.dk, key_bias_.gradient().data());
-      add_rows_to<T>(cache.dv, value_bias_.gradient().data());
-    }
-    if (config_.output_bias) add_rows_to<T>(dy, output_bias_.gradient().data());
-    multiply_nn<T>(cache.dq, query().value, cache.dx);
-    multiply_nn<T>(cache.dk, key().value, cache.dx, true);
-    multiply_nn<T>(cache.dv, value().value, cache.dx, true);
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
   /// Continues several sequences at once: token by token, in chunks, or with whole prompts.
   /// \param x       [new tokens, d_model], those of all sequences one after the other.
@@ -175,27 +119,7 @@ class GroupedQueryAttention {
   /// \throws StateError   unless there is one state for each sequence, all different.
   /// \throws ConfigError  if a token is padding: a state has no place for it.
   const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
-                          Cache& cache) const {
-    check_decode(x, pass, states);
-    cache.state.begin();
-    cache.rows.set("GroupedQueryAttention::decode", pass, x.rows());
-    fill_spans(cache.rows.sequences(), cache.spans);
-    for (std::size_t s = 0; s < states.size(); ++s) make_sight(*states[s], cache.spans.at(s));
-    project(x, Pass{}, cache);
-    cache.kept.clear();
-    for (std::size_t s = 0; s < states.size(); ++s) {
-      const AttentionSpan& span = cache.spans.at(s);
-      State& kv = *states[s];
-      kv.append(cache.k.middleRows(span.query_begin, span.queries),
-                cache.v.middleRows(span.query_begin, span.queries));
-      cache.kept.push_back({kv.keys().data(), kv_width(), kv.values().data(), kv_width()});
-    }
-    cache.context.resize(x.rows(), query_width());
-    CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.kept, sinks())
-        .forward(cache.context, cache.attention);
-    project_out(cache);
-    return cache.y;
-  }
+                          Cache& cache) const;
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -229,47 +153,13 @@ class GroupedQueryAttention {
     return span_of(sinks_.gradient().data(), config_.heads);
   }
 
-  void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const {
-    constexpr auto kWhere = "GroupedQueryAttention::decode";
-    expect_columns(kWhere, "x", x, config_.d_model);
-    pass.check(kWhere, x.rows());
-    expect_states<State>(kWhere, pass, states);
-    for (const State* kv : states) {
-      if (kv->empty()) continue;
-      expect_shape(kWhere, "kv.keys", kv->keys(), kv->held(), kv_width());
-      expect_shape(kWhere, "kv.values", kv->values(), kv->held(), kv_width());
-      const Index needed = config_.shape().first_visible(kv->length());
-      if (kv->first() > needed) {
-        fail<StateError>(kWhere, ": kv begins at position ", kv->first(), ", expected ", needed,
-                         " or before: it is of a layer with a smaller window");
-      }
-    }
-  }
+  void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const;
 
   /// Lets a state forget what its next tokens do not see, and gives the remaining keys to the span.
-  void make_sight(State& kv, AttentionSpan& span) const {
-    if (config_.window > 0 || config_.chunk > 0) {
-      const Index from = std::max<Index>(0, kv.length() - State::kSlack);
-      kv.forget(config_.shape().first_visible(from), from);
-    }
-    span.first_key = kv.first();
-    span.keys += kv.held();
-  }
+  void make_sight(State& kv, AttentionSpan& span) const;
 
   /// Projects x to cache.q, k and v, at the positions that the spans give.
-  void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.q.resize(x.rows(), query_width());
-    cache.k.resize(x.rows(), kv_width());
-    cache.v.resize(x.rows(), kv_width());
-    kernels::multiply_weights<T, 3>(x, {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
-    if (config_.qkv_bias) {
-      add_to_each_row<T>(query_bias_.value.data(), cache.q);
-      add_to_each_row<T>(key_bias_.value.data(), cache.k);
-      add_to_each_row<T>(value_bias_.value.data(), cache.v);
-    }
-    fill_positions(cache.spans, x.rows(), cache.positions);
-    stages_.forward(cache.positions, pass, cache.q, cache.k, cache.v, cache.stages);
-  }
+  void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   CausalAttention<T> core(const Cache& cache) const {
     return {config_.shape(), cache.spans, cache.rows.mask(), cache.q, cache.k, cache.v, sinks()};
@@ -289,4 +179,144 @@ class GroupedQueryAttention {
   QkvStages<T> stages_;
 };
 
+template <std::floating_point T>
+GroupedQueryAttention<T>::GroupedQueryAttention(Rng& rng, const Config& config)
+    : config_(config.checked()),
+      query_(initial(query_width(), config_.d_model, rng)),
+      key_(initial(kv_width(), config_.d_model, rng)),
+      value_(initial(kv_width(), config_.d_model, rng)),
+      output_(initial(config_.d_model, query_width(), rng)),
+      stages_(config_) {
+  if (config_.qkv_bias) {
+    query_bias_.value.setZero(1, query_width());
+    key_bias_.value.setZero(1, kv_width());
+    value_bias_.value.setZero(1, kv_width());
+  }
+  if (config_.output_bias) output_bias_.value.setZero(1, config_.d_model);
+  if (config_.sinks) sinks_.value.setZero(1, config_.heads);
+}
+
+template <std::floating_point T>
+const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pass,
+                                                   Cache& cache) const {
+  cache.state.begin();
+  expect_columns("GroupedQueryAttention::forward", "x", x, config_.d_model);
+  cache.rows.set("GroupedQueryAttention::forward", pass, x.rows());
+  if (pass.training) cache.x = x;
+  fill_spans(cache.rows.sequences(), cache.spans);
+  project(x, pass, cache);
+  cache.context.resize(x.rows(), query_width());
+  core(cache).forward(cache.context, cache.attention);
+  project_out(cache);
+  return cache.state.finish(*this, pass, cache.y);
+}
+
+template <std::floating_point T>
+const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
+  expect_trainable("GroupedQueryAttention::backward", query_.storage());
+  cache.state.begin_backward("GroupedQueryAttention::backward", *this, dy);
+  const Index tokens = dy.rows();
+  cache.d_context.resize(tokens, query_width());
+  cache.dq.resize(tokens, query_width());
+  cache.dk.resize(tokens, kv_width());
+  cache.dv.resize(tokens, kv_width());
+  cache.dx.resize(tokens, config_.d_model);
+
+  multiply_nn<T>(dy, output().value, cache.d_context);
+  multiply_tn<T>(dy, cache.context, output().gradient(), true);
+  core(cache).backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv,
+                       cache.attention, d_sinks());
+  stages_.backward(cache.positions, cache.q, cache.k, cache.dq, cache.dk, cache.dv, cache.stages);
+
+  const std::array<Product<T>, 3> weights = {
+      product_tn<T>(cache.dq, cache.x, query().gradient(), true),
+      product_tn<T>(cache.dk, cache.x, key().gradient(), true),
+      product_tn<T>(cache.dv, cache.x, value().gradient(), true)};
+  multiply<T>(weights);
+  if (config_.qkv_bias) {
+    add_rows_to<T>(cache.dq, query_bias_.gradient().data());
+    add_rows_to<T>(cache.dk, key_bias_.gradient().data());
+    add_rows_to<T>(cache.dv, value_bias_.gradient().data());
+  }
+  if (config_.output_bias) add_rows_to<T>(dy, output_bias_.gradient().data());
+  multiply_nn<T>(cache.dq, query().value, cache.dx);
+  multiply_nn<T>(cache.dk, key().value, cache.dx, true);
+  multiply_nn<T>(cache.dv, value().value, cache.dx, true);
+  return cache.dx;
+}
+
+template <std::floating_point T>
+const Matrix<T>& GroupedQueryAttention<T>::decode(MatrixIn<T> x, const Pass& pass,
+                                                  std::span<State* const> states,
+                                                  Cache& cache) const {
+  check_decode(x, pass, states);
+  cache.state.begin();
+  cache.rows.set("GroupedQueryAttention::decode", pass, x.rows());
+  fill_spans(cache.rows.sequences(), cache.spans);
+  for (std::size_t s = 0; s < states.size(); ++s) make_sight(*states[s], cache.spans.at(s));
+  project(x, Pass{}, cache);
+  cache.kept.clear();
+  for (std::size_t s = 0; s < states.size(); ++s) {
+    const AttentionSpan& span = cache.spans.at(s);
+    State& kv = *states[s];
+    kv.append(cache.k.middleRows(span.query_begin, span.queries),
+              cache.v.middleRows(span.query_begin, span.queries));
+    cache.kept.push_back({kv.keys().data(), kv_width(), kv.values().data(), kv_width()});
+  }
+  cache.context.resize(x.rows(), query_width());
+  CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.kept, sinks())
+      .forward(cache.context, cache.attention);
+  project_out(cache);
+  return cache.y;
+}
+
+template <std::floating_point T>
+void GroupedQueryAttention<T>::check_decode(MatrixIn<T> x, const Pass& pass,
+                                            std::span<State* const> states) const {
+  constexpr auto kWhere = "GroupedQueryAttention::decode";
+  expect_columns(kWhere, "x", x, config_.d_model);
+  pass.check(kWhere, x.rows());
+  expect_states<State>(kWhere, pass, states);
+  for (const State* kv : states) {
+    if (kv->empty()) continue;
+    expect_shape(kWhere, "kv.keys", kv->keys(), kv->held(), kv_width());
+    expect_shape(kWhere, "kv.values", kv->values(), kv->held(), kv_width());
+    const Index needed = config_.shape().first_visible(kv->length());
+    if (kv->first() > needed) {
+      fail<StateError>(kWhere, ": kv begins at position ", kv->first(), ", expected ", needed,
+                       " or before: it is of a layer with a smaller window");
+    }
+  }
+}
+
+template <std::floating_point T>
+void GroupedQueryAttention<T>::make_sight(State& kv, AttentionSpan& span) const {
+  if (config_.window > 0 || config_.chunk > 0) {
+    const Index from = std::max<Index>(0, kv.length() - State::kSlack);
+    kv.forget(config_.shape().first_visible(from), from);
+  }
+  span.first_key = kv.first();
+  span.keys += kv.held();
+}
+
+template <std::floating_point T>
+void GroupedQueryAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.q.resize(x.rows(), query_width());
+  cache.k.resize(x.rows(), kv_width());
+  cache.v.resize(x.rows(), kv_width());
+  kernels::multiply_weights<T, 3>(x, {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
+  if (config_.qkv_bias) {
+    add_to_each_row<T>(query_bias_.value.data(), cache.q);
+    add_to_each_row<T>(key_bias_.value.data(), cache.k);
+    add_to_each_row<T>(value_bias_.value.data(), cache.v);
+  }
+  fill_positions(cache.spans, x.rows(), cache.positions);
+  stages_.forward(cache.positions, pass, cache.q, cache.k, cache.v, cache.stages);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::GroupedQueryAttention<float>;
+extern template class weir::GroupedQueryAttention<double>;
+#endif

@@ -45,14 +45,7 @@ class GrowingRows {
   }
 
   /// Adds the rows [left | right].
-  void append(MatrixIn<T> left, MatrixIn<T> right) {
-    make_room(left.rows(), left.cols() + right.cols(), kUnlimited);
-    for (Index i = 0; i < left.rows(); ++i) {
-      add_row_of(left, i);
-      add_row_of(right, i);
-    }
-    count_ += left.rows();
-  }
+  void append(MatrixIn<T> left, MatrixIn<T> right);
 
   /// Makes room for `count` rows in all. Has no effect before the width is known.
   void reserve(Index count) { numbers_.reserve(size_of(std::max(count, count_))); }
@@ -65,31 +58,12 @@ class GrowingRows {
 
   /// Removes the first `count` rows; the others move to the front. Memory for far more than `most`
   /// rows is given up.
-  void drop_front(Index count, Index most) {
-    constexpr std::size_t kFarTooMuch = 4;
-    const auto kept = numbers_.begin() + count * width_;
-    if (numbers_.capacity() <= kFarTooMuch * size_of(most)) {
-      numbers_.erase(numbers_.begin(), kept);
-    } else {
-      std::vector<T> rest;
-      rest.reserve(size_of(most));
-      rest.insert(rest.end(), kept, numbers_.end());
-      numbers_ = std::move(rest);
-    }
-    count_ -= count;
-  }
+  void drop_front(Index count, Index most);
 
  private:
   std::size_t size_of(Index rows) const { return static_cast<std::size_t>(rows * width_); }
 
-  void make_room(Index more, Index width, Index most) {
-    if (empty()) width_ = width;
-    const std::size_t size = size_of(count_ + more);
-    if (size <= numbers_.capacity()) return;
-    std::size_t room = 2 * numbers_.capacity();
-    if (most < kUnlimited) room = std::min(room, size_of(most + more));
-    numbers_.reserve(std::max(size, room));
-  }
+  void make_room(Index more, Index width, Index most);
 
   void add_row_of(MatrixIn<T> rows, Index i) {
     const T* const row = rows.data() + i * rows.outerStride();
@@ -101,4 +75,44 @@ class GrowingRows {
   Index width_ = 0;
 };
 
+template <class T>
+void GrowingRows<T>::append(MatrixIn<T> left, MatrixIn<T> right) {
+  make_room(left.rows(), left.cols() + right.cols(), kUnlimited);
+  for (Index i = 0; i < left.rows(); ++i) {
+    add_row_of(left, i);
+    add_row_of(right, i);
+  }
+  count_ += left.rows();
+}
+
+template <class T>
+void GrowingRows<T>::drop_front(Index count, Index most) {
+  constexpr std::size_t kFarTooMuch = 4;
+  const auto kept = numbers_.begin() + count * width_;
+  if (numbers_.capacity() <= kFarTooMuch * size_of(most)) {
+    numbers_.erase(numbers_.begin(), kept);
+  } else {
+    std::vector<T> rest;
+    rest.reserve(size_of(most));
+    rest.insert(rest.end(), kept, numbers_.end());
+    numbers_ = std::move(rest);
+  }
+  count_ -= count;
+}
+
+template <class T>
+void GrowingRows<T>::make_room(Index more, Index width, Index most) {
+  if (empty()) width_ = width;
+  const std::size_t size = size_of(count_ + more);
+  if (size <= numbers_.capacity()) return;
+  std::size_t room = 2 * numbers_.capacity();
+  if (most < kUnlimited) room = std::min(room, size_of(most + more));
+  numbers_.reserve(std::max(size, room));
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::GrowingRows<float>;
+extern template class weir::GrowingRows<double>;
+#endif

@@ -68,37 +68,12 @@ class KvCache {
   /// position `from` on may see them. Once they are gone, the sequence can only be cut to `from`
   /// tokens or more, or to none.
   /// \throws ConfigError  unless position <= from <= length().
-  void forget(Index position, Index from) {
-    if (from > length() || position > from) {
-      fail<ConfigError>("KvCache::forget: position = ", position, " and from = ", from,
-                        ", expected position <= from <= ", length());
-    }
-    const Index gone = std::max<Index>(0, position - first_);
-    const Index kept = held() - gone;
-    most_ = kept + kept / 4;
-    if (gone == 0 || gone < kept / 4) return;
-    keys_.drop_front(gone, most_);
-    values_.drop_front(gone, most_);
-    first_ = position;
-    shortest_ = from;
-  }
+  void forget(Index position, Index from);
 
   /// Takes back all tokens but the first `length`, as after a rejected draft. Keeps the memory.
   /// \throws ConfigError  unless 0 <= length <= this->length().
   /// \throws StateError   if the next token would have to see some that have been forgotten.
-  void truncate(Index length) {
-    expect_in<Index>("KvCache::truncate", "length", length, 0, this->length());
-    if (length > 0 && length < shortest_) {
-      fail<StateError>("KvCache::truncate: length = ", length, ", expected 0 or at least ",
-                       shortest_, ": the tokens before position ", first_, " have been forgotten");
-    }
-    if (length == 0) {
-      first_ = shortest_ = 0;
-      most_ = GrowingRows<T>::kUnlimited;
-    }
-    keys_.truncate(length - first_);
-    values_.truncate(length - first_);
-  }
+  void truncate(Index length);
 
   /// Takes back all tokens. Keeps the memory.
   void clear() { truncate(0); }
@@ -110,4 +85,40 @@ class KvCache {
   Index most_ = GrowingRows<T>::kUnlimited;  // The most rows that `forget` leaves.
 };
 
+template <class T>
+void KvCache<T>::forget(Index position, Index from) {
+  if (from > length() || position > from) {
+    fail<ConfigError>("KvCache::forget: position = ", position, " and from = ", from,
+                      ", expected position <= from <= ", length());
+  }
+  const Index gone = std::max<Index>(0, position - first_);
+  const Index kept = held() - gone;
+  most_ = kept + kept / 4;
+  if (gone == 0 || gone < kept / 4) return;
+  keys_.drop_front(gone, most_);
+  values_.drop_front(gone, most_);
+  first_ = position;
+  shortest_ = from;
+}
+
+template <class T>
+void KvCache<T>::truncate(Index length) {
+  expect_in<Index>("KvCache::truncate", "length", length, 0, this->length());
+  if (length > 0 && length < shortest_) {
+    fail<StateError>("KvCache::truncate: length = ", length, ", expected 0 or at least ", shortest_,
+                     ": the tokens before position ", first_, " have been forgotten");
+  }
+  if (length == 0) {
+    first_ = shortest_ = 0;
+    most_ = GrowingRows<T>::kUnlimited;
+  }
+  keys_.truncate(length - first_);
+  values_.truncate(length - first_);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::KvCache<float>;
+extern template class weir::KvCache<double>;
+#endif

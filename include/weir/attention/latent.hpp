@@ -76,56 +76,18 @@ class LatentAttention {
 
   /// Weights begin as `switch_init`, norms as one.
   /// \throws ConfigError  if the config is not sound, see `LatentConfig::check`.
-  LatentAttention(Rng& rng, const Config& config)
-      : config_(checked(config)),
-        rope_(config_.rope_dim, RopeConfig{.theta = config_.rope_theta,
-                                           .layout = RopeLayout::kInterleaved,
-                                           .yarn = config_.yarn}),
-        kv_norm_(config_.kv_rank, {.epsilon = config_.norm_epsilon}),
-        query_(initial(config_.heads * config_.query_dim(),
-                       is_low_rank() ? config_.q_rank : config_.d_model, rng)),
-        kv_down_(initial(config_.kv_rank + config_.rope_dim, config_.d_model, rng)),
-        expanded_(rng, config_),
-        output_(initial(config_.d_model, config_.heads * config_.value_dim, rng)),
-        absorbed_(config_) {
-    if (is_low_rank()) {
-      query_down_ = kernels::Weight<T>(initial(config_.q_rank, config_.d_model, rng));
-      query_norm_.emplace(config_.q_rank, RmsNormConfig{.epsilon = config_.norm_epsilon});
-    }
-  }
+  LatentAttention(Rng& rng, const Config& config);
 
   const Config& config() const { return config_; }
 
   /// See `weir::set_storage`; norms stay parameters.
-  void set_storage(Storage storage) {
-    if (storage == output_.storage()) return;
-    if (config_.decoding != LatentDecoding::kExpanded) {
-      expanded_.set_storage(Storage::kTrainable);
-      absorbed_.set_storage(expanded_.key_up(), expanded_.value_up(), storage);
-    }
-    expanded_.set_storage(storage);
-    for (kernels::Weight<T>* weight : {&query_down_, &query_, &kv_down_, &output_}) {
-      weight->set_storage(storage);
-    }
-  }
+  void set_storage(Storage storage);
 
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
   /// \param pass  Its sequences and its padding mask are used.
   /// \return      [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns, or pass does not fit it.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("LatentAttention::forward", "x", x, config_.d_model);
-    cache.rows.set("LatentAttention::forward", pass, x.rows());
-    if (pass.training) cache.x = x;
-    fill_spans(cache.rows.sequences(), cache.spans);
-    project(x, pass, cache);
-    cache.context.resize(x.rows(), config_.heads * config_.value_dim);
-    expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,
-                      cache.rows.mask(), cache.context, cache.expanded);
-    project_out(cache);
-    return cache.state.finish(*this, pass, cache.y);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of the parameters.
   /// \param dy  [tokens, d_model], the gradient of what `forward` returned last.
@@ -133,41 +95,7 @@ class LatentAttention {
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
   ///                      for inference.
   /// \throws ShapeError   if dy is not shaped like the output.
-  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    expect_trainable("LatentAttention::backward", output_.storage());
-    cache.state.begin_backward("LatentAttention::backward", *this, dy);
-    const Index tokens = dy.rows();
-    cache.d_context.resize(tokens, cache.context.cols());
-    cache.dq.resize(tokens, cache.q.cols());
-    cache.d_latent.resize(tokens, config_.kv_rank);
-    cache.d_kv.resize(tokens, cache.kv.cols());
-    cache.dx.resize(tokens, config_.d_model);
-    auto d_rope_keys = cache.d_kv.rightCols(config_.rope_dim);
-
-    multiply_nn<T>(dy, value_of(output_), cache.d_context);
-    multiply_tn<T>(dy, cache.context, gradient_of(output_), true);
-    expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, cache.rows.mask(), cache.context,
-                       cache.d_context, cache.dq, cache.d_latent, d_rope_keys, cache.expanded);
-    rope_.template rotate_back<T>(cache.dq, cache.angles, rotated_part());
-    rope_.template rotate_back<T>(d_rope_keys, cache.angles);
-
-    cache.d_kv.leftCols(config_.kv_rank) = kv_norm_.backward(cache.d_latent, cache.kv_norm);
-    multiply_tn<T>(cache.d_kv, cache.x, gradient_of(kv_down_), true);
-    multiply_nn<T>(cache.d_kv, value_of(kv_down_), cache.dx);
-
-    if (is_low_rank()) {
-      cache.d_query_latent.resize(tokens, config_.q_rank);
-      multiply_tn<T>(cache.dq, cache.query_norm.y, gradient_of(query_), true);
-      multiply_nn<T>(cache.dq, value_of(query_), cache.d_query_latent);
-      const Matrix<T>& d_down = query_norm_->backward(cache.d_query_latent, cache.query_norm);
-      multiply_tn<T>(d_down, cache.x, gradient_of(query_down_), true);
-      multiply_nn<T>(d_down, value_of(query_down_), cache.dx, true);
-    } else {
-      multiply_tn<T>(cache.dq, cache.x, gradient_of(query_), true);
-      multiply_nn<T>(cache.dq, value_of(query_), cache.dx, true);
-    }
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
   /// Continues several sequences at once: token by token, in chunks, or with whole prompts.
   /// \param x       [new tokens, d_model], those of the sequences of `pass` one after the other.
@@ -180,36 +108,7 @@ class LatentAttention {
   /// \throws StateError   unless there is one state for each sequence, all different.
   /// \throws ConfigError  if a token is padding: a state has no place for it.
   const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
-                          Cache& cache) const {
-    check_decode(x, pass, states);
-    cache.state.begin();
-    cache.rows.set("LatentAttention::decode", pass, x.rows());
-    fill_spans(cache.rows.sequences(), cache.spans);
-    for (std::size_t s = 0; s < states.size(); ++s) {
-      cache.spans.at(s).key_begin = 0;
-      cache.spans.at(s).keys += states[s]->length();
-    }
-    project(x, Pass{}, cache);
-    const auto rope_keys = cache.kv.rightCols(config_.rope_dim);
-    cache.context.resize(x.rows(), config_.heads * config_.value_dim);
-    cache.absorbed.clear();
-    for (std::size_t s = 0; s < states.size(); ++s) {
-      const AttentionSpan& span = cache.spans.at(s);
-      State& state = *states[s];
-      state.append(cache.kv_norm.y.middleRows(span.query_begin, span.queries),
-                   rope_keys.middleRows(span.query_begin, span.queries));
-      if (is_absorbed(span)) {
-        cache.absorbed.add(span, state);
-      } else {
-        expanded_.forward(cache.q, state.latents(), state.rope_keys(), {&span, 1}, {},
-                          cache.context, cache.expanded);
-      }
-    }
-    absorbed_.attend(cache.q, expanded_.key_up(), expanded_.value_up(), cache.context,
-                     cache.absorbed);
-    project_out(cache);
-    return cache.y;
-  }
+                          Cache& cache) const;
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -247,51 +146,14 @@ class LatentAttention {
   bool is_low_rank() const { return config_.q_rank > 0; }
   Rope::Part rotated_part() const { return {config_.query_dim(), config_.nope_dim}; }
 
-  void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const {
-    constexpr auto kWhere = "LatentAttention::decode";
-    expect_columns(kWhere, "x", x, config_.d_model);
-    pass.check(kWhere, x.rows());
-    expect_states(kWhere, pass, states);
-    for (const State* held : states) {
-      if (held->empty()) continue;
-      expect_shape(kWhere, "latents", held->latents(), held->length(), config_.kv_rank);
-      expect_shape(kWhere, "rope_keys", held->rope_keys(), held->length(), config_.rope_dim);
-    }
-  }
+  void check_decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states) const;
 
   /// Projects x to queries, latents and keys of positions, rotated to the positions of the spans.
-  void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    const Index tokens = x.rows();
-    cache.q.resize(tokens, config_.heads * config_.query_dim());
-    cache.kv.resize(tokens, config_.kv_rank + config_.rope_dim);
-    if (is_low_rank()) {
-      cache.query_down.resize(tokens, config_.q_rank);
-      kernels::multiply_weights<T, 2>(x, {{{query_down_, cache.query_down}, {kv_down_, cache.kv}}});
-      query_norm_->forward(cache.query_down, pass, cache.query_norm);
-      kernels::multiply_weights<T, 1>(cache.query_norm.y, {{{query_, cache.q}}});
-    } else {
-      kernels::multiply_weights<T, 2>(x, {{{query_, cache.q}, {kv_down_, cache.kv}}});
-    }
-    kv_norm_.forward(cache.kv.leftCols(config_.kv_rank), pass, cache.kv_norm);
-
-    fill_positions(cache.spans, tokens, cache.positions);
-    rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
-    rope_.template rotate<T>(cache.q, cache.angles, rotated_part());
-    rope_.template rotate<T>(cache.kv.rightCols(config_.rope_dim), cache.angles);
-  }
+  void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Whether a sequence takes the absorbed way. Both ways are counted in multiply-adds of one head:
   /// queries go down to the latents and come up again, or all keys go up.
-  bool is_absorbed(const AttentionSpan& s) const {
-    if (config_.decoding != LatentDecoding::kCheaper) {
-      return config_.decoding == LatentDecoding::kAbsorbed;
-    }
-    const Index up = (config_.nope_dim + config_.value_dim) * config_.kv_rank;
-    const Index pairs = s.queries * (s.keys - s.queries) + s.queries * (s.queries + 1) / 2;
-    const Index absorbed = s.queries * up + pairs * (2 * config_.kv_rank + config_.rope_dim);
-    const Index expanded = s.keys * up + pairs * (config_.query_dim() + config_.value_dim);
-    return absorbed <= expanded;
-  }
+  bool is_absorbed(const AttentionSpan& s) const;
 
   /// Projects cache.context to cache.y.
   void project_out(Cache& cache) const {
@@ -309,4 +171,173 @@ class LatentAttention {
   LatentAbsorbed<T> absorbed_;
 };
 
+template <std::floating_point T>
+LatentAttention<T>::LatentAttention(Rng& rng, const Config& config)
+    : config_(checked(config)),
+      rope_(config_.rope_dim, RopeConfig{.theta = config_.rope_theta,
+                                         .layout = RopeLayout::kInterleaved,
+                                         .yarn = config_.yarn}),
+      kv_norm_(config_.kv_rank, {.epsilon = config_.norm_epsilon}),
+      query_(initial(config_.heads * config_.query_dim(),
+                     is_low_rank() ? config_.q_rank : config_.d_model, rng)),
+      kv_down_(initial(config_.kv_rank + config_.rope_dim, config_.d_model, rng)),
+      expanded_(rng, config_),
+      output_(initial(config_.d_model, config_.heads * config_.value_dim, rng)),
+      absorbed_(config_) {
+  if (is_low_rank()) {
+    query_down_ = kernels::Weight<T>(initial(config_.q_rank, config_.d_model, rng));
+    query_norm_.emplace(config_.q_rank, RmsNormConfig{.epsilon = config_.norm_epsilon});
+  }
+}
+
+template <std::floating_point T>
+void LatentAttention<T>::set_storage(Storage storage) {
+  if (storage == output_.storage()) return;
+  if (config_.decoding != LatentDecoding::kExpanded) {
+    expanded_.set_storage(Storage::kTrainable);
+    absorbed_.set_storage(expanded_.key_up(), expanded_.value_up(), storage);
+  }
+  expanded_.set_storage(storage);
+  for (kernels::Weight<T>* weight : {&query_down_, &query_, &kv_down_, &output_}) {
+    weight->set_storage(storage);
+  }
+}
+
+template <std::floating_point T>
+const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("LatentAttention::forward", "x", x, config_.d_model);
+  cache.rows.set("LatentAttention::forward", pass, x.rows());
+  if (pass.training) cache.x = x;
+  fill_spans(cache.rows.sequences(), cache.spans);
+  project(x, pass, cache);
+  cache.context.resize(x.rows(), config_.heads * config_.value_dim);
+  expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,
+                    cache.rows.mask(), cache.context, cache.expanded);
+  project_out(cache);
+  return cache.state.finish(*this, pass, cache.y);
+}
+
+template <std::floating_point T>
+const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
+  expect_trainable("LatentAttention::backward", output_.storage());
+  cache.state.begin_backward("LatentAttention::backward", *this, dy);
+  const Index tokens = dy.rows();
+  cache.d_context.resize(tokens, cache.context.cols());
+  cache.dq.resize(tokens, cache.q.cols());
+  cache.d_latent.resize(tokens, config_.kv_rank);
+  cache.d_kv.resize(tokens, cache.kv.cols());
+  cache.dx.resize(tokens, config_.d_model);
+  auto d_rope_keys = cache.d_kv.rightCols(config_.rope_dim);
+
+  multiply_nn<T>(dy, value_of(output_), cache.d_context);
+  multiply_tn<T>(dy, cache.context, gradient_of(output_), true);
+  expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, cache.rows.mask(), cache.context,
+                     cache.d_context, cache.dq, cache.d_latent, d_rope_keys, cache.expanded);
+  rope_.template rotate_back<T>(cache.dq, cache.angles, rotated_part());
+  rope_.template rotate_back<T>(d_rope_keys, cache.angles);
+
+  cache.d_kv.leftCols(config_.kv_rank) = kv_norm_.backward(cache.d_latent, cache.kv_norm);
+  multiply_tn<T>(cache.d_kv, cache.x, gradient_of(kv_down_), true);
+  multiply_nn<T>(cache.d_kv, value_of(kv_down_), cache.dx);
+
+  if (is_low_rank()) {
+    cache.d_query_latent.resize(tokens, config_.q_rank);
+    multiply_tn<T>(cache.dq, cache.query_norm.y, gradient_of(query_), true);
+    multiply_nn<T>(cache.dq, value_of(query_), cache.d_query_latent);
+    const Matrix<T>& d_down = query_norm_->backward(cache.d_query_latent, cache.query_norm);
+    multiply_tn<T>(d_down, cache.x, gradient_of(query_down_), true);
+    multiply_nn<T>(d_down, value_of(query_down_), cache.dx, true);
+  } else {
+    multiply_tn<T>(cache.dq, cache.x, gradient_of(query_), true);
+    multiply_nn<T>(cache.dq, value_of(query_), cache.dx, true);
+  }
+  return cache.dx;
+}
+
+template <std::floating_point T>
+const Matrix<T>& LatentAttention<T>::decode(MatrixIn<T> x, const Pass& pass,
+                                            std::span<State* const> states, Cache& cache) const {
+  check_decode(x, pass, states);
+  cache.state.begin();
+  cache.rows.set("LatentAttention::decode", pass, x.rows());
+  fill_spans(cache.rows.sequences(), cache.spans);
+  for (std::size_t s = 0; s < states.size(); ++s) {
+    cache.spans.at(s).key_begin = 0;
+    cache.spans.at(s).keys += states[s]->length();
+  }
+  project(x, Pass{}, cache);
+  const auto rope_keys = cache.kv.rightCols(config_.rope_dim);
+  cache.context.resize(x.rows(), config_.heads * config_.value_dim);
+  cache.absorbed.clear();
+  for (std::size_t s = 0; s < states.size(); ++s) {
+    const AttentionSpan& span = cache.spans.at(s);
+    State& state = *states[s];
+    state.append(cache.kv_norm.y.middleRows(span.query_begin, span.queries),
+                 rope_keys.middleRows(span.query_begin, span.queries));
+    if (is_absorbed(span)) {
+      cache.absorbed.add(span, state);
+    } else {
+      expanded_.forward(cache.q, state.latents(), state.rope_keys(), {&span, 1}, {}, cache.context,
+                        cache.expanded);
+    }
+  }
+  absorbed_.attend(cache.q, expanded_.key_up(), expanded_.value_up(), cache.context,
+                   cache.absorbed);
+  project_out(cache);
+  return cache.y;
+}
+
+template <std::floating_point T>
+void LatentAttention<T>::check_decode(MatrixIn<T> x, const Pass& pass,
+                                      std::span<State* const> states) const {
+  constexpr auto kWhere = "LatentAttention::decode";
+  expect_columns(kWhere, "x", x, config_.d_model);
+  pass.check(kWhere, x.rows());
+  expect_states(kWhere, pass, states);
+  for (const State* held : states) {
+    if (held->empty()) continue;
+    expect_shape(kWhere, "latents", held->latents(), held->length(), config_.kv_rank);
+    expect_shape(kWhere, "rope_keys", held->rope_keys(), held->length(), config_.rope_dim);
+  }
+}
+
+template <std::floating_point T>
+void LatentAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  const Index tokens = x.rows();
+  cache.q.resize(tokens, config_.heads * config_.query_dim());
+  cache.kv.resize(tokens, config_.kv_rank + config_.rope_dim);
+  if (is_low_rank()) {
+    cache.query_down.resize(tokens, config_.q_rank);
+    kernels::multiply_weights<T, 2>(x, {{{query_down_, cache.query_down}, {kv_down_, cache.kv}}});
+    query_norm_->forward(cache.query_down, pass, cache.query_norm);
+    kernels::multiply_weights<T, 1>(cache.query_norm.y, {{{query_, cache.q}}});
+  } else {
+    kernels::multiply_weights<T, 2>(x, {{{query_, cache.q}, {kv_down_, cache.kv}}});
+  }
+  kv_norm_.forward(cache.kv.leftCols(config_.kv_rank), pass, cache.kv_norm);
+
+  fill_positions(cache.spans, tokens, cache.positions);
+  rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
+  rope_.template rotate<T>(cache.q, cache.angles, rotated_part());
+  rope_.template rotate<T>(cache.kv.rightCols(config_.rope_dim), cache.angles);
+}
+
+template <std::floating_point T>
+bool LatentAttention<T>::is_absorbed(const AttentionSpan& s) const {
+  if (config_.decoding != LatentDecoding::kCheaper) {
+    return config_.decoding == LatentDecoding::kAbsorbed;
+  }
+  const Index up = (config_.nope_dim + config_.value_dim) * config_.kv_rank;
+  const Index pairs = s.queries * (s.keys - s.queries) + s.queries * (s.queries + 1) / 2;
+  const Index absorbed = s.queries * up + pairs * (2 * config_.kv_rank + config_.rope_dim);
+  const Index expanded = s.keys * up + pairs * (config_.query_dim() + config_.value_dim);
+  return absorbed <= expanded;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::LatentAttention<float>;
+extern template class weir::LatentAttention<double>;
+#endif

@@ -76,38 +76,7 @@ class LatentAbsorbed {
   /// \param value_up  [heads * value_dim, kv_rank]; read unless the copies are stored for
   /// inference. \param context   [tokens, heads * value_dim]
   void attend(const Matrix<T>& q, const Matrix<T>& key_up, const Matrix<T>& value_up,
-              Matrix<T>& context, Cache& cache) const {
-    if (cache.rows.empty()) return;
-    const Index count = cache.rows.count();
-    const Index heads = config_.heads;
-    const Index rank = config_.kv_rank;
-    const Index width = rank + config_.rope_dim;
-
-    auto low_q = cache.q.reshape(count, heads * width);
-    auto nope = cache.apart.reshape(heads * count, config_.nope_dim);
-    for_each_head(count, config_.query_dim(), [&](Index i, Index h) {
-      const T* const from = &q(cache.rows[i], h * config_.query_dim());
-      std::copy_n(from, config_.nope_dim, &nope(h * count + i, 0));
-      std::copy_n(from + config_.nope_dim, config_.rope_dim, &low_q(i, h * width + rank));
-    });
-    keys_.multiply(nope, key_up, low_q, width, cache.products);
-
-    auto latents = cache.latents.reshape(count, heads * rank);
-    CausalAttention<T>({heads, 1, width, rank, config_.scale()}, cache.spans, low_q, cache.kept)
-        .forward(latents, cache.attention);
-
-    auto sums = cache.apart.reshape(heads * count, rank);
-    for_each_head(count, rank, [&](Index i, Index h) {
-      std::copy_n(&latents(i, h * rank), rank, &sums(h * count + i, 0));
-    });
-    auto values = cache.context.reshape(count, heads * config_.value_dim);
-    values_.multiply(sums, value_up, values, config_.value_dim, cache.products);
-    parallel_rows(count, values.cols(), [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) {
-        std::copy_n(&values(i, 0), values.cols(), &context(cache.rows[i], 0));
-      }
-    });
-  }
+              Matrix<T>& context, Cache& cache) const;
 
  private:
   /// Calls `body(i, h)` for each row and head.
@@ -124,4 +93,44 @@ class LatentAbsorbed {
   kernels::HeadBlocks<T> keys_, values_;
 };
 
+template <class T>
+void LatentAbsorbed<T>::attend(const Matrix<T>& q, const Matrix<T>& key_up,
+                               const Matrix<T>& value_up, Matrix<T>& context, Cache& cache) const {
+  if (cache.rows.empty()) return;
+  const Index count = cache.rows.count();
+  const Index heads = config_.heads;
+  const Index rank = config_.kv_rank;
+  const Index width = rank + config_.rope_dim;
+
+  auto low_q = cache.q.reshape(count, heads * width);
+  auto nope = cache.apart.reshape(heads * count, config_.nope_dim);
+  for_each_head(count, config_.query_dim(), [&](Index i, Index h) {
+    const T* const from = &q(cache.rows[i], h * config_.query_dim());
+    std::copy_n(from, config_.nope_dim, &nope(h * count + i, 0));
+    std::copy_n(from + config_.nope_dim, config_.rope_dim, &low_q(i, h * width + rank));
+  });
+  keys_.multiply(nope, key_up, low_q, width, cache.products);
+
+  auto latents = cache.latents.reshape(count, heads * rank);
+  CausalAttention<T>({heads, 1, width, rank, config_.scale()}, cache.spans, low_q, cache.kept)
+      .forward(latents, cache.attention);
+
+  auto sums = cache.apart.reshape(heads * count, rank);
+  for_each_head(count, rank, [&](Index i, Index h) {
+    std::copy_n(&latents(i, h * rank), rank, &sums(h * count + i, 0));
+  });
+  auto values = cache.context.reshape(count, heads * config_.value_dim);
+  values_.multiply(sums, value_up, values, config_.value_dim, cache.products);
+  parallel_rows(count, values.cols(), [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      std::copy_n(&values(i, 0), values.cols(), &context(cache.rows[i], 0));
+    }
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::LatentAbsorbed<float>;
+extern template class weir::LatentAbsorbed<double>;
+#endif

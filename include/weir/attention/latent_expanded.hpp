@@ -76,20 +76,7 @@ class LatentExpanded {
   /// \param context    The result of `forward`.
   void backward(MatrixIn<T> q, MatrixIn<T> latents, std::span<const AttentionSpan> spans,
                 std::span<const std::uint8_t> mask, MatrixIn<T> context, MatrixIn<T> d_context,
-                MatrixOut<T> dq, MatrixOut<T> d_latents, MatrixOut<T> d_rope_keys, Cache& cache) {
-    cache.dk.resize(cache.k.rows(), cache.k.cols());
-    cache.dv.resize(cache.v.rows(), cache.v.cols());
-    cache.d_key_nope.resize(cache.key_nope.rows(), cache.key_nope.cols());
-    core(q, spans, mask, cache)
-        .backward(context, d_context, dq, cache.dk, cache.dv, cache.attention);
-    take_apart(cache, d_rope_keys);
-    const std::array<Product<T>, 2> weights = {
-        product_tn<T>(cache.d_key_nope, latents, key_up_.parameter().gradient(), true),
-        product_tn<T>(cache.dv, latents, value_up_.parameter().gradient(), true)};
-    multiply<T>(weights);
-    multiply_nn<T>(cache.d_key_nope, key_up(), d_latents);
-    multiply_nn<T>(cache.dv, value_up(), d_latents, true);
-  }
+                MatrixOut<T> dq, MatrixOut<T> d_latents, MatrixOut<T> d_rope_keys, Cache& cache);
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -100,52 +87,87 @@ class LatentExpanded {
 
  private:
   /// Computes the keys and values of all heads.
-  void expand(MatrixIn<T> latents, MatrixIn<T> rope_keys, Cache& cache) const {
-    const Index keys = latents.rows();
-    const Index nope = config_.nope_dim;
-    auto key_nope = cache.key_nope.reshape(keys, config_.heads * nope);
-    auto v = cache.v.reshape(keys, config_.heads * config_.value_dim);
-    kernels::multiply_weights<T, 2>(latents, {{{key_up_, key_nope}, {value_up_, v}}});
-    auto k = cache.k.reshape(keys, config_.heads * config_.query_dim());
-    parallel_rows(keys, k.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        for (Index h = 0; h < config_.heads; ++h) {
-          T* const to = &k(t, h * config_.query_dim());
-          std::copy_n(&key_nope(t, h * nope), nope, to);
-          std::copy_n(&rope_keys.coeffRef(t, 0), config_.rope_dim, to + nope);
-        }
-      }
-    });
-  }
+  void expand(MatrixIn<T> latents, MatrixIn<T> rope_keys, Cache& cache) const;
 
   /// The reverse of `expand` for gradients: splits cache.dk into d_key_nope and, summed over heads,
   /// d_rope_keys.
-  void take_apart(Cache& cache, MatrixOut<T>& d_rope_keys) const {
-    const Index nope = config_.nope_dim;
-    parallel_rows(cache.dk.rows(), cache.dk.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        d_rope_keys.row(t).setZero();
-        for (Index h = 0; h < config_.heads; ++h) {
-          const T* const from = &cache.dk(t, h * config_.query_dim());
-          std::copy_n(from, nope, &cache.d_key_nope(t, h * nope));
-          for (Index i = 0; i < config_.rope_dim; ++i) d_rope_keys(t, i) += from[nope + i];
-        }
-      }
-    });
-  }
+  void take_apart(Cache& cache, MatrixOut<T>& d_rope_keys) const;
 
   CausalAttention<T> core(MatrixIn<T> q, std::span<const AttentionSpan> spans,
-                          std::span<const std::uint8_t> mask, const Cache& cache) const {
-    return {{config_.heads, config_.heads, config_.query_dim(), config_.value_dim, config_.scale()},
-            spans,
-            mask,
-            q,
-            cache.k.view(),
-            cache.v.view()};
-  }
+                          std::span<const std::uint8_t> mask, const Cache& cache) const;
 
   LatentConfig config_;
   kernels::Weight<T> key_up_, value_up_;
 };
 
+template <std::floating_point T>
+void LatentExpanded<T>::backward(MatrixIn<T> q, MatrixIn<T> latents,
+                                 std::span<const AttentionSpan> spans,
+                                 std::span<const std::uint8_t> mask, MatrixIn<T> context,
+                                 MatrixIn<T> d_context, MatrixOut<T> dq, MatrixOut<T> d_latents,
+                                 MatrixOut<T> d_rope_keys, Cache& cache) {
+  cache.dk.resize(cache.k.rows(), cache.k.cols());
+  cache.dv.resize(cache.v.rows(), cache.v.cols());
+  cache.d_key_nope.resize(cache.key_nope.rows(), cache.key_nope.cols());
+  core(q, spans, mask, cache).backward(context, d_context, dq, cache.dk, cache.dv, cache.attention);
+  take_apart(cache, d_rope_keys);
+  const std::array<Product<T>, 2> weights = {
+      product_tn<T>(cache.d_key_nope, latents, key_up_.parameter().gradient(), true),
+      product_tn<T>(cache.dv, latents, value_up_.parameter().gradient(), true)};
+  multiply<T>(weights);
+  multiply_nn<T>(cache.d_key_nope, key_up(), d_latents);
+  multiply_nn<T>(cache.dv, value_up(), d_latents, true);
+}
+
+template <std::floating_point T>
+void LatentExpanded<T>::expand(MatrixIn<T> latents, MatrixIn<T> rope_keys, Cache& cache) const {
+  const Index keys = latents.rows();
+  const Index nope = config_.nope_dim;
+  auto key_nope = cache.key_nope.reshape(keys, config_.heads * nope);
+  auto v = cache.v.reshape(keys, config_.heads * config_.value_dim);
+  kernels::multiply_weights<T, 2>(latents, {{{key_up_, key_nope}, {value_up_, v}}});
+  auto k = cache.k.reshape(keys, config_.heads * config_.query_dim());
+  parallel_rows(keys, k.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      for (Index h = 0; h < config_.heads; ++h) {
+        T* const to = &k(t, h * config_.query_dim());
+        std::copy_n(&key_nope(t, h * nope), nope, to);
+        std::copy_n(&rope_keys.coeffRef(t, 0), config_.rope_dim, to + nope);
+      }
+    }
+  });
+}
+
+template <std::floating_point T>
+void LatentExpanded<T>::take_apart(Cache& cache, MatrixOut<T>& d_rope_keys) const {
+  const Index nope = config_.nope_dim;
+  parallel_rows(cache.dk.rows(), cache.dk.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      d_rope_keys.row(t).setZero();
+      for (Index h = 0; h < config_.heads; ++h) {
+        const T* const from = &cache.dk(t, h * config_.query_dim());
+        std::copy_n(from, nope, &cache.d_key_nope(t, h * nope));
+        for (Index i = 0; i < config_.rope_dim; ++i) d_rope_keys(t, i) += from[nope + i];
+      }
+    }
+  });
+}
+
+template <std::floating_point T>
+CausalAttention<T> LatentExpanded<T>::core(MatrixIn<T> q, std::span<const AttentionSpan> spans,
+                                           std::span<const std::uint8_t> mask,
+                                           const Cache& cache) const {
+  return {{config_.heads, config_.heads, config_.query_dim(), config_.value_dim, config_.scale()},
+          spans,
+          mask,
+          q,
+          cache.k.view(),
+          cache.v.view()};
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::LatentExpanded<float>;
+extern template class weir::LatentExpanded<double>;
+#endif

@@ -79,45 +79,56 @@ class HeadL2Norm {
   explicit HeadL2Norm(Index dim, RmsNormConfig config = {}) : dim_(dim), config_(config) {}
 
   /// \param x  [tokens, heads * dim]
-  void forward(Matrix<T>& x, const Pass& pass, Cache& cache) const {
-    const Index heads = x.cols() / dim_;
-    if (pass.training) cache.inverse.reshape(x.rows(), heads);
-    parallel_rows(x.rows(), 2 * x.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        for (Index head = 0; head < heads; ++head) {
-          T* const row = &x(t, head * dim_);
-          const T mean = loops::sum_of_squares<T>(dim_, row) / static_cast<T>(dim_);
-          const T r = T(1) / std::sqrt(mean + static_cast<T>(config_.epsilon));
-          if (pass.training) cache.inverse.view()(t, head) = r;
-          loops::scale<T>(dim_, r, row, row);
-        }
-      }
-    });
-  }
+  void forward(Matrix<T>& x, const Pass& pass, Cache& cache) const;
 
   /// \param y  The output of `forward`.
   /// \param d  The gradient of y, which becomes that of x.
-  void backward(const Matrix<T>& y, Matrix<T>& d, const Cache& cache) const {
-    const auto r = cache.inverse.view();
-    parallel_rows(y.rows(), 4 * y.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        for (Index head = 0; head < r.cols(); ++head) {
-          const T* const of_y = &y(t, head * dim_);
-          T* const of_d = &d(t, head * dim_);
-          const T along = loops::dot<T>(dim_, of_y, of_d) / static_cast<T>(dim_);
-          const auto f = [along, scale = r(t, head)](const Lanes<T>& dy,
-                                                     const Lanes<T>& v) -> Lanes<T> {
-            return scale * (dy - along * v);
-          };
-          map_lanes<T>(dim_, f, of_d, of_d, of_y);
-        }
-      }
-    });
-  }
+  void backward(const Matrix<T>& y, Matrix<T>& d, const Cache& cache) const;
 
  private:
   Index dim_;
   RmsNormConfig config_;
 };
 
+template <class T>
+void HeadL2Norm<T>::forward(Matrix<T>& x, const Pass& pass, Cache& cache) const {
+  const Index heads = x.cols() / dim_;
+  if (pass.training) cache.inverse.reshape(x.rows(), heads);
+  parallel_rows(x.rows(), 2 * x.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      for (Index head = 0; head < heads; ++head) {
+        T* const row = &x(t, head * dim_);
+        const T mean = loops::sum_of_squares<T>(dim_, row) / static_cast<T>(dim_);
+        const T r = T(1) / std::sqrt(mean + static_cast<T>(config_.epsilon));
+        if (pass.training) cache.inverse.view()(t, head) = r;
+        loops::scale<T>(dim_, r, row, row);
+      }
+    }
+  });
+}
+
+template <class T>
+void HeadL2Norm<T>::backward(const Matrix<T>& y, Matrix<T>& d, const Cache& cache) const {
+  const auto r = cache.inverse.view();
+  parallel_rows(y.rows(), 4 * y.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      for (Index head = 0; head < r.cols(); ++head) {
+        const T* const of_y = &y(t, head * dim_);
+        T* const of_d = &d(t, head * dim_);
+        const T along = loops::dot<T>(dim_, of_y, of_d) / static_cast<T>(dim_);
+        const auto f = [along, scale = r(t, head)](const Lanes<T>& dy,
+                                                   const Lanes<T>& v) -> Lanes<T> {
+          return scale * (dy - along * v);
+        };
+        map_lanes<T>(dim_, f, of_d, of_d, of_y);
+      }
+    }
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::HeadL2Norm<float>;
+extern template class weir::HeadL2Norm<double>;
+#endif

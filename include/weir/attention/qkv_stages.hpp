@@ -36,78 +36,20 @@ class QkvStages {
   };
 
   /// \param config  Has to be checked, with head_dim filled in.
-  explicit QkvStages(const GroupedQueryConfig& config) : config_(config) {
-    const RmsNormConfig norm = {.epsilon = config_.qk_norm_epsilon};
-    if (config_.rope) {
-      rope_.emplace(config_.head_dim, RopeConfig{.theta = config_.rope_theta,
-                                                 .layout = config_.rope_layout,
-                                                 .yarn = config_.yarn});
-    }
-    if (config_.qk_norm == QkNorm::kFull) {
-      query_norm_.emplace(config_.query_width(), norm);
-      key_norm_.emplace(config_.kv_width(), norm);
-    } else if (config_.qk_norm == QkNorm::kPerHead) {
-      query_norm_.emplace(config_.head_dim, norm);
-      key_norm_.emplace(config_.head_dim, norm);
-    } else if (config_.qk_norm == QkNorm::kL2) {
-      l2_norm_.emplace(config_.head_dim, norm);
-    }
-  }
+  explicit QkvStages(const GroupedQueryConfig& config);
 
   /// \param positions  One per token.
   /// \param q          [tokens, heads * head_dim]
   /// \param k          [tokens, kv_heads * head_dim]
   /// \param v          [tokens, kv_heads * head_dim]
   void forward(std::span<const Index> positions, const Pass& pass, Matrix<T>& q, Matrix<T>& k,
-               Matrix<T>& v, Cache& cache) const {
-    if (config_.clip_qkv > 0.0) {
-      const auto clamp = [&](Matrix<T>& x, List<std::uint8_t>& outside) {
-        clamp_forward(config_.clip_qkv, x, pass.training ? &outside : nullptr);
-      };
-      clamp(q, cache.query_outside);
-      clamp(k, cache.key_outside);
-      clamp(v, cache.value_outside);
-    }
-    if (query_norm_) {
-      query_norm_->forward(q, pass, cache.query_norm);
-      key_norm_->forward(k, pass, cache.key_norm);
-    }
-    if (rope_) {
-      rope_->tabulate(positions, cache.angles);
-      rope_->template rotate<T>(q, cache.angles);
-      rope_->template rotate<T>(k, cache.angles);
-    }
-    if (l2_norm_) {
-      l2_norm_->forward(q, pass, cache.query_l2);
-      l2_norm_->forward(k, pass, cache.key_l2);
-    }
-    if (config_.temperature_scale > 0.0) temper(positions, q);
-  }
+               Matrix<T>& v, Cache& cache) const;
 
   /// Turns the gradients of the outputs of `forward` into those of its inputs.
   /// \param q  The queries that `forward` left.
   /// \param k  The keys that `forward` left.
   void backward(std::span<const Index> positions, const Matrix<T>& q, const Matrix<T>& k,
-                Matrix<T>& dq, Matrix<T>& dk, Matrix<T>& dv, Cache& cache) {
-    if (config_.temperature_scale > 0.0) temper(positions, dq);
-    if (l2_norm_) {
-      l2_norm_->backward(q, dq, cache.query_l2);
-      l2_norm_->backward(k, dk, cache.key_l2);
-    }
-    if (rope_) {
-      rope_->template rotate_back<T>(dq, cache.angles);
-      rope_->template rotate_back<T>(dk, cache.angles);
-    }
-    if (query_norm_) {
-      query_norm_->backward(dq, cache.query_norm);
-      key_norm_->backward(dk, cache.key_norm);
-    }
-    if (config_.clip_qkv > 0.0) {
-      clamp_backward(cache.query_outside, dq);
-      clamp_backward(cache.key_outside, dk);
-      clamp_backward(cache.value_outside, dv);
-    }
-  }
+                Matrix<T>& dq, Matrix<T>& dk, Matrix<T>& dv, Cache& cache);
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -131,4 +73,79 @@ class QkvStages {
   std::optional<HeadL2Norm<T>> l2_norm_;
 };
 
+template <std::floating_point T>
+QkvStages<T>::QkvStages(const GroupedQueryConfig& config) : config_(config) {
+  const RmsNormConfig norm = {.epsilon = config_.qk_norm_epsilon};
+  if (config_.rope) {
+    rope_.emplace(config_.head_dim, RopeConfig{.theta = config_.rope_theta,
+                                               .layout = config_.rope_layout,
+                                               .yarn = config_.yarn});
+  }
+  if (config_.qk_norm == QkNorm::kFull) {
+    query_norm_.emplace(config_.query_width(), norm);
+    key_norm_.emplace(config_.kv_width(), norm);
+  } else if (config_.qk_norm == QkNorm::kPerHead) {
+    query_norm_.emplace(config_.head_dim, norm);
+    key_norm_.emplace(config_.head_dim, norm);
+  } else if (config_.qk_norm == QkNorm::kL2) {
+    l2_norm_.emplace(config_.head_dim, norm);
+  }
+}
+
+template <std::floating_point T>
+void QkvStages<T>::forward(std::span<const Index> positions, const Pass& pass, Matrix<T>& q,
+                           Matrix<T>& k, Matrix<T>& v, Cache& cache) const {
+  if (config_.clip_qkv > 0.0) {
+    const auto clamp = [&](Matrix<T>& x, List<std::uint8_t>& outside) {
+      clamp_forward(config_.clip_qkv, x, pass.training ? &outside : nullptr);
+    };
+    clamp(q, cache.query_outside);
+    clamp(k, cache.key_outside);
+    clamp(v, cache.value_outside);
+  }
+  if (query_norm_) {
+    query_norm_->forward(q, pass, cache.query_norm);
+    key_norm_->forward(k, pass, cache.key_norm);
+  }
+  if (rope_) {
+    rope_->tabulate(positions, cache.angles);
+    rope_->template rotate<T>(q, cache.angles);
+    rope_->template rotate<T>(k, cache.angles);
+  }
+  if (l2_norm_) {
+    l2_norm_->forward(q, pass, cache.query_l2);
+    l2_norm_->forward(k, pass, cache.key_l2);
+  }
+  if (config_.temperature_scale > 0.0) temper(positions, q);
+}
+
+template <std::floating_point T>
+void QkvStages<T>::backward(std::span<const Index> positions, const Matrix<T>& q,
+                            const Matrix<T>& k, Matrix<T>& dq, Matrix<T>& dk, Matrix<T>& dv,
+                            Cache& cache) {
+  if (config_.temperature_scale > 0.0) temper(positions, dq);
+  if (l2_norm_) {
+    l2_norm_->backward(q, dq, cache.query_l2);
+    l2_norm_->backward(k, dk, cache.key_l2);
+  }
+  if (rope_) {
+    rope_->template rotate_back<T>(dq, cache.angles);
+    rope_->template rotate_back<T>(dk, cache.angles);
+  }
+  if (query_norm_) {
+    query_norm_->backward(dq, cache.query_norm);
+    key_norm_->backward(dk, cache.key_norm);
+  }
+  if (config_.clip_qkv > 0.0) {
+    clamp_backward(cache.query_outside, dq);
+    clamp_backward(cache.key_outside, dk);
+    clamp_backward(cache.value_outside, dv);
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::QkvStages<float>;
+extern template class weir::QkvStages<double>;
+#endif

@@ -23,17 +23,7 @@ class RowsApart {
   }
 
   /// Copies the heads of `rows` rows, which lie `stride` apart, to the rows from `to` on.
-  void copy(const T* from, Index stride, Index rows, Index to) {
-    const Index dim = storage_.cols();
-    const Index heads = height_ == 0 ? 0 : storage_.rows() / height_;
-    parallel_rows(rows, heads * dim, [&](Index begin, Index end) {
-      for (Index head = 0; head < heads; ++head) {
-        for (Index row = begin; row < end; ++row) {
-          std::copy_n(from + row * stride + head * dim, dim, at(head, to + row));
-        }
-      }
-    });
-  }
+  void copy(const T* from, Index stride, Index rows, Index to);
 
   void set(MatrixIn<T> from, Index heads, Index dim) {
     reshape(heads, from.rows(), dim);
@@ -48,4 +38,22 @@ class RowsApart {
   Index height_ = 0;
 };
 
+template <class T>
+void RowsApart<T>::copy(const T* from, Index stride, Index rows, Index to) {
+  const Index dim = storage_.cols();
+  const Index heads = height_ == 0 ? 0 : storage_.rows() / height_;
+  parallel_rows(rows, heads * dim, [&](Index begin, Index end) {
+    for (Index head = 0; head < heads; ++head) {
+      for (Index row = begin; row < end; ++row) {
+        std::copy_n(from + row * stride + head * dim, dim, at(head, to + row));
+      }
+    }
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::RowsApart<float>;
+extern template class weir::RowsApart<double>;
+#endif

@@ -58,25 +58,7 @@ struct ScoreStrips {
   /// The inverse of `pack`, for results: multiplies the strips by `factor` and writes them to
   /// `count` rows of one head.
   static void unpack(T* from, T factor, Index row, Index count, Index head, Index dim,
-                     MatrixOut<T>& to) {
-    if (factor != T(1)) loops::scale(strips_for(count) * kStrip * dim, factor, from, from);
-    for (Index i = 0; i < count; i += kLanes<T>) {
-      const T* const columns = from + i / kStrip * kStrip * dim + i % kStrip;
-      const Index lanes = std::min(kLanes<T>, count - i);
-      T* const target = &to(row + i, head * dim);
-      Index d = 0;
-      if (lanes == kLanes<T>) {
-        for (; d + kLanes<T> <= dim; d += kLanes<T>) {
-          kernels::transpose<T>(columns + d * kStrip, kStrip, target + d, to.outerStride());
-        }
-      }
-      for (; d < dim; ++d) {
-        for (Index lane = 0; lane < lanes; ++lane) {
-          target[lane * to.outerStride() + d] = columns[d * kStrip + lane];
-        }
-      }
-    }
-  }
+                     MatrixOut<T>& to);
 
   /// scores = softcap * tanh(scores), [rows, kStrip].
   static void cap(T softcap, Index rows, T* scores) {
@@ -95,41 +77,71 @@ struct ScoreStrips {
   /// Raises `top` [kStrip] to the largest score of its column, turns scores [rows, kStrip] into
   /// exp(score - top) and adds them to `total` [kStrip]. Sums made with a smaller top, in `total`
   /// and in `sum` [value_dim, kStrip], are scaled to the new one.
-  static void soften(Index rows, T* scores, T* top, T* total, T* sum, Index value_dim) {
-    Lanes<T> new_top[kVectors];
-    for (Index j = 0; j < kVectors; ++j) new_top[j] = load_lanes<T>(top + j * kLanes<T>);
-    for (Index r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-      for (Index j = 0; j < kVectors; ++j) {
-        const Lanes<T> score = load_lanes<T>(scores + r * kStrip + j * kLanes<T>);
-        new_top[j] = max_lanes<T>(new_top[j], score);
-      }
-    }
-    for (Index j = 0; j < kVectors; ++j) {
-      T* const column = scores + j * kLanes<T>;
-      T* const of_total = total + j * kLanes<T>;
-      const Lanes<T> old_top = load_lanes<T>(top + j * kLanes<T>);
-      Lanes<T> sum_of_column = load_lanes<T>(of_total);
-      if (any_lane<T>(new_top[j] != old_top)) {
-        store_lanes<T>(new_top[j], top + j * kLanes<T>);
-        const Lanes<T> shrink = exp_lanes<T>(old_top - new_top[j]);
-        sum_of_column *= shrink;
-        for (Index d = 0; d < value_dim; ++d) {
-          T* const s = sum + d * kStrip + j * kLanes<T>;
-          store_lanes<T>(load_lanes<T>(s) * shrink, s);
-        }
-      }
-      for (Index r = 0; r < rows; ++r) {
-        const Lanes<T> p = exp_lanes<T>(load_lanes<T>(column + r * kStrip) - new_top[j]);
-        store_lanes<T>(p, column + r * kStrip);
-        sum_of_column += p;
-      }
-      store_lanes<T>(sum_of_column, of_total);
-    }
-  }
+  static void soften(Index rows, T* scores, T* top, T* total, T* sum, Index value_dim);
 
  private:
   static constexpr Index kVectors = kStrip / kLanes<T>;
 };
 
+template <class T>
+void ScoreStrips<T>::unpack(T* from, T factor, Index row, Index count, Index head, Index dim,
+                            MatrixOut<T>& to) {
+  if (factor != T(1)) loops::scale(strips_for(count) * kStrip * dim, factor, from, from);
+  for (Index i = 0; i < count; i += kLanes<T>) {
+    const T* const columns = from + i / kStrip * kStrip * dim + i % kStrip;
+    const Index lanes = std::min(kLanes<T>, count - i);
+    T* const target = &to(row + i, head * dim);
+    Index d = 0;
+    if (lanes == kLanes<T>) {
+      for (; d + kLanes<T> <= dim; d += kLanes<T>) {
+        kernels::transpose<T>(columns + d * kStrip, kStrip, target + d, to.outerStride());
+      }
+    }
+    for (; d < dim; ++d) {
+      for (Index lane = 0; lane < lanes; ++lane) {
+        target[lane * to.outerStride() + d] = columns[d * kStrip + lane];
+      }
+    }
+  }
+}
+
+template <class T>
+void ScoreStrips<T>::soften(Index rows, T* scores, T* top, T* total, T* sum, Index value_dim) {
+  Lanes<T> new_top[kVectors];
+  for (Index j = 0; j < kVectors; ++j) new_top[j] = load_lanes<T>(top + j * kLanes<T>);
+  for (Index r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (Index j = 0; j < kVectors; ++j) {
+      const Lanes<T> score = load_lanes<T>(scores + r * kStrip + j * kLanes<T>);
+      new_top[j] = max_lanes<T>(new_top[j], score);
+    }
+  }
+  for (Index j = 0; j < kVectors; ++j) {
+    T* const column = scores + j * kLanes<T>;
+    T* const of_total = total + j * kLanes<T>;
+    const Lanes<T> old_top = load_lanes<T>(top + j * kLanes<T>);
+    Lanes<T> sum_of_column = load_lanes<T>(of_total);
+    if (any_lane<T>(new_top[j] != old_top)) {
+      store_lanes<T>(new_top[j], top + j * kLanes<T>);
+      const Lanes<T> shrink = exp_lanes<T>(old_top - new_top[j]);
+      sum_of_column *= shrink;
+      for (Index d = 0; d < value_dim; ++d) {
+        T* const s = sum + d * kStrip + j * kLanes<T>;
+        store_lanes<T>(load_lanes<T>(s) * shrink, s);
+      }
+    }
+    for (Index r = 0; r < rows; ++r) {
+      const Lanes<T> p = exp_lanes<T>(load_lanes<T>(column + r * kStrip) - new_top[j]);
+      store_lanes<T>(p, column + r * kStrip);
+      sum_of_column += p;
+    }
+    store_lanes<T>(sum_of_column, of_total);
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template struct weir::ScoreStrips<float>;
+extern template struct weir::ScoreStrips<double>;
+#endif

@@ -5,6 +5,7 @@
 
 #include <cassert>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <vector>
@@ -26,12 +27,15 @@ struct CacheLineAllocator {
 
   static constexpr std::size_t kLine = 64;
   static constexpr std::size_t kHugePage = std::size_t{2} << 20U;
+  static constexpr std::size_t kMostBytes = PTRDIFF_MAX - kHugePage;
 
   CacheLineAllocator() = default;
   template <class Other>
   CacheLineAllocator(const CacheLineAllocator<Other>& /*other*/) {}  // NOLINT: a conversion.
 
+  /// \throws std::bad_alloc  if there is no such memory.
   T* allocate(std::size_t count) {
+    if (count > kMostBytes / sizeof(T)) throw std::bad_array_new_length();
     const std::size_t bytes = rounded(count * sizeof(T));
     void* const memory = ::operator new(bytes, alignment(bytes));
 #if defined(__linux__)

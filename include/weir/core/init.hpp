@@ -41,3 +41,14 @@ Matrix<T> switch_init(Index rows, Index cols, Rng& rng, double scale = 0.1) {
 }
 
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template weir::Matrix<float> weir::normal_init<float>(weir::Index, weir::Index, double,
+                                                             weir::Rng&);
+extern template weir::Matrix<double> weir::normal_init<double>(weir::Index, weir::Index, double,
+                                                               weir::Rng&);
+extern template weir::Matrix<float> weir::switch_init<float>(weir::Index, weir::Index, weir::Rng&,
+                                                             double);
+extern template weir::Matrix<double> weir::switch_init<double>(weir::Index, weir::Index, weir::Rng&,
+                                                               double);
+#endif

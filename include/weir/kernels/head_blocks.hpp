@@ -33,71 +33,87 @@ class HeadBlocks {
   HeadBlocks(Index heads, Side side) : heads_(heads), side_(side) {}
 
   /// Packs the blocks of `weight`, or forgets them for kTrainable.
-  void set_storage(const Matrix<T>& weight, Storage storage) {
-    packed_.clear();
-    if (storage == Storage::kTrainable) return;
-    const Index rows = weight.rows() / heads_;
-    const bool transposed = side_ == Side::kTransposed;
-    // All blocks share one memory, since the block of a head does not fill a huge page.
-    const std::size_t bytes = PackedWeight<T>::bytes(transposed ? weight.cols() : rows,
-                                                     transposed ? rows : weight.cols(), storage);
-    SharedMemory memory(static_cast<std::size_t>(heads_) * bytes);
-    packed_.reserve(heads_);
-    Matrix<T> block;
-    for (Index h = 0; h < heads_; ++h) {
-      const auto of_head = weight.middleRows(h * rows, rows);
-      if (transposed) {
-        block = of_head.transpose();
-      } else {
-        block = of_head;
-      }
-      packed_.emplace_back(block, storage, &memory);
-    }
-  }
+  void set_storage(const Matrix<T>& weight, Storage storage);
 
   /// \param x       [heads * tokens, in], head after head.
   /// \param weight  The whole weight. It is read unless the blocks are packed.
   /// \param out     [tokens, heads * out_width]; each head sets the first columns of its own.
   /// \param plain   Workspace.
   void multiply(MatrixIn<T> x, const Matrix<T>& weight, MatrixOut<T> out, Index out_width,
-                std::vector<Product<T>>& plain) const {
-    const Index tokens = x.rows() / heads_;
-    const auto out_of = [&](Index h) { return out.data() + h * out_width; };
-    if (!packed_.empty()) return multiply_packed(x, tokens, out_of, out.outerStride());
-    const Index rows = weight.rows() / heads_;
-    const bool transposed = side_ == Side::kTransposed;
-    plain.clear();
-    for (Index h = 0; h < heads_; ++h) {
-      plain.push_back({tokens, transposed ? weight.cols() : rows, x.cols(),
-                       x.data() + h * tokens * x.outerStride(), x.outerStride(), 1,
-                       weight.data() + h * rows * weight.cols(), transposed ? weight.cols() : 1,
-                       transposed ? 1 : weight.cols(), out_of(h), out.outerStride()});
-    }
-    weir::multiply<T>(plain);
-  }
+                std::vector<Product<T>>& plain) const;
 
  private:
   void multiply_packed(MatrixIn<T> x, Index tokens, FunctionRef<T*(Index)> out_of,
-                       Index out_row) const {
-    packed_[0].with_arithmetic([&](auto arithmetic) {
-      using Arithmetic = decltype(arithmetic);
-      const Index length = row_length<Arithmetic>(x.cols());
-      const auto* const left = arranged_rows<Arithmetic, HeadBlocks>(x);
-      kernels::multiply_packed<Arithmetic>(
-          heads_,
-          [&](Index h) -> PackedProduct<Arithmetic> {
-            return {left + h * tokens * length, tokens, &packed_[h]};
-          },
-          [&](Index h, Index row, Index rows, Index j, Compute<T> compute) {
-            const ToMatrix<T> to = {out_of(h), out_row, packed_[h].rows()};
-            to(row, rows, j, compute);
-          });
-    });
-  }
+                       Index out_row) const;
 
   Index heads_ = 0;
   Side side_ = Side::kRows;
   List<PackedWeight<T>> packed_;
 };
 
+template <class T>
+void HeadBlocks<T>::set_storage(const Matrix<T>& weight, Storage storage) {
+  packed_.clear();
+  if (storage == Storage::kTrainable) return;
+  const Index rows = weight.rows() / heads_;
+  const bool transposed = side_ == Side::kTransposed;
+  // All blocks share one memory, since the block of a head does not fill a huge page.
+  const std::size_t bytes = PackedWeight<T>::bytes(transposed ? weight.cols() : rows,
+                                                   transposed ? rows : weight.cols(), storage);
+  SharedMemory memory(static_cast<std::size_t>(heads_) * bytes);
+  packed_.reserve(heads_);
+  Matrix<T> block;
+  for (Index h = 0; h < heads_; ++h) {
+    const auto of_head = weight.middleRows(h * rows, rows);
+    if (transposed) {
+      block = of_head.transpose();
+    } else {
+      block = of_head;
+    }
+    packed_.emplace_back(block, storage, &memory);
+  }
+}
+
+template <class T>
+void HeadBlocks<T>::multiply(MatrixIn<T> x, const Matrix<T>& weight, MatrixOut<T> out,
+                             Index out_width, std::vector<Product<T>>& plain) const {
+  const Index tokens = x.rows() / heads_;
+  const auto out_of = [&](Index h) { return out.data() + h * out_width; };
+  if (!packed_.empty()) return multiply_packed(x, tokens, out_of, out.outerStride());
+  const Index rows = weight.rows() / heads_;
+  const bool transposed = side_ == Side::kTransposed;
+  plain.clear();
+  for (Index h = 0; h < heads_; ++h) {
+    plain.push_back({tokens, transposed ? weight.cols() : rows, x.cols(),
+                     x.data() + h * tokens * x.outerStride(), x.outerStride(), 1,
+                     weight.data() + h * rows * weight.cols(), transposed ? weight.cols() : 1,
+                     transposed ? 1 : weight.cols(), out_of(h), out.outerStride()});
+  }
+  weir::multiply<T>(plain);
+}
+
+template <class T>
+void HeadBlocks<T>::multiply_packed(MatrixIn<T> x, Index tokens, FunctionRef<T*(Index)> out_of,
+                                    Index out_row) const {
+  packed_[0].with_arithmetic([&](auto arithmetic) {
+    using Arithmetic = decltype(arithmetic);
+    const Index length = row_length<Arithmetic>(x.cols());
+    const auto* const left = arranged_rows<Arithmetic, HeadBlocks>(x);
+    kernels::multiply_packed<Arithmetic>(
+        heads_,
+        [&](Index h) -> PackedProduct<Arithmetic> {
+          return {left + h * tokens * length, tokens, &packed_[h]};
+        },
+        [&](Index h, Index row, Index rows, Index j, Compute<T> compute) {
+          const ToMatrix<T> to = {out_of(h), out_row, packed_[h].rows()};
+          to(row, rows, j, compute);
+        });
+  });
+}
+
 }  // namespace weir::kernels
+
+#ifdef WEIR_COMPILED
+extern template class weir::kernels::HeadBlocks<float>;
+extern template class weir::kernels::HeadBlocks<double>;
+#endif

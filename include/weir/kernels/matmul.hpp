@@ -174,3 +174,8 @@ void multiply_tn(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> out, bool accumulate
 }
 
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template void weir::multiply<float>(std::span<const weir::Product<float>>);
+extern template void weir::multiply<double>(std::span<const weir::Product<double>>);
+#endif

@@ -76,15 +76,7 @@ class PackedWeight {
   }
 
   /// Writes the weights as they were given, or rounded as they are stored. `second` is for a pair.
-  void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const {
-    first.resize(rows_, cols_);
-    if (second != nullptr) second->resize(rows_, cols_);
-    for_each_number([&](bool of_second, Index row, Index col, Index place) {
-      Matrix<T>& to = of_second ? *second : first;
-      to(row, col) =
-          exact_ == nullptr ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
-    });
-  }
+  void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const;
 
  private:
   static bool stores_halves(Storage storage) {
@@ -101,15 +93,7 @@ class PackedWeight {
         rounded_(storage == Storage::kBfloat16) {}
 
   PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Index width, Storage storage,
-               SharedMemory* memory)
-      : PackedWeight(first.rows(), first.cols(), width, storage) {
-    if (memory != nullptr) {
-      fill(first, second, *memory);
-    } else {
-      SharedMemory own(bytes(rows_, cols_, storage, width != kCols));
-      fill(first, second, own);
-    }
-  }
+               SharedMemory* memory);
 
   Index panel_numbers() const { return steps_ * depth_ * kCols; }
   std::size_t numbers() const { return static_cast<std::size_t>(panels() * panel_numbers()); }
@@ -172,4 +156,32 @@ class PackedWeight {
   std::shared_ptr<const BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays)
 };
 
+template <class T>
+void PackedWeight<T>::unpack(Matrix<T>& first, Matrix<T>* second) const {
+  first.resize(rows_, cols_);
+  if (second != nullptr) second->resize(rows_, cols_);
+  for_each_number([&](bool of_second, Index row, Index col, Index place) {
+    Matrix<T>& to = of_second ? *second : first;
+    to(row, col) =
+        exact_ == nullptr ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
+  });
+}
+
+template <class T>
+PackedWeight<T>::PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Index width, Storage storage,
+                              SharedMemory* memory)
+    : PackedWeight(first.rows(), first.cols(), width, storage) {
+  if (memory != nullptr) {
+    fill(first, second, *memory);
+  } else {
+    SharedMemory own(bytes(rows_, cols_, storage, width != kCols));
+    fill(first, second, own);
+  }
+}
+
 }  // namespace weir::kernels
+
+#ifdef WEIR_COMPILED
+extern template class weir::kernels::PackedWeight<float>;
+extern template class weir::kernels::PackedWeight<double>;
+#endif

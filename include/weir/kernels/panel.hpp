@@ -76,21 +76,25 @@ struct StridedPanel {
 
   /// Reads about a quarter of the following slice, tile by tile.
   static ReadAhead ahead_of(const T* following, Index stride, Index depth_stride, Index tile,
-                            const T* idle) {
-    constexpr Index kLine = 64 / static_cast<Index>(sizeof(T));
-    constexpr Index kSize = static_cast<Index>(sizeof(T));
-    const Index group = ReadAhead::kGroup;
-    if (stride == 1 && tile * kLine < kCols) {
-      const Index near = depth_stride * kSize;
-      return {reinterpret_cast<const char*>(following + tile * kLine), near, group * near};
-    }
-    if (stride != 1 && tile * group < kCols) {
-      return {reinterpret_cast<const char*>(following + tile * group * stride), stride * kSize,
-              group * depth_stride * kSize};
-    }
-    return {reinterpret_cast<const char*>(idle)};
-  }
+                            const T* idle);
 };
+
+template <class T>
+ReadAhead StridedPanel<T>::ahead_of(const T* following, Index stride, Index depth_stride,
+                                    Index tile, const T* idle) {
+  constexpr Index kLine = 64 / static_cast<Index>(sizeof(T));
+  constexpr Index kSize = static_cast<Index>(sizeof(T));
+  const Index group = ReadAhead::kGroup;
+  if (stride == 1 && tile * kLine < kCols) {
+    const Index near = depth_stride * kSize;
+    return {reinterpret_cast<const char*>(following + tile * kLine), near, group * near};
+  }
+  if (stride != 1 && tile * group < kCols) {
+    return {reinterpret_cast<const char*>(following + tile * group * stride), stride * kSize,
+            group * depth_stride * kSize};
+  }
+  return {reinterpret_cast<const char*>(idle)};
+}
 
 /// What to read ahead while a tile of sums is computed that are added to memory: the next tile.
 template <class T>
@@ -300,3 +304,8 @@ struct ToMatrix {
 };
 
 }  // namespace weir::kernels
+
+#ifdef WEIR_COMPILED
+extern template struct weir::kernels::StridedPanel<float>;
+extern template struct weir::kernels::StridedPanel<double>;
+#endif

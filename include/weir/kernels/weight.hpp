@@ -36,22 +36,25 @@ class Weight {
 
   /// \param memory  Where packed numbers go, with room for `PackedWeight::bytes`. If null, they get
   ///                memory of their own.
-  void set_storage(Storage storage, SharedMemory* memory = nullptr) {
-    if (storage == storage_ || rows() == 0) return;
-    if (storage_ != Storage::kTrainable) packed_.unpack(parameter_.value);
-    packed_ = {};
-    if (storage != Storage::kTrainable) {
-      packed_ = {parameter_.value, storage, memory};
-      parameter_ = {};
-    }
-    storage_ = storage;
-  }
+  void set_storage(Storage storage, SharedMemory* memory = nullptr);
 
  private:
   Parameter<T> parameter_;
   PackedWeight<T> packed_;
   Storage storage_ = Storage::kTrainable;
 };
+
+template <class T>
+void Weight<T>::set_storage(Storage storage, SharedMemory* memory) {
+  if (storage == storage_ || rows() == 0) return;
+  if (storage_ != Storage::kTrainable) packed_.unpack(parameter_.value);
+  packed_ = {};
+  if (storage != Storage::kTrainable) {
+    packed_ = {parameter_.value, storage, memory};
+    parameter_ = {};
+  }
+  storage_ = storage;
+}
 
 /// A product with a weight: out [rows of x, rows of the weight].
 template <class T>
@@ -84,3 +87,8 @@ void multiply_weights(MatrixIn<T> x, const std::array<WeightProduct<T>, count>& 
 }
 
 }  // namespace weir::kernels
+
+#ifdef WEIR_COMPILED
+extern template class weir::kernels::Weight<float>;
+extern template class weir::kernels::Weight<double>;
+#endif

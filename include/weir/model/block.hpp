@@ -69,66 +69,23 @@ class Block {
   };
 
   /// \throws ConfigError  without branches, if two have the same name, or if the first is parallel.
-  explicit Block(std::vector<Branch<T>> branches) : branches_(std::move(branches)) {
-    expect_at_least<std::size_t>("Block", "branches", branches_.size(), 1);
-    for (std::size_t i = 0; i < branches_.size(); ++i) {
-      for (std::size_t j = 0; j < i; ++j) {
-        if (branches_[i].name == branches_[j].name) {
-          fail<ConfigError>("Block: branches ", j, " and ", i, " are both named '",
-                            branches_[i].name, "', expected different names");
-        }
-      }
-    }
-    if (branches_[0].parallel) {
-      fail<ConfigError>("Block: branch 0, '", branches_[0].name,
-                        "', is parallel, expected a branch before it");
-    }
-  }
+  explicit Block(std::vector<Branch<T>> branches);
 
   /// \param x        [tokens, d_model]
   /// \return         [tokens, d_model]
   /// \throws ShapeError   if a layer does not yield the shape of x.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    const Matrix<T>& y =
-        run("Block::forward", x, pass, cache,
-            [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
-              return branches_[i].layer.forward(normed, pass, cache.branches[i].layer);
-            });
-    return cache.state.finish(*this, pass, y);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of all branches, their auxiliary losses included.
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of the result.
-  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    cache.state.begin_backward("Block::backward", *this, dy);
-    cache.dx = dy;
-    for (std::size_t i = branches_.size(); i-- > 0;) {
-      // A group of parallel branches shares the gradient of its sum; each adds to that of its x.
-      const bool last = i + 1 == branches_.size() || !branches_[i + 1].parallel;
-      const bool alone = last && !branches_[i].parallel;
-      if (last && !alone) cache.d_sum = cache.dx;
-      cache.dx += backward_branch(i, alone ? cache.dx : cache.d_sum, cache.branches[i]);
-    }
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
   /// Continues the sequences of `pass` by the tokens x [new tokens, d_model], see DecodingLayer.
   const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
-                          Cache& cache) const {
-    cache.state.begin();
-    for (State* state : states) state->branches.resize(branches_.size());
-    return run("Block::decode", x, pass, cache,
-               [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
-                 cache.states.clear();
-                 for (State* state : states) cache.states.push_back(&state->branches[i]);
-                 return branches_[i].layer.decode(normed, pass, cache.states,
-                                                  cache.branches[i].layer);
-               });
-  }
+                          Cache& cache) const;
 
   /// The result of the last pass with `cache`.
   const Matrix<T>& output(const Cache& cache) const {
@@ -185,6 +142,60 @@ class Block {
   std::vector<Branch<T>> branches_;
 };
 
+template <std::floating_point T>
+Block<T>::Block(std::vector<Branch<T>> branches) : branches_(std::move(branches)) {
+  expect_at_least<std::size_t>("Block", "branches", branches_.size(), 1);
+  for (std::size_t i = 0; i < branches_.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      if (branches_[i].name == branches_[j].name) {
+        fail<ConfigError>("Block: branches ", j, " and ", i, " are both named '", branches_[i].name,
+                          "', expected different names");
+      }
+    }
+  }
+  if (branches_[0].parallel) {
+    fail<ConfigError>("Block: branch 0, '", branches_[0].name,
+                      "', is parallel, expected a branch before it");
+  }
+}
+
+template <std::floating_point T>
+const Matrix<T>& Block<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  const Matrix<T>& y = run(
+      "Block::forward", x, pass, cache, [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
+        return branches_[i].layer.forward(normed, pass, cache.branches[i].layer);
+      });
+  return cache.state.finish(*this, pass, y);
+}
+
+template <std::floating_point T>
+const Matrix<T>& Block<T>::backward(MatrixIn<T> dy, Cache& cache) {
+  cache.state.begin_backward("Block::backward", *this, dy);
+  cache.dx = dy;
+  for (std::size_t i = branches_.size(); i-- > 0;) {
+    // A group of parallel branches shares the gradient of its sum; each adds to that of its x.
+    const bool last = i + 1 == branches_.size() || !branches_[i + 1].parallel;
+    const bool alone = last && !branches_[i].parallel;
+    if (last && !alone) cache.d_sum = cache.dx;
+    cache.dx += backward_branch(i, alone ? cache.dx : cache.d_sum, cache.branches[i]);
+  }
+  return cache.dx;
+}
+
+template <std::floating_point T>
+const Matrix<T>& Block<T>::decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
+                                  Cache& cache) const {
+  cache.state.begin();
+  for (State* state : states) state->branches.resize(branches_.size());
+  return run(
+      "Block::decode", x, pass, cache, [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
+        cache.states.clear();
+        for (State* state : states) cache.states.push_back(&state->branches[i]);
+        return branches_[i].layer.decode(normed, pass, cache.states, cache.branches[i].layer);
+      });
+}
+
 /// The usual block: attention, then `feed_forward` under the name `name` ("mlp" or "moe").
 template <std::floating_point T>
 Block<T> pre_norm_block(AnyLayer<T> attention_norm, AnyLayer<T> attention,
@@ -197,3 +208,8 @@ Block<T> pre_norm_block(AnyLayer<T> attention_norm, AnyLayer<T> attention,
 }
 
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Block<float>;
+extern template class weir::Block<double>;
+#endif

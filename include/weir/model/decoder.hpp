@@ -102,20 +102,7 @@ class Decoder {
   /// \param head     Empty for tied weights.
   /// \throws ConfigError  if the head does not fit the embedding, or a setting is out of range.
   Decoder(Embedding<T> embedding, std::vector<Block<T>> layers, AnyLayer<T> norm,
-          std::optional<Linear<T>> head = std::nullopt, const DecoderConfig& config = {})
-      : embedding_(std::move(embedding)),
-        layers_(std::move(layers)),
-        norm_(std::move(norm)),
-        head_("Decoder", std::move(head),
-              {.multiplier = config.logit_multiplier, .softcap = config.logit_softcap}),
-        config_(config) {
-    expect_positive("Decoder", "embedding_multiplier", config.embedding_multiplier);
-    const std::optional<Linear<T>>& own = head_.linear();
-    if (own && (own->d_in() != d_model() || own->d_out() != vocab())) {
-      fail<ConfigError>("Decoder: the head is [", own->d_out(), ", ", own->d_in(), "], expected [",
-                        vocab(), ", ", d_model(), "] as the embedding");
-    }
-  }
+          std::optional<Linear<T>> head = std::nullopt, const DecoderConfig& config = {});
 
   /// \param ids      One per token; with several sequences, packed one after the other as
   ///                 pass.sequences says.
@@ -139,27 +126,7 @@ class Decoder {
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if d_logits does not have the shape of the logits, or a gradient in
   ///                      `also` that of h.
-  void backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradient& also = {}) {
-    const auto expect_like_h = [&](std::string_view name, const Matrix<T>* d) {
-      if (d == nullptr) return;
-      expect_shape("Decoder::backward", name, *d, hidden(cache).rows(), d_model());
-    };
-    if (cache.state.is_filled()) {
-      expect_like_h("also.hidden", also.hidden);
-      expect_like_h("also.normed", also.normed);
-    }
-    cache.state.begin_backward("Decoder::backward", *this, d_logits, "d_logits");
-    const auto sum = [](const Matrix<T>& a, const Matrix<T>* b, Matrix<T>& place) {
-      if (b == nullptr) return &a;
-      place.resize(a.rows(), a.cols());
-      add_rows<T>(a, *b, place);
-      return static_cast<const Matrix<T>*>(&place);
-    };
-    const Matrix<T>* d = sum(head_backward(d_logits, cache.head), also.normed, cache.d_normed);
-    d = sum(norm_.backward(*d, cache.norm), also.hidden, cache.d_hidden);
-    for (std::size_t l = layers_.size(); l-- > 0;) d = &layers_[l].backward(*d, cache.layers[l]);
-    embed_backward(*d, cache.embedding);
-  }
+  void backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradient& also = {});
 
   /// Continues several sequences at once, each by any number of tokens, for inference. However a
   /// sequence is cut into calls, and whatever others are beside it, its logits are to rounding
@@ -180,33 +147,7 @@ class Decoder {
   ///                      range. In these cases the states are unchanged. After any other
   ///                      exception, truncating each to its length restores them, if it succeeds.
   const Matrix<T>& decode(TokenIds ids, const Pass& pass, std::span<State* const> states,
-                          Cache& cache, bool last_only = false) const {
-    cache.state.begin();
-    pass.check("Decoder::decode", ids.count());
-    expect_states<State>("Decoder::decode", pass, states);
-    Pass own = pass;
-    own.training = false;
-    own.aux_scale = 0.0;
-    for (State* state : states) state->layers.resize(layers_.size());
-    const auto end_of = [&](std::size_t s) {
-      return pass.sequences == nullptr ? ids.count() : pass.sequences->end(static_cast<Index>(s));
-    };
-    cache.last.clear();
-    for (std::size_t s = 0; s < states.size(); ++s) {
-      if (end_of(s) > (s == 0 ? 0 : end_of(s - 1))) cache.last.push_back(end_of(s) - 1);
-    }
-    const Matrix<T>& logits =
-        run(ids, own, last_only, cache,
-            [&](std::size_t l, MatrixIn<T> x, const Pass& with_ids) -> const Matrix<T>& {
-              cache.states.clear();
-              for (State* state : states) cache.states.push_back(&state->layers[l]);
-              return layers_[l].decode(x, with_ids, cache.states, layer_cache(l, with_ids, cache));
-            });
-    for (std::size_t s = 0; s < states.size(); ++s) {
-      states[s]->length += end_of(s) - (s == 0 ? 0 : end_of(s - 1));
-    }
-    return logits;
-  }
+                          Cache& cache, bool last_only = false) const;
 
   /// h behind the blocks, [tokens, d_model], and norm(h), [rows of the logits, d_model], of the
   /// last pass with `cache`. Both live in the cache until its next pass.
@@ -317,6 +258,76 @@ class Decoder {
   DecoderConfig config_;
 };
 
+template <std::floating_point T>
+Decoder<T>::Decoder(Embedding<T> embedding, std::vector<Block<T>> layers, AnyLayer<T> norm,
+                    std::optional<Linear<T>> head, const DecoderConfig& config)
+    : embedding_(std::move(embedding)),
+      layers_(std::move(layers)),
+      norm_(std::move(norm)),
+      head_("Decoder", std::move(head),
+            {.multiplier = config.logit_multiplier, .softcap = config.logit_softcap}),
+      config_(config) {
+  expect_positive("Decoder", "embedding_multiplier", config.embedding_multiplier);
+  const std::optional<Linear<T>>& own = head_.linear();
+  if (own && (own->d_in() != d_model() || own->d_out() != vocab())) {
+    fail<ConfigError>("Decoder: the head is [", own->d_out(), ", ", own->d_in(), "], expected [",
+                      vocab(), ", ", d_model(), "] as the embedding");
+  }
+}
+
+template <std::floating_point T>
+void Decoder<T>::backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradient& also) {
+  const auto expect_like_h = [&](std::string_view name, const Matrix<T>* d) {
+    if (d == nullptr) return;
+    expect_shape("Decoder::backward", name, *d, hidden(cache).rows(), d_model());
+  };
+  if (cache.state.is_filled()) {
+    expect_like_h("also.hidden", also.hidden);
+    expect_like_h("also.normed", also.normed);
+  }
+  cache.state.begin_backward("Decoder::backward", *this, d_logits, "d_logits");
+  const auto sum = [](const Matrix<T>& a, const Matrix<T>* b, Matrix<T>& place) {
+    if (b == nullptr) return &a;
+    place.resize(a.rows(), a.cols());
+    add_rows<T>(a, *b, place);
+    return static_cast<const Matrix<T>*>(&place);
+  };
+  const Matrix<T>* d = sum(head_backward(d_logits, cache.head), also.normed, cache.d_normed);
+  d = sum(norm_.backward(*d, cache.norm), also.hidden, cache.d_hidden);
+  for (std::size_t l = layers_.size(); l-- > 0;) d = &layers_[l].backward(*d, cache.layers[l]);
+  embed_backward(*d, cache.embedding);
+}
+
+template <std::floating_point T>
+const Matrix<T>& Decoder<T>::decode(TokenIds ids, const Pass& pass, std::span<State* const> states,
+                                    Cache& cache, bool last_only) const {
+  cache.state.begin();
+  pass.check("Decoder::decode", ids.count());
+  expect_states<State>("Decoder::decode", pass, states);
+  Pass own = pass;
+  own.training = false;
+  own.aux_scale = 0.0;
+  for (State* state : states) state->layers.resize(layers_.size());
+  const auto end_of = [&](std::size_t s) {
+    return pass.sequences == nullptr ? ids.count() : pass.sequences->end(static_cast<Index>(s));
+  };
+  cache.last.clear();
+  for (std::size_t s = 0; s < states.size(); ++s) {
+    if (end_of(s) > (s == 0 ? 0 : end_of(s - 1))) cache.last.push_back(end_of(s) - 1);
+  }
+  const Matrix<T>& logits =
+      run(ids, own, last_only, cache,
+          [&](std::size_t l, MatrixIn<T> x, const Pass& with_ids) -> const Matrix<T>& {
+            cache.states.clear();
+            for (State* state : states) cache.states.push_back(&state->layers[l]);
+            return layers_[l].decode(x, with_ids, cache.states, layer_cache(l, with_ids, cache));
+          });
+  for (std::size_t s = 0; s < states.size(); ++s) {
+    states[s]->length += end_of(s) - (s == 0 ? 0 : end_of(s - 1));
+  }
+  return logits;
+}
+
 /// The logits [tokens, vocab] that `model` gives, for callers that keep no cache.
 template <std::floating_point T>
 Matrix<T> infer(const Decoder<T>& model, TokenIds ids, const Pass& pass = {}) {
@@ -335,3 +346,8 @@ const Matrix<T>& decode(const Decoder<T>& model, TokenIds ids, typename Decoder<
 }
 
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Decoder<float>;
+extern template class weir::Decoder<double>;
+#endif

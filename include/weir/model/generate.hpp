@@ -85,26 +85,28 @@ struct Turn {
   }
 
   /// Takes the next token.
-  void add(Index token) {
-    std::vector<Index>& tokens = result.tokens;
-    tokens.push_back(token);
-    const bool more = !until->on_token || until->on_token(token);
-    const auto ends_with = [&](const std::vector<Index>& text) {
-      return text.size() <= tokens.size() &&
-             std::equal(text.rbegin(), text.rend(), tokens.rbegin());
-    };
-    ended = true;
-    if (std::find(until->tokens.begin(), until->tokens.end(), token) != until->tokens.end()) {
-      result.ending = Ending::kToken;
-    } else if (std::any_of(until->texts.begin(), until->texts.end(), ends_with)) {
-      result.ending = Ending::kText;
-    } else if (!more) {
-      result.ending = Ending::kCallback;
-    } else {
-      ended = static_cast<Index>(tokens.size()) >= until->count;
-    }
-  }
+  void add(Index token);
 };
+
+template <class T>
+void Turn<T>::add(Index token) {
+  std::vector<Index>& tokens = result.tokens;
+  tokens.push_back(token);
+  const bool more = !until->on_token || until->on_token(token);
+  const auto ends_with = [&](const std::vector<Index>& text) {
+    return text.size() <= tokens.size() && std::equal(text.rbegin(), text.rend(), tokens.rbegin());
+  };
+  ended = true;
+  if (std::find(until->tokens.begin(), until->tokens.end(), token) != until->tokens.end()) {
+    result.ending = Ending::kToken;
+  } else if (std::any_of(until->texts.begin(), until->texts.end(), ends_with)) {
+    result.ending = Ending::kText;
+  } else if (!more) {
+    result.ending = Ending::kCallback;
+  } else {
+    ended = static_cast<Index>(tokens.size()) >= until->count;
+  }
+}
 
 /// Lets all turns take place. Each pass of the model computes the next token of every turn. A turn
 /// that has ended leaves once its last token has gone into its state.
@@ -212,3 +214,12 @@ std::vector<Index> generate(const Decoder<T>& model, TokenIds prompt, Index coun
 }
 
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template struct weir::detail::Turn<float>;
+extern template struct weir::detail::Turn<double>;
+extern template void weir::detail::take_turns<float>(const weir::Decoder<float>&,
+                                                     std::span<weir::detail::Turn<float>>);
+extern template void weir::detail::take_turns<double>(const weir::Decoder<double>&,
+                                                      std::span<weir::detail::Turn<double>>);
+#endif

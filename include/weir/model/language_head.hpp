@@ -44,15 +44,7 @@ class LanguageHead {
   /// \param x        [rows, d_model]
   /// \return         [rows, vocab]
   const Matrix<T>& forward(MatrixIn<T> x, const Embedding<T>& embedding, const Pass& pass,
-                           Cache& cache) const {
-    cache.state.begin();
-    const Matrix<T>& z =
-        linear_ ? linear_->forward(x, pass, cache.linear) : tied_forward(x, embedding, pass, cache);
-    if (scale_.is_identity()) return cache.state.finish(*this, pass, z);
-    cache.logits.resize(z.rows(), z.cols());
-    scale_.forward(z, cache.logits);
-    return cache.state.finish(*this, pass, cache.logits);
-  }
+                           Cache& cache) const;
 
   /// Adds to the gradient of the head or, tied, of the embedding.
   /// \param d_logits  [rows, vocab], of the last forward pass with `cache`.
@@ -60,14 +52,7 @@ class LanguageHead {
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weight is stored for
   ///                      inference.
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
-  const Matrix<T>& backward(MatrixIn<T> d_logits, Embedding<T>& embedding, Cache& cache) {
-    expect_trainable("LanguageHead::backward", storage());
-    cache.state.begin_backward("LanguageHead::backward", *this, d_logits, "d_logits");
-    if (scale_.is_identity()) return product_backward(d_logits, embedding, cache);
-    cache.d_z.resize(d_logits.rows(), d_logits.cols());
-    scale_.backward(cache.logits, d_logits, cache.d_z);
-    return product_backward(cache.d_z, embedding, cache);
-  }
+  const Matrix<T>& backward(MatrixIn<T> d_logits, Embedding<T>& embedding, Cache& cache);
 
   /// Stores a tied head beside the embedding.
   void set_storage(Storage storage, const Embedding<T>& embedding) {
@@ -95,17 +80,7 @@ class LanguageHead {
   }
 
   const Matrix<T>& tied_forward(MatrixIn<T> x, const Embedding<T>& embedding, const Pass& pass,
-                                Cache& cache) const {
-    if (pass.training) cache.x = x;
-    cache.logits.resize(x.rows(), embedding.vocab());
-    if (tied_.empty()) {
-      multiply_nt<T>(x, embedding.weight().value, cache.logits);
-    } else {
-      const kernels::PackedTo<T> to = {&tied_, 0, x.rows(), cache.logits.data(), embedding.vocab()};
-      kernels::multiply_packed<T>(x, {&to, 1});
-    }
-    return cache.logits;
-  }
+                                Cache& cache) const;
 
   const Matrix<T>& product_backward(MatrixIn<T> dz, Embedding<T>& embedding, Cache& cache) {
     if (linear_) return linear_->backward(dz, cache.linear);
@@ -120,4 +95,46 @@ class LanguageHead {
   kernels::PackedWeight<T> tied_;  // Empty unless the head is tied and stored for inference.
 };
 
+template <std::floating_point T>
+const Matrix<T>& LanguageHead<T>::forward(MatrixIn<T> x, const Embedding<T>& embedding,
+                                          const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  const Matrix<T>& z =
+      linear_ ? linear_->forward(x, pass, cache.linear) : tied_forward(x, embedding, pass, cache);
+  if (scale_.is_identity()) return cache.state.finish(*this, pass, z);
+  cache.logits.resize(z.rows(), z.cols());
+  scale_.forward(z, cache.logits);
+  return cache.state.finish(*this, pass, cache.logits);
+}
+
+template <std::floating_point T>
+const Matrix<T>& LanguageHead<T>::backward(MatrixIn<T> d_logits, Embedding<T>& embedding,
+                                           Cache& cache) {
+  expect_trainable("LanguageHead::backward", storage());
+  cache.state.begin_backward("LanguageHead::backward", *this, d_logits, "d_logits");
+  if (scale_.is_identity()) return product_backward(d_logits, embedding, cache);
+  cache.d_z.resize(d_logits.rows(), d_logits.cols());
+  scale_.backward(cache.logits, d_logits, cache.d_z);
+  return product_backward(cache.d_z, embedding, cache);
+}
+
+template <std::floating_point T>
+const Matrix<T>& LanguageHead<T>::tied_forward(MatrixIn<T> x, const Embedding<T>& embedding,
+                                               const Pass& pass, Cache& cache) const {
+  if (pass.training) cache.x = x;
+  cache.logits.resize(x.rows(), embedding.vocab());
+  if (tied_.empty()) {
+    multiply_nt<T>(x, embedding.weight().value, cache.logits);
+  } else {
+    const kernels::PackedTo<T> to = {&tied_, 0, x.rows(), cache.logits.data(), embedding.vocab()};
+    kernels::multiply_packed<T>(x, {&to, 1});
+  }
+  return cache.logits;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::LanguageHead<float>;
+extern template class weir::LanguageHead<double>;
+#endif

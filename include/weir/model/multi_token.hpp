@@ -127,19 +127,8 @@ class MultiToken {
   /// \param modules  The D modules.
   /// \throws ConfigError  without modules, if a projection is not [d, 2 d] with the same d for all,
   ///                      or if the weight is negative or not finite.
-  explicit MultiToken(std::vector<MultiTokenModule<T>> modules, const MultiTokenConfig& config = {})
-      : modules_(std::move(modules)),
-        config_(config),
-        loss_({.ignore_index = config.ignore_index}) {
-    expect_at_least<std::size_t>("MultiToken", "modules", modules_.size(), 1);
-    for (std::size_t k = 0; k < modules_.size(); ++k) {
-      const Linear<T>& projection = modules_[k].projection;
-      if (projection.d_out() == d_model() && projection.d_in() == 2 * d_model()) continue;
-      fail<ConfigError>("MultiToken: projection ", k, " is [", projection.d_out(), ", ",
-                        projection.d_in(), "], expected [", d_model(), ", ", 2 * d_model(), "]");
-    }
-    expect_at_least("MultiToken", "weight", config.weight, 0.0);
-  }
+  explicit MultiToken(std::vector<MultiTokenModule<T>> modules,
+                      const MultiTokenConfig& config = {});
 
   /// \param model    The main model.
   /// \param main     The cache of its last forward pass, with the same ids and pass.
@@ -151,74 +140,13 @@ class MultiToken {
   /// \throws ConfigError     if a target is out of range, if pass.allowed is given, or N with kOwn.
   /// \throws NonFiniteError  as CrossEntropy does.
   T forward(const Decoder<T>& model, const typename Decoder<T>::Cache& main, TokenIds ids,
-            TokenIds targets, const Pass& pass, Cache& cache, Index tokens = 0) const {
-    cache.state.begin();
-    const Matrix<T>& source =
-        config_.source == HiddenSource::kHidden ? model.hidden(main) : model.normed(main);
-    check(source, ids, targets, pass);
-    if (config_.mean == TargetMean::kOwn && tokens != 0) {
-      fail<ConfigError>("MultiToken::forward: tokens = ", tokens,
-                        ", expected 0 where each module divides by its own number of targets");
-    }
-    if (config_.mean == TargetMean::kMain && tokens == 0) tokens = count_targets(targets);
-    cache.modules.resize(modules_.size());
-    cache.losses.assign(modules_.size(), T(0));
-    cache.d_source.resize(source.rows(), source.cols());
-    const Matrix<T>* h = &source;
-    for (std::size_t k = 0; k < modules_.size(); ++k) {
-      ModuleCache& own = cache.modules[k];
-      place(k, ids, targets, pass, k == 0 ? nullptr : &cache.modules[k - 1], own);
-      own.h.resize(own.rows.count(), d_model());
-      for (Index r = 0; r < own.rows.count(); ++r) own.h.row(r) = h->row(own.rows[r]);
-      Pass inner = pass;
-      inner.sequences = &own.sequences;
-      inner.mask = own.mask;
-      inner.token_ids = own.token_ids;
-      const PassRecord::Scope module_scope(pass.record, "modules", static_cast<Index>(k));
-      const PassRecord::Scope layer_scope(pass.record, "layer");
-      h = &modules_[k].layer.forward(join(k, model, own.ids, own.h, inner, own), inner, own.layer);
-      const Matrix<T>& logits =
-          model.head(modules_[k].norm.forward(*h, inner, own.norm), inner, own.head);
-      cache.losses[k] = loss_.forward(logits, own.targets, own.loss, tokens);
-    }
-    T sum = T(0);
-    for (const T loss : cache.losses) sum += loss;
-    cache.state.finish(*this, pass, cache.d_source);
-    return scale() * sum;
-  }
+            TokenIds targets, const Pass& pass, Cache& cache, Index tokens = 0) const;
 
   /// Adds to the gradients of the modules and to those of embedding and head of `model`.
   /// \param model    The model of the last forward pass.
   /// \return         The gradient of h, for `model.backward`; lives in the cache.
   /// \throws StateError   if the cache does not fit, see CacheState.
-  typename Decoder<T>::HiddenGradient backward(Decoder<T>& model, Cache& cache) {
-    cache.state.begin_backward("MultiToken::backward", *this, cache.d_source);
-    const Index d = d_model();
-    for (std::size_t k = modules_.size(); k-- > 0;) {
-      ModuleCache& own = cache.modules[k];
-      MultiTokenModule<T>& module = modules_[k];
-      const Matrix<T>& d_logits = loss_.backward(own.loss, scale());
-      const Matrix<T>& d_head =
-          module.norm.backward(model.head_backward(d_logits, own.head), own.norm);
-      const Matrix<T>* dh = &d_head;
-      if (k + 1 < modules_.size()) {
-        own.d_h += d_head;  // The next module has put its part there.
-        dh = &own.d_h;
-      }
-      const Matrix<T>& d_joined =
-          module.projection.backward(module.layer.backward(*dh, own.layer), own.projection);
-      model.embed_backward(module.embedding_norm.backward(d_joined.leftCols(d), own.embedding_norm),
-                           own.embed);
-      const Matrix<T>& d_before =
-          module.hidden_norm.backward(d_joined.rightCols(d), own.hidden_norm);
-      Matrix<T>& to = k == 0 ? cache.d_source : cache.modules[k - 1].d_h;
-      const Index rows = k == 0 ? cache.d_source.rows() : cache.modules[k - 1].h.rows();
-      to.setZero(rows, d);
-      for (Index r = 0; r < own.rows.count(); ++r) to.row(own.rows[r]) = d_before.row(r);
-    }
-    if (config_.source == HiddenSource::kHidden) return {.hidden = &cache.d_source};
-    return {.normed = &cache.d_source};
-  }
+  typename Decoder<T>::HiddenGradient backward(Decoder<T>& model, Cache& cache);
 
   /// Continues one sequence in module k, counted from 0, for inference.
   /// \param ids      t_{i+k+1} for each new position i.
@@ -263,52 +191,11 @@ class MultiToken {
     return count;
   }
 
-  void check(const Matrix<T>& source, TokenIds ids, TokenIds targets, const Pass& pass) const {
-    constexpr auto kWhere = "MultiToken::forward";
-    const Index count = ids.count();
-    expect_shape(kWhere, "h of the main model", source, count, d_model());
-    if (targets.count() != count) {
-      fail<ShapeError>(kWhere, ": targets has ", targets.count(), " entries, expected ", count,
-                       " (one per token)");
-    }
-    pass.check(kWhere, count);
-    if (!pass.allowed.empty()) {
-      fail<ConfigError>(kWhere, ": pass.allowed has ", pass.allowed.size(),
-                        " entries, expected none: modules have experts of their own");
-    }
-  }
+  void check(const Matrix<T>& source, TokenIds ids, TokenIds targets, const Pass& pass) const;
 
   /// Finds the positions of module k, counted from 0, and the tokens and targets of each.
   void place(std::size_t k, TokenIds ids, TokenIds targets, const Pass& pass,
-             const ModuleCache* before, ModuleCache& own) const {
-    const auto shift = static_cast<Index>(k) + 1;
-    own.sequences.clear();
-    own.rows.clear();
-    own.ids.clear();
-    own.token_ids.clear();
-    own.targets.clear();
-    own.mask.clear();
-    const bool masked = !pass.mask.empty();
-    own.main.set("MultiToken::forward", pass, ids.count());
-    const Sequences& main = own.main.sequences();
-    for (Index s = 0; s < main.count(); ++s) {
-      const Index first = before == nullptr ? main.begin(s) : before->sequences.begin(s);
-      own.sequences.append(std::max<Index>(0, main.length(s) - shift));
-      for (Index i = 0; i + shift < main.length(s); ++i) {
-        const Index token = main.begin(s) + i + shift;
-        const bool padding =
-            masked &&
-            (pass.is_padding(token) ||
-             (before == nullptr ? pass.is_padding(first + i) : before->mask[first + i] == 0));
-        own.rows.push_back(first + i);
-        own.ids.push_back(ids[token]);
-        own.token_ids.push_back(pass.token_ids.empty() ? ids[token]
-                                                       : element(pass.token_ids, token));
-        own.targets.push_back(padding ? config_.ignore_index : targets[token]);
-        if (masked) own.mask.push_back(padding ? 0 : 1);
-      }
-    }
-  }
+             const ModuleCache* before, ModuleCache& own) const;
 
   /// The input of module k's block.
   const Matrix<T>& join(std::size_t k, const Decoder<T>& model, TokenIds ids, MatrixIn<T> h,
@@ -326,4 +213,137 @@ class MultiToken {
   CrossEntropy<T> loss_;
 };
 
+template <std::floating_point T>
+MultiToken<T>::MultiToken(std::vector<MultiTokenModule<T>> modules, const MultiTokenConfig& config)
+    : modules_(std::move(modules)), config_(config), loss_({.ignore_index = config.ignore_index}) {
+  expect_at_least<std::size_t>("MultiToken", "modules", modules_.size(), 1);
+  for (std::size_t k = 0; k < modules_.size(); ++k) {
+    const Linear<T>& projection = modules_[k].projection;
+    if (projection.d_out() == d_model() && projection.d_in() == 2 * d_model()) continue;
+    fail<ConfigError>("MultiToken: projection ", k, " is [", projection.d_out(), ", ",
+                      projection.d_in(), "], expected [", d_model(), ", ", 2 * d_model(), "]");
+  }
+  expect_at_least("MultiToken", "weight", config.weight, 0.0);
+}
+
+template <std::floating_point T>
+T MultiToken<T>::forward(const Decoder<T>& model, const typename Decoder<T>::Cache& main,
+                         TokenIds ids, TokenIds targets, const Pass& pass, Cache& cache,
+                         Index tokens) const {
+  cache.state.begin();
+  const Matrix<T>& source =
+      config_.source == HiddenSource::kHidden ? model.hidden(main) : model.normed(main);
+  check(source, ids, targets, pass);
+  if (config_.mean == TargetMean::kOwn && tokens != 0) {
+    fail<ConfigError>("MultiToken::forward: tokens = ", tokens,
+                      ", expected 0 where each module divides by its own number of targets");
+  }
+  if (config_.mean == TargetMean::kMain && tokens == 0) tokens = count_targets(targets);
+  cache.modules.resize(modules_.size());
+  cache.losses.assign(modules_.size(), T(0));
+  cache.d_source.resize(source.rows(), source.cols());
+  const Matrix<T>* h = &source;
+  for (std::size_t k = 0; k < modules_.size(); ++k) {
+    ModuleCache& own = cache.modules[k];
+    place(k, ids, targets, pass, k == 0 ? nullptr : &cache.modules[k - 1], own);
+    own.h.resize(own.rows.count(), d_model());
+    for (Index r = 0; r < own.rows.count(); ++r) own.h.row(r) = h->row(own.rows[r]);
+    Pass inner = pass;
+    inner.sequences = &own.sequences;
+    inner.mask = own.mask;
+    inner.token_ids = own.token_ids;
+    const PassRecord::Scope module_scope(pass.record, "modules", static_cast<Index>(k));
+    const PassRecord::Scope layer_scope(pass.record, "layer");
+    h = &modules_[k].layer.forward(join(k, model, own.ids, own.h, inner, own), inner, own.layer);
+    const Matrix<T>& logits =
+        model.head(modules_[k].norm.forward(*h, inner, own.norm), inner, own.head);
+    cache.losses[k] = loss_.forward(logits, own.targets, own.loss, tokens);
+  }
+  T sum = T(0);
+  for (const T loss : cache.losses) sum += loss;
+  cache.state.finish(*this, pass, cache.d_source);
+  return scale() * sum;
+}
+
+template <std::floating_point T>
+typename Decoder<T>::HiddenGradient MultiToken<T>::backward(Decoder<T>& model, Cache& cache) {
+  cache.state.begin_backward("MultiToken::backward", *this, cache.d_source);
+  const Index d = d_model();
+  for (std::size_t k = modules_.size(); k-- > 0;) {
+    ModuleCache& own = cache.modules[k];
+    MultiTokenModule<T>& module = modules_[k];
+    const Matrix<T>& d_logits = loss_.backward(own.loss, scale());
+    const Matrix<T>& d_head =
+        module.norm.backward(model.head_backward(d_logits, own.head), own.norm);
+    const Matrix<T>* dh = &d_head;
+    if (k + 1 < modules_.size()) {
+      own.d_h += d_head;  // The next module has put its part there.
+      dh = &own.d_h;
+    }
+    const Matrix<T>& d_joined =
+        module.projection.backward(module.layer.backward(*dh, own.layer), own.projection);
+    model.embed_backward(module.embedding_norm.backward(d_joined.leftCols(d), own.embedding_norm),
+                         own.embed);
+    const Matrix<T>& d_before = module.hidden_norm.backward(d_joined.rightCols(d), own.hidden_norm);
+    Matrix<T>& to = k == 0 ? cache.d_source : cache.modules[k - 1].d_h;
+    const Index rows = k == 0 ? cache.d_source.rows() : cache.modules[k - 1].h.rows();
+    to.setZero(rows, d);
+    for (Index r = 0; r < own.rows.count(); ++r) to.row(own.rows[r]) = d_before.row(r);
+  }
+  if (config_.source == HiddenSource::kHidden) return {.hidden = &cache.d_source};
+  return {.normed = &cache.d_source};
+}
+
+template <std::floating_point T>
+void MultiToken<T>::check(const Matrix<T>& source, TokenIds ids, TokenIds targets,
+                          const Pass& pass) const {
+  constexpr auto kWhere = "MultiToken::forward";
+  const Index count = ids.count();
+  expect_shape(kWhere, "h of the main model", source, count, d_model());
+  if (targets.count() != count) {
+    fail<ShapeError>(kWhere, ": targets has ", targets.count(), " entries, expected ", count,
+                     " (one per token)");
+  }
+  pass.check(kWhere, count);
+  if (!pass.allowed.empty()) {
+    fail<ConfigError>(kWhere, ": pass.allowed has ", pass.allowed.size(),
+                      " entries, expected none: modules have experts of their own");
+  }
+}
+
+template <std::floating_point T>
+void MultiToken<T>::place(std::size_t k, TokenIds ids, TokenIds targets, const Pass& pass,
+                          const ModuleCache* before, ModuleCache& own) const {
+  const auto shift = static_cast<Index>(k) + 1;
+  own.sequences.clear();
+  own.rows.clear();
+  own.ids.clear();
+  own.token_ids.clear();
+  own.targets.clear();
+  own.mask.clear();
+  const bool masked = !pass.mask.empty();
+  own.main.set("MultiToken::forward", pass, ids.count());
+  const Sequences& main = own.main.sequences();
+  for (Index s = 0; s < main.count(); ++s) {
+    const Index first = before == nullptr ? main.begin(s) : before->sequences.begin(s);
+    own.sequences.append(std::max<Index>(0, main.length(s) - shift));
+    for (Index i = 0; i + shift < main.length(s); ++i) {
+      const Index token = main.begin(s) + i + shift;
+      const bool padding =
+          masked && (pass.is_padding(token) || (before == nullptr ? pass.is_padding(first + i)
+                                                                  : before->mask[first + i] == 0));
+      own.rows.push_back(first + i);
+      own.ids.push_back(ids[token]);
+      own.token_ids.push_back(pass.token_ids.empty() ? ids[token] : element(pass.token_ids, token));
+      own.targets.push_back(padding ? config_.ignore_index : targets[token]);
+      if (masked) own.mask.push_back(padding ? 0 : 1);
+    }
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::MultiToken<float>;
+extern template class weir::MultiToken<double>;
+#endif

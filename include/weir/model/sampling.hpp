@@ -56,79 +56,20 @@ class Sampler {
   /// \throws ShapeError       if logits is not one row of at least one token.
   /// \throws ConfigError      if a setting is out of range.
   /// \throws NonFiniteError   if a logit is NaN or +inf, or all of them are -inf.
-  Index sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng) {
-    choose("Sampler::sample", logits, sampling);
-    if (sampling.temperature == 0.0) return kept_.front();
-    const double target = rng.uniform() * total_weight();
-    double sum = 0.0;
-    Index drawn = kept_.front();
-    for (Index i = 0; i < kept_.count() && sum <= target; ++i) {
-      if (weights_[i] > 0.0) drawn = kept_[i];  // The last of these, if rounding ends the list.
-      sum += weights_[i];
-    }
-    return drawn;
-  }
+  Index sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng);
 
   /// The probabilities with which `sample` draws: [1, vocabulary]. Their sum is 1, and they are
   /// zero for tokens that the settings exclude. They live here until the next call. Throws as
   /// `sample` does.
-  const RowVector<T>& distribution(MatrixIn<T> logits, const Sampling& sampling) {
-    choose("Sampler::distribution", logits, sampling);
-    const double total = total_weight();
-    distribution_.setZero(logits.cols());
-    for (Index i = 0; i < kept_.count(); ++i) {
-      distribution_[kept_[i]] = static_cast<T>(weights_[i] / total);
-    }
-    return distribution_;
-  }
+  const RowVector<T>& distribution(MatrixIn<T> logits, const Sampling& sampling);
 
  private:
   // Fills `kept_` with the tokens that may be drawn, and `weights_` with numbers proportional to
   // their probabilities.
-  void choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling) {
-    sampling.check();
-    if (logits.rows() != 1 || logits.cols() == 0) {
-      fail<ShapeError>(where, ": logits is ", shape_of(logits), ", expected [1, vocabulary]");
-    }
-    keep_allowed(where, logits);
-    const T* z = logits.data();
-    const bool greedy = sampling.temperature == 0.0;
-    const Index wanted = greedy ? 1 : sampling.top_k;
-    if (wanted > 0 && wanted < kept_.count()) {
-      kept_.resize(wanted);
-      top_k<T>(row_span(logits, 0), kept_);
-    }
-
-    // Weights are exponentials of differences to the largest logit: no temperature is too low.
-    Index best = 0;
-    top_k<T>(row_span(logits, 0), {&best, 1});
-    const auto weight = [&](Index token) {
-      if (greedy) return 1.0;
-      const double difference = static_cast<double>(z[token]) - static_cast<double>(z[best]);
-      return std::exp(difference / sampling.temperature);
-    };
-    if (sampling.top_p < 1.0) keep_nucleus(z, sampling.top_p, weight);
-    weights_.clear();
-    for (const Index token : kept_) weights_.push_back(weight(token));
-  }
+  void choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling);
 
   // Fills `kept_` with every token that is not forbidden, in order.
-  void keep_allowed(std::string_view where, MatrixIn<T> logits) {
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    kept_.clear();
-    for (Index token = 0; token < logits.cols(); ++token) {
-      const T logit = logits(0, token);
-      if (std::isnan(logit) || logit == kInfinity) {
-        fail<NonFiniteError>(where, ": logits[", token, "] = ", std::isnan(logit) ? "nan" : "inf",
-                             ", expected finite or -inf");
-      }
-      if (logit != -kInfinity) kept_.push_back(token);
-    }
-    if (kept_.empty()) {
-      fail<NonFiniteError>(where, ": all ", logits.cols(),
-                           " logits are -inf, expected at least one finite");
-    }
-  }
+  void keep_allowed(std::string_view where, MatrixIn<T> logits);
 
   // Reduces `kept_` to its nucleus, the most probable token first. A heap gives up the tokens one
   // by one: a nucleus is mostly small, and sorting a whole vocabulary for it takes long.
@@ -157,4 +98,80 @@ class Sampler {
   RowVector<T> distribution_;
 };
 
+template <std::floating_point T>
+Index Sampler<T>::sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng) {
+  choose("Sampler::sample", logits, sampling);
+  if (sampling.temperature == 0.0) return kept_.front();
+  const double target = rng.uniform() * total_weight();
+  double sum = 0.0;
+  Index drawn = kept_.front();
+  for (Index i = 0; i < kept_.count() && sum <= target; ++i) {
+    if (weights_[i] > 0.0) drawn = kept_[i];  // The last of these, if rounding ends the list.
+    sum += weights_[i];
+  }
+  return drawn;
+}
+
+template <std::floating_point T>
+const RowVector<T>& Sampler<T>::distribution(MatrixIn<T> logits, const Sampling& sampling) {
+  choose("Sampler::distribution", logits, sampling);
+  const double total = total_weight();
+  distribution_.setZero(logits.cols());
+  for (Index i = 0; i < kept_.count(); ++i) {
+    distribution_[kept_[i]] = static_cast<T>(weights_[i] / total);
+  }
+  return distribution_;
+}
+
+template <std::floating_point T>
+void Sampler<T>::choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling) {
+  sampling.check();
+  if (logits.rows() != 1 || logits.cols() == 0) {
+    fail<ShapeError>(where, ": logits is ", shape_of(logits), ", expected [1, vocabulary]");
+  }
+  keep_allowed(where, logits);
+  const T* z = logits.data();
+  const bool greedy = sampling.temperature == 0.0;
+  const Index wanted = greedy ? 1 : sampling.top_k;
+  if (wanted > 0 && wanted < kept_.count()) {
+    kept_.resize(wanted);
+    top_k<T>(row_span(logits, 0), kept_);
+  }
+
+  // Weights are exponentials of differences to the largest logit: no temperature is too low.
+  Index best = 0;
+  top_k<T>(row_span(logits, 0), {&best, 1});
+  const auto weight = [&](Index token) {
+    if (greedy) return 1.0;
+    const double difference = static_cast<double>(z[token]) - static_cast<double>(z[best]);
+    return std::exp(difference / sampling.temperature);
+  };
+  if (sampling.top_p < 1.0) keep_nucleus(z, sampling.top_p, weight);
+  weights_.clear();
+  for (const Index token : kept_) weights_.push_back(weight(token));
+}
+
+template <std::floating_point T>
+void Sampler<T>::keep_allowed(std::string_view where, MatrixIn<T> logits) {
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  kept_.clear();
+  for (Index token = 0; token < logits.cols(); ++token) {
+    const T logit = logits(0, token);
+    if (std::isnan(logit) || logit == kInfinity) {
+      fail<NonFiniteError>(where, ": logits[", token, "] = ", std::isnan(logit) ? "nan" : "inf",
+                           ", expected finite or -inf");
+    }
+    if (logit != -kInfinity) kept_.push_back(token);
+  }
+  if (kept_.empty()) {
+    fail<NonFiniteError>(where, ": all ", logits.cols(),
+                         " logits are -inf, expected at least one finite");
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Sampler<float>;
+extern template class weir::Sampler<double>;
+#endif

@@ -71,47 +71,9 @@ template <class T>
 class Speculation {
  public:
   Speculation(const Decoder<T>& model, const MultiToken<T>& modules, SpeculativeState<T>& state,
-              DraftReport& report)
-      : model_(model), modules_(modules), state_(state), report_(report), caches_(depth()) {
-    if (modules.d_model() != model.d_model()) {
-      fail<ConfigError>("speculate: the modules have d_model = ", modules.d_model(), ", expected ",
-                        model.d_model(), " as the model");
-    }
-    if (!state.complete) {
-      fail<StateError>(
-          "speculate: the state is incomplete after an exception, expected a copy made before");
-    }
-    if (state.modules.empty()) {
-      state.modules.resize(depth());
-      state.lengths.assign(depth(), 0);
-      state.hidden.resize(depth());
-    } else if (state.modules.size() != depth()) {
-      fail<StateError>("speculate: the state has ", state.modules.size(), " modules, expected ",
-                       depth());
-    }
-    const auto count = static_cast<Index>(depth());
-    report.checked.resize(std::max(report.checked.count(), count));
-    report.accepted.resize(std::max(report.accepted.count(), count));
-  }
+              DraftReport& report);
 
-  void run(Turn<T>& turn) {
-    const Matrix<T>& logits = feed(turn.prompt, true);
-    state_.complete = false;
-    turn.prompt.append_to(state_.tokens);
-    keep(turn.prompt.count());
-    turn.ended = turn.until->count == 0;
-    if (!turn.ended) draw(turn, logits.row(0));
-    while (!turn.ended) {
-      const Index wanted = turn.until->count - static_cast<Index>(turn.result.tokens.size());
-      draft(std::min(depth(), static_cast<std::size_t>(wanted - 1)));
-      check(turn);
-    }
-    if (state_.main.length < known()) {
-      feed(std::span<const Index>(&state_.tokens.back(), 1), true);
-      keep(1);
-    }
-    state_.complete = true;
-  }
+  void run(Turn<T>& turn);
 
  private:
   std::size_t depth() const { return modules_.depth(); }
@@ -138,52 +100,10 @@ class Speculation {
   }
 
   /// Lets the first `count` modules draft a token each.
-  void draft(std::size_t count) {
-    drafts_.clear();
-    const Index seen = state_.main.length;
-    for (std::size_t k = 0; k < count; ++k) {
-      const Index begin = state_.lengths[k];
-      ids_.clear();
-      for (Index i = begin; i < seen; ++i) ids_.push_back(token(i + static_cast<Index>(k) + 1));
-      const Matrix<T>& h = modules_.decode(k, model_, ids_, rows(state_.hidden[k], begin, seen),
-                                           state_.modules[k], caches_[k]);
-      state_.lengths[k] = seen;
-      if (k + 1 < depth()) append(state_.hidden[k + 1], h);
-      const Matrix<T>& logits = modules_.logits(k, model_, h.bottomRows(1), caches_[k]);
-      Index best = 0;
-      top_k<T>(row_span(logits, 0), {&best, 1});
-      drafts_.push_back(best);
-    }
-  }
+  void draft(std::size_t count);
 
   /// Draws tokens as long as they equal the drafts, and one more. The other drafts are taken back.
-  void check(Turn<T>& turn) {
-    const Index seen = state_.main.length;
-    ids_.assign(1, state_.tokens.back());
-    ids_.insert(ids_.end(), drafts_.begin(), drafts_.end());
-    const Matrix<T>& logits = feed(ids_, false);
-    Index good = 1;  // How many of the tokens that the main model was given are right.
-    for (Index i = 0; i <= drafts_.count() && !turn.ended; ++i) {
-      draw(turn, logits.row(i));
-      if (i == drafts_.count()) break;
-      ++report_.checked[i];
-      if (drafts_[i] != state_.tokens.back()) break;
-      ++report_.accepted[i];
-      ++good;
-    }
-    state_.main.truncate(seen + good);
-    keep(good);
-    // Module k read drafts at the last k positions it saw, right or wrong.
-    for (std::size_t k = 0; k < depth(); ++k) {
-      const Index sure = std::max<Index>(0, seen - static_cast<Index>(k));
-      if (state_.lengths[k] > sure) {
-        state_.modules[k].truncate(sure);
-        state_.lengths[k] = sure;
-        if (k + 1 < depth()) forget_from(state_.hidden[k + 1], sure);
-      }
-      forget_before(state_.hidden[k], state_.lengths[k]);
-    }
-  }
+  void check(Turn<T>& turn);
 
   /// A token that is known or drafted.
   Index token(Index i) const { return i < known() ? state_.tokens[i] : drafts_[i - known()]; }
@@ -220,6 +140,99 @@ class Speculation {
   Sampler<T> sampler_;
   List<Index> drafts_, ids_;
 };
+
+template <class T>
+Speculation<T>::Speculation(const Decoder<T>& model, const MultiToken<T>& modules,
+                            SpeculativeState<T>& state, DraftReport& report)
+    : model_(model), modules_(modules), state_(state), report_(report), caches_(depth()) {
+  if (modules.d_model() != model.d_model()) {
+    fail<ConfigError>("speculate: the modules have d_model = ", modules.d_model(), ", expected ",
+                      model.d_model(), " as the model");
+  }
+  if (!state.complete) {
+    fail<StateError>(
+        "speculate: the state is incomplete after an exception, expected a copy made before");
+  }
+  if (state.modules.empty()) {
+    state.modules.resize(depth());
+    state.lengths.assign(depth(), 0);
+    state.hidden.resize(depth());
+  } else if (state.modules.size() != depth()) {
+    fail<StateError>("speculate: the state has ", state.modules.size(), " modules, expected ",
+                     depth());
+  }
+  const auto count = static_cast<Index>(depth());
+  report.checked.resize(std::max(report.checked.count(), count));
+  report.accepted.resize(std::max(report.accepted.count(), count));
+}
+
+template <class T>
+void Speculation<T>::run(Turn<T>& turn) {
+  const Matrix<T>& logits = feed(turn.prompt, true);
+  state_.complete = false;
+  turn.prompt.append_to(state_.tokens);
+  keep(turn.prompt.count());
+  turn.ended = turn.until->count == 0;
+  if (!turn.ended) draw(turn, logits.row(0));
+  while (!turn.ended) {
+    const Index wanted = turn.until->count - static_cast<Index>(turn.result.tokens.size());
+    draft(std::min(depth(), static_cast<std::size_t>(wanted - 1)));
+    check(turn);
+  }
+  if (state_.main.length < known()) {
+    feed(std::span<const Index>(&state_.tokens.back(), 1), true);
+    keep(1);
+  }
+  state_.complete = true;
+}
+
+template <class T>
+void Speculation<T>::draft(std::size_t count) {
+  drafts_.clear();
+  const Index seen = state_.main.length;
+  for (std::size_t k = 0; k < count; ++k) {
+    const Index begin = state_.lengths[k];
+    ids_.clear();
+    for (Index i = begin; i < seen; ++i) ids_.push_back(token(i + static_cast<Index>(k) + 1));
+    const Matrix<T>& h = modules_.decode(k, model_, ids_, rows(state_.hidden[k], begin, seen),
+                                         state_.modules[k], caches_[k]);
+    state_.lengths[k] = seen;
+    if (k + 1 < depth()) append(state_.hidden[k + 1], h);
+    const Matrix<T>& logits = modules_.logits(k, model_, h.bottomRows(1), caches_[k]);
+    Index best = 0;
+    top_k<T>(row_span(logits, 0), {&best, 1});
+    drafts_.push_back(best);
+  }
+}
+
+template <class T>
+void Speculation<T>::check(Turn<T>& turn) {
+  const Index seen = state_.main.length;
+  ids_.assign(1, state_.tokens.back());
+  ids_.insert(ids_.end(), drafts_.begin(), drafts_.end());
+  const Matrix<T>& logits = feed(ids_, false);
+  Index good = 1;  // How many of the tokens that the main model was given are right.
+  for (Index i = 0; i <= drafts_.count() && !turn.ended; ++i) {
+    draw(turn, logits.row(i));
+    if (i == drafts_.count()) break;
+    ++report_.checked[i];
+    if (drafts_[i] != state_.tokens.back()) break;
+    ++report_.accepted[i];
+    ++good;
+  }
+  state_.main.truncate(seen + good);
+  keep(good);
+  // Module k read drafts at the last k positions it saw, right or wrong.
+  for (std::size_t k = 0; k < depth(); ++k) {
+    const Index sure = std::max<Index>(0, seen - static_cast<Index>(k));
+    if (state_.lengths[k] > sure) {
+      state_.modules[k].truncate(sure);
+      state_.lengths[k] = sure;
+      if (k + 1 < depth()) forget_from(state_.hidden[k + 1], sure);
+    }
+    forget_before(state_.hidden[k], state_.lengths[k]);
+  }
+}
 
 }  // namespace detail
 
@@ -263,3 +276,8 @@ std::vector<Index> speculate(const Decoder<T>& model, const MultiToken<T>& modul
 }
 
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::detail::Speculation<float>;
+extern template class weir::detail::Speculation<double>;
+#endif

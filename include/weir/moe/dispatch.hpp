@@ -33,42 +33,7 @@ class Dispatch {
 
   /// Sorts `assignments`, whose outputs are multiplied by `weight` [assignments]. Reuses the memory
   /// of an earlier call.
-  void build(const Assignments& assignments, std::span<const T> weight) {
-    assignments_ = assignments.assignments();
-    offsets_.assign(assignments.experts() + 1, 0);
-    Index kept = 0;
-    for (Index a = 0; a < assignments_; ++a) {
-      if (assignments.kept[a] == 0) continue;
-      ++offsets_[assignments.expert[a] + 1];
-      ++kept;
-    }
-    for (Index e = 1; e < offsets_.count(); ++e) offsets_[e] += offsets_[e - 1];
-
-    token_.resize(kept);
-    weight_.resize(kept);
-    assignment_.resize(kept);
-    slot_.resize(kept);
-    dropped_.clear();
-    token_offsets_.resize(assignments.offsets.count());
-    next_.assign(offsets_.begin(), offsets_.end() - 1);
-    kept = 0;
-    for (Index t = 0; t < assignments.tokens(); ++t) {
-      token_offsets_[t] = kept;
-      for (Index a = assignments.first(t); a < assignments.last(t); ++a) {
-        const T weight_of_a = element(weight, a);
-        if (assignments.kept[a] == 0) {
-          dropped_.push_back({t, a, weight_of_a});
-          continue;
-        }
-        const Index slot = next_[assignments.expert[a]]++;
-        token_[slot] = t;
-        weight_[slot] = weight_of_a;
-        assignment_[slot] = a;
-        slot_[kept++] = slot;
-      }
-    }
-    token_offsets_.back() = kept;
-  }
+  void build(const Assignments& assignments, std::span<const T> weight);
 
   /// Sorts the assignments of `routing`.
   void build(const Routing<T>& routing) {
@@ -147,6 +112,44 @@ class Dispatch {
   List<T> weight_;
   List<Dropped> dropped_;
 };
+
+template <class T>
+void Dispatch<T>::build(const Assignments& assignments, std::span<const T> weight) {
+  assignments_ = assignments.assignments();
+  offsets_.assign(assignments.experts() + 1, 0);
+  Index kept = 0;
+  for (Index a = 0; a < assignments_; ++a) {
+    if (assignments.kept[a] == 0) continue;
+    ++offsets_[assignments.expert[a] + 1];
+    ++kept;
+  }
+  for (Index e = 1; e < offsets_.count(); ++e) offsets_[e] += offsets_[e - 1];
+
+  token_.resize(kept);
+  weight_.resize(kept);
+  assignment_.resize(kept);
+  slot_.resize(kept);
+  dropped_.clear();
+  token_offsets_.resize(assignments.offsets.count());
+  next_.assign(offsets_.begin(), offsets_.end() - 1);
+  kept = 0;
+  for (Index t = 0; t < assignments.tokens(); ++t) {
+    token_offsets_[t] = kept;
+    for (Index a = assignments.first(t); a < assignments.last(t); ++a) {
+      const T weight_of_a = element(weight, a);
+      if (assignments.kept[a] == 0) {
+        dropped_.push_back({t, a, weight_of_a});
+        continue;
+      }
+      const Index slot = next_[assignments.expert[a]]++;
+      token_[slot] = t;
+      weight_[slot] = weight_of_a;
+      assignment_[slot] = a;
+      slot_[kept++] = slot;
+    }
+  }
+  token_offsets_.back() = kept;
+}
 
 namespace detail {
 
@@ -239,3 +242,8 @@ void gather_backward(MatrixIn<T> d_packed, const Dispatch<T>& dispatch, MatrixOu
 }
 
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Dispatch<float>;
+extern template class weir::Dispatch<double>;
+#endif

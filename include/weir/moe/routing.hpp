@@ -102,38 +102,44 @@ struct Routing : Assignments {
   /// \throws ConfigError     if a real token is allowed fewer than k experts, or none.
   /// \throws NonFiniteError  if a logit of a real token is NaN or infinite, where it is allowed.
   /// \throws ShapeError      if the pass does not fit the tokens or the experts.
-  void begin(std::string_view who, MatrixIn<T> router_logits, const Pass& pass, Index k = 0) {
-    pass.check(who, router_logits.rows());
-    expect_allowed_fits(who, router_logits.rows(), router_logits.cols(), pass, k);
-    expect_finite_logits<T>(who, router_logits, pass);
-    rows.set(who, pass, router_logits.rows());
-    copy_rows<T>(router_logits, logits);
-    restricted = !pass.allowed.empty();
-    if (restricted) forbid_experts<T>(pass, logits);
-    probabilities.resize(logits.rows(), logits.cols());
-    for (Index t = 0; rows.has_padding() && t < logits.rows(); ++t) {
-      if (rows.is_padding(t)) probabilities.row(t).setZero();
-    }
-    expert_count = logits.cols();
-    offsets.assign(logits.rows() + 1, 0);
-    expert.clear();
-    weight.clear();
-    applied.clear();
-    kept.clear();
-    noise = {};
-  }
+  void begin(std::string_view who, MatrixIn<T> router_logits, const Pass& pass, Index k = 0);
 
   /// Makes room for `k` kept assignments per real token, to be filled in at `first(t)` to
   /// `last(t)`.
-  void assign_each(Index k) {
-    for (Index t = 0; t < tokens(); ++t) {
-      offsets[t + 1] = first(t) + (rows.is_padding(t) ? 0 : k);
-    }
-    expert.assign(offsets.back(), 0);
-    weight.assign(offsets.back(), T(0));
-    kept.assign(offsets.back(), 1);
-  }
+  void assign_each(Index k);
 };
+
+template <class T>
+void Routing<T>::begin(std::string_view who, MatrixIn<T> router_logits, const Pass& pass, Index k) {
+  pass.check(who, router_logits.rows());
+  expect_allowed_fits(who, router_logits.rows(), router_logits.cols(), pass, k);
+  expect_finite_logits<T>(who, router_logits, pass);
+  rows.set(who, pass, router_logits.rows());
+  copy_rows<T>(router_logits, logits);
+  restricted = !pass.allowed.empty();
+  if (restricted) forbid_experts<T>(pass, logits);
+  probabilities.resize(logits.rows(), logits.cols());
+  for (Index t = 0; rows.has_padding() && t < logits.rows(); ++t) {
+    if (rows.is_padding(t)) probabilities.row(t).setZero();
+  }
+  expert_count = logits.cols();
+  offsets.assign(logits.rows() + 1, 0);
+  expert.clear();
+  weight.clear();
+  applied.clear();
+  kept.clear();
+  noise = {};
+}
+
+template <class T>
+void Routing<T>::assign_each(Index k) {
+  for (Index t = 0; t < tokens(); ++t) {
+    offsets[t + 1] = first(t) + (rows.is_padding(t) ? 0 : k);
+  }
+  expert.assign(offsets.back(), 0);
+  weight.assign(offsets.back(), T(0));
+  kept.assign(offsets.back(), 1);
+}
 
 /// The gradient of a loss with respect to the parts of a routing that have one. Balancers add to
 /// any of them; the selector's `backward` then carries `weights` and `probabilities` over to
@@ -148,17 +154,27 @@ struct RoutingGradient {
   std::vector<NoiseLevel<T>> noise;  ///< One for each level of `routing.noise`, of its shapes.
 
   /// Zeros of the shapes of `routing`.
-  void reset(const Routing<T>& routing) {
-    logits.setZero(routing.tokens(), routing.experts());
-    probabilities.setZero(routing.tokens(), routing.experts());
-    weights.setZero(routing.assignments());
-    noise.resize(routing.noise.size());
-    for (std::size_t i = 0; i < noise.size(); ++i) {
-      const NoiseLevel<T>& level = routing.noise[i];
-      noise[i].clean.setZero(level.clean.rows(), level.clean.cols());
-      noise[i].deviation.setZero(level.deviation.rows(), level.deviation.cols());
-    }
-  }
+  void reset(const Routing<T>& routing);
 };
 
+template <class T>
+void RoutingGradient<T>::reset(const Routing<T>& routing) {
+  logits.setZero(routing.tokens(), routing.experts());
+  probabilities.setZero(routing.tokens(), routing.experts());
+  weights.setZero(routing.assignments());
+  noise.resize(routing.noise.size());
+  for (std::size_t i = 0; i < noise.size(); ++i) {
+    const NoiseLevel<T>& level = routing.noise[i];
+    noise[i].clean.setZero(level.clean.rows(), level.clean.cols());
+    noise[i].deviation.setZero(level.deviation.rows(), level.deviation.cols());
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template struct weir::Routing<float>;
+extern template struct weir::Routing<double>;
+extern template struct weir::RoutingGradient<float>;
+extern template struct weir::RoutingGradient<double>;
+#endif

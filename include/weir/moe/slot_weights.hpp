@@ -82,49 +82,11 @@ class SlotWeights {
   /// Sets `cache.combine` and `cache.dispatch`.
   /// \throws ShapeError      if the pass does not fit x.
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.rows.set("SoftMoE::forward", pass, x.rows());
-    cache.copy_real(x, cache.x);
-    compute_logits(cache);
-    expect_finite_logits(cache);
-    cache.combine.resize(cache.logits.rows(), slots());
-    softmax<T>(cache.logits, cache.combine);
-    for (Index t = 0; t < cache.logits.rows(); ++t) {
-      if (cache.rows.is_padding(t)) cache.combine.row(t).setZero();
-    }
-    cache.dispatch.reserve(cache.logits.rows() * slots());
-    cache.for_each_sequence([&](Index, Index begin, Index m) { weigh_tokens(begin, m, cache); });
-  }
+  void forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Turns `cache.d_combine` and `cache.d_dispatch` into gradients of Phi, scale and x, the last of
   /// which is added to dx.
-  void backward(Cache& cache, Matrix<T>& dx) {
-    compute_d_logits(cache);
-    const Matrix<T>& left = is_normalised() ? cache.unit_x : cache.x;
-    const Matrix<T>& right = is_normalised() ? cache.scaled_phi : phi_.value;
-    cache.d_unit_x.resize(dx.rows(), d_model());
-    cache.d_phi.setZero(slots(), d_model());
-    cache.products.clear();
-    cache.products.push_back(product_nn<T>(cache.d_logits, right, cache.d_unit_x));
-    if (dx.rows() > 0) cache.products.push_back(product_tn<T>(cache.d_logits, left, cache.d_phi));
-    multiply<T>(cache.products);
-    if (!is_normalised()) {
-      add_rows<T>(phi_.gradient(), cache.d_phi, phi_.gradient());
-      add_rows<T>(dx, cache.d_unit_x, dx);
-      return;
-    }
-    T& d_scale = scale_.gradient()(0, 0);
-    Matrix<T>& d_phi = phi_.gradient();
-    for (Index i = 0; i < slots(); ++i) {
-      d_scale += loops::dot<T>(d_model(), &cache.d_phi(i, 0), &cache.unit_phi(i, 0));
-      add_unit_backward(scale_.value(0, 0), &phi_.value(i, 0), &cache.d_phi(i, 0), &d_phi(i, 0));
-    }
-    parallel_rows(dx.rows(), 4 * d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        add_unit_backward(T(1), &cache.x(t, 0), &cache.d_unit_x(t, 0), &dx(t, 0));
-      }
-    });
-  }
+  void backward(Cache& cache, Matrix<T>& dx);
 
   /// Parameters `phi` and, where logits are normalised, `scale`.
   template <class Self, class Visit>
@@ -148,81 +110,145 @@ class SlotWeights {
   }
 
   /// dv += factor * (du - v (du . v) / (|v| (|v| + kTiny))) / (|v| + kTiny).
-  void add_unit_backward(T factor, const T* v, const T* du, T* dv) const {
-    const T length = std::sqrt(loops::sum_of_squares(d_model(), v));
-    const T by = factor / (length + kTiny);
-    const T along =
-        length > T(0) ? loops::dot<T>(d_model(), du, v) / (length * (length + kTiny)) : T(0);
-    const auto f = [=](const Lanes<T>& sum, const Lanes<T>& d, const Lanes<T>& a) -> Lanes<T> {
-      return sum + by * (d - along * a);
-    };
-    map_lanes<T>(d_model(), f, dv, dv, du, v);
-  }
+  void add_unit_backward(T factor, const T* v, const T* du, T* dv) const;
 
-  void compute_logits(Cache& cache) const {
-    cache.logits.resize(cache.x.rows(), slots());
-    if (!is_normalised()) return multiply_nt<T>(cache.x, phi_.value, cache.logits);
-    cache.unit_x.resize(cache.x.rows(), d_model());
-    cache.unit_phi.resize(slots(), d_model());
-    cache.scaled_phi.resize(slots(), d_model());
-    parallel_rows(cache.x.rows(), 4 * d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) unit_row(T(1), &cache.x(t, 0), &cache.unit_x(t, 0));
-    });
-    for (Index i = 0; i < slots(); ++i) {
-      unit_row(T(1), &phi_.value(i, 0), &cache.unit_phi(i, 0));
-      unit_row(scale_.value(0, 0), &phi_.value(i, 0), &cache.scaled_phi(i, 0));
-    }
-    multiply_nt<T>(cache.unit_x, cache.scaled_phi, cache.logits);
-  }
+  void compute_logits(Cache& cache) const;
 
-  void expect_finite_logits(const Cache& cache) const {
-    for (Index t = 0; t < cache.logits.rows(); ++t) {
-      for (Index i = 0; i < slots(); ++i) {
-        if (std::isfinite(cache.logits(t, i))) continue;
-        fail<NonFiniteError>("SoftMoE: logits[", t, ", ", i, "] = ", cache.logits(t, i),
-                             ", expected a finite number");
-      }
-    }
-  }
+  void expect_finite_logits(const Cache& cache) const;
 
   /// Computes the softmax over the m tokens of a sequence from `begin` on.
-  void weigh_tokens(Index begin, Index m, Cache& cache) const {
-    auto weights = cache.part_of(cache.dispatch, begin, m);
-    if (cache.rows.real(begin, begin + m) == 0) {
-      weights.setZero();
-      return;
-    }
-    constexpr T kNever = -std::numeric_limits<T>::infinity();
-    parallel_rows(slots(), 8 * m, [&](Index first, Index last) {
-      for (Index i = first; i < last; ++i) {
-        for (Index j = 0; j < m; ++j) {
-          weights(i, j) = cache.rows.is_padding(begin + j) ? kNever : cache.logits(begin + j, i);
-        }
-        softmax_row<T>(row_span(weights, i), row_span(weights, i));
-      }
-    });
-  }
+  void weigh_tokens(Index begin, Index m, Cache& cache) const;
 
   /// Computes the derivative of both softmaxes.
-  void compute_d_logits(Cache& cache) const {
-    cache.d_logits.setZero(cache.logits.rows(), slots());
-    add_softmax_backward<T>(cache.combine, cache.d_combine, cache.d_logits);
-    cache.d_transposed.reserve(cache.logits.rows() * slots());
-    cache.for_each_sequence([&](Index, Index begin, Index m) {
-      auto d = cache.part_of(cache.d_transposed, begin, m);
-      d.setZero();
-      add_softmax_backward<T>(cache.part_of(cache.dispatch, begin, m),
-                              cache.part_of(cache.d_dispatch, begin, m), d);
-      parallel_rows(m, slots(), [&](Index first, Index last) {
-        for (Index j = first; j < last; ++j) {
-          for (Index i = 0; i < slots(); ++i) cache.d_logits(begin + j, i) += d(i, j);
-        }
-      });
-    });
-  }
+  void compute_d_logits(Cache& cache) const;
 
   Parameter<T> phi_;    // [slots, d_model]
   Parameter<T> scale_;  // [1, 1], or empty.
 };
 
+template <std::floating_point T>
+void SlotWeights<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.rows.set("SoftMoE::forward", pass, x.rows());
+  cache.copy_real(x, cache.x);
+  compute_logits(cache);
+  expect_finite_logits(cache);
+  cache.combine.resize(cache.logits.rows(), slots());
+  softmax<T>(cache.logits, cache.combine);
+  for (Index t = 0; t < cache.logits.rows(); ++t) {
+    if (cache.rows.is_padding(t)) cache.combine.row(t).setZero();
+  }
+  cache.dispatch.reserve(cache.logits.rows() * slots());
+  cache.for_each_sequence([&](Index, Index begin, Index m) { weigh_tokens(begin, m, cache); });
+}
+
+template <std::floating_point T>
+void SlotWeights<T>::backward(Cache& cache, Matrix<T>& dx) {
+  compute_d_logits(cache);
+  const Matrix<T>& left = is_normalised() ? cache.unit_x : cache.x;
+  const Matrix<T>& right = is_normalised() ? cache.scaled_phi : phi_.value;
+  cache.d_unit_x.resize(dx.rows(), d_model());
+  cache.d_phi.setZero(slots(), d_model());
+  cache.products.clear();
+  cache.products.push_back(product_nn<T>(cache.d_logits, right, cache.d_unit_x));
+  if (dx.rows() > 0) cache.products.push_back(product_tn<T>(cache.d_logits, left, cache.d_phi));
+  multiply<T>(cache.products);
+  if (!is_normalised()) {
+    add_rows<T>(phi_.gradient(), cache.d_phi, phi_.gradient());
+    add_rows<T>(dx, cache.d_unit_x, dx);
+    return;
+  }
+  T& d_scale = scale_.gradient()(0, 0);
+  Matrix<T>& d_phi = phi_.gradient();
+  for (Index i = 0; i < slots(); ++i) {
+    d_scale += loops::dot<T>(d_model(), &cache.d_phi(i, 0), &cache.unit_phi(i, 0));
+    add_unit_backward(scale_.value(0, 0), &phi_.value(i, 0), &cache.d_phi(i, 0), &d_phi(i, 0));
+  }
+  parallel_rows(dx.rows(), 4 * d_model(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      add_unit_backward(T(1), &cache.x(t, 0), &cache.d_unit_x(t, 0), &dx(t, 0));
+    }
+  });
+}
+
+template <std::floating_point T>
+void SlotWeights<T>::add_unit_backward(T factor, const T* v, const T* du, T* dv) const {
+  const T length = std::sqrt(loops::sum_of_squares(d_model(), v));
+  const T by = factor / (length + kTiny);
+  const T along =
+      length > T(0) ? loops::dot<T>(d_model(), du, v) / (length * (length + kTiny)) : T(0);
+  const auto f = [=](const Lanes<T>& sum, const Lanes<T>& d, const Lanes<T>& a) -> Lanes<T> {
+    return sum + by * (d - along * a);
+  };
+  map_lanes<T>(d_model(), f, dv, dv, du, v);
+}
+
+template <std::floating_point T>
+void SlotWeights<T>::compute_logits(Cache& cache) const {
+  cache.logits.resize(cache.x.rows(), slots());
+  if (!is_normalised()) return multiply_nt<T>(cache.x, phi_.value, cache.logits);
+  cache.unit_x.resize(cache.x.rows(), d_model());
+  cache.unit_phi.resize(slots(), d_model());
+  cache.scaled_phi.resize(slots(), d_model());
+  parallel_rows(cache.x.rows(), 4 * d_model(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) unit_row(T(1), &cache.x(t, 0), &cache.unit_x(t, 0));
+  });
+  for (Index i = 0; i < slots(); ++i) {
+    unit_row(T(1), &phi_.value(i, 0), &cache.unit_phi(i, 0));
+    unit_row(scale_.value(0, 0), &phi_.value(i, 0), &cache.scaled_phi(i, 0));
+  }
+  multiply_nt<T>(cache.unit_x, cache.scaled_phi, cache.logits);
+}
+
+template <std::floating_point T>
+void SlotWeights<T>::expect_finite_logits(const Cache& cache) const {
+  for (Index t = 0; t < cache.logits.rows(); ++t) {
+    for (Index i = 0; i < slots(); ++i) {
+      if (std::isfinite(cache.logits(t, i))) continue;
+      fail<NonFiniteError>("SoftMoE: logits[", t, ", ", i, "] = ", cache.logits(t, i),
+                           ", expected a finite number");
+    }
+  }
+}
+
+template <std::floating_point T>
+void SlotWeights<T>::weigh_tokens(Index begin, Index m, Cache& cache) const {
+  auto weights = cache.part_of(cache.dispatch, begin, m);
+  if (cache.rows.real(begin, begin + m) == 0) {
+    weights.setZero();
+    return;
+  }
+  constexpr T kNever = -std::numeric_limits<T>::infinity();
+  parallel_rows(slots(), 8 * m, [&](Index first, Index last) {
+    for (Index i = first; i < last; ++i) {
+      for (Index j = 0; j < m; ++j) {
+        weights(i, j) = cache.rows.is_padding(begin + j) ? kNever : cache.logits(begin + j, i);
+      }
+      softmax_row<T>(row_span(weights, i), row_span(weights, i));
+    }
+  });
+}
+
+template <std::floating_point T>
+void SlotWeights<T>::compute_d_logits(Cache& cache) const {
+  cache.d_logits.setZero(cache.logits.rows(), slots());
+  add_softmax_backward<T>(cache.combine, cache.d_combine, cache.d_logits);
+  cache.d_transposed.reserve(cache.logits.rows() * slots());
+  cache.for_each_sequence([&](Index, Index begin, Index m) {
+    auto d = cache.part_of(cache.d_transposed, begin, m);
+    d.setZero();
+    add_softmax_backward<T>(cache.part_of(cache.dispatch, begin, m),
+                            cache.part_of(cache.d_dispatch, begin, m), d);
+    parallel_rows(m, slots(), [&](Index first, Index last) {
+      for (Index j = first; j < last; ++j) {
+        for (Index i = 0; i < slots(); ++i) cache.d_logits(begin + j, i) += d(i, j);
+      }
+    });
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::SlotWeights<float>;
+extern template class weir::SlotWeights<double>;
+#endif

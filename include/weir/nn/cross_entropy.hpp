@@ -65,93 +65,107 @@ class CrossEntropy {
   /// \throws ShapeError      unless there is one target per token.
   /// \throws ConfigError     if a target is out of range, or `tokens` negative.
   /// \throws NonFiniteError  if a logit is NaN or +inf, or that of a target -inf.
-  T forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens = 0) const {
-    cache.state.begin();
-    cache.tokens = check(logits, targets, tokens);
-    cache.logits.resize(logits.rows(), logits.cols());
-    targets.copy_to(cache.targets);
-    cache.log_normaliser.resize(targets.count());
-    parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        if (cache.targets[t] == config_.ignore_index) continue;  // Nobody reads the row.
-        std::copy_n(&logits.coeffRef(t, 0), logits.cols(), &cache.logits(t, 0));
-        cache.log_normaliser[t] = logsumexp<T>(row_span(cache.logits, t));
-      }
-    });
-
-    double nll = 0.0;
-    double squares = 0.0;
-    for (Index t = 0; t < logits.rows(); ++t) {
-      const Index target = cache.targets[t];
-      if (target == config_.ignore_index) continue;
-      const auto z = static_cast<double>(cache.log_normaliser[t]);
-      const double loss = z - static_cast<double>(logits(t, target));
-      if (!std::isfinite(loss)) {
-        fail<NonFiniteError>("CrossEntropy::forward: row ", t, " of logits has log sum exp ", z,
-                             " and target logit ", logits(t, target), ", expected finite");
-      }
-      nll += loss;
-      squares += z * z;
-    }
-    const auto divisor = static_cast<double>(std::max<Index>(1, cache.tokens));
-    cache.nll = static_cast<T>(nll / divisor);
-    cache.z_loss = static_cast<T>(config_.z_loss * squares / divisor);
-    cache.state.finish(*this, kTraining, cache.logits);
-    return static_cast<T>((nll + config_.z_loss * squares) / divisor);
-  }
+  T forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens = 0) const;
 
   /// Nothing is accumulated: it may be called any number of times.
   /// \param scale    What the gradient is multiplied by, such as a loss scale.
   /// \return         scale * d(loss)/d(logits), [tokens, vocab]; zero for ignored tokens.
   /// \throws StateError   if the cache is empty or its last forward pass failed.
-  const Matrix<T>& backward(Cache& cache, T scale = T(1)) const {
-    if (!cache.state.is_filled()) {
-      fail<StateError>(
-          "CrossEntropy::backward: the cache is empty, expected a forward pass that succeeded");
-    }
-    const Matrix<T>& logits = cache.logits;
-    const T share = scale / static_cast<T>(std::max<Index>(1, cache.tokens));
-    cache.d_logits.resize(logits.rows(), logits.cols());
-    parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        const Index target = cache.targets[t];
-        if (target == config_.ignore_index) {
-          cache.d_logits.row(t).setZero();
-          continue;
-        }
-        const T z = cache.log_normaliser[t];
-        const T factor = share * (T(1) + T(2) * static_cast<T>(config_.z_loss) * z);
-        const auto f = [=](const Lanes<T>& logit) -> Lanes<T> {
-          return factor * exp_lanes<T>(logit - z);
-        };
-        map_lanes<T>(logits.cols(), f, &cache.d_logits(t, 0), &logits.coeffRef(t, 0));
-        cache.d_logits(t, target) -= share;
-      }
-    });
-    return cache.d_logits;
-  }
+  const Matrix<T>& backward(Cache& cache, T scale = T(1)) const;
 
  private:
   /// Returns N.
-  Index check(MatrixIn<T> logits, TokenIds targets, Index tokens) const {
-    expect_at_least<Index>("CrossEntropy::forward", "tokens", tokens, 0);
-    if (targets.count() != logits.rows()) {
-      fail<ShapeError>("CrossEntropy::forward: targets has ", targets.count(),
-                       " entries, expected ", logits.rows(), " (one per token)");
-    }
-    Index counted = 0;
-    for (Index t = 0; t < targets.count(); ++t) {
-      if (targets[t] == config_.ignore_index) continue;
-      if (targets[t] < 0 || targets[t] >= logits.cols()) {
-        fail<ConfigError>("CrossEntropy::forward: targets[", t, "] = ", targets[t],
-                          ", expected 0 <= target < ", logits.cols(), " or ", config_.ignore_index);
-      }
-      ++counted;
-    }
-    return tokens > 0 ? tokens : counted;
-  }
+  Index check(MatrixIn<T> logits, TokenIds targets, Index tokens) const;
 
   CrossEntropyConfig config_;
 };
 
+template <class T>
+T CrossEntropy<T>::forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens) const {
+  cache.state.begin();
+  cache.tokens = check(logits, targets, tokens);
+  cache.logits.resize(logits.rows(), logits.cols());
+  targets.copy_to(cache.targets);
+  cache.log_normaliser.resize(targets.count());
+  parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      if (cache.targets[t] == config_.ignore_index) continue;  // Nobody reads the row.
+      std::copy_n(&logits.coeffRef(t, 0), logits.cols(), &cache.logits(t, 0));
+      cache.log_normaliser[t] = logsumexp<T>(row_span(cache.logits, t));
+    }
+  });
+
+  double nll = 0.0;
+  double squares = 0.0;
+  for (Index t = 0; t < logits.rows(); ++t) {
+    const Index target = cache.targets[t];
+    if (target == config_.ignore_index) continue;
+    const auto z = static_cast<double>(cache.log_normaliser[t]);
+    const double loss = z - static_cast<double>(logits(t, target));
+    if (!std::isfinite(loss)) {
+      fail<NonFiniteError>("CrossEntropy::forward: row ", t, " of logits has log sum exp ", z,
+                           " and target logit ", logits(t, target), ", expected finite");
+    }
+    nll += loss;
+    squares += z * z;
+  }
+  const auto divisor = static_cast<double>(std::max<Index>(1, cache.tokens));
+  cache.nll = static_cast<T>(nll / divisor);
+  cache.z_loss = static_cast<T>(config_.z_loss * squares / divisor);
+  cache.state.finish(*this, kTraining, cache.logits);
+  return static_cast<T>((nll + config_.z_loss * squares) / divisor);
+}
+
+template <class T>
+const Matrix<T>& CrossEntropy<T>::backward(Cache& cache, T scale) const {
+  if (!cache.state.is_filled()) {
+    fail<StateError>(
+        "CrossEntropy::backward: the cache is empty, expected a forward pass that succeeded");
+  }
+  const Matrix<T>& logits = cache.logits;
+  const T share = scale / static_cast<T>(std::max<Index>(1, cache.tokens));
+  cache.d_logits.resize(logits.rows(), logits.cols());
+  parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      const Index target = cache.targets[t];
+      if (target == config_.ignore_index) {
+        cache.d_logits.row(t).setZero();
+        continue;
+      }
+      const T z = cache.log_normaliser[t];
+      const T factor = share * (T(1) + T(2) * static_cast<T>(config_.z_loss) * z);
+      const auto f = [=](const Lanes<T>& logit) -> Lanes<T> {
+        return factor * exp_lanes<T>(logit - z);
+      };
+      map_lanes<T>(logits.cols(), f, &cache.d_logits(t, 0), &logits.coeffRef(t, 0));
+      cache.d_logits(t, target) -= share;
+    }
+  });
+  return cache.d_logits;
+}
+
+template <class T>
+Index CrossEntropy<T>::check(MatrixIn<T> logits, TokenIds targets, Index tokens) const {
+  expect_at_least<Index>("CrossEntropy::forward", "tokens", tokens, 0);
+  if (targets.count() != logits.rows()) {
+    fail<ShapeError>("CrossEntropy::forward: targets has ", targets.count(), " entries, expected ",
+                     logits.rows(), " (one per token)");
+  }
+  Index counted = 0;
+  for (Index t = 0; t < targets.count(); ++t) {
+    if (targets[t] == config_.ignore_index) continue;
+    if (targets[t] < 0 || targets[t] >= logits.cols()) {
+      fail<ConfigError>("CrossEntropy::forward: targets[", t, "] = ", targets[t],
+                        ", expected 0 <= target < ", logits.cols(), " or ", config_.ignore_index);
+    }
+    ++counted;
+  }
+  return tokens > 0 ? tokens : counted;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::CrossEntropy<float>;
+extern template class weir::CrossEntropy<double>;
+#endif

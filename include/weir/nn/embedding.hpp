@@ -54,33 +54,13 @@ class Embedding {
   /// \param ids      One per token, each in [0, vocab).
   /// \return         [tokens, d_model].
   /// \throws ConfigError  if an id is out of range.
-  const Matrix<T>& forward(TokenIds ids, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    check(ids);
-    ids.copy_to(cache.ids);
-    cache.y.resize(ids.count(), d_model());
-    parallel_rows(cache.y.rows(), d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) cache.y.row(t) = weight_.value.row(cache.ids[t]);
-    });
-    return cache.state.finish(*this, pass, cache.y);
-  }
+  const Matrix<T>& forward(TokenIds ids, const Pass& pass, Cache& cache) const;
 
   /// Adds each row of dy to the gradient of its token's row, tokens in their order.
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of the result.
-  void backward(MatrixIn<T> dy, Cache& cache) {
-    cache.state.begin_backward("Embedding::backward", *this, dy);
-    constexpr Index kCols = 128;
-    Matrix<T>& gradient = weight_.gradient();
-    parallel_rows((d_model() + kCols - 1) / kCols, dy.rows() * kCols, [&](Index begin, Index end) {
-      const Index first = begin * kCols;
-      const Index count = std::min(d_model(), end * kCols) - first;
-      for (Index t = 0; t < dy.rows(); ++t) {
-        gradient.row(cache.ids[t]).segment(first, count) += dy.row(t).segment(first, count);
-      }
-    });
-  }
+  void backward(MatrixIn<T> dy, Cache& cache);
 
   Index vocab() const { return weight_.value.rows(); }
   Index d_model() const { return weight_.value.cols(); }
@@ -94,16 +74,50 @@ class Embedding {
   }
 
  private:
-  void check(TokenIds ids) const {
-    for (Index t = 0; t < ids.count(); ++t) {
-      if (ids[t] < 0 || ids[t] >= vocab()) {
-        fail<ConfigError>("Embedding::forward: ids[", t, "] = ", ids[t], ", expected 0 <= id < ",
-                          vocab());
-      }
-    }
-  }
+  void check(TokenIds ids) const;
 
   Parameter<T> weight_;
 };
 
+template <std::floating_point T>
+const Matrix<T>& Embedding<T>::forward(TokenIds ids, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  check(ids);
+  ids.copy_to(cache.ids);
+  cache.y.resize(ids.count(), d_model());
+  parallel_rows(cache.y.rows(), d_model(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) cache.y.row(t) = weight_.value.row(cache.ids[t]);
+  });
+  return cache.state.finish(*this, pass, cache.y);
+}
+
+template <std::floating_point T>
+void Embedding<T>::backward(MatrixIn<T> dy, Cache& cache) {
+  cache.state.begin_backward("Embedding::backward", *this, dy);
+  constexpr Index kCols = 128;
+  Matrix<T>& gradient = weight_.gradient();
+  parallel_rows((d_model() + kCols - 1) / kCols, dy.rows() * kCols, [&](Index begin, Index end) {
+    const Index first = begin * kCols;
+    const Index count = std::min(d_model(), end * kCols) - first;
+    for (Index t = 0; t < dy.rows(); ++t) {
+      gradient.row(cache.ids[t]).segment(first, count) += dy.row(t).segment(first, count);
+    }
+  });
+}
+
+template <std::floating_point T>
+void Embedding<T>::check(TokenIds ids) const {
+  for (Index t = 0; t < ids.count(); ++t) {
+    if (ids[t] < 0 || ids[t] >= vocab()) {
+      fail<ConfigError>("Embedding::forward: ids[", t, "] = ", ids[t], ", expected 0 <= id < ",
+                        vocab());
+    }
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Embedding<float>;
+extern template class weir::Embedding<double>;
+#endif

@@ -97,25 +97,7 @@ class Glu {
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("Glu::forward", "x", x, d_model());
-    cache.y.resize(x.rows(), d_model());
-    if (packed_) {
-      run_packed(x, cache.packed, cache.y);
-      return cache.state.finish(*this, Pass{}, cache.y);  // Nothing is kept for `backward`.
-    }
-    cache.gate.resize(x.rows(), d_hidden());
-    cache.up.resize(x.rows(), d_hidden());
-    if (pass.training) {
-      cache.x = x;
-      cache.h.resize(x.rows(), d_hidden());
-      run(x, cache.gate, cache.up, cache.h, cache.y);
-    } else {
-      run(x, cache.gate, cache.up, cache.gate, cache.y);
-    }
-    return cache.state.finish(*this, pass, cache.y);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of gate, up and down.
   /// \param dy       [tokens, d_model], of the last forward pass.
@@ -123,38 +105,10 @@ class Glu {
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
   ///                      for inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
-  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    expect_trainable("Glu::backward", storage_);
-    cache.state.begin_backward("Glu::backward", *this, dy);
-    cache.dh.resize(dy.rows(), d_hidden());
-    cache.d_gate.resize(dy.rows(), d_hidden());
-    cache.d_up.resize(dy.rows(), d_hidden());
-    cache.dx.resize(dy.rows(), d_model());
-
-    const Product<T> behind[] = {product_nn<T>(dy, down_.value, cache.dh),
-                                 product_tn<T>(dy, cache.h, down_.gradient(), true)};
-    multiply<T>(behind);
-    glu_backward<Act, T>(cache.gate, cache.up, cache.dh, cache.d_gate, cache.d_up);
-    const Product<T> before[] = {product_nn<T>(cache.d_gate, gate_.value, cache.dx),
-                                 product_tn<T>(cache.d_gate, cache.x, gate_.gradient(), true),
-                                 product_tn<T>(cache.d_up, cache.x, up_.gradient(), true)};
-    multiply<T>(before);
-    multiply_nn<T>(cache.d_up, up_.value, cache.dx, true);
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
   /// See `weir::set_storage`.
-  void set_storage(Storage storage) {
-    if (storage == storage_) return;
-    if (packed_) packed_->unpack(gate_.value, up_.value, down_.value);
-    packed_.reset();
-    if (storage != Storage::kTrainable) {
-      SharedMemory memory(PackedGlu<T>::bytes(d_model(), d_hidden(), d_model(), storage));
-      packed_.emplace(gate_.value, up_.value, down_.value, storage, memory);
-      gate_ = up_ = down_ = {};
-    }
-    storage_ = storage;
-  }
+  void set_storage(Storage storage);
 
   Index d_model() const { return packed_ ? packed_->gate_up.cols() : gate_.value.cols(); }
   Index d_hidden() const { return packed_ ? packed_->gate_up.rows() : gate_.value.rows(); }
@@ -197,4 +151,64 @@ class Glu {
   Storage storage_ = Storage::kTrainable;
 };
 
+template <std::floating_point T, Activation Act>
+const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("Glu::forward", "x", x, d_model());
+  cache.y.resize(x.rows(), d_model());
+  if (packed_) {
+    run_packed(x, cache.packed, cache.y);
+    return cache.state.finish(*this, Pass{}, cache.y);  // Nothing is kept for `backward`.
+  }
+  cache.gate.resize(x.rows(), d_hidden());
+  cache.up.resize(x.rows(), d_hidden());
+  if (pass.training) {
+    cache.x = x;
+    cache.h.resize(x.rows(), d_hidden());
+    run(x, cache.gate, cache.up, cache.h, cache.y);
+  } else {
+    run(x, cache.gate, cache.up, cache.gate, cache.y);
+  }
+  return cache.state.finish(*this, pass, cache.y);
+}
+
+template <std::floating_point T, Activation Act>
+const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
+  expect_trainable("Glu::backward", storage_);
+  cache.state.begin_backward("Glu::backward", *this, dy);
+  cache.dh.resize(dy.rows(), d_hidden());
+  cache.d_gate.resize(dy.rows(), d_hidden());
+  cache.d_up.resize(dy.rows(), d_hidden());
+  cache.dx.resize(dy.rows(), d_model());
+
+  const Product<T> behind[] = {product_nn<T>(dy, down_.value, cache.dh),
+                               product_tn<T>(dy, cache.h, down_.gradient(), true)};
+  multiply<T>(behind);
+  glu_backward<Act, T>(cache.gate, cache.up, cache.dh, cache.d_gate, cache.d_up);
+  const Product<T> before[] = {product_nn<T>(cache.d_gate, gate_.value, cache.dx),
+                               product_tn<T>(cache.d_gate, cache.x, gate_.gradient(), true),
+                               product_tn<T>(cache.d_up, cache.x, up_.gradient(), true)};
+  multiply<T>(before);
+  multiply_nn<T>(cache.d_up, up_.value, cache.dx, true);
+  return cache.dx;
+}
+
+template <std::floating_point T, Activation Act>
+void Glu<T, Act>::set_storage(Storage storage) {
+  if (storage == storage_) return;
+  if (packed_) packed_->unpack(gate_.value, up_.value, down_.value);
+  packed_.reset();
+  if (storage != Storage::kTrainable) {
+    SharedMemory memory(PackedGlu<T>::bytes(d_model(), d_hidden(), d_model(), storage));
+    packed_.emplace(gate_.value, up_.value, down_.value, storage, memory);
+    gate_ = up_ = down_ = {};
+  }
+  storage_ = storage;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Glu<float>;
+extern template class weir::Glu<double>;
+#endif

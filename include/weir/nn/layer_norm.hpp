@@ -55,24 +55,7 @@ class LayerNorm {
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("LayerNorm::forward", "x", x, d_model());
-    cache.y.resize(x.rows(), d_model());
-    if (pass.training) {
-      cache.normal.resize(x.rows(), d_model());
-      cache.inverse_std.resize(x.rows(), 1);
-    }
-    parallel_rows(x.rows(), 4 * d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        T* const normal = pass.training ? &cache.normal(t, 0) : &cache.y(t, 0);
-        const T inverse_std = normalise_row(&x.coeffRef(t, 0), normal);
-        if (pass.training) cache.inverse_std(t, 0) = inverse_std;
-        affine_row(normal, &cache.y(t, 0));
-      }
-    });
-    return cache.state.finish(*this, pass, cache.y);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// With n the normalised row and a = dy g:
   ///
@@ -83,32 +66,7 @@ class LayerNorm {
   /// \return         dL/dx, [tokens, d_model].
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of the result.
-  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    cache.state.begin_backward("LayerNorm::backward", *this, dy);
-    cache.dx.resize(dy.rows(), d_model());
-    const T* const g = weight_.value.data();
-    sum_runs_of_rows<T>(dy.rows(), 2 * d_model(), cache.d_parameters, [&](Index t, T* sums) {
-      const T* const d = &dy.coeffRef(t, 0);
-      const T* const normal = &cache.normal(t, 0);
-      const T inverse_std = cache.inverse_std(t, 0);
-      const auto columns = static_cast<T>(d_model());
-      const T mean = loops::dot(d_model(), d, g) / columns;
-      const T along = loops::dot(d_model(), d, g, normal) / columns;
-      const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& n) -> Lanes<T> {
-        return inverse_std * (dv * w - mean - along * n);
-      };
-      map_lanes<T>(d_model(), to_x, &cache.dx(t, 0), d, g, normal);
-      const auto to_weight = [](const Lanes<T>& sum, const Lanes<T>& dv,
-                                const Lanes<T>& n) -> Lanes<T> { return sum + dv * n; };
-      map_lanes<T>(d_model(), to_weight, sums, sums, d, normal);
-      T* const d_bias = sums + d_model();
-      loops::add<T>(d_model(), d_bias, d, d_bias);
-    });
-    const auto sums = cache.d_parameters.view();
-    add_rows_to<T>(sums.leftCols(d_model()), weight_.gradient().data());
-    if (has_bias()) add_rows_to<T>(sums.rightCols(d_model()), bias_.gradient().data());
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
   Index d_model() const { return weight_.value.cols(); }
   const LayerNormConfig& config() const { return config_; }
@@ -128,31 +86,90 @@ class LayerNorm {
 
  private:
   /// Writes the normalised row and returns 1 / sqrt(var + epsilon).
-  T normalise_row(const T* x, T* normal) const {
-    const auto d = static_cast<T>(d_model());
-    const T mean = loops::sum(d_model(), x) / d;
-    const auto square = [mean](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * (v - mean); };
-    const T variance = sum_lanes<T>(d_model(), square, x) / d;
-    const T inverse_std = T(1) / std::sqrt(variance + static_cast<T>(config_.epsilon));
-    const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * inverse_std; };
-    map_lanes<T>(d_model(), f, normal, x);
-    return inverse_std;
-  }
+  T normalise_row(const T* x, T* normal) const;
 
-  void affine_row(const T* normal, T* y) const {
-    if (has_bias()) {
-      const auto f = [](const Lanes<T>& n, const Lanes<T>& w, const Lanes<T>& b) -> Lanes<T> {
-        return n * w + b;
-      };
-      map_lanes<T>(d_model(), f, y, normal, weight_.value.data(), bias_.value.data());
-    } else {
-      loops::multiply(d_model(), normal, weight_.value.data(), y);
-    }
-  }
+  void affine_row(const T* normal, T* y) const;
 
   Parameter<T> weight_;  // [1, d_model]
   Parameter<T> bias_;    // [1, d_model] or empty
   LayerNormConfig config_;
 };
 
+template <std::floating_point T>
+const Matrix<T>& LayerNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("LayerNorm::forward", "x", x, d_model());
+  cache.y.resize(x.rows(), d_model());
+  if (pass.training) {
+    cache.normal.resize(x.rows(), d_model());
+    cache.inverse_std.resize(x.rows(), 1);
+  }
+  parallel_rows(x.rows(), 4 * d_model(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      T* const normal = pass.training ? &cache.normal(t, 0) : &cache.y(t, 0);
+      const T inverse_std = normalise_row(&x.coeffRef(t, 0), normal);
+      if (pass.training) cache.inverse_std(t, 0) = inverse_std;
+      affine_row(normal, &cache.y(t, 0));
+    }
+  });
+  return cache.state.finish(*this, pass, cache.y);
+}
+
+template <std::floating_point T>
+const Matrix<T>& LayerNorm<T>::backward(MatrixIn<T> dy, Cache& cache) {
+  cache.state.begin_backward("LayerNorm::backward", *this, dy);
+  cache.dx.resize(dy.rows(), d_model());
+  const T* const g = weight_.value.data();
+  sum_runs_of_rows<T>(dy.rows(), 2 * d_model(), cache.d_parameters, [&](Index t, T* sums) {
+    const T* const d = &dy.coeffRef(t, 0);
+    const T* const normal = &cache.normal(t, 0);
+    const T inverse_std = cache.inverse_std(t, 0);
+    const auto columns = static_cast<T>(d_model());
+    const T mean = loops::dot(d_model(), d, g) / columns;
+    const T along = loops::dot(d_model(), d, g, normal) / columns;
+    const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& n) -> Lanes<T> {
+      return inverse_std * (dv * w - mean - along * n);
+    };
+    map_lanes<T>(d_model(), to_x, &cache.dx(t, 0), d, g, normal);
+    const auto to_weight = [](const Lanes<T>& sum, const Lanes<T>& dv,
+                              const Lanes<T>& n) -> Lanes<T> { return sum + dv * n; };
+    map_lanes<T>(d_model(), to_weight, sums, sums, d, normal);
+    T* const d_bias = sums + d_model();
+    loops::add<T>(d_model(), d_bias, d, d_bias);
+  });
+  const auto sums = cache.d_parameters.view();
+  add_rows_to<T>(sums.leftCols(d_model()), weight_.gradient().data());
+  if (has_bias()) add_rows_to<T>(sums.rightCols(d_model()), bias_.gradient().data());
+  return cache.dx;
+}
+
+template <std::floating_point T>
+T LayerNorm<T>::normalise_row(const T* x, T* normal) const {
+  const auto d = static_cast<T>(d_model());
+  const T mean = loops::sum(d_model(), x) / d;
+  const auto square = [mean](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * (v - mean); };
+  const T variance = sum_lanes<T>(d_model(), square, x) / d;
+  const T inverse_std = T(1) / std::sqrt(variance + static_cast<T>(config_.epsilon));
+  const auto f = [=](const Lanes<T>& v) -> Lanes<T> { return (v - mean) * inverse_std; };
+  map_lanes<T>(d_model(), f, normal, x);
+  return inverse_std;
+}
+
+template <std::floating_point T>
+void LayerNorm<T>::affine_row(const T* normal, T* y) const {
+  if (has_bias()) {
+    const auto f = [](const Lanes<T>& n, const Lanes<T>& w, const Lanes<T>& b) -> Lanes<T> {
+      return n * w + b;
+    };
+    map_lanes<T>(d_model(), f, y, normal, weight_.value.data(), bias_.value.data());
+  } else {
+    loops::multiply(d_model(), normal, weight_.value.data(), y);
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::LayerNorm<float>;
+extern template class weir::LayerNorm<double>;
+#endif

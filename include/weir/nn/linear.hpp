@@ -74,14 +74,7 @@ class Linear {
   /// \param x        [tokens, d_in].
   /// \return         [tokens, d_out].
   /// \throws ShapeError   if x does not have d_in columns.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("Linear::forward", "x", x, d_in());
-    if (pass.training) cache.x = x;
-    cache.y.resize(x.rows(), d_out());
-    linear_forward<T>(x, weight_, bias_.value, cache.y);
-    return cache.state.finish(*this, pass, cache.y);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of weight and bias.
   /// \param dy       [tokens, d_out], of the last forward pass.
@@ -122,4 +115,19 @@ class Linear {
   Parameter<T> bias_;
 };
 
+template <std::floating_point T>
+const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("Linear::forward", "x", x, d_in());
+  if (pass.training) cache.x = x;
+  cache.y.resize(x.rows(), d_out());
+  linear_forward<T>(x, weight_, bias_.value, cache.y);
+  return cache.state.finish(*this, pass, cache.y);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Linear<float>;
+extern template class weir::Linear<double>;
+#endif

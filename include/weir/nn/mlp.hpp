@@ -62,47 +62,17 @@ class Mlp {
 
   /// Weights from `switch_init`; biases start at zero.
   /// \throws ConfigError  unless sizes and scale are positive.
-  Mlp(Index d_model, Index d_hidden, Rng& rng, MlpConfig config = {}) {
-    expect_positive("Mlp", "d_model", d_model);
-    expect_positive("Mlp", "d_hidden", d_hidden);
-    in_ = kernels::Weight<T>(switch_init<T>(d_hidden, d_model, rng, config.init_scale));
-    out_ = kernels::Weight<T>(switch_init<T>(d_model, d_hidden, rng, config.init_scale));
-    if (config.bias) {
-      in_bias_.value.setZero(1, d_hidden);
-      out_bias_.value.setZero(1, d_model);
-    }
-  }
+  Mlp(Index d_model, Index d_hidden, Rng& rng, MlpConfig config = {});
 
   /// Takes over in [d_hidden, d_model], out [d_model, d_hidden] and, unless empty, their biases
   /// [1, d_hidden] and [1, d_model].
   /// \throws ShapeError   if they do not fit each other.
-  Mlp(Matrix<T> in, Matrix<T> out, Matrix<T> in_bias = {}, Matrix<T> out_bias = {})
-      : in_(std::move(in)),
-        in_bias_{std::move(in_bias)},
-        out_(std::move(out)),
-        out_bias_{std::move(out_bias)} {
-    expect_shape("Mlp", "out", out_.parameter().value, d_model(), d_hidden());
-    if (in_bias_.value.size() != 0) expect_shape("Mlp", "in_bias", in_bias_.value, 1, d_hidden());
-    if (out_bias_.value.size() != 0) expect_shape("Mlp", "out_bias", out_bias_.value, 1, d_model());
-  }
+  Mlp(Matrix<T> in, Matrix<T> out, Matrix<T> in_bias = {}, Matrix<T> out_bias = {});
 
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("Mlp::forward", "x", x, d_model());
-    cache.h.resize(x.rows(), d_hidden());
-    cache.y.resize(x.rows(), d_model());
-    if (pass.training) {
-      cache.x = x;
-      cache.z.resize(x.rows(), d_hidden());
-      run(x, cache.z, cache.h, cache.y);
-    } else {
-      run(x, cache.h, cache.h, cache.y);
-    }
-    return cache.state.finish(*this, pass, cache.y);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of weights and biases.
   /// \param dy       [tokens, d_model], of the last forward pass.
@@ -110,17 +80,7 @@ class Mlp {
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
   ///                      for inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
-  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    expect_trainable("Mlp::backward", in_.storage());
-    cache.state.begin_backward("Mlp::backward", *this, dy);
-    cache.dh.resize(dy.rows(), d_hidden());
-    cache.dz.resize(dy.rows(), d_hidden());
-    cache.dx.resize(dy.rows(), d_model());
-    linear_backward<T>(dy, cache.h, out_, out_bias_, cache.dh);
-    activation_backward<Act, T>(cache.z, cache.dh, cache.dz);
-    linear_backward<T>(cache.dz, cache.x, in_, in_bias_, cache.dx);
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
   /// See `weir::set_storage`; biases stay parameters.
   void set_storage(Storage storage) {
@@ -164,4 +124,61 @@ class Mlp {
   Parameter<T> out_bias_;   // [1, d_model] or empty
 };
 
+template <std::floating_point T, Activation Act>
+Mlp<T, Act>::Mlp(Index d_model, Index d_hidden, Rng& rng, MlpConfig config) {
+  expect_positive("Mlp", "d_model", d_model);
+  expect_positive("Mlp", "d_hidden", d_hidden);
+  in_ = kernels::Weight<T>(switch_init<T>(d_hidden, d_model, rng, config.init_scale));
+  out_ = kernels::Weight<T>(switch_init<T>(d_model, d_hidden, rng, config.init_scale));
+  if (config.bias) {
+    in_bias_.value.setZero(1, d_hidden);
+    out_bias_.value.setZero(1, d_model);
+  }
+}
+
+template <std::floating_point T, Activation Act>
+Mlp<T, Act>::Mlp(Matrix<T> in, Matrix<T> out, Matrix<T> in_bias, Matrix<T> out_bias)
+    : in_(std::move(in)),
+      in_bias_{std::move(in_bias)},
+      out_(std::move(out)),
+      out_bias_{std::move(out_bias)} {
+  expect_shape("Mlp", "out", out_.parameter().value, d_model(), d_hidden());
+  if (in_bias_.value.size() != 0) expect_shape("Mlp", "in_bias", in_bias_.value, 1, d_hidden());
+  if (out_bias_.value.size() != 0) expect_shape("Mlp", "out_bias", out_bias_.value, 1, d_model());
+}
+
+template <std::floating_point T, Activation Act>
+const Matrix<T>& Mlp<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("Mlp::forward", "x", x, d_model());
+  cache.h.resize(x.rows(), d_hidden());
+  cache.y.resize(x.rows(), d_model());
+  if (pass.training) {
+    cache.x = x;
+    cache.z.resize(x.rows(), d_hidden());
+    run(x, cache.z, cache.h, cache.y);
+  } else {
+    run(x, cache.h, cache.h, cache.y);
+  }
+  return cache.state.finish(*this, pass, cache.y);
+}
+
+template <std::floating_point T, Activation Act>
+const Matrix<T>& Mlp<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
+  expect_trainable("Mlp::backward", in_.storage());
+  cache.state.begin_backward("Mlp::backward", *this, dy);
+  cache.dh.resize(dy.rows(), d_hidden());
+  cache.dz.resize(dy.rows(), d_hidden());
+  cache.dx.resize(dy.rows(), d_model());
+  linear_backward<T>(dy, cache.h, out_, out_bias_, cache.dh);
+  activation_backward<Act, T>(cache.z, cache.dh, cache.dz);
+  linear_backward<T>(cache.dz, cache.x, in_, in_bias_, cache.dx);
+  return cache.dx;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Mlp<float>;
+extern template class weir::Mlp<double>;
+#endif

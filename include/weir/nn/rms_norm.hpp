@@ -52,27 +52,7 @@ class RmsNorm {
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("RmsNorm::forward", "x", x, d_model());
-    cache.y.resize(x.rows(), d_model());
-    if (pass.training) {
-      cache.x.resize(x.rows(), d_model());
-      cache.inverse_rms.resize(x.rows(), 1);
-    }
-    parallel_rows(x.rows(), 3 * d_model(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        const T* const row = &x.coeffRef(t, 0);
-        const T r = inverse_rms(row);
-        if (pass.training) {
-          std::copy_n(row, d_model(), &cache.x(t, 0));
-          cache.inverse_rms(t, 0) = r;
-        }
-        scale_row(row, r, &cache.y(t, 0));
-      }
-    });
-    return cache.state.finish(*this, pass, cache.y);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// With r the inverse root mean square of a row:
   ///
@@ -82,26 +62,7 @@ class RmsNorm {
   /// \return         dL/dx, [tokens, d_model].
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of the result.
-  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    cache.state.begin_backward("RmsNorm::backward", *this, dy);
-    cache.dx.resize(dy.rows(), d_model());
-    const T* const g = weight_.value.data();
-    sum_runs_of_rows<T>(dy.rows(), d_model(), cache.d_weight, [&](Index t, T* d_weight) {
-      const T* const d = &dy.coeffRef(t, 0);
-      const T* const x = &cache.x(t, 0);
-      const T r = cache.inverse_rms(t, 0);
-      const T along_x = r * r * loops::dot(d_model(), d, g, x) / static_cast<T>(d_model());
-      const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& v) -> Lanes<T> {
-        return r * (dv * w - along_x * v);
-      };
-      map_lanes<T>(d_model(), to_x, &cache.dx(t, 0), d, g, x);
-      const auto to_weight = [=](const Lanes<T>& sum, const Lanes<T>& dv,
-                                 const Lanes<T>& v) -> Lanes<T> { return sum + dv * v * r; };
-      map_lanes<T>(d_model(), to_weight, d_weight, d_weight, d, x);
-    });
-    add_rows_to<T>(cache.d_weight.view(), weight_.gradient().data());
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
   Index d_model() const { return weight_.value.cols(); }
   const RmsNormConfig& config() const { return config_; }
@@ -131,4 +92,54 @@ class RmsNorm {
   RmsNormConfig config_;
 };
 
+template <std::floating_point T>
+const Matrix<T>& RmsNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("RmsNorm::forward", "x", x, d_model());
+  cache.y.resize(x.rows(), d_model());
+  if (pass.training) {
+    cache.x.resize(x.rows(), d_model());
+    cache.inverse_rms.resize(x.rows(), 1);
+  }
+  parallel_rows(x.rows(), 3 * d_model(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      const T* const row = &x.coeffRef(t, 0);
+      const T r = inverse_rms(row);
+      if (pass.training) {
+        std::copy_n(row, d_model(), &cache.x(t, 0));
+        cache.inverse_rms(t, 0) = r;
+      }
+      scale_row(row, r, &cache.y(t, 0));
+    }
+  });
+  return cache.state.finish(*this, pass, cache.y);
+}
+
+template <std::floating_point T>
+const Matrix<T>& RmsNorm<T>::backward(MatrixIn<T> dy, Cache& cache) {
+  cache.state.begin_backward("RmsNorm::backward", *this, dy);
+  cache.dx.resize(dy.rows(), d_model());
+  const T* const g = weight_.value.data();
+  sum_runs_of_rows<T>(dy.rows(), d_model(), cache.d_weight, [&](Index t, T* d_weight) {
+    const T* const d = &dy.coeffRef(t, 0);
+    const T* const x = &cache.x(t, 0);
+    const T r = cache.inverse_rms(t, 0);
+    const T along_x = r * r * loops::dot(d_model(), d, g, x) / static_cast<T>(d_model());
+    const auto to_x = [=](const Lanes<T>& dv, const Lanes<T>& w, const Lanes<T>& v) -> Lanes<T> {
+      return r * (dv * w - along_x * v);
+    };
+    map_lanes<T>(d_model(), to_x, &cache.dx(t, 0), d, g, x);
+    const auto to_weight = [=](const Lanes<T>& sum, const Lanes<T>& dv,
+                               const Lanes<T>& v) -> Lanes<T> { return sum + dv * v * r; };
+    map_lanes<T>(d_model(), to_weight, d_weight, d_weight, d, x);
+  });
+  add_rows_to<T>(cache.d_weight.view(), weight_.gradient().data());
+  return cache.dx;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::RmsNorm<float>;
+extern template class weir::RmsNorm<double>;
+#endif

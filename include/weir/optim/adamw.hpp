@@ -31,6 +31,14 @@ struct Moments {
   Index steps = 0;   ///< t: how many updates the parameter has had.
 };
 
+/// The state of AdamW for one parameter: the moments, and what its group set.
+template <class T>
+struct AdamWState {
+  Moments<T> moments = {};
+  double learning_rate_factor = 1.0;
+  std::optional<double> weight_decay = {};
+};
+
 /// The moments of the parameter called `name`.
 template <class T>
 struct NamedMoments {
@@ -75,8 +83,7 @@ struct AdamWConfig {
 /// - One whose gradient is empty, because no backward pass ever reached it (an expert that never
 ///   got a token), is left alone, also by weight decay.
 /// - One whose gradient is zero, because no backward pass reached it since the last step, is
-/// updated
-///   like others. Its moments fade, and with them its movement; weight decay goes on.
+///   updated like others. Its moments fade, and with them its movement; weight decay goes on.
 ///
 /// A NaN in a gradient goes through to the value; `clip_global_norm` before each step refuses it.
 template <std::floating_point T>
@@ -85,17 +92,7 @@ class AdamW {
   using Scalar = T;
 
   /// \throws ConfigError   if a number is out of range.
-  explicit AdamW(AdamWConfig config = {}) : config_(std::move(config)) {
-    expect_at_least("AdamW", "learning_rate", config_.learning_rate, 0.0);
-    expect_fraction("AdamW", "beta1", config_.beta1);
-    expect_fraction("AdamW", "beta2", config_.beta2);
-    expect_positive("AdamW", "epsilon", static_cast<T>(config_.epsilon));
-    expect_at_least("AdamW", "weight_decay", config_.weight_decay, 0.0);
-    for (const ParameterGroup& group : config_.groups) {
-      expect_at_least("AdamW", "learning_rate_factor", group.learning_rate_factor, 0.0);
-      if (group.weight_decay) expect_at_least("AdamW", "weight_decay", *group.weight_decay, 0.0);
-    }
-  }
+  explicit AdamW(AdamWConfig config = {});
 
   /// Updates every parameter of `model` by its accumulated gradient, sets the gradients to zero,
   /// and runs balancing rules and schedules (`weir::update`). Allocates nothing except the moments
@@ -105,29 +102,8 @@ class AdamW {
   /// \throws ConfigError  if two parameters have the same name, or are the same.
   template <class Model>
   void step(Model& model) {
-    active_.clear();
-    for (const auto& [parameter, named] : states_.find("AdamW::step", model, new_state())) {
-      active_.push_back({parameter, &named->name, &named->state});
-    }
-    for (const Active& active : active_) check(active);
-    Index blocks = 0;
-    for (Active& active : active_) {
-      active.begin = blocks;
-      blocks += (active.parameter->value.size() + kBlock - 1) / kBlock;
-      active.end = blocks;
-      if (active.learns()) prepare(active);
-    }
-    parallel_for((blocks + kTaskBlocks - 1) / kTaskBlocks, [&](Index task) {
-      const Index begin = task * kTaskBlocks;
-      const Index end = std::min(blocks, begin + kTaskBlocks);
-      auto active = std::partition_point(active_.begin(), active_.end(),
-                                         [&](const Active& a) { return a.end <= begin; });
-      for (Index block = begin; block < end; ++block) {
-        while (active->end <= block) ++active;
-        update_block(*active, (block - active->begin) * kBlock);
-      }
-    });
-    ++steps_;
+    const auto make = [&](std::string_view name) { return new_state(name); };
+    update_all(states_.find("AdamW::step", model, make));
     update(model);
   }
 
@@ -162,12 +138,15 @@ class AdamW {
 
   /// The moments of the parameter `name`, to be overwritten with saved ones; empty if it has been
   /// in no step. The reference is valid until the next call of a member.
-  Moments<T>& moments(std::string_view name) { return states_.of(name, new_state()).moments; }
+  Moments<T>& moments(std::string_view name) {
+    return states_.of(name, [&](std::string_view n) { return new_state(n); }).moments;
+  }
 
   /// Forgets the moments of the parameters whose names match `pattern`, so that they start anew.
   void forget(std::string_view pattern) { states_.forget(pattern); }
 
  private:
+  using State = AdamWState<T>;
   using Values = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
 
   // Parameters are updated in blocks that stay in the first-level cache over the statements of
@@ -184,13 +163,6 @@ class AdamW {
     T root = T(1);
   };
 
-  // What is remembered about a parameter from step to step.
-  struct State {
-    Moments<T> moments = {};
-    double learning_rate_factor = 1.0;
-    std::optional<double> weight_decay = {};  // Set by the parameter's group.
-  };
-
   // A parameter of the model during a step.
   struct Active {
     Parameter<T>* parameter = nullptr;
@@ -202,66 +174,17 @@ class AdamW {
     bool learns() const { return !parameter->frozen && parameter->grad.size() > 0; }
   };
 
-  auto new_state() const {
-    return [this](std::string_view name) {
-      State state;
-      for (const ParameterGroup& group : config_.groups) {
-        if (!matches_pattern(group.pattern, name)) continue;
-        state.learning_rate_factor = group.learning_rate_factor;
-        state.weight_decay = group.weight_decay;
-        break;
-      }
-      return state;
-    };
-  }
+  State new_state(std::string_view name) const;
 
-  static void check(const Active& active) {
-    const Matrix<T>& value = active.parameter->value;
-    const auto expect_like_value = [&](std::string_view what, const Matrix<T>& m) {
-      if (m.size() > 0 && (m.rows() != value.rows() || m.cols() != value.cols())) {
-        fail<ShapeError>("AdamW::step: ", what, *active.name, " is ", shape_of(m), ", expected ",
-                         shape_of(value));
-      }
-    };
-    expect_like_value("gradient of ", active.parameter->grad);
-    expect_like_value("first moment of ", active.state->moments.first);
-    expect_like_value("second moment of ", active.state->moments.second);
-  }
+  // What a step does with the parameters found.
+  void update_all(const List<typename ParameterStates<T, State>::Found>& found);
 
-  void prepare(Active& active) const {
-    const Matrix<T>& value = active.parameter->value;
-    Moments<T>& moments = active.state->moments;
-    if (moments.first.size() == 0) moments.first.setZero(value.rows(), value.cols());
-    if (moments.second.size() == 0) moments.second.setZero(value.rows(), value.cols());
-    ++moments.steps;
-    const auto t = static_cast<double>(moments.steps);
-    const bool decays = value.rows() != 1 || config_.decay_vectors;
-    const double weight_decay =
-        active.state->weight_decay.value_or(decays ? config_.weight_decay : 0.0);
-    const double rate = config_.learning_rate * active.state->learning_rate_factor;
-    active.coefficients = {
-        .keep = static_cast<T>(1.0 - rate * weight_decay),
-        .rate = static_cast<T>(rate / (1.0 - std::pow(config_.beta1, t))),
-        .root = static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(config_.beta2, t)))};
-  }
+  static void check(const Active& active);
+
+  void prepare(Active& active) const;
 
   // Updates one block of a parameter, from element `begin` on.
-  void update_block(const Active& active, Index begin) const {
-    Parameter<T>& parameter = *active.parameter;
-    if (parameter.grad.size() == 0) return;
-    const Index size = std::min(kBlock, parameter.value.size() - begin);
-    Values g(parameter.grad.data() + begin, size);
-    if (active.learns()) {
-      Values w(parameter.value.data() + begin, size);
-      Values m(active.state->moments.first.data() + begin, size);
-      Values v(active.state->moments.second.data() + begin, size);
-      const auto [keep, rate, root] = active.coefficients;
-      m = static_cast<T>(config_.beta1) * m + static_cast<T>(1.0 - config_.beta1) * g;
-      v = static_cast<T>(config_.beta2) * v + static_cast<T>(1.0 - config_.beta2) * g.square();
-      w = keep * w - rate * m / (root * v.sqrt() + static_cast<T>(config_.epsilon));
-    }
-    g.setZero();
-  }
+  void update_block(const Active& active, Index begin) const;
 
   AdamWConfig config_;
   ParameterStates<T, State> states_;
@@ -269,4 +192,112 @@ class AdamW {
   Index steps_ = 0;
 };
 
+template <std::floating_point T>
+AdamW<T>::AdamW(AdamWConfig config) : config_(std::move(config)) {
+  expect_at_least("AdamW", "learning_rate", config_.learning_rate, 0.0);
+  expect_fraction("AdamW", "beta1", config_.beta1);
+  expect_fraction("AdamW", "beta2", config_.beta2);
+  expect_positive("AdamW", "epsilon", static_cast<T>(config_.epsilon));
+  expect_at_least("AdamW", "weight_decay", config_.weight_decay, 0.0);
+  for (const ParameterGroup& group : config_.groups) {
+    expect_at_least("AdamW", "learning_rate_factor", group.learning_rate_factor, 0.0);
+    if (group.weight_decay) expect_at_least("AdamW", "weight_decay", *group.weight_decay, 0.0);
+  }
+}
+
+template <std::floating_point T>
+AdamWState<T> AdamW<T>::new_state(std::string_view name) const {
+  State state;
+  for (const ParameterGroup& group : config_.groups) {
+    if (!matches_pattern(group.pattern, name)) continue;
+    state.learning_rate_factor = group.learning_rate_factor;
+    state.weight_decay = group.weight_decay;
+    break;
+  }
+  return state;
+}
+
+template <std::floating_point T>
+void AdamW<T>::update_all(const List<typename ParameterStates<T, State>::Found>& found) {
+  active_.clear();
+  for (const auto& [parameter, named] : found) {
+    active_.push_back({parameter, &named->name, &named->state});
+  }
+  for (const Active& active : active_) check(active);
+  Index blocks = 0;
+  for (Active& active : active_) {
+    active.begin = blocks;
+    blocks += (active.parameter->value.size() + kBlock - 1) / kBlock;
+    active.end = blocks;
+    if (active.learns()) prepare(active);
+  }
+  parallel_for((blocks + kTaskBlocks - 1) / kTaskBlocks, [&](Index task) {
+    const Index begin = task * kTaskBlocks;
+    const Index end = std::min(blocks, begin + kTaskBlocks);
+    auto active = std::partition_point(active_.begin(), active_.end(),
+                                       [&](const Active& a) { return a.end <= begin; });
+    for (Index block = begin; block < end; ++block) {
+      while (active->end <= block) ++active;
+      update_block(*active, (block - active->begin) * kBlock);
+    }
+  });
+  ++steps_;
+}
+
+template <std::floating_point T>
+void AdamW<T>::check(const Active& active) {
+  const Matrix<T>& value = active.parameter->value;
+  const auto expect_like_value = [&](std::string_view what, const Matrix<T>& m) {
+    if (m.size() > 0 && (m.rows() != value.rows() || m.cols() != value.cols())) {
+      fail<ShapeError>("AdamW::step: ", what, *active.name, " is ", shape_of(m), ", expected ",
+                       shape_of(value));
+    }
+  };
+  expect_like_value("gradient of ", active.parameter->grad);
+  expect_like_value("first moment of ", active.state->moments.first);
+  expect_like_value("second moment of ", active.state->moments.second);
+}
+
+template <std::floating_point T>
+void AdamW<T>::prepare(Active& active) const {
+  const Matrix<T>& value = active.parameter->value;
+  Moments<T>& moments = active.state->moments;
+  if (moments.first.size() == 0) moments.first.setZero(value.rows(), value.cols());
+  if (moments.second.size() == 0) moments.second.setZero(value.rows(), value.cols());
+  ++moments.steps;
+  const auto t = static_cast<double>(moments.steps);
+  const bool decays = value.rows() != 1 || config_.decay_vectors;
+  const double weight_decay =
+      active.state->weight_decay.value_or(decays ? config_.weight_decay : 0.0);
+  const double rate = config_.learning_rate * active.state->learning_rate_factor;
+  active.coefficients = {.keep = static_cast<T>(1.0 - rate * weight_decay),
+                         .rate = static_cast<T>(rate / (1.0 - std::pow(config_.beta1, t))),
+                         .root = static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(config_.beta2, t)))};
+}
+
+template <std::floating_point T>
+void AdamW<T>::update_block(const Active& active, Index begin) const {
+  Parameter<T>& parameter = *active.parameter;
+  if (parameter.grad.size() == 0) return;
+  const Index size = std::min(kBlock, parameter.value.size() - begin);
+  Values g(parameter.grad.data() + begin, size);
+  if (active.learns()) {
+    Values w(parameter.value.data() + begin, size);
+    Values m(active.state->moments.first.data() + begin, size);
+    Values v(active.state->moments.second.data() + begin, size);
+    const auto [keep, rate, root] = active.coefficients;
+    m = static_cast<T>(config_.beta1) * m + static_cast<T>(1.0 - config_.beta1) * g;
+    v = static_cast<T>(config_.beta2) * v + static_cast<T>(1.0 - config_.beta2) * g.square();
+    w = keep * w - rate * m / (root * v.sqrt() + static_cast<T>(config_.epsilon));
+  }
+  g.setZero();
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::ParameterStates<float, weir::AdamWState<float>>;
+extern template class weir::ParameterStates<double, weir::AdamWState<double>>;
+extern template class weir::AdamW<float>;
+extern template class weir::AdamW<double>;
+#endif

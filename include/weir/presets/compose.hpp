@@ -171,3 +171,12 @@ inline double per_layer(double coefficient, const ModelShape& shape) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::compose<float>(
+    const weir::presets::ModelShape&, const weir::presets::Parts<float>&, weir::Rng&,
+    const weir::DecoderConfig&);
+extern template weir::Decoder<double> weir::presets::compose<double>(
+    const weir::presets::ModelShape&, const weir::presets::Parts<double>&, weir::Rng&,
+    const weir::DecoderConfig&);
+#endif

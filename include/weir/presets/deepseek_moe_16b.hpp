@@ -60,3 +60,10 @@ Decoder<T> make(const DeepSeekMoEConfig& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(
+    const weir::presets::DeepSeekMoEConfig&, weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(
+    const weir::presets::DeepSeekMoEConfig&, weir::Rng&);
+#endif

@@ -95,3 +95,10 @@ Decoder<T> make(const DeepSeekV2Config& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(
+    const weir::presets::DeepSeekV2Config&, weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(
+    const weir::presets::DeepSeekV2Config&, weir::Rng&);
+#endif

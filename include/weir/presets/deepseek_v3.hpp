@@ -106,3 +106,14 @@ MultiToken<T> make_prediction(const DeepSeekV3Config& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(
+    const weir::presets::DeepSeekV3Config&, weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(
+    const weir::presets::DeepSeekV3Config&, weir::Rng&);
+extern template weir::MultiToken<float> weir::presets::make_prediction<float>(
+    const weir::presets::DeepSeekV3Config&, weir::Rng&);
+extern template weir::MultiToken<double> weir::presets::make_prediction<double>(
+    const weir::presets::DeepSeekV3Config&, weir::Rng&);
+#endif

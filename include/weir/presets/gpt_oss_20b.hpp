@@ -74,3 +74,10 @@ Decoder<T> make(const GptOssConfig& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(const weir::presets::GptOssConfig&,
+                                                                weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(
+    const weir::presets::GptOssConfig&, weir::Rng&);
+#endif

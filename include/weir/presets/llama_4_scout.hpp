@@ -78,3 +78,10 @@ Decoder<T> make(const Llama4Config& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(const weir::presets::Llama4Config&,
+                                                                weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(
+    const weir::presets::Llama4Config&, weir::Rng&);
+#endif

@@ -44,3 +44,10 @@ Decoder<T> make(const MixtralConfig& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(const weir::presets::MixtralConfig&,
+                                                                weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(
+    const weir::presets::MixtralConfig&, weir::Rng&);
+#endif

@@ -64,3 +64,10 @@ Decoder<T> make(const OlmoeConfig& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(const weir::presets::OlmoeConfig&,
+                                                                weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(const weir::presets::OlmoeConfig&,
+                                                                  weir::Rng&);
+#endif

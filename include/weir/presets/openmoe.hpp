@@ -93,3 +93,10 @@ Decoder<T> make(const OpenMoEConfig& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(const weir::presets::OpenMoEConfig&,
+                                                                weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(
+    const weir::presets::OpenMoEConfig&, weir::Rng&);
+#endif

@@ -52,16 +52,7 @@ class OpenMoENetwork {
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
   /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("OpenMoENetwork::forward", "x", x, gate_.d_in());
-    const Matrix<T>& gate = gate_.forward(x, pass, cache.gate);
-    multiply_rows<T>(up_.forward(x, pass, cache.up), linear_.forward(x, pass, cache.linear),
-                     cache.product);
-    cache.h.resize(x.rows(), gate.cols());
-    glu_forward<Silu, T>(gate, cache.product, cache.h);
-    return cache.state.finish(*this, pass, down_.forward(cache.h, pass, cache.down));
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of all four matrices.
   /// \param dy       [tokens, d_model], of the last forward pass.
@@ -69,19 +60,7 @@ class OpenMoENetwork {
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
   ///                      for inference.
   /// \throws ShapeError   if dy does not have the shape of the result.
-  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    cache.state.begin_backward("OpenMoENetwork::backward", *this, dy);
-    const Matrix<T>& dh = down_.backward(dy, cache.down);
-    cache.d_gate.resize(dh.rows(), dh.cols());
-    cache.d_product.resize(dh.rows(), dh.cols());
-    glu_backward<Silu, T>(cache.gate.y, cache.product, dh, cache.d_gate, cache.d_product);
-    cache.dx = gate_.backward(cache.d_gate, cache.gate);
-    multiply_rows<T>(cache.d_product, cache.linear.y, cache.d_factor);
-    add_rows<T>(cache.dx, up_.backward(cache.d_factor, cache.up), cache.dx);
-    multiply_rows<T>(cache.d_product, cache.up.y, cache.d_factor);
-    add_rows<T>(cache.dx, linear_.backward(cache.d_factor, cache.linear), cache.dx);
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
   /// Parameters `gate.weight`, `up.weight`, `linear.weight` and `down.weight`.
   template <class Self, class Visit>
@@ -96,4 +75,36 @@ class OpenMoENetwork {
   Linear<T> gate_, up_, linear_, down_;
 };
 
+template <std::floating_point T>
+const Matrix<T>& OpenMoENetwork<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("OpenMoENetwork::forward", "x", x, gate_.d_in());
+  const Matrix<T>& gate = gate_.forward(x, pass, cache.gate);
+  multiply_rows<T>(up_.forward(x, pass, cache.up), linear_.forward(x, pass, cache.linear),
+                   cache.product);
+  cache.h.resize(x.rows(), gate.cols());
+  glu_forward<Silu, T>(gate, cache.product, cache.h);
+  return cache.state.finish(*this, pass, down_.forward(cache.h, pass, cache.down));
+}
+
+template <std::floating_point T>
+const Matrix<T>& OpenMoENetwork<T>::backward(MatrixIn<T> dy, Cache& cache) {
+  cache.state.begin_backward("OpenMoENetwork::backward", *this, dy);
+  const Matrix<T>& dh = down_.backward(dy, cache.down);
+  cache.d_gate.resize(dh.rows(), dh.cols());
+  cache.d_product.resize(dh.rows(), dh.cols());
+  glu_backward<Silu, T>(cache.gate.y, cache.product, dh, cache.d_gate, cache.d_product);
+  cache.dx = gate_.backward(cache.d_gate, cache.gate);
+  multiply_rows<T>(cache.d_product, cache.linear.y, cache.d_factor);
+  add_rows<T>(cache.dx, up_.backward(cache.d_factor, cache.up), cache.dx);
+  multiply_rows<T>(cache.d_product, cache.up.y, cache.d_factor);
+  add_rows<T>(cache.dx, linear_.backward(cache.d_factor, cache.linear), cache.dx);
+  return cache.dx;
+}
+
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template class weir::presets::OpenMoENetwork<float>;
+extern template class weir::presets::OpenMoENetwork<double>;
+#endif

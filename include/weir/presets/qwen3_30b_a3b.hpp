@@ -61,3 +61,10 @@ Decoder<T> make(const Qwen3Config& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(const weir::presets::Qwen3Config&,
+                                                                weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(const weir::presets::Qwen3Config&,
+                                                                  weir::Rng&);
+#endif

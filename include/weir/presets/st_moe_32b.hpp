@@ -69,3 +69,10 @@ Decoder<T> make(const StMoEConfig& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(const weir::presets::StMoEConfig&,
+                                                                weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(const weir::presets::StMoEConfig&,
+                                                                  weir::Rng&);
+#endif

@@ -80,3 +80,10 @@ Decoder<T> make(const SwitchConfig& config, Rng& rng) {
 }
 
 }  // namespace weir::presets
+
+#ifdef WEIR_COMPILED
+extern template weir::Decoder<float> weir::presets::make<float>(const weir::presets::SwitchConfig&,
+                                                                weir::Rng&);
+extern template weir::Decoder<double> weir::presets::make<double>(
+    const weir::presets::SwitchConfig&, weir::Rng&);
+#endif

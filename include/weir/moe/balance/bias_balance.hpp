@@ -68,21 +68,7 @@ class BiasBalance : public BalancerBase {
   /// \param load      [experts]
   /// \param allowed   [experts], their `allowed()`; empty if they were allowed all experts.
   /// \throws ShapeError   if passes before it were of another number of experts, or `allowed` is.
-  void add_load(const RowVector<double>& load, std::span<const std::uint8_t> allowed = {}) {
-    if (load_.size() > 0) {
-      expect_shape("BiasBalance::add_load", "load", load, 1, load_.size());
-    }
-    const Index experts = load.size();
-    if (!allowed.empty() && static_cast<Index>(allowed.size()) != experts) {
-      fail<ShapeError>("BiasBalance::add_load: allowed has ", allowed.size(), " entries, expected ",
-                       experts);
-    }
-    if (load_.size() == 0) start(experts);
-    load_ += load;
-    for (Index e = 0; e < experts; ++e) {
-      if (allowed.empty() || allowed.data()[e] != 0) allowed_[e] = 1;
-    }
-  }
+  void add_load(const RowVector<double>& load, std::span<const std::uint8_t> allowed = {});
 
   /// Moves the bias and starts counting anew; without anything counted, or frozen, it stays.
   /// \throws ConfigError  if the selector is of another number of experts than what was counted.
@@ -155,4 +141,27 @@ class BiasBalance : public BalancerBase {
   List<std::uint8_t> allowed_;
 };
 
+template <std::floating_point T>
+void BiasBalance<T>::add_load(const RowVector<double>& load,
+                              std::span<const std::uint8_t> allowed) {
+  if (load_.size() > 0) {
+    expect_shape("BiasBalance::add_load", "load", load, 1, load_.size());
+  }
+  const Index experts = load.size();
+  if (!allowed.empty() && static_cast<Index>(allowed.size()) != experts) {
+    fail<ShapeError>("BiasBalance::add_load: allowed has ", allowed.size(), " entries, expected ",
+                     experts);
+  }
+  if (load_.size() == 0) start(experts);
+  load_ += load;
+  for (Index e = 0; e < experts; ++e) {
+    if (allowed.empty() || allowed.data()[e] != 0) allowed_[e] = 1;
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::BiasBalance<float>;
+extern template class weir::BiasBalance<double>;
+#endif

@@ -58,39 +58,11 @@ class EntropyLoss : public BalancerBase {
   }
 
   /// \return         The loss, already scaled by the coefficients.
-  double forward(const Routing<T>& routing, Cache& cache) const {
-    const auto tokens = static_cast<T>(routing.rows.real());
-    if (tokens == T(0)) return 0.0;
-    cache.of_token.setZero(routing.tokens());
-    cache.mean.setZero(routing.experts());
-    routing.rows.for_each_real(kCostOfLogarithm * routing.experts(), [&](Index t) {
-      for (const T p : routing.probabilities.row(t)) cache.of_token[t] -= p_ln_p(p);
-    });
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      if (!routing.rows.is_padding(t)) cache.mean += routing.probabilities.row(t);
-    }
-    cache.mean /= tokens;
-    T of_mean = T(0);
-    for (const T p : cache.mean) of_mean -= p_ln_p(p);
-    return config_.token * static_cast<double>(cache.of_token.sum() / tokens) +
-           config_.mean * static_cast<double>(of_mean);
-  }
+  double forward(const Routing<T>& routing, Cache& cache) const;
 
   /// Adds `scale` times d(loss)/d(probabilities).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
-                Cache& cache) const {
-    const double per_token = scale / static_cast<double>(routing.rows.real());
-    const auto of_token = static_cast<T>(per_token * config_.token);
-    const auto of_mean = static_cast<T>(per_token * config_.mean);
-    routing.rows.for_each_real(kCostOfLogarithm * routing.experts(), [&](Index t) {
-      for (Index e = 0; e < routing.experts(); ++e) {
-        const T p = routing.probabilities(t, e);
-        if (!(p > T(0))) continue;
-        gradient.probabilities(t, e) -=
-            of_token * (std::log(p) + T(1)) + of_mean * (std::log(cache.mean[e]) + T(1));
-      }
-    });
-  }
+                Cache& cache) const;
 
   const EntropyLossConfig& config() const { return config_; }
 
@@ -102,4 +74,44 @@ class EntropyLoss : public BalancerBase {
   EntropyLossConfig config_;
 };
 
+template <std::floating_point T>
+double EntropyLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
+  const auto tokens = static_cast<T>(routing.rows.real());
+  if (tokens == T(0)) return 0.0;
+  cache.of_token.setZero(routing.tokens());
+  cache.mean.setZero(routing.experts());
+  routing.rows.for_each_real(kCostOfLogarithm * routing.experts(), [&](Index t) {
+    for (const T p : routing.probabilities.row(t)) cache.of_token[t] -= p_ln_p(p);
+  });
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    if (!routing.rows.is_padding(t)) cache.mean += routing.probabilities.row(t);
+  }
+  cache.mean /= tokens;
+  T of_mean = T(0);
+  for (const T p : cache.mean) of_mean -= p_ln_p(p);
+  return config_.token * static_cast<double>(cache.of_token.sum() / tokens) +
+         config_.mean * static_cast<double>(of_mean);
+}
+
+template <std::floating_point T>
+void EntropyLoss<T>::backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                              Cache& cache) const {
+  const double per_token = scale / static_cast<double>(routing.rows.real());
+  const auto of_token = static_cast<T>(per_token * config_.token);
+  const auto of_mean = static_cast<T>(per_token * config_.mean);
+  routing.rows.for_each_real(kCostOfLogarithm * routing.experts(), [&](Index t) {
+    for (Index e = 0; e < routing.experts(); ++e) {
+      const T p = routing.probabilities(t, e);
+      if (!(p > T(0))) continue;
+      gradient.probabilities(t, e) -=
+          of_token * (std::log(p) + T(1)) + of_mean * (std::log(cache.mean[e]) + T(1));
+    }
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::EntropyLoss<float>;
+extern template class weir::EntropyLoss<double>;
+#endif

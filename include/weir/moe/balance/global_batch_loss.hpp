@@ -92,15 +92,7 @@ class GlobalBatchLoss : public BalancerBase {
     return config_.coefficient * static_cast<double>(routing.experts());
   }
 
-  void set_fractions(const Routing<T>& routing, RowVector<T>& f) const {
-    f.setZero(routing.experts());
-    routing.add_load(0, routing.tokens(), f);
-    const bool more = load_.size() == routing.experts();
-    const double total = static_cast<double>(f.sum()) + (more ? load_.sum() : 0.0);
-    for (Index e = 0; e < f.size() && total > 0.0; ++e) {
-      f[e] = static_cast<T>((static_cast<double>(f[e]) + (more ? load_[e] : 0.0)) / total);
-    }
-  }
+  void set_fractions(const Routing<T>& routing, RowVector<T>& f) const;
 
   static auto fractions_of(const Cache& cache) {
     return [&cache](Index /*begin*/, Index /*end*/, Index /*tokens*/, RowVector<T>& f) {
@@ -112,4 +104,20 @@ class GlobalBatchLoss : public BalancerBase {
   RowVector<double> load_;
 };
 
+template <std::floating_point T>
+void GlobalBatchLoss<T>::set_fractions(const Routing<T>& routing, RowVector<T>& f) const {
+  f.setZero(routing.experts());
+  routing.add_load(0, routing.tokens(), f);
+  const bool more = load_.size() == routing.experts();
+  const double total = static_cast<double>(f.sum()) + (more ? load_.sum() : 0.0);
+  for (Index e = 0; e < f.size() && total > 0.0; ++e) {
+    f[e] = static_cast<T>((static_cast<double>(f[e]) + (more ? load_[e] : 0.0)) / total);
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::GlobalBatchLoss<float>;
+extern template class weir::GlobalBatchLoss<double>;
+#endif

@@ -95,33 +95,7 @@ class HierarchicalLoadLoss : public BalancerBase {
   /// Adds `scale` times d(loss)/d(noise) of both levels and, for the thresholds and the noisy
   /// logits of groups, d(loss)/d(logits).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
-                Cache& cache) const {
-    if (!has_noise(routing)) return;
-    squared_variation<T>(cache.load, config_.variance, &cache.d_load);
-    cache.d_load *= static_cast<T>(scale * config_.coefficient);
-    const Index groups = groups_of(routing);
-    const Index size = size_of(routing);
-    cache.d_primary.setZero(groups);
-    cache.d_secondary.setZero(routing.experts());
-    for (Index e = 0; e < routing.experts(); ++e) {
-      const Index g = e / size;
-      const T visits = visits_of(routing, cache, g);
-      cache.d_primary[g] += cache.d_load[e] * share_of(routing, cache, e);
-      if (visits > T(0)) cache.d_secondary[e] = cache.d_load[e] * cache.primary.load[g] / visits;
-    }
-    cache.d_a.setZero(routing.tokens(), groups);
-    routing.rows.for_each_real(kCost * (groups + routing.experts()), [&](Index t) {
-      for (Index g = 0; g < groups; ++g) {
-        choice_in_group(routing, t, g)
-            .add_gradient(routing.experts_of(t), cache.d_secondary.data(), &gradient.logits(t, 0),
-                          gradient.noise.back(), t);
-      }
-      choice_of_groups(routing, cache, t)
-          .add_gradient(chosen_groups(routing, cache, t), cache.d_primary.data(), &cache.d_a(t, 0),
-                        gradient.noise.front(), t);
-    });
-    cache.a.add_gradient(T(1), cache.d_a, gradient.logits);
-  }
+                Cache& cache) const;
 
   const HierarchicalLoadLossConfig& config() const { return config_; }
 
@@ -132,26 +106,7 @@ class HierarchicalLoadLoss : public BalancerBase {
   static Index groups_of(const Routing<T>& routing) { return routing.noise.front().clean.cols(); }
   static Index size_of(const Routing<T>& routing) { return routing.experts() / groups_of(routing); }
 
-  static void set_load(const Routing<T>& routing, Cache& cache) {
-    cache.load.setZero(routing.experts());
-    if (!has_noise(routing)) return routing.add_load(0, routing.tokens(), cache.load);
-    const Index groups = groups_of(routing);
-    const Index size = size_of(routing);
-    cache.a.set("HierarchicalLoadLoss", routing.logits, groups, {});
-    cache.group.resize(routing.assignments());
-    for (Index a = 0; a < routing.assignments(); ++a) cache.group[a] = routing.expert[a] / size;
-    cache.primary.chance.resize(routing.tokens(), groups);
-    cache.secondary.chance.resize(routing.tokens(), routing.experts());
-    parallel_rows(routing.tokens(), kCost * (groups + routing.experts()),
-                  [&](Index begin, Index end) {
-                    for (Index t = begin; t < end; ++t) set_chances(routing, t, cache);
-                  });
-    cache.primary.add_up();
-    cache.secondary.add_up();
-    for (Index e = 0; e < routing.experts(); ++e) {
-      cache.load[e] = cache.primary.load[e / size] * share_of(routing, cache, e);
-    }
-  }
+  static void set_load(const Routing<T>& routing, Cache& cache);
 
   static void set_chances(const Routing<T>& routing, Index t, Cache& cache) {
     for (Index g = 0; g < groups_of(routing); ++g) {
@@ -180,16 +135,76 @@ class HierarchicalLoadLoss : public BalancerBase {
   }
 
   /// N_ij / |X_i|, or the even share of a group without tokens.
-  static T share_of(const Routing<T>& routing, const Cache& cache, Index e) {
-    const T visits = visits_of(routing, cache, e / size_of(routing));
-    if (visits > T(0)) return cache.secondary.load[e] / visits;
-    T all = T(0);
-    for (Index g = 0; g < groups_of(routing); ++g) all += visits_of(routing, cache, g);
-    const auto size = static_cast<T>(size_of(routing));
-    return all > T(0) ? static_cast<T>(routing.assignments()) / (all * size) : T(0);
-  }
+  static T share_of(const Routing<T>& routing, const Cache& cache, Index e);
 
   HierarchicalLoadLossConfig config_;
 };
 
+template <std::floating_point T>
+void HierarchicalLoadLoss<T>::backward(const Routing<T>& routing, double scale,
+                                       RoutingGradient<T>& gradient, Cache& cache) const {
+  if (!has_noise(routing)) return;
+  squared_variation<T>(cache.load, config_.variance, &cache.d_load);
+  cache.d_load *= static_cast<T>(scale * config_.coefficient);
+  const Index groups = groups_of(routing);
+  const Index size = size_of(routing);
+  cache.d_primary.setZero(groups);
+  cache.d_secondary.setZero(routing.experts());
+  for (Index e = 0; e < routing.experts(); ++e) {
+    const Index g = e / size;
+    const T visits = visits_of(routing, cache, g);
+    cache.d_primary[g] += cache.d_load[e] * share_of(routing, cache, e);
+    if (visits > T(0)) cache.d_secondary[e] = cache.d_load[e] * cache.primary.load[g] / visits;
+  }
+  cache.d_a.setZero(routing.tokens(), groups);
+  routing.rows.for_each_real(kCost * (groups + routing.experts()), [&](Index t) {
+    for (Index g = 0; g < groups; ++g) {
+      choice_in_group(routing, t, g)
+          .add_gradient(routing.experts_of(t), cache.d_secondary.data(), &gradient.logits(t, 0),
+                        gradient.noise.back(), t);
+    }
+    choice_of_groups(routing, cache, t)
+        .add_gradient(chosen_groups(routing, cache, t), cache.d_primary.data(), &cache.d_a(t, 0),
+                      gradient.noise.front(), t);
+  });
+  cache.a.add_gradient(T(1), cache.d_a, gradient.logits);
+}
+
+template <std::floating_point T>
+void HierarchicalLoadLoss<T>::set_load(const Routing<T>& routing, Cache& cache) {
+  cache.load.setZero(routing.experts());
+  if (!has_noise(routing)) return routing.add_load(0, routing.tokens(), cache.load);
+  const Index groups = groups_of(routing);
+  const Index size = size_of(routing);
+  cache.a.set("HierarchicalLoadLoss", routing.logits, groups, {});
+  cache.group.resize(routing.assignments());
+  for (Index a = 0; a < routing.assignments(); ++a) cache.group[a] = routing.expert[a] / size;
+  cache.primary.chance.resize(routing.tokens(), groups);
+  cache.secondary.chance.resize(routing.tokens(), routing.experts());
+  parallel_rows(routing.tokens(), kCost * (groups + routing.experts()),
+                [&](Index begin, Index end) {
+                  for (Index t = begin; t < end; ++t) set_chances(routing, t, cache);
+                });
+  cache.primary.add_up();
+  cache.secondary.add_up();
+  for (Index e = 0; e < routing.experts(); ++e) {
+    cache.load[e] = cache.primary.load[e / size] * share_of(routing, cache, e);
+  }
+}
+
+template <std::floating_point T>
+T HierarchicalLoadLoss<T>::share_of(const Routing<T>& routing, const Cache& cache, Index e) {
+  const T visits = visits_of(routing, cache, e / size_of(routing));
+  if (visits > T(0)) return cache.secondary.load[e] / visits;
+  T all = T(0);
+  for (Index g = 0; g < groups_of(routing); ++g) all += visits_of(routing, cache, g);
+  const auto size = static_cast<T>(size_of(routing));
+  return all > T(0) ? static_cast<T>(routing.assignments()) / (all * size) : T(0);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::HierarchicalLoadLoss<float>;
+extern template class weir::HierarchicalLoadLoss<double>;
+#endif

@@ -69,28 +69,11 @@ class HierarchicalLoss : public BalancerBase {
 
   /// \return         The loss, already scaled by `coefficient`.
   /// \throws ConfigError  unless `groups` divides the experts.
-  double forward(const Routing<T>& routing, Cache& cache) const {
-    expect_groups_fit(routing);
-    const T outer = priced_probability(routing, config_.scope, group_prices(routing), cache.outer);
-    T inner = T(0);
-    for_each_choice(routing, cache, [&](Index t, Index first) {
-      inner += in_group(routing, t, first, cache).value();
-    });
-    if (cache.parts > 0) inner /= static_cast<T>(cache.parts);
-    return config_.coefficient * static_cast<double>(outer + inner);
-  }
+  double forward(const Routing<T>& routing, Cache& cache) const;
 
   /// Adds `scale` times d(loss)/d(probabilities).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
-                Cache& cache) const {
-    const auto factor = static_cast<T>(scale * config_.coefficient);
-    add_priced_probability_gradient(routing, config_.scope, factor, group_prices(routing),
-                                    cache.outer, gradient);
-    const T per_part = factor / static_cast<T>(std::max(cache.parts, Index(1)));
-    for_each_choice(routing, cache, [&](Index t, Index first) {
-      in_group(routing, t, first, cache).add_gradient(per_part, &gradient.probabilities(t, 0));
-    });
-  }
+                Cache& cache) const;
 
   const HierarchicalLossConfig& config() const { return config_; }
 
@@ -150,4 +133,33 @@ class HierarchicalLoss : public BalancerBase {
   HierarchicalLossConfig config_;
 };
 
+template <std::floating_point T>
+double HierarchicalLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
+  expect_groups_fit(routing);
+  const T outer = priced_probability(routing, config_.scope, group_prices(routing), cache.outer);
+  T inner = T(0);
+  for_each_choice(routing, cache, [&](Index t, Index first) {
+    inner += in_group(routing, t, first, cache).value();
+  });
+  if (cache.parts > 0) inner /= static_cast<T>(cache.parts);
+  return config_.coefficient * static_cast<double>(outer + inner);
+}
+
+template <std::floating_point T>
+void HierarchicalLoss<T>::backward(const Routing<T>& routing, double scale,
+                                   RoutingGradient<T>& gradient, Cache& cache) const {
+  const auto factor = static_cast<T>(scale * config_.coefficient);
+  add_priced_probability_gradient(routing, config_.scope, factor, group_prices(routing),
+                                  cache.outer, gradient);
+  const T per_part = factor / static_cast<T>(std::max(cache.parts, Index(1)));
+  for_each_choice(routing, cache, [&](Index t, Index first) {
+    in_group(routing, t, first, cache).add_gradient(per_part, &gradient.probabilities(t, 0));
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::HierarchicalLoss<float>;
+extern template class weir::HierarchicalLoss<double>;
+#endif

@@ -40,14 +40,7 @@ class ImportanceLoss : public BalancerBase {
   void check() const { expect_at_least("ImportanceLoss", "coefficient", config_.coefficient, 0.0); }
 
   /// \return         The loss, already scaled by `coefficient`.
-  double forward(const Routing<T>& routing, Cache& cache) const {
-    cache.importance.setZero(routing.experts());
-    for (Index a = 0; a < routing.assignments(); ++a) {
-      cache.importance[routing.expert[a]] += routing.weight[a];
-    }
-    return config_.coefficient *
-           static_cast<double>(squared_variation<T>(cache.importance, config_.variance));
-  }
+  double forward(const Routing<T>& routing, Cache& cache) const;
 
   /// Adds `scale` times d(loss)/d(weights).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
@@ -65,4 +58,19 @@ class ImportanceLoss : public BalancerBase {
   ImportanceLossConfig config_;
 };
 
+template <std::floating_point T>
+double ImportanceLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
+  cache.importance.setZero(routing.experts());
+  for (Index a = 0; a < routing.assignments(); ++a) {
+    cache.importance[routing.expert[a]] += routing.weight[a];
+  }
+  return config_.coefficient *
+         static_cast<double>(squared_variation<T>(cache.importance, config_.variance));
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::ImportanceLoss<float>;
+extern template class weir::ImportanceLoss<double>;
+#endif

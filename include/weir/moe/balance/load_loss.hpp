@@ -75,39 +75,14 @@ class LoadLoss : public BalancerBase {
 
   /// Adds `scale` times d(loss)/d(noise) and, for the thresholds, d(loss)/d(logits).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
-                Cache& cache) const {
-    if (routing.noise.empty()) return;
-    squared_variation<T>(cache.load, config_.variance, &cache.d_load);
-    cache.d_load *= static_cast<T>(scale * config_.coefficient);
-    parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        choice_of(routing, t)
-            .add_gradient(routing.experts_of(t), cache.d_load.data(), &gradient.logits(t, 0),
-                          gradient.noise.back(), t);
-      }
-    });
-  }
+                Cache& cache) const;
 
   const LoadLossConfig& config() const { return config_; }
 
  private:
   static constexpr Index kCost = 64;  // Of one chance.
 
-  static void set_load(const Routing<T>& routing, Cache& cache) {
-    if (routing.noise.empty()) {
-      cache.load.setZero(routing.experts());
-      routing.add_load(0, routing.tokens(), cache.load);
-      return;
-    }
-    cache.chances.chance.resize(routing.tokens(), routing.experts());
-    parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        cache.chances.set(t, choice_of(routing, t), routing.experts_of(t));
-      }
-    });
-    cache.chances.add_up();
-    cache.load = cache.chances.load;
-  }
+  static void set_load(const Routing<T>& routing, Cache& cache);
 
   static NoisyChoice<T> choice_of(const Routing<T>& routing, Index t) {
     return {routing.logits, routing.noise.back(), t, 0, routing.experts()};
@@ -116,4 +91,41 @@ class LoadLoss : public BalancerBase {
   LoadLossConfig config_;
 };
 
+template <std::floating_point T>
+void LoadLoss<T>::backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                           Cache& cache) const {
+  if (routing.noise.empty()) return;
+  squared_variation<T>(cache.load, config_.variance, &cache.d_load);
+  cache.d_load *= static_cast<T>(scale * config_.coefficient);
+  parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      choice_of(routing, t)
+          .add_gradient(routing.experts_of(t), cache.d_load.data(), &gradient.logits(t, 0),
+                        gradient.noise.back(), t);
+    }
+  });
+}
+
+template <std::floating_point T>
+void LoadLoss<T>::set_load(const Routing<T>& routing, Cache& cache) {
+  if (routing.noise.empty()) {
+    cache.load.setZero(routing.experts());
+    routing.add_load(0, routing.tokens(), cache.load);
+    return;
+  }
+  cache.chances.chance.resize(routing.tokens(), routing.experts());
+  parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      cache.chances.set(t, choice_of(routing, t), routing.experts_of(t));
+    }
+  });
+  cache.chances.add_up();
+  cache.load = cache.chances.load;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::LoadLoss<float>;
+extern template class weir::LoadLoss<double>;
+#endif

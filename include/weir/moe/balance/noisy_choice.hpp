@@ -49,23 +49,7 @@ struct NoisyChoice {
 
   /// \param chosen   What was chosen, in any order, perhaps twice; what is no option here is
   ///                 skipped.
-  Rivals rivals(std::span<const Index> chosen) const {
-    constexpr T kLowest = -std::numeric_limits<T>::infinity();
-    Rivals rivals = {kLowest, kLowest, -1, -1, true};
-    for (const Index e : chosen) {
-      if (e < begin || e >= end) continue;
-      if (rivals.none || noisy[e] <= rivals.out) rivals.out = noisy[e], rivals.out_option = e;
-      rivals.none = false;
-    }
-    if (rivals.none) return rivals;
-    for (Index e = begin; e < end; ++e) {
-      if (!(noisy[e] > rivals.in)) continue;
-      if (std::find(chosen.begin(), chosen.end(), e) != chosen.end()) continue;
-      rivals.in = noisy[e];
-      rivals.in_option = e;
-    }
-    return rivals;
-  }
+  Rivals rivals(std::span<const Index> chosen) const;
 
   struct Chance {
     Lanes<double> probability;
@@ -76,25 +60,7 @@ struct NoisyChoice {
 
   /// The chances of `count` options from e on, at most as many as there are lanes. There is nothing
   /// to estimate, and no slope, where std is zero or all are chosen.
-  Chance chance(Index e, Index count, T in, T out) const {
-    constexpr double kLowest = -std::numeric_limits<double>::infinity();
-    const Lanes<double> zero{};
-    const Lanes<double> one = zero + 1.0;
-    const Lanes<double> with_noise = load_as_double(noisy + e, count);
-    const Lanes<double> without = load_as_double(clean + e, count);
-    const Lanes<double> deviation = load_as_double(std + e, count);
-    // Logits that tie at the border have both thresholds, which then are equal.
-    const LaneBits<double> inside = with_noise > static_cast<double>(in);
-    const Lanes<double> threshold =
-        inside ? zero + static_cast<double>(in) : zero + static_cast<double>(out);
-    const LaneBits<double> certain =
-        (deviation <= 0.0) | (threshold == kLowest) | (with_noise == kLowest);
-    const Lanes<double> safe = certain ? one : deviation;
-    const Lanes<double> z = certain ? zero : (without - threshold) / safe;
-    const NormalLanes normal = normal_lanes<T>(z);
-    const Lanes<double> decided = inside ? one : zero;
-    return {certain ? decided : normal.cdf, certain ? zero : normal.density / safe, z, inside};
-  }
+  Chance chance(Index e, Index count, T in, T out) const;
 
   /// Adds the gradient of sum_e d_e P_e, whose thresholds are noisy logits of other options.
   /// \param chosen   As for `rivals`; there is nothing to add without any.
@@ -102,22 +68,7 @@ struct NoisyChoice {
   /// \param d_noisy  The gradient of the noisy logits of the token, from option 0 on.
   /// \param d_level  The gradient of the level, in its row t.
   void add_gradient(std::span<const Index> chosen, const T* d, T* d_noisy, NoiseLevel<T>& d_level,
-                    Index t) const {
-    const Rivals rivals = this->rivals(chosen);
-    if (rivals.none) return;
-    Lanes<double> d_in{}, d_out{};
-    for (Index e = begin; e < end; e += kLanes<double>) {
-      const Index count = std::min(kLanes<double>, end - e);
-      const Chance of_e = chance(e, count, rivals.in, rivals.out);
-      const Lanes<double> through = load_as_double(d + e, count) * of_e.slope;
-      add(through, &d_level.clean(t, e), count);
-      add(-(through * of_e.z), &d_level.deviation(t, e), count);
-      d_in -= of_e.inside ? through : Lanes<double>{};
-      d_out -= of_e.inside ? Lanes<double>{} : through;
-    }
-    if (rivals.in_option >= 0) d_noisy[rivals.in_option] += static_cast<T>(sum_of<double>(d_in));
-    d_noisy[rivals.out_option] += static_cast<T>(sum_of<double>(d_out));
-  }
+                    Index t) const;
 
  private:
   static void add(const Lanes<double>& more, T* to, Index count) {
@@ -125,4 +76,68 @@ struct NoisyChoice {
   }
 };
 
+template <std::floating_point T>
+typename NoisyChoice<T>::Rivals NoisyChoice<T>::rivals(std::span<const Index> chosen) const {
+  constexpr T kLowest = -std::numeric_limits<T>::infinity();
+  Rivals rivals = {kLowest, kLowest, -1, -1, true};
+  for (const Index e : chosen) {
+    if (e < begin || e >= end) continue;
+    if (rivals.none || noisy[e] <= rivals.out) rivals.out = noisy[e], rivals.out_option = e;
+    rivals.none = false;
+  }
+  if (rivals.none) return rivals;
+  for (Index e = begin; e < end; ++e) {
+    if (!(noisy[e] > rivals.in)) continue;
+    if (std::find(chosen.begin(), chosen.end(), e) != chosen.end()) continue;
+    rivals.in = noisy[e];
+    rivals.in_option = e;
+  }
+  return rivals;
+}
+
+template <std::floating_point T>
+typename NoisyChoice<T>::Chance NoisyChoice<T>::chance(Index e, Index count, T in, T out) const {
+  constexpr double kLowest = -std::numeric_limits<double>::infinity();
+  const Lanes<double> zero{};
+  const Lanes<double> one = zero + 1.0;
+  const Lanes<double> with_noise = load_as_double(noisy + e, count);
+  const Lanes<double> without = load_as_double(clean + e, count);
+  const Lanes<double> deviation = load_as_double(std + e, count);
+  // Logits that tie at the border have both thresholds, which then are equal.
+  const LaneBits<double> inside = with_noise > static_cast<double>(in);
+  const Lanes<double> threshold =
+      inside ? zero + static_cast<double>(in) : zero + static_cast<double>(out);
+  const LaneBits<double> certain =
+      (deviation <= 0.0) | (threshold == kLowest) | (with_noise == kLowest);
+  const Lanes<double> safe = certain ? one : deviation;
+  const Lanes<double> z = certain ? zero : (without - threshold) / safe;
+  const NormalLanes normal = normal_lanes<T>(z);
+  const Lanes<double> decided = inside ? one : zero;
+  return {certain ? decided : normal.cdf, certain ? zero : normal.density / safe, z, inside};
+}
+
+template <std::floating_point T>
+void NoisyChoice<T>::add_gradient(std::span<const Index> chosen, const T* d, T* d_noisy,
+                                  NoiseLevel<T>& d_level, Index t) const {
+  const Rivals rivals = this->rivals(chosen);
+  if (rivals.none) return;
+  Lanes<double> d_in{}, d_out{};
+  for (Index e = begin; e < end; e += kLanes<double>) {
+    const Index count = std::min(kLanes<double>, end - e);
+    const Chance of_e = chance(e, count, rivals.in, rivals.out);
+    const Lanes<double> through = load_as_double(d + e, count) * of_e.slope;
+    add(through, &d_level.clean(t, e), count);
+    add(-(through * of_e.z), &d_level.deviation(t, e), count);
+    d_in -= of_e.inside ? through : Lanes<double>{};
+    d_out -= of_e.inside ? Lanes<double>{} : through;
+  }
+  if (rivals.in_option >= 0) d_noisy[rivals.in_option] += static_cast<T>(sum_of<double>(d_in));
+  d_noisy[rivals.out_option] += static_cast<T>(sum_of<double>(d_out));
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template struct weir::NoisyChoice<float>;
+extern template struct weir::NoisyChoice<double>;
+#endif

@@ -55,19 +55,7 @@ class QuantileBalance : public BalancerBase {
 
   void check() const { expect_fraction("QuantileBalance", "momentum", config_.momentum); }
 
-  void observe(const Routing<T>& routing) {
-    if (routing.experts() != experts_) {
-      experts_ = routing.experts();
-      start();
-    }
-    mark_allowed(routing, allowed_);
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      if (routing.rows.is_padding(t)) continue;
-      const T* const p = &routing.probabilities(t, 0);
-      scores_.insert(scores_.end(), p, p + experts_);
-    }
-    assignments_ += routing.assignments();
-  }
+  void observe(const Routing<T>& routing);
 
   /// Moves the bias and starts counting anew.
   /// \throws ConfigError  if the selector is of another number of experts than what was counted.
@@ -116,22 +104,7 @@ class QuantileBalance : public BalancerBase {
     return *nth;
   }
 
-  void local_offsets(Index tokens, Index k, const Matrix<T>& bias) {
-    const Index open = open_.count();
-    alpha_.resize(tokens);
-    sorted_.resize(open);
-    for (Index t = 0; t < tokens; ++t) {
-      for (Index i = 0; i < open; ++i) sorted_[i] = score(t, open_[i]) + bias(0, open_[i]);
-      alpha_[t] = ranked(sorted_, k);
-    }
-    local_.resize(open);
-    sorted_.resize(tokens);
-    const Index share = tokens * k / open;  // Below `tokens`, since k < open.
-    for (Index i = 0; i < open; ++i) {
-      for (Index t = 0; t < tokens; ++t) sorted_[t] = score(t, open_[i]) - alpha_[t];
-      local_[i] = ranked(sorted_, share);
-    }
-  }
+  void local_offsets(Index tokens, Index k, const Matrix<T>& bias);
 
   QuantileBalanceConfig config_;
   Index experts_ = 0;
@@ -142,4 +115,42 @@ class QuantileBalance : public BalancerBase {
   List<T> alpha_, local_, sorted_;
 };
 
+template <std::floating_point T>
+void QuantileBalance<T>::observe(const Routing<T>& routing) {
+  if (routing.experts() != experts_) {
+    experts_ = routing.experts();
+    start();
+  }
+  mark_allowed(routing, allowed_);
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    if (routing.rows.is_padding(t)) continue;
+    const T* const p = &routing.probabilities(t, 0);
+    scores_.insert(scores_.end(), p, p + experts_);
+  }
+  assignments_ += routing.assignments();
+}
+
+template <std::floating_point T>
+void QuantileBalance<T>::local_offsets(Index tokens, Index k, const Matrix<T>& bias) {
+  const Index open = open_.count();
+  alpha_.resize(tokens);
+  sorted_.resize(open);
+  for (Index t = 0; t < tokens; ++t) {
+    for (Index i = 0; i < open; ++i) sorted_[i] = score(t, open_[i]) + bias(0, open_[i]);
+    alpha_[t] = ranked(sorted_, k);
+  }
+  local_.resize(open);
+  sorted_.resize(tokens);
+  const Index share = tokens * k / open;  // Below `tokens`, since k < open.
+  for (Index i = 0; i < open; ++i) {
+    for (Index t = 0; t < tokens; ++t) sorted_[t] = score(t, open_[i]) - alpha_[t];
+    local_[i] = ranked(sorted_, share);
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::QuantileBalance<float>;
+extern template class weir::QuantileBalance<double>;
+#endif

@@ -64,14 +64,7 @@ class ReluL1Loss : public BalancerBase {
   }
 
   /// \return         The loss, already scaled by lambda.
-  double forward(const Routing<T>& routing, Cache& cache) const {
-    set_prices(routing, cache.price);
-    T sum = T(0);
-    for (Index a = 0; a < routing.assignments(); ++a) {
-      sum += cache.price[routing.expert[a]] * routing.weight[a];
-    }
-    return static_cast<double>(sum);
-  }
+  double forward(const Routing<T>& routing, Cache& cache) const;
 
   /// Adds `scale` times d(loss)/d(weights).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
@@ -118,19 +111,7 @@ class ReluL1Loss : public BalancerBase {
  private:
   static constexpr T kLeast = std::numeric_limits<T>::min();
 
-  void set_prices(const Routing<T>& routing, RowVector<T>& price) const {
-    const T lambda = coefficient_.value(0, 0);
-    const auto tokens = static_cast<T>(routing.rows.real());
-    price.setZero(routing.experts());
-    if (routing.assignments() == 0) return;
-    if (!config_.load_balance) {
-      price.setConstant(lambda / tokens);
-      return;
-    }
-    routing.add_load(0, routing.tokens(), price);
-    price *=
-        lambda * static_cast<T>(routing.experts()) / (static_cast<T>(config_.k) * tokens * tokens);
-  }
+  void set_prices(const Routing<T>& routing, RowVector<T>& price) const;
 
   ReluL1LossConfig config_;
   Buffer<T> coefficient_;  // [1, 1]
@@ -138,4 +119,34 @@ class ReluL1Loss : public BalancerBase {
   Index assignments_ = 0;
 };
 
+template <std::floating_point T>
+double ReluL1Loss<T>::forward(const Routing<T>& routing, Cache& cache) const {
+  set_prices(routing, cache.price);
+  T sum = T(0);
+  for (Index a = 0; a < routing.assignments(); ++a) {
+    sum += cache.price[routing.expert[a]] * routing.weight[a];
+  }
+  return static_cast<double>(sum);
+}
+
+template <std::floating_point T>
+void ReluL1Loss<T>::set_prices(const Routing<T>& routing, RowVector<T>& price) const {
+  const T lambda = coefficient_.value(0, 0);
+  const auto tokens = static_cast<T>(routing.rows.real());
+  price.setZero(routing.experts());
+  if (routing.assignments() == 0) return;
+  if (!config_.load_balance) {
+    price.setConstant(lambda / tokens);
+    return;
+  }
+  routing.add_load(0, routing.tokens(), price);
+  price *=
+      lambda * static_cast<T>(routing.experts()) / (static_cast<T>(config_.k) * tokens * tokens);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::ReluL1Loss<float>;
+extern template class weir::ReluL1Loss<double>;
+#endif

@@ -50,14 +50,7 @@ class SecondPlaceLoss : public BalancerBase {
   }
 
   /// \return         The loss, already scaled by `coefficient`.
-  double forward(const Routing<T>& routing, Cache& cache) const {
-    set_prices(routing, cache.price);
-    T sum = T(0);
-    for_each_first_choice(routing, 0, routing.tokens(), [&](Index t, Index first) {
-      sum += of_token(routing, t, first, cache.price).value();
-    });
-    return static_cast<double>(sum);
-  }
+  double forward(const Routing<T>& routing, Cache& cache) const;
 
   /// Adds `scale` times d(loss)/d(probabilities).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
@@ -76,23 +69,7 @@ class SecondPlaceLoss : public BalancerBase {
     return e != first && !routing.is_forbidden(t, e);
   }
 
-  void set_prices(const Routing<T>& routing, RowVector<T>& price) const {
-    const Index experts = routing.experts();
-    price.setZero(experts);
-    for_each_first_choice(routing, 0, routing.tokens(), [&](Index t, Index first) {
-      Index second = experts;
-      for (Index e = 0; e < experts; ++e) {
-        if (!competes(routing, t, first, e)) continue;
-        const bool better =
-            second == experts || routing.probabilities(t, e) > routing.probabilities(t, second);
-        if (better) second = e;
-      }
-      if (second < experts) price[second] += T(1);
-    });
-    const auto tokens = static_cast<T>(routing.rows.real());
-    if (tokens == T(0)) return;
-    price *= static_cast<T>(config_.coefficient) * static_cast<T>(experts) / (tokens * tokens);
-  }
+  void set_prices(const Routing<T>& routing, RowVector<T>& price) const;
 
   /// sum_e price_e q_te
   static auto of_token(const Routing<T>& routing, Index t, Index first, const RowVector<T>& price) {
@@ -108,4 +85,38 @@ class SecondPlaceLoss : public BalancerBase {
   SecondPlaceLossConfig config_;
 };
 
+template <std::floating_point T>
+double SecondPlaceLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
+  set_prices(routing, cache.price);
+  T sum = T(0);
+  for_each_first_choice(routing, 0, routing.tokens(), [&](Index t, Index first) {
+    sum += of_token(routing, t, first, cache.price).value();
+  });
+  return static_cast<double>(sum);
+}
+
+template <std::floating_point T>
+void SecondPlaceLoss<T>::set_prices(const Routing<T>& routing, RowVector<T>& price) const {
+  const Index experts = routing.experts();
+  price.setZero(experts);
+  for_each_first_choice(routing, 0, routing.tokens(), [&](Index t, Index first) {
+    Index second = experts;
+    for (Index e = 0; e < experts; ++e) {
+      if (!competes(routing, t, first, e)) continue;
+      const bool better =
+          second == experts || routing.probabilities(t, e) > routing.probabilities(t, second);
+      if (better) second = e;
+    }
+    if (second < experts) price[second] += T(1);
+  });
+  const auto tokens = static_cast<T>(routing.rows.real());
+  if (tokens == T(0)) return;
+  price *= static_cast<T>(config_.coefficient) * static_cast<T>(experts) / (tokens * tokens);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::SecondPlaceLoss<float>;
+extern template class weir::SecondPlaceLoss<double>;
+#endif

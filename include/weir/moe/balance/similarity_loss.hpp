@@ -51,25 +51,11 @@ class SimilarityLoss : public BalancerBase {
   void check() const { expect_at_least("SimilarityLoss", "coefficient", config_.coefficient, 0.0); }
 
   /// \return         The loss, already scaled by `coefficient`.
-  double forward(const Routing<T>& routing, Cache& cache) const {
-    if (routing.assignments() == 0) return 0.0;
-    set_similarity(routing, cache.w);
-    cache.pw.resize(routing.tokens(), routing.experts());
-    multiply_nn<T>(routing.probabilities, cache.w, cache.pw);
-    const T sum = loops::dot<T>(cache.pw.size(), routing.probabilities.data(), cache.pw.data());
-    return factor(routing) * static_cast<double>(sum);
-  }
+  double forward(const Routing<T>& routing, Cache& cache) const;
 
   /// Adds `scale` times d(loss)/d(probabilities).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
-                Cache& cache) const {
-    if (routing.assignments() == 0) return;
-    const Matrix<T>& pw = cache.pw;
-    const auto twice = static_cast<T>(2.0 * scale * factor(routing));
-    parallel_pieces(pw.rows(), pw.cols(), 1, [&](Index t, Index col, Index count) {
-      loops::add_scaled<T>(count, twice, &pw(t, col), &gradient.probabilities(t, col));
-    });
-  }
+                Cache& cache) const;
 
   const SimilarityLossConfig& config() const { return config_; }
 
@@ -78,25 +64,54 @@ class SimilarityLoss : public BalancerBase {
     return config_.coefficient / static_cast<double>(routing.rows.real());
   }
 
-  static void set_similarity(const Routing<T>& routing, Matrix<T>& w) {
-    const Index experts = routing.experts();
-    w.setZero(experts, experts);
-    for (Index t = 0; t < routing.tokens(); ++t) {
-      for (const Index i : routing.experts_of(t)) {
-        for (const Index j : routing.experts_of(t)) w(i, j) += T(1);
-      }
-    }
-    const T alone = w.trace();
-    const T together = w.sum() - alone;
-    const auto n = static_cast<T>(experts);
-    const T of_one = n / alone;
-    const T of_two = together > T(0) ? (n * n - n) / together : T(0);
-    for (Index i = 0; i < experts; ++i) {
-      for (Index j = 0; j < experts; ++j) w(i, j) *= i == j ? of_one : of_two;
-    }
-  }
+  static void set_similarity(const Routing<T>& routing, Matrix<T>& w);
 
   SimilarityLossConfig config_;
 };
 
+template <std::floating_point T>
+double SimilarityLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
+  if (routing.assignments() == 0) return 0.0;
+  set_similarity(routing, cache.w);
+  cache.pw.resize(routing.tokens(), routing.experts());
+  multiply_nn<T>(routing.probabilities, cache.w, cache.pw);
+  const T sum = loops::dot<T>(cache.pw.size(), routing.probabilities.data(), cache.pw.data());
+  return factor(routing) * static_cast<double>(sum);
+}
+
+template <std::floating_point T>
+void SimilarityLoss<T>::backward(const Routing<T>& routing, double scale,
+                                 RoutingGradient<T>& gradient, Cache& cache) const {
+  if (routing.assignments() == 0) return;
+  const Matrix<T>& pw = cache.pw;
+  const auto twice = static_cast<T>(2.0 * scale * factor(routing));
+  parallel_pieces(pw.rows(), pw.cols(), 1, [&](Index t, Index col, Index count) {
+    loops::add_scaled<T>(count, twice, &pw(t, col), &gradient.probabilities(t, col));
+  });
+}
+
+template <std::floating_point T>
+void SimilarityLoss<T>::set_similarity(const Routing<T>& routing, Matrix<T>& w) {
+  const Index experts = routing.experts();
+  w.setZero(experts, experts);
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    for (const Index i : routing.experts_of(t)) {
+      for (const Index j : routing.experts_of(t)) w(i, j) += T(1);
+    }
+  }
+  const T alone = w.trace();
+  const T together = w.sum() - alone;
+  const auto n = static_cast<T>(experts);
+  const T of_one = n / alone;
+  const T of_two = together > T(0) ? (n * n - n) / together : T(0);
+  for (Index i = 0; i < experts; ++i) {
+    for (Index j = 0; j < experts; ++j) w(i, j) *= i == j ? of_one : of_two;
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::SimilarityLoss<float>;
+extern template class weir::SimilarityLoss<double>;
+#endif

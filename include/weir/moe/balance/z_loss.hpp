@@ -42,29 +42,11 @@ class ZLoss : public BalancerBase {
   void check() const { expect_at_least("ZLoss", "coefficient", config_.coefficient, 0.0); }
 
   /// \return         The loss, already scaled by `coefficient`.
-  double forward(const Routing<T>& routing, Cache& cache) const {
-    const Index tokens = routing.rows.real();
-    if (tokens == 0) return 0.0;
-    cache.lse.setZero(routing.tokens());
-    routing.rows.for_each_real(kCostOfExp * routing.experts(), [&](Index t) {
-      cache.lse[t] = logsumexp<T>(row_span(routing.logits, t));
-    });
-    T sum = T(0);
-    for (const T lse : cache.lse) sum += lse * lse;
-    return config_.coefficient * static_cast<double>(sum / static_cast<T>(tokens));
-  }
+  double forward(const Routing<T>& routing, Cache& cache) const;
 
   /// Adds `scale` times d(loss)/d(logits).
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
-                Cache& cache) const {
-    const double twice = 2.0 * scale * config_.coefficient;
-    const auto factor = static_cast<T>(twice / static_cast<double>(routing.rows.real()));
-    routing.rows.for_each_real(kCostOfExp * routing.experts(), [&](Index t) {
-      const T lse = cache.lse[t];
-      loops::add_exp_shifted(routing.experts(), factor * lse, &routing.logits(t, 0), lse,
-                             &gradient.logits(t, 0));
-    });
-  }
+                Cache& cache) const;
 
   const ZLossConfig& config() const { return config_; }
 
@@ -74,4 +56,34 @@ class ZLoss : public BalancerBase {
   ZLossConfig config_;
 };
 
+template <std::floating_point T>
+double ZLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
+  const Index tokens = routing.rows.real();
+  if (tokens == 0) return 0.0;
+  cache.lse.setZero(routing.tokens());
+  routing.rows.for_each_real(kCostOfExp * routing.experts(), [&](Index t) {
+    cache.lse[t] = logsumexp<T>(row_span(routing.logits, t));
+  });
+  T sum = T(0);
+  for (const T lse : cache.lse) sum += lse * lse;
+  return config_.coefficient * static_cast<double>(sum / static_cast<T>(tokens));
+}
+
+template <std::floating_point T>
+void ZLoss<T>::backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                        Cache& cache) const {
+  const double twice = 2.0 * scale * config_.coefficient;
+  const auto factor = static_cast<T>(twice / static_cast<double>(routing.rows.real()));
+  routing.rows.for_each_real(kCostOfExp * routing.experts(), [&](Index t) {
+    const T lse = cache.lse[t];
+    loops::add_exp_shifted(routing.experts(), factor * lse, &routing.logits(t, 0), lse,
+                           &gradient.logits(t, 0));
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::ZLoss<float>;
+extern template class weir::ZLoss<double>;
+#endif

@@ -54,26 +54,11 @@ class AdaptiveCapacity : public CapacityBase {
 
   /// \throws ConfigError  unless 0 < least <= initial <= most, all finite, 0 <= tolerated <= 1,
   ///                      0 <= rate <= 1 and minimum >= 0.
-  explicit AdaptiveCapacity(AdaptiveCapacityConfig config = {}) : config_(config) {
-    factor_.value.setConstant(1, 1, static_cast<T>(config.initial));
-    expect_positive("AdaptiveCapacity", "least", config_.least);
-    expect_at_least("AdaptiveCapacity", "most", config_.most, config_.least);
-    expect_in("AdaptiveCapacity", "tolerated", config_.tolerated, 0.0, 1.0);
-    expect_in("AdaptiveCapacity", "rate", config_.rate, 0.0, 1.0);
-    expect_at_least<Index>("AdaptiveCapacity", "minimum", config_.minimum, 0);
-    check();
-  }
+  explicit AdaptiveCapacity(AdaptiveCapacityConfig config = {});
 
   /// \throws ConfigError  unless the factor, which may come from a file, is between `least` and
   ///                      `most`.
-  void check() const {
-    if (factor_.value.rows() != 1 || factor_.value.cols() != 1) {
-      fail<ConfigError>("AdaptiveCapacity: the factor is ", shape_of(factor_.value),
-                        ", expected [1, 1]");
-    }
-    expect_in("AdaptiveCapacity", "factor", factor_.value(0, 0), static_cast<T>(config_.least),
-              static_cast<T>(config_.most));
-  }
+  void check() const;
 
   /// \throws ConfigError  as `check`; if a random order has no pass.rng in training.
   template <class U>
@@ -100,15 +85,7 @@ class AdaptiveCapacity : public CapacityBase {
   }
 
   /// Moves the factor and starts counting anew; for `weir::update`.
-  void update_self() {
-    if (observed_ == 0) return;
-    const double mean = needed_ / static_cast<double>(observed_);
-    const double moved = factor() + config_.rate * (mean - factor());
-    factor_.value(0, 0) = std::clamp(static_cast<T>(moved), static_cast<T>(config_.least),
-                                     static_cast<T>(config_.most));
-    needed_ = 0.0;
-    observed_ = 0;
-  }
+  void update_self();
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -121,19 +98,7 @@ class AdaptiveCapacity : public CapacityBase {
  private:
   /// f* of `load_`, which it sorts. Cutting the m largest loads to a level drops
   /// sum_{i < m} c_i - m * level; the right m is the one whose level is not below the next load.
-  double needed_factor() {
-    std::sort(load_.data(), load_.data() + load_.size(), std::greater<double>());
-    const double total = load_.sum();
-    const double tolerated = config_.tolerated * total;
-    double sum = 0.0;
-    double level = 0.0;
-    for (Index m = 1; m <= load_.size(); ++m) {
-      sum += load_[m - 1];
-      level = (sum - tolerated) / static_cast<double>(m);
-      if (m == load_.size() || level >= load_[m]) break;
-    }
-    return level * static_cast<double>(load_.size()) / total;
-  }
+  double needed_factor();
 
   AdaptiveCapacityConfig config_;
   Buffer<T> factor_;
@@ -142,4 +107,56 @@ class AdaptiveCapacity : public CapacityBase {
   Index observed_ = 0;      // How many groups that sum has.
 };
 
+template <std::floating_point T>
+AdaptiveCapacity<T>::AdaptiveCapacity(AdaptiveCapacityConfig config) : config_(config) {
+  factor_.value.setConstant(1, 1, static_cast<T>(config.initial));
+  expect_positive("AdaptiveCapacity", "least", config_.least);
+  expect_at_least("AdaptiveCapacity", "most", config_.most, config_.least);
+  expect_in("AdaptiveCapacity", "tolerated", config_.tolerated, 0.0, 1.0);
+  expect_in("AdaptiveCapacity", "rate", config_.rate, 0.0, 1.0);
+  expect_at_least<Index>("AdaptiveCapacity", "minimum", config_.minimum, 0);
+  check();
+}
+
+template <std::floating_point T>
+void AdaptiveCapacity<T>::check() const {
+  if (factor_.value.rows() != 1 || factor_.value.cols() != 1) {
+    fail<ConfigError>("AdaptiveCapacity: the factor is ", shape_of(factor_.value),
+                      ", expected [1, 1]");
+  }
+  expect_in("AdaptiveCapacity", "factor", factor_.value(0, 0), static_cast<T>(config_.least),
+            static_cast<T>(config_.most));
+}
+
+template <std::floating_point T>
+void AdaptiveCapacity<T>::update_self() {
+  if (observed_ == 0) return;
+  const double mean = needed_ / static_cast<double>(observed_);
+  const double moved = factor() + config_.rate * (mean - factor());
+  factor_.value(0, 0) = std::clamp(static_cast<T>(moved), static_cast<T>(config_.least),
+                                   static_cast<T>(config_.most));
+  needed_ = 0.0;
+  observed_ = 0;
+}
+
+template <std::floating_point T>
+double AdaptiveCapacity<T>::needed_factor() {
+  std::sort(load_.data(), load_.data() + load_.size(), std::greater<double>());
+  const double total = load_.sum();
+  const double tolerated = config_.tolerated * total;
+  double sum = 0.0;
+  double level = 0.0;
+  for (Index m = 1; m <= load_.size(); ++m) {
+    sum += load_[m - 1];
+    level = (sum - tolerated) / static_cast<double>(m);
+    if (m == load_.size() || level >= load_[m]) break;
+  }
+  return level * static_cast<double>(load_.size()) / total;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::AdaptiveCapacity<float>;
+extern template class weir::AdaptiveCapacity<double>;
+#endif

@@ -139,15 +139,7 @@ class Admission {
     count_.assign(routing.experts(), 0);
   }
 
-  void admit(Index a) {
-    if (routing_.kept[a] == 0) return;
-    Index& count = count_[routing_.expert[a]];
-    if (count < capacity_) {
-      ++count;
-    } else {
-      routing_.kept[a] = 0;
-    }
-  }
+  void admit(Index a);
 
   /// The first choices of all tokens, then the second, and so on. `token(i)` is who is number i of
   /// `tokens`.
@@ -169,6 +161,17 @@ class Admission {
   Index capacity_;
   List<Index>& count_;
 };
+
+template <class T>
+void Admission<T>::admit(Index a) {
+  if (routing_.kept[a] == 0) return;
+  Index& count = count_[routing_.expert[a]];
+  if (count < capacity_) {
+    ++count;
+  } else {
+    routing_.kept[a] = 0;
+  }
+}
 
 }  // namespace detail
 
@@ -236,3 +239,8 @@ void drop_overflow(const Pass& pass, Routing<T>& routing, Index begin, Index end
 }
 
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::detail::Admission<float>;
+extern template class weir::detail::Admission<double>;
+#endif

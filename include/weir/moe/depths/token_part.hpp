@@ -71,30 +71,7 @@ struct TokenPart {
   /// The pass of the chosen tokens alone; lives as long as this and what `pass` points to.
   /// \param experts  The number of experts that pass.allowed is about; 0 if it is not known.
   /// \throws ConfigError  if pass.allowed is set and `experts` is 0.
-  Pass pass_of_part(std::string_view where, const Pass& pass, Index experts) {
-    Pass inner = pass;
-    inner.sequences = &sequences;
-    inner.mask = {};
-    if (!pass.token_ids.empty()) {
-      token_ids.clear();
-      for (const Index t : token) token_ids.push_back(pass.token_ids[static_cast<std::size_t>(t)]);
-      inner.token_ids = token_ids;
-    }
-    if (pass.allowed.empty()) return inner;
-    if (experts == 0) {
-      fail<ConfigError>(where,
-                        ": pass.allowed is set, expected none around a layer without experts()");
-    }
-    if (static_cast<Index>(pass.allowed.size()) == experts * chosen.count()) {
-      allowed.clear();
-      for (const Index t : token) {
-        const auto row = pass.allowed.begin() + t * experts;
-        allowed.insert(allowed.end(), row, row + experts);
-      }
-      inner.allowed = allowed;
-    }
-    return inner;
-  }
+  Pass pass_of_part(std::string_view where, const Pass& pass, Index experts);
 
   /// part[i] = x[token of i], [chosen, cols].
   void gather(MatrixIn<T> x, Matrix<T>& part) const {
@@ -110,17 +87,51 @@ struct TokenPart {
   }
 
  private:
-  void list() {
-    token.clear();
-    sequences.clear();
-    rows.for_each_group(Scope::kSequence, [&](Index first, Index last) {
-      const Index before = count();
-      for (Index t = first; t < last; ++t) {
-        if (chosen[t] != 0) token.push_back(t);
-      }
-      sequences.append(count() - before);
-    });
-  }
+  void list();
 };
 
+template <class T>
+Pass TokenPart<T>::pass_of_part(std::string_view where, const Pass& pass, Index experts) {
+  Pass inner = pass;
+  inner.sequences = &sequences;
+  inner.mask = {};
+  if (!pass.token_ids.empty()) {
+    token_ids.clear();
+    for (const Index t : token) token_ids.push_back(pass.token_ids[static_cast<std::size_t>(t)]);
+    inner.token_ids = token_ids;
+  }
+  if (pass.allowed.empty()) return inner;
+  if (experts == 0) {
+    fail<ConfigError>(where,
+                      ": pass.allowed is set, expected none around a layer without experts()");
+  }
+  if (static_cast<Index>(pass.allowed.size()) == experts * chosen.count()) {
+    allowed.clear();
+    for (const Index t : token) {
+      const auto row = pass.allowed.begin() + t * experts;
+      allowed.insert(allowed.end(), row, row + experts);
+    }
+    inner.allowed = allowed;
+  }
+  return inner;
+}
+
+template <class T>
+void TokenPart<T>::list() {
+  token.clear();
+  sequences.clear();
+  rows.for_each_group(Scope::kSequence, [&](Index first, Index last) {
+    const Index before = count();
+    for (Index t = first; t < last; ++t) {
+      if (chosen[t] != 0) token.push_back(t);
+    }
+    sequences.append(count() - before);
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template struct weir::TokenPart<float>;
+extern template struct weir::TokenPart<double>;
+#endif

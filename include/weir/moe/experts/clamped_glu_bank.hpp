@@ -65,95 +65,21 @@ class ClampedGluBank {
   /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
   /// \throws ConfigError  if a size is below 1, or if a setting is out of range.
   ClampedGluBank(Index d_model, Index experts, Index d_hidden, Rng& rng,
-                 ClampedGluBankConfig config = {})
-      : config_(config) {
-    check();
-    expect_at_least<Index>("ClampedGluBank", "d_model", d_model, 1);
-    expect_at_least<Index>("ClampedGluBank", "experts", experts, 1);
-    expect_at_least<Index>("ClampedGluBank", "d_hidden", d_hidden, 1);
-    const auto initial = [&](Index rows, Index cols) {
-      return switch_init<T>(rows, cols, rng, config.init_scale);
-    };
-    for (Index e = 0; e < experts; ++e) {
-      gate_.add(initial(d_hidden, d_model), Matrix<T>::Zero(1, d_hidden));
-      up_.add(initial(d_hidden, d_model), Matrix<T>::Zero(1, d_hidden));
-      down_.add(initial(d_model, d_hidden), Matrix<T>::Zero(1, d_model));
-    }
-  }
+                 ClampedGluBankConfig config = {});
 
   /// From existing weights.
   /// \throws ConfigError  without experts, with different numbers of weights, or if a setting is
   ///                      out of range.
   /// \throws ShapeError   if a weight's shape does not fit the others.
-  explicit ClampedGluBank(ClampedGluWeights<T> weights, ClampedGluBankConfig config = {})
-      : config_(config) {
-    check();
-    auto& [gate, up, gate_bias, up_bias, down, down_bias] = weights;
-    const std::size_t experts = gate.size();
-    if (experts == 0 || up.size() != experts || gate_bias.size() != experts ||
-        up_bias.size() != experts || down.size() != experts || down_bias.size() != experts) {
-      fail<ConfigError>("ClampedGluBank: ", experts, " gate, ", up.size(), " up, ",
-                        gate_bias.size(), " gate_bias, ", up_bias.size(), " up_bias, ", down.size(),
-                        " down and ", down_bias.size(),
-                        " down_bias weights, expected one of each per expert");
-    }
-    const Index d_hidden = gate[0].rows();
-    const Index d_out = down[0].rows();
-    for (std::size_t e = 0; e < experts; ++e) {
-      const std::string which = "[" + std::to_string(e) + "]";
-      expect_shape("ClampedGluBank", "gate" + which, gate[e], d_hidden, gate[0].cols());
-      expect_shape("ClampedGluBank", "up" + which, up[e], d_hidden, gate[0].cols());
-      expect_shape("ClampedGluBank", "gate_bias" + which, gate_bias[e], 1, d_hidden);
-      expect_shape("ClampedGluBank", "up_bias" + which, up_bias[e], 1, d_hidden);
-      expect_shape("ClampedGluBank", "down" + which, down[e], d_out, d_hidden);
-      expect_shape("ClampedGluBank", "down_bias" + which, down_bias[e], 1, d_out);
-    }
-    for (std::size_t e = 0; e < experts; ++e) {
-      gate_.add(std::move(gate[e]), std::move(gate_bias[e]));
-      up_.add(std::move(up[e]), std::move(up_bias[e]));
-      down_.add(std::move(down[e]), std::move(down_bias[e]));
-    }
-  }
+  explicit ClampedGluBank(ClampedGluWeights<T> weights, ClampedGluBankConfig config = {});
 
   const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
-                           Cache& cache) const {
-    const Index slots = dispatch.slots();
-    auto packed = cache.x.reshape(slots, d_in());
-    auto gate = cache.gate.reshape(slots, d_hidden());
-    auto up = cache.up.reshape(slots, d_hidden());
-    auto hidden = cache.hidden.reshape(slots, d_hidden());
-    auto out = cache.out.reshape(slots, d_out());
-    gather<T>(x, dispatch, packed);
-    gate_.forward(packed, dispatch, gate, cache.workspace);
-    up_.forward(packed, dispatch, up, cache.workspace);
-    activate(gate, up, hidden);
-    down_.forward(hidden, dispatch, out, cache.workspace);
-    cache.y.resize(x.rows(), d_out());
-    combine<T>(out, dispatch, cache.y);
-    return cache.y;
-  }
+                           Cache& cache) const;
 
   /// The gradients of experts without tokens are left alone.
   /// \throws StateError   if the weights are stored for inference.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
-                            Cache& cache) {
-    expect_trainable("ClampedGluBank::backward", storage());
-    const Index slots = dispatch.slots();
-    auto d_out_packed = cache.d_out.reshape(slots, d_out());
-    auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
-    auto d_gate = cache.d_gate.reshape(slots, d_hidden());
-    auto d_up = cache.d_up.reshape(slots, d_hidden());
-    auto d_packed = cache.d_packed.reshape(slots, d_in());
-    combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
-    down_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
-                   cache.workspace);
-    activate_backward(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
-    gate_.backward(d_gate, cache.x.view(), dispatch, d_packed, false, cache.workspace);
-    up_.backward(d_up, cache.x.view(), dispatch, d_packed, true, cache.workspace);
-    cache.dx.resize(dy.rows(), d_in());
-    gather_backward<T>(d_packed, dispatch, cache.dx);
-    return cache.dx;
-  }
+                            Cache& cache);
 
   /// See `weir::set_storage`; biases stay parameters. If memory runs out, nothing has changed.
   void set_storage(Storage storage) {
@@ -185,44 +111,11 @@ class ClampedGluBank {
 
   static constexpr Index kCost = 16;
 
-  void activate(MatrixIn<T> gate, MatrixIn<T> up, MatrixOut<T> hidden) const {
-    const T alpha = static_cast<T>(config_.alpha);
-    const T limit = static_cast<T>(config_.limit);
-    parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index s, Index col, Index count) {
-      const auto f = [=](const Lanes<T>& z, const Lanes<T>& v) -> Lanes<T> {
-        const Lanes<T> g = below(z, limit);
-        return g * sigmoid_lanes<T>(alpha * g) * (above(below(v, limit), -limit) + T(1));
-      };
-      map_lanes<T>(count, f, &hidden(s, col), &gate.coeffRef(s, col), &up.coeffRef(s, col));
-    });
-  }
+  void activate(MatrixIn<T> gate, MatrixIn<T> up, MatrixOut<T> hidden) const;
 
   /// With q = sigmoid(alpha g): d_gate = dh (u + 1) q (1 + alpha g (1 - q)), d_up = dh g q.
   void activate_backward(MatrixIn<T> gate, MatrixIn<T> up, MatrixIn<T> dh, MatrixOut<T> d_gate,
-                         MatrixOut<T> d_up) const {
-    const T alpha = static_cast<T>(config_.alpha);
-    const T limit = static_cast<T>(config_.limit);
-    parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index s, Index col, Index count) {
-      const auto of_gate = [=](const Lanes<T>& z, const Lanes<T>& v,
-                               const Lanes<T>& d) -> Lanes<T> {
-        const Lanes<T> q = sigmoid_lanes<T>(alpha * z);
-        const Lanes<T> u = above(below(v, limit), -limit);
-        const Lanes<T> inside = d * (u + T(1)) * q * (T(1) + alpha * z * (T(1) - q));
-        return z > limit ? Lanes<T>{} : inside;
-      };
-      const auto of_up = [=](const Lanes<T>& z, const Lanes<T>& v, const Lanes<T>& d) -> Lanes<T> {
-        const Lanes<T> g = below(z, limit);
-        const Lanes<T> inside = d * g * sigmoid_lanes<T>(alpha * g);
-        const Lanes<T> not_above = v > limit ? Lanes<T>{} : inside;
-        return v < -limit ? Lanes<T>{} : not_above;
-      };
-      const T* const z = &gate.coeffRef(s, col);
-      const T* const v = &up.coeffRef(s, col);
-      const T* const d = &dh.coeffRef(s, col);
-      map_lanes<T>(count, of_gate, &d_gate(s, col), z, v, d);
-      map_lanes<T>(count, of_up, &d_up(s, col), z, v, d);
-    });
-  }
+                         MatrixOut<T> d_up) const;
 
   /// min(x, limit) and max(x, limit); a NaN stays a NaN.
   static Lanes<T> below(const Lanes<T>& x, T limit) { return x > limit ? Lanes<T>{} + limit : x; }
@@ -232,4 +125,136 @@ class ClampedGluBank {
   ExpertLinear<T> gate_, up_, down_;
 };
 
+template <std::floating_point T>
+ClampedGluBank<T>::ClampedGluBank(Index d_model, Index experts, Index d_hidden, Rng& rng,
+                                  ClampedGluBankConfig config)
+    : config_(config) {
+  check();
+  expect_at_least<Index>("ClampedGluBank", "d_model", d_model, 1);
+  expect_at_least<Index>("ClampedGluBank", "experts", experts, 1);
+  expect_at_least<Index>("ClampedGluBank", "d_hidden", d_hidden, 1);
+  const auto initial = [&](Index rows, Index cols) {
+    return switch_init<T>(rows, cols, rng, config.init_scale);
+  };
+  for (Index e = 0; e < experts; ++e) {
+    gate_.add(initial(d_hidden, d_model), Matrix<T>::Zero(1, d_hidden));
+    up_.add(initial(d_hidden, d_model), Matrix<T>::Zero(1, d_hidden));
+    down_.add(initial(d_model, d_hidden), Matrix<T>::Zero(1, d_model));
+  }
+}
+
+template <std::floating_point T>
+ClampedGluBank<T>::ClampedGluBank(ClampedGluWeights<T> weights, ClampedGluBankConfig config)
+    : config_(config) {
+  check();
+  auto& [gate, up, gate_bias, up_bias, down, down_bias] = weights;
+  const std::size_t experts = gate.size();
+  if (experts == 0 || up.size() != experts || gate_bias.size() != experts ||
+      up_bias.size() != experts || down.size() != experts || down_bias.size() != experts) {
+    fail<ConfigError>("ClampedGluBank: ", experts, " gate, ", up.size(), " up, ", gate_bias.size(),
+                      " gate_bias, ", up_bias.size(), " up_bias, ", down.size(), " down and ",
+                      down_bias.size(), " down_bias weights, expected one of each per expert");
+  }
+  const Index d_hidden = gate[0].rows();
+  const Index d_out = down[0].rows();
+  for (std::size_t e = 0; e < experts; ++e) {
+    const std::string which = "[" + std::to_string(e) + "]";
+    expect_shape("ClampedGluBank", "gate" + which, gate[e], d_hidden, gate[0].cols());
+    expect_shape("ClampedGluBank", "up" + which, up[e], d_hidden, gate[0].cols());
+    expect_shape("ClampedGluBank", "gate_bias" + which, gate_bias[e], 1, d_hidden);
+    expect_shape("ClampedGluBank", "up_bias" + which, up_bias[e], 1, d_hidden);
+    expect_shape("ClampedGluBank", "down" + which, down[e], d_out, d_hidden);
+    expect_shape("ClampedGluBank", "down_bias" + which, down_bias[e], 1, d_out);
+  }
+  for (std::size_t e = 0; e < experts; ++e) {
+    gate_.add(std::move(gate[e]), std::move(gate_bias[e]));
+    up_.add(std::move(up[e]), std::move(up_bias[e]));
+    down_.add(std::move(down[e]), std::move(down_bias[e]));
+  }
+}
+
+template <std::floating_point T>
+const Matrix<T>& ClampedGluBank<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch,
+                                            const Pass& /*pass*/, Cache& cache) const {
+  const Index slots = dispatch.slots();
+  auto packed = cache.x.reshape(slots, d_in());
+  auto gate = cache.gate.reshape(slots, d_hidden());
+  auto up = cache.up.reshape(slots, d_hidden());
+  auto hidden = cache.hidden.reshape(slots, d_hidden());
+  auto out = cache.out.reshape(slots, d_out());
+  gather<T>(x, dispatch, packed);
+  gate_.forward(packed, dispatch, gate, cache.workspace);
+  up_.forward(packed, dispatch, up, cache.workspace);
+  activate(gate, up, hidden);
+  down_.forward(hidden, dispatch, out, cache.workspace);
+  cache.y.resize(x.rows(), d_out());
+  combine<T>(out, dispatch, cache.y);
+  return cache.y;
+}
+
+template <std::floating_point T>
+const Matrix<T>& ClampedGluBank<T>::backward(MatrixIn<T> dy, const Dispatch<T>& dispatch,
+                                             std::span<T> d_weight, Cache& cache) {
+  expect_trainable("ClampedGluBank::backward", storage());
+  const Index slots = dispatch.slots();
+  auto d_out_packed = cache.d_out.reshape(slots, d_out());
+  auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
+  auto d_gate = cache.d_gate.reshape(slots, d_hidden());
+  auto d_up = cache.d_up.reshape(slots, d_hidden());
+  auto d_packed = cache.d_packed.reshape(slots, d_in());
+  combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
+  down_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
+                 cache.workspace);
+  activate_backward(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
+  gate_.backward(d_gate, cache.x.view(), dispatch, d_packed, false, cache.workspace);
+  up_.backward(d_up, cache.x.view(), dispatch, d_packed, true, cache.workspace);
+  cache.dx.resize(dy.rows(), d_in());
+  gather_backward<T>(d_packed, dispatch, cache.dx);
+  return cache.dx;
+}
+
+template <std::floating_point T>
+void ClampedGluBank<T>::activate(MatrixIn<T> gate, MatrixIn<T> up, MatrixOut<T> hidden) const {
+  const T alpha = static_cast<T>(config_.alpha);
+  const T limit = static_cast<T>(config_.limit);
+  parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index s, Index col, Index count) {
+    const auto f = [=](const Lanes<T>& z, const Lanes<T>& v) -> Lanes<T> {
+      const Lanes<T> g = below(z, limit);
+      return g * sigmoid_lanes<T>(alpha * g) * (above(below(v, limit), -limit) + T(1));
+    };
+    map_lanes<T>(count, f, &hidden(s, col), &gate.coeffRef(s, col), &up.coeffRef(s, col));
+  });
+}
+
+template <std::floating_point T>
+void ClampedGluBank<T>::activate_backward(MatrixIn<T> gate, MatrixIn<T> up, MatrixIn<T> dh,
+                                          MatrixOut<T> d_gate, MatrixOut<T> d_up) const {
+  const T alpha = static_cast<T>(config_.alpha);
+  const T limit = static_cast<T>(config_.limit);
+  parallel_pieces(gate.rows(), gate.cols(), kCost, [&](Index s, Index col, Index count) {
+    const auto of_gate = [=](const Lanes<T>& z, const Lanes<T>& v, const Lanes<T>& d) -> Lanes<T> {
+      const Lanes<T> q = sigmoid_lanes<T>(alpha * z);
+      const Lanes<T> u = above(below(v, limit), -limit);
+      const Lanes<T> inside = d * (u + T(1)) * q * (T(1) + alpha * z * (T(1) - q));
+      return z > limit ? Lanes<T>{} : inside;
+    };
+    const auto of_up = [=](const Lanes<T>& z, const Lanes<T>& v, const Lanes<T>& d) -> Lanes<T> {
+      const Lanes<T> g = below(z, limit);
+      const Lanes<T> inside = d * g * sigmoid_lanes<T>(alpha * g);
+      const Lanes<T> not_above = v > limit ? Lanes<T>{} : inside;
+      return v < -limit ? Lanes<T>{} : not_above;
+    };
+    const T* const z = &gate.coeffRef(s, col);
+    const T* const v = &up.coeffRef(s, col);
+    const T* const d = &dh.coeffRef(s, col);
+    map_lanes<T>(count, of_gate, &d_gate(s, col), z, v, d);
+    map_lanes<T>(count, of_up, &d_up(s, col), z, v, d);
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::ClampedGluBank<float>;
+extern template class weir::ClampedGluBank<double>;
+#endif

@@ -45,26 +45,7 @@ class ExpertLinear {
   /// \param x        [slots, d_in]
   /// \param y        [slots, d_out]
   void forward(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> y,
-               Workspace& workspace) const {
-    workspace.products.clear();
-    workspace.packed.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      auto y_e = y.middleRows(begin, rows);
-      if (weight_[e].storage() == Storage::kTrainable) {
-        workspace.products.push_back(
-            product_nt<T>(x.middleRows(begin, rows), weight_[e].parameter().value, y_e));
-      } else {
-        workspace.packed.push_back(
-            {&weight_[e].packed(), begin, rows, y_e.data(), y.outerStride()});
-      }
-    });
-    multiply<T>(workspace.products);
-    kernels::multiply_packed<T>(x, workspace.packed);
-    if (bias_.empty()) return;
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      add_to_each_row<T>(bias_[e].value.data(), y.middleRows(begin, rows));
-    });
-  }
+               Workspace& workspace) const;
 
   /// dx = dy W, or is increased by it; adds to the gradients of W and b. The gradients of experts
   /// without slots are left alone.
@@ -72,45 +53,11 @@ class ExpertLinear {
   /// \param x        [slots, d_in], as given to `forward`.
   /// \param dx       [slots, d_in]
   void backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> dx,
-                bool accumulate, Workspace& workspace) {
-    workspace.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      const auto dy_e = dy.middleRows(begin, rows);
-      Parameter<T>& weight = weight_[e].parameter();
-      workspace.products.push_back(
-          product_nn<T>(dy_e, weight.value, dx.middleRows(begin, rows), accumulate));
-      workspace.products.push_back(
-          product_tn<T>(dy_e, x.middleRows(begin, rows), weight.gradient(), true));
-      if (!bias_.empty()) add_rows_to<T>(dy_e, bias_[e].gradient().data());
-    });
-    multiply<T>(workspace.products);
-  }
+                bool accumulate, Workspace& workspace);
 
   /// Stores the weights of all `linears` of a bank; biases stay parameters. If memory runs out,
   /// nothing has changed.
-  static void set_storage(std::initializer_list<ExpertLinear*> linears, Storage storage) {
-    const Storage before = (*linears.begin())->storage();
-    if (storage == before) return;
-    // One memory for all: the weights of a small expert fill no huge page.
-    std::size_t bytes = 0;
-    for (const ExpertLinear* linear : linears) bytes += linear->packed_bytes(storage);
-    SharedMemory memory(bytes);
-    if (before == Storage::kTrainable) {
-      // Takes no further memory, and gives back that of each weight when it is packed.
-      for (ExpertLinear* linear : linears) {
-        for (kernels::Weight<T>& weight : linear->weight_) weight.set_storage(storage, &memory);
-      }
-      return;
-    }
-    // Works on copies, which share what is packed.
-    std::vector<std::vector<kernels::Weight<T>>> changed;
-    for (const ExpertLinear* linear : linears) changed.push_back(linear->weight_);
-    for (auto& weights : changed) {
-      for (kernels::Weight<T>& weight : weights) weight.set_storage(storage, &memory);
-    }
-    auto next = changed.begin();
-    for (ExpertLinear* linear : linears) linear->weight_.swap(*next++);
-  }
+  static void set_storage(std::initializer_list<ExpertLinear*> linears, Storage storage);
 
   Storage storage() const { return weight_[0].storage(); }
 
@@ -137,4 +84,72 @@ class ExpertLinear {
   std::vector<Parameter<T>> bias_;  // One per expert, or none.
 };
 
+template <class T>
+void ExpertLinear<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> y,
+                              Workspace& workspace) const {
+  workspace.products.clear();
+  workspace.packed.clear();
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    auto y_e = y.middleRows(begin, rows);
+    if (weight_[e].storage() == Storage::kTrainable) {
+      workspace.products.push_back(
+          product_nt<T>(x.middleRows(begin, rows), weight_[e].parameter().value, y_e));
+    } else {
+      workspace.packed.push_back({&weight_[e].packed(), begin, rows, y_e.data(), y.outerStride()});
+    }
+  });
+  multiply<T>(workspace.products);
+  kernels::multiply_packed<T>(x, workspace.packed);
+  if (bias_.empty()) return;
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    add_to_each_row<T>(bias_[e].value.data(), y.middleRows(begin, rows));
+  });
+}
+
+template <class T>
+void ExpertLinear<T>::backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>& dispatch,
+                               MatrixOut<T> dx, bool accumulate, Workspace& workspace) {
+  workspace.products.clear();
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    const auto dy_e = dy.middleRows(begin, rows);
+    Parameter<T>& weight = weight_[e].parameter();
+    workspace.products.push_back(
+        product_nn<T>(dy_e, weight.value, dx.middleRows(begin, rows), accumulate));
+    workspace.products.push_back(
+        product_tn<T>(dy_e, x.middleRows(begin, rows), weight.gradient(), true));
+    if (!bias_.empty()) add_rows_to<T>(dy_e, bias_[e].gradient().data());
+  });
+  multiply<T>(workspace.products);
+}
+
+template <class T>
+void ExpertLinear<T>::set_storage(std::initializer_list<ExpertLinear*> linears, Storage storage) {
+  const Storage before = (*linears.begin())->storage();
+  if (storage == before) return;
+  // One memory for all: the weights of a small expert fill no huge page.
+  std::size_t bytes = 0;
+  for (const ExpertLinear* linear : linears) bytes += linear->packed_bytes(storage);
+  SharedMemory memory(bytes);
+  if (before == Storage::kTrainable) {
+    // Takes no further memory, and gives back that of each weight when it is packed.
+    for (ExpertLinear* linear : linears) {
+      for (kernels::Weight<T>& weight : linear->weight_) weight.set_storage(storage, &memory);
+    }
+    return;
+  }
+  // Works on copies, which share what is packed.
+  std::vector<std::vector<kernels::Weight<T>>> changed;
+  for (const ExpertLinear* linear : linears) changed.push_back(linear->weight_);
+  for (auto& weights : changed) {
+    for (kernels::Weight<T>& weight : weights) weight.set_storage(storage, &memory);
+  }
+  auto next = changed.begin();
+  for (ExpertLinear* linear : linears) linear->weight_.swap(*next++);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::ExpertLinear<float>;
+extern template class weir::ExpertLinear<double>;
+#endif

@@ -51,134 +51,23 @@ class GluBank {
 
   /// Weights from `switch_init`, with the fan-in of one expert, as those of Glu.
   /// \throws ConfigError  if a size is below 1 or init_scale not positive.
-  GluBank(Index d_model, Index experts, Index d_hidden, Rng& rng, GluBankConfig config = {})
-      : d_in_(d_model), d_hidden_(d_hidden), d_out_(d_model) {
-    expect_at_least<Index>("GluBank", "d_model", d_model, 1);
-    expect_at_least<Index>("GluBank", "experts", experts, 1);
-    expect_at_least<Index>("GluBank", "d_hidden", d_hidden, 1);
-    for (Index e = 0; e < experts; ++e) {
-      gate_.push_back({switch_init<T>(d_hidden, d_model, rng, config.init_scale)});
-      up_.push_back({switch_init<T>(d_hidden, d_model, rng, config.init_scale)});
-      down_.push_back({switch_init<T>(d_model, d_hidden, rng, config.init_scale)});
-    }
-  }
+  GluBank(Index d_model, Index experts, Index d_hidden, Rng& rng, GluBankConfig config = {});
 
   /// From existing weights, one of each per expert.
   /// \throws ConfigError  without experts or with different numbers of gate, up and down.
   /// \throws ShapeError   if a weight's shape does not fit the others.
-  GluBank(std::vector<Matrix<T>> gate, std::vector<Matrix<T>> up, std::vector<Matrix<T>> down) {
-    if (gate.empty() || gate.size() != up.size() || gate.size() != down.size()) {
-      fail<ConfigError>("GluBank: ", gate.size(), " gate, ", up.size(), " up and ", down.size(),
-                        " down weights, expected one of each per expert");
-    }
-    for (std::size_t e = 0; e < gate.size(); ++e) {
-      const std::string which = "[" + std::to_string(e) + "]";
-      expect_shape("GluBank", "gate" + which, gate[e], gate[0].rows(), gate[0].cols());
-      expect_shape("GluBank", "up" + which, up[e], gate[0].rows(), gate[0].cols());
-      expect_shape("GluBank", "down" + which, down[e], down[0].rows(), gate[0].rows());
-    }
-    d_in_ = gate[0].cols();
-    d_hidden_ = gate[0].rows();
-    d_out_ = down[0].rows();
-    for (std::size_t e = 0; e < gate.size(); ++e) {
-      gate_.push_back({std::move(gate[e])});
-      up_.push_back({std::move(up[e])});
-      down_.push_back({std::move(down[e])});
-    }
-  }
+  GluBank(std::vector<Matrix<T>> gate, std::vector<Matrix<T>> up, std::vector<Matrix<T>> down);
 
   const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
-                           Cache& cache) const {
-    if (storage_ == Storage::kTrainable) {
-      forward_trainable(x, dispatch, cache);
-    } else {
-      cache.groups.clear();
-      dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-        cache.groups.push_back({&packed_[e], begin, rows});
-      });
-      packed_glu_forward<Act, T>(
-          dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); },
-          cache.groups, cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
-    }
-    cache.y.resize(x.rows(), d_out());
-    combine<T>(cache.out.view(), dispatch, cache.y);
-    return cache.y;
-  }
+                           Cache& cache) const;
 
   /// The gradients of experts without tokens are left alone.
   /// \throws StateError   if the weights are stored for inference.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
-                            Cache& cache) {
-    expect_trainable("GluBank::backward", storage_);
-    const Index slots = dispatch.slots();
-    auto d_out_packed = cache.d_out.reshape(slots, d_out());
-    auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
-    auto d_gate = cache.d_gate.reshape(slots, d_hidden());
-    auto d_up = cache.d_up.reshape(slots, d_hidden());
-    auto d_packed = cache.d_packed.reshape(slots, d_in());
-    combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
-
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      const auto d_out_e = d_out_packed.middleRows(begin, rows);
-      const auto hidden_e = cache.hidden.view().middleRows(begin, rows);
-      cache.products.push_back(
-          product_nn<T>(d_out_e, down_[e].value, d_hidden_packed.middleRows(begin, rows)));
-      cache.products.push_back(product_tn<T>(d_out_e, hidden_e, down_[e].gradient(), true));
-    });
-    multiply<T>(cache.products);
-
-    glu_backward<Act, T>(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
-
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      const auto x_e = cache.x.view().middleRows(begin, rows);
-      const auto d_gate_e = d_gate.middleRows(begin, rows);
-      const auto d_up_e = d_up.middleRows(begin, rows);
-      cache.products.push_back(product_tn<T>(d_gate_e, x_e, gate_[e].gradient(), true));
-      cache.products.push_back(product_tn<T>(d_up_e, x_e, up_[e].gradient(), true));
-      cache.products.push_back(
-          product_nn<T>(d_gate_e, gate_[e].value, d_packed.middleRows(begin, rows)));
-    });
-    multiply<T>(cache.products);
-
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      cache.products.push_back(product_nn<T>(d_up.middleRows(begin, rows), up_[e].value,
-                                             d_packed.middleRows(begin, rows), true));
-    });
-    multiply<T>(cache.products);
-
-    cache.dx.resize(dy.rows(), d_in());
-    gather_backward<T>(d_packed, dispatch, cache.dx);
-    return cache.dx;
-  }
+                            Cache& cache);
 
   /// See `weir::set_storage`. If memory runs out, nothing has changed.
-  void set_storage(Storage storage) {
-    if (storage == storage_) return;
-    const auto trainable = [&](std::size_t e) {
-      if (storage_ != Storage::kTrainable) {
-        packed_[e].unpack(gate_[e].value, up_[e].value, down_[e].value);
-      }
-    };
-    if (storage == Storage::kTrainable) {
-      for (std::size_t e = 0; e < gate_.size(); ++e) trainable(e);
-      packed_.clear();
-    } else {
-      // One memory for all: the weights of a small expert fill no huge page.
-      SharedMemory memory(gate_.size() * PackedGlu<T>::bytes(d_in_, d_hidden_, d_out_, storage));
-      std::vector<PackedGlu<T>> packed;
-      packed.reserve(gate_.size());
-      for (std::size_t e = 0; e < gate_.size(); ++e) {
-        trainable(e);
-        packed.emplace_back(gate_[e].value, up_[e].value, down_[e].value, storage, memory);
-        gate_[e] = up_[e] = down_[e] = {};
-      }
-      packed_ = std::move(packed);
-    }
-    storage_ = storage;
-  }
+  void set_storage(Storage storage);
 
   Storage storage() const { return storage_; }
 
@@ -200,31 +89,7 @@ class GluBank {
   Index d_out() const { return d_out_; }
 
  private:
-  void forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const {
-    const Index slots = dispatch.slots();
-    gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
-    auto gate = cache.gate.reshape(slots, d_hidden());
-    auto up = cache.up.reshape(slots, d_hidden());
-    auto hidden = cache.hidden.reshape(slots, d_hidden());
-    auto out = cache.out.reshape(slots, d_out());
-
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      const auto x_e = cache.x.view().middleRows(begin, rows);
-      cache.products.push_back(product_nt<T>(x_e, gate_[e].value, gate.middleRows(begin, rows)));
-      cache.products.push_back(product_nt<T>(x_e, up_[e].value, up.middleRows(begin, rows)));
-    });
-    multiply<T>(cache.products);
-
-    glu_forward<Act, T>(gate, up, hidden);
-
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      cache.products.push_back(product_nt<T>(hidden.middleRows(begin, rows), down_[e].value,
-                                             out.middleRows(begin, rows)));
-    });
-    multiply<T>(cache.products);
-  }
+  void forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const;
 
   std::vector<Parameter<T>> gate_, up_, down_;
   std::vector<PackedGlu<T>> packed_;  // One per expert, or none.
@@ -232,4 +97,167 @@ class GluBank {
   Index d_in_ = 0, d_hidden_ = 0, d_out_ = 0;
 };
 
+template <std::floating_point T, Activation Act>
+GluBank<T, Act>::GluBank(Index d_model, Index experts, Index d_hidden, Rng& rng,
+                         GluBankConfig config)
+    : d_in_(d_model), d_hidden_(d_hidden), d_out_(d_model) {
+  expect_at_least<Index>("GluBank", "d_model", d_model, 1);
+  expect_at_least<Index>("GluBank", "experts", experts, 1);
+  expect_at_least<Index>("GluBank", "d_hidden", d_hidden, 1);
+  for (Index e = 0; e < experts; ++e) {
+    gate_.push_back({switch_init<T>(d_hidden, d_model, rng, config.init_scale)});
+    up_.push_back({switch_init<T>(d_hidden, d_model, rng, config.init_scale)});
+    down_.push_back({switch_init<T>(d_model, d_hidden, rng, config.init_scale)});
+  }
+}
+
+template <std::floating_point T, Activation Act>
+GluBank<T, Act>::GluBank(std::vector<Matrix<T>> gate, std::vector<Matrix<T>> up,
+                         std::vector<Matrix<T>> down) {
+  if (gate.empty() || gate.size() != up.size() || gate.size() != down.size()) {
+    fail<ConfigError>("GluBank: ", gate.size(), " gate, ", up.size(), " up and ", down.size(),
+                      " down weights, expected one of each per expert");
+  }
+  for (std::size_t e = 0; e < gate.size(); ++e) {
+    const std::string which = "[" + std::to_string(e) + "]";
+    expect_shape("GluBank", "gate" + which, gate[e], gate[0].rows(), gate[0].cols());
+    expect_shape("GluBank", "up" + which, up[e], gate[0].rows(), gate[0].cols());
+    expect_shape("GluBank", "down" + which, down[e], down[0].rows(), gate[0].rows());
+  }
+  d_in_ = gate[0].cols();
+  d_hidden_ = gate[0].rows();
+  d_out_ = down[0].rows();
+  for (std::size_t e = 0; e < gate.size(); ++e) {
+    gate_.push_back({std::move(gate[e])});
+    up_.push_back({std::move(up[e])});
+    down_.push_back({std::move(down[e])});
+  }
+}
+
+template <std::floating_point T, Activation Act>
+const Matrix<T>& GluBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch,
+                                          const Pass& /*pass*/, Cache& cache) const {
+  if (storage_ == Storage::kTrainable) {
+    forward_trainable(x, dispatch, cache);
+  } else {
+    cache.groups.clear();
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      cache.groups.push_back({&packed_[e], begin, rows});
+    });
+    packed_glu_forward<Act, T>(
+        dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); }, cache.groups,
+        cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
+  }
+  cache.y.resize(x.rows(), d_out());
+  combine<T>(cache.out.view(), dispatch, cache.y);
+  return cache.y;
+}
+
+template <std::floating_point T, Activation Act>
+const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& dispatch,
+                                           std::span<T> d_weight, Cache& cache) {
+  expect_trainable("GluBank::backward", storage_);
+  const Index slots = dispatch.slots();
+  auto d_out_packed = cache.d_out.reshape(slots, d_out());
+  auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
+  auto d_gate = cache.d_gate.reshape(slots, d_hidden());
+  auto d_up = cache.d_up.reshape(slots, d_hidden());
+  auto d_packed = cache.d_packed.reshape(slots, d_in());
+  combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
+
+  cache.products.clear();
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    const auto d_out_e = d_out_packed.middleRows(begin, rows);
+    const auto hidden_e = cache.hidden.view().middleRows(begin, rows);
+    cache.products.push_back(
+        product_nn<T>(d_out_e, down_[e].value, d_hidden_packed.middleRows(begin, rows)));
+    cache.products.push_back(product_tn<T>(d_out_e, hidden_e, down_[e].gradient(), true));
+  });
+  multiply<T>(cache.products);
+
+  glu_backward<Act, T>(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
+
+  cache.products.clear();
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    const auto x_e = cache.x.view().middleRows(begin, rows);
+    const auto d_gate_e = d_gate.middleRows(begin, rows);
+    const auto d_up_e = d_up.middleRows(begin, rows);
+    cache.products.push_back(product_tn<T>(d_gate_e, x_e, gate_[e].gradient(), true));
+    cache.products.push_back(product_tn<T>(d_up_e, x_e, up_[e].gradient(), true));
+    cache.products.push_back(
+        product_nn<T>(d_gate_e, gate_[e].value, d_packed.middleRows(begin, rows)));
+  });
+  multiply<T>(cache.products);
+
+  cache.products.clear();
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    cache.products.push_back(product_nn<T>(d_up.middleRows(begin, rows), up_[e].value,
+                                           d_packed.middleRows(begin, rows), true));
+  });
+  multiply<T>(cache.products);
+
+  cache.dx.resize(dy.rows(), d_in());
+  gather_backward<T>(d_packed, dispatch, cache.dx);
+  return cache.dx;
+}
+
+template <std::floating_point T, Activation Act>
+void GluBank<T, Act>::set_storage(Storage storage) {
+  if (storage == storage_) return;
+  const auto trainable = [&](std::size_t e) {
+    if (storage_ != Storage::kTrainable) {
+      packed_[e].unpack(gate_[e].value, up_[e].value, down_[e].value);
+    }
+  };
+  if (storage == Storage::kTrainable) {
+    for (std::size_t e = 0; e < gate_.size(); ++e) trainable(e);
+    packed_.clear();
+  } else {
+    // One memory for all: the weights of a small expert fill no huge page.
+    SharedMemory memory(gate_.size() * PackedGlu<T>::bytes(d_in_, d_hidden_, d_out_, storage));
+    std::vector<PackedGlu<T>> packed;
+    packed.reserve(gate_.size());
+    for (std::size_t e = 0; e < gate_.size(); ++e) {
+      trainable(e);
+      packed.emplace_back(gate_[e].value, up_[e].value, down_[e].value, storage, memory);
+      gate_[e] = up_[e] = down_[e] = {};
+    }
+    packed_ = std::move(packed);
+  }
+  storage_ = storage;
+}
+
+template <std::floating_point T, Activation Act>
+void GluBank<T, Act>::forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch,
+                                        Cache& cache) const {
+  const Index slots = dispatch.slots();
+  gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
+  auto gate = cache.gate.reshape(slots, d_hidden());
+  auto up = cache.up.reshape(slots, d_hidden());
+  auto hidden = cache.hidden.reshape(slots, d_hidden());
+  auto out = cache.out.reshape(slots, d_out());
+
+  cache.products.clear();
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    const auto x_e = cache.x.view().middleRows(begin, rows);
+    cache.products.push_back(product_nt<T>(x_e, gate_[e].value, gate.middleRows(begin, rows)));
+    cache.products.push_back(product_nt<T>(x_e, up_[e].value, up.middleRows(begin, rows)));
+  });
+  multiply<T>(cache.products);
+
+  glu_forward<Act, T>(gate, up, hidden);
+
+  cache.products.clear();
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    cache.products.push_back(
+        product_nt<T>(hidden.middleRows(begin, rows), down_[e].value, out.middleRows(begin, rows)));
+  });
+  multiply<T>(cache.products);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::GluBank<float>;
+extern template class weir::GluBank<double>;
+#endif

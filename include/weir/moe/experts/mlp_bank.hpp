@@ -47,86 +47,21 @@ class MlpBank {
 
   /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
   /// \throws ConfigError  if a size is below 1 or init_scale not positive.
-  MlpBank(Index d_model, Index experts, Index d_hidden, Rng& rng, MlpBankConfig config = {}) {
-    expect_at_least<Index>("MlpBank", "d_model", d_model, 1);
-    expect_at_least<Index>("MlpBank", "experts", experts, 1);
-    expect_at_least<Index>("MlpBank", "d_hidden", d_hidden, 1);
-    const auto add = [&](ExpertLinear<T>& linear, Index d_out, Index d_in) {
-      linear.add(switch_init<T>(d_out, d_in, rng, config.init_scale),
-                 config.bias ? Matrix<T>::Zero(1, d_out) : Matrix<T>());
-    };
-    for (Index e = 0; e < experts; ++e) {
-      add(in_, d_hidden, d_model);
-      add(out_, d_model, d_hidden);
-    }
-  }
+  MlpBank(Index d_model, Index experts, Index d_hidden, Rng& rng, MlpBankConfig config = {});
 
   /// From existing weights, one of each per expert; biases [1, .] one per expert, or none at all.
   /// \throws ConfigError  without experts or with different numbers of weights.
   /// \throws ShapeError   if a weight's shape does not fit the others.
   MlpBank(std::vector<Matrix<T>> in, std::vector<Matrix<T>> out,
-          std::vector<Matrix<T>> in_bias = {}, std::vector<Matrix<T>> out_bias = {}) {
-    if (in.empty() || in.size() != out.size() || in_bias.size() != out_bias.size() ||
-        (!in_bias.empty() && in_bias.size() != in.size())) {
-      fail<ConfigError>("MlpBank: ", in.size(), " in, ", out.size(), " out, ", in_bias.size(),
-                        " in_bias and ", out_bias.size(),
-                        " out_bias weights, expected one of each per expert, or no biases");
-    }
-    for (std::size_t e = 0; e < in.size(); ++e) {
-      const std::string which = "[" + std::to_string(e) + "]";
-      expect_shape("MlpBank", "in" + which, in[e], in[0].rows(), in[0].cols());
-      expect_shape("MlpBank", "out" + which, out[e], out[0].rows(), in[0].rows());
-      if (!in_bias.empty()) {
-        expect_shape("MlpBank", "in_bias" + which, in_bias[e], 1, in[0].rows());
-        expect_shape("MlpBank", "out_bias" + which, out_bias[e], 1, out[0].rows());
-      }
-    }
-    in_bias.resize(in.size());  // Empty ones for none.
-    out_bias.resize(in.size());
-    for (std::size_t e = 0; e < in.size(); ++e) {
-      in_.add(std::move(in[e]), std::move(in_bias[e]));
-      out_.add(std::move(out[e]), std::move(out_bias[e]));
-    }
-  }
+          std::vector<Matrix<T>> in_bias = {}, std::vector<Matrix<T>> out_bias = {});
 
   const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
-                           Cache& cache) const {
-    const Index slots = dispatch.slots();
-    gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
-    auto inner = cache.inner.reshape(slots, d_hidden());
-    auto hidden = cache.hidden.reshape(slots, d_hidden());
-    auto out = cache.out.reshape(slots, d_out());
-
-    in_.forward(cache.x.view(), dispatch, inner, cache.workspace);
-    activation_forward<Act, T>(inner, hidden);
-    out_.forward(hidden, dispatch, out, cache.workspace);
-
-    cache.y.resize(x.rows(), d_out());
-    combine<T>(out, dispatch, cache.y);
-    return cache.y;
-  }
+                           Cache& cache) const;
 
   /// The gradients of experts without tokens are left alone.
   /// \throws StateError   if the weights are stored for inference.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
-                            Cache& cache) {
-    expect_trainable("MlpBank::backward", storage());
-    const Index slots = dispatch.slots();
-    auto d_out_packed = cache.d_out.reshape(slots, d_out());
-    auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
-    auto d_inner = cache.d_inner.reshape(slots, d_hidden());
-    auto d_packed = cache.d_packed.reshape(slots, d_in());
-
-    combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
-    out_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
-                  cache.workspace);
-    activation_backward<Act, T>(cache.inner.view(), d_hidden_packed, d_inner);
-    in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.workspace);
-
-    cache.dx.resize(dy.rows(), d_in());
-    gather_backward<T>(d_packed, dispatch, cache.dx);
-    return cache.dx;
-  }
+                            Cache& cache);
 
   /// See `weir::set_storage`; biases stay parameters. If memory runs out, nothing has changed.
   void set_storage(Storage storage) { ExpertLinear<T>::set_storage({&in_, &out_}, storage); }
@@ -150,4 +85,90 @@ class MlpBank {
   ExpertLinear<T> in_, out_;
 };
 
+template <std::floating_point T, Activation Act>
+MlpBank<T, Act>::MlpBank(Index d_model, Index experts, Index d_hidden, Rng& rng,
+                         MlpBankConfig config) {
+  expect_at_least<Index>("MlpBank", "d_model", d_model, 1);
+  expect_at_least<Index>("MlpBank", "experts", experts, 1);
+  expect_at_least<Index>("MlpBank", "d_hidden", d_hidden, 1);
+  const auto add = [&](ExpertLinear<T>& linear, Index d_out, Index d_in) {
+    linear.add(switch_init<T>(d_out, d_in, rng, config.init_scale),
+               config.bias ? Matrix<T>::Zero(1, d_out) : Matrix<T>());
+  };
+  for (Index e = 0; e < experts; ++e) {
+    add(in_, d_hidden, d_model);
+    add(out_, d_model, d_hidden);
+  }
+}
+
+template <std::floating_point T, Activation Act>
+MlpBank<T, Act>::MlpBank(std::vector<Matrix<T>> in, std::vector<Matrix<T>> out,
+                         std::vector<Matrix<T>> in_bias, std::vector<Matrix<T>> out_bias) {
+  if (in.empty() || in.size() != out.size() || in_bias.size() != out_bias.size() ||
+      (!in_bias.empty() && in_bias.size() != in.size())) {
+    fail<ConfigError>("MlpBank: ", in.size(), " in, ", out.size(), " out, ", in_bias.size(),
+                      " in_bias and ", out_bias.size(),
+                      " out_bias weights, expected one of each per expert, or no biases");
+  }
+  for (std::size_t e = 0; e < in.size(); ++e) {
+    const std::string which = "[" + std::to_string(e) + "]";
+    expect_shape("MlpBank", "in" + which, in[e], in[0].rows(), in[0].cols());
+    expect_shape("MlpBank", "out" + which, out[e], out[0].rows(), in[0].rows());
+    if (!in_bias.empty()) {
+      expect_shape("MlpBank", "in_bias" + which, in_bias[e], 1, in[0].rows());
+      expect_shape("MlpBank", "out_bias" + which, out_bias[e], 1, out[0].rows());
+    }
+  }
+  in_bias.resize(in.size());  // Empty ones for none.
+  out_bias.resize(in.size());
+  for (std::size_t e = 0; e < in.size(); ++e) {
+    in_.add(std::move(in[e]), std::move(in_bias[e]));
+    out_.add(std::move(out[e]), std::move(out_bias[e]));
+  }
+}
+
+template <std::floating_point T, Activation Act>
+const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch,
+                                          const Pass& /*pass*/, Cache& cache) const {
+  const Index slots = dispatch.slots();
+  gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
+  auto inner = cache.inner.reshape(slots, d_hidden());
+  auto hidden = cache.hidden.reshape(slots, d_hidden());
+  auto out = cache.out.reshape(slots, d_out());
+
+  in_.forward(cache.x.view(), dispatch, inner, cache.workspace);
+  activation_forward<Act, T>(inner, hidden);
+  out_.forward(hidden, dispatch, out, cache.workspace);
+
+  cache.y.resize(x.rows(), d_out());
+  combine<T>(out, dispatch, cache.y);
+  return cache.y;
+}
+
+template <std::floating_point T, Activation Act>
+const Matrix<T>& MlpBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& dispatch,
+                                           std::span<T> d_weight, Cache& cache) {
+  expect_trainable("MlpBank::backward", storage());
+  const Index slots = dispatch.slots();
+  auto d_out_packed = cache.d_out.reshape(slots, d_out());
+  auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
+  auto d_inner = cache.d_inner.reshape(slots, d_hidden());
+  auto d_packed = cache.d_packed.reshape(slots, d_in());
+
+  combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
+  out_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
+                cache.workspace);
+  activation_backward<Act, T>(cache.inner.view(), d_hidden_packed, d_inner);
+  in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.workspace);
+
+  cache.dx.resize(dy.rows(), d_in());
+  gather_backward<T>(d_packed, dispatch, cache.dx);
+  return cache.dx;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::MlpBank<float>;
+extern template class weir::MlpBank<double>;
+#endif

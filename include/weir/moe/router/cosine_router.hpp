@@ -63,43 +63,12 @@ class CosineRouter : public RouterBase<T> {
   /// \param x        [tokens, d_model]
   /// \return         [tokens, experts]
   /// \throws ShapeError   if x does not have d_model columns.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("CosineRouter::forward", "x", x, d_model());
-    normalise(projection_.forward(x, pass, cache.projection), cache.u, cache.u_norm);
-    normalise(embedding_.value, cache.v, cache.v_norm);
-    cache.logits.resize(x.rows(), experts());
-    multiply_nt<T>(cache.u, cache.v, cache.logits);
-    cache.logits *= scale();
-    return cache.state.finish(*this, pass, cache.logits);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// \param d_logits  [tokens, experts], of the last forward pass.
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
-  const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
-    cache.state.begin_backward("CosineRouter::backward", *this, d_logits);
-    Matrix<T>& d_log_scale = log_scale_.gradient();
-    if (!bounded()) {
-      double sum = 0.0;  // d logits / d s = logits.
-      for (Index t = 0; t < d_logits.rows(); ++t) {
-        for (Index e = 0; e < experts(); ++e) {
-          sum += static_cast<double>(d_logits(t, e)) * static_cast<double>(cache.logits(t, e));
-        }
-      }
-      d_log_scale(0, 0) += static_cast<T>(sum);
-    }
-    scale_rows<T>(scale(), d_logits, cache.d_cosine);
-    cache.du.resize(cache.u.rows(), cache.u.cols());
-    cache.dv.resize(cache.v.rows(), cache.v.cols());
-    const Product<T> products[] = {product_nn<T>(cache.d_cosine, cache.v, cache.du),
-                                   product_tn<T>(cache.d_cosine, cache.u, cache.dv)};
-    multiply<T>(products);
-    unit_rows_backward<T>(cache.u, cache.u_norm.data(), cache.du);
-    unit_rows_backward<T>(cache.v, cache.v_norm.data(), cache.dv);
-    embedding_.gradient() += cache.dv;
-    return projection_.backward(cache.du, cache.projection);
-  }
+  const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache);
 
   /// Parameters `projection.*`, `embedding` and `log_scale` (s, [1, 1]).
   template <class Self, class Visit>
@@ -126,14 +95,7 @@ class CosineRouter : public RouterBase<T> {
 
  private:
   static Linear<T> initial(Index d_model, Index experts, Rng& rng,
-                           const CosineRouterConfig& config) {
-    expect_at_least<Index>("CosineRouter", "d_model", d_model, 1);
-    expect_at_least<Index>("CosineRouter", "experts", experts, 1);
-    expect_at_least<Index>("CosineRouter", "d_projection", config.d_projection, 1);
-    expect_positive("CosineRouter", "least_temperature", config.least_temperature);
-    expect_at_least("CosineRouter", "temperature", config.temperature, config.least_temperature);
-    return Linear<T>(d_model, config.d_projection, rng, {config.bias, 1.0});
-  }
+                           const CosineRouterConfig& config);
 
   bool bounded() const {
     return static_cast<double>(log_scale_.value(0, 0)) > -std::log(config_.least_temperature);
@@ -154,4 +116,57 @@ class CosineRouter : public RouterBase<T> {
   Parameter<T> embedding_, log_scale_;
 };
 
+template <std::floating_point T>
+const Matrix<T>& CosineRouter<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("CosineRouter::forward", "x", x, d_model());
+  normalise(projection_.forward(x, pass, cache.projection), cache.u, cache.u_norm);
+  normalise(embedding_.value, cache.v, cache.v_norm);
+  cache.logits.resize(x.rows(), experts());
+  multiply_nt<T>(cache.u, cache.v, cache.logits);
+  cache.logits *= scale();
+  return cache.state.finish(*this, pass, cache.logits);
+}
+
+template <std::floating_point T>
+const Matrix<T>& CosineRouter<T>::backward(MatrixIn<T> d_logits, Cache& cache) {
+  cache.state.begin_backward("CosineRouter::backward", *this, d_logits);
+  Matrix<T>& d_log_scale = log_scale_.gradient();
+  if (!bounded()) {
+    double sum = 0.0;  // d logits / d s = logits.
+    for (Index t = 0; t < d_logits.rows(); ++t) {
+      for (Index e = 0; e < experts(); ++e) {
+        sum += static_cast<double>(d_logits(t, e)) * static_cast<double>(cache.logits(t, e));
+      }
+    }
+    d_log_scale(0, 0) += static_cast<T>(sum);
+  }
+  scale_rows<T>(scale(), d_logits, cache.d_cosine);
+  cache.du.resize(cache.u.rows(), cache.u.cols());
+  cache.dv.resize(cache.v.rows(), cache.v.cols());
+  const Product<T> products[] = {product_nn<T>(cache.d_cosine, cache.v, cache.du),
+                                 product_tn<T>(cache.d_cosine, cache.u, cache.dv)};
+  multiply<T>(products);
+  unit_rows_backward<T>(cache.u, cache.u_norm.data(), cache.du);
+  unit_rows_backward<T>(cache.v, cache.v_norm.data(), cache.dv);
+  embedding_.gradient() += cache.dv;
+  return projection_.backward(cache.du, cache.projection);
+}
+
+template <std::floating_point T>
+Linear<T> CosineRouter<T>::initial(Index d_model, Index experts, Rng& rng,
+                                   const CosineRouterConfig& config) {
+  expect_at_least<Index>("CosineRouter", "d_model", d_model, 1);
+  expect_at_least<Index>("CosineRouter", "experts", experts, 1);
+  expect_at_least<Index>("CosineRouter", "d_projection", config.d_projection, 1);
+  expect_positive("CosineRouter", "least_temperature", config.least_temperature);
+  expect_at_least("CosineRouter", "temperature", config.temperature, config.least_temperature);
+  return Linear<T>(d_model, config.d_projection, rng, {config.bias, 1.0});
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::CosineRouter<float>;
+extern template class weir::CosineRouter<double>;
+#endif

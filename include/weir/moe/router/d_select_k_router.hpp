@@ -89,86 +89,18 @@ class DSelectKRouter : public RouterBase<T> {
   /// \throws ConfigError  as above.
   /// \throws ShapeError   if the maps do not fit.
   DSelectKRouter(Index experts, Linear<T> selectors, Linear<T> mixture,
-                 DSelectKRouterConfig config = {})
-      : experts_(experts),
-        bits_(bits_of(experts)),
-        config_(config),
-        selectors_(std::move(selectors)),
-        mixture_(std::move(mixture)) {
-    checked_k(config_);
-    expect_positive("DSelectKRouter", "gamma", config_.gamma);
-    expect_map("selectors", selectors_, config_.k * bits_);
-    expect_map("mixture", mixture_, config_.k);
-  }
+                 DSelectKRouterConfig config = {});
 
   /// \param x        [tokens, d_model]
   /// \return         [tokens, experts], q.
   /// \throws ShapeError   if x does not have d_model columns, or the mask does not fit.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    expect_columns("DSelectKRouter::forward", "x", x, d_model());
-    pass.check("DSelectKRouter::forward", x.rows());
-    const Matrix<T>& z = selectors_.forward(x, pass, cache.selectors);
-    const Matrix<T>& mixture = mixture_.forward(x, pass, cache.mixture);
-    cache.step.resize(z.rows(), z.cols());
-    cache.share.resize(z.rows(), config_.k);
-    cache.weights.resize(z.rows(), experts_);
-    softmax<T>(mixture, cache.share);
-    parallel_rows(z.rows(), row_cost(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        for (Index j = 0; j < z.cols(); ++j) cache.step(t, j) = smooth_step(z(t, j), gamma());
-        for (Index e = 0; e < experts_; ++e) {
-          T q = T(0);
-          for (Index i = 0; i < config_.k; ++i) q += cache.share(t, i) * chance(cache, t, i, e);
-          cache.weights(t, e) = q;
-        }
-      }
-    });
-    add_up_loss(pass, cache);
-    return cache.state.finish(*this, pass, cache.weights);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// \param dq       [tokens, experts], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dq does not have the shape of q.
-  const Matrix<T>& backward(MatrixIn<T> dq, Cache& cache) {
-    cache.state.begin_backward("DSelectKRouter::backward", *this, dq);
-    const Matrix<T>& z = cache.selectors.y;
-    cache.d_z.resize(z.rows(), z.cols());
-    cache.d_share.resize(z.rows(), config_.k);
-    parallel_rows(z.rows(), 2 * bits_ * row_cost(), [&](Index begin, Index end) {
-      auto& space = ThreadSpace<T, DSelectKRouter>::of_this_thread();
-      space.reserve(experts_);
-      T* const d_chance = space.take(experts_);  // The gradient of r_i.
-      for (Index t = begin; t < end; ++t) {
-        for (Index i = 0; i < config_.k; ++i) {
-          T d_share = T(0);
-          for (Index e = 0; e < experts_; ++e) {
-            d_share += dq(t, e) * chance(cache, t, i, e);
-            d_chance[e] = cache.share(t, i) * dq(t, e);
-          }
-          cache.d_share(t, i) = d_share;
-          add_loss_gradient(cache, t, i, d_chance);
-          for (Index b = 0; b < bits_; ++b) {
-            T d_step = T(0);
-            for (Index e = 0; e < experts_; ++e) {
-              const T d = d_chance[e] * chance(cache, t, i, e, b);
-              d_step += has_bit(e, b) ? d : -d;
-            }
-            const Index j = i * bits_ + b;
-            cache.d_z(t, j) = d_step * smooth_step_slope(z(t, j), gamma());
-          }
-        }
-      }
-    });
-    cache.d_mixture.setZero(z.rows(), config_.k);
-    add_softmax_backward<T>(cache.share, cache.d_share, cache.d_mixture);
-    const Matrix<T>& through_z = selectors_.backward(cache.d_z, cache.selectors);
-    cache.dx.resize(z.rows(), d_model());
-    add_rows<T>(through_z, mixture_.backward(cache.d_mixture, cache.mixture), cache.dx);
-    return cache.dx;
-  }
+  const Matrix<T>& backward(MatrixIn<T> dq, Cache& cache);
 
   /// Parameters `selectors.*` and `mixture.*`.
   template <class Self, class Visit>
@@ -207,60 +139,12 @@ class DSelectKRouter : public RouterBase<T> {
     return sum;
   }
 
-  void add_up_loss(const Pass& pass, Cache& cache) const {
-    const Index tokens = cache.weights.rows();
-    cache.per_loss.setZero(tokens, 1);
-    if (!pass.has_aux_losses() || !(has_entropy() || has_reach())) return;
-    Index real = 0;
-    for (Index t = 0; t < tokens; ++t) real += pass.is_padding(t) ? 0 : 1;
-    cache.loss.resize(tokens, 1);
-    parallel_rows(tokens, 8 * row_cost(), [&](Index begin, Index end) {
-      for (Index t = begin; t < end; ++t) {
-        cache.loss(t, 0) = T(0);
-        if (pass.is_padding(t)) continue;
-        cache.per_loss(t, 0) = static_cast<T>(pass.aux_scale / static_cast<double>(real));
-        for (Index i = 0; i < config_.k; ++i) cache.loss(t, 0) += loss_of(cache, t, i);
-      }
-    });
-    if (pass.record == nullptr) return;
-    const T loss = cache.loss.cwiseProduct(cache.per_loss).sum();
-    pass.record->add_loss("d_select_k", static_cast<double>(loss));
-  }
+  void add_up_loss(const Pass& pass, Cache& cache) const;
 
-  T loss_of(const Cache& cache, Index t, Index i) const {
-    T loss = T(0);
-    if (has_entropy()) {
-      T entropy = T(0);
-      for (Index e = 0; e < experts_; ++e) {
-        const T r = chance(cache, t, i, e);
-        entropy -= r * std::log(r + kEpsilon);
-      }
-      loss += static_cast<T>(config_.entropy) * entropy;
-    }
-    if (has_reach()) {
-      loss += static_cast<T>(config_.reach) / std::max(reached(cache, t, i), kEpsilon);
-    }
-    return loss;
-  }
+  T loss_of(const Cache& cache, Index t, Index i) const;
 
   /// Adds the derivative of the loss by r_ie to `d_chance[e]`.
-  void add_loss_gradient(const Cache& cache, Index t, Index i, T* d_chance) const {
-    const T scale = cache.per_loss(t, 0);
-    if (scale == T(0)) return;
-    if (has_entropy()) {
-      for (Index e = 0; e < experts_; ++e) {
-        const T r = chance(cache, t, i, e);
-        const T slope = std::log(r + kEpsilon) + r / (r + kEpsilon);
-        d_chance[e] -= scale * static_cast<T>(config_.entropy) * slope;
-      }
-    }
-    if (has_reach()) {
-      const T sum = reached(cache, t, i);
-      if (!(sum > kEpsilon)) return;
-      const T d = scale * static_cast<T>(config_.reach) / (sum * sum);
-      for (Index e = 0; e < experts_; ++e) d_chance[e] -= d;
-    }
-  }
+  void add_loss_gradient(const Cache& cache, Index t, Index i, T* d_chance) const;
 
   static Linear<T> initial(Index rows, Index d_model, double bound, Rng& rng) {
     expect_at_least<Index>("DSelectKRouter", "d_model", d_model, 1);
@@ -282,18 +166,161 @@ class DSelectKRouter : public RouterBase<T> {
   bool has_bit(Index e, Index b) const { return ((e >> (bits_ - 1 - b)) & 1) != 0; }
 
   /// r_ie, or what it is without the factor of one bit.
-  T chance(const Cache& cache, Index t, Index i, Index e, Index without = kNone) const {
-    T product = T(1);
-    for (Index b = 0; b < bits_; ++b) {
-      const T step = cache.step(t, i * bits_ + b);
-      if (b != without) product *= has_bit(e, b) ? step : T(1) - step;
-    }
-    return product;
-  }
+  T chance(const Cache& cache, Index t, Index i, Index e, Index without = kNone) const;
 
   Index experts_, bits_;
   DSelectKRouterConfig config_;
   Linear<T> selectors_, mixture_;
 };
 
+template <std::floating_point T>
+DSelectKRouter<T>::DSelectKRouter(Index experts, Linear<T> selectors, Linear<T> mixture,
+                                  DSelectKRouterConfig config)
+    : experts_(experts),
+      bits_(bits_of(experts)),
+      config_(config),
+      selectors_(std::move(selectors)),
+      mixture_(std::move(mixture)) {
+  checked_k(config_);
+  expect_positive("DSelectKRouter", "gamma", config_.gamma);
+  expect_map("selectors", selectors_, config_.k * bits_);
+  expect_map("mixture", mixture_, config_.k);
+}
+
+template <std::floating_point T>
+const Matrix<T>& DSelectKRouter<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  cache.state.begin();
+  expect_columns("DSelectKRouter::forward", "x", x, d_model());
+  pass.check("DSelectKRouter::forward", x.rows());
+  const Matrix<T>& z = selectors_.forward(x, pass, cache.selectors);
+  const Matrix<T>& mixture = mixture_.forward(x, pass, cache.mixture);
+  cache.step.resize(z.rows(), z.cols());
+  cache.share.resize(z.rows(), config_.k);
+  cache.weights.resize(z.rows(), experts_);
+  softmax<T>(mixture, cache.share);
+  parallel_rows(z.rows(), row_cost(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      for (Index j = 0; j < z.cols(); ++j) cache.step(t, j) = smooth_step(z(t, j), gamma());
+      for (Index e = 0; e < experts_; ++e) {
+        T q = T(0);
+        for (Index i = 0; i < config_.k; ++i) q += cache.share(t, i) * chance(cache, t, i, e);
+        cache.weights(t, e) = q;
+      }
+    }
+  });
+  add_up_loss(pass, cache);
+  return cache.state.finish(*this, pass, cache.weights);
+}
+
+template <std::floating_point T>
+const Matrix<T>& DSelectKRouter<T>::backward(MatrixIn<T> dq, Cache& cache) {
+  cache.state.begin_backward("DSelectKRouter::backward", *this, dq);
+  const Matrix<T>& z = cache.selectors.y;
+  cache.d_z.resize(z.rows(), z.cols());
+  cache.d_share.resize(z.rows(), config_.k);
+  parallel_rows(z.rows(), 2 * bits_ * row_cost(), [&](Index begin, Index end) {
+    auto& space = ThreadSpace<T, DSelectKRouter>::of_this_thread();
+    space.reserve(experts_);
+    T* const d_chance = space.take(experts_);  // The gradient of r_i.
+    for (Index t = begin; t < end; ++t) {
+      for (Index i = 0; i < config_.k; ++i) {
+        T d_share = T(0);
+        for (Index e = 0; e < experts_; ++e) {
+          d_share += dq(t, e) * chance(cache, t, i, e);
+          d_chance[e] = cache.share(t, i) * dq(t, e);
+        }
+        cache.d_share(t, i) = d_share;
+        add_loss_gradient(cache, t, i, d_chance);
+        for (Index b = 0; b < bits_; ++b) {
+          T d_step = T(0);
+          for (Index e = 0; e < experts_; ++e) {
+            const T d = d_chance[e] * chance(cache, t, i, e, b);
+            d_step += has_bit(e, b) ? d : -d;
+          }
+          const Index j = i * bits_ + b;
+          cache.d_z(t, j) = d_step * smooth_step_slope(z(t, j), gamma());
+        }
+      }
+    }
+  });
+  cache.d_mixture.setZero(z.rows(), config_.k);
+  add_softmax_backward<T>(cache.share, cache.d_share, cache.d_mixture);
+  const Matrix<T>& through_z = selectors_.backward(cache.d_z, cache.selectors);
+  cache.dx.resize(z.rows(), d_model());
+  add_rows<T>(through_z, mixture_.backward(cache.d_mixture, cache.mixture), cache.dx);
+  return cache.dx;
+}
+
+template <std::floating_point T>
+void DSelectKRouter<T>::add_up_loss(const Pass& pass, Cache& cache) const {
+  const Index tokens = cache.weights.rows();
+  cache.per_loss.setZero(tokens, 1);
+  if (!pass.has_aux_losses() || !(has_entropy() || has_reach())) return;
+  Index real = 0;
+  for (Index t = 0; t < tokens; ++t) real += pass.is_padding(t) ? 0 : 1;
+  cache.loss.resize(tokens, 1);
+  parallel_rows(tokens, 8 * row_cost(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      cache.loss(t, 0) = T(0);
+      if (pass.is_padding(t)) continue;
+      cache.per_loss(t, 0) = static_cast<T>(pass.aux_scale / static_cast<double>(real));
+      for (Index i = 0; i < config_.k; ++i) cache.loss(t, 0) += loss_of(cache, t, i);
+    }
+  });
+  if (pass.record == nullptr) return;
+  const T loss = cache.loss.cwiseProduct(cache.per_loss).sum();
+  pass.record->add_loss("d_select_k", static_cast<double>(loss));
+}
+
+template <std::floating_point T>
+T DSelectKRouter<T>::loss_of(const Cache& cache, Index t, Index i) const {
+  T loss = T(0);
+  if (has_entropy()) {
+    T entropy = T(0);
+    for (Index e = 0; e < experts_; ++e) {
+      const T r = chance(cache, t, i, e);
+      entropy -= r * std::log(r + kEpsilon);
+    }
+    loss += static_cast<T>(config_.entropy) * entropy;
+  }
+  if (has_reach()) {
+    loss += static_cast<T>(config_.reach) / std::max(reached(cache, t, i), kEpsilon);
+  }
+  return loss;
+}
+
+template <std::floating_point T>
+void DSelectKRouter<T>::add_loss_gradient(const Cache& cache, Index t, Index i, T* d_chance) const {
+  const T scale = cache.per_loss(t, 0);
+  if (scale == T(0)) return;
+  if (has_entropy()) {
+    for (Index e = 0; e < experts_; ++e) {
+      const T r = chance(cache, t, i, e);
+      const T slope = std::log(r + kEpsilon) + r / (r + kEpsilon);
+      d_chance[e] -= scale * static_cast<T>(config_.entropy) * slope;
+    }
+  }
+  if (has_reach()) {
+    const T sum = reached(cache, t, i);
+    if (!(sum > kEpsilon)) return;
+    const T d = scale * static_cast<T>(config_.reach) / (sum * sum);
+    for (Index e = 0; e < experts_; ++e) d_chance[e] -= d;
+  }
+}
+
+template <std::floating_point T>
+T DSelectKRouter<T>::chance(const Cache& cache, Index t, Index i, Index e, Index without) const {
+  T product = T(1);
+  for (Index b = 0; b < bits_; ++b) {
+    const T step = cache.step(t, i * bits_ + b);
+    if (b != without) product *= has_bit(e, b) ? step : T(1) - step;
+  }
+  return product;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::DSelectKRouter<float>;
+extern template class weir::DSelectKRouter<double>;
+#endif

@@ -28,15 +28,7 @@ class GroupLogits {
  public:
   /// \param groups   A divisor of the columns of z.
   /// \throws              As `expect_allowed_fits`.
-  void set(std::string_view who, MatrixIn<T> z, Index groups, const Pass& pass) {
-    expect_allowed_fits(who, z.rows(), z.cols(), pass, 0);
-    copy_rows<T>(z, z_);
-    if (!pass.allowed.empty()) forbid_experts<T>(pass, z_);
-    x_.resize(z.rows(), groups);
-    for_each_group([&](Index t, Index g, Index first, Index size) {
-      x_(t, g) = logsumexp<T>(span_of(&z_(t, first), size));
-    });
-  }
+  void set(std::string_view who, MatrixIn<T> z, Index groups, const Pass& pass);
 
   /// x [tokens, groups]
   const Matrix<T>& values() const { return x_; }
@@ -67,4 +59,20 @@ class GroupLogits {
   Matrix<T> x_;
 };
 
+template <class T>
+void GroupLogits<T>::set(std::string_view who, MatrixIn<T> z, Index groups, const Pass& pass) {
+  expect_allowed_fits(who, z.rows(), z.cols(), pass, 0);
+  copy_rows<T>(z, z_);
+  if (!pass.allowed.empty()) forbid_experts<T>(pass, z_);
+  x_.resize(z.rows(), groups);
+  for_each_group([&](Index t, Index g, Index first, Index size) {
+    x_(t, g) = logsumexp<T>(span_of(&z_(t, first), size));
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::GroupLogits<float>;
+extern template class weir::GroupLogits<double>;
+#endif

@@ -34,45 +34,13 @@ class HashRouter : public RouterBase<T> {
 
   /// \param table    The expert of each id, such as one of hash_tables.hpp.
   /// \throws ConfigError  if a size is below 1, the table is empty, or an expert out of range.
-  HashRouter(Index d_model, Index experts, std::span<const Index> table)
-      : d_model_(d_model), experts_(experts) {
-    expect_at_least<Index>("HashRouter", "d_model", d_model, 1);
-    expect_at_least<Index>("HashRouter", "experts", experts, 1);
-    if (table.empty()) fail<ConfigError>("HashRouter: the table is empty, expected one per id");
-    table_.value.resize(1, static_cast<Index>(table.size()));
-    for (Index id = 0; id < vocab(); ++id) {
-      const Index expert = table[static_cast<std::size_t>(id)];
-      if (expert < 0 || expert >= experts) {
-        fail<ConfigError>("HashRouter: table[", id, "] = ", expert,
-                          ", expected 0 <= expert < experts = ", experts);
-      }
-      table_.value(0, id) = static_cast<T>(expert);
-    }
-  }
+  HashRouter(Index d_model, Index experts, std::span<const Index> table);
 
   /// \param x        [tokens, d_model]; only its shape matters.
   /// \return         [tokens, experts]; zero for padding.
   /// \throws ShapeError   if x or pass.token_ids do not fit.
   /// \throws ConfigError  without ids, or if one is not in the table.
-  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    constexpr T kElsewhere = T(-10000);
-    cache.state.begin();
-    expect_columns("HashRouter::forward", "x", x, d_model_);
-    pass.check("HashRouter::forward", x.rows());
-    if (pass.token_ids.empty() && x.rows() > 0) {
-      fail<ConfigError>("HashRouter::forward: pass.token_ids is empty, expected one id per token");
-    }
-    cache.logits.resize(x.rows(), experts_);
-    for (Index t = 0; t < x.rows(); ++t) {
-      if (pass.is_padding(t)) {
-        cache.logits.row(t).setZero();
-        continue;
-      }
-      cache.logits.row(t).setConstant(kElsewhere);
-      cache.logits(t, expert_of(pass.token_ids[static_cast<std::size_t>(t)])) = T(0);
-    }
-    return cache.state.finish(*this, pass, cache.logits);
-  }
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// \return         Zero, [tokens, d_model].
   /// \throws StateError   if the cache does not fit, see CacheState.
@@ -94,21 +62,67 @@ class HashRouter : public RouterBase<T> {
 
   /// The expert of a token.
   /// \throws ConfigError  if the id is not in the table, or a loaded table has no such expert.
-  Index expert_of(Index id) const {
-    if (id < 0 || id >= vocab()) {
-      fail<ConfigError>("HashRouter: token id ", id, ", expected 0 <= id < vocab = ", vocab());
-    }
-    const T expert = table_.value(0, id);
-    if (!(expert >= T(0) && expert < static_cast<T>(experts_))) {
-      fail<ConfigError>("HashRouter: table[", id, "] = ", expert,
-                        ", expected 0 <= expert < experts = ", experts_);
-    }
-    return static_cast<Index>(expert);
-  }
+  Index expert_of(Index id) const;
 
  private:
   Index d_model_, experts_;
   Buffer<T> table_;
 };
 
+template <std::floating_point T>
+HashRouter<T>::HashRouter(Index d_model, Index experts, std::span<const Index> table)
+    : d_model_(d_model), experts_(experts) {
+  expect_at_least<Index>("HashRouter", "d_model", d_model, 1);
+  expect_at_least<Index>("HashRouter", "experts", experts, 1);
+  if (table.empty()) fail<ConfigError>("HashRouter: the table is empty, expected one per id");
+  table_.value.resize(1, static_cast<Index>(table.size()));
+  for (Index id = 0; id < vocab(); ++id) {
+    const Index expert = table[static_cast<std::size_t>(id)];
+    if (expert < 0 || expert >= experts) {
+      fail<ConfigError>("HashRouter: table[", id, "] = ", expert,
+                        ", expected 0 <= expert < experts = ", experts);
+    }
+    table_.value(0, id) = static_cast<T>(expert);
+  }
+}
+
+template <std::floating_point T>
+const Matrix<T>& HashRouter<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
+  constexpr T kElsewhere = T(-10000);
+  cache.state.begin();
+  expect_columns("HashRouter::forward", "x", x, d_model_);
+  pass.check("HashRouter::forward", x.rows());
+  if (pass.token_ids.empty() && x.rows() > 0) {
+    fail<ConfigError>("HashRouter::forward: pass.token_ids is empty, expected one id per token");
+  }
+  cache.logits.resize(x.rows(), experts_);
+  for (Index t = 0; t < x.rows(); ++t) {
+    if (pass.is_padding(t)) {
+      cache.logits.row(t).setZero();
+      continue;
+    }
+    cache.logits.row(t).setConstant(kElsewhere);
+    cache.logits(t, expert_of(pass.token_ids[static_cast<std::size_t>(t)])) = T(0);
+  }
+  return cache.state.finish(*this, pass, cache.logits);
+}
+
+template <std::floating_point T>
+Index HashRouter<T>::expert_of(Index id) const {
+  if (id < 0 || id >= vocab()) {
+    fail<ConfigError>("HashRouter: token id ", id, ", expected 0 <= id < vocab = ", vocab());
+  }
+  const T expert = table_.value(0, id);
+  if (!(expert >= T(0) && expert < static_cast<T>(experts_))) {
+    fail<ConfigError>("HashRouter: table[", id, "] = ", expert,
+                      ", expected 0 <= expert < experts = ", experts_);
+  }
+  return static_cast<Index>(expert);
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::HashRouter<float>;
+extern template class weir::HashRouter<double>;
+#endif

@@ -63,32 +63,9 @@ class BalancedAssignment : public SelectorBase<T> {
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   /// \throws ConfigError     as `check`; in training if an expert is forbidden to a token.
-  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
-    check(logits.cols());
-    routing.begin("BalancedAssignment", logits, pass, 1);
-    routing.assign_each(1);
-    if (pass.training) auction(routing, cache);
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(16 * experts, [&](Index t) {
-      const T* const z = routing.logits.row(t).data();
-      const Index a = routing.first(t);
-      if (!pass.training) top_k<T>(span_of(z, experts), {&routing.expert[a], 1});
-      softmax_row<T>(span_of(z, experts), row_span(routing.probabilities, t));
-      routing.weight[a] = T(1) / (T(1) + std::exp(-z[routing.expert[a]]));
-    });
-  }
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const;
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(8 * experts, [&](Index t) {
-      const Index a = routing.first(t);
-      const T w = routing.weight[a];
-      T* const dz = gradient.logits.row(t).data();
-      dz[routing.expert[a]] += w * (T(1) - w) * gradient.weights[a];
-      add_softmax_backward_row<T>(row_span(routing.probabilities, t),
-                                  row_span(gradient.probabilities, t), span_of(dz, experts));
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
   const BalancedAssignmentConfig& config() const { return config_; }
 
@@ -129,81 +106,119 @@ class BalancedAssignment : public SelectorBase<T> {
 
   /// Where T does not divide evenly, each expert has one place more than it has to fill. Tokens
   /// contend for these with nobodies, one for each place that has to stay empty.
-  void auction(Routing<T>& routing, Cache& cache) const {
-    const Index experts = routing.experts();
-    const Index tokens = routing.tokens();
-    const Index real = routing.rows.real();
-    if (real == 0) return;
-    const Index full = real / experts;
-    const Index more = real % experts == 0 ? 0 : 1;
-    const Index places = experts * (full + more);
-    cache.price.assign(places, T(0));
-    cache.owner.assign(places, kFree);
-    const auto places_of = [&](Index e, bool extra) {
-      const Index first = extra ? experts * full + e : e * full;
-      return Places{cache.price.data() + first, cache.owner.data() + first, extra ? more : full};
-    };
-
-    T smallest = std::numeric_limits<T>::infinity();
-    T largest = -smallest;
-    for (Index t = 0; t < tokens; ++t) {
-      if (routing.rows.is_padding(t)) continue;
-      smallest = std::min(smallest, routing.logits.row(t).minCoeff());
-      largest = std::max(largest, routing.logits.row(t).maxCoeff());
-    }
-    if (!std::isfinite(smallest)) {
-      fail<ConfigError>(
-          "BalancedAssignment: a logit is ", smallest,
-          ", expected finite logits in training: a forbidden expert may leave no level "
-          "assignment");
-    }
-    const T range = largest > smallest ? largest - smallest : T(1);
-    const T least_raise = static_cast<T>(config_.epsilon) * range;
-
-    const auto bid = [&](Index token) {
-      const bool nobody = token >= tokens;
-      T best = -std::numeric_limits<T>::infinity();
-      T next = best;
-      Places wanted{};
-      for (Index e = 0; e < experts; ++e) {
-        const T value = nobody ? T(0) : routing.logits(token, e);
-        for (const bool extra : {false, true}) {
-          const Places offer = places_of(e, extra);
-          if (offer.count == 0 || (nobody && !extra)) continue;
-          const T gain = value - offer.price[0];
-          if (gain > best) {
-            next = std::max(best, value - offer.second());
-            best = gain;
-            wanted = offer;
-          } else {
-            next = std::max(next, gain);
-          }
-        }
-      }
-      const T raise = (std::isfinite(next) ? best - next : T(0)) + least_raise;
-      const T up = std::nextafter(wanted.price[0], std::numeric_limits<T>::infinity());
-      return wanted.sell(token, std::max(wanted.price[0] + raise, up));
-    };
-    const auto seat = [&](Index token) {
-      while (token != kFree) token = bid(token);
-    };
-    for (Index t = 0; t < tokens; ++t) {
-      if (!routing.rows.is_padding(t)) seat(t);
-    }
-    for (Index i = 0; i < places - real; ++i) seat(tokens + i);
-
-    for (Index e = 0; e < experts; ++e) {
-      for (const bool extra : {false, true}) {
-        const Places seats = places_of(e, extra);
-        for (Index i = 0; i < seats.count; ++i) {
-          if (seats.owner[i] >= tokens) continue;
-          routing.expert[routing.first(seats.owner[i])] = e;
-        }
-      }
-    }
-  }
+  void auction(Routing<T>& routing, Cache& cache) const;
 
   BalancedAssignmentConfig config_;
 };
 
+template <std::floating_point T>
+void BalancedAssignment<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
+                                    Cache& cache) const {
+  check(logits.cols());
+  routing.begin("BalancedAssignment", logits, pass, 1);
+  routing.assign_each(1);
+  if (pass.training) auction(routing, cache);
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(16 * experts, [&](Index t) {
+    const T* const z = routing.logits.row(t).data();
+    const Index a = routing.first(t);
+    if (!pass.training) top_k<T>(span_of(z, experts), {&routing.expert[a], 1});
+    softmax_row<T>(span_of(z, experts), row_span(routing.probabilities, t));
+    routing.weight[a] = T(1) / (T(1) + std::exp(-z[routing.expert[a]]));
+  });
+}
+
+template <std::floating_point T>
+void BalancedAssignment<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                                     Cache& /*cache*/) const {
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(8 * experts, [&](Index t) {
+    const Index a = routing.first(t);
+    const T w = routing.weight[a];
+    T* const dz = gradient.logits.row(t).data();
+    dz[routing.expert[a]] += w * (T(1) - w) * gradient.weights[a];
+    add_softmax_backward_row<T>(row_span(routing.probabilities, t),
+                                row_span(gradient.probabilities, t), span_of(dz, experts));
+  });
+}
+
+template <std::floating_point T>
+void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
+  const Index experts = routing.experts();
+  const Index tokens = routing.tokens();
+  const Index real = routing.rows.real();
+  if (real == 0) return;
+  const Index full = real / experts;
+  const Index more = real % experts == 0 ? 0 : 1;
+  const Index places = experts * (full + more);
+  cache.price.assign(places, T(0));
+  cache.owner.assign(places, kFree);
+  const auto places_of = [&](Index e, bool extra) {
+    const Index first = extra ? experts * full + e : e * full;
+    return Places{cache.price.data() + first, cache.owner.data() + first, extra ? more : full};
+  };
+
+  T smallest = std::numeric_limits<T>::infinity();
+  T largest = -smallest;
+  for (Index t = 0; t < tokens; ++t) {
+    if (routing.rows.is_padding(t)) continue;
+    smallest = std::min(smallest, routing.logits.row(t).minCoeff());
+    largest = std::max(largest, routing.logits.row(t).maxCoeff());
+  }
+  if (!std::isfinite(smallest)) {
+    fail<ConfigError>("BalancedAssignment: a logit is ", smallest,
+                      ", expected finite logits in training: a forbidden expert may leave no level "
+                      "assignment");
+  }
+  const T range = largest > smallest ? largest - smallest : T(1);
+  const T least_raise = static_cast<T>(config_.epsilon) * range;
+
+  const auto bid = [&](Index token) {
+    const bool nobody = token >= tokens;
+    T best = -std::numeric_limits<T>::infinity();
+    T next = best;
+    Places wanted{};
+    for (Index e = 0; e < experts; ++e) {
+      const T value = nobody ? T(0) : routing.logits(token, e);
+      for (const bool extra : {false, true}) {
+        const Places offer = places_of(e, extra);
+        if (offer.count == 0 || (nobody && !extra)) continue;
+        const T gain = value - offer.price[0];
+        if (gain > best) {
+          next = std::max(best, value - offer.second());
+          best = gain;
+          wanted = offer;
+        } else {
+          next = std::max(next, gain);
+        }
+      }
+    }
+    const T raise = (std::isfinite(next) ? best - next : T(0)) + least_raise;
+    const T up = std::nextafter(wanted.price[0], std::numeric_limits<T>::infinity());
+    return wanted.sell(token, std::max(wanted.price[0] + raise, up));
+  };
+  const auto seat = [&](Index token) {
+    while (token != kFree) token = bid(token);
+  };
+  for (Index t = 0; t < tokens; ++t) {
+    if (!routing.rows.is_padding(t)) seat(t);
+  }
+  for (Index i = 0; i < places - real; ++i) seat(tokens + i);
+
+  for (Index e = 0; e < experts; ++e) {
+    for (const bool extra : {false, true}) {
+      const Places seats = places_of(e, extra);
+      for (Index i = 0; i < seats.count; ++i) {
+        if (seats.owner[i] >= tokens) continue;
+        routing.expert[routing.first(seats.owner[i])] = e;
+      }
+    }
+  }
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::BalancedAssignment<float>;
+extern template class weir::BalancedAssignment<double>;
+#endif

@@ -83,27 +83,36 @@ class BiasedSoftmaxTopK : public SelectorBase<T> {
 
  private:
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
-             Routing<T>& routing) const {
-    check(logits.cols());
-    const Index experts = logits.cols();
-    route_k_best(
-        {.who = "BiasedSoftmaxTopK", .k = config_.k, .imposed = imposed}, logits, pass, routing,
-        [&](Index t, T* p) -> const T* {
-          softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-          loops::add<T>(experts, p, bias_.value.data(), p);
-          return p;
-        },
-        [&](Index t, const Index* chosen, T* weight, T* p) {
-          softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-          for (Index i = 0; i < config_.k; ++i) {
-            weight[i] = static_cast<T>(config_.scale) * p[chosen[i]];
-          }
-        });
-  }
+             Routing<T>& routing) const;
 
   BiasedSoftmaxTopKConfig config_;
   SoftmaxTopK<T> soft_;  // Has the same weights, as functions of the logits.
   Buffer<T> bias_;
 };
 
+template <std::floating_point T>
+void BiasedSoftmaxTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+                                 Routing<T>& routing) const {
+  check(logits.cols());
+  const Index experts = logits.cols();
+  route_k_best(
+      {.who = "BiasedSoftmaxTopK", .k = config_.k, .imposed = imposed}, logits, pass, routing,
+      [&](Index t, T* p) -> const T* {
+        softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
+        loops::add<T>(experts, p, bias_.value.data(), p);
+        return p;
+      },
+      [&](Index t, const Index* chosen, T* weight, T* p) {
+        softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
+        for (Index i = 0; i < config_.k; ++i) {
+          weight[i] = static_cast<T>(config_.scale) * p[chosen[i]];
+        }
+      });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::BiasedSoftmaxTopK<float>;
+extern template class weir::BiasedSoftmaxTopK<double>;
+#endif

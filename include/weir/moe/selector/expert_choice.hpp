@@ -77,64 +77,13 @@ class ExpertChoice : public SelectorBase<T> {
   }
 
   /// C for a group of `tokens` real tokens; 0 if there are none.
-  Index capacity(Index tokens, Index experts) const {
-    const double exact =
-        config_.factor * static_cast<double>(tokens) / static_cast<double>(experts);
-    const double rounded = config_.rounding == Rounding::kDown ? std::floor(exact)
-                           : config_.rounding == Rounding::kUp ? std::ceil(exact)
-                                                               : std::nearbyint(exact);
-    const auto limit = static_cast<double>(tokens);
-    if (rounded >= limit) return tokens;
-    const Index count = std::max(static_cast<Index>(rounded), Index(1));
-    const Index beyond = count % config_.multiple;
-    if (beyond == 0) return count;
-    const Index missing = config_.multiple - beyond;
-    return missing >= tokens - count ? tokens : count + missing;
-  }
+  Index capacity(Index tokens, Index experts) const;
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
-    check(logits.cols());
-    routing.begin("ExpertChoice", logits, pass);
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(16 * experts, [&](Index t) {
-      softmax_row<T>(row_span(routing.logits, t), row_span(routing.probabilities, t));
-    });
-    cache.taken.resize(routing.tokens() * experts);
-    routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
-      const Index count = capacity(routing.rows.real(begin, end), experts);
-      parallel_rows(experts, 16 * (end - begin), [&](Index first, Index last) {
-        for (Index e = first; e < last; ++e) {
-          take(routing, begin, end, e, count,
-               cache.taken.data() + begin * experts + e * (end - begin));
-        }
-      });
-    });
-    list(routing, cache);
-    if (config_.over == ScoresOver::kTokens) {
-      weigh_over_tokens(routing, cache);
-    } else {
-      weigh(routing, 0, routing.tokens(),
-            [&](Index t, Index e) { return routing.probabilities(t, e); });
-    }
-  }
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const;
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const {
-    const Index experts = routing.experts();
-    if (config_.over == ScoresOver::kTokens) add_backward_over_tokens(routing, gradient, cache);
-    routing.rows.for_each_real(8 * experts, [&](Index t) {
-      T* dp = gradient.probabilities.row(t).data();
-      if (config_.over == ScoresOver::kExperts) {
-        const T share = share_of(routing, t);
-        for (Index a = routing.first(t); a < routing.last(t); ++a) {
-          dp[routing.expert[a]] += share * gradient.weights[a];
-        }
-      }
-      add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(dp, experts),
-                                  row_span(gradient.logits, t));
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const;
 
   const ExpertChoiceConfig& config() const { return config_; }
 
@@ -149,21 +98,7 @@ class ExpertChoice : public SelectorBase<T> {
 
   /// Writes the tokens that expert e takes. The softmax over tokens has the order of the logits.
   void take(const Routing<T>& routing, Index begin, Index end, Index e, Index count,
-            Index* taken) const {
-    const Matrix<T>& score =
-        config_.over == ScoresOver::kTokens ? routing.logits : routing.probabilities;
-    Index candidates = 0;
-    for (Index t = begin; t < end; ++t) {
-      if (!routing.rows.is_padding(t) && !routing.is_forbidden(t, e)) taken[candidates++] = t;
-    }
-    if (candidates > count) {
-      std::nth_element(taken, taken + count, taken + candidates, [&](Index a, Index b) {
-        return score(a, e) != score(b, e) ? score(a, e) > score(b, e) : a < b;
-      });
-      candidates = count;
-    }
-    if (candidates < end - begin) taken[candidates] = kEnd;
-  }
+            Index* taken) const;
 
   /// Calls `body(token, expert)` for each pair taken, the experts of a token in ascending order.
   template <class Body>
@@ -178,18 +113,7 @@ class ExpertChoice : public SelectorBase<T> {
   }
 
   /// Turns the tokens of each expert into the experts of each token.
-  void list(Routing<T>& routing, const Cache& cache) const {
-    List<Index>& offsets = routing.offsets;
-    for_each_taken(routing, cache, [&](Index t, Index) { ++offsets[t + 1]; });
-    for (Index t = 1; t < offsets.count(); ++t) offsets[t] += offsets[t - 1];
-    routing.expert.resize(offsets.back());
-    routing.weight.resize(offsets.back());
-    routing.kept.assign(offsets.back(), 1);
-    // Filling moves the offset of each token to its end, which is where the next one begins.
-    for_each_taken(routing, cache, [&](Index t, Index e) { routing.expert[offsets[t]++] = e; });
-    std::copy_backward(offsets.begin(), offsets.end() - 1, offsets.end());
-    offsets[0] = 0;
-  }
+  void list(Routing<T>& routing, const Cache& cache) const;
 
   /// Weights the assignments of the tokens `from` to `to`, and sorts those of each token.
   template <class Score>
@@ -214,18 +138,7 @@ class ExpertChoice : public SelectorBase<T> {
     });
   }
 
-  void weigh_over_tokens(Routing<T>& routing, Cache& cache) const {
-    const Index groups =
-        config_.scope == Scope::kSequence ? routing.rows.sequences().count() : Index(1);
-    cache.normaliser.resize(groups, routing.experts());
-    Index group = 0;
-    routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
-      auto normaliser = cache.normaliser.row(group++);
-      logsumexp_over_tokens(routing, begin, end, cache.per_expert, normaliser);
-      weigh(routing, begin, end,
-            [&](Index t, Index e) { return std::exp(routing.logits(t, e) - normaliser[e]); });
-    });
-  }
+  void weigh_over_tokens(Routing<T>& routing, Cache& cache) const;
 
   /// log sum_t exp(z_te) over the real tokens; -infinity where all are forbidden.
   template <class Row>
@@ -249,32 +162,148 @@ class ExpertChoice : public SelectorBase<T> {
 
   /// d z_te += s_te * (d s_te - sum_u s_ue * d s_ue), d s being zero for pairs not taken.
   void add_backward_over_tokens(const Routing<T>& routing, RoutingGradient<T>& gradient,
-                                Cache& cache) const {
-    Index group = 0;
-    routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
-      const auto normaliser = cache.normaliser.row(group++);
-      RowVector<T>& inner = cache.per_expert;
-      inner.setZero(routing.experts());
-      for (Index a = routing.first(begin); a < routing.offsets[end]; ++a) {
-        inner[routing.expert[a]] += routing.weight[a] * gradient.weights[a];
-      }
-      parallel_rows(end - begin, 16 * routing.experts(), [&](Index first, Index last) {
-        for (Index t = begin + first; t < begin + last; ++t) {
-          if (routing.rows.is_padding(t)) continue;
-          T* const d_logits = gradient.logits.row(t).data();
-          for (Index e = 0; e < routing.experts(); ++e) {
-            if (routing.is_forbidden(t, e)) continue;
-            d_logits[e] -= std::exp(routing.logits(t, e) - normaliser[e]) * inner[e];
-          }
-          for (Index a = routing.first(t); a < routing.last(t); ++a) {
-            d_logits[routing.expert[a]] += routing.weight[a] * gradient.weights[a];
-          }
-        }
-      });
-    });
-  }
+                                Cache& cache) const;
 
   ExpertChoiceConfig config_;
 };
 
+template <std::floating_point T>
+Index ExpertChoice<T>::capacity(Index tokens, Index experts) const {
+  const double exact = config_.factor * static_cast<double>(tokens) / static_cast<double>(experts);
+  const double rounded = config_.rounding == Rounding::kDown ? std::floor(exact)
+                         : config_.rounding == Rounding::kUp ? std::ceil(exact)
+                                                             : std::nearbyint(exact);
+  const auto limit = static_cast<double>(tokens);
+  if (rounded >= limit) return tokens;
+  const Index count = std::max(static_cast<Index>(rounded), Index(1));
+  const Index beyond = count % config_.multiple;
+  if (beyond == 0) return count;
+  const Index missing = config_.multiple - beyond;
+  return missing >= tokens - count ? tokens : count + missing;
+}
+
+template <std::floating_point T>
+void ExpertChoice<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
+                              Cache& cache) const {
+  check(logits.cols());
+  routing.begin("ExpertChoice", logits, pass);
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(16 * experts, [&](Index t) {
+    softmax_row<T>(row_span(routing.logits, t), row_span(routing.probabilities, t));
+  });
+  cache.taken.resize(routing.tokens() * experts);
+  routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
+    const Index count = capacity(routing.rows.real(begin, end), experts);
+    parallel_rows(experts, 16 * (end - begin), [&](Index first, Index last) {
+      for (Index e = first; e < last; ++e) {
+        take(routing, begin, end, e, count,
+             cache.taken.data() + begin * experts + e * (end - begin));
+      }
+    });
+  });
+  list(routing, cache);
+  if (config_.over == ScoresOver::kTokens) {
+    weigh_over_tokens(routing, cache);
+  } else {
+    weigh(routing, 0, routing.tokens(),
+          [&](Index t, Index e) { return routing.probabilities(t, e); });
+  }
+}
+
+template <std::floating_point T>
+void ExpertChoice<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                               Cache& cache) const {
+  const Index experts = routing.experts();
+  if (config_.over == ScoresOver::kTokens) add_backward_over_tokens(routing, gradient, cache);
+  routing.rows.for_each_real(8 * experts, [&](Index t) {
+    T* dp = gradient.probabilities.row(t).data();
+    if (config_.over == ScoresOver::kExperts) {
+      const T share = share_of(routing, t);
+      for (Index a = routing.first(t); a < routing.last(t); ++a) {
+        dp[routing.expert[a]] += share * gradient.weights[a];
+      }
+    }
+    add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(dp, experts),
+                                row_span(gradient.logits, t));
+  });
+}
+
+template <std::floating_point T>
+void ExpertChoice<T>::take(const Routing<T>& routing, Index begin, Index end, Index e, Index count,
+                           Index* taken) const {
+  const Matrix<T>& score =
+      config_.over == ScoresOver::kTokens ? routing.logits : routing.probabilities;
+  Index candidates = 0;
+  for (Index t = begin; t < end; ++t) {
+    if (!routing.rows.is_padding(t) && !routing.is_forbidden(t, e)) taken[candidates++] = t;
+  }
+  if (candidates > count) {
+    std::nth_element(taken, taken + count, taken + candidates, [&](Index a, Index b) {
+      return score(a, e) != score(b, e) ? score(a, e) > score(b, e) : a < b;
+    });
+    candidates = count;
+  }
+  if (candidates < end - begin) taken[candidates] = kEnd;
+}
+
+template <std::floating_point T>
+void ExpertChoice<T>::list(Routing<T>& routing, const Cache& cache) const {
+  List<Index>& offsets = routing.offsets;
+  for_each_taken(routing, cache, [&](Index t, Index) { ++offsets[t + 1]; });
+  for (Index t = 1; t < offsets.count(); ++t) offsets[t] += offsets[t - 1];
+  routing.expert.resize(offsets.back());
+  routing.weight.resize(offsets.back());
+  routing.kept.assign(offsets.back(), 1);
+  // Filling moves the offset of each token to its end, which is where the next one begins.
+  for_each_taken(routing, cache, [&](Index t, Index e) { routing.expert[offsets[t]++] = e; });
+  std::copy_backward(offsets.begin(), offsets.end() - 1, offsets.end());
+  offsets[0] = 0;
+}
+
+template <std::floating_point T>
+void ExpertChoice<T>::weigh_over_tokens(Routing<T>& routing, Cache& cache) const {
+  const Index groups =
+      config_.scope == Scope::kSequence ? routing.rows.sequences().count() : Index(1);
+  cache.normaliser.resize(groups, routing.experts());
+  Index group = 0;
+  routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
+    auto normaliser = cache.normaliser.row(group++);
+    logsumexp_over_tokens(routing, begin, end, cache.per_expert, normaliser);
+    weigh(routing, begin, end,
+          [&](Index t, Index e) { return std::exp(routing.logits(t, e) - normaliser[e]); });
+  });
+}
+
+template <std::floating_point T>
+void ExpertChoice<T>::add_backward_over_tokens(const Routing<T>& routing,
+                                               RoutingGradient<T>& gradient, Cache& cache) const {
+  Index group = 0;
+  routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
+    const auto normaliser = cache.normaliser.row(group++);
+    RowVector<T>& inner = cache.per_expert;
+    inner.setZero(routing.experts());
+    for (Index a = routing.first(begin); a < routing.offsets[end]; ++a) {
+      inner[routing.expert[a]] += routing.weight[a] * gradient.weights[a];
+    }
+    parallel_rows(end - begin, 16 * routing.experts(), [&](Index first, Index last) {
+      for (Index t = begin + first; t < begin + last; ++t) {
+        if (routing.rows.is_padding(t)) continue;
+        T* const d_logits = gradient.logits.row(t).data();
+        for (Index e = 0; e < routing.experts(); ++e) {
+          if (routing.is_forbidden(t, e)) continue;
+          d_logits[e] -= std::exp(routing.logits(t, e) - normaliser[e]) * inner[e];
+        }
+        for (Index a = routing.first(t); a < routing.last(t); ++a) {
+          d_logits[routing.expert[a]] += routing.weight[a] * gradient.weights[a];
+        }
+      }
+    });
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::ExpertChoice<float>;
+extern template class weir::ExpertChoice<double>;
+#endif

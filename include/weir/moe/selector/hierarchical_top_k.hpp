@@ -65,16 +65,7 @@ class HierarchicalTopK : public SelectorBase<T> {
 
   /// \throws ConfigError  unless groups divides the experts, 1 <= group_k <= groups and both k and
   ///                      rest_k are from 1 to experts / groups.
-  void check(Index experts) const {
-    expect_at_least<Index>("HierarchicalTopK", "groups", config_.groups, 1);
-    if (experts % config_.groups != 0) {
-      fail<ConfigError>("HierarchicalTopK: groups = ", config_.groups,
-                        ", expected a divisor of experts = ", experts);
-    }
-    expect_up_to("group_k", config_.group_k, "groups", config_.groups);
-    expect_up_to("k", config_.k, "experts / groups", experts / config_.groups);
-    expect_up_to("rest_k", config_.rest_k, "experts / groups", experts / config_.groups);
-  }
+  void check(Index experts) const;
 
   /// \throws ConfigError  if the router has groups, and another number of them.
   template <class R>
@@ -93,23 +84,7 @@ class HierarchicalTopK : public SelectorBase<T> {
     expect_allowed_chosen("HierarchicalTopK", routing);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(16 * experts, [&](Index t) {
-      const T* const p = routing.probabilities.row(t).data();
-      T* const dp = gradient.probabilities.row(t).data();
-      T* const dz = gradient.logits.row(t).data();
-      const Index* const chosen = routing.expert.data() + routing.first(t);
-      const T* const weight = routing.weight.data() + routing.first(t);
-      const T* const d_weight = gradient.weights.data() + routing.first(t);
-      if (config_.renormalise) {
-        add_renormalised_backward(p, chosen, weight, d_weight, experts, dz);
-      } else {
-        for (Index i = 0; i < assignments(); ++i) dp[chosen[i]] += d_weight[i];
-      }
-      add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts), span_of(dz, experts));
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
   const HierarchicalTopKConfig& config() const { return config_; }
 
@@ -135,66 +110,111 @@ class HierarchicalTopK : public SelectorBase<T> {
   ///
   ///     du_G = m_G = sum_e v_e dg_e,    dv_e = u_G dg_e
   void add_renormalised_backward(const T* p, const Index* chosen, const T* weight,
-                                 const T* d_weight, Index experts, T* dz) const {
-    const Index size = experts / config_.groups;
-    T mean = T(0);
-    for (Index i = 0; i < assignments(); ++i) mean += weight[i] * d_weight[i];
-    for_each_group([&](Index first, Index count) {
-      T u = T(0);
-      T m = T(0);
-      for (Index i = first; i < first + count; ++i) {
-        u += weight[i];
-        m += weight[i] * d_weight[i];
-      }
-      if (!(u > T(0))) return;  // No weight that a gradient could go through.
-      m /= u;
-      for (Index i = first; i < first + count; ++i) dz[chosen[i]] += weight[i] * (d_weight[i] - m);
-      const Index begin = chosen[first] / size * size;
-      const T sum = loops::sum(size, p + begin);
-      if (sum > T(0)) loops::add_scaled(size, u * (m - mean) / sum, p + begin, dz + begin);
-    });
-  }
+                                 const T* d_weight, Index experts, T* dz) const;
 
-  void choose(Index t, Routing<T>& routing) const {
-    const Index experts = routing.experts();
-    const Index groups = config_.groups;
-    const Index group_k = config_.group_k;
-    const Index size = experts / groups;
-    const T* const z = routing.logits.row(t).data();
-    T* const p = routing.probabilities.row(t).data();
-    Index* const chosen = routing.expert.data() + routing.first(t);
-    T* const weight = routing.weight.data() + routing.first(t);
-    softmax_row<T>(span_of(z, experts), span_of(p, experts));
-
-    auto& space = ThreadSpace<T, HierarchicalTopK>::of_this_thread();
-    space.reserve(groups + group_k);
-    T* const log_group = space.take(groups);
-    T* const u = space.take(group_k);
-    auto& indices = ThreadSpace<Index, HierarchicalTopK>::of_this_thread();
-    indices.reserve(group_k);
-    Index* const best = indices.take(group_k);
-    for (Index g = 0; g < groups; ++g) log_group[g] = logsumexp<T>(span_of(z + g * size, size));
-    top_k<T>(span_of(log_group, groups), span_of(best, group_k));
-    for (Index i = 0; i < group_k; ++i) u[i] = log_group[best[i]];
-    softmax_row<T>(span_of(u, group_k), span_of(u, group_k));
-
-    Index rank = 0;
-    for_each_group([&](Index first, Index count) {
-      const Index start = best[rank] * size;
-      top_k<T>(span_of(z + start, size), span_of(chosen + first, count));
-      for (Index i = first; i < first + count; ++i) {
-        chosen[i] += start;
-        weight[i] = config_.renormalise ? z[chosen[i]] : p[chosen[i]];
-      }
-      if (config_.renormalise) {
-        softmax_row<T>(span_of(weight + first, count), span_of(weight + first, count));
-        for (Index i = first; i < first + count; ++i) weight[i] *= u[rank];
-      }
-      ++rank;
-    });
-  }
+  void choose(Index t, Routing<T>& routing) const;
 
   HierarchicalTopKConfig config_;
 };
 
+template <std::floating_point T>
+void HierarchicalTopK<T>::check(Index experts) const {
+  expect_at_least<Index>("HierarchicalTopK", "groups", config_.groups, 1);
+  if (experts % config_.groups != 0) {
+    fail<ConfigError>("HierarchicalTopK: groups = ", config_.groups,
+                      ", expected a divisor of experts = ", experts);
+  }
+  expect_up_to("group_k", config_.group_k, "groups", config_.groups);
+  expect_up_to("k", config_.k, "experts / groups", experts / config_.groups);
+  expect_up_to("rest_k", config_.rest_k, "experts / groups", experts / config_.groups);
+}
+
+template <std::floating_point T>
+void HierarchicalTopK<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                                   Cache& /*cache*/) const {
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(16 * experts, [&](Index t) {
+    const T* const p = routing.probabilities.row(t).data();
+    T* const dp = gradient.probabilities.row(t).data();
+    T* const dz = gradient.logits.row(t).data();
+    const Index* const chosen = routing.expert.data() + routing.first(t);
+    const T* const weight = routing.weight.data() + routing.first(t);
+    const T* const d_weight = gradient.weights.data() + routing.first(t);
+    if (config_.renormalise) {
+      add_renormalised_backward(p, chosen, weight, d_weight, experts, dz);
+    } else {
+      for (Index i = 0; i < assignments(); ++i) dp[chosen[i]] += d_weight[i];
+    }
+    add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts), span_of(dz, experts));
+  });
+}
+
+template <std::floating_point T>
+void HierarchicalTopK<T>::add_renormalised_backward(const T* p, const Index* chosen,
+                                                    const T* weight, const T* d_weight,
+                                                    Index experts, T* dz) const {
+  const Index size = experts / config_.groups;
+  T mean = T(0);
+  for (Index i = 0; i < assignments(); ++i) mean += weight[i] * d_weight[i];
+  for_each_group([&](Index first, Index count) {
+    T u = T(0);
+    T m = T(0);
+    for (Index i = first; i < first + count; ++i) {
+      u += weight[i];
+      m += weight[i] * d_weight[i];
+    }
+    if (!(u > T(0))) return;  // No weight that a gradient could go through.
+    m /= u;
+    for (Index i = first; i < first + count; ++i) dz[chosen[i]] += weight[i] * (d_weight[i] - m);
+    const Index begin = chosen[first] / size * size;
+    const T sum = loops::sum(size, p + begin);
+    if (sum > T(0)) loops::add_scaled(size, u * (m - mean) / sum, p + begin, dz + begin);
+  });
+}
+
+template <std::floating_point T>
+void HierarchicalTopK<T>::choose(Index t, Routing<T>& routing) const {
+  const Index experts = routing.experts();
+  const Index groups = config_.groups;
+  const Index group_k = config_.group_k;
+  const Index size = experts / groups;
+  const T* const z = routing.logits.row(t).data();
+  T* const p = routing.probabilities.row(t).data();
+  Index* const chosen = routing.expert.data() + routing.first(t);
+  T* const weight = routing.weight.data() + routing.first(t);
+  softmax_row<T>(span_of(z, experts), span_of(p, experts));
+
+  auto& space = ThreadSpace<T, HierarchicalTopK>::of_this_thread();
+  space.reserve(groups + group_k);
+  T* const log_group = space.take(groups);
+  T* const u = space.take(group_k);
+  auto& indices = ThreadSpace<Index, HierarchicalTopK>::of_this_thread();
+  indices.reserve(group_k);
+  Index* const best = indices.take(group_k);
+  for (Index g = 0; g < groups; ++g) log_group[g] = logsumexp<T>(span_of(z + g * size, size));
+  top_k<T>(span_of(log_group, groups), span_of(best, group_k));
+  for (Index i = 0; i < group_k; ++i) u[i] = log_group[best[i]];
+  softmax_row<T>(span_of(u, group_k), span_of(u, group_k));
+
+  Index rank = 0;
+  for_each_group([&](Index first, Index count) {
+    const Index start = best[rank] * size;
+    top_k<T>(span_of(z + start, size), span_of(chosen + first, count));
+    for (Index i = first; i < first + count; ++i) {
+      chosen[i] += start;
+      weight[i] = config_.renormalise ? z[chosen[i]] : p[chosen[i]];
+    }
+    if (config_.renormalise) {
+      softmax_row<T>(span_of(weight + first, count), span_of(weight + first, count));
+      for (Index i = first; i < first + count; ++i) weight[i] *= u[rank];
+    }
+    ++rank;
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::HierarchicalTopK<float>;
+extern template class weir::HierarchicalTopK<double>;
+#endif

@@ -80,38 +80,7 @@ class RelaxedTopK : public SelectorBase<T> {
     route(logits, pass, &imposed, routing, cache);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const {
-    const Index k = config_.k;
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(experts * cost(), [&](Index t) {
-      const T* p = routing.probabilities.row(t).data();
-      const T* a = cache.multiplier.row(t).data();
-      const Index* chosen = routing.expert.data() + routing.first(t);
-      const T* weight = routing.weight.data() + routing.first(t);
-      T* dh = gradient.weights.data() + routing.first(t);  // First dL/dg.
-      T* dp = gradient.probabilities.row(t).data();
-      if (config_.renormalise) {
-        T sum = T(0);
-        T inner = T(0);
-        for (Index i = 0; i < k; ++i) {
-          sum += raw_weight(p[chosen[i]], a);
-          inner += dh[i] * weight[i];
-        }
-        if (!(sum > kLeastSum)) inner = T(0);
-        for (Index i = 0; i < k; ++i) dh[i] = (dh[i] - inner) / std::max(sum, kLeastSum);
-      }
-      if (config_.weight == RelaxedWeight::kStraightThrough) {
-        for (Index i = 0; i < k; ++i) {
-          dp[chosen[i]] += dh[i];
-          dh[i] *= p[chosen[i]];
-        }
-      }
-      add_coordinate_descent_backward(config_.descent, p, routing.logits.row(t).data(), experts, a,
-                                      chosen, dh, k, dp);
-      add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
-                                  row_span(gradient.logits, t));
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const;
 
   const RelaxedTopKConfig& config() const { return config_; }
 
@@ -129,34 +98,78 @@ class RelaxedTopK : public SelectorBase<T> {
   }
 
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed, Routing<T>& routing,
-             Cache& cache) const {
-    check(logits.cols());
-    const Index k = config_.k;
-    const Index experts = logits.cols();
-    const bool relaxes = config_.weight == RelaxedWeight::kRelaxed || pass.training;
-    cache.multiplier.resize(relaxes ? logits.rows() : 0, config_.descent.iterations);
-    const KBest best{.who = "RelaxedTopK", .k = k, .imposed = imposed, .cost = cost()};
-    route_k_best(
-        best, logits, pass, routing,
-        [&](Index t, T* p) -> const T* {
-          softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-          return p;
-        },
-        [&](Index t, const Index* chosen, T* weight, const T* p) {
-          T* const a = relaxes ? cache.multiplier.row(t).data() : nullptr;
-          if (relaxes) {
-            coordinate_descent(config_.descent, p, routing.logits.row(t).data(), experts,
-                               config_.ratio * static_cast<double>(k), a);
-          }
-          for (Index i = 0; i < k; ++i) weight[i] = raw_weight(p[chosen[i]], a);
-          if (!config_.renormalise) return;
-          T sum = T(0);
-          for (Index i = 0; i < k; ++i) sum += weight[i];
-          for (Index i = 0; i < k; ++i) weight[i] /= std::max(sum, kLeastSum);
-        });
-  }
+             Cache& cache) const;
 
   RelaxedTopKConfig config_;
 };
 
+template <std::floating_point T>
+void RelaxedTopK<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                              Cache& cache) const {
+  const Index k = config_.k;
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(experts * cost(), [&](Index t) {
+    const T* p = routing.probabilities.row(t).data();
+    const T* a = cache.multiplier.row(t).data();
+    const Index* chosen = routing.expert.data() + routing.first(t);
+    const T* weight = routing.weight.data() + routing.first(t);
+    T* dh = gradient.weights.data() + routing.first(t);  // First dL/dg.
+    T* dp = gradient.probabilities.row(t).data();
+    if (config_.renormalise) {
+      T sum = T(0);
+      T inner = T(0);
+      for (Index i = 0; i < k; ++i) {
+        sum += raw_weight(p[chosen[i]], a);
+        inner += dh[i] * weight[i];
+      }
+      if (!(sum > kLeastSum)) inner = T(0);
+      for (Index i = 0; i < k; ++i) dh[i] = (dh[i] - inner) / std::max(sum, kLeastSum);
+    }
+    if (config_.weight == RelaxedWeight::kStraightThrough) {
+      for (Index i = 0; i < k; ++i) {
+        dp[chosen[i]] += dh[i];
+        dh[i] *= p[chosen[i]];
+      }
+    }
+    add_coordinate_descent_backward(config_.descent, p, routing.logits.row(t).data(), experts, a,
+                                    chosen, dh, k, dp);
+    add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
+                                row_span(gradient.logits, t));
+  });
+}
+
+template <std::floating_point T>
+void RelaxedTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+                           Routing<T>& routing, Cache& cache) const {
+  check(logits.cols());
+  const Index k = config_.k;
+  const Index experts = logits.cols();
+  const bool relaxes = config_.weight == RelaxedWeight::kRelaxed || pass.training;
+  cache.multiplier.resize(relaxes ? logits.rows() : 0, config_.descent.iterations);
+  const KBest best{.who = "RelaxedTopK", .k = k, .imposed = imposed, .cost = cost()};
+  route_k_best(
+      best, logits, pass, routing,
+      [&](Index t, T* p) -> const T* {
+        softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
+        return p;
+      },
+      [&](Index t, const Index* chosen, T* weight, const T* p) {
+        T* const a = relaxes ? cache.multiplier.row(t).data() : nullptr;
+        if (relaxes) {
+          coordinate_descent(config_.descent, p, routing.logits.row(t).data(), experts,
+                             config_.ratio * static_cast<double>(k), a);
+        }
+        for (Index i = 0; i < k; ++i) weight[i] = raw_weight(p[chosen[i]], a);
+        if (!config_.renormalise) return;
+        T sum = T(0);
+        for (Index i = 0; i < k; ++i) sum += weight[i];
+        for (Index i = 0; i < k; ++i) weight[i] /= std::max(sum, kLeastSum);
+      });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::RelaxedTopK<float>;
+extern template class weir::RelaxedTopK<double>;
+#endif

@@ -33,43 +33,9 @@ class ReluRouting : public SelectorBase<T> {
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
-    check(logits.cols());
-    routing.begin("ReluRouting", logits, pass);
-    const Index experts = routing.experts();
-    const auto choose = [&](Index t, Index* chosen) {
-      const T* z = routing.logits.row(t).data();
-      Index n = 0;
-      for (Index e = 0; e < experts; ++e) n += z[e] > T(0) ? 1 : 0;
-      top_k<T>(span_of(z, experts), span_of(chosen, n));
-      return n;
-    };
-    assign_chosen(routing, experts, 16 * experts, cache, choose);
-    routing.rows.for_each_real(4 * experts, [&](Index t) {
-      auto p = routing.probabilities.row(t);
-      p.setZero();
-      const T total = sum_of(routing, t);
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        routing.weight[a] = routing.logits(t, routing.expert[a]);
-        p[routing.expert[a]] = routing.weight[a] / total;
-      }
-    });
-  }
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const;
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
-    routing.rows.for_each_real(8 * routing.experts(), [&](Index t) {
-      // With s = sum g: d p_i / d g_j = (1[i = j] - p_i) / s
-      const auto p = routing.probabilities.row(t);
-      const auto dp = gradient.probabilities.row(t);
-      const T total = sum_of(routing, t);
-      T inner = T(0);
-      for (const Index e : routing.experts_of(t)) inner += dp[e] * p[e];
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        const Index e = routing.expert[a];
-        gradient.logits(t, e) += gradient.weights[a] + (dp[e] - inner) / total;
-      }
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
  private:
   static T sum_of(const Routing<T>& routing, Index t) {
@@ -79,4 +45,51 @@ class ReluRouting : public SelectorBase<T> {
   }
 };
 
+template <std::floating_point T>
+void ReluRouting<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
+                             Cache& cache) const {
+  check(logits.cols());
+  routing.begin("ReluRouting", logits, pass);
+  const Index experts = routing.experts();
+  const auto choose = [&](Index t, Index* chosen) {
+    const T* z = routing.logits.row(t).data();
+    Index n = 0;
+    for (Index e = 0; e < experts; ++e) n += z[e] > T(0) ? 1 : 0;
+    top_k<T>(span_of(z, experts), span_of(chosen, n));
+    return n;
+  };
+  assign_chosen(routing, experts, 16 * experts, cache, choose);
+  routing.rows.for_each_real(4 * experts, [&](Index t) {
+    auto p = routing.probabilities.row(t);
+    p.setZero();
+    const T total = sum_of(routing, t);
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      routing.weight[a] = routing.logits(t, routing.expert[a]);
+      p[routing.expert[a]] = routing.weight[a] / total;
+    }
+  });
+}
+
+template <std::floating_point T>
+void ReluRouting<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                              Cache& /*cache*/) const {
+  routing.rows.for_each_real(8 * routing.experts(), [&](Index t) {
+    // With s = sum g: d p_i / d g_j = (1[i = j] - p_i) / s
+    const auto p = routing.probabilities.row(t);
+    const auto dp = gradient.probabilities.row(t);
+    const T total = sum_of(routing, t);
+    T inner = T(0);
+    for (const Index e : routing.experts_of(t)) inner += dp[e] * p[e];
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      const Index e = routing.expert[a];
+      gradient.logits(t, e) += gradient.weights[a] + (dp[e] - inner) / total;
+    }
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::ReluRouting<float>;
+extern template class weir::ReluRouting<double>;
+#endif

@@ -78,32 +78,7 @@ class SigmoidTopK : public SelectorBase<T> {
     route(logits, pass, &imposed, routing, cache);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const {
-    const Index k = config_.k;
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(16 * experts, [&](Index t) {
-      const T* p = routing.probabilities.row(t).data();
-      T* ds = gradient.probabilities.row(t).data();  // First dL/dp, then dL/ds.
-      const T total = cache.total[t];
-      const T through_total = loops::dot<T>(experts, ds, p);
-      const auto of_score = [=](const Lanes<T>& dp) -> Lanes<T> {
-        return (dp - through_total) / total;
-      };
-      map_lanes<T>(experts, of_score, ds, ds);
-
-      const Index* chosen = routing.expert.data() + routing.first(t);
-      const T* weight = routing.weight.data() + routing.first(t);
-      const T* d_weight = gradient.weights.data() + routing.first(t);
-      const T divided_by = divisor(p, total, chosen);
-      T inner = T(0);
-      for (Index i = 0; config_.renormalise && i < k; ++i) inner += d_weight[i] * weight[i];
-      for (Index i = 0; i < k; ++i) {
-        ds[chosen[i]] += (static_cast<T>(config_.scale) * d_weight[i] - inner) / divided_by;
-      }
-      add_score_backward_row(config_.score, experts, routing.logits.row(t).data(), ds,
-                             gradient.logits.row(t).data());
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const;
 
   /// Buffer `bias`.
   template <class Self, class Visit>
@@ -121,25 +96,7 @@ class SigmoidTopK : public SelectorBase<T> {
   static constexpr T kTiny = T(1e-20);
 
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed, Routing<T>& routing,
-             Cache& cache) const {
-    check(logits.cols());
-    const Index experts = logits.cols();
-    cache.total.resize(logits.rows());
-    route_k_best(
-        {"SigmoidTopK", config_.k, config_.groups, imposed}, logits, pass, routing,
-        [&](Index t, T* p) -> const T* {
-          score_row(config_.score, experts, routing.logits.row(t).data(), p);
-          loops::add<T>(experts, p, bias_.value.data(), p);
-          return p;
-        },
-        [&](Index t, const Index* chosen, T* weight, T* p) {
-          score_row(config_.score, experts, routing.logits.row(t).data(), p);
-          const T factor = static_cast<T>(config_.scale) / divisor(p, T(1), chosen);
-          for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
-          cache.total[t] = loops::sum<T>(experts, p) + kTiny;
-          loops::scale(experts, T(1) / cache.total[t], p, p);
-        });
-  }
+             Cache& cache) const;
 
   /// What the chosen scores are divided by; `shares` times `total` are the scores.
   T divisor(const T* shares, T total, const Index* chosen) const {
@@ -153,4 +110,60 @@ class SigmoidTopK : public SelectorBase<T> {
   Buffer<T> bias_;
 };
 
+template <std::floating_point T>
+void SigmoidTopK<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                              Cache& cache) const {
+  const Index k = config_.k;
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(16 * experts, [&](Index t) {
+    const T* p = routing.probabilities.row(t).data();
+    T* ds = gradient.probabilities.row(t).data();  // First dL/dp, then dL/ds.
+    const T total = cache.total[t];
+    const T through_total = loops::dot<T>(experts, ds, p);
+    const auto of_score = [=](const Lanes<T>& dp) -> Lanes<T> {
+      return (dp - through_total) / total;
+    };
+    map_lanes<T>(experts, of_score, ds, ds);
+
+    const Index* chosen = routing.expert.data() + routing.first(t);
+    const T* weight = routing.weight.data() + routing.first(t);
+    const T* d_weight = gradient.weights.data() + routing.first(t);
+    const T divided_by = divisor(p, total, chosen);
+    T inner = T(0);
+    for (Index i = 0; config_.renormalise && i < k; ++i) inner += d_weight[i] * weight[i];
+    for (Index i = 0; i < k; ++i) {
+      ds[chosen[i]] += (static_cast<T>(config_.scale) * d_weight[i] - inner) / divided_by;
+    }
+    add_score_backward_row(config_.score, experts, routing.logits.row(t).data(), ds,
+                           gradient.logits.row(t).data());
+  });
+}
+
+template <std::floating_point T>
+void SigmoidTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+                           Routing<T>& routing, Cache& cache) const {
+  check(logits.cols());
+  const Index experts = logits.cols();
+  cache.total.resize(logits.rows());
+  route_k_best(
+      {"SigmoidTopK", config_.k, config_.groups, imposed}, logits, pass, routing,
+      [&](Index t, T* p) -> const T* {
+        score_row(config_.score, experts, routing.logits.row(t).data(), p);
+        loops::add<T>(experts, p, bias_.value.data(), p);
+        return p;
+      },
+      [&](Index t, const Index* chosen, T* weight, T* p) {
+        score_row(config_.score, experts, routing.logits.row(t).data(), p);
+        const T factor = static_cast<T>(config_.scale) / divisor(p, T(1), chosen);
+        for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
+        cache.total[t] = loops::sum<T>(experts, p) + kTiny;
+        loops::scale(experts, T(1) / cache.total[t], p, p);
+      });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::SigmoidTopK<float>;
+extern template class weir::SigmoidTopK<double>;
+#endif

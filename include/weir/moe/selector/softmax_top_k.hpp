@@ -46,14 +46,7 @@ class SoftmaxTopK : public SelectorBase<T> {
 
   /// \throws ConfigError  unless 1 <= k <= experts, scale > 0, norm >= 1 (it may be infinite) and
   ///                      the groups fit.
-  void check(Index experts) const {
-    expect_k("SoftmaxTopK", config_.k, experts);
-    expect_positive("SoftmaxTopK", "scale", config_.scale);
-    if (!(config_.norm >= 1.0)) {
-      fail<ConfigError>("SoftmaxTopK: norm = ", config_.norm, ", expected >= 1");
-    }
-    config_.groups.check("SoftmaxTopK", experts, config_.k);
-  }
+  void check(Index experts) const;
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
@@ -67,46 +60,13 @@ class SoftmaxTopK : public SelectorBase<T> {
     route(logits, pass, &imposed, routing);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
-    const Index k = config_.k;
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(8 * experts, [&](Index t) {
-      const T* p = routing.probabilities.row(t).data();
-      const Index* chosen = routing.expert.data() + routing.first(t);
-      const T* d_weight = gradient.weights.data() + routing.first(t);
-      T* dp = gradient.probabilities.row(t).data();
-      // d g_i / d p_j = scale / N * (1[i = j] - p_i / N * (p_j / N)^(norm - 1))
-      const T n = divisor(p, chosen);
-      const T factor = static_cast<T>(config_.scale) / n;
-      T inner = T(0);
-      for (Index i = 0; i < k; ++i) inner += d_weight[i] * p[chosen[i]];
-      for (Index i = 0; i < k; ++i) {
-        const T through_norm =
-            config_.renormalise ? inner / n * power(p[chosen[i]] / n, config_.norm - 1.0) : T(0);
-        dp[chosen[i]] += factor * (d_weight[i] - through_norm);
-      }
-      add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
-                                  row_span(gradient.logits, t));
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
   const SoftmaxTopKConfig& config() const { return config_; }
 
  private:
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
-             Routing<T>& routing) const {
-    check(logits.cols());
-    route_k_best(
-        {"SoftmaxTopK", config_.k, config_.groups, imposed}, logits, pass, routing,
-        [&](Index t, T* p) -> const T* {
-          softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
-          return p;
-        },
-        [&](Index /*t*/, const Index* chosen, T* weight, const T* p) {
-          const T factor = static_cast<T>(config_.scale) / divisor(p, chosen);
-          for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
-        });
-  }
+             Routing<T>& routing) const;
 
   static T power(T base, double exponent) {
     return exponent == 1.0   ? base
@@ -126,4 +86,60 @@ class SoftmaxTopK : public SelectorBase<T> {
   SoftmaxTopKConfig config_;
 };
 
+template <std::floating_point T>
+void SoftmaxTopK<T>::check(Index experts) const {
+  expect_k("SoftmaxTopK", config_.k, experts);
+  expect_positive("SoftmaxTopK", "scale", config_.scale);
+  if (!(config_.norm >= 1.0)) {
+    fail<ConfigError>("SoftmaxTopK: norm = ", config_.norm, ", expected >= 1");
+  }
+  config_.groups.check("SoftmaxTopK", experts, config_.k);
+}
+
+template <std::floating_point T>
+void SoftmaxTopK<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                              Cache& /*cache*/) const {
+  const Index k = config_.k;
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(8 * experts, [&](Index t) {
+    const T* p = routing.probabilities.row(t).data();
+    const Index* chosen = routing.expert.data() + routing.first(t);
+    const T* d_weight = gradient.weights.data() + routing.first(t);
+    T* dp = gradient.probabilities.row(t).data();
+    // d g_i / d p_j = scale / N * (1[i = j] - p_i / N * (p_j / N)^(norm - 1))
+    const T n = divisor(p, chosen);
+    const T factor = static_cast<T>(config_.scale) / n;
+    T inner = T(0);
+    for (Index i = 0; i < k; ++i) inner += d_weight[i] * p[chosen[i]];
+    for (Index i = 0; i < k; ++i) {
+      const T through_norm =
+          config_.renormalise ? inner / n * power(p[chosen[i]] / n, config_.norm - 1.0) : T(0);
+      dp[chosen[i]] += factor * (d_weight[i] - through_norm);
+    }
+    add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
+                                row_span(gradient.logits, t));
+  });
+}
+
+template <std::floating_point T>
+void SoftmaxTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+                           Routing<T>& routing) const {
+  check(logits.cols());
+  route_k_best(
+      {"SoftmaxTopK", config_.k, config_.groups, imposed}, logits, pass, routing,
+      [&](Index t, T* p) -> const T* {
+        softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
+        return p;
+      },
+      [&](Index /*t*/, const Index* chosen, T* weight, const T* p) {
+        const T factor = static_cast<T>(config_.scale) / divisor(p, chosen);
+        for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
+      });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::SoftmaxTopK<float>;
+extern template class weir::SoftmaxTopK<double>;
+#endif

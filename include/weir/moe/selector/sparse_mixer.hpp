@@ -63,54 +63,9 @@ class SparseMixer : public SelectorBase<T> {
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   /// \throws ConfigError     as `check`; in training without pass.rng.
-  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& /*cache*/) const {
-    check(logits.cols());
-    routing.begin("SparseMixer", logits, pass, kChosen);
-    const Rng draws = pass.training ? pass.generator("SparseMixer").split() : Rng(0);
-    routing.assign_each(kChosen);
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(64 * experts, [&](Index t) {
-      T* const q = routing.probabilities.row(t).data();
-      const T* const z = routing.logits.row(t).data();
-      Index* const chosen = routing.expert.data() + routing.first(t);
-      T* const weight = routing.weight.data() + routing.first(t);
-      Index left_out = kNone;
-      for (Index i = 0; i < kChosen; ++i) {
-        near_softmax(z, experts, left_out, q);
-        const Index best = best_of(z, experts, left_out);
-        chosen[i] = best;
-        weight[i] = q[best];
-        if (pass.training) {
-          const auto first = static_cast<std::uint64_t>((t * kChosen + i) * (experts + 1));
-          chosen[i] = sample(z, q, experts, draws, first);
-          const double u = unit_interval(draws.at(first + static_cast<std::uint64_t>(experts)));
-          const bool whole = chosen[i] == best || u > 0.75;
-          weight[i] = q[chosen[i]] * (whole ? T(1) : T(0.3333));
-        }
-        left_out = chosen[i];
-      }
-      softmax_row<T>(span_of(z, experts), span_of(q, experts));
-    });
-  }
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& /*cache*/) const;
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(32 * experts, [&](Index t) {
-      T* const dz = gradient.logits.row(t).data();
-      T* const q = gradient.probabilities.row(t).data();
-      add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(q, experts),
-                                  span_of(dz, experts));
-      Index left_out = kNone;
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        const Index e = routing.expert[a];
-        near_softmax(routing.logits.row(t).data(), experts, left_out, q);
-        const T d = gradient.weights[a] * q[e];
-        loops::add_scaled(experts, -d, q, dz);
-        dz[e] += d;
-        left_out = e;
-      }
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
   const SparseMixerConfig& config() const { return config_; }
 
@@ -127,36 +82,100 @@ class SparseMixer : public SelectorBase<T> {
   }
 
   /// q over all experts except `left_out`; zero for those that are not near.
-  void near_softmax(const T* z, Index experts, Index left_out, T* q) const {
-    const T m = z[best_of(z, experts, left_out)];
-    const auto reach = static_cast<T>(2.0 * config_.epsilon);
-    T sum = T(0);
-    for (Index e = 0; e < experts; ++e) {
-      const bool out = e == left_out || m - z[e] > reach * std::max(std::abs(z[e]), m);
-      q[e] = out ? T(0) : std::exp(z[e] - m);
-      sum += q[e];
-    }
-    for (Index e = 0; e < experts; ++e) q[e] /= sum;
-  }
+  void near_softmax(const T* z, Index experts, Index left_out, T* q) const;
 
   /// argmax of z + Gumbel noise over the experts with q > 0.
-  static Index sample(const T* z, const T* q, Index experts, const Rng& draws,
-                      std::uint64_t first) {
-    Index best = kNone;
-    double largest = -std::numeric_limits<double>::infinity();
-    for (Index e = 0; e < experts; ++e) {
-      if (!(q[e] > T(0))) continue;
-      const double u = unit_interval(draws.at(first + static_cast<std::uint64_t>(e)));
-      const double noisy = static_cast<double>(z[e]) - std::log(-std::log1p(-u));
-      if (best == kNone || noisy > largest) {
-        largest = noisy;
-        best = e;
-      }
-    }
-    return best;
-  }
+  static Index sample(const T* z, const T* q, Index experts, const Rng& draws, std::uint64_t first);
 
   SparseMixerConfig config_;
 };
 
+template <std::floating_point T>
+void SparseMixer<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
+                             Cache& /*cache*/) const {
+  check(logits.cols());
+  routing.begin("SparseMixer", logits, pass, kChosen);
+  const Rng draws = pass.training ? pass.generator("SparseMixer").split() : Rng(0);
+  routing.assign_each(kChosen);
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(64 * experts, [&](Index t) {
+    T* const q = routing.probabilities.row(t).data();
+    const T* const z = routing.logits.row(t).data();
+    Index* const chosen = routing.expert.data() + routing.first(t);
+    T* const weight = routing.weight.data() + routing.first(t);
+    Index left_out = kNone;
+    for (Index i = 0; i < kChosen; ++i) {
+      near_softmax(z, experts, left_out, q);
+      const Index best = best_of(z, experts, left_out);
+      chosen[i] = best;
+      weight[i] = q[best];
+      if (pass.training) {
+        const auto first = static_cast<std::uint64_t>((t * kChosen + i) * (experts + 1));
+        chosen[i] = sample(z, q, experts, draws, first);
+        const double u = unit_interval(draws.at(first + static_cast<std::uint64_t>(experts)));
+        const bool whole = chosen[i] == best || u > 0.75;
+        weight[i] = q[chosen[i]] * (whole ? T(1) : T(0.3333));
+      }
+      left_out = chosen[i];
+    }
+    softmax_row<T>(span_of(z, experts), span_of(q, experts));
+  });
+}
+
+template <std::floating_point T>
+void SparseMixer<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                              Cache& /*cache*/) const {
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(32 * experts, [&](Index t) {
+    T* const dz = gradient.logits.row(t).data();
+    T* const q = gradient.probabilities.row(t).data();
+    add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(q, experts),
+                                span_of(dz, experts));
+    Index left_out = kNone;
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      const Index e = routing.expert[a];
+      near_softmax(routing.logits.row(t).data(), experts, left_out, q);
+      const T d = gradient.weights[a] * q[e];
+      loops::add_scaled(experts, -d, q, dz);
+      dz[e] += d;
+      left_out = e;
+    }
+  });
+}
+
+template <std::floating_point T>
+void SparseMixer<T>::near_softmax(const T* z, Index experts, Index left_out, T* q) const {
+  const T m = z[best_of(z, experts, left_out)];
+  const auto reach = static_cast<T>(2.0 * config_.epsilon);
+  T sum = T(0);
+  for (Index e = 0; e < experts; ++e) {
+    const bool out = e == left_out || m - z[e] > reach * std::max(std::abs(z[e]), m);
+    q[e] = out ? T(0) : std::exp(z[e] - m);
+    sum += q[e];
+  }
+  for (Index e = 0; e < experts; ++e) q[e] /= sum;
+}
+
+template <std::floating_point T>
+Index SparseMixer<T>::sample(const T* z, const T* q, Index experts, const Rng& draws,
+                             std::uint64_t first) {
+  Index best = kNone;
+  double largest = -std::numeric_limits<double>::infinity();
+  for (Index e = 0; e < experts; ++e) {
+    if (!(q[e] > T(0))) continue;
+    const double u = unit_interval(draws.at(first + static_cast<std::uint64_t>(e)));
+    const double noisy = static_cast<double>(z[e]) - std::log(-std::log1p(-u));
+    if (best == kNone || noisy > largest) {
+      largest = noisy;
+      best = e;
+    }
+  }
+  return best;
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::SparseMixer<float>;
+extern template class weir::SparseMixer<double>;
+#endif

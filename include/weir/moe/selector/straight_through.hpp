@@ -78,23 +78,32 @@ class StraightThrough : public SelectorBase<T> {
 
  private:
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
-             Routing<T>& routing) const {
-    check(logits.cols());
-    const double parts = config_.renormalise ? static_cast<double>(config_.k) : 1.0;
-    const auto hard = static_cast<T>(config_.scale / parts);
-    route_k_best(
-        {"StraightThrough", config_.k, config_.groups, imposed}, logits, pass, routing,
-        [&](Index t, T* p) -> const T* {
-          softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
-          return p;
-        },
-        [&](Index /*t*/, const Index* /*chosen*/, T* weight, const T* /*p*/) {
-          std::fill_n(weight, config_.k, hard);
-        });
-  }
+             Routing<T>& routing) const;
 
   StraightThroughConfig config_;
   SoftmaxTopK<T> soft_;
 };
 
+template <std::floating_point T>
+void StraightThrough<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+                               Routing<T>& routing) const {
+  check(logits.cols());
+  const double parts = config_.renormalise ? static_cast<double>(config_.k) : 1.0;
+  const auto hard = static_cast<T>(config_.scale / parts);
+  route_k_best(
+      {"StraightThrough", config_.k, config_.groups, imposed}, logits, pass, routing,
+      [&](Index t, T* p) -> const T* {
+        softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
+        return p;
+      },
+      [&](Index /*t*/, const Index* /*chosen*/, T* weight, const T* /*p*/) {
+        std::fill_n(weight, config_.k, hard);
+      });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::StraightThrough<float>;
+extern template class weir::StraightThrough<double>;
+#endif

@@ -44,60 +44,13 @@ class Threshold : public SelectorBase<T> {
   explicit Threshold(ThresholdConfig config = {}) : config_(config) {}
 
   /// \throws ConfigError  unless 1 <= k_min <= k <= experts, 0 <= threshold <= 1 and scale > 0.
-  void check(Index experts) const {
-    expect_k("Threshold", config_.k, experts);
-    if (config_.k_min < 1 || config_.k_min > config_.k) {
-      fail<ConfigError>("Threshold: k_min = ", config_.k_min,
-                        ", expected 1 <= k_min <= k = ", config_.k);
-    }
-    expect_in("Threshold", "threshold", config_.threshold, 0.0, 1.0);
-    expect_positive("Threshold", "scale", config_.scale);
-  }
+  void check(Index experts) const;
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
-    check(logits.cols());
-    routing.begin("Threshold", logits, pass, config_.k);
-    const Index experts = routing.experts();
-    const auto choose = [&](Index t, Index* chosen) {
-      T* p = routing.probabilities.row(t).data();
-      softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-      set_forbidden(routing, t, -std::numeric_limits<T>::infinity(), p);
-      top_k<T>(span_of(p, experts), span_of(chosen, config_.k));
-      set_forbidden(routing, t, T(0), p);
-      const T least = static_cast<T>(config_.threshold) * p[chosen[0]];
-      Index n = config_.k_min;
-      while (n < config_.k && p[chosen[n]] >= least) ++n;  // They are sorted.
-      return n;
-    };
-    assign_chosen(routing, config_.k, 16 * experts, cache, choose);
-    routing.rows.for_each_real(2 * config_.k, [&](Index t) {
-      const T factor = static_cast<T>(config_.scale) / divisor(routing, t);
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        routing.weight[a] = factor * routing.probabilities(t, routing.expert[a]);
-      }
-    });
-  }
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const;
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(8 * experts, [&](Index t) {
-      // With n = sum_S p: d g_i / d p_j = scale / n * (1[i = j] - p_i / n)
-      const T* p = routing.probabilities.row(t).data();
-      T* dp = gradient.probabilities.row(t).data();
-      const T n = divisor(routing, t);
-      T inner = T(0);
-      for (Index a = routing.first(t); config_.renormalise && a < routing.last(t); ++a) {
-        inner += gradient.weights[a] * p[routing.expert[a]] / n;
-      }
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        dp[routing.expert[a]] += static_cast<T>(config_.scale) / n * (gradient.weights[a] - inner);
-      }
-      add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
-                                  row_span(gradient.logits, t));
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
   const ThresholdConfig& config() const { return config_; }
 
@@ -112,4 +65,67 @@ class Threshold : public SelectorBase<T> {
   ThresholdConfig config_;
 };
 
+template <std::floating_point T>
+void Threshold<T>::check(Index experts) const {
+  expect_k("Threshold", config_.k, experts);
+  if (config_.k_min < 1 || config_.k_min > config_.k) {
+    fail<ConfigError>("Threshold: k_min = ", config_.k_min,
+                      ", expected 1 <= k_min <= k = ", config_.k);
+  }
+  expect_in("Threshold", "threshold", config_.threshold, 0.0, 1.0);
+  expect_positive("Threshold", "scale", config_.scale);
+}
+
+template <std::floating_point T>
+void Threshold<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
+                           Cache& cache) const {
+  check(logits.cols());
+  routing.begin("Threshold", logits, pass, config_.k);
+  const Index experts = routing.experts();
+  const auto choose = [&](Index t, Index* chosen) {
+    T* p = routing.probabilities.row(t).data();
+    softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
+    set_forbidden(routing, t, -std::numeric_limits<T>::infinity(), p);
+    top_k<T>(span_of(p, experts), span_of(chosen, config_.k));
+    set_forbidden(routing, t, T(0), p);
+    const T least = static_cast<T>(config_.threshold) * p[chosen[0]];
+    Index n = config_.k_min;
+    while (n < config_.k && p[chosen[n]] >= least) ++n;  // They are sorted.
+    return n;
+  };
+  assign_chosen(routing, config_.k, 16 * experts, cache, choose);
+  routing.rows.for_each_real(2 * config_.k, [&](Index t) {
+    const T factor = static_cast<T>(config_.scale) / divisor(routing, t);
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      routing.weight[a] = factor * routing.probabilities(t, routing.expert[a]);
+    }
+  });
+}
+
+template <std::floating_point T>
+void Threshold<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                            Cache& /*cache*/) const {
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(8 * experts, [&](Index t) {
+    // With n = sum_S p: d g_i / d p_j = scale / n * (1[i = j] - p_i / n)
+    const T* p = routing.probabilities.row(t).data();
+    T* dp = gradient.probabilities.row(t).data();
+    const T n = divisor(routing, t);
+    T inner = T(0);
+    for (Index a = routing.first(t); config_.renormalise && a < routing.last(t); ++a) {
+      inner += gradient.weights[a] * p[routing.expert[a]] / n;
+    }
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      dp[routing.expert[a]] += static_cast<T>(config_.scale) / n * (gradient.weights[a] - inner);
+    }
+    add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
+                                row_span(gradient.logits, t));
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::Threshold<float>;
+extern template class weir::Threshold<double>;
+#endif

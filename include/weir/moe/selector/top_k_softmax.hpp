@@ -58,43 +58,56 @@ class TopKSoftmax : public SelectorBase<T> {
     route(logits, pass, &imposed, routing);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(8 * experts, [&](Index t) {
-      const Index* chosen = routing.expert.data() + routing.first(t);
-      const T* weight = routing.weight.data() + routing.first(t);
-      const T* d_weight = gradient.weights.data() + routing.first(t);
-      T* dz = gradient.logits.row(t).data();
-      // With g = scale * q, q the softmax over S: dz_i = g_i * (dg_i - sum_j q_j dg_j).
-      T inner = T(0);
-      for (Index i = 0; i < config_.k; ++i) inner += weight[i] * d_weight[i];
-      inner /= static_cast<T>(config_.scale);
-      for (Index i = 0; i < config_.k; ++i) dz[chosen[i]] += weight[i] * (d_weight[i] - inner);
-      add_softmax_backward_row<T>(row_span(routing.probabilities, t),
-                                  row_span(gradient.probabilities, t), span_of(dz, experts));
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
   const TopKSoftmaxConfig& config() const { return config_; }
 
  private:
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
-             Routing<T>& routing) const {
-    check(logits.cols());
-    const Index k = config_.k;
-    route_k_best(
-        {"TopKSoftmax", k, config_.groups, imposed}, logits, pass, routing,
-        [&](Index t, T* /*p*/) -> const T* { return routing.logits.row(t).data(); },
-        [&](Index t, const Index* chosen, T* weight, T* p) {
-          const T* z = routing.logits.row(t).data();
-          softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
-          for (Index i = 0; i < k; ++i) weight[i] = z[chosen[i]];
-          softmax_row<T>(span_of(weight, k), span_of(weight, k));
-          loops::scale(k, static_cast<T>(config_.scale), weight, weight);
-        });
-  }
+             Routing<T>& routing) const;
 
   TopKSoftmaxConfig config_;
 };
 
+template <std::floating_point T>
+void TopKSoftmax<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                              Cache& /*cache*/) const {
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(8 * experts, [&](Index t) {
+    const Index* chosen = routing.expert.data() + routing.first(t);
+    const T* weight = routing.weight.data() + routing.first(t);
+    const T* d_weight = gradient.weights.data() + routing.first(t);
+    T* dz = gradient.logits.row(t).data();
+    // With g = scale * q, q the softmax over S: dz_i = g_i * (dg_i - sum_j q_j dg_j).
+    T inner = T(0);
+    for (Index i = 0; i < config_.k; ++i) inner += weight[i] * d_weight[i];
+    inner /= static_cast<T>(config_.scale);
+    for (Index i = 0; i < config_.k; ++i) dz[chosen[i]] += weight[i] * (d_weight[i] - inner);
+    add_softmax_backward_row<T>(row_span(routing.probabilities, t),
+                                row_span(gradient.probabilities, t), span_of(dz, experts));
+  });
+}
+
+template <std::floating_point T>
+void TopKSoftmax<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+                           Routing<T>& routing) const {
+  check(logits.cols());
+  const Index k = config_.k;
+  route_k_best(
+      {"TopKSoftmax", k, config_.groups, imposed}, logits, pass, routing,
+      [&](Index t, T* /*p*/) -> const T* { return routing.logits.row(t).data(); },
+      [&](Index t, const Index* chosen, T* weight, T* p) {
+        const T* z = routing.logits.row(t).data();
+        softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
+        for (Index i = 0; i < k; ++i) weight[i] = z[chosen[i]];
+        softmax_row<T>(span_of(weight, k), span_of(weight, k));
+        loops::scale(k, static_cast<T>(config_.scale), weight, weight);
+      });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::TopKSoftmax<float>;
+extern template class weir::TopKSoftmax<double>;
+#endif

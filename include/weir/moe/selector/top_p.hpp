@@ -47,40 +47,9 @@ class TopP : public SelectorBase<T> {
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
-    check(logits.cols());
-    routing.begin("TopP", logits, pass);
-    const Index experts = routing.experts();
-    const auto choose = [&](Index t, Index* chosen) {
-      T* p = routing.probabilities.row(t).data();
-      softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-      top_k<T>(span_of(p, experts), span_of(chosen, experts));
-      T sum = p[chosen[0]];
-      Index n = 1;
-      for (; n < experts && sum < static_cast<T>(config_.threshold) && p[chosen[n]] > T(0); ++n) {
-        sum += p[chosen[n]];
-      }
-      return n;
-    };
-    assign_chosen(routing, experts, 32 * experts, cache, choose);
-    routing.rows.for_each_real(experts, [&](Index t) {
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        routing.weight[a] = routing.probabilities(t, routing.expert[a]);
-      }
-    });
-  }
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const;
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const {
-    const Index experts = routing.experts();
-    routing.rows.for_each_real(8 * experts, [&](Index t) {
-      T* dp = gradient.probabilities.row(t).data();
-      for (Index a = routing.first(t); a < routing.last(t); ++a) {
-        dp[routing.expert[a]] += gradient.weights[a];
-      }
-      add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(dp, experts),
-                                  row_span(gradient.logits, t));
-    });
-  }
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
   const TopPConfig& config() const { return config_; }
 
@@ -88,4 +57,48 @@ class TopP : public SelectorBase<T> {
   TopPConfig config_;
 };
 
+template <std::floating_point T>
+void TopP<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
+                      Cache& cache) const {
+  check(logits.cols());
+  routing.begin("TopP", logits, pass);
+  const Index experts = routing.experts();
+  const auto choose = [&](Index t, Index* chosen) {
+    T* p = routing.probabilities.row(t).data();
+    softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
+    top_k<T>(span_of(p, experts), span_of(chosen, experts));
+    T sum = p[chosen[0]];
+    Index n = 1;
+    for (; n < experts && sum < static_cast<T>(config_.threshold) && p[chosen[n]] > T(0); ++n) {
+      sum += p[chosen[n]];
+    }
+    return n;
+  };
+  assign_chosen(routing, experts, 32 * experts, cache, choose);
+  routing.rows.for_each_real(experts, [&](Index t) {
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      routing.weight[a] = routing.probabilities(t, routing.expert[a]);
+    }
+  });
+}
+
+template <std::floating_point T>
+void TopP<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                       Cache& /*cache*/) const {
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(8 * experts, [&](Index t) {
+    T* dp = gradient.probabilities.row(t).data();
+    for (Index a = routing.first(t); a < routing.last(t); ++a) {
+      dp[routing.expert[a]] += gradient.weights[a];
+    }
+    add_softmax_backward_row<T>(row_span(routing.probabilities, t), span_of(dp, experts),
+                                row_span(gradient.logits, t));
+  });
+}
+
 }  // namespace weir
+
+#ifdef WEIR_COMPILED
+extern template class weir::TopP<float>;
+extern template class weir::TopP<double>;
+#endif
