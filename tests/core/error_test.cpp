@@ -10,16 +10,16 @@
 using namespace weir;
 
 TEST_CASE("Errors are of the standard kinds", "[core][error]") {
-  CHECK_THROWS_AS(fail<ShapeError>("x"), std::invalid_argument);
-  CHECK_THROWS_AS(fail<ConfigError>("x"), std::invalid_argument);
-  CHECK_THROWS_AS(fail<NonFiniteError>("x"), std::domain_error);
-  CHECK_THROWS_AS(fail<StateError>("x"), std::logic_error);
+  CHECK_THROWS_AS(throw_error<ShapeError>("x"), std::invalid_argument);
+  CHECK_THROWS_AS(throw_error<ConfigError>("x"), std::invalid_argument);
+  CHECK_THROWS_AS(throw_error<NonFiniteError>("x"), std::domain_error);
+  CHECK_THROWS_AS(throw_error<StateError>("x"), std::logic_error);
 }
 
 TEST_CASE("Messages name place, parameter, value and expectation", "[core][error]") {
   const Matrix<float> m(3, 5);
   CHECK(shape_of(m) == "[3, 5]");
-  CHECK(test::message_of<ConfigError>([] { fail<ConfigError>("k = ", 3, ", ", 0.5); }) ==
+  CHECK(test::message_of<ConfigError>([] { throw_error<ConfigError>("k = ", 3, ", ", 0.5); }) ==
         "k = 3, 0.5");
   CHECK(test::message_of<ShapeError>([&] { expect_columns("F", "x", m, 4); }) ==
         "F: x is [3, 5], expected [tokens, 4]");

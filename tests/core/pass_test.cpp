@@ -22,7 +22,7 @@ struct Multiplies {
   };
   const Matrix<double>& forward(MatrixIn<double> x, const Pass& pass, Cache& cache) const {
     cache.state.begin();
-    if (x.cols() == 0) fail<ShapeError>("no columns");
+    if (x.cols() == 0) throw_error<ShapeError>("no columns");
     cache.y = (pass.training ? 3.0 : 2.0) * x;
     return cache.state.finish(*this, pass, cache.y);
   }

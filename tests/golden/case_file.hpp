@@ -98,7 +98,8 @@ class CaseFile {
   void expect_activation(std::string_view name) {
     const std::string value = text("activation");
     if (value.substr(0, value.find_first_of(" ,(")) != name) {
-      fail<UnknownCase>(path(), ": cfg.activation = ", value, ", only ", name, " is known here");
+      throw_error<UnknownCase>(path(), ": cfg.activation = ", value, ", only ", name,
+                               " is known here");
     }
   }
 
@@ -167,7 +168,7 @@ class CaseFile {
 
   template <class... Parts>
   [[noreturn]] void reject(const Parts&... parts) const {
-    fail<FileError>(path(), ": ", parts...);
+    throw_error<FileError>(path(), ": ", parts...);
   }
 
   void expect_shape(const std::string& name, const std::vector<Index>& shape) const {

@@ -57,7 +57,7 @@ const Family& family_of(const CaseFile& file) {
   for (const Family& family : kFamilies) {
     if (number == family.number) return family;
   }
-  weir::fail<UnknownCase>(file.path(), ": case '", file.name(), "' is not known");
+  weir::throw_error<UnknownCase>(file.path(), ": case '", file.name(), "' is not known");
 }
 
 Outcome check_file(const std::string& path, double tolerance) {

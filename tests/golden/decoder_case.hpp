@@ -38,7 +38,7 @@ struct DecoderInputs {
         k(file.size("top_k")),
         sequences(Sequences::uniform(batch, seq)) {
     if (file.flag("tied_embedding")) {
-      fail<UnknownCase>(file.path(), ": only a head of its own is known here");
+      throw_error<UnknownCase>(file.path(), ": only a head of its own is known here");
     }
     const std::vector<std::int64_t> tokens = file.integers("in.tokens", {batch, seq});
     const std::vector<std::int64_t> labels = file.integers("in.labels", {batch, seq});

@@ -191,7 +191,8 @@ void check_gradients(Checker& checker, Decoder<double>& decoder, const Shape& sh
 
 void check_deepseek_v3_decoder(CaseFile& file, Checker& checker) {
   if (file.text("score_func") != "sigmoid" || file.flag("yarn") || file.flag("tied_embedding")) {
-    fail<UnknownCase>(file.path(), ": only sigmoid scores without YaRN and with a head of its own");
+    throw_error<UnknownCase>(file.path(),
+                             ": only sigmoid scores without YaRN and with a head of its own");
   }
   const Shape shape(file);
   const Index vocab = file.size("vocab");

@@ -90,7 +90,8 @@ GroupLimit read_groups(CaseFile& file, Index summed) {
 void expect_text(CaseFile& file, const std::string& key, const std::string& known) {
   const std::string value = file.text(key);
   if (value != known) {
-    fail<UnknownCase>(file.path(), ": cfg.", key, " = ", value, ", only ", known, " is known here");
+    throw_error<UnknownCase>(file.path(), ": cfg.", key, " = ", value, ", only ", known,
+                             " is known here");
   }
 }
 

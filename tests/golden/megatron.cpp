@@ -77,7 +77,7 @@ void check_megatron(CaseFile& file, Checker& checker) {
   if (file.name() == "08_megatron_routing") return check_routing_functions(file, checker);
   if (file.name() == "08_megatron_dropping") return check_megatron_dropping(file, checker);
   if (file.name() == "08_megatron_losses") return check_megatron_losses(file, checker);
-  fail<UnknownCase>(file.path(), ": case '", file.name(), "' is not known");
+  throw_error<UnknownCase>(file.path(), ": case '", file.name(), "' is not known");
 }
 
 }  // namespace weir::golden

@@ -95,7 +95,7 @@ Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coe
 void check_mixtral_decoder(CaseFile& file, Checker& checker) {
   const DecoderInputs in(file);
   if (file.flag("left_padding") || file.number("ignore_index") != -100.0) {
-    fail<UnknownCase>(file.path(), ": only cases without padding are known here");
+    throw_error<UnknownCase>(file.path(), ": only cases without padding are known here");
   }
   const double coefficient = file.number("router_aux_loss_coef");
   Decoder<double> decoder = check_decoder<Moe>(

@@ -24,7 +24,7 @@ LatentConfig read_config(CaseFile& file) {
                   .mscale_all_dim = file.number("mscale")};
   const bool extended = file.size("max_seq_len") > yarn.original_context;
   if (extended != file.flag("yarn")) {
-    fail<FileError>(file.path(), ": cfg.yarn contradicts cfg.max_seq_len");
+    throw_error<FileError>(file.path(), ": cfg.yarn contradicts cfg.max_seq_len");
   }
   if (extended) config.yarn = yarn;
   return config;

@@ -40,7 +40,8 @@ struct Inputs {
         x(file.matrix("in.x", {tokens, d_model})),
         cotangent(file.matrix("in.cotangent", {tokens, out})) {
     const std::string mode = file.text("mode");
-    if (mode != "train" && mode != "eval") fail<UnknownCase>(file.path(), ": cfg.mode = ", mode);
+    if (mode != "train" && mode != "eval")
+      throw_error<UnknownCase>(file.path(), ": cfg.mode = ", mode);
     training = mode == "train";
     if (training) noise.values = file.matrix("in.noise", {tokens, experts});
   }

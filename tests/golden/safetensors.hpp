@@ -65,15 +65,16 @@ class Safetensors {
   static Safetensors read(const std::string& path) {
     std::error_code error;
     if (!std::filesystem::is_regular_file(path, error)) {
-      fail<FileError>(path, std::filesystem::exists(path, error) ? ": is not a regular file"
-                                                                 : ": there is no such file");
+      throw_error<FileError>(path, std::filesystem::exists(path, error)
+                                       ? ": is not a regular file"
+                                       : ": there is no such file");
     }
     std::ifstream stream(path, std::ios::binary | std::ios::ate);
-    if (!stream) fail<FileError>(path, ": cannot be opened");
+    if (!stream) throw_error<FileError>(path, ": cannot be opened");
     std::string bytes(static_cast<std::size_t>(stream.tellg()), '\0');
     stream.seekg(0);
     stream.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-    if (!stream) fail<FileError>(path, ": cannot be read to its end");
+    if (!stream) throw_error<FileError>(path, ": cannot be read to its end");
     return {path, std::move(bytes)};
   }
 
@@ -142,7 +143,7 @@ class Safetensors {
 
   template <class... Parts>
   [[noreturn]] void reject(const Parts&... parts) const {
-    fail<FileError>(path_, ": ", parts...);
+    throw_error<FileError>(path_, ": ", parts...);
   }
 
   /// The header as an object without any name twice.

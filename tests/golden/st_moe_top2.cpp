@@ -207,8 +207,8 @@ Real placed_weights(const Routing<double>& routing, Index k, Index capacity) {
 
 void check_st_moe_top2(CaseFile& file, Checker& checker) {
   if (file.text("expert") != kExpert || file.text("mode") != "train") {
-    fail<UnknownCase>(file.path(), ": cfg.expert = ", file.text("expert"),
-                      ", cfg.mode = ", file.text("mode"), ", not known here");
+    throw_error<UnknownCase>(file.path(), ": cfg.expert = ", file.text("expert"),
+                             ", cfg.mode = ", file.text("mode"), ", not known here");
   }
   const Index k = file.size("top_n");
   const Index experts = file.size("n_experts");

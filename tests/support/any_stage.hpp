@@ -150,7 +150,7 @@ class AnySelector {
   /// \throws StateError   if the selector has none.
   Buffer<double>& selection_bias() {
     Buffer<double>* bias = held_->selection_bias();
-    if (bias == nullptr) fail<StateError>("AnySelector: there is no selection bias");
+    if (bias == nullptr) throw_error<StateError>("AnySelector: there is no selection bias");
     return *bias;
   }
   static void visit(AnySelector& self, Walk<double>& visit) { self.held_->visit(visit); }

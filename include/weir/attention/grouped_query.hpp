@@ -283,8 +283,8 @@ void GroupedQueryAttention<T>::check_decode(MatrixIn<T> x, const Pass& pass,
     expect_shape(kWhere, "kv.values", kv->values(), kv->held(), kv_width());
     const Index needed = config_.shape().first_visible(kv->length());
     if (kv->first() > needed) {
-      fail<StateError>(kWhere, ": kv begins at position ", kv->first(), ", expected ", needed,
-                       " or before: it is of a layer with a smaller window");
+      throw_error<StateError>(kWhere, ": kv begins at position ", kv->first(), ", expected ",
+                              needed, " or before: it is of a layer with a smaller window");
     }
   }
 }

@@ -76,19 +76,19 @@ struct GroupedQueryConfig {
     expect_at_least<Index>(kWhere, "kv_heads", kv_heads, 1);
     expect_at_least<Index>(kWhere, "head_dim", head_dim, 0);
     if (heads % kv_heads != 0) {
-      fail<ConfigError>(kWhere, ": kv_heads = ", kv_heads,
-                        ", expected a divisor of heads = ", heads);
+      throw_error<ConfigError>(kWhere, ": kv_heads = ", kv_heads,
+                               ", expected a divisor of heads = ", heads);
     }
     if (head_dim == 0) {
       if (d_model % heads != 0) {
-        fail<ConfigError>(kWhere, ": heads = ", heads,
-                          ", expected a divisor of d_model = ", d_model,
-                          " where head_dim is not given");
+        throw_error<ConfigError>(kWhere, ": heads = ", heads,
+                                 ", expected a divisor of d_model = ", d_model,
+                                 " where head_dim is not given");
       }
       c.head_dim = d_model / heads;
     }
     if (rope && c.head_dim % 2 != 0) {
-      fail<ConfigError>(kWhere, ": head_dim = ", c.head_dim, ", expected an even number");
+      throw_error<ConfigError>(kWhere, ": head_dim = ", c.head_dim, ", expected an even number");
     }
     expect_positive(kWhere, "rope_theta", rope_theta);
     expect_at_least(kWhere, "scale", scale, 0.0);
@@ -100,13 +100,14 @@ struct GroupedQueryConfig {
     expect_at_least<Index>(kWhere, "temperature_floor", temperature_floor, 1);
     if (qk_norm != QkNorm::kNone) expect_positive(kWhere, "qk_norm_epsilon", qk_norm_epsilon);
     const auto expect_rope = [&](bool given, const char* what) {
-      if (given && !rope) fail<ConfigError>(kWhere, ": ", what, " without rope, expected both");
+      if (given && !rope)
+        throw_error<ConfigError>(kWhere, ": ", what, " without rope, expected both");
     };
     expect_rope(yarn.has_value(), "yarn");
     expect_rope(qk_norm == QkNorm::kL2, "qk_norm = kL2");
     if (rope && temperature_scale > 0.0) {
-      fail<ConfigError>(kWhere, ": temperature_scale = ", temperature_scale,
-                        " with rope, expected it only without");
+      throw_error<ConfigError>(kWhere, ": temperature_scale = ", temperature_scale,
+                               " with rope, expected it only without");
     }
     return c;
   }

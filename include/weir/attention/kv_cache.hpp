@@ -88,8 +88,8 @@ class KvCache {
 template <class T>
 void KvCache<T>::forget(Index position, Index from) {
   if (from > length() || position > from) {
-    fail<ConfigError>("KvCache::forget: position = ", position, " and from = ", from,
-                      ", expected position <= from <= ", length());
+    throw_error<ConfigError>("KvCache::forget: position = ", position, " and from = ", from,
+                             ", expected position <= from <= ", length());
   }
   const Index gone = std::max<Index>(0, position - first_);
   const Index kept = held() - gone;
@@ -105,8 +105,9 @@ template <class T>
 void KvCache<T>::truncate(Index length) {
   expect_in<Index>("KvCache::truncate", "length", length, 0, this->length());
   if (length > 0 && length < shortest_) {
-    fail<StateError>("KvCache::truncate: length = ", length, ", expected 0 or at least ", shortest_,
-                     ": the tokens before position ", first_, " have been forgotten");
+    throw_error<StateError>("KvCache::truncate: length = ", length, ", expected 0 or at least ",
+                            shortest_, ": the tokens before position ", first_,
+                            " have been forgotten");
   }
   if (length == 0) {
     first_ = shortest_ = 0;

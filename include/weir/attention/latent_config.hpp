@@ -54,7 +54,7 @@ struct LatentConfig {
     expect_at_least<Index>(where, "nope_dim", nope_dim, 1);
     expect_at_least<Index>(where, "rope_dim", rope_dim, 2);
     if (rope_dim % 2 != 0) {
-      fail<ConfigError>(where, ": rope_dim = ", rope_dim, ", expected an even number");
+      throw_error<ConfigError>(where, ": rope_dim = ", rope_dim, ", expected an even number");
     }
     expect_at_least<Index>(where, "value_dim", value_dim, 1);
     expect_positive(where, "rope_theta", rope_theta);

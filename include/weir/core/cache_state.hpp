@@ -65,21 +65,24 @@ class CacheState {
 
   void expect_backward(std::string_view where, const void* layer) const {
     if (stage_ == Stage::kEmpty) {
-      fail<StateError>(where, ": the cache is empty, expected a forward pass that succeeded");
+      throw_error<StateError>(where,
+                              ": the cache is empty, expected a forward pass that succeeded");
     }
     if (owner_ != layer) {
-      fail<StateError>(where,
-                       ": the cache was filled by another layer, expected a forward pass of this "
-                       "one");
+      throw_error<StateError>(
+          where,
+          ": the cache was filled by another layer, expected a forward pass of this "
+          "one");
     }
     if (stage_ == Stage::kInferred) {
-      fail<StateError>(where,
-                       ": the forward pass did not train, expected one with pass.training = true");
+      throw_error<StateError>(
+          where, ": the forward pass did not train, expected one with pass.training = true");
     }
     if (stage_ == Stage::kSpent) {
-      fail<StateError>(where,
-                       ": the cache was used by a backward pass already, expected a forward pass "
-                       "between the two");
+      throw_error<StateError>(
+          where,
+          ": the cache was used by a backward pass already, expected a forward pass "
+          "between the two");
     }
   }
 

@@ -45,20 +45,21 @@ void expect_states(std::string_view where, const Pass& pass, std::span<State* co
   const std::size_t count =
       pass.sequences == nullptr ? 1 : static_cast<std::size_t>(pass.sequences->count());
   if (states.size() != count) {
-    fail<StateError>(where, ": ", states.size(), " states, expected ", count,
-                     " (one for each sequence)");
+    throw_error<StateError>(where, ": ", states.size(), " states, expected ", count,
+                            " (one for each sequence)");
   }
   for (std::size_t s = 0; s < count; ++s) {
-    if (states[s] == nullptr) fail<StateError>(where, ": states[", s, "] is null");
+    if (states[s] == nullptr) throw_error<StateError>(where, ": states[", s, "] is null");
     for (std::size_t earlier = 0; earlier < s; ++earlier) {
       if (states[earlier] != states[s]) continue;
-      fail<StateError>(where, ": states[", earlier, "] and states[", s,
-                       "] are the same, expected one for each sequence");
+      throw_error<StateError>(where, ": states[", earlier, "] and states[", s,
+                              "] are the same, expected one for each sequence");
     }
   }
   for (std::size_t t = 0; t < pass.mask.size(); ++t) {
     if (pass.mask[t] == 0) {
-      fail<ConfigError>(where, ": token ", t, " is padding, expected none where tokens are kept");
+      throw_error<ConfigError>(where, ": token ", t,
+                               " is padding, expected none where tokens are kept");
     }
   }
 }

@@ -41,7 +41,7 @@ class StateError : public std::logic_error {
 namespace detail {
 
 /// A part of a message: text that lies elsewhere, or a number, which is formatted here. A call of
-/// `fail` compiles to these constructors, so that no caller formats anything itself.
+/// `throw_error` compiles to these constructors, so that no caller formats anything itself.
 class MessagePart {
  public:
   MessagePart(std::string_view text) : text_(text) {}  // NOLINT(google-explicit-constructor)
@@ -90,7 +90,7 @@ template <class Error>
 
 /// Formats `parts`, which are text and numbers, one after the other and throws them as an `Error`.
 template <class Error, class... Parts>
-[[noreturn, gnu::cold]] void fail(
+[[noreturn, gnu::cold]] void throw_error(
     Parts... parts) {  // By value, so that arrays of any length become one type.
   detail::raise<Error>({detail::MessagePart(parts)...});
 }
@@ -106,16 +106,16 @@ namespace detail {
                                                               std::string_view name, Index is_rows,
                                                               Index is_cols,
                                                               std::string_view expected) {
-  fail<ShapeError>(where, ": ", name, " is ", shape_text(is_rows, is_cols), ", expected ",
-                   expected);
+  throw_error<ShapeError>(where, ": ", name, " is ", shape_text(is_rows, is_cols), ", expected ",
+                          expected);
 }
 
 [[noreturn, gnu::cold, gnu::noinline]] inline void fail_columns(std::string_view where,
                                                                 std::string_view name,
                                                                 Index is_rows, Index is_cols,
                                                                 Index cols) {
-  fail<ShapeError>(where, ": ", name, " is ", shape_text(is_rows, is_cols), ", expected [tokens, ",
-                   cols, "]");
+  throw_error<ShapeError>(where, ": ", name, " is ", shape_text(is_rows, is_cols),
+                          ", expected [tokens, ", cols, "]");
 }
 
 }  // namespace detail
@@ -166,36 +166,37 @@ bool is_finite(V value) {
 template <class V>
 void expect_at_least(std::string_view where, std::string_view name, V value, V least) {
   if (value >= least && detail::is_finite(value)) return;
-  fail<ConfigError>(where, ": ", name, " = ", value, detail::kExpectedNumber<V>, ">= ", least);
+  throw_error<ConfigError>(where, ": ", name, " = ", value, detail::kExpectedNumber<V>,
+                           ">= ", least);
 }
 
 /// \throws ConfigError  unless `value`, the setting `name` of `where`, is finite and above zero.
 template <class V>
 void expect_positive(std::string_view where, std::string_view name, V value) {
   if (value > V(0) && detail::is_finite(value)) return;
-  fail<ConfigError>(where, ": ", name, " = ", value, detail::kExpectedNumber<V>, "> 0");
+  throw_error<ConfigError>(where, ": ", name, " = ", value, detail::kExpectedNumber<V>, "> 0");
 }
 
 /// \throws ConfigError  unless `value`, the setting `name` of `where`, is finite.
 template <class V>
 void expect_finite(std::string_view where, std::string_view name, V value) {
   if (std::isfinite(value)) return;
-  fail<ConfigError>(where, ": ", name, " = ", value, ", expected a finite number");
+  throw_error<ConfigError>(where, ": ", name, " = ", value, ", expected a finite number");
 }
 
 /// \throws ConfigError  unless low <= `value` <= high, `value` being the setting `name` of `where`.
 template <class V>
 void expect_in(std::string_view where, std::string_view name, V value, V low, V high) {
   if (value >= low && value <= high) return;
-  fail<ConfigError>(where, ": ", name, " = ", value, ", expected ", low, " <= ", name,
-                    " <= ", high);
+  throw_error<ConfigError>(where, ": ", name, " = ", value, ", expected ", low, " <= ", name,
+                           " <= ", high);
 }
 
 /// \throws ConfigError  unless 0 <= `value` < 1, `value` being the setting `name` of `where`.
 template <class V>
 void expect_fraction(std::string_view where, std::string_view name, V value) {
   if (value >= V(0) && value < V(1)) return;
-  fail<ConfigError>(where, ": ", name, " = ", value, ", expected 0 <= ", name, " < 1");
+  throw_error<ConfigError>(where, ": ", name, " = ", value, ", expected 0 <= ", name, " < 1");
 }
 
 }  // namespace weir

@@ -60,8 +60,8 @@ struct Pass {
   /// \throws ConfigError  if the pass came without a generator.
   Rng& generator(std::string_view who) const {
     if (rng == nullptr) {
-      fail<ConfigError>(who, ": pass.rng = null, expected a generator",
-                        training ? " in training" : "");
+      throw_error<ConfigError>(who, ": pass.rng = null, expected a generator",
+                               training ? " in training" : "");
     }
     return *rng;
   }
@@ -71,8 +71,8 @@ struct Pass {
     expect_one_each(where, "mask", static_cast<Index>(mask.size()), tokens);
     expect_one_each(where, "token_ids", static_cast<Index>(token_ids.size()), tokens);
     if (sequences != nullptr && sequences->tokens() != tokens) {
-      fail<ShapeError>(where, ": pass.sequences cover ", sequences->tokens(), " tokens, expected ",
-                       tokens);
+      throw_error<ShapeError>(where, ": pass.sequences cover ", sequences->tokens(),
+                              " tokens, expected ", tokens);
     }
   }
 
@@ -80,8 +80,8 @@ struct Pass {
   static void expect_one_each(std::string_view where, std::string_view name, Index size,
                               Index tokens) {
     if (size == 0 || size == tokens) return;
-    fail<ShapeError>(where, ": pass.", name, " has ", size, " entries, expected ", tokens,
-                     " (one per token)");
+    throw_error<ShapeError>(where, ": pass.", name, " has ", size, " entries, expected ", tokens,
+                            " (one per token)");
   }
 };
 

@@ -28,7 +28,8 @@ enum class Storage : std::uint8_t {
 /// \throws StateError   unless `storage` is kTrainable; `who` is the function that needs that.
 inline void expect_trainable(std::string_view who, Storage storage) {
   if (storage != Storage::kTrainable) {
-    fail<StateError>(who, ": the weights are stored for inference, expected Storage::kTrainable");
+    throw_error<StateError>(who,
+                            ": the weights are stored for inference, expected Storage::kTrainable");
   }
 }
 

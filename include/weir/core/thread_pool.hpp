@@ -48,7 +48,7 @@ class ThreadPool {
   /// Starts or ends threads until there are `size`.
   /// \throws StateError   from inside a loop.
   void resize(int size) {
-    if (inside()) fail<StateError>("set_threads: called from inside a parallel loop");
+    if (inside()) throw_error<StateError>("set_threads: called from inside a parallel loop");
     const std::scoped_lock lock(mutex_);
     if (size == size_) return;
     stop_ = true;

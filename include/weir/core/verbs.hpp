@@ -136,7 +136,7 @@ Index freeze(Layer& layer, std::string_view pattern, bool frozen = true) {
   detail::Freeze<typename Layer::Scalar> walk(pattern, frozen);
   walk("", layer);
   if (walk.count == 0) {
-    fail<ConfigError>("freeze: no parameter matches '", pattern, "', expected at least one");
+    throw_error<ConfigError>("freeze: no parameter matches '", pattern, "', expected at least one");
   }
   return walk.count;
 }

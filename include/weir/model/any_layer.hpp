@@ -195,7 +195,7 @@ class AnyLayer {
       }
       auto* kept = std::any_cast<Kept>(&state.own);
       if (kept == nullptr) {
-        fail<StateError>(
+        throw_error<StateError>(
             "AnyLayer::decode: the state is of another layer, expected an empty one or one that "
             "this layer has filled");
       }

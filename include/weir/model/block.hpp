@@ -148,14 +148,14 @@ Block<T>::Block(std::vector<Branch<T>> branches) : branches_(std::move(branches)
   for (std::size_t i = 0; i < branches_.size(); ++i) {
     for (std::size_t j = 0; j < i; ++j) {
       if (branches_[i].name == branches_[j].name) {
-        fail<ConfigError>("Block: branches ", j, " and ", i, " are both named '", branches_[i].name,
-                          "', expected different names");
+        throw_error<ConfigError>("Block: branches ", j, " and ", i, " are both named '",
+                                 branches_[i].name, "', expected different names");
       }
     }
   }
   if (branches_[0].parallel) {
-    fail<ConfigError>("Block: branch 0, '", branches_[0].name,
-                      "', is parallel, expected a branch before it");
+    throw_error<ConfigError>("Block: branch 0, '", branches_[0].name,
+                             "', is parallel, expected a branch before it");
   }
 }
 

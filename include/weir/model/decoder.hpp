@@ -85,7 +85,8 @@ class Decoder {
     ///                      keys that had left a window. The state cannot be continued then.
     void truncate(Index to) {
       if (to < 0 || to > length) {
-        fail<ConfigError>("Decoder::State::truncate: length = ", to, ", expected 0 to ", length);
+        throw_error<ConfigError>("Decoder::State::truncate: length = ", to, ", expected 0 to ",
+                                 length);
       }
       for (auto& layer : layers) layer.truncate(to);
       length = to;
@@ -270,8 +271,8 @@ Decoder<T>::Decoder(Embedding<T> embedding, std::vector<Block<T>> layers, AnyLay
   expect_positive("Decoder", "embedding_multiplier", config.embedding_multiplier);
   const std::optional<Linear<T>>& own = head_.linear();
   if (own && (own->d_in() != d_model() || own->d_out() != vocab())) {
-    fail<ConfigError>("Decoder: the head is [", own->d_out(), ", ", own->d_in(), "], expected [",
-                      vocab(), ", ", d_model(), "] as the embedding");
+    throw_error<ConfigError>("Decoder: the head is [", own->d_out(), ", ", own->d_in(),
+                             "], expected [", vocab(), ", ", d_model(), "] as the embedding");
   }
 }
 

@@ -38,7 +38,8 @@ struct Until {
     expect_at_least<Index>("generate", "count", count, 0);
     for (std::size_t i = 0; i < texts.size(); ++i) {
       if (texts[i].empty()) {
-        fail<ConfigError>("generate: until.texts[", i, "] is empty, expected at least one token");
+        throw_error<ConfigError>("generate: until.texts[", i,
+                                 "] is empty, expected at least one token");
       }
     }
   }
@@ -78,7 +79,7 @@ struct Turn {
 
   void check() const {
     if (prompt.count() == 0) {
-      fail<ConfigError>("generate: prompt is empty, expected at least one token");
+      throw_error<ConfigError>("generate: prompt is empty, expected at least one token");
     }
     until->check();
     sampling->check();

@@ -24,8 +24,8 @@ struct Interleave {
     expect_at_least<Index>("Interleave", "stride", stride, 1);
     expect_at_least<Index>("Interleave", "first_dense", first_dense, 0);
     if (phase < -1 || phase >= stride) {
-      fail<ConfigError>("Interleave: phase = ", phase,
-                        ", expected -1 <= phase < stride = ", stride);
+      throw_error<ConfigError>("Interleave: phase = ", phase,
+                               ", expected -1 <= phase < stride = ", stride);
     }
   }
 

@@ -220,8 +220,9 @@ MultiToken<T>::MultiToken(std::vector<MultiTokenModule<T>> modules, const MultiT
   for (std::size_t k = 0; k < modules_.size(); ++k) {
     const Linear<T>& projection = modules_[k].projection;
     if (projection.d_out() == d_model() && projection.d_in() == 2 * d_model()) continue;
-    fail<ConfigError>("MultiToken: projection ", k, " is [", projection.d_out(), ", ",
-                      projection.d_in(), "], expected [", d_model(), ", ", 2 * d_model(), "]");
+    throw_error<ConfigError>("MultiToken: projection ", k, " is [", projection.d_out(), ", ",
+                             projection.d_in(), "], expected [", d_model(), ", ", 2 * d_model(),
+                             "]");
   }
   expect_at_least("MultiToken", "weight", config.weight, 0.0);
 }
@@ -235,8 +236,8 @@ T MultiToken<T>::forward(const Decoder<T>& model, const typename Decoder<T>::Cac
       config_.source == HiddenSource::kHidden ? model.hidden(main) : model.normed(main);
   check(source, ids, targets, pass);
   if (config_.mean == TargetMean::kOwn && tokens != 0) {
-    fail<ConfigError>("MultiToken::forward: tokens = ", tokens,
-                      ", expected 0 where each module divides by its own number of targets");
+    throw_error<ConfigError>("MultiToken::forward: tokens = ", tokens,
+                             ", expected 0 where each module divides by its own number of targets");
   }
   if (config_.mean == TargetMean::kMain && tokens == 0) tokens = count_targets(targets);
   cache.modules.resize(modules_.size());
@@ -301,13 +302,13 @@ void MultiToken<T>::check(const Matrix<T>& source, TokenIds ids, TokenIds target
   const Index count = ids.count();
   expect_shape(kWhere, "h of the main model", source, count, d_model());
   if (targets.count() != count) {
-    fail<ShapeError>(kWhere, ": targets has ", targets.count(), " entries, expected ", count,
-                     " (one per token)");
+    throw_error<ShapeError>(kWhere, ": targets has ", targets.count(), " entries, expected ", count,
+                            " (one per token)");
   }
   pass.check(kWhere, count);
   if (!pass.allowed.empty()) {
-    fail<ConfigError>(kWhere, ": pass.allowed has ", pass.allowed.size(),
-                      " entries, expected none: modules have experts of their own");
+    throw_error<ConfigError>(kWhere, ": pass.allowed has ", pass.allowed.size(),
+                             " entries, expected none: modules have experts of their own");
   }
 }
 

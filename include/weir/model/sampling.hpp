@@ -127,7 +127,7 @@ template <std::floating_point T>
 void Sampler<T>::choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling) {
   sampling.check();
   if (logits.rows() != 1 || logits.cols() == 0) {
-    fail<ShapeError>(where, ": logits is ", shape_of(logits), ", expected [1, vocabulary]");
+    throw_error<ShapeError>(where, ": logits is ", shape_of(logits), ", expected [1, vocabulary]");
   }
   keep_allowed(where, logits);
   const T* z = logits.data();
@@ -158,14 +158,15 @@ void Sampler<T>::keep_allowed(std::string_view where, MatrixIn<T> logits) {
   for (Index token = 0; token < logits.cols(); ++token) {
     const T logit = logits(0, token);
     if (std::isnan(logit) || logit == kInfinity) {
-      fail<NonFiniteError>(where, ": logits[", token, "] = ", std::isnan(logit) ? "nan" : "inf",
-                           ", expected finite or -inf");
+      throw_error<NonFiniteError>(where, ": logits[", token,
+                                  "] = ", std::isnan(logit) ? "nan" : "inf",
+                                  ", expected finite or -inf");
     }
     if (logit != -kInfinity) kept_.push_back(token);
   }
   if (kept_.empty()) {
-    fail<NonFiniteError>(where, ": all ", logits.cols(),
-                         " logits are -inf, expected at least one finite");
+    throw_error<NonFiniteError>(where, ": all ", logits.cols(),
+                                " logits are -inf, expected at least one finite");
   }
 }
 

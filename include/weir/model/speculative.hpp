@@ -146,11 +146,11 @@ Speculation<T>::Speculation(const Decoder<T>& model, const MultiToken<T>& module
                             SpeculativeState<T>& state, DraftReport& report)
     : model_(model), modules_(modules), state_(state), report_(report), caches_(depth()) {
   if (modules.d_model() != model.d_model()) {
-    fail<ConfigError>("speculate: the modules have d_model = ", modules.d_model(), ", expected ",
-                      model.d_model(), " as the model");
+    throw_error<ConfigError>("speculate: the modules have d_model = ", modules.d_model(),
+                             ", expected ", model.d_model(), " as the model");
   }
   if (!state.complete) {
-    fail<StateError>(
+    throw_error<StateError>(
         "speculate: the state is incomplete after an exception, expected a copy made before");
   }
   if (state.modules.empty()) {
@@ -158,8 +158,8 @@ Speculation<T>::Speculation(const Decoder<T>& model, const MultiToken<T>& module
     state.lengths.assign(depth(), 0);
     state.hidden.resize(depth());
   } else if (state.modules.size() != depth()) {
-    fail<StateError>("speculate: the state has ", state.modules.size(), " modules, expected ",
-                     depth());
+    throw_error<StateError>("speculate: the state has ", state.modules.size(),
+                            " modules, expected ", depth());
   }
   const auto count = static_cast<Index>(depth());
   report.checked.resize(std::max(report.checked.count(), count));

@@ -216,8 +216,8 @@ void combine_backward(MatrixIn<T> dy, MatrixIn<T> packed, const Dispatch<T>& dis
   expect_shape("combine_backward", "dy", dy, dispatch.tokens(), packed.cols());
   expect_shape("combine_backward", "d_packed", d_packed, dispatch.slots(), packed.cols());
   if (static_cast<Index>(d_weight.size()) != dispatch.assignments()) {
-    fail<ShapeError>("combine_backward: d_weight has ", d_weight.size(), " entries, expected ",
-                     dispatch.assignments(), " (one per assignment)");
+    throw_error<ShapeError>("combine_backward: d_weight has ", d_weight.size(),
+                            " entries, expected ", dispatch.assignments(), " (one per assignment)");
   }
   parallel_rows(dispatch.slots(), 3 * dy.cols(), [&](Index begin, Index end) {
     for (Index s = begin; s < end; ++s) {

@@ -20,8 +20,8 @@ inline std::vector<std::uint8_t> all_but(Index experts, std::span<const Index> e
   List<std::uint8_t> allowed(experts, 1);
   for (std::size_t i = 0; i < excluded.size(); ++i) {
     if (excluded[i] < 0 || excluded[i] >= experts) {
-      fail<ConfigError>("all_but: excluded[", i, "] = ", excluded[i],
-                        ", expected 0 <= excluded < experts = ", experts);
+      throw_error<ConfigError>("all_but: excluded[", i, "] = ", excluded[i],
+                               ", expected 0 <= excluded < experts = ", experts);
     }
     allowed[excluded[i]] = 0;
   }
@@ -43,12 +43,12 @@ inline std::vector<std::uint8_t> modality_mask(std::span<const Index> modality,
   expect_at_least<Index>("modality_mask", "experts", experts, 1);
   const auto each = static_cast<std::size_t>(experts);
   if (table.size() % each != 0) {
-    fail<ShapeError>("modality_mask: the table has ", table.size(),
-                     " entries, expected a multiple of experts = ", experts);
+    throw_error<ShapeError>("modality_mask: the table has ", table.size(),
+                            " entries, expected a multiple of experts = ", experts);
   }
   if (!mask.empty() && mask.size() != modality.size()) {
-    fail<ShapeError>("modality_mask: mask has ", mask.size(), " entries, expected ",
-                     modality.size(), " (one per token)");
+    throw_error<ShapeError>("modality_mask: mask has ", mask.size(), " entries, expected ",
+                            modality.size(), " (one per token)");
   }
   const auto modalities = static_cast<Index>(table.size() / each);
   std::vector<std::uint8_t> allowed;
@@ -59,8 +59,9 @@ inline std::vector<std::uint8_t> modality_mask(std::span<const Index> modality,
       continue;
     }
     if (modality[t] < 0 || modality[t] >= modalities) {
-      fail<ConfigError>("modality_mask: modality[", t, "] = ", modality[t],
-                        ", expected 0 <= modality < ", modalities, ", the rows of the table");
+      throw_error<ConfigError>("modality_mask: modality[", t, "] = ", modality[t],
+                               ", expected 0 <= modality < ", modalities,
+                               ", the rows of the table");
     }
     const auto row = table.subspan(static_cast<std::size_t>(modality[t]) * each, each);
     allowed.insert(allowed.end(), row.begin(), row.end());

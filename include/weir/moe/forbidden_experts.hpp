@@ -34,16 +34,17 @@ inline void expect_allowed_fits(std::string_view who, Index tokens, Index expert
   if (pass.allowed.empty()) return;
   const auto size = static_cast<Index>(pass.allowed.size());
   if (size != experts && size != tokens * experts) {
-    fail<ShapeError>(who, ": pass.allowed has ", size, " entries, expected ", experts,
-                     " (one per expert) or ", tokens * experts, " (for each token)");
+    throw_error<ShapeError>(who, ": pass.allowed has ", size, " entries, expected ", experts,
+                            " (one per expert) or ", tokens * experts, " (for each token)");
   }
   for (Index t = 0; t < tokens; ++t) {
     if (pass.is_padding(t)) continue;
     Index allowed = 0;
     for (Index e = 0; e < experts; ++e) allowed += is_allowed(pass, experts, t, e) ? 1 : 0;
     if (allowed >= std::max(k, Index(1))) continue;
-    fail<ConfigError>(who, ": token ", t, " is allowed ", allowed, " of ", experts,
-                      " experts, expected at least ", k > 0 ? "k = " : "", std::max(k, Index(1)));
+    throw_error<ConfigError>(who, ": token ", t, " is allowed ", allowed, " of ", experts,
+                             " experts, expected at least ", k > 0 ? "k = " : "",
+                             std::max(k, Index(1)));
   }
 }
 
@@ -63,8 +64,8 @@ void expect_finite_logits(std::string_view who, MatrixIn<T> logits, const Pass& 
     if (pass.is_padding(t)) continue;
     for (Index e = 0; e < logits.cols(); ++e) {
       if (std::isfinite(logits(t, e)) || !is_allowed(pass, logits.cols(), t, e)) continue;
-      fail<NonFiniteError>(who, ": logits[", t, ", ", e, "] = ", logits(t, e),
-                           ", expected a finite number");
+      throw_error<NonFiniteError>(who, ": logits[", t, ", ", e, "] = ", logits(t, e),
+                                  ", expected a finite number");
     }
   }
 }

@@ -79,12 +79,12 @@ class MoELayer {
         bank_(std::move(bank)),
         balancers_(std::move(balancers)...) {
     if (router_.experts() != bank_.experts()) {
-      fail<ConfigError>("MoELayer: the bank has ", bank_.experts(), " experts, expected ",
-                        router_.experts(), " as the router");
+      throw_error<ConfigError>("MoELayer: the bank has ", bank_.experts(), " experts, expected ",
+                               router_.experts(), " as the router");
     }
     if (router_.d_model() != bank_.d_in()) {
-      fail<ConfigError>("MoELayer: the bank takes ", bank_.d_in(), " features, expected ",
-                        router_.d_model(), " as the router");
+      throw_error<ConfigError>("MoELayer: the bank takes ", bank_.d_in(), " features, expected ",
+                               router_.d_model(), " as the router");
     }
     check();
   }

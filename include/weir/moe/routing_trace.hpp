@@ -68,23 +68,23 @@ class RoutingTrace {
     expect_at_least<Index>("RoutingTrace", "experts", experts_, 1);
     if (offsets_.empty() || offsets_.front() != 0 || offsets_.back() != assignments() ||
         !std::is_sorted(offsets_.begin(), offsets_.end())) {
-      fail<ConfigError>("RoutingTrace: the offsets do not ascend from 0 to the ", assignments(),
-                        " assignments");
+      throw_error<ConfigError>("RoutingTrace: the offsets do not ascend from 0 to the ",
+                               assignments(), " assignments");
     }
     if (kept_.size() != expert_.size()) {
-      fail<ConfigError>("RoutingTrace: kept has ", kept_.size(), " entries, expected ",
-                        assignments(), " (one per assignment)");
+      throw_error<ConfigError>("RoutingTrace: kept has ", kept_.size(), " entries, expected ",
+                               assignments(), " (one per assignment)");
     }
     for (Index t = 0; t < tokens(); ++t) {
       for (Index a = first(t); a < last(t); ++a) {
         if (expert(a) < 0 || expert(a) >= experts_) {
-          fail<ConfigError>("RoutingTrace: token ", t, " has expert ", expert(a),
-                            ", expected 0 <= expert < experts = ", experts_);
+          throw_error<ConfigError>("RoutingTrace: token ", t, " has expert ", expert(a),
+                                   ", expected 0 <= expert < experts = ", experts_);
         }
         const auto begin = expert_.begin() + first(t);
         if (std::find(begin, expert_.begin() + a, expert(a)) != expert_.begin() + a) {
-          fail<ConfigError>("RoutingTrace: token ", t, " has expert ", expert(a),
-                            " twice, expected it once");
+          throw_error<ConfigError>("RoutingTrace: token ", t, " has expert ", expert(a),
+                                   " twice, expected it once");
         }
       }
     }

@@ -204,8 +204,8 @@ void SlotWeights<T>::expect_finite_logits(const Cache& cache) const {
   for (Index t = 0; t < cache.logits.rows(); ++t) {
     for (Index i = 0; i < slots(); ++i) {
       if (std::isfinite(cache.logits(t, i))) continue;
-      fail<NonFiniteError>("SoftMoE: logits[", t, ", ", i, "] = ", cache.logits(t, i),
-                           ", expected a finite number");
+      throw_error<NonFiniteError>("SoftMoE: logits[", t, ", ", i, "] = ", cache.logits(t, i),
+                                  ", expected a finite number");
     }
   }
 }

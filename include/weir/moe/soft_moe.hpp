@@ -76,8 +76,8 @@ class SoftMoE {
     expect_at_least<Index>("SoftMoE", "slots_per_expert", config_.slots_per_expert, 1);
     expect_finite("SoftMoE", "scale", config_.scale);
     if (weights_.slots() != slots() || weights_.d_model() != d_model()) {
-      fail<ShapeError>("SoftMoE: phi is [", weights_.slots(), ", ", weights_.d_model(),
-                       "], expected [", slots(), ", ", d_model(), "]");
+      throw_error<ShapeError>("SoftMoE: phi is [", weights_.slots(), ", ", weights_.d_model(),
+                              "], expected [", slots(), ", ", d_model(), "]");
     }
   }
 
@@ -90,7 +90,8 @@ class SoftMoE {
     cache.state.begin();
     expect_columns("SoftMoE::forward", "x", x, d_model());
     if (!pass.allowed.empty()) {
-      fail<ConfigError>("SoftMoE::forward: pass.allowed is set, expected none: slots mix tokens");
+      throw_error<ConfigError>(
+          "SoftMoE::forward: pass.allowed is set, expected none: slots mix tokens");
     }
     auto& weights = cache.weights;
     weights_.forward(x, pass, weights);

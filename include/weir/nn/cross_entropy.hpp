@@ -103,8 +103,8 @@ T CrossEntropy<T>::forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, I
     const auto z = static_cast<double>(cache.log_normaliser[t]);
     const double loss = z - static_cast<double>(logits(t, target));
     if (!std::isfinite(loss)) {
-      fail<NonFiniteError>("CrossEntropy::forward: row ", t, " of logits has log sum exp ", z,
-                           " and target logit ", logits(t, target), ", expected finite");
+      throw_error<NonFiniteError>("CrossEntropy::forward: row ", t, " of logits has log sum exp ",
+                                  z, " and target logit ", logits(t, target), ", expected finite");
     }
     nll += loss;
     squares += z * z;
@@ -119,7 +119,7 @@ T CrossEntropy<T>::forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, I
 template <class T>
 const Matrix<T>& CrossEntropy<T>::backward(Cache& cache, T scale) const {
   if (!cache.state.is_filled()) {
-    fail<StateError>(
+    throw_error<StateError>(
         "CrossEntropy::backward: the cache is empty, expected a forward pass that succeeded");
   }
   const Matrix<T>& logits = cache.logits;
@@ -148,15 +148,16 @@ template <class T>
 Index CrossEntropy<T>::check(MatrixIn<T> logits, TokenIds targets, Index tokens) const {
   expect_at_least<Index>("CrossEntropy::forward", "tokens", tokens, 0);
   if (targets.count() != logits.rows()) {
-    fail<ShapeError>("CrossEntropy::forward: targets has ", targets.count(), " entries, expected ",
-                     logits.rows(), " (one per token)");
+    throw_error<ShapeError>("CrossEntropy::forward: targets has ", targets.count(),
+                            " entries, expected ", logits.rows(), " (one per token)");
   }
   Index counted = 0;
   for (Index t = 0; t < targets.count(); ++t) {
     if (targets[t] == config_.ignore_index) continue;
     if (targets[t] < 0 || targets[t] >= logits.cols()) {
-      fail<ConfigError>("CrossEntropy::forward: targets[", t, "] = ", targets[t],
-                        ", expected 0 <= target < ", logits.cols(), " or ", config_.ignore_index);
+      throw_error<ConfigError>("CrossEntropy::forward: targets[", t, "] = ", targets[t],
+                               ", expected 0 <= target < ", logits.cols(), " or ",
+                               config_.ignore_index);
     }
     ++counted;
   }

@@ -109,8 +109,8 @@ template <std::floating_point T>
 void Embedding<T>::check(TokenIds ids) const {
   for (Index t = 0; t < ids.count(); ++t) {
     if (ids[t] < 0 || ids[t] >= vocab()) {
-      fail<ConfigError>("Embedding::forward: ids[", t, "] = ", ids[t], ", expected 0 <= id < ",
-                        vocab());
+      throw_error<ConfigError>("Embedding::forward: ids[", t, "] = ", ids[t],
+                               ", expected 0 <= id < ", vocab());
     }
   }
 }

@@ -50,12 +50,12 @@ struct CoordinateDescentConfig {
     expect_positive(who, "epsilon", epsilon);
     expect_at_least<Index>(who, "iterations", iterations, 1);
     if (first_epsilon != 0.0 && !(first_epsilon >= epsilon && std::isfinite(first_epsilon))) {
-      fail<ConfigError>(who, ": first_epsilon = ", first_epsilon,
-                        ", expected 0 or at least epsilon = ", epsilon);
+      throw_error<ConfigError>(who, ": first_epsilon = ", first_epsilon,
+                               ", expected 0 or at least epsilon = ", epsilon);
     }
     if (!(epsilon_decay > 0.0 && epsilon_decay <= 1.0)) {
-      fail<ConfigError>(who, ": epsilon_decay = ", epsilon_decay,
-                        ", expected 0 < epsilon_decay <= 1");
+      throw_error<ConfigError>(who, ": epsilon_decay = ", epsilon_decay,
+                               ", expected 0 < epsilon_decay <= 1");
     }
   }
 

@@ -53,7 +53,7 @@ class Rope {
   explicit Rope(Index head_dim, const RopeConfig& config = {}) : config_(config) {
     expect_at_least<Index>("Rope", "head_dim", head_dim, 2);
     if (head_dim % 2 != 0) {
-      fail<ConfigError>("Rope: head_dim = ", head_dim, ", expected an even number");
+      throw_error<ConfigError>("Rope: head_dim = ", head_dim, ", expected an even number");
     }
     expect_positive("Rope", "theta", config.theta);
     for (Index i = 0; i < head_dim / 2; ++i) {
@@ -156,7 +156,8 @@ class Rope {
 
   void stretch(const Yarn& yarn, double theta) {
     yarn.check("Rope");
-    if (!(theta > 1.0)) fail<ConfigError>("Rope: theta = ", theta, ", expected > 1 with a Yarn");
+    if (!(theta > 1.0))
+      throw_error<ConfigError>("Rope: theta = ", theta, ", expected > 1 with a Yarn");
     for (Index i = 0; i < pairs(); ++i) {
       const double ramp = yarn.ramp(i, head_dim(), theta);
       double& frequency = frequencies_[i];
@@ -172,13 +173,13 @@ class Rope {
   void turn(std::string_view where, MatrixOut<T>& x, const Scratch<T>& table, const Part& part,
             T direction) const {
     if (part.first < 0 || part.first + head_dim() > part.width) {
-      fail<ShapeError>(where, ": the part begins at ", part.first, " of ", part.width,
-                       " columns, expected room for head_dim = ", head_dim());
+      throw_error<ShapeError>(where, ": the part begins at ", part.first, " of ", part.width,
+                              " columns, expected room for head_dim = ", head_dim());
     }
     if (x.cols() % part.width != 0) {
-      fail<ShapeError>(where, ": x is ", shape_of(x), ", expected a multiple of ",
-                       part.width == head_dim() ? "head_dim" : "part.width", " = ", part.width,
-                       " columns");
+      throw_error<ShapeError>(where, ": x is ", shape_of(x), ", expected a multiple of ",
+                              part.width == head_dim() ? "head_dim" : "part.width", " = ",
+                              part.width, " columns");
     }
     expect_shape(where, "table of angles", table, x.rows(), head_dim());
     const Index heads = x.cols() / part.width;

@@ -79,8 +79,8 @@ struct Yarn {
     expect_positive(where, "yarn.beta_slow", beta_slow);
     expect_positive(where, "yarn.beta_fast", beta_fast);
     if (beta_fast <= beta_slow) {
-      fail<ConfigError>(where, ": yarn.beta_fast = ", beta_fast,
-                        ", expected > beta_slow = ", beta_slow);
+      throw_error<ConfigError>(where, ": yarn.beta_fast = ", beta_fast,
+                               ", expected > beta_slow = ", beta_slow);
     }
     expect_at_least(where, "yarn.mscale", mscale, 0.0);
     expect_at_least(where, "yarn.mscale_all_dim", mscale_all_dim, 0.0);

@@ -249,8 +249,8 @@ void AdamW<T>::check(const Active& active) {
   const Matrix<T>& value = active.parameter->value;
   const auto expect_like_value = [&](std::string_view what, const Matrix<T>& m) {
     if (m.size() > 0 && (m.rows() != value.rows() || m.cols() != value.cols())) {
-      fail<ShapeError>("AdamW::step: ", what, *active.name, " is ", shape_of(m), ", expected ",
-                       shape_of(value));
+      throw_error<ShapeError>("AdamW::step: ", what, *active.name, " is ", shape_of(m),
+                              ", expected ", shape_of(value));
     }
   };
   expect_like_value("gradient of ", active.parameter->grad);

@@ -79,8 +79,8 @@ template <class Model>
     at_fault = name;
     if (!std::isfinite(total)) break;
   }
-  fail<NonFiniteError>(where, ": gradient of ", at_fault, " has norm ",
-                       std::isnan(total) ? "nan" : "inf", ", expected finite");
+  throw_error<NonFiniteError>(where, ": gradient of ", at_fault, " has norm ",
+                              std::isnan(total) ? "nan" : "inf", ", expected finite");
 }
 
 template <class Model, class T>

@@ -120,8 +120,8 @@ void ParameterStates<T, State>::sort(std::string_view who) {
   Index next = 0;
   for (const Place& place : places_) {
     if (moved_to[place.index] >= 0) {
-      fail<ConfigError>(who, ": two parameters are named ", states_[place.index].name,
-                        ", expected different names");
+      throw_error<ConfigError>(who, ": two parameters are named ", states_[place.index].name,
+                               ", expected different names");
     }
     moved_to[place.index] = next++;
   }
@@ -144,7 +144,7 @@ void ParameterStates<T, State>::expect_distinct(std::string_view who) {
     if (place.parameter != *twice) continue;
     names += (names.empty() ? "" : " and ") + states_[place.index].name;
   }
-  fail<ConfigError>(who, ": ", names, " are the same parameter, expected each once");
+  throw_error<ConfigError>(who, ": ", names, " are the same parameter, expected each once");
 }
 
 }  // namespace weir

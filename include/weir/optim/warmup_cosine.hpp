@@ -49,8 +49,8 @@ struct WarmupCosine {
     expect_in("WarmupCosine", "floor", floor, 0.0, peak);
     expect_at_least<Index>("WarmupCosine", "warmup_steps", warmup_steps, 0);
     if (total_steps <= warmup_steps) {
-      fail<ConfigError>("WarmupCosine: total_steps = ", total_steps,
-                        ", expected > warmup_steps = ", warmup_steps);
+      throw_error<ConfigError>("WarmupCosine: total_steps = ", total_steps,
+                               ", expected > warmup_steps = ", warmup_steps);
     }
   }
 };

@@ -89,8 +89,8 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
                    const DecoderConfig& config = {}) {
   shape.check();
   if (shape.encoder_layers > 0) {
-    fail<ConfigError>("compose: encoder_layers = ", shape.encoder_layers,
-                      ", expected 0; see ModelShape::decoder_half");
+    throw_error<ConfigError>("compose: encoder_layers = ", shape.encoder_layers,
+                             ", expected 0; see ModelShape::decoder_half");
   }
   Embedding<T> embedding(shape.vocab, shape.d_model, rng);
   std::vector<Block<T>> layers;
@@ -137,7 +137,7 @@ AnyLayer<T> with_shared(const ModelShape& shape, Moe moe, Rng& rng) {
 template <std::floating_point T, Activation Act = Silu>
 GluBank<T, Act> gated_experts(const ModelShape& shape, Rng& rng, double init_scale = 1.0) {
   if (shape.network != Network::kGated) {
-    fail<ConfigError>(
+    throw_error<ConfigError>(
         "gated_experts: network = ", shape.network == Network::kPlain ? "kPlain" : "kOpenMoE",
         ", expected kGated");
   }

@@ -252,8 +252,8 @@ ModelCount count(const Config& config) {
 /// \throws ConfigError  unless 0 <= chosen <= experts and the result fits 63 bits.
 inline Count combinations(Count experts, Count chosen) {
   if (chosen < 0 || chosen > experts) {
-    fail<ConfigError>("combinations: chosen = ", chosen,
-                      ", expected 0 <= chosen <= experts = ", experts);
+    throw_error<ConfigError>("combinations: chosen = ", chosen,
+                             ", expected 0 <= chosen <= experts = ", experts);
   }
   Count ways = 1;
   for (Count i = 1; i <= chosen; ++i) {
@@ -262,7 +262,7 @@ inline Count combinations(Count experts, Count chosen) {
     const Count whole = ways / i;
     const Count rest = ways % i * factor / i;
     if (whole > (std::numeric_limits<Count>::max() - rest) / factor) {
-      fail<ConfigError>("combinations: C(", experts, ", ", chosen, ") does not fit 63 bits");
+      throw_error<ConfigError>("combinations: C(", experts, ", ", chosen, ") does not fit 63 bits");
     }
     ways = whole * factor + rest;
   }

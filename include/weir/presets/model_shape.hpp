@@ -68,7 +68,7 @@ struct ModelShape {
     expect_at_least<Index>(kWho, "vocab", vocab, 1);
     expect_at_least<Index>(kWho, "experts", experts, 1);
     if (k < 1 || k > experts) {
-      fail<ConfigError>(kWho, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
+      throw_error<ConfigError>(kWho, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
     }
     expect_at_least<Index>(kWho, "d_hidden", d_hidden, 1);
     const auto expect_count = [](std::string_view name, Index count) {

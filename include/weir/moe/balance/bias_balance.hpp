@@ -149,8 +149,8 @@ void BiasBalance<T>::add_load(const RowVector<double>& load,
   }
   const Index experts = load.size();
   if (!allowed.empty() && static_cast<Index>(allowed.size()) != experts) {
-    fail<ShapeError>("BiasBalance::add_load: allowed has ", allowed.size(), " entries, expected ",
-                     experts);
+    throw_error<ShapeError>("BiasBalance::add_load: allowed has ", allowed.size(),
+                            " entries, expected ", experts);
   }
   if (load_.size() == 0) start(experts);
   load_ += load;

@@ -52,8 +52,8 @@ class CommunicationLoss : public BalancerBase {
   void check() const {
     expect_at_least("CommunicationLoss", "coefficient", config_.coefficient, 0.0);
     if (config_.devices_per_token < 1 || config_.devices_per_token > devices_.count()) {
-      fail<ConfigError>("CommunicationLoss: devices_per_token = ", config_.devices_per_token,
-                        ", expected 1 <= devices_per_token <= devices = ", devices_.count());
+      throw_error<ConfigError>("CommunicationLoss: devices_per_token = ", config_.devices_per_token,
+                               ", expected 1 <= devices_per_token <= devices = ", devices_.count());
     }
   }
 

@@ -18,19 +18,20 @@ class ExpertGroups {
   /// \param group_of  The group of each expert.
   /// \throws ConfigError  unless each group from 0 to the highest has an expert.
   explicit ExpertGroups(std::vector<Index> group_of) : group_of_(std::move(group_of)) {
-    if (group_of_.empty()) fail<ConfigError>("ExpertGroups: experts = 0, expected >= 1");
+    if (group_of_.empty()) throw_error<ConfigError>("ExpertGroups: experts = 0, expected >= 1");
     for (std::size_t e = 0; e < group_of_.size(); ++e) {
       const Index group = group_of_[e];
       if (group < 0 || group >= experts()) {
-        fail<ConfigError>("ExpertGroups: the group of expert ", e, " = ", group,
-                          ", expected 0 <= group < experts = ", experts());
+        throw_error<ConfigError>("ExpertGroups: the group of expert ", e, " = ", group,
+                                 ", expected 0 <= group < experts = ", experts());
       }
       if (group >= count()) size_.resize(static_cast<std::size_t>(group) + 1, 0);
       ++size_[static_cast<std::size_t>(group)];
     }
     for (Index g = 0; g < count(); ++g) {
       if (size(g) == 0) {
-        fail<ConfigError>("ExpertGroups: group ", g, " has no expert, expected at least one");
+        throw_error<ConfigError>("ExpertGroups: group ", g,
+                                 " has no expert, expected at least one");
       }
     }
   }
@@ -41,8 +42,8 @@ class ExpertGroups {
     expect_at_least<Index>("ExpertGroups", "experts", experts, 1);
     expect_at_least<Index>("ExpertGroups", "groups", groups, 1);
     if (experts % groups != 0) {
-      fail<ConfigError>("ExpertGroups: groups = ", groups,
-                        ", expected a divisor of experts = ", experts);
+      throw_error<ConfigError>("ExpertGroups: groups = ", groups,
+                               ", expected a divisor of experts = ", experts);
     }
     std::vector<Index> group_of;
     for (Index e = 0; e < experts; ++e) group_of.push_back(e / (experts / groups));
@@ -52,8 +53,8 @@ class ExpertGroups {
   /// \throws ConfigError  unless they are groups of `experts` experts.
   void expect_experts(std::string_view who, Index experts) const {
     if (experts != this->experts()) {
-      fail<ConfigError>(who, ": the groups are of ", this->experts(), " experts, expected ",
-                        experts, " as routed to");
+      throw_error<ConfigError>(who, ": the groups are of ", this->experts(), " experts, expected ",
+                               experts, " as routed to");
     }
   }
 

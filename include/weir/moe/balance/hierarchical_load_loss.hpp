@@ -80,8 +80,8 @@ class HierarchicalLoadLoss : public BalancerBase {
   template <class R>
   void check_router(const R& router) const {
     if (router.groups() == 0) {
-      fail<ConfigError>("HierarchicalLoadLoss: the router has one level, expected two, as ",
-                        "HierarchicalRouter has; LoadLoss is for one");
+      throw_error<ConfigError>("HierarchicalLoadLoss: the router has one level, expected two, as ",
+                               "HierarchicalRouter has; LoadLoss is for one");
     }
   }
 

@@ -125,8 +125,8 @@ class HierarchicalLoss : public BalancerBase {
 
   void expect_groups_fit(const Routing<T>& routing) const {
     if (routing.experts() % config_.groups != 0) {
-      fail<ConfigError>("HierarchicalLoss: groups = ", config_.groups,
-                        ", expected a divisor of experts = ", routing.experts());
+      throw_error<ConfigError>("HierarchicalLoss: groups = ", config_.groups,
+                               ", expected a divisor of experts = ", routing.experts());
     }
   }
 

@@ -61,8 +61,9 @@ class LoadLoss : public BalancerBase {
   template <class R>
   void check_router(const R& router) const {
     if (router.groups() > 0) {
-      fail<ConfigError>("LoadLoss: the router has groups, each level with its own choice and noise",
-                        ", expected one level; HierarchicalLoadLoss is for two");
+      throw_error<ConfigError>(
+          "LoadLoss: the router has groups, each level with its own choice and noise",
+          ", expected one level; HierarchicalLoadLoss is for two");
     }
   }
 

@@ -65,13 +65,13 @@ class OrthogonalityLoss : public BalancerBase {
   template <class R>
   void check_router(const R& router) const {
     if (router.expert_vectors() == nullptr) {
-      fail<ConfigError>(
+      throw_error<ConfigError>(
           "OrthogonalityLoss: the router has no vectors of its experts, expected one such as "
           "LinearRouter");
     }
     if (router.experts() % config_.groups != 0) {
-      fail<ConfigError>("OrthogonalityLoss: groups = ", config_.groups,
-                        ", expected a divisor of experts = ", router.experts());
+      throw_error<ConfigError>("OrthogonalityLoss: groups = ", config_.groups,
+                               ", expected a divisor of experts = ", router.experts());
     }
   }
 

@@ -44,8 +44,8 @@ class ResidualMoE {
   ResidualMoE(Moe moe, Dense dense, Linear<T> mix)
       : moe_(std::move(moe)), dense_(std::move(dense)), mix_(std::move(mix)) {
     if (mix_.d_in() != moe_.d_model() || mix_.d_out() != 2) {
-      fail<ConfigError>("ResidualMoE: the mix is [", mix_.d_out(), ", ", mix_.d_in(),
-                        "], expected [2, ", moe_.d_model(), "]");
+      throw_error<ConfigError>("ResidualMoE: the mix is [", mix_.d_out(), ", ", mix_.d_in(),
+                               "], expected [2, ", moe_.d_model(), "]");
     }
   }
 

@@ -81,8 +81,8 @@ class SharedExperts {
       : SharedExperts(std::move(moe), std::move(shared), config) {
     gate_.emplace(std::move(gate));
     if (gate_->d_in() != moe_.d_model() || gate_->d_out() != 1) {
-      fail<ConfigError>("SharedExperts: the gate is [", gate_->d_out(), ", ", gate_->d_in(),
-                        "], expected [1, ", moe_.d_model(), "]");
+      throw_error<ConfigError>("SharedExperts: the gate is [", gate_->d_out(), ", ", gate_->d_in(),
+                               "], expected [1, ", moe_.d_model(), "]");
     }
   }
 

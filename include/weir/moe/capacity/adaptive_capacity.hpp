@@ -121,8 +121,8 @@ AdaptiveCapacity<T>::AdaptiveCapacity(AdaptiveCapacityConfig config) : config_(c
 template <std::floating_point T>
 void AdaptiveCapacity<T>::check() const {
   if (factor_.value.rows() != 1 || factor_.value.cols() != 1) {
-    fail<ConfigError>("AdaptiveCapacity: the factor is ", shape_of(factor_.value),
-                      ", expected [1, 1]");
+    throw_error<ConfigError>("AdaptiveCapacity: the factor is ", shape_of(factor_.value),
+                             ", expected [1, 1]");
   }
   expect_in("AdaptiveCapacity", "factor", factor_.value(0, 0), static_cast<T>(config_.least),
             static_cast<T>(config_.most));

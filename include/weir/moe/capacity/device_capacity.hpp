@@ -62,8 +62,8 @@ class DeviceCapacity : public CapacityBase {
   void forward(const Pass& pass, Routing<T>& routing, Cache<T>& cache) const {
     const Index experts = routing.experts();
     if (experts % config_.devices != 0) {
-      fail<ConfigError>("DeviceCapacity: devices = ", config_.devices,
-                        ", expected a divisor of experts = ", experts);
+      throw_error<ConfigError>("DeviceCapacity: devices = ", config_.devices,
+                               ", expected a divisor of experts = ", experts);
     }
     if (!pass.training && !config_.evaluate) return;
     List<T>& affinity = cache.priority;

@@ -30,7 +30,8 @@ struct MixtureOfDepthsConfig {
   /// \throws ConfigError  unless 0 < capacity <= 1 and predictor_loss is finite and >= 0.
   void check() const {
     if (!(capacity > 0.0 && capacity <= 1.0)) {
-      fail<ConfigError>("MixtureOfDepths: capacity = ", capacity, ", expected 0 < capacity <= 1");
+      throw_error<ConfigError>("MixtureOfDepths: capacity = ", capacity,
+                               ", expected 0 < capacity <= 1");
     }
     expect_at_least("MixtureOfDepths", "predictor_loss", predictor_loss, 0.0);
   }
@@ -148,8 +149,8 @@ class DepthChoice {
 
   static void expect_finite_score(std::string_view where, std::string_view what, Index t, T value) {
     if (std::isfinite(value)) return;
-    fail<NonFiniteError>(where, ": the ", what, " token ", t, " is ", value,
-                         ", expected a finite number");
+    throw_error<NonFiniteError>(where, ": the ", what, " token ", t, " is ", value,
+                                ", expected a finite number");
   }
 
   void score(std::string_view where, MatrixIn<T> x, Cache& cache) const {

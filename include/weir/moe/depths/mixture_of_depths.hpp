@@ -86,8 +86,8 @@ class MixtureOfDepths {
     /// \throws              What the inner layer's state throws.
     void truncate(Index to) {
       if (to < 0 || to > length()) {
-        fail<ConfigError>("MixtureOfDepths::State::truncate: length = ", to, ", expected 0 to ",
-                          length());
+        throw_error<ConfigError>("MixtureOfDepths::State::truncate: length = ", to,
+                                 ", expected 0 to ", length());
       }
       inner.truncate(std::count(chosen.begin(), chosen.begin() + to, std::uint8_t{1}));
       chosen.resize(to);
@@ -176,7 +176,7 @@ class MixtureOfDepths {
                           Cache& cache) const {
     cache.state.begin();
     if (!config().causal_evaluation) {
-      fail<ConfigError>(
+      throw_error<ConfigError>(
           "MixtureOfDepths::decode: causal_evaluation = false, expected true: a token cannot be "
           "ranked among later ones");
     }

@@ -102,8 +102,8 @@ Pass TokenPart<T>::pass_of_part(std::string_view where, const Pass& pass, Index 
   }
   if (pass.allowed.empty()) return inner;
   if (experts == 0) {
-    fail<ConfigError>(where,
-                      ": pass.allowed is set, expected none around a layer without experts()");
+    throw_error<ConfigError>(
+        where, ": pass.allowed is set, expected none around a layer without experts()");
   }
   if (static_cast<Index>(pass.allowed.size()) == experts * chosen.count()) {
     allowed.clear();

@@ -41,8 +41,8 @@ class TokenPredictor {
   /// \throws ConfigError  if they do not fit each other.
   TokenPredictor(Linear<T> in, Linear<T> out) : in_(std::move(in)), out_(std::move(out)) {
     if (out_.d_in() != in_.d_out() || out_.d_out() != 1) {
-      fail<ConfigError>("TokenPredictor: out is [", out_.d_out(), ", ", out_.d_in(),
-                        "], expected [1, ", in_.d_out(), "]");
+      throw_error<ConfigError>("TokenPredictor: out is [", out_.d_out(), ", ", out_.d_in(),
+                               "], expected [1, ", in_.d_out(), "]");
     }
   }
 

@@ -151,9 +151,10 @@ ClampedGluBank<T>::ClampedGluBank(ClampedGluWeights<T> weights, ClampedGluBankCo
   const std::size_t experts = gate.size();
   if (experts == 0 || up.size() != experts || gate_bias.size() != experts ||
       up_bias.size() != experts || down.size() != experts || down_bias.size() != experts) {
-    fail<ConfigError>("ClampedGluBank: ", experts, " gate, ", up.size(), " up, ", gate_bias.size(),
-                      " gate_bias, ", up_bias.size(), " up_bias, ", down.size(), " down and ",
-                      down_bias.size(), " down_bias weights, expected one of each per expert");
+    throw_error<ConfigError>("ClampedGluBank: ", experts, " gate, ", up.size(), " up, ",
+                             gate_bias.size(), " gate_bias, ", up_bias.size(), " up_bias, ",
+                             down.size(), " down and ", down_bias.size(),
+                             " down_bias weights, expected one of each per expert");
   }
   const Index d_hidden = gate[0].rows();
   const Index d_out = down[0].rows();

@@ -115,8 +115,8 @@ template <std::floating_point T, Activation Act>
 GluBank<T, Act>::GluBank(std::vector<Matrix<T>> gate, std::vector<Matrix<T>> up,
                          std::vector<Matrix<T>> down) {
   if (gate.empty() || gate.size() != up.size() || gate.size() != down.size()) {
-    fail<ConfigError>("GluBank: ", gate.size(), " gate, ", up.size(), " up and ", down.size(),
-                      " down weights, expected one of each per expert");
+    throw_error<ConfigError>("GluBank: ", gate.size(), " gate, ", up.size(), " up and ",
+                             down.size(), " down weights, expected one of each per expert");
   }
   for (std::size_t e = 0; e < gate.size(); ++e) {
     const std::string which = "[" + std::to_string(e) + "]";

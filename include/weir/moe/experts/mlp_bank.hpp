@@ -106,9 +106,9 @@ MlpBank<T, Act>::MlpBank(std::vector<Matrix<T>> in, std::vector<Matrix<T>> out,
                          std::vector<Matrix<T>> in_bias, std::vector<Matrix<T>> out_bias) {
   if (in.empty() || in.size() != out.size() || in_bias.size() != out_bias.size() ||
       (!in_bias.empty() && in_bias.size() != in.size())) {
-    fail<ConfigError>("MlpBank: ", in.size(), " in, ", out.size(), " out, ", in_bias.size(),
-                      " in_bias and ", out_bias.size(),
-                      " out_bias weights, expected one of each per expert, or no biases");
+    throw_error<ConfigError>("MlpBank: ", in.size(), " in, ", out.size(), " out, ", in_bias.size(),
+                             " in_bias and ", out_bias.size(),
+                             " out_bias weights, expected one of each per expert, or no biases");
   }
   for (std::size_t e = 0; e < in.size(); ++e) {
     const std::string which = "[" + std::to_string(e) + "]";

@@ -42,8 +42,8 @@ class PassDropped : public BankWrapper<Bank> {
   /// \throws ConfigError  if the bank changes the width.
   explicit PassDropped(Bank bank) : BankWrapper<Bank>(std::move(bank)) {
     if (d_in() != d_out()) {
-      fail<ConfigError>("PassDropped: the bank yields ", d_out(), " features, expected ", d_in(),
-                        " as it takes");
+      throw_error<ConfigError>("PassDropped: the bank yields ", d_out(), " features, expected ",
+                               d_in(), " as it takes");
     }
   }
 

@@ -84,9 +84,9 @@ class WithZeroExperts : public BankWrapper<Bank> {
     check();
     const auto count = static_cast<std::size_t>(config_.constant);
     if (mix.size() != count || constant.size() != count) {
-      fail<ConfigError>("WithZeroExperts: ", mix.size(), " mix and ", constant.size(),
-                        " constant weights, expected ", count,
-                        " of each (one per constant expert)");
+      throw_error<ConfigError>("WithZeroExperts: ", mix.size(), " mix and ", constant.size(),
+                               " constant weights, expected ", count,
+                               " of each (one per constant expert)");
     }
     for (std::size_t e = 0; e < count; ++e) {
       const std::string which = "[" + std::to_string(e) + "]";
@@ -215,8 +215,8 @@ class WithZeroExperts : public BankWrapper<Bank> {
     expect_at_least<Index>("WithZeroExperts", "identity", config_.identity, 0);
     expect_at_least<Index>("WithZeroExperts", "constant", config_.constant, 0);
     if (config_.identity + config_.constant > 0 && d_in() != d_out()) {
-      fail<ConfigError>("WithZeroExperts: the bank yields ", d_out(), " features, expected ",
-                        d_in(), " beside identity and constant experts");
+      throw_error<ConfigError>("WithZeroExperts: the bank yields ", d_out(), " features, expected ",
+                               d_in(), " beside identity and constant experts");
     }
   }
 

@@ -156,8 +156,8 @@ class DSelectKRouter : public RouterBase<T> {
 
   void expect_map(const char* name, const Linear<T>& map, Index rows) const {
     if (map.d_out() == rows && map.d_in() == d_model()) return;
-    fail<ShapeError>("DSelectKRouter: ", name, " is [", map.d_out(), ", ", map.d_in(),
-                     "], expected [", rows, ", ", d_model(), "]");
+    throw_error<ShapeError>("DSelectKRouter: ", name, " is [", map.d_out(), ", ", map.d_in(),
+                            "], expected [", rows, ", ", d_model(), "]");
   }
 
   T gamma() const { return static_cast<T>(config_.gamma); }

@@ -15,7 +15,8 @@ namespace weir {
 template <class R>
 void expect_groups_of(const R& router, std::string_view who, Index groups) {
   if (router.groups() == 0 || router.groups() == groups) return;
-  fail<ConfigError>(who, ": groups = ", groups, ", expected ", router.groups(), " as the router");
+  throw_error<ConfigError>(who, ": groups = ", groups, ", expected ", router.groups(),
+                           " as the router");
 }
 
 }  // namespace weir

@@ -74,13 +74,14 @@ HashRouter<T>::HashRouter(Index d_model, Index experts, std::span<const Index> t
     : d_model_(d_model), experts_(experts) {
   expect_at_least<Index>("HashRouter", "d_model", d_model, 1);
   expect_at_least<Index>("HashRouter", "experts", experts, 1);
-  if (table.empty()) fail<ConfigError>("HashRouter: the table is empty, expected one per id");
+  if (table.empty())
+    throw_error<ConfigError>("HashRouter: the table is empty, expected one per id");
   table_.value.resize(1, static_cast<Index>(table.size()));
   for (Index id = 0; id < vocab(); ++id) {
     const Index expert = table[static_cast<std::size_t>(id)];
     if (expert < 0 || expert >= experts) {
-      fail<ConfigError>("HashRouter: table[", id, "] = ", expert,
-                        ", expected 0 <= expert < experts = ", experts);
+      throw_error<ConfigError>("HashRouter: table[", id, "] = ", expert,
+                               ", expected 0 <= expert < experts = ", experts);
     }
     table_.value(0, id) = static_cast<T>(expert);
   }
@@ -93,7 +94,8 @@ const Matrix<T>& HashRouter<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& 
   expect_columns("HashRouter::forward", "x", x, d_model_);
   pass.check("HashRouter::forward", x.rows());
   if (pass.token_ids.empty() && x.rows() > 0) {
-    fail<ConfigError>("HashRouter::forward: pass.token_ids is empty, expected one id per token");
+    throw_error<ConfigError>(
+        "HashRouter::forward: pass.token_ids is empty, expected one id per token");
   }
   cache.logits.resize(x.rows(), experts_);
   for (Index t = 0; t < x.rows(); ++t) {
@@ -110,12 +112,12 @@ const Matrix<T>& HashRouter<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& 
 template <std::floating_point T>
 Index HashRouter<T>::expert_of(Index id) const {
   if (id < 0 || id >= vocab()) {
-    fail<ConfigError>("HashRouter: token id ", id, ", expected 0 <= id < vocab = ", vocab());
+    throw_error<ConfigError>("HashRouter: token id ", id, ", expected 0 <= id < vocab = ", vocab());
   }
   const T expert = table_.value(0, id);
   if (!(expert >= T(0) && expert < static_cast<T>(experts_))) {
-    fail<ConfigError>("HashRouter: table[", id, "] = ", expert,
-                      ", expected 0 <= expert < experts = ", experts_);
+    throw_error<ConfigError>("HashRouter: table[", id, "] = ", expert,
+                             ", expected 0 <= expert < experts = ", experts_);
   }
   return static_cast<Index>(expert);
 }

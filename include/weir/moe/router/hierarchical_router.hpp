@@ -73,12 +73,13 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
   HierarchicalRouter(Groups groups, Experts experts)
       : groups_(std::move(groups)), experts_(std::move(experts)) {
     if (groups_.d_model() != experts_.d_model()) {
-      fail<ConfigError>("HierarchicalRouter: the router of experts takes ", experts_.d_model(),
-                        " features, expected ", groups_.d_model(), " as the router of groups");
+      throw_error<ConfigError>("HierarchicalRouter: the router of experts takes ",
+                               experts_.d_model(), " features, expected ", groups_.d_model(),
+                               " as the router of groups");
     }
     if (experts_.experts() % groups_.experts() != 0) {
-      fail<ConfigError>("HierarchicalRouter: groups = ", groups_.experts(),
-                        ", expected a divisor of experts = ", experts_.experts());
+      throw_error<ConfigError>("HierarchicalRouter: groups = ", groups_.experts(),
+                               ", expected a divisor of experts = ", experts_.experts());
     }
   }
 

@@ -166,9 +166,10 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
     largest = std::max(largest, routing.logits.row(t).maxCoeff());
   }
   if (!std::isfinite(smallest)) {
-    fail<ConfigError>("BalancedAssignment: a logit is ", smallest,
-                      ", expected finite logits in training: a forbidden expert may leave no level "
-                      "assignment");
+    throw_error<ConfigError>(
+        "BalancedAssignment: a logit is ", smallest,
+        ", expected finite logits in training: a forbidden expert may leave no level "
+        "assignment");
   }
   const T range = largest > smallest ? largest - smallest : T(1);
   const T least_raise = static_cast<T>(config_.epsilon) * range;

@@ -44,21 +44,21 @@ struct GroupLimit {
   void check(std::string_view who, Index experts, Index k) const {
     expect_at_least<Index>(who, "groups.count", count, 1);
     if (experts % count != 0) {
-      fail<ConfigError>(who, ": groups.count = ", count,
-                        ", expected a divisor of experts = ", experts);
+      throw_error<ConfigError>(who, ": groups.count = ", count,
+                               ", expected a divisor of experts = ", experts);
     }
     if (allowed < 1 || allowed > count) {
-      fail<ConfigError>(who, ": groups.allowed = ", allowed,
-                        ", expected 1 <= allowed <= groups.count = ", count);
+      throw_error<ConfigError>(who, ": groups.allowed = ", allowed,
+                               ", expected 1 <= allowed <= groups.count = ", count);
     }
     const Index size = experts / count;
     if (summed < 1 || summed > size) {
-      fail<ConfigError>(who, ": groups.summed = ", summed,
-                        ", expected 1 <= summed <= experts / groups.count = ", size);
+      throw_error<ConfigError>(who, ": groups.summed = ", summed,
+                               ", expected 1 <= summed <= experts / groups.count = ", size);
     }
     if (k > allowed * size) {
-      fail<ConfigError>(who, ": k = ", k, ", expected k <= ", allowed * size, ", the experts of ",
-                        allowed, " groups");
+      throw_error<ConfigError>(who, ": k = ", k, ", expected k <= ", allowed * size,
+                               ", the experts of ", allowed, " groups");
     }
   }
 

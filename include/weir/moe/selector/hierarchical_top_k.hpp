@@ -92,8 +92,8 @@ class HierarchicalTopK : public SelectorBase<T> {
   static void expect_up_to(std::string_view name, Index value, std::string_view most_name,
                            Index most) {
     if (value >= 1 && value <= most) return;
-    fail<ConfigError>("HierarchicalTopK: ", name, " = ", value, ", expected 1 <= ", name,
-                      " <= ", most_name, " = ", most);
+    throw_error<ConfigError>("HierarchicalTopK: ", name, " = ", value, ", expected 1 <= ", name,
+                             " <= ", most_name, " = ", most);
   }
 
   /// Calls `body(first, count)` for the assignments of each group of a token, best first.
@@ -121,8 +121,8 @@ template <std::floating_point T>
 void HierarchicalTopK<T>::check(Index experts) const {
   expect_at_least<Index>("HierarchicalTopK", "groups", config_.groups, 1);
   if (experts % config_.groups != 0) {
-    fail<ConfigError>("HierarchicalTopK: groups = ", config_.groups,
-                      ", expected a divisor of experts = ", experts);
+    throw_error<ConfigError>("HierarchicalTopK: groups = ", config_.groups,
+                             ", expected a divisor of experts = ", experts);
   }
   expect_up_to("group_k", config_.group_k, "groups", config_.groups);
   expect_up_to("k", config_.k, "experts / groups", experts / config_.groups);

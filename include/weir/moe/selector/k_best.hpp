@@ -33,7 +33,7 @@ concept ImposableSelector = requires(const S& selector, MatrixIn<typename S::Sca
 /// \throws ConfigError  unless 1 <= k <= experts.
 inline void expect_k(std::string_view who, Index k, Index experts) {
   if (k < 1 || k > experts) {
-    fail<ConfigError>(who, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
+    throw_error<ConfigError>(who, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
   }
 }
 
@@ -47,8 +47,8 @@ void expect_allowed_chosen(std::string_view who, const Routing<T>& routing) {
     for (const Index e : routing.experts_of(t)) forbidden += routing.is_forbidden(t, e) ? 1 : 0;
     if (forbidden == 0) continue;
     const Index k = routing.last(t) - routing.first(t);
-    fail<ConfigError>(who, ": token ", t, " is allowed ", k - forbidden,
-                      " experts in its groups, expected at least k = ", k);
+    throw_error<ConfigError>(who, ": token ", t, " is allowed ", k - forbidden,
+                             " experts in its groups, expected at least k = ", k);
   }
 }
 
@@ -60,8 +60,9 @@ void expect_finite_weights(std::string_view who, const Routing<T>& routing) {
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
       if (std::isfinite(routing.weight[a])) continue;
-      fail<NonFiniteError>(who, ": the weight of token ", t, " for expert ", routing.expert[a],
-                           " is ", routing.weight[a], ", expected a finite number");
+      throw_error<NonFiniteError>(who, ": the weight of token ", t, " for expert ",
+                                  routing.expert[a], " is ", routing.weight[a],
+                                  ", expected a finite number");
     }
   }
 }
@@ -83,28 +84,28 @@ namespace detail {
 template <class T>
 void expect_imposed_fits(const Routing<T>& routing, const RoutingTrace& imposed, Index k) {
   if (imposed.tokens() != routing.tokens()) {
-    fail<ShapeError>("Replay: the trace has ", imposed.tokens(), " tokens, expected ",
-                     routing.tokens());
+    throw_error<ShapeError>("Replay: the trace has ", imposed.tokens(), " tokens, expected ",
+                            routing.tokens());
   }
   if (imposed.experts() != routing.experts()) {
-    fail<ShapeError>("Replay: the trace has ", imposed.experts(), " experts, expected ",
-                     routing.experts());
+    throw_error<ShapeError>("Replay: the trace has ", imposed.experts(), " experts, expected ",
+                            routing.experts());
   }
   for (Index t = 0; t < routing.tokens(); ++t) {
     const Index count = imposed.last(t) - imposed.first(t);
     const bool is_padding = routing.rows.is_padding(t);
     if (is_padding && count > 0) {
-      fail<ConfigError>("Replay: token ", t, " has ", count,
-                        " experts in the trace, expected none for padding");
+      throw_error<ConfigError>("Replay: token ", t, " has ", count,
+                               " experts in the trace, expected none for padding");
     }
     if (!is_padding && count != k) {
-      fail<ConfigError>("Replay: token ", t, " has ", count,
-                        " experts in the trace, expected k = ", k);
+      throw_error<ConfigError>("Replay: token ", t, " has ", count,
+                               " experts in the trace, expected k = ", k);
     }
     for (Index a = imposed.first(t); a < imposed.last(t); ++a) {
       if (!routing.is_forbidden(t, imposed.expert(a))) continue;
-      fail<ConfigError>("Replay: token ", t, " has expert ", imposed.expert(a),
-                        " in the trace, expected one that pass.allowed allows");
+      throw_error<ConfigError>("Replay: token ", t, " has expert ", imposed.expert(a),
+                               " in the trace, expected one that pass.allowed allows");
     }
   }
 }

@@ -24,12 +24,13 @@ concept BiasedSelector = requires(S& selector) {
 template <class T>
 void expect_selection_bias(std::string_view who, const Buffer<T>& bias, Index experts) {
   if (bias.value.rows() != 1 || bias.value.cols() != experts) {
-    fail<ConfigError>(who, ": the bias is ", shape_of(bias.value), ", expected [1, ", experts, "]");
+    throw_error<ConfigError>(who, ": the bias is ", shape_of(bias.value), ", expected [1, ",
+                             experts, "]");
   }
   for (Index e = 0; e < experts; ++e) {
     if (!std::isfinite(bias.value(0, e))) {
-      fail<NonFiniteError>(who, ": bias[", e, "] = ", bias.value(0, e),
-                           ", expected a finite number");
+      throw_error<NonFiniteError>(who, ": bias[", e, "] = ", bias.value(0, e),
+                                  ", expected a finite number");
     }
   }
 }

@@ -91,7 +91,7 @@ void SoftmaxTopK<T>::check(Index experts) const {
   expect_k("SoftmaxTopK", config_.k, experts);
   expect_positive("SoftmaxTopK", "scale", config_.scale);
   if (!(config_.norm >= 1.0)) {
-    fail<ConfigError>("SoftmaxTopK: norm = ", config_.norm, ", expected >= 1");
+    throw_error<ConfigError>("SoftmaxTopK: norm = ", config_.norm, ", expected >= 1");
   }
   config_.groups.check("SoftmaxTopK", experts, config_.k);
 }

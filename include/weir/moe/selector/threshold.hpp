@@ -69,8 +69,8 @@ template <std::floating_point T>
 void Threshold<T>::check(Index experts) const {
   expect_k("Threshold", config_.k, experts);
   if (config_.k_min < 1 || config_.k_min > config_.k) {
-    fail<ConfigError>("Threshold: k_min = ", config_.k_min,
-                      ", expected 1 <= k_min <= k = ", config_.k);
+    throw_error<ConfigError>("Threshold: k_min = ", config_.k_min,
+                             ", expected 1 <= k_min <= k = ", config_.k);
   }
   expect_in("Threshold", "threshold", config_.threshold, 0.0, 1.0);
   expect_positive("Threshold", "scale", config_.scale);

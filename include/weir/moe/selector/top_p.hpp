@@ -41,7 +41,8 @@ class TopP : public SelectorBase<T> {
   void check(Index experts) const {
     expect_at_least<Index>("TopP", "experts", experts, 1);
     if (!(config_.threshold > 0.0 && config_.threshold <= 1.0)) {
-      fail<ConfigError>("TopP: threshold = ", config_.threshold, ", expected 0 < threshold <= 1");
+      throw_error<ConfigError>("TopP: threshold = ", config_.threshold,
+                               ", expected 0 < threshold <= 1");
     }
   }
 

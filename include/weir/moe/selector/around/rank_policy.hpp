@@ -132,7 +132,7 @@ class RankPolicy : public SelectorWrapper<Inner> {
 
   static void check_thresholds(const std::string& name, const List<double>& thresholds) {
     if (thresholds.empty()) {
-      fail<ConfigError>("RankPolicy: ", name, " is empty, expected at least one threshold");
+      throw_error<ConfigError>("RankPolicy: ", name, " is empty, expected at least one threshold");
     }
     for (Index i = 0; i < thresholds.count(); ++i) {
       expect_at_least("RankPolicy", name + "[" + std::to_string(i) + "]", thresholds[i], 0.0);
