@@ -240,9 +240,9 @@ TEST_CASE("Decoding refuses misuse before it changes anything", "[model][decode]
   CHECK(test::message_of<ConfigError>(attempt({.sequences = &two}, {&a, &b}, {1, 2, 11})) ==
         "Embedding::forward: ids[2] = 11, expected 0 <= id < 11");
   CHECK(test::message_of<ConfigError>([&] { a.truncate(3); }) ==
-        "Decoder::State::truncate: length = 3, expected 0 to 2");
+        "Decoder::State::truncate: length = 3, expected 0 <= length <= 2");
   CHECK(test::message_of<ConfigError>([&] { a.truncate(-1); }) ==
-        "Decoder::State::truncate: length = -1, expected 0 to 2");
+        "Decoder::State::truncate: length = -1, expected 0 <= length <= 2");
   CHECK(a.length == 2);
   CHECK(test::relative_error(decode(model, Ids{3}, a, cache),
                              infer(model, Ids{1, 2, 3}).bottomRows(1)) <= 1e-12);

@@ -61,9 +61,8 @@ class Decoder {
   struct Cache {
     CacheState state;
     EmbedCache embedding;
-    std::vector<typename Block<T>::Cache> layers;  ///< One for each layer, in training.
-    std::array<typename Block<T>::Cache, 2>
-        workspace;  ///< Layers take turns with them, in inference.
+    std::vector<typename Block<T>::Cache> layers;       ///< One for each layer, in training.
+    std::array<typename Block<T>::Cache, 2> workspace;  ///< In inference, layers take turns.
     typename AnyLayer<T>::Cache norm;
     HeadCache head;
     Matrix<T> normed;  ///< The head's input.
@@ -84,10 +83,7 @@ class Decoder {
     /// \throws StateError   if a layer has already forgotten what would then be needed, such as
     ///                      keys that had left a window. The state cannot be continued then.
     void truncate(Index to) {
-      if (to < 0 || to > length) {
-        throw_error<ConfigError>("Decoder::State::truncate: length = ", to, ", expected 0 to ",
-                                 length);
-      }
+      expect_in<Index>("Decoder::State::truncate", "length", to, 0, length);
       for (auto& layer : layers) layer.truncate(to);
       length = to;
     }

@@ -246,7 +246,7 @@ TEST_CASE("Mixtures of depths decode several sequences at once, and take tokens 
   CHECK(test::relative_error(ended.bottomRows(7), second.bottomRows(7)) <= 1e-13);
 
   CHECK(test::message_of<ConfigError>([&] { a.truncate(10); }) ==
-        "MixtureOfDepths::State::truncate: length = 10, expected 0 to 9");
+        "MixtureOfDepths::State::truncate: length = 10, expected 0 <= length <= 9");
   CHECK(test::message_of<StateError>([&] { layer.decode(x, {}, states, cache); }) ==
         "MixtureOfDepths::decode: 2 states, expected 1 (one for each sequence)");
 }

@@ -85,10 +85,7 @@ class MixtureOfDepths {
     /// \throws ConfigError  unless 0 <= to <= length.
     /// \throws              What the inner layer's state throws.
     void truncate(Index to) {
-      if (to < 0 || to > length()) {
-        throw_error<ConfigError>("MixtureOfDepths::State::truncate: length = ", to,
-                                 ", expected 0 to ", length());
-      }
+      expect_in<Index>("MixtureOfDepths::State::truncate", "length", to, 0, length());
       inner.truncate(std::count(chosen.begin(), chosen.begin() + to, std::uint8_t{1}));
       chosen.resize(to);
     }
