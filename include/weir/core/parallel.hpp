@@ -26,9 +26,12 @@ inline int threads() {
 }
 
 /// Lets weir use `count` threads from now on, in every call of every layer. It starts count - 1
-/// threads, which sleep between calls. Results do not depend on the number, to the last bit.
-/// \throws ConfigError  if count < 1.
-/// \throws StateError   from inside a parallel loop.
+/// threads, which sleep between calls. Results do not depend on the number, to the last bit. A
+/// child process (`fork`) begins with one thread.
+/// \throws ConfigError        if count < 1.
+/// \throws StateError         from inside a parallel loop.
+/// \throws std::system_error  if the system does not start that many threads, or std::bad_alloc;
+///                            there are as many as before then.
 inline void set_threads(int count) {
   expect_at_least("set_threads", "count", count, 1);
   detail::ThreadPool::instance().resize(count);
@@ -38,7 +41,8 @@ inline void set_threads(int count) {
 /// to write to places of its own, and its result must not depend on which thread runs it: then the
 /// result is the same for any number of threads. An exception from `body` reaches the caller; if
 /// there are several, one of them does. Called from inside another parallel loop, or while another
-/// thread of the program is in one, it runs on the calling thread.
+/// thread of the program is in one, it runs on the calling thread. `body` may call `std::exit`: no
+/// further iteration begins then. If it forks, the child has to call exec or exit inside of it.
 [[gnu::noinline]] inline void parallel_for(Index count, FunctionRef<void(Index)> body) {
   if (count > 1 && threads() > 1 && count <= std::numeric_limits<std::uint32_t>::max()) {
     if (detail::ThreadPool::instance().run(static_cast<std::uint32_t>(count), body)) return;
