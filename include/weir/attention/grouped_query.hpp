@@ -167,7 +167,7 @@ class GroupedQueryAttention {
 
   /// Projects cache.context to cache.y.
   void project_out(Cache& cache) const {
-    cache.y.resize(cache.context.rows(), config_.d_model);
+    set_shape(cache.y, cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
     if (config_.output_bias) add_to_each_row<T>(output_bias_.value.data(), cache.y);
   }
@@ -192,8 +192,8 @@ GroupedQueryAttention<T>::GroupedQueryAttention(Rng& rng, const Config& config)
     key_bias_.value.setZero(1, kv_width());
     value_bias_.value.setZero(1, kv_width());
   }
-  if (config_.output_bias) output_bias_.value.setZero(1, config_.d_model);
-  if (config_.sinks) sinks_.value.setZero(1, config_.heads);
+  if (config_.output_bias) set_zero(output_bias_.value, 1, config_.d_model);
+  if (config_.sinks) set_zero(sinks_.value, 1, config_.heads);
 }
 
 template <std::floating_point T>
@@ -205,7 +205,7 @@ const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pa
   if (pass.training) cache.x = x;
   fill_spans(cache.rows.sequences(), cache.spans);
   project(x, pass, cache);
-  cache.context.resize(x.rows(), query_width());
+  set_shape(cache.context, x.rows(), query_width());
   core(cache).forward(cache.context, cache.attention);
   project_out(cache);
   return cache.state.finish(*this, pass, cache.y);
@@ -216,11 +216,11 @@ const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache
   expect_trainable("GroupedQueryAttention::backward", query_.storage());
   cache.state.begin_backward("GroupedQueryAttention::backward", *this, dy);
   const Index tokens = dy.rows();
-  cache.d_context.resize(tokens, query_width());
-  cache.dq.resize(tokens, query_width());
-  cache.dk.resize(tokens, kv_width());
-  cache.dv.resize(tokens, kv_width());
-  cache.dx.resize(tokens, config_.d_model);
+  set_shape(cache.d_context, tokens, query_width());
+  set_shape(cache.dq, tokens, query_width());
+  set_shape(cache.dk, tokens, kv_width());
+  set_shape(cache.dv, tokens, kv_width());
+  set_shape(cache.dx, tokens, config_.d_model);
 
   multiply_nn<T>(dy, output().value, cache.d_context);
   multiply_tn<T>(dy, cache.context, output().gradient(), true);
@@ -263,7 +263,7 @@ const Matrix<T>& GroupedQueryAttention<T>::decode(MatrixIn<T> x, const Pass& pas
               cache.v.middleRows(span.query_begin, span.queries));
     cache.kept.push_back({kv.keys().data(), kv_width(), kv.values().data(), kv_width()});
   }
-  cache.context.resize(x.rows(), query_width());
+  set_shape(cache.context, x.rows(), query_width());
   CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.kept, sinks())
       .forward(cache.context, cache.attention);
   project_out(cache);
@@ -301,9 +301,9 @@ void GroupedQueryAttention<T>::make_sight(State& kv, AttentionSpan& span) const 
 
 template <std::floating_point T>
 void GroupedQueryAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-  cache.q.resize(x.rows(), query_width());
-  cache.k.resize(x.rows(), kv_width());
-  cache.v.resize(x.rows(), kv_width());
+  set_shape(cache.q, x.rows(), query_width());
+  set_shape(cache.k, x.rows(), kv_width());
+  set_shape(cache.v, x.rows(), kv_width());
   kernels::multiply_weights<T, 3>(x, {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
   if (config_.qkv_bias) {
     add_to_each_row<T>(query_bias_.value.data(), cache.q);

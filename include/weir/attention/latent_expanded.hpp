@@ -106,9 +106,9 @@ void LatentExpanded<T>::backward(MatrixIn<T> q, MatrixIn<T> latents,
                                  std::span<const std::uint8_t> mask, MatrixIn<T> context,
                                  MatrixIn<T> d_context, MatrixOut<T> dq, MatrixOut<T> d_latents,
                                  MatrixOut<T> d_rope_keys, Cache& cache) {
-  cache.dk.resize(cache.k.rows(), cache.k.cols());
-  cache.dv.resize(cache.v.rows(), cache.v.cols());
-  cache.d_key_nope.resize(cache.key_nope.rows(), cache.key_nope.cols());
+  set_shape(cache.dk, cache.k.rows(), cache.k.cols());
+  set_shape(cache.dv, cache.v.rows(), cache.v.cols());
+  set_shape(cache.d_key_nope, cache.key_nope.rows(), cache.key_nope.cols());
   core(q, spans, mask, cache).backward(context, d_context, dq, cache.dk, cache.dv, cache.attention);
   take_apart(cache, d_rope_keys);
   const std::array<Product<T>, 2> weights = {

@@ -17,6 +17,43 @@ using Matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>
 template <class T>
 using RowVector = Eigen::Matrix<T, 1, Eigen::Dynamic>;
 
+/// Makes `m` [rows, cols], contents unspecified. If memory runs out, `m` is empty, and the
+/// exception goes on. (Eigen's own `resize` then leaves a matrix that points to memory it has
+/// freed.)
+template <class M>
+void set_shape(Eigen::PlainObjectBase<M>& m, Index rows, Index cols) {
+  if (rows * cols != m.size()) M().swap(m.derived());
+  m.resize(rows, cols);
+}
+
+/// Gives the vector `v` the length `size`, as above.
+template <class V>
+void set_shape(Eigen::PlainObjectBase<V>& v, Index size) {
+  if (size != v.size()) V().swap(v.derived());
+  v.resize(size);
+}
+
+/// Makes `m` zeros, [rows, cols]. If memory runs out, `m` is empty.
+template <class M>
+void set_zero(Eigen::PlainObjectBase<M>& m, Index rows, Index cols) {
+  set_shape(m, rows, cols);
+  m.setZero();
+}
+
+/// Makes `v` a vector of `size` zeros, as above.
+template <class V>
+void set_zero(Eigen::PlainObjectBase<V>& v, Index size) {
+  set_shape(v, size);
+  v.setZero();
+}
+
+/// m = values. If memory runs out, `m` is empty.
+template <class M, class Values>
+void assign(Eigen::PlainObjectBase<M>& m, const Eigen::MatrixBase<Values>& values) {
+  set_shape(m, values.rows(), values.cols());
+  m.derived() = values;
+}
+
 /// Read-only argument. Binds to a matrix, a block or a map without a copy.
 template <class T>
 using MatrixIn = const Eigen::Ref<const Matrix<T>>&;

@@ -158,7 +158,7 @@ class PackedWeight {
 
 template <class T>
 void PackedWeight<T>::unpack(Matrix<T>& first, Matrix<T>* second) const {
-  first.resize(rows_, cols_);
+  set_shape(first, rows_, cols_);
   if (second != nullptr) second->resize(rows_, cols_);
   for_each_number([&](bool of_second, Index row, Index col, Index place) {
     Matrix<T>& to = of_second ? *second : first;

@@ -125,7 +125,7 @@ class Block {
       if (branch.post_norm) y = &branch.post_norm->forward(*y, pass, own.post_norm);
       const In sum = sum_before(i);
       expect_shape(where, branch.name, *y, sum.rows(), sum.cols());
-      own.out.resize(sum.rows(), sum.cols());
+      set_shape(own.out, sum.rows(), sum.cols());
       add_rows<T>(sum, *y, own.out);
     }
     return output(cache);

@@ -228,7 +228,7 @@ class Decoder {
       x = &layer(l, *x, own);
     }
     if (last_only && cache.last.count() < x->rows()) {
-      cache.x_last.resize(cache.last.count(), d_model());
+      set_shape(cache.x_last, cache.last.count(), d_model());
       for (Index i = 0; i < cache.last.count(); ++i) cache.x_last.row(i) = x->row(cache.last[i]);
       x = &cache.x_last;
     }
@@ -285,7 +285,7 @@ void Decoder<T>::backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradie
   cache.state.begin_backward("Decoder::backward", *this, d_logits, "d_logits");
   const auto sum = [](const Matrix<T>& a, const Matrix<T>* b, Matrix<T>& place) {
     if (b == nullptr) return &a;
-    place.resize(a.rows(), a.cols());
+    set_shape(place, a.rows(), a.cols());
     add_rows<T>(a, *b, place);
     return static_cast<const Matrix<T>*>(&place);
   };

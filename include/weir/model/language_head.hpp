@@ -84,7 +84,7 @@ class LanguageHead {
 
   const Matrix<T>& product_backward(MatrixIn<T> dz, Embedding<T>& embedding, Cache& cache) {
     if (linear_) return linear_->backward(dz, cache.linear);
-    cache.dx.resize(dz.rows(), embedding.d_model());
+    set_shape(cache.dx, dz.rows(), embedding.d_model());
     multiply_nn<T>(dz, embedding.weight().value, cache.dx);
     multiply_tn<T>(dz, cache.x, embedding.weight().gradient(), true);
     return cache.dx;
@@ -102,7 +102,7 @@ const Matrix<T>& LanguageHead<T>::forward(MatrixIn<T> x, const Embedding<T>& emb
   const Matrix<T>& z =
       linear_ ? linear_->forward(x, pass, cache.linear) : tied_forward(x, embedding, pass, cache);
   if (scale_.is_identity()) return cache.state.finish(*this, pass, z);
-  cache.logits.resize(z.rows(), z.cols());
+  set_shape(cache.logits, z.rows(), z.cols());
   scale_.forward(z, cache.logits);
   return cache.state.finish(*this, pass, cache.logits);
 }
@@ -113,7 +113,7 @@ const Matrix<T>& LanguageHead<T>::backward(MatrixIn<T> d_logits, Embedding<T>& e
   expect_trainable("LanguageHead::backward", storage());
   cache.state.begin_backward("LanguageHead::backward", *this, d_logits, "d_logits");
   if (scale_.is_identity()) return product_backward(d_logits, embedding, cache);
-  cache.d_z.resize(d_logits.rows(), d_logits.cols());
+  set_shape(cache.d_z, d_logits.rows(), d_logits.cols());
   scale_.backward(cache.logits, d_logits, cache.d_z);
   return product_backward(cache.d_z, embedding, cache);
 }
@@ -122,7 +122,7 @@ template <std::floating_point T>
 const Matrix<T>& LanguageHead<T>::tied_forward(MatrixIn<T> x, const Embedding<T>& embedding,
                                                const Pass& pass, Cache& cache) const {
   if (pass.training) cache.x = x;
-  cache.logits.resize(x.rows(), embedding.vocab());
+  set_shape(cache.logits, x.rows(), embedding.vocab());
   if (tied_.empty()) {
     multiply_nt<T>(x, embedding.weight().value, cache.logits);
   } else {

@@ -201,7 +201,7 @@ class MultiToken {
   const Matrix<T>& join(std::size_t k, const Decoder<T>& model, TokenIds ids, MatrixIn<T> h,
                         const Pass& pass, ModuleCache& own) const {
     const MultiTokenModule<T>& module = modules_[k];
-    own.joined.resize(h.rows(), 2 * d_model());
+    set_shape(own.joined, h.rows(), 2 * d_model());
     own.joined.leftCols(d_model()) =
         module.embedding_norm.forward(model.embed(ids, pass, own.embed), pass, own.embedding_norm);
     own.joined.rightCols(d_model()) = module.hidden_norm.forward(h, pass, own.hidden_norm);
@@ -242,12 +242,12 @@ T MultiToken<T>::forward(const Decoder<T>& model, const typename Decoder<T>::Cac
   if (config_.mean == TargetMean::kMain && tokens == 0) tokens = count_targets(targets);
   cache.modules.resize(modules_.size());
   cache.losses.assign(modules_.size(), T(0));
-  cache.d_source.resize(source.rows(), source.cols());
+  set_shape(cache.d_source, source.rows(), source.cols());
   const Matrix<T>* h = &source;
   for (std::size_t k = 0; k < modules_.size(); ++k) {
     ModuleCache& own = cache.modules[k];
     place(k, ids, targets, pass, k == 0 ? nullptr : &cache.modules[k - 1], own);
-    own.h.resize(own.rows.count(), d_model());
+    set_shape(own.h, own.rows.count(), d_model());
     for (Index r = 0; r < own.rows.count(); ++r) own.h.row(r) = h->row(own.rows[r]);
     Pass inner = pass;
     inner.sequences = &own.sequences;
@@ -288,7 +288,7 @@ typename Decoder<T>::HiddenGradient MultiToken<T>::backward(Decoder<T>& model, C
     const Matrix<T>& d_before = module.hidden_norm.backward(d_joined.rightCols(d), own.hidden_norm);
     Matrix<T>& to = k == 0 ? cache.d_source : cache.modules[k - 1].d_h;
     const Index rows = k == 0 ? cache.d_source.rows() : cache.modules[k - 1].h.rows();
-    to.setZero(rows, d);
+    set_zero(to, rows, d);
     for (Index r = 0; r < own.rows.count(); ++r) to.row(own.rows[r]) = d_before.row(r);
   }
   if (config_.source == HiddenSource::kHidden) return {.hidden = &cache.d_source};

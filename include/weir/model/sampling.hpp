@@ -116,7 +116,7 @@ template <std::floating_point T>
 const RowVector<T>& Sampler<T>::distribution(MatrixIn<T> logits, const Sampling& sampling) {
   choose("Sampler::distribution", logits, sampling);
   const double total = total_weight();
-  distribution_.setZero(logits.cols());
+  set_zero(distribution_, logits.cols());
   for (Index i = 0; i < kept_.count(); ++i) {
     distribution_[kept_[i]] = static_cast<T>(weights_[i] / total);
   }

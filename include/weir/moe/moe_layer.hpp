@@ -136,7 +136,7 @@ class MoELayer {
     balancers_.backward(routing, router_, d, cache.balancers);
     selector_.backward(routing, d, cache.selector);
     router_.add_noise_gradient(d.noise, cache.router);
-    cache.dx.resize(dy.rows(), d_model());
+    set_shape(cache.dx, dy.rows(), d_model());
     add_rows<T>(through_experts, router_.backward(d.logits, cache.router), cache.dx);
     capacity_.observe(routing);
     balancers_.observe(routing);

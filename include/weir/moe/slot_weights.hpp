@@ -132,7 +132,7 @@ void SlotWeights<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) cons
   cache.copy_real(x, cache.x);
   compute_logits(cache);
   expect_finite_logits(cache);
-  cache.combine.resize(cache.logits.rows(), slots());
+  set_shape(cache.combine, cache.logits.rows(), slots());
   softmax<T>(cache.logits, cache.combine);
   for (Index t = 0; t < cache.logits.rows(); ++t) {
     if (cache.rows.is_padding(t)) cache.combine.row(t).setZero();
@@ -146,8 +146,8 @@ void SlotWeights<T>::backward(Cache& cache, Matrix<T>& dx) {
   compute_d_logits(cache);
   const Matrix<T>& left = is_normalised() ? cache.unit_x : cache.x;
   const Matrix<T>& right = is_normalised() ? cache.scaled_phi : phi_.value;
-  cache.d_unit_x.resize(dx.rows(), d_model());
-  cache.d_phi.setZero(slots(), d_model());
+  set_shape(cache.d_unit_x, dx.rows(), d_model());
+  set_zero(cache.d_phi, slots(), d_model());
   cache.products.clear();
   cache.products.push_back(product_nn<T>(cache.d_logits, right, cache.d_unit_x));
   if (dx.rows() > 0) cache.products.push_back(product_tn<T>(cache.d_logits, left, cache.d_phi));
@@ -184,11 +184,11 @@ void SlotWeights<T>::add_unit_backward(T factor, const T* v, const T* du, T* dv)
 
 template <std::floating_point T>
 void SlotWeights<T>::compute_logits(Cache& cache) const {
-  cache.logits.resize(cache.x.rows(), slots());
+  set_shape(cache.logits, cache.x.rows(), slots());
   if (!is_normalised()) return multiply_nt<T>(cache.x, phi_.value, cache.logits);
-  cache.unit_x.resize(cache.x.rows(), d_model());
-  cache.unit_phi.resize(slots(), d_model());
-  cache.scaled_phi.resize(slots(), d_model());
+  set_shape(cache.unit_x, cache.x.rows(), d_model());
+  set_shape(cache.unit_phi, slots(), d_model());
+  set_shape(cache.scaled_phi, slots(), d_model());
   parallel_rows(cache.x.rows(), 4 * d_model(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) unit_row(T(1), &cache.x(t, 0), &cache.unit_x(t, 0));
   });
@@ -230,7 +230,7 @@ void SlotWeights<T>::weigh_tokens(Index begin, Index m, Cache& cache) const {
 
 template <std::floating_point T>
 void SlotWeights<T>::compute_d_logits(Cache& cache) const {
-  cache.d_logits.setZero(cache.logits.rows(), slots());
+  set_zero(cache.d_logits, cache.logits.rows(), slots());
   add_softmax_backward<T>(cache.combine, cache.d_combine, cache.d_logits);
   cache.d_transposed.reserve(cache.logits.rows() * slots());
   cache.for_each_sequence([&](Index, Index begin, Index m) {

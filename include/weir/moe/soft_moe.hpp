@@ -97,7 +97,7 @@ class SoftMoE {
     weights_.forward(x, pass, weights);
 
     const Index count = weights.rows.sequences().count();
-    cache.slot_x.setZero(count * slots(), d_model());
+    set_zero(cache.slot_x, count * slots(), d_model());
     cache.products.clear();
     weights.for_each_sequence([&](Index s, Index begin, Index m) {
       cache.products.push_back(product_nn<T>(weights.part_of(weights.dispatch, begin, m),
@@ -107,7 +107,7 @@ class SoftMoE {
     multiply<T>(cache.products);
     copy_rows<T>(forward_experts(count, pass, cache), cache.slot_y);
 
-    cache.y.resize(x.rows(), bank_.d_out());
+    set_shape(cache.y, x.rows(), bank_.d_out());
     cache.products.clear();
     weights.for_each_sequence([&](Index s, Index begin, Index m) {
       cache.products.push_back(product_nn<T>(weights.combine.middleRows(begin, m),
@@ -126,8 +126,8 @@ class SoftMoE {
     cache.state.begin_backward("SoftMoE::backward", *this, dy);
     auto& weights = cache.weights;
     weights.copy_real(dy, cache.dy);
-    cache.d_slot_y.setZero(cache.slot_y.rows(), cache.slot_y.cols());
-    weights.d_combine.resize(dy.rows(), slots());
+    set_zero(cache.d_slot_y, cache.slot_y.rows(), cache.slot_y.cols());
+    set_shape(weights.d_combine, dy.rows(), slots());
     cache.products.clear();
     weights.for_each_sequence([&](Index s, Index begin, Index m) {
       const auto dy_s = cache.dy.middleRows(begin, m);
@@ -141,7 +141,7 @@ class SoftMoE {
     const Matrix<T>& d_slot_x =
         bank_.backward(cache.d_slot_y, cache.dispatch, cache.d_ones, cache.bank);
 
-    cache.dx.resize(dy.rows(), d_model());
+    set_shape(cache.dx, dy.rows(), d_model());
     weights.d_dispatch.reserve(dy.rows() * slots());
     cache.products.clear();
     weights.for_each_sequence([&](Index s, Index begin, Index m) {

@@ -84,7 +84,7 @@ template <class T>
 T CrossEntropy<T>::forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens) const {
   cache.state.begin();
   cache.tokens = check(logits, targets, tokens);
-  cache.logits.resize(logits.rows(), logits.cols());
+  set_shape(cache.logits, logits.rows(), logits.cols());
   targets.copy_to(cache.targets);
   cache.log_normaliser.resize(targets.count());
   parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
@@ -124,7 +124,7 @@ const Matrix<T>& CrossEntropy<T>::backward(Cache& cache, T scale) const {
   }
   const Matrix<T>& logits = cache.logits;
   const T share = scale / static_cast<T>(std::max<Index>(1, cache.tokens));
-  cache.d_logits.resize(logits.rows(), logits.cols());
+  set_shape(cache.d_logits, logits.rows(), logits.cols());
   parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       const Index target = cache.targets[t];

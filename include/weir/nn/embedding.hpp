@@ -84,7 +84,7 @@ const Matrix<T>& Embedding<T>::forward(TokenIds ids, const Pass& pass, Cache& ca
   cache.state.begin();
   check(ids);
   ids.copy_to(cache.ids);
-  cache.y.resize(ids.count(), d_model());
+  set_shape(cache.y, ids.count(), d_model());
   parallel_rows(cache.y.rows(), d_model(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) cache.y.row(t) = weight_.value.row(cache.ids[t]);
   });

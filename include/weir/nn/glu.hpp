@@ -155,16 +155,16 @@ template <std::floating_point T, Activation Act>
 const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("Glu::forward", "x", x, d_model());
-  cache.y.resize(x.rows(), d_model());
+  set_shape(cache.y, x.rows(), d_model());
   if (packed_) {
     run_packed(x, cache.packed, cache.y);
     return cache.state.finish(*this, Pass{}, cache.y);  // Nothing is kept for `backward`.
   }
-  cache.gate.resize(x.rows(), d_hidden());
-  cache.up.resize(x.rows(), d_hidden());
+  set_shape(cache.gate, x.rows(), d_hidden());
+  set_shape(cache.up, x.rows(), d_hidden());
   if (pass.training) {
     cache.x = x;
-    cache.h.resize(x.rows(), d_hidden());
+    set_shape(cache.h, x.rows(), d_hidden());
     run(x, cache.gate, cache.up, cache.h, cache.y);
   } else {
     run(x, cache.gate, cache.up, cache.gate, cache.y);
@@ -176,10 +176,10 @@ template <std::floating_point T, Activation Act>
 const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   expect_trainable("Glu::backward", storage_);
   cache.state.begin_backward("Glu::backward", *this, dy);
-  cache.dh.resize(dy.rows(), d_hidden());
-  cache.d_gate.resize(dy.rows(), d_hidden());
-  cache.d_up.resize(dy.rows(), d_hidden());
-  cache.dx.resize(dy.rows(), d_model());
+  set_shape(cache.dh, dy.rows(), d_hidden());
+  set_shape(cache.d_gate, dy.rows(), d_hidden());
+  set_shape(cache.d_up, dy.rows(), d_hidden());
+  set_shape(cache.dx, dy.rows(), d_model());
 
   const Product<T> behind[] = {product_nn<T>(dy, down_.value, cache.dh),
                                product_tn<T>(dy, cache.h, down_.gradient(), true)};

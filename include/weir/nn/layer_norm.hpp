@@ -49,7 +49,7 @@ class LayerNorm {
     expect_positive("LayerNorm", "d_model", d_model);
     expect_positive("LayerNorm", "epsilon", config_.epsilon);
     weight_.value.setOnes(1, d_model);
-    if (config.bias) bias_.value.setZero(1, d_model);
+    if (config.bias) set_zero(bias_.value, 1, d_model);
   }
 
   /// \param x        [tokens, d_model].
@@ -99,10 +99,10 @@ template <std::floating_point T>
 const Matrix<T>& LayerNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("LayerNorm::forward", "x", x, d_model());
-  cache.y.resize(x.rows(), d_model());
+  set_shape(cache.y, x.rows(), d_model());
   if (pass.training) {
-    cache.normal.resize(x.rows(), d_model());
-    cache.inverse_std.resize(x.rows(), 1);
+    set_shape(cache.normal, x.rows(), d_model());
+    set_shape(cache.inverse_std, x.rows(), 1);
   }
   parallel_rows(x.rows(), 4 * d_model(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
@@ -118,7 +118,7 @@ const Matrix<T>& LayerNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& c
 template <std::floating_point T>
 const Matrix<T>& LayerNorm<T>::backward(MatrixIn<T> dy, Cache& cache) {
   cache.state.begin_backward("LayerNorm::backward", *this, dy);
-  cache.dx.resize(dy.rows(), d_model());
+  set_shape(cache.dx, dy.rows(), d_model());
   const T* const g = weight_.value.data();
   sum_runs_of_rows<T>(dy.rows(), 2 * d_model(), cache.d_parameters, [&](Index t, T* sums) {
     const T* const d = &dy.coeffRef(t, 0);

@@ -61,7 +61,7 @@ class Linear {
     expect_positive("Linear", "d_in", d_in);
     expect_positive("Linear", "d_out", d_out);
     weight_ = kernels::Weight<T>(switch_init<T>(d_out, d_in, rng, config.init_scale));
-    if (config.bias) bias_.value.setZero(1, d_out);
+    if (config.bias) set_zero(bias_.value, 1, d_out);
   }
 
   /// Takes over a weight [d_out, d_in] and, unless empty, a bias [1, d_out].
@@ -85,7 +85,7 @@ class Linear {
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     expect_trainable("Linear::backward", weight_.storage());
     cache.state.begin_backward("Linear::backward", *this, dy);
-    cache.dx.resize(dy.rows(), d_in());
+    set_shape(cache.dx, dy.rows(), d_in());
     linear_backward<T>(dy, cache.x, weight_, bias_, cache.dx);
     return cache.dx;
   }
@@ -120,7 +120,7 @@ const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cach
   cache.state.begin();
   expect_columns("Linear::forward", "x", x, d_in());
   if (pass.training) cache.x = x;
-  cache.y.resize(x.rows(), d_out());
+  set_shape(cache.y, x.rows(), d_out());
   linear_forward<T>(x, weight_, bias_.value, cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }

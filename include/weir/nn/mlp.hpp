@@ -151,11 +151,11 @@ template <std::floating_point T, Activation Act>
 const Matrix<T>& Mlp<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("Mlp::forward", "x", x, d_model());
-  cache.h.resize(x.rows(), d_hidden());
-  cache.y.resize(x.rows(), d_model());
+  set_shape(cache.h, x.rows(), d_hidden());
+  set_shape(cache.y, x.rows(), d_model());
   if (pass.training) {
     cache.x = x;
-    cache.z.resize(x.rows(), d_hidden());
+    set_shape(cache.z, x.rows(), d_hidden());
     run(x, cache.z, cache.h, cache.y);
   } else {
     run(x, cache.h, cache.h, cache.y);
@@ -167,9 +167,9 @@ template <std::floating_point T, Activation Act>
 const Matrix<T>& Mlp<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   expect_trainable("Mlp::backward", in_.storage());
   cache.state.begin_backward("Mlp::backward", *this, dy);
-  cache.dh.resize(dy.rows(), d_hidden());
-  cache.dz.resize(dy.rows(), d_hidden());
-  cache.dx.resize(dy.rows(), d_model());
+  set_shape(cache.dh, dy.rows(), d_hidden());
+  set_shape(cache.dz, dy.rows(), d_hidden());
+  set_shape(cache.dx, dy.rows(), d_model());
   linear_backward<T>(dy, cache.h, out_, out_bias_, cache.dh);
   activation_backward<Act, T>(cache.z, cache.dh, cache.dz);
   linear_backward<T>(cache.dz, cache.x, in_, in_bias_, cache.dx);

@@ -96,10 +96,10 @@ template <std::floating_point T>
 const Matrix<T>& RmsNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("RmsNorm::forward", "x", x, d_model());
-  cache.y.resize(x.rows(), d_model());
+  set_shape(cache.y, x.rows(), d_model());
   if (pass.training) {
-    cache.x.resize(x.rows(), d_model());
-    cache.inverse_rms.resize(x.rows(), 1);
+    set_shape(cache.x, x.rows(), d_model());
+    set_shape(cache.inverse_rms, x.rows(), 1);
   }
   parallel_rows(x.rows(), 3 * d_model(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
@@ -118,7 +118,7 @@ const Matrix<T>& RmsNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cac
 template <std::floating_point T>
 const Matrix<T>& RmsNorm<T>::backward(MatrixIn<T> dy, Cache& cache) {
   cache.state.begin_backward("RmsNorm::backward", *this, dy);
-  cache.dx.resize(dy.rows(), d_model());
+  set_shape(cache.dx, dy.rows(), d_model());
   const T* const g = weight_.value.data();
   sum_runs_of_rows<T>(dy.rows(), d_model(), cache.d_weight, [&](Index t, T* d_weight) {
     const T* const d = &dy.coeffRef(t, 0);

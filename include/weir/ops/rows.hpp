@@ -32,7 +32,7 @@ void parallel_pieces(Index rows, Index cols, Index cost, Body&& body) {
 /// `to` = `from`, on all threads; `to` is resized.
 template <class T>
 void copy_rows(MatrixIn<T> from, Matrix<T>& to) {
-  to.resize(from.rows(), from.cols());
+  set_shape(to, from.rows(), from.cols());
   parallel_pieces(from.rows(), from.cols(), 1, [&](Index t, Index col, Index count) {
     std::copy_n(&from.coeffRef(t, col), count, &to(t, col));
   });
@@ -61,7 +61,7 @@ void add_rows(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> sum) {
 /// product = a * b, elementwise, on all threads; `product` is resized.
 template <class T>
 void multiply_rows(MatrixIn<T> a, MatrixIn<T> b, Matrix<T>& product) {
-  product.resize(a.rows(), a.cols());
+  set_shape(product, a.rows(), a.cols());
   parallel_pieces(a.rows(), a.cols(), 1, [&](Index t, Index col, Index count) {
     loops::multiply(count, &a.coeffRef(t, col), &b.coeffRef(t, col), &product(t, col));
   });
@@ -70,7 +70,7 @@ void multiply_rows(MatrixIn<T> a, MatrixIn<T> b, Matrix<T>& product) {
 /// to = factor * from, on all threads; `to` is resized.
 template <class T>
 void scale_rows(T factor, MatrixIn<T> from, Matrix<T>& to) {
-  to.resize(from.rows(), from.cols());
+  set_shape(to, from.rows(), from.cols());
   parallel_pieces(from.rows(), from.cols(), 1, [&](Index t, Index col, Index count) {
     loops::scale(count, factor, &from.coeffRef(t, col), &to(t, col));
   });

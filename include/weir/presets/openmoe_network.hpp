@@ -82,7 +82,7 @@ const Matrix<T>& OpenMoENetwork<T>::forward(MatrixIn<T> x, const Pass& pass, Cac
   const Matrix<T>& gate = gate_.forward(x, pass, cache.gate);
   multiply_rows<T>(up_.forward(x, pass, cache.up), linear_.forward(x, pass, cache.linear),
                    cache.product);
-  cache.h.resize(x.rows(), gate.cols());
+  set_shape(cache.h, x.rows(), gate.cols());
   glu_forward<Silu, T>(gate, cache.product, cache.h);
   return cache.state.finish(*this, pass, down_.forward(cache.h, pass, cache.down));
 }
@@ -91,8 +91,8 @@ template <std::floating_point T>
 const Matrix<T>& OpenMoENetwork<T>::backward(MatrixIn<T> dy, Cache& cache) {
   cache.state.begin_backward("OpenMoENetwork::backward", *this, dy);
   const Matrix<T>& dh = down_.backward(dy, cache.down);
-  cache.d_gate.resize(dh.rows(), dh.cols());
-  cache.d_product.resize(dh.rows(), dh.cols());
+  set_shape(cache.d_gate, dh.rows(), dh.cols());
+  set_shape(cache.d_product, dh.rows(), dh.cols());
   glu_backward<Silu, T>(cache.gate.y, cache.product, dh, cache.d_gate, cache.d_product);
   cache.dx = gate_.backward(cache.d_gate, cache.gate);
   multiply_rows<T>(cache.d_product, cache.linear.y, cache.d_factor);

@@ -113,7 +113,7 @@ class BiasBalance : public BalancerBase {
 
  private:
   void start(Index experts) {
-    load_.setZero(experts);
+    set_zero(load_, experts);
     allowed_.assign(experts, 0);
   }
 

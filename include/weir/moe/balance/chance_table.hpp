@@ -44,8 +44,8 @@ void ChanceTable<T>::set(Index t, const NoisyChoice<T>& choice, std::span<const 
 
 template <std::floating_point T>
 void ChanceTable<T>::add_up() {
-  load.resize(chance.cols());
-  choices.resize(chance.cols());
+  set_shape(load, chance.cols());
+  set_shape(choices, chance.cols());
   parallel_for((chance.cols() + kLanes<double> - 1) / kLanes<double>, [&](Index block) {
     const Index e = block * kLanes<double>;
     const Index count = std::min(kLanes<double>, chance.cols() - e);

@@ -78,8 +78,8 @@ template <std::floating_point T>
 double EntropyLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
   const auto tokens = static_cast<T>(routing.rows.real());
   if (tokens == T(0)) return 0.0;
-  cache.of_token.setZero(routing.tokens());
-  cache.mean.setZero(routing.experts());
+  set_zero(cache.of_token, routing.tokens());
+  set_zero(cache.mean, routing.experts());
   routing.rows.for_each_real(kCostOfLogarithm * routing.experts(), [&](Index t) {
     for (const T p : routing.probabilities.row(t)) cache.of_token[t] -= p_ln_p(p);
   });

@@ -3,6 +3,7 @@
 /// Load loss of two-level mixtures (Shazeer et al. 2017, arXiv:1701.06538, appendix B, eq. 14).
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <span>
 #include <string_view>
@@ -23,6 +24,8 @@ namespace weir {
 struct HierarchicalLoadLossConfig {
   double coefficient = 0.1;
   Variance variance = Variance::kPopulation;
+  double epsilon = 0.0;  ///< Added to the squared mean; 1e-10 in tensor2tensor, whose losses then
+                         ///< depend on the scale of small numbers.
 };
 
 /// Rewards a HierarchicalRouter with noise for sending all experts the same number of tokens, by a
@@ -46,7 +49,7 @@ struct HierarchicalLoadLossConfig {
 /// and with it the rank of a group, where HierarchicalTopK has a k for the first and another for
 /// the rest. Choices are counted instead of estimated where all groups, or all experts of one, are
 /// chosen, and in a level without noise. Where experts are forbidden, the logit of a group is that
-/// of its others together.
+/// of its others together; experts that the pass switches off for all tokens count nowhere.
 ///
 /// Without any noise, as outside of training, load_ij is how many tokens chose the expert, and
 /// there is no gradient; a router that tells no noise of two levels never has any. Padding, and
@@ -71,9 +74,10 @@ class HierarchicalLoadLoss : public BalancerBase {
     check();
   }
 
-  /// \throws ConfigError  if the coefficient is negative.
+  /// \throws ConfigError  if the coefficient or epsilon is negative.
   void check() const {
     expect_at_least("HierarchicalLoadLoss", "coefficient", config_.coefficient, 0.0);
+    expect_at_least("HierarchicalLoadLoss", "epsilon", config_.epsilon, 0.0);
   }
 
   /// \throws ConfigError  unless the router has two levels.
@@ -89,7 +93,8 @@ class HierarchicalLoadLoss : public BalancerBase {
   double forward(const Routing<T>& routing, Cache& cache) const {
     set_load(routing, cache);
     return config_.coefficient *
-           static_cast<double>(squared_variation<T>(cache.load, config_.variance));
+           static_cast<double>(squared_variation<T>(cache.load, routing.open, config_.variance,
+                                                  config_.epsilon));
   }
 
   /// Adds `scale` times d(loss)/d(noise) of both levels and, for the thresholds and the noisy
@@ -144,19 +149,20 @@ template <std::floating_point T>
 void HierarchicalLoadLoss<T>::backward(const Routing<T>& routing, double scale,
                                        RoutingGradient<T>& gradient, Cache& cache) const {
   if (!has_noise(routing)) return;
-  squared_variation<T>(cache.load, config_.variance, &cache.d_load);
+  squared_variation<T>(cache.load, routing.open, config_.variance, config_.epsilon,
+                       &cache.d_load);
   cache.d_load *= static_cast<T>(scale * config_.coefficient);
   const Index groups = groups_of(routing);
   const Index size = size_of(routing);
-  cache.d_primary.setZero(groups);
-  cache.d_secondary.setZero(routing.experts());
+  set_zero(cache.d_primary, groups);
+  set_zero(cache.d_secondary, routing.experts());
   for (Index e = 0; e < routing.experts(); ++e) {
     const Index g = e / size;
     const T visits = visits_of(routing, cache, g);
     cache.d_primary[g] += cache.d_load[e] * share_of(routing, cache, e);
     if (visits > T(0)) cache.d_secondary[e] = cache.d_load[e] * cache.primary.load[g] / visits;
   }
-  cache.d_a.setZero(routing.tokens(), groups);
+  set_zero(cache.d_a, routing.tokens(), groups);
   routing.rows.for_each_real(kCost * (groups + routing.experts()), [&](Index t) {
     for (Index g = 0; g < groups; ++g) {
       choice_in_group(routing, t, g)
@@ -172,15 +178,15 @@ void HierarchicalLoadLoss<T>::backward(const Routing<T>& routing, double scale,
 
 template <std::floating_point T>
 void HierarchicalLoadLoss<T>::set_load(const Routing<T>& routing, Cache& cache) {
-  cache.load.setZero(routing.experts());
+  set_zero(cache.load, routing.experts());
   if (!has_noise(routing)) return routing.add_load(0, routing.tokens(), cache.load);
   const Index groups = groups_of(routing);
   const Index size = size_of(routing);
   cache.a.set("HierarchicalLoadLoss", routing.logits, groups, {});
   cache.group.resize(routing.assignments());
   for (Index a = 0; a < routing.assignments(); ++a) cache.group[a] = routing.expert[a] / size;
-  cache.primary.chance.resize(routing.tokens(), groups);
-  cache.secondary.chance.resize(routing.tokens(), routing.experts());
+  set_shape(cache.primary.chance, routing.tokens(), groups);
+  set_shape(cache.secondary.chance, routing.tokens(), routing.experts());
   parallel_rows(routing.tokens(), kCost * (groups + routing.experts()),
                 [&](Index begin, Index end) {
                   for (Index t = begin; t < end; ++t) set_chances(routing, t, cache);
@@ -198,7 +204,11 @@ T HierarchicalLoadLoss<T>::share_of(const Routing<T>& routing, const Cache& cach
   if (visits > T(0)) return cache.secondary.load[e] / visits;
   T all = T(0);
   for (Index g = 0; g < groups_of(routing); ++g) all += visits_of(routing, cache, g);
-  const auto size = static_cast<T>(size_of(routing));
+  const Index group = e / size_of(routing);
+  const auto size =
+      static_cast<T>(std::count_if(routing.open.begin(), routing.open.end(),
+                                   [&](Index o) { return o / size_of(routing) == group; }));
+  if (size == T(0)) return T(0);
   return all > T(0) ? static_cast<T>(routing.assignments()) / (all * size) : T(0);
 }
 

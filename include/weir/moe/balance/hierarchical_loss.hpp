@@ -30,14 +30,17 @@ struct HierarchicalLossConfig {
 ///
 ///     loss = coefficient * (outer + inner)
 ///     outer = groups / T^2 * sum_g n_g sum_t P_tg,                 P_tg = sum_{e in g} p_te
-///     inner = experts / T^2 * sum_g sum_{e in g} c_e sum_{t: g} q_te,    q_te = p_te / P_tg
+///     inner = groups / T^2 * sum_g |g| sum_{e in g} c_e sum_{t: g} q_te,    q_te = p_te / P_tg
 ///
 /// n_g counts the tokens whose first choice is in group g, c_e those whose first choice is expert
-/// e, dropped or not; the inner sum over t is over the tokens of n_g, and T counts the real tokens.
+/// e, dropped or not; |g| counts the experts of group g, the inner sum over t is over the tokens of
+/// n_g, and T counts the real tokens.
 /// Inner is the mean over the groups of what GShardLoss would be for T / groups tokens to each: at
 /// uniform load both are 1, the loss is twice the coefficient, and a group with twice as many
-/// tokens has four times the weight. The groups are neighbours, all of the same size. Over the
-/// sequences, if that is the scope, the mean is taken.
+/// tokens has four times the weight. The groups are neighbours, all of the same size. Experts that
+/// the pass switches off for all tokens are not in |g|, and a group without others is not among the
+/// `groups`; an expert that is forbidden to some tokens counts. Over the sequences, if that is the
+/// scope, the mean is taken.
 ///
 /// n_g and c_e are constant to the derivative. Padding, and choices of tokens without any expert,
 /// are not counted. Mesh TensorFlow divides the inner sums by the length of the groups' buffers,
@@ -49,7 +52,7 @@ class HierarchicalLoss : public BalancerBase {
   static constexpr std::string_view kName = "hierarchical";
   struct Cache {
     PriceSpace<T> outer;
-    RowVector<T> price;  ///< [experts], experts / T^2 * c_e of one sequence, or of the batch.
+    RowVector<T> price;  ///< [experts], groups / T^2 * |g| * c_e of one sequence, or of the batch.
     Index parts = 0;     ///< How many sequences, or batches, have real tokens.
   };
 
@@ -78,18 +81,36 @@ class HierarchicalLoss : public BalancerBase {
   const HierarchicalLossConfig& config() const { return config_; }
 
  private:
-  /// How many experts a group has.
+  /// How many neighbours a group has.
   Index size(const Routing<T>& routing) const { return routing.experts() / config_.groups; }
+
+  /// |g| of the group of expert e.
+  Index open_size(const Routing<T>& routing, Index e) const {
+    const Index group = e / size(routing);
+    return std::count_if(routing.open.begin(), routing.open.end(),
+                         [&](Index other) { return other / size(routing) == group; });
+  }
+
+  /// The number of groups that have an open expert.
+  Index open_groups(const Routing<T>& routing) const {
+    Index count = 0;
+    Index last = -1;
+    for (const Index e : routing.open) {  // In ascending order.
+      if (e / size(routing) != last) ++count;
+      last = e / size(routing);
+    }
+    return count;
+  }
 
   /// groups / T * n_g for each expert of g.
   auto group_prices(const Routing<T>& routing) const {
     return [&routing, this](Index begin, Index end, Index tokens, RowVector<T>& u) {
-      u.setZero(routing.experts());
+      set_zero(u, routing.experts());
       const Index width = size(routing);
       for_each_first_choice(routing, begin, end, [&](Index /*t*/, Index first) {
         u.segment(first / width * width, width).array() += T(1);
       });
-      u *= static_cast<T>(config_.groups) / static_cast<T>(tokens);
+      u *= static_cast<T>(open_groups(routing)) / static_cast<T>(tokens);
     };
   }
 
@@ -102,10 +123,13 @@ class HierarchicalLoss : public BalancerBase {
       const auto tokens = static_cast<T>(routing.rows.real(begin, end));
       if (tokens == T(0)) return;
       ++cache.parts;
-      cache.price.setZero(routing.experts());
+      set_zero(cache.price, routing.experts());
       for_each_first_choice(routing, begin, end,
                             [&](Index /*t*/, Index first) { cache.price[first] += T(1); });
-      cache.price *= static_cast<T>(routing.experts()) / (tokens * tokens);
+      const T factor = static_cast<T>(open_groups(routing)) / (tokens * tokens);
+      for (const Index e : routing.open) {
+        cache.price[e] *= factor * static_cast<T>(open_size(routing, e));
+      }
       for_each_first_choice(routing, begin, end, body);
     });
   }

@@ -20,6 +20,8 @@ namespace weir {
 struct LoadLossConfig {
   double coefficient = 0.1;
   Variance variance = Variance::kPopulation;
+  double epsilon = 0.0;  ///< Added to the squared mean; 1e-10 in tensor2tensor, whose losses then
+                         ///< depend on the scale of small numbers.
 };
 
 /// Rewards a noisy router for sending all experts the same number of tokens, by a smooth estimate
@@ -36,7 +38,8 @@ struct LoadLossConfig {
 /// Derivatives go through C, std and the thresholds, which are noisy logits of other experts. Where
 /// the router drew no noise, as outside of training, load_e is how many tokens chose e, dropped or
 /// not, and there is no gradient. The same holds for a token that chose all experts (k = experts,
-/// or none else allowed) and for an element of zero std. Where all load_e are equal the loss is
+/// or none else allowed) and for an element of zero std. CV is over the experts that the pass allows
+/// to some token. Where all load_e are equal the loss is
 /// zero. Padding, and tokens without experts, are not counted.
 ///
 /// Meant for selectors that choose the largest logits, such as TopKSoftmax; a HierarchicalRouter
@@ -54,8 +57,11 @@ class LoadLoss : public BalancerBase {
 
   explicit LoadLoss(LoadLossConfig config = {}) : config_(config) { check(); }
 
-  /// \throws ConfigError  if the coefficient is negative.
-  void check() const { expect_at_least("LoadLoss", "coefficient", config_.coefficient, 0.0); }
+  /// \throws ConfigError  if the coefficient or epsilon is negative.
+  void check() const {
+    expect_at_least("LoadLoss", "coefficient", config_.coefficient, 0.0);
+    expect_at_least("LoadLoss", "epsilon", config_.epsilon, 0.0);
+  }
 
   /// \throws ConfigError  if the router has two levels, of whose loads this is no estimate.
   template <class R>
@@ -71,7 +77,8 @@ class LoadLoss : public BalancerBase {
   double forward(const Routing<T>& routing, Cache& cache) const {
     set_load(routing, cache);
     return config_.coefficient *
-           static_cast<double>(squared_variation<T>(cache.load, config_.variance));
+           static_cast<double>(squared_variation<T>(cache.load, routing.open, config_.variance,
+                                                  config_.epsilon));
   }
 
   /// Adds `scale` times d(loss)/d(noise) and, for the thresholds, d(loss)/d(logits).
@@ -96,7 +103,8 @@ template <std::floating_point T>
 void LoadLoss<T>::backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
                            Cache& cache) const {
   if (routing.noise.empty()) return;
-  squared_variation<T>(cache.load, config_.variance, &cache.d_load);
+  squared_variation<T>(cache.load, routing.open, config_.variance, config_.epsilon,
+                       &cache.d_load);
   cache.d_load *= static_cast<T>(scale * config_.coefficient);
   parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
@@ -110,11 +118,11 @@ void LoadLoss<T>::backward(const Routing<T>& routing, double scale, RoutingGradi
 template <std::floating_point T>
 void LoadLoss<T>::set_load(const Routing<T>& routing, Cache& cache) {
   if (routing.noise.empty()) {
-    cache.load.setZero(routing.experts());
+    set_zero(cache.load, routing.experts());
     routing.add_load(0, routing.tokens(), cache.load);
     return;
   }
-  cache.chances.chance.resize(routing.tokens(), routing.experts());
+  set_shape(cache.chances.chance, routing.tokens(), routing.experts());
   parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       cache.chances.set(t, choice_of(routing, t), routing.experts_of(t));

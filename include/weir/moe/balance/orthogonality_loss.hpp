@@ -83,9 +83,9 @@ class OrthogonalityLoss : public BalancerBase {
     check_router(router);
     const Matrix<T>& w = router.expert_vectors()->value;
     const Index size = w.rows() / config_.groups;
-    cache.unit.resize(w.rows(), w.cols());
-    cache.norm.resize(w.rows());
-    cache.products.resize(w.rows(), size);
+    set_shape(cache.unit, w.rows(), w.cols());
+    set_shape(cache.norm, w.rows());
+    set_shape(cache.products, w.rows(), size);
     unit_rows<T>(w, cache.unit, cache.norm.data());
     for (Index first = 0; first < w.rows(); first += size) {
       const auto unit = cache.unit.middleRows(first, size);
@@ -103,7 +103,7 @@ class OrthogonalityLoss : public BalancerBase {
   void backward(R& router, double scale, Cache& cache) const {
     const Index experts = cache.products.rows();
     const Index size = cache.products.cols();
-    cache.d_unit.resize(experts, cache.unit.cols());
+    set_shape(cache.d_unit, experts, cache.unit.cols());
     for (Index first = 0; first < experts; first += size) {
       multiply_nn<T>(cache.products.middleRows(first, size), cache.unit.middleRows(first, size),
                      cache.d_unit.middleRows(first, size));

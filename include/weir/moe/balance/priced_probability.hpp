@@ -40,7 +40,7 @@ T priced_probability(const Routing<T>& routing, Scope scope, std::type_identity_
     if (tokens == 0) return;
     ++groups;
     price(begin, end, tokens, space.price);
-    p.setZero(routing.experts());
+    set_zero(p, routing.experts());
     for (Index t = begin; t < end; ++t) {
       if (!routing.rows.is_padding(t)) p += routing.probabilities.row(t);
     }

@@ -37,7 +37,7 @@ struct ReluL1LossConfig {
 /// fewer, and stays at exactly k. At uniform load with k experts to a token f_e = 1: then eq. 10 is
 /// eq. 7, lambda times the mean over tokens of the sum of their weights. f_e is constant to the
 /// derivative, and the loss reaches the router through the weights of chosen experts. Without real
-/// tokens the loss is zero.
+/// tokens the loss is zero. `experts` are those that the pass allows to some token.
 ///
 /// The paper has one lambda for all layers, moved by their mean sparsity, and divides the loss by
 /// the number of layers; here every layer has its own. lambda is a buffer, so that a resumed
@@ -133,7 +133,7 @@ template <std::floating_point T>
 void ReluL1Loss<T>::set_prices(const Routing<T>& routing, RowVector<T>& price) const {
   const T lambda = coefficient_.value(0, 0);
   const auto tokens = static_cast<T>(routing.rows.real());
-  price.setZero(routing.experts());
+  set_zero(price, routing.experts());
   if (routing.assignments() == 0) return;
   if (!config_.load_balance) {
     price.setConstant(lambda / tokens);
@@ -141,7 +141,7 @@ void ReluL1Loss<T>::set_prices(const Routing<T>& routing, RowVector<T>& price) c
   }
   routing.add_load(0, routing.tokens(), price);
   price *=
-      lambda * static_cast<T>(routing.experts()) / (static_cast<T>(config_.k) * tokens * tokens);
+      lambda * static_cast<T>(routing.open_experts()) / (static_cast<T>(config_.k) * tokens * tokens);
 }
 
 }  // namespace weir

@@ -18,13 +18,16 @@ namespace weir {
 /// Settings of SecondPlaceLoss.
 struct SecondPlaceLossConfig {
   double coefficient = 0.005;
+  double epsilon = 0.0;  ///< Mesh TensorFlow: 1e-9, against a division by zero, which makes the loss
+                         ///< of tokens whose first choice is certain too small. Here, a token with
+                         ///< no probability left for others has the loss 0 in any case.
 };
 
 /// Rewards a router for spreading the second-best experts of the tokens evenly, beside GShardLoss,
 /// which does it for the best:
 ///
 ///     loss = coefficient * experts / T^2 * sum_e c_e * sum_t q_te
-///     q_te = p_te / (sum_{j != first_t} p_tj + 1e-9),    q_te = 0 for e = first_t
+///     q_te = p_te / (sum_{j != first_t} p_tj + epsilon),    q_te = 0 for e = first_t
 ///
 /// first_t is the first choice of token t. c_e counts the tokens whose probability is largest at e
 /// once first_t is out, whether they are sent there or not; of equal ones the lowest index wins. T
@@ -32,7 +35,7 @@ struct SecondPlaceLossConfig {
 ///
 /// Padding, and tokens without any choice, count in no c_e and no q. Experts that are forbidden to
 /// a token do not count for it either: a token that is allowed its first choice alone has no second
-/// place. The loss is zero with one expert or without tokens, and the coefficient where second
+/// place. `experts` are those that the pass allows to some token. The loss is zero with one expert or without tokens, and the coefficient where second
 /// choices are spread evenly. The counts and first_t are constant to the derivative.
 template <std::floating_point T>
 class SecondPlaceLoss : public BalancerBase {
@@ -44,9 +47,10 @@ class SecondPlaceLoss : public BalancerBase {
 
   explicit SecondPlaceLoss(SecondPlaceLossConfig config = {}) : config_(config) { check(); }
 
-  /// \throws ConfigError  if the coefficient is negative.
+  /// \throws ConfigError  if the coefficient or epsilon is negative.
   void check() const {
     expect_at_least("SecondPlaceLoss", "coefficient", config_.coefficient, 0.0);
+    expect_at_least("SecondPlaceLoss", "epsilon", config_.epsilon, 0.0);
   }
 
   /// \return         The loss, already scaled by `coefficient`.
@@ -72,14 +76,14 @@ class SecondPlaceLoss : public BalancerBase {
   void set_prices(const Routing<T>& routing, RowVector<T>& price) const;
 
   /// sum_e price_e q_te
-  static auto of_token(const Routing<T>& routing, Index t, Index first, const RowVector<T>& price) {
+  auto of_token(const Routing<T>& routing, Index t, Index first, const RowVector<T>& price) const {
     const auto is_in = [&routing, t, first](Index e) { return competes(routing, t, first, e); };
     return ConditionalPrice<T, decltype(is_in)>{.p = &routing.probabilities(t, 0),
                                                 .u = price.data(),
                                                 .begin = 0,
                                                 .end = routing.experts(),
                                                 .is_in = is_in,
-                                                .epsilon = T(1e-9)};
+                                                .epsilon = static_cast<T>(config_.epsilon)};
   }
 
   SecondPlaceLossConfig config_;
@@ -98,7 +102,7 @@ double SecondPlaceLoss<T>::forward(const Routing<T>& routing, Cache& cache) cons
 template <std::floating_point T>
 void SecondPlaceLoss<T>::set_prices(const Routing<T>& routing, RowVector<T>& price) const {
   const Index experts = routing.experts();
-  price.setZero(experts);
+  set_zero(price, experts);
   for_each_first_choice(routing, 0, routing.tokens(), [&](Index t, Index first) {
     Index second = experts;
     for (Index e = 0; e < experts; ++e) {
@@ -111,7 +115,7 @@ void SecondPlaceLoss<T>::set_prices(const Routing<T>& routing, RowVector<T>& pri
   });
   const auto tokens = static_cast<T>(routing.rows.real());
   if (tokens == T(0)) return;
-  price *= static_cast<T>(config_.coefficient) * static_cast<T>(experts) / (tokens * tokens);
+  price *= static_cast<T>(config_.coefficient) * static_cast<T>(routing.open_experts()) / (tokens * tokens);
 }
 
 }  // namespace weir

@@ -34,7 +34,8 @@ struct SimilarityLossConfig {
 ///     dloss/dP = 2 * coefficient / T * P W
 ///
 /// With uniform probabilities the loss is the coefficient at any load, also at uniform load, and
-/// coefficient / experts where no token has two experts. Without assignments it is zero. As W is
+/// coefficient / experts where no token has two experts. `experts` are those that the pass allows to
+/// some token. Without assignments it is zero. As W is
 /// one of the whole batch, the loss of a batch is not the mean of those of its parts.
 template <std::floating_point T>
 class SimilarityLoss : public BalancerBase {
@@ -73,7 +74,7 @@ template <std::floating_point T>
 double SimilarityLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
   if (routing.assignments() == 0) return 0.0;
   set_similarity(routing, cache.w);
-  cache.pw.resize(routing.tokens(), routing.experts());
+  set_shape(cache.pw, routing.tokens(), routing.experts());
   multiply_nn<T>(routing.probabilities, cache.w, cache.pw);
   const T sum = loops::dot<T>(cache.pw.size(), routing.probabilities.data(), cache.pw.data());
   return factor(routing) * static_cast<double>(sum);
@@ -93,7 +94,7 @@ void SimilarityLoss<T>::backward(const Routing<T>& routing, double scale,
 template <std::floating_point T>
 void SimilarityLoss<T>::set_similarity(const Routing<T>& routing, Matrix<T>& w) {
   const Index experts = routing.experts();
-  w.setZero(experts, experts);
+  set_zero(w, experts, experts);
   for (Index t = 0; t < routing.tokens(); ++t) {
     for (const Index i : routing.experts_of(t)) {
       for (const Index j : routing.experts_of(t)) w(i, j) += T(1);
@@ -101,7 +102,7 @@ void SimilarityLoss<T>::set_similarity(const Routing<T>& routing, Matrix<T>& w) 
   }
   const T alone = w.trace();
   const T together = w.sum() - alone;
-  const auto n = static_cast<T>(experts);
+  const auto n = static_cast<T>(routing.open_experts());
   const T of_one = n / alone;
   const T of_two = together > T(0) ? (n * n - n) / together : T(0);
   for (Index i = 0; i < experts; ++i) {

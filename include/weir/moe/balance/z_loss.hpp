@@ -60,7 +60,7 @@ template <std::floating_point T>
 double ZLoss<T>::forward(const Routing<T>& routing, Cache& cache) const {
   const Index tokens = routing.rows.real();
   if (tokens == 0) return 0.0;
-  cache.lse.setZero(routing.tokens());
+  set_zero(cache.lse, routing.tokens());
   routing.rows.for_each_real(kCostOfExp * routing.experts(), [&](Index t) {
     cache.lse[t] = logsumexp<T>(row_span(routing.logits, t));
   });

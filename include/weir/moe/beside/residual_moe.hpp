@@ -56,9 +56,9 @@ class ResidualMoE {
     copy_rows<T>(forward_dense(x, pass, cache), cache.dense_out);
     expect_shape("ResidualMoE::forward", "the dense network's output", cache.dense_out,
                  cache.moe_out.rows(), cache.moe_out.cols());
-    cache.share.resize(x.rows(), 2);
+    set_shape(cache.share, x.rows(), 2);
     softmax<T>(mix_.forward(x, pass, cache.mix), cache.share);
-    cache.y.resize(cache.moe_out.rows(), cache.moe_out.cols());
+    set_shape(cache.y, cache.moe_out.rows(), cache.moe_out.cols());
     parallel_pieces(cache.y.rows(), cache.y.cols(), 3, [&](Index t, Index col, Index count) {
       loops::blend<T>(count, cache.share(t, 0), &cache.moe_out(t, col), cache.share(t, 1),
                       &cache.dense_out(t, col), &cache.y(t, col));
@@ -72,9 +72,9 @@ class ResidualMoE {
   /// \throws ShapeError   if dy does not have the shape of y.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     cache.state.begin_backward("ResidualMoE::backward", *this, dy);
-    cache.d_moe.resize(dy.rows(), dy.cols());
-    cache.d_dense.resize(dy.rows(), dy.cols());
-    cache.d_share.resize(dy.rows(), 2);
+    set_shape(cache.d_moe, dy.rows(), dy.cols());
+    set_shape(cache.d_dense, dy.rows(), dy.cols());
+    set_shape(cache.d_share, dy.rows(), 2);
     parallel_rows(dy.rows(), 6 * dy.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const T* const d = &dy.coeffRef(t, 0);
@@ -84,10 +84,10 @@ class ResidualMoE {
         loops::scale<T>(dy.cols(), cache.share(t, 1), d, &cache.d_dense(t, 0));
       }
     });
-    cache.d_logits.setZero(dy.rows(), 2);
+    set_zero(cache.d_logits, dy.rows(), 2);
     add_softmax_backward<T>(cache.share, cache.d_share, cache.d_logits);
     const Matrix<T>& d_routed = moe_.backward(cache.d_moe, cache.moe);
-    cache.dx.resize(d_routed.rows(), d_routed.cols());
+    set_shape(cache.dx, d_routed.rows(), d_routed.cols());
     add_rows<T>(d_routed, dense_.backward(cache.d_dense, cache.dense), cache.dx);
     add_rows<T>(cache.dx, mix_.backward(cache.d_logits, cache.mix), cache.dx);
     return cache.dx;

@@ -93,7 +93,7 @@ class SharedExperts {
     const Matrix<T>& shared = forward_shared(x, pass, cache);
     expect_shape("SharedExperts::forward", "the shared experts' output", shared, routed.rows(),
                  routed.cols());
-    cache.y.resize(routed.rows(), routed.cols());
+    set_shape(cache.y, routed.rows(), routed.cols());
     if (gate_) {
       forward_gated(x, routed, shared, pass, cache);
     } else if (config_.is_plain_sum()) {
@@ -115,7 +115,7 @@ class SharedExperts {
     cache.state.begin_backward("SharedExperts::backward", *this, dy);
     const Matrix<T>& d_routed =
         moe_.backward(scaled(routed_weight(), dy, cache.d_routed), cache.moe);
-    cache.dx.resize(d_routed.rows(), d_routed.cols());
+    set_shape(cache.dx, d_routed.rows(), d_routed.cols());
     if (gate_) {
       backward_gate(dy, cache);
       add_rows<T>(d_routed, shared_.backward(cache.d_shared, cache.shared), cache.dx);
@@ -164,7 +164,7 @@ class SharedExperts {
     cache.open = gate_->forward(x, pass, cache.gate).unaryExpr([](T z) {
       return T(1) / (T(1) + std::exp(-z));
     });
-    cache.shared_out.resize(shared.rows(), shared.cols());
+    set_shape(cache.shared_out, shared.rows(), shared.cols());
     parallel_rows(x.rows(), 3 * x.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         loops::blend(routed.cols(), routed_weight(), &routed(t, 0),
@@ -176,8 +176,8 @@ class SharedExperts {
 
   /// The gradients of the gate's logit and of the shared experts' output.
   void backward_gate(MatrixIn<T> dy, Cache& cache) const {
-    cache.d_gate.resize(dy.rows(), 1);
-    cache.d_shared.resize(dy.rows(), dy.cols());
+    set_shape(cache.d_gate, dy.rows(), 1);
+    set_shape(cache.d_shared, dy.rows(), dy.cols());
     parallel_rows(dy.rows(), 4 * dy.cols(), [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
         const T open = cache.open(t, 0);

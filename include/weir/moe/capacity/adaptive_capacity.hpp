@@ -37,7 +37,7 @@ struct AdaptiveCapacityConfig {
 /// c_e counts the assignments to expert e in one group that `scope` names, dropped or not. Each
 /// group of each backward pass has its f*; the mean is that since the last update.
 /// Groups without assignments are not counted; without any group the factor stays. C is
-/// ceil(f * T * k / experts), at least `minimum`, the same in training and evaluation. The factor
+/// ceil((T * k / experts) * f), `experts` being those that the pass allows to some token, at least `minimum`, the same in training and evaluation. The factor
 /// is a buffer: saved, and not trained by gradient; nothing has a gradient here.
 ///
 /// The rule is this library's own. Tutel (Hwang et al. 2022, arXiv:2206.03382), see
@@ -76,10 +76,10 @@ class AdaptiveCapacity : public CapacityBase {
   template <class U>
   void observe(const Routing<U>& routing) {
     routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
-      load_.setZero(routing.experts());
+      set_zero(load_, routing.experts());
       routing.add_load(begin, end, load_);
       if (load_.sum() == 0.0) return;
-      needed_ += needed_factor();
+      needed_ += needed_factor(routing.open_experts());
       ++observed_;
     });
   }
@@ -98,7 +98,8 @@ class AdaptiveCapacity : public CapacityBase {
  private:
   /// f* of `load_`, which it sorts. Cutting the m largest loads to a level drops
   /// sum_{i < m} c_i - m * level; the right m is the one whose level is not below the next load.
-  double needed_factor();
+  /// Those of experts that are not open are zero, and last.
+  double needed_factor(Index open);
 
   AdaptiveCapacityConfig config_;
   Buffer<T> factor_;
@@ -140,18 +141,18 @@ void AdaptiveCapacity<T>::update_self() {
 }
 
 template <std::floating_point T>
-double AdaptiveCapacity<T>::needed_factor() {
+double AdaptiveCapacity<T>::needed_factor(Index open) {
   std::sort(load_.data(), load_.data() + load_.size(), std::greater<double>());
   const double total = load_.sum();
   const double tolerated = config_.tolerated * total;
   double sum = 0.0;
   double level = 0.0;
-  for (Index m = 1; m <= load_.size(); ++m) {
+  for (Index m = 1; m <= open; ++m) {
     sum += load_[m - 1];
     level = (sum - tolerated) / static_cast<double>(m);
-    if (m == load_.size() || level >= load_[m]) break;
+    if (m == open || level >= load_[m]) break;
   }
-  return level * static_cast<double>(load_.size()) / total;
+  return level * static_cast<double>(open) / total;
 }
 
 }  // namespace weir

@@ -107,10 +107,10 @@ class DepthChoice {
 
   /// Starts `cache.d_score` with what the loss of predictions makes of it, or trains the predictor.
   void begin_backward(Cache& cache) {
-    cache.d_score.setZero(cache.score.rows(), 1);
+    set_zero(cache.d_score, cache.score.rows(), 1);
     if (cache.loss_scale == T(0)) return;
     if constexpr (kHasPredictor) {
-      cache.d_prediction.resize(cache.score.rows(), 1);
+      set_shape(cache.d_prediction, cache.score.rows(), 1);
       choice_loss_backward<T>(cache.prediction, cache.part.chosen, cache.part.rows,
                               cache.loss_scale, cache.d_prediction);
       predictor_.backward(cache.d_prediction, cache.predictor);
@@ -154,7 +154,7 @@ class DepthChoice {
   }
 
   void score(std::string_view where, MatrixIn<T> x, Cache& cache) const {
-    cache.score.setZero(x.rows(), 1);
+    set_zero(cache.score, x.rows(), 1);
     for (Index t = 0; t < x.rows(); ++t) {
       if (!cache.part.is_real(t)) continue;
       cache.score(t, 0) = loops::dot<T>(d_model(), &x.coeffRef(t, 0), weight_.value.data());

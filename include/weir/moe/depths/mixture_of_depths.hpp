@@ -141,7 +141,7 @@ class MixtureOfDepths {
     typename Choice::Cache& choice = cache.choice;
     copy_rows<T>(dy, cache.dx);
     choice_.begin_backward(choice);
-    cache.d_part_y.resize(choice.part.count(), d_model());
+    set_shape(cache.d_part_y, choice.part.count(), d_model());
     parallel_rows(choice.part.count(), 3 * d_model(), [&](Index begin, Index end) {
       for (Index i = begin; i < end; ++i) {
         const Index t = choice.part.token[i];

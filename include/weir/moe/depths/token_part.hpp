@@ -75,7 +75,7 @@ struct TokenPart {
 
   /// part[i] = x[token of i], [chosen, cols].
   void gather(MatrixIn<T> x, Matrix<T>& part) const {
-    part.resize(count(), x.cols());
+    set_shape(part, count(), x.cols());
     for (Index i = 0; i < count(); ++i) part.row(i) = x.row(token[i]);
   }
 

@@ -51,7 +51,7 @@ class TokenPredictor {
   /// \throws ShapeError   if x does not have d_model columns.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     const Matrix<T>& z = in_.forward(x, pass, cache.in);
-    cache.h.resize(z.rows(), z.cols());
+    set_shape(cache.h, z.rows(), z.cols());
     activation_forward<Act, T>(z, cache.h);
     return out_.forward(cache.h, pass, cache.out);
   }
@@ -62,7 +62,7 @@ class TokenPredictor {
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     const Matrix<T>& dh = out_.backward(dy, cache.out);
-    cache.dz.resize(dh.rows(), dh.cols());
+    set_shape(cache.dz, dh.rows(), dh.cols());
     activation_backward<Act, T>(cache.in.y, dh, cache.dz);
     return in_.backward(cache.dz, cache.in);
   }

@@ -77,7 +77,7 @@ class AnyBank {
       const PassRecord::Scope scope(pass.record, std::to_string(e));
       pass.record->add(cache.records[e]);
     }
-    cache.y.resize(x.rows(), d_out_);
+    set_shape(cache.y, x.rows(), d_out_);
     combine<T>(out, dispatch, cache.y);
     return cache.y;
   }
@@ -93,7 +93,7 @@ class AnyBank {
       const Matrix<T>& dx = experts_[e].backward(d_out.middleRows(begin, rows), cache.experts[e]);
       d_packed.middleRows(begin, rows) = dx;
     });
-    cache.dx.resize(dy.rows(), d_in_);
+    set_shape(cache.dx, dy.rows(), d_in_);
     gather_backward<T>(d_packed, dispatch, cache.dx);
     return cache.dx;
   }

@@ -188,7 +188,7 @@ const Matrix<T>& ClampedGluBank<T>::forward(MatrixIn<T> x, const Dispatch<T>& di
   up_.forward(packed, dispatch, up, cache.workspace);
   activate(gate, up, hidden);
   down_.forward(hidden, dispatch, out, cache.workspace);
-  cache.y.resize(x.rows(), d_out());
+  set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);
   return cache.y;
 }
@@ -209,7 +209,7 @@ const Matrix<T>& ClampedGluBank<T>::backward(MatrixIn<T> dy, const Dispatch<T>& 
   activate_backward(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
   gate_.backward(d_gate, cache.x.view(), dispatch, d_packed, false, cache.workspace);
   up_.backward(d_up, cache.x.view(), dispatch, d_packed, true, cache.workspace);
-  cache.dx.resize(dy.rows(), d_in());
+  set_shape(cache.dx, dy.rows(), d_in());
   gather_backward<T>(d_packed, dispatch, cache.dx);
   return cache.dx;
 }

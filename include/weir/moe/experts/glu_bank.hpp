@@ -148,7 +148,7 @@ const Matrix<T>& GluBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
         dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); }, cache.groups,
         cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
   }
-  cache.y.resize(x.rows(), d_out());
+  set_shape(cache.y, x.rows(), d_out());
   combine<T>(cache.out.view(), dispatch, cache.y);
   return cache.y;
 }
@@ -196,7 +196,7 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
   });
   multiply<T>(cache.products);
 
-  cache.dx.resize(dy.rows(), d_in());
+  set_shape(cache.dx, dy.rows(), d_in());
   gather_backward<T>(d_packed, dispatch, cache.dx);
   return cache.dx;
 }

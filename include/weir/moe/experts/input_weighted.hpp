@@ -69,7 +69,7 @@ class InputWeighted : public BankWrapper<Bank> {
     const auto row_of = [&](Index s) { return dispatch.assignment(s); };
     const Pass own = gathered_pass(pass, dispatch, dispatch.assignments(), row_of, cache.token_ids);
     const Matrix<T>& out = bank_.forward(weighted, cache.dispatch, own, cache.inner);
-    cache.y.resize(x.rows(), d_out());
+    set_shape(cache.y, x.rows(), d_out());
     const auto one = [](Index) { return T(1); };
     add_up(out, dispatch, one, cache.y);
     return cache.y;
@@ -94,7 +94,7 @@ class InputWeighted : public BankWrapper<Bank> {
             loops::dot<T>(d_in(), &d_weighted(a, 0), &cache.x(dispatch.token(s), 0));
       }
     });
-    cache.dx.resize(dy.rows(), d_in());
+    set_shape(cache.dx, dy.rows(), d_in());
     const auto weight = [&](Index s) { return dispatch.weight(s); };
     add_up(d_weighted, dispatch, weight, cache.dx);
     return cache.dx;

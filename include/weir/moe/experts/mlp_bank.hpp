@@ -140,7 +140,7 @@ const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
   activation_forward<Act, T>(inner, hidden);
   out_.forward(hidden, dispatch, out, cache.workspace);
 
-  cache.y.resize(x.rows(), d_out());
+  set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);
   return cache.y;
 }
@@ -161,7 +161,7 @@ const Matrix<T>& MlpBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
   activation_backward<Act, T>(cache.inner.view(), d_hidden_packed, d_inner);
   in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.workspace);
 
-  cache.dx.resize(dy.rows(), d_in());
+  set_shape(cache.dx, dy.rows(), d_in());
   gather_backward<T>(d_packed, dispatch, cache.dx);
   return cache.dx;
 }

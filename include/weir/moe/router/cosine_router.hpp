@@ -106,8 +106,8 @@ class CosineRouter : public RouterBase<T> {
   }
 
   static void normalise(MatrixIn<T> rows, Matrix<T>& unit, RowVector<T>& norm) {
-    unit.resize(rows.rows(), rows.cols());
-    norm.resize(rows.rows());
+    set_shape(unit, rows.rows(), rows.cols());
+    set_shape(norm, rows.rows());
     unit_rows<T>(rows, unit, norm.data());
   }
 
@@ -122,7 +122,7 @@ const Matrix<T>& CosineRouter<T>::forward(MatrixIn<T> x, const Pass& pass, Cache
   expect_columns("CosineRouter::forward", "x", x, d_model());
   normalise(projection_.forward(x, pass, cache.projection), cache.u, cache.u_norm);
   normalise(embedding_.value, cache.v, cache.v_norm);
-  cache.logits.resize(x.rows(), experts());
+  set_shape(cache.logits, x.rows(), experts());
   multiply_nt<T>(cache.u, cache.v, cache.logits);
   cache.logits *= scale();
   return cache.state.finish(*this, pass, cache.logits);
@@ -142,8 +142,8 @@ const Matrix<T>& CosineRouter<T>::backward(MatrixIn<T> d_logits, Cache& cache) {
     d_log_scale(0, 0) += static_cast<T>(sum);
   }
   scale_rows<T>(scale(), d_logits, cache.d_cosine);
-  cache.du.resize(cache.u.rows(), cache.u.cols());
-  cache.dv.resize(cache.v.rows(), cache.v.cols());
+  set_shape(cache.du, cache.u.rows(), cache.u.cols());
+  set_shape(cache.dv, cache.v.rows(), cache.v.cols());
   const Product<T> products[] = {product_nn<T>(cache.d_cosine, cache.v, cache.du),
                                  product_tn<T>(cache.d_cosine, cache.u, cache.dv)};
   multiply<T>(products);

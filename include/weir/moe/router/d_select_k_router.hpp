@@ -194,9 +194,9 @@ const Matrix<T>& DSelectKRouter<T>::forward(MatrixIn<T> x, const Pass& pass, Cac
   pass.check("DSelectKRouter::forward", x.rows());
   const Matrix<T>& z = selectors_.forward(x, pass, cache.selectors);
   const Matrix<T>& mixture = mixture_.forward(x, pass, cache.mixture);
-  cache.step.resize(z.rows(), z.cols());
-  cache.share.resize(z.rows(), config_.k);
-  cache.weights.resize(z.rows(), experts_);
+  set_shape(cache.step, z.rows(), z.cols());
+  set_shape(cache.share, z.rows(), config_.k);
+  set_shape(cache.weights, z.rows(), experts_);
   softmax<T>(mixture, cache.share);
   parallel_rows(z.rows(), row_cost(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
@@ -216,8 +216,8 @@ template <std::floating_point T>
 const Matrix<T>& DSelectKRouter<T>::backward(MatrixIn<T> dq, Cache& cache) {
   cache.state.begin_backward("DSelectKRouter::backward", *this, dq);
   const Matrix<T>& z = cache.selectors.y;
-  cache.d_z.resize(z.rows(), z.cols());
-  cache.d_share.resize(z.rows(), config_.k);
+  set_shape(cache.d_z, z.rows(), z.cols());
+  set_shape(cache.d_share, z.rows(), config_.k);
   parallel_rows(z.rows(), 2 * bits_ * row_cost(), [&](Index begin, Index end) {
     auto& space = ThreadSpace<T, DSelectKRouter>::of_this_thread();
     space.reserve(experts_);
@@ -243,10 +243,10 @@ const Matrix<T>& DSelectKRouter<T>::backward(MatrixIn<T> dq, Cache& cache) {
       }
     }
   });
-  cache.d_mixture.setZero(z.rows(), config_.k);
+  set_zero(cache.d_mixture, z.rows(), config_.k);
   add_softmax_backward<T>(cache.share, cache.d_share, cache.d_mixture);
   const Matrix<T>& through_z = selectors_.backward(cache.d_z, cache.selectors);
-  cache.dx.resize(z.rows(), d_model());
+  set_shape(cache.dx, z.rows(), d_model());
   add_rows<T>(through_z, mixture_.backward(cache.d_mixture, cache.mixture), cache.dx);
   return cache.dx;
 }
@@ -254,11 +254,11 @@ const Matrix<T>& DSelectKRouter<T>::backward(MatrixIn<T> dq, Cache& cache) {
 template <std::floating_point T>
 void DSelectKRouter<T>::add_up_loss(const Pass& pass, Cache& cache) const {
   const Index tokens = cache.weights.rows();
-  cache.per_loss.setZero(tokens, 1);
+  set_zero(cache.per_loss, tokens, 1);
   if (!pass.has_aux_losses() || !(has_entropy() || has_reach())) return;
   Index real = 0;
   for (Index t = 0; t < tokens; ++t) real += pass.is_padding(t) ? 0 : 1;
-  cache.loss.resize(tokens, 1);
+  set_shape(cache.loss, tokens, 1);
   parallel_rows(tokens, 8 * row_cost(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       cache.loss(t, 0) = T(0);

@@ -64,7 +64,7 @@ void GroupLogits<T>::set(std::string_view who, MatrixIn<T> z, Index groups, cons
   expect_allowed_fits(who, z.rows(), z.cols(), pass, 0);
   copy_rows<T>(z, z_);
   if (!pass.allowed.empty()) forbid_experts<T>(pass, z_);
-  x_.resize(z.rows(), groups);
+  set_shape(x_, z.rows(), groups);
   for_each_group([&](Index t, Index g, Index first, Index size) {
     x_(t, g) = logsumexp<T>(span_of(&z_(t, first), size));
   });

@@ -55,7 +55,7 @@ class GumbelRouter : public MappedLogitsRouter<Inner> {
     if (!pass.training || config_.scale == 0.0) {
       return cache.state.finish(*this, pass, this->inner_.forward(x, pass, cache.inner));
     }
-    cache.logits.resize(x.rows(), this->experts());
+    set_shape(cache.logits, x.rows(), this->experts());
     noise_.fill(pass, MatrixOut<T>(cache.logits));
     cache.logits *= static_cast<T>(config_.scale);
     const Matrix<T>& z = this->inner_.forward(x, pass, cache.inner);

@@ -47,7 +47,7 @@ class HashRouter : public RouterBase<T> {
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
     cache.state.begin_backward("HashRouter::backward", *this, d_logits);
-    cache.dx.setZero(d_logits.rows(), d_model_);
+    set_zero(cache.dx, d_logits.rows(), d_model_);
     return cache.dx;
   }
 
@@ -76,7 +76,7 @@ HashRouter<T>::HashRouter(Index d_model, Index experts, std::span<const Index> t
   expect_at_least<Index>("HashRouter", "experts", experts, 1);
   if (table.empty())
     throw_error<ConfigError>("HashRouter: the table is empty, expected one per id");
-  table_.value.resize(1, static_cast<Index>(table.size()));
+  set_shape(table_.value, 1, static_cast<Index>(table.size()));
   for (Index id = 0; id < vocab(); ++id) {
     const Index expert = table[static_cast<std::size_t>(id)];
     if (expert < 0 || expert >= experts) {
@@ -97,7 +97,7 @@ const Matrix<T>& HashRouter<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& 
     throw_error<ConfigError>(
         "HashRouter::forward: pass.token_ids is empty, expected one id per token");
   }
-  cache.logits.resize(x.rows(), experts_);
+  set_shape(cache.logits, x.rows(), experts_);
   for (Index t = 0; t < x.rows(); ++t) {
     if (pass.is_padding(t)) {
       cache.logits.row(t).setZero();

@@ -91,8 +91,8 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
     expect_columns("HierarchicalRouter::forward", "x", x, d_model());
     const Matrix<T>& a = forward_groups(x, pass, cache);
     const Matrix<T>& b = forward_experts(x, pass, cache);
-    cache.logits.resize(x.rows(), experts());
-    if (pass.training) cache.within.resize(x.rows(), experts());
+    set_shape(cache.logits, x.rows(), experts());
+    if (pass.training) set_shape(cache.within, x.rows(), experts());
     for_each_group(x.rows(), [&](Index t, Index g, Index first, Index size) {
       const T* const from = &b(t, first);
       const T at = a(t, g);
@@ -103,9 +103,9 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
     });
     tell_noise(a, b, pass, cache);
     if (pass.training) {
-      cache.da.setZero(x.rows(), groups());
-      cache.db.setZero(x.rows(), experts());
-      cache.dz.setZero(x.rows(), experts());
+      set_zero(cache.da, x.rows(), groups());
+      set_zero(cache.db, x.rows(), experts());
+      set_zero(cache.dz, x.rows(), experts());
     }
     return cache.state.finish(*this, pass, cache.logits);
   }
@@ -148,7 +148,7 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
     });
     const Matrix<T>& through_groups = groups_.backward(cache.da, cache.groups);
     const Matrix<T>& through_experts = experts_.backward(cache.db, cache.experts);
-    cache.dx.resize(d_logits.rows(), d_model());
+    set_shape(cache.dx, d_logits.rows(), d_model());
     add_rows<T>(through_groups, through_experts, cache.dx);
     return cache.dx;
   }

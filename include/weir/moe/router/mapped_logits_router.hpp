@@ -70,7 +70,7 @@ class MappedLogitsRouter : public RouterWrapper<Inner> {
                                  const Pass& pass, Cache& cache) const {
     cache.is_mapped = true;
     cache.scale = scale;
-    if (pass.training) cache.dz.setZero(z.rows(), z.cols());
+    if (pass.training) set_zero(cache.dz, z.rows(), z.cols());
     const std::span<const NoiseLevel<T>> inner = Wrapper::noise(cache);
     cache.levels = inner.size();
     if (inner.empty()) return cache.logits;

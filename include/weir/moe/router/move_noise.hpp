@@ -27,7 +27,7 @@ void move_noise(std::span<const NoiseLevel<T>> from, MatrixIn<T> x, T scale, Mat
                 NoiseLevel<T>& to) {
   if (from.empty()) {
     copy_rows<T>(moved, to.clean);
-    to.deviation.setZero(moved.rows(), moved.cols());
+    set_zero(to.deviation, moved.rows(), moved.cols());
     return;
   }
   const Matrix<T>& clean = from.back().clean;
@@ -36,7 +36,7 @@ void move_noise(std::span<const NoiseLevel<T>> from, MatrixIn<T> x, T scale, Mat
     constexpr T kLowest = -std::numeric_limits<T>::infinity();
     return y == kLowest ? y : y - scale * (noisy - without);
   };
-  to.clean.resize(moved.rows(), moved.cols());
+  set_shape(to.clean, moved.rows(), moved.cols());
   parallel_pieces(moved.rows(), moved.cols(), 2, [&](Index t, Index col, Index count) {
     map_lanes<T>(count, f, &to.clean(t, col), &moved.coeffRef(t, col), &x.coeffRef(t, col),
                  &clean(t, col));

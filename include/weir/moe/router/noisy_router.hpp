@@ -85,7 +85,7 @@ class NoisyRouter : public RouterBase<T> {
     cache.state.begin();
     expect_columns("NoisyRouter::forward", "x", x, d_model());
     cache.noisy = pass.training;
-    cache.logits.resize(x.rows(), experts());
+    set_shape(cache.logits, x.rows(), experts());
     if (cache.noisy) {
       forward_noisy(x, pass, cache);
     } else {
@@ -114,7 +114,7 @@ class NoisyRouter : public RouterBase<T> {
     cache.d_raw += d_logits.cwiseProduct(cache.eps);
     for_each_element(
         cache, [&](Index i) { cache.d_raw.data()[i] /= T(1) + std::exp(-cache.raw.data()[i]); });
-    cache.dx.resize(d_logits.rows(), d_model());
+    set_shape(cache.dx, d_logits.rows(), d_model());
     const Product<T> products[] = {
         product_nn<T>(cache.d_clean, weight_.value, cache.dx),
         product_tn<T>(cache.d_clean, cache.x, weight_.gradient(), true),
@@ -147,7 +147,7 @@ class NoisyRouter : public RouterBase<T> {
 
  private:
   void forward_noisy(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-    cache.eps.resize(x.rows(), experts());
+    set_shape(cache.eps, x.rows(), experts());
     noise_.fill(pass, MatrixOut<T>(cache.eps));
     cache.x = x;
     Matrix<T>& clean = cache.level.clean;
@@ -162,8 +162,8 @@ class NoisyRouter : public RouterBase<T> {
       deviation.data()[i] = softplus + static_cast<T>(config_.min_std);
       cache.logits.data()[i] = clean.data()[i] + cache.eps.data()[i] * deviation.data()[i];
     });
-    cache.d_clean.setZero(x.rows(), experts());
-    cache.d_raw.setZero(x.rows(), experts());
+    set_zero(cache.d_clean, x.rows(), experts());
+    set_zero(cache.d_raw, x.rows(), experts());
   }
 
   template <class Body>

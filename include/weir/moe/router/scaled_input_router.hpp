@@ -52,7 +52,7 @@ class ScaledInputRouter : public RouterWrapper<Inner> {
       return cache.state.finish(*this, pass, this->inner_.forward(x, pass, cache.inner));
     }
     const Rng draws = pass.generator(Factor::kForward).split();
-    cache.factor.resize(x.rows(), x.cols());
+    set_shape(cache.factor, x.rows(), x.cols());
     fill_elements<T>(cache.factor,
                      [&](std::uint64_t n) { return factor_(unit_interval(draws.at(n))); });
     multiply_rows<T>(x, cache.factor, cache.x);

@@ -49,7 +49,8 @@ struct ExpertChoiceConfig {
 /// largest first, equal ones by index. The choice, and |S_t|, are constant to the derivative.
 ///
 /// Whichever the scores, `probabilities` are the softmax over the experts. An expert to which the
-/// pass allows fewer than C tokens takes them all.
+/// pass allows fewer than C tokens takes them all. `experts` in C are those that the pass allows to
+/// some token.
 ///
 /// Not causal: whether a token is taken depends on later ones. A decoder trained with it sees the
 /// future, and one that generates token by token routes differently.
@@ -148,7 +149,7 @@ class ExpertChoice : public SelectorBase<T> {
     for (Index t = begin; t < end; ++t) {
       if (!routing.rows.is_padding(t)) result = result.cwiseMax(routing.logits.row(t));
     }
-    sum.setZero(routing.experts());
+    set_zero(sum, routing.experts());
     for (Index t = begin; t < end; ++t) {
       if (routing.rows.is_padding(t)) continue;
       for (Index e = 0; e < routing.experts(); ++e) {
@@ -193,7 +194,7 @@ void ExpertChoice<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& 
   });
   cache.taken.resize(routing.tokens() * experts);
   routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
-    const Index count = capacity(routing.rows.real(begin, end), experts);
+    const Index count = capacity(routing.rows.real(begin, end), routing.open_experts());
     parallel_rows(experts, 16 * (end - begin), [&](Index first, Index last) {
       for (Index e = first; e < last; ++e) {
         take(routing, begin, end, e, count,
@@ -264,7 +265,7 @@ template <std::floating_point T>
 void ExpertChoice<T>::weigh_over_tokens(Routing<T>& routing, Cache& cache) const {
   const Index groups =
       config_.scope == Scope::kSequence ? routing.rows.sequences().count() : Index(1);
-  cache.normaliser.resize(groups, routing.experts());
+  set_shape(cache.normaliser, groups, routing.experts());
   Index group = 0;
   routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
     auto normaliser = cache.normaliser.row(group++);
@@ -281,7 +282,7 @@ void ExpertChoice<T>::add_backward_over_tokens(const Routing<T>& routing,
   routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
     const auto normaliser = cache.normaliser.row(group++);
     RowVector<T>& inner = cache.per_expert;
-    inner.setZero(routing.experts());
+    set_zero(inner, routing.experts());
     for (Index a = routing.first(begin); a < routing.offsets[end]; ++a) {
       inner[routing.expert[a]] += routing.weight[a] * gradient.weights[a];
     }

@@ -145,7 +145,7 @@ void RelaxedTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTr
   const Index k = config_.k;
   const Index experts = logits.cols();
   const bool relaxes = config_.weight == RelaxedWeight::kRelaxed || pass.training;
-  cache.multiplier.resize(relaxes ? logits.rows() : 0, config_.descent.iterations);
+  set_shape(cache.multiplier, relaxes ? logits.rows() : 0, config_.descent.iterations);
   const KBest best{.who = "RelaxedTopK", .k = k, .imposed = imposed, .cost = cost()};
   route_k_best(
       best, logits, pass, routing,

@@ -144,7 +144,7 @@ void SigmoidTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTr
                            Routing<T>& routing, Cache& cache) const {
   check(logits.cols());
   const Index experts = logits.cols();
-  cache.total.resize(logits.rows());
+  set_shape(cache.total, logits.rows());
   route_k_best(
       {"SigmoidTopK", config_.k, config_.groups, imposed}, logits, pass, routing,
       [&](Index t, T* p) -> const T* {

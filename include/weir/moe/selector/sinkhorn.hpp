@@ -182,7 +182,7 @@ template <std::floating_point T>
 void Sinkhorn<T>::balance(const Routing<T>& routing, Cache& cache) const {
   const Index tokens = routing.tokens();
   const Index experts = routing.experts();
-  cache.kernel.setZero(tokens, experts);
+  set_zero(cache.kernel, tokens, experts);
   routing.rows.for_each_real(16 * experts, [&](Index t) {
     const T largest = routing.logits.row(t).maxCoeff();
     if (!std::isfinite(largest)) return;
@@ -192,7 +192,7 @@ void Sinkhorn<T>::balance(const Routing<T>& routing, Cache& cache) const {
   });
   RowVector<T>& d1 = cache.d1;
   const Index reachable = reach(routing, d1);
-  cache.d0.setZero(tokens);
+  set_zero(cache.d0, tokens);
   const auto real = static_cast<T>(routing.rows.real());
   if (real == T(0)) return;
   for (Index i = 0; i < config_.iterations; ++i) {
@@ -200,7 +200,7 @@ void Sinkhorn<T>::balance(const Routing<T>& routing, Cache& cache) const {
       const T epsilon = static_cast<T>(kEpsilon) * std::exp(-routing.logits.row(t).maxCoeff());
       cache.d0[t] = T(1) / (real * (cache.kernel.row(t).dot(d1) + epsilon));
     });
-    cache.column.setZero(experts);
+    set_zero(cache.column, experts);
     for (Index t = 0; t < tokens; ++t) cache.column += cache.d0[t] * cache.kernel.row(t);
     T change = T(0);
     for (Index e = 0; e < experts; ++e) {

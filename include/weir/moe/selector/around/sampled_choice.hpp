@@ -88,7 +88,7 @@ class SampledChoice : public SelectorWrapper<Inner> {
     if (!draws || config_.certain > 0) inner_.forward(logits, pass, routing, cache.inner);
     if (!draws) return;
     inner_.check(logits.cols());
-    cache.noisy.resize(logits.rows(), logits.cols());
+    set_shape(cache.noisy, logits.rows(), logits.cols());
     noise_.fill(pass, MatrixOut<T>(cache.noisy));
     scale_rows<T>(static_cast<T>(config_.scale), cache.noisy, cache.noisy);
     add_rows<T>(logits, cache.noisy, cache.noisy);
