@@ -36,9 +36,11 @@
 #include <weir/ops/coordinate_descent.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/llama3_scaling.hpp>
 #include <weir/ops/logsumexp.hpp>
 #include <weir/ops/normal.hpp>
 #include <weir/ops/rope.hpp>
+#include <weir/ops/rope_scaling.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/smooth_step.hpp>
 #include <weir/ops/softmax.hpp>

@@ -41,9 +41,23 @@ std::vector<Option> options(const GroupedQueryConfig& base = {
     c.rope = false;
     c.head_dim = 3;
   });
-  add("yarn", [](auto& c) { c.yarn = Yarn{.factor = 8.0, .original_context = 16}; });
+  add("yarn", [](auto& c) { c.rope_scaling = Yarn{.factor = 8.0, .original_context = 16}; });
   add("yarn as DeepSeek has it", [](auto& c) {
-    c.yarn = Yarn{.factor = 8.0, .original_context = 16, .mscale = 0.7, .mscale_all_dim = 0.7};
+    c.rope_scaling =
+        Yarn{.factor = 8.0, .original_context = 16, .mscale = 0.7, .mscale_all_dim = 0.7};
+  });
+  add("positions divided by 4", [](auto& c) { c.rope_scaling = LinearScaling{.factor = 4.0}; });
+  add("dynamic NTK", [](auto& c) {
+    c.rope_scaling = DynamicNtkScaling{.factor = 2.0, .original_context = 16, .length = 80};
+  });
+  add("Llama 3's scaling",
+      [](auto& c) { c.rope_scaling = Llama3Scaling{.factor = 8.0, .original_context = 16}; });
+  add("partial rotation", [](auto& c) { c.rotary_dim = 2; });
+  add("partial rotation of neighbours in an odd head", [](auto& c) {
+    c.head_dim = 7;
+    c.rotary_dim = 4;
+    c.rope_layout = RopeLayout::kInterleaved;
+    c.rope_scaling = LinearScaling{.factor = 2.0};
   });
   add("scale", [](auto& c) { c.scale = 1.3; });
   add("softcap", [](auto& c) { c.softcap = 0.7; });
@@ -66,7 +80,7 @@ std::vector<Option> options(const GroupedQueryConfig& base = {
   add("gpt-oss", [](auto& c) {
     c.qkv_bias = c.output_bias = c.sinks = true;
     c.window = 7;
-    c.yarn = Yarn{.factor = 32.0, .original_context = 16, .truncate = false};
+    c.rope_scaling = Yarn{.factor = 32.0, .original_context = 16, .truncate = false};
   });
   add("Llama 4", [](auto& c) {
     c.qk_norm = QkNorm::kL2;
@@ -411,11 +425,20 @@ TEST_CASE("GroupedQueryAttention says what is wrong with its options",
           c.rope = false;
         }) == layer + "qk_norm = kL2 without rope, expected both");
   CHECK(message([](auto& c) {
-          c.yarn = Yarn{.factor = 2.0};
+          c.rope_scaling = Yarn{.factor = 2.0};
           c.rope = false;
-        }) == layer + "yarn without rope, expected both");
-  CHECK(message([](auto& c) { c.yarn = Yarn{.factor = 0.5}; }) ==
+        }) == layer + "rope_scaling without rope, expected both");
+  CHECK(message([](auto& c) { c.rope_scaling = Yarn{.factor = 0.5}; }) ==
         "Rope: yarn.factor = 0.5, expected a finite number >= 1");
+  CHECK(message([](auto& c) {
+          c.rotary_dim = 2;
+          c.rope = false;
+        }) == layer + "rotary_dim without rope, expected both");
+  CHECK(message([](auto& c) { c.rotary_dim = 3; }) ==
+        layer + "rotary_dim = 3, expected an even number");
+  CHECK(message([](auto& c) { c.rotary_dim = 6; }).starts_with(layer + "rotary_dim = 6, expected"));
+  CHECK(
+      message([](auto& c) { c.rotary_dim = -2; }).starts_with(layer + "rotary_dim = -2, expected"));
   CHECK(message([](auto& c) { c.temperature_scale = 0.1; }) ==
         layer + "temperature_scale = 0.1 with rope, expected it only without");
   CHECK(message([](auto& c) { c.temperature_floor = 0; }) ==

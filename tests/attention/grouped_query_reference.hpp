@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <variant>
 
 #include <weir/attention/grouped_query.hpp>
 #include <weir/core/layer.hpp>
@@ -49,14 +50,15 @@ inline void normalise(Eigen::Ref<Matrix<double>> row, Index dim, double epsilon)
 }
 
 inline void rotate(Eigen::Ref<Matrix<double>> row, const GroupedQueryConfig& c, double position) {
-  const Index half = c.head_dim / 2;
-  const Rope stretched(c.head_dim,
-                       {.theta = c.rope_theta, .layout = c.rope_layout, .yarn = c.yarn});
+  const Index half = (c.rotary_dim == 0 ? c.head_dim : c.rotary_dim) / 2;
+  const Rope stretched(2 * half,
+                       {.theta = c.rope_theta, .layout = c.rope_layout, .scaling = c.rope_scaling});
   for (Index head = 0; head < row.cols(); head += c.head_dim) {
     for (Index i = 0; i < half; ++i) {
       const double frequency =
-          c.yarn ? stretched.frequencies()[i]
-                 : std::pow(c.rope_theta, -static_cast<double>(i) / static_cast<double>(half));
+          std::holds_alternative<NoScaling>(c.rope_scaling)
+              ? std::pow(c.rope_theta, -static_cast<double>(i) / static_cast<double>(half))
+              : stretched.frequencies()[i];
       const double angle = position * frequency;
       const bool split = c.rope_layout == RopeLayout::kHalfSplit;
       double& first = row(0, head + (split ? i : 2 * i));
@@ -102,7 +104,7 @@ inline Matrix<double> reference(GroupedQueryAttention<double>& layer, const Matr
   const Matrix<double>* const query_norm = normed ? &weight(layer, "query_norm") : nullptr;
   const Matrix<double>* const key_norm = normed ? &weight(layer, "key_norm") : nullptr;
   double scale = c.scale;
-  if (scale == 0.0) scale = (c.yarn ? c.yarn->score_scale() : 1.0) / std::sqrt(dim);
+  if (scale == 0.0) scale = score_scale(c.rope_scaling) / std::sqrt(dim);
 
   Matrix<double> context = Matrix<double>::Zero(x.rows(), q.cols());
   for (Index s = 0; s < sequences.count(); ++s) {

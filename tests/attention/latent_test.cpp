@@ -6,6 +6,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include <weir/attention/latent.hpp>
@@ -83,8 +84,9 @@ Matrix<double> reference(Latent& layer, const Matrix<double>& x, const Pass& pas
     }
     return y;
   };
-  const Rope rope(c.rope_dim,
-                  {.theta = c.rope_theta, .layout = RopeLayout::kInterleaved, .yarn = c.yarn});
+  const Rope rope(
+      c.rope_dim,
+      {.theta = c.rope_theta, .layout = RopeLayout::kInterleaved, .scaling = c.rope_scaling});
   const auto rotated = [&](Matrix<double> part, Index position) {
     rope.rotate<double>(part, std::vector<Index>{position});
     return part;
@@ -96,7 +98,9 @@ Matrix<double> reference(Latent& layer, const Matrix<double>& x, const Pass& pas
   const Matrix<double> latent = normed(down.leftCols(c.kv_rank), "kv_norm");
   const Matrix<double> key_nope = latent * weight(layer, "key_up").transpose();
   const Matrix<double> v = latent * weight(layer, "value_up").transpose();
-  const double m = c.yarn ? 0.1 * c.yarn->mscale_all_dim * std::log(c.yarn->factor) + 1.0 : 1.0;
+  const Yarn* const yarn = std::get_if<Yarn>(&c.rope_scaling);
+  const double m =
+      yarn != nullptr ? 0.1 * yarn->mscale_all_dim * std::log(yarn->factor) + 1.0 : 1.0;
   const double scale = m * m / std::sqrt(static_cast<double>(c.nope_dim + c.rope_dim));
 
   Matrix<double> context = Matrix<double>::Zero(x.rows(), v.cols());
@@ -193,9 +197,12 @@ TEST_CASE("LatentAttention matches a case worked by hand", "[attention][latent][
 
 TEST_CASE("LatentAttention is the softmax attention of its definition", "[attention][latent]") {
   LatentConfig config = small(GENERATE(as<Index>{}, 0, 5));
-  if (GENERATE(false, true)) {
-    config.yarn = Yarn{.factor = 8.0, .original_context = 16, .mscale = 1.0, .mscale_all_dim = 0.7};
-  }
+  config.rope_scaling = GENERATE(values<RopeScaling>(
+      {NoScaling{},
+       Yarn{.factor = 8.0, .original_context = 16, .mscale = 1.0, .mscale_all_dim = 0.7},
+       LinearScaling{.factor = 4.0},
+       DynamicNtkScaling{.factor = 2.0, .original_context = 16, .length = 80},
+       Llama3Scaling{.factor = 8.0, .original_context = 16}}));
   Latent layer = make(config);
   Latent::Cache cache;
 
@@ -235,7 +242,7 @@ TEST_CASE("LatentAttention decodes each way what it would compute at once, in ra
                         .rope_dim = 2 * draw(1, 4),
                         .value_dim = draw(1, 9)};
     if (draw(0, 1) == 1) {
-      config.yarn = Yarn{.factor = 4.0, .original_context = 8, .mscale_all_dim = 1.0};
+      config.rope_scaling = Yarn{.factor = 4.0, .original_context = 8, .mscale_all_dim = 1.0};
     }
     Sequences sequences;
     for (Index s = draw(1, 5); s > 0; --s) sequences.append(draw(0, 30));
@@ -407,7 +414,7 @@ TEST_CASE("LatentAttention keeps NaN within its sequence", "[attention][latent]"
 TEST_CASE("LatentAttention depends on distances, not on positions", "[attention][latent]") {
   // Padding in front shifts the positions of the tokens behind it.
   LatentConfig config = small();
-  config.yarn = Yarn{.factor = 8.0, .original_context = 8};
+  config.rope_scaling = Yarn{.factor = 8.0, .original_context = 8};
   const Latent layer = make(config);
   const Matrix<double> x = test::random_matrix(30, 9, 8);
   std::vector<std::uint8_t> mask(30, 1);
@@ -450,7 +457,8 @@ TEST_CASE("LatentAttention gradients agree with finite differences",
     test::check_gradients(layer, test::random_matrix(7, 9, 12));
   }
   SECTION("packed sequences with padding, and a Yarn that scales both rotation and score") {
-    config.yarn = Yarn{.factor = 8.0, .original_context = 16, .mscale = 3.0, .mscale_all_dim = 1.0};
+    config.rope_scaling =
+        Yarn{.factor = 8.0, .original_context = 16, .mscale = 3.0, .mscale_all_dim = 1.0};
     Latent layer = make(config);
     const Sequences sequences({4, 0, 1, 6});
     std::vector<std::uint8_t> mask(11, 1);
@@ -755,8 +763,10 @@ TEST_CASE("LatentAttention says what is wrong with its configuration", "[attenti
         "LatentAttention: rope_theta = nan, expected a finite number > 0");
   CHECK(message([](LatentConfig& c) { c.norm_epsilon = 0.0; }) ==
         "LatentAttention: norm_epsilon = 0, expected a finite number > 0");
-  CHECK(message([](LatentConfig& c) { c.yarn = Yarn{.factor = 0.0}; }) ==
+  CHECK(message([](LatentConfig& c) { c.rope_scaling = Yarn{.factor = 0.0}; }) ==
         "LatentAttention: yarn.factor = 0, expected a finite number >= 1");
+  CHECK(message([](LatentConfig& c) { c.rope_scaling = LinearScaling{.factor = 0.0}; }) ==
+        "LatentAttention: linear.factor = 0, expected a finite number >= 1");
 }
 
 TEST_CASE("LatentAttention says what is wrong with a call", "[attention][latent]") {

@@ -26,7 +26,7 @@ LatentConfig read_config(CaseFile& file) {
   if (extended != file.flag("yarn")) {
     throw_error<FileError>(file.path(), ": cfg.yarn contradicts cfg.max_seq_len");
   }
-  if (extended) config.yarn = yarn;
+  if (extended) config.rope_scaling = yarn;
   return config;
 }
 
@@ -64,9 +64,9 @@ Matrix<double> decode(const LatentAttention<double>& layer, const Matrix<double>
 }
 
 void check_angles(CaseFile& file, Checker& checker, const LatentConfig& config) {
-  const Rope rope(
-      config.rope_dim,
-      {.theta = config.rope_theta, .layout = RopeLayout::kInterleaved, .yarn = config.yarn});
+  const Rope rope(config.rope_dim, {.theta = config.rope_theta,
+                                    .layout = RopeLayout::kInterleaved,
+                                    .scaling = config.rope_scaling});
   std::vector<Index> positions;
   for (Index t = 0; t < file.size("seq"); ++t) positions.push_back(t);
   Scratch<double> table;

@@ -23,7 +23,7 @@ double turns_of(double pair) {
 }
 
 Rope small_rope(const Yarn& yarn) {
-  return Rope(8, {.theta = 16.0, .layout = RopeLayout::kHalfSplit, .yarn = yarn});
+  return Rope(8, {.theta = 16.0, .layout = RopeLayout::kHalfSplit, .scaling = yarn});
 }
 
 void check_frequencies(const Rope& rope, const List<double>& expected) {
@@ -79,7 +79,8 @@ TEST_CASE("Yarn of DeepSeek scales the score and not the rotation", "[ops][yarn]
   const Yarn lite{.factor = 40.0, .mscale = 0.707, .mscale_all_dim = 0.707};
   CHECK(lite.rotation_scale() == 1.0);
   CHECK(lite.score_scale() == Approx(1.5896261651208736).epsilon(1e-14));
-  CHECK(Rope(64, {.theta = 1e4, .layout = RopeLayout::kInterleaved, .yarn = lite}).scale() == 1.0);
+  CHECK(Rope(64, {.theta = 1e4, .layout = RopeLayout::kInterleaved, .scaling = lite}).scale() ==
+        1.0);
 }
 
 TEST_CASE("Yarn with factor 1 changes nothing", "[ops][yarn]") {
@@ -102,7 +103,7 @@ TEST_CASE("Yarn keeps each frequency between the old one and the old one over fa
                     .beta_fast = 2.0 + 60.0 * u(0, 4),
                     .beta_slow = 0.1 + u(0, 5),
                     .truncate = seed % 2 == 0};
-    const Rope rope(head_dim, {.theta = theta, .layout = RopeLayout::kHalfSplit, .yarn = yarn});
+    const Rope rope(head_dim, {.theta = theta, .layout = RopeLayout::kHalfSplit, .scaling = yarn});
     const Rope old(head_dim, {.theta = theta});
     double ramp = 0.0;
     for (Index i = 0; i < head_dim / 2; ++i) {
@@ -125,7 +126,7 @@ TEST_CASE("Yarn with all pairs fast keeps frequencies, with all slow divides the
 TEST_CASE("Rope with a Yarn turns by its frequencies and scales by its scale", "[ops][yarn]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
   const Yarn yarn{.factor = 4.0, .original_context = 64};
-  const Rope rope(8, {.theta = 16.0, .layout = layout, .yarn = yarn});
+  const Rope rope(8, {.theta = 16.0, .layout = layout, .scaling = yarn});
   const std::vector<Index> positions = {5, 100};
   Matrix<double> x = Matrix<double>::Zero(2, 8);
   const Index second = layout == RopeLayout::kHalfSplit ? 4 : 1;
@@ -143,7 +144,7 @@ TEST_CASE("Rope with a Yarn turns by its frequencies and scales by its scale", "
 TEST_CASE("Rope with a Yarn makes products depend on distance alone", "[ops][yarn]") {
   const Rope rope(8, {.theta = 1e4,
                       .layout = RopeLayout::kHalfSplit,
-                      .yarn = Yarn{.factor = 16.0, .original_context = 128}});
+                      .scaling = Yarn{.factor = 16.0, .original_context = 128}});
   const Matrix<double> q = test::random_matrix(1, 8, 2);
   const Matrix<double> k = test::random_matrix(1, 8, 3);
   const auto product = [&](Index i, Index j) {
@@ -161,7 +162,7 @@ TEST_CASE("Rope gradient with a scaling Yarn agrees with finite differences",
           "[ops][yarn][gradient]") {
   const auto layout = GENERATE(RopeLayout::kHalfSplit, RopeLayout::kInterleaved);
   const Rope rope(
-      4, {.theta = 50.0, .layout = layout, .yarn = Yarn{.factor = 4.0, .original_context = 16}});
+      4, {.theta = 50.0, .layout = layout, .scaling = Yarn{.factor = 4.0, .original_context = 16}});
   const std::vector<Index> positions = {2, 0, 9};
   Matrix<double> x = test::random_matrix(3, 8, 7);
   const Matrix<double> weight = test::random_matrix(3, 8, 8);
@@ -178,7 +179,7 @@ TEST_CASE("Rope gradient with a scaling Yarn agrees with finite differences",
 TEST_CASE("Yarn says what is wrong", "[ops][yarn]") {
   const auto message = [](const Yarn& yarn, double theta = 1e4) {
     return test::message_of<ConfigError>(
-        [&] { Rope(8, {.theta = theta, .layout = RopeLayout::kHalfSplit, .yarn = yarn}); });
+        [&] { Rope(8, {.theta = theta, .layout = RopeLayout::kHalfSplit, .scaling = yarn}); });
   };
   CHECK(message({.factor = 0.5}) == "Rope: yarn.factor = 0.5, expected a finite number >= 1");
   CHECK(message({.factor = std::numeric_limits<double>::quiet_NaN()}) ==

@@ -32,6 +32,8 @@
 #include <weir/nn/glu.hpp>
 #include <weir/nn/layer_norm.hpp>
 #include <weir/ops/activation.hpp>
+#include <weir/ops/rope.hpp>
+#include <weir/ops/rope_scaling.hpp>
 #include <weir/presets/dbrx.hpp>
 #include <weir/presets/deepseek_moe_16b.hpp>
 #include <weir/presets/deepseek_v2.hpp>
@@ -152,7 +154,7 @@ TEST_CASE("gpt-oss has clamped experts, a router with bias, and a window in ever
     CHECK(attention(model, layer).sinks);
     CHECK(attention(model, layer).qkv_bias);
     CHECK(attention(model, layer).output_bias);
-    CHECK(attention(model, layer).yarn->factor == 32.0);
+    CHECK(std::get<Yarn>(attention(model, layer).rope_scaling).factor == 32.0);
   }
   const auto whole = std::get<GroupedQueryConfig>(gpt_oss_20b().shape.attention_of(0));
   CHECK(whole.window == 128);
@@ -169,10 +171,32 @@ TEST_CASE("Llama 4 weights what an expert takes, and knows no positions in every
     layer_of<Moe>(model, layer, 1);
     const GroupedQueryConfig config = attention(model, layer);
     CHECK(config.rope == (layer != 3));
+    CHECK(std::holds_alternative<Llama3Scaling>(config.rope_scaling) == (layer != 3));
     CHECK(config.chunk == (layer != 3 ? 8 : 0));
     CHECK((config.qk_norm == QkNorm::kL2) == (layer != 3));
     CHECK((config.temperature_scale > 0.0) == (layer == 3));
   }
+}
+
+TEST_CASE("Llama 4 Scout turns 29 of 64 pairs 16 times slower than its theta says",
+          "[presets][golden]") {
+  // Computed by a separate script: pair 35 is the first with a wavelength above 8192.
+  const auto config = std::get<GroupedQueryConfig>(llama_4_scout().shape.attention_of(0));
+  const Rope rope(
+      config.head_dim,
+      {.theta = config.rope_theta, .layout = config.rope_layout, .scaling = config.rope_scaling});
+  const Rope plain(config.head_dim, {.theta = 5e5});
+  CHECK(rope.frequencies()[34] == Approx(0.0009384738703573802).epsilon(1e-12));
+  CHECK(rope.frequencies()[35] == Approx(4.7781061769823416e-05).epsilon(1e-12));
+  Index slow = 0;
+  for (Index i = 0; i < 64; ++i) {
+    const double ratio = plain.frequencies()[i] / rope.frequencies()[i];
+    if (ratio > 1.5) {
+      CHECK(ratio == Approx(16.0).epsilon(1e-13));
+      ++slow;
+    }
+  }
+  CHECK(slow == 29);
 }
 
 TEST_CASE("DeepSeekMoE begins with a dense layer", "[presets]") {
@@ -203,7 +227,8 @@ TEST_CASE("DeepSeek-V2 chooses from three of eight groups, V2-Lite from all", "[
   CHECK(selector(lite).config().groups.count == 1);
   CHECK(selector(lite).config().scale == 1.0);
   CHECK(layer_of<LatentAttention<T>>(lite, 0, 0).config().q_rank == 0);
-  CHECK(layer_of<LatentAttention<T>>(lite, 0, 0).config().yarn->mscale_all_dim == 0.707);
+  CHECK(std::get<Yarn>(layer_of<LatentAttention<T>>(lite, 0, 0).config().rope_scaling)
+            .mscale_all_dim == 0.707);
 }
 
 TEST_CASE("DeepSeek-V3's experts are balanced by a bias", "[presets]") {

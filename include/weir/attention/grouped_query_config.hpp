@@ -4,14 +4,14 @@
 #pragma once
 
 #include <cmath>
-#include <optional>
+#include <variant>
 
 #include <weir/attention/heads.hpp>
 #include <weir/attention/qk_norm.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/rope.hpp>
-#include <weir/ops/yarn.hpp>
+#include <weir/ops/rope_scaling.hpp>
 
 namespace weir {
 
@@ -22,13 +22,18 @@ struct GroupedQueryConfig {
   Index d_model = 0;
   Index heads = 0;
   Index kv_heads = 0;  ///< Divides heads: `heads` is multi-head, 1 is multi-query attention.
-  Index head_dim = 0;  ///< Even if there is rotation; 0 stands for d_model / heads.
+  Index head_dim = 0;  ///< 0 stands for d_model / heads.
+
+  /// How many numbers of each head are rotated, from its first on; even. 0 stands for head_dim. The
+  /// others know no positions. (Partial rotation, as in GPT-NeoX; `partial_rotary_factor` in
+  /// Hugging Face's is rotary_dim / head_dim.)
+  Index rotary_dim = 0;
   double rope_theta = 1e4;
   RopeLayout rope_layout = RopeLayout::kHalfSplit;
   bool qkv_bias = false;     ///< Whether the projections to queries, keys and values have one.
   bool output_bias = false;  ///< Whether the projection of the heads' outputs has one.
   bool rope = true;          ///< Whether rotation encodes positions; if not, nothing does (NoPE).
-  std::optional<Yarn> yarn = {};  ///< Stretches the rotation and scales scores.
+  RopeScaling rope_scaling = NoScaling{};  ///< Stretches the rotation; a Yarn scales scores too.
   double scale = 0.0;     ///< Multiplies scores; 0 stands for 1 / sqrt(head_dim) times the Yarn's.
   double softcap = 0.0;   ///< See `AttentionHeads`.
   Index window = 0;       ///< See `AttentionHeads`.
@@ -48,14 +53,16 @@ struct GroupedQueryConfig {
 
   double init_scale = 1.0;  ///< `scale` of `switch_init`.
 
+  /// How many numbers of each head are rotated, if there is rotation.
+  Index rotated() const { return rotary_dim == 0 ? head_dim : rotary_dim; }
+
   Index query_width() const { return heads * head_dim; }
   Index kv_width() const { return kv_heads * head_dim; }
 
   AttentionHeads shape() const {
     double factor = scale;
     if (factor == 0.0) {
-      factor = 1.0 / std::sqrt(static_cast<double>(head_dim));
-      if (yarn) factor *= yarn->score_scale();
+      factor = score_scale(rope_scaling) / std::sqrt(static_cast<double>(head_dim));
     }
     return {heads, kv_heads, head_dim, head_dim, factor, softcap, window, chunk};
   }
@@ -87,8 +94,10 @@ struct GroupedQueryConfig {
       }
       c.head_dim = d_model / heads;
     }
-    if (rope && c.head_dim % 2 != 0) {
-      throw_error<ConfigError>(kWhere, ": head_dim = ", c.head_dim, ", expected an even number");
+    expect_in<Index>(kWhere, "rotary_dim", rotary_dim, 0, c.head_dim);
+    if (rope && c.rotated() % 2 != 0) {
+      throw_error<ConfigError>(kWhere, ": ", rotary_dim == 0 ? "head_dim" : "rotary_dim", " = ",
+                               c.rotated(), ", expected an even number");
     }
     expect_positive(kWhere, "rope_theta", rope_theta);
     expect_at_least(kWhere, "scale", scale, 0.0);
@@ -103,7 +112,8 @@ struct GroupedQueryConfig {
       if (given && !rope)
         throw_error<ConfigError>(kWhere, ": ", what, " without rope, expected both");
     };
-    expect_rope(yarn.has_value(), "yarn");
+    expect_rope(!std::holds_alternative<NoScaling>(rope_scaling), "rope_scaling");
+    expect_rope(rotary_dim > 0, "rotary_dim");
     expect_rope(qk_norm == QkNorm::kL2, "qk_norm = kL2");
     if (rope && temperature_scale > 0.0) {
       throw_error<ConfigError>(kWhere, ": temperature_scale = ", temperature_scale,

@@ -157,7 +157,7 @@ class LatentAttention {
 
   /// Projects cache.context to cache.y.
   void project_out(Cache& cache) const {
-    cache.y.resize(cache.context.rows(), config_.d_model);
+    set_shape(cache.y, cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
   }
 
@@ -176,7 +176,7 @@ LatentAttention<T>::LatentAttention(Rng& rng, const Config& config)
     : config_(checked(config)),
       rope_(config_.rope_dim, RopeConfig{.theta = config_.rope_theta,
                                          .layout = RopeLayout::kInterleaved,
-                                         .yarn = config_.yarn}),
+                                         .scaling = config_.rope_scaling}),
       kv_norm_(config_.kv_rank, {.epsilon = config_.norm_epsilon}),
       query_(initial(config_.heads * config_.query_dim(),
                      is_low_rank() ? config_.q_rank : config_.d_model, rng)),
@@ -208,10 +208,10 @@ const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Ca
   cache.state.begin();
   expect_columns("LatentAttention::forward", "x", x, config_.d_model);
   cache.rows.set("LatentAttention::forward", pass, x.rows());
-  if (pass.training) cache.x = x;
+  if (pass.training) assign(cache.x, x);
   fill_spans(cache.rows.sequences(), cache.spans);
   project(x, pass, cache);
-  cache.context.resize(x.rows(), config_.heads * config_.value_dim);
+  set_shape(cache.context, x.rows(), config_.heads * config_.value_dim);
   expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,
                     cache.rows.mask(), cache.context, cache.expanded);
   project_out(cache);
@@ -223,11 +223,11 @@ const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
   expect_trainable("LatentAttention::backward", output_.storage());
   cache.state.begin_backward("LatentAttention::backward", *this, dy);
   const Index tokens = dy.rows();
-  cache.d_context.resize(tokens, cache.context.cols());
-  cache.dq.resize(tokens, cache.q.cols());
-  cache.d_latent.resize(tokens, config_.kv_rank);
-  cache.d_kv.resize(tokens, cache.kv.cols());
-  cache.dx.resize(tokens, config_.d_model);
+  set_shape(cache.d_context, tokens, cache.context.cols());
+  set_shape(cache.dq, tokens, cache.q.cols());
+  set_shape(cache.d_latent, tokens, config_.kv_rank);
+  set_shape(cache.d_kv, tokens, cache.kv.cols());
+  set_shape(cache.dx, tokens, config_.d_model);
   auto d_rope_keys = cache.d_kv.rightCols(config_.rope_dim);
 
   multiply_nn<T>(dy, value_of(output_), cache.d_context);
@@ -242,7 +242,7 @@ const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
   multiply_nn<T>(cache.d_kv, value_of(kv_down_), cache.dx);
 
   if (is_low_rank()) {
-    cache.d_query_latent.resize(tokens, config_.q_rank);
+    set_shape(cache.d_query_latent, tokens, config_.q_rank);
     multiply_tn<T>(cache.dq, cache.query_norm.y, gradient_of(query_), true);
     multiply_nn<T>(cache.dq, value_of(query_), cache.d_query_latent);
     const Matrix<T>& d_down = query_norm_->backward(cache.d_query_latent, cache.query_norm);
@@ -268,7 +268,7 @@ const Matrix<T>& LatentAttention<T>::decode(MatrixIn<T> x, const Pass& pass,
   }
   project(x, Pass{}, cache);
   const auto rope_keys = cache.kv.rightCols(config_.rope_dim);
-  cache.context.resize(x.rows(), config_.heads * config_.value_dim);
+  set_shape(cache.context, x.rows(), config_.heads * config_.value_dim);
   cache.absorbed.clear();
   for (std::size_t s = 0; s < states.size(); ++s) {
     const AttentionSpan& span = cache.spans.at(s);
@@ -305,10 +305,10 @@ void LatentAttention<T>::check_decode(MatrixIn<T> x, const Pass& pass,
 template <std::floating_point T>
 void LatentAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   const Index tokens = x.rows();
-  cache.q.resize(tokens, config_.heads * config_.query_dim());
-  cache.kv.resize(tokens, config_.kv_rank + config_.rope_dim);
+  set_shape(cache.q, tokens, config_.heads * config_.query_dim());
+  set_shape(cache.kv, tokens, config_.kv_rank + config_.rope_dim);
   if (is_low_rank()) {
-    cache.query_down.resize(tokens, config_.q_rank);
+    set_shape(cache.query_down, tokens, config_.q_rank);
     kernels::multiply_weights<T, 2>(x, {{{query_down_, cache.query_down}, {kv_down_, cache.kv}}});
     query_norm_->forward(cache.query_down, pass, cache.query_norm);
     kernels::multiply_weights<T, 1>(cache.query_norm.y, {{{query_, cache.q}}});

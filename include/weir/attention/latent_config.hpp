@@ -4,12 +4,11 @@
 #pragma once
 
 #include <cmath>
-#include <optional>
 #include <string_view>
 
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
-#include <weir/ops/yarn.hpp>
+#include <weir/ops/rope_scaling.hpp>
 
 namespace weir {
 
@@ -31,7 +30,7 @@ struct LatentConfig {
   Index rope_dim = 0;   ///< Numbers that are rotated to the position; even.
   Index value_dim = 0;  ///< Numbers of a head's values.
   double rope_theta = 1e4;
-  std::optional<Yarn> yarn = std::nullopt;
+  RopeScaling rope_scaling = NoScaling{};  ///< Stretches the rotation; a Yarn scales scores too.
   double norm_epsilon = 1e-6;
   LatentDecoding decoding = LatentDecoding::kCheaper;
   double init_scale = 1.0;  ///< `scale` of `switch_init`.
@@ -41,11 +40,11 @@ struct LatentConfig {
 
   /// The factor of the product of a query and a key.
   double scale() const {
-    return (yarn ? yarn->score_scale() : 1.0) / std::sqrt(static_cast<double>(query_dim()));
+    return score_scale(rope_scaling) / std::sqrt(static_cast<double>(query_dim()));
   }
 
   /// \throws ConfigError  if a size is below 1 (q_rank: 0), rope_dim is odd, rope_theta or
-  ///                      norm_epsilon is not above zero, or the yarn is not sound.
+  ///                      norm_epsilon is not above zero, or the scaling is not sound.
   void check(std::string_view where) const {
     expect_at_least<Index>(where, "d_model", d_model, 1);
     expect_at_least<Index>(where, "heads", heads, 1);
@@ -59,7 +58,7 @@ struct LatentConfig {
     expect_at_least<Index>(where, "value_dim", value_dim, 1);
     expect_positive(where, "rope_theta", rope_theta);
     expect_positive(where, "norm_epsilon", norm_epsilon);
-    if (yarn) yarn->check(where);
+    check_scaling(rope_scaling, where, rope_dim, rope_theta);
   }
 };
 

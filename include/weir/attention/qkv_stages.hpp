@@ -60,6 +60,8 @@ class QkvStages {
   }
 
  private:
+  Rope::Part rotated_part() const { return {config_.head_dim, 0}; }
+
   /// Multiplies each row by the temperature of its position.
   void temper(std::span<const Index> positions, Matrix<T>& rows) const {
     for (Index t = 0; t < rows.rows(); ++t) {
@@ -77,9 +79,9 @@ template <std::floating_point T>
 QkvStages<T>::QkvStages(const GroupedQueryConfig& config) : config_(config) {
   const RmsNormConfig norm = {.epsilon = config_.qk_norm_epsilon};
   if (config_.rope) {
-    rope_.emplace(config_.head_dim, RopeConfig{.theta = config_.rope_theta,
-                                               .layout = config_.rope_layout,
-                                               .yarn = config_.yarn});
+    rope_.emplace(config_.rotated(), RopeConfig{.theta = config_.rope_theta,
+                                                .layout = config_.rope_layout,
+                                                .scaling = config_.rope_scaling});
   }
   if (config_.qk_norm == QkNorm::kFull) {
     query_norm_.emplace(config_.query_width(), norm);
@@ -109,8 +111,8 @@ void QkvStages<T>::forward(std::span<const Index> positions, const Pass& pass, M
   }
   if (rope_) {
     rope_->tabulate(positions, cache.angles);
-    rope_->template rotate<T>(q, cache.angles);
-    rope_->template rotate<T>(k, cache.angles);
+    rope_->template rotate<T>(q, cache.angles, rotated_part());
+    rope_->template rotate<T>(k, cache.angles, rotated_part());
   }
   if (l2_norm_) {
     l2_norm_->forward(q, pass, cache.query_l2);
@@ -129,8 +131,8 @@ void QkvStages<T>::backward(std::span<const Index> positions, const Matrix<T>& q
     l2_norm_->backward(k, dk, cache.key_l2);
   }
   if (rope_) {
-    rope_->template rotate_back<T>(dq, cache.angles);
-    rope_->template rotate_back<T>(dk, cache.angles);
+    rope_->template rotate_back<T>(dq, cache.angles, rotated_part());
+    rope_->template rotate_back<T>(dk, cache.angles, rotated_part());
   }
   if (query_norm_) {
     query_norm_->backward(dq, cache.query_norm);

@@ -5,9 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 #include <span>
 #include <string_view>
+#include <variant>
 
 #include <weir/core/error.hpp>
 #include <weir/core/index_span.hpp>
@@ -16,8 +16,8 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/rope_scaling.hpp>
 #include <weir/ops/trigonometry.hpp>
-#include <weir/ops/yarn.hpp>
 
 namespace weir {
 
@@ -32,7 +32,7 @@ enum class RopeLayout {
 struct RopeConfig {
   double theta = 1e4;  ///< Base of the frequencies.
   RopeLayout layout = RopeLayout::kHalfSplit;
-  std::optional<Yarn> yarn = {};
+  RopeScaling scaling = NoScaling{};  ///< Changes the frequencies for longer contexts.
 };
 
 /// Turns pair i of each head by an angle that grows with the token's position:
@@ -44,23 +44,26 @@ struct RopeConfig {
 /// computed in double: in float, position 100000 would be off by 0.004 rad. The rotation is
 /// orthogonal, so its derivative is the rotation back.
 ///
-/// With a `Yarn`, frequencies are lower, and cosines and sines are multiplied by its
-/// `rotation_scale()`. Its `score_scale()` is for the code that multiplies queries with keys.
+/// A `RopeScaling` gives other frequencies, and a factor of cosines and sines. Its `score_scale()`
+/// is for the code that multiplies queries with keys.
 class Rope {
  public:
   /// \throws ConfigError  if head_dim is odd or below 2, theta is not above zero (above one, with a
-  ///                      yarn), or the yarn is not sound.
+  ///                      Yarn), or the scaling is not sound.
   explicit Rope(Index head_dim, const RopeConfig& config = {}) : config_(config) {
     expect_at_least<Index>("Rope", "head_dim", head_dim, 2);
     if (head_dim % 2 != 0) {
       throw_error<ConfigError>("Rope: head_dim = ", head_dim, ", expected an even number");
     }
     expect_positive("Rope", "theta", config.theta);
-    for (Index i = 0; i < head_dim / 2; ++i) {
-      const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(head_dim);
-      frequencies_.push_back(std::pow(config.theta, exponent));
-    }
-    if (config.yarn) stretch(*config.yarn, config.theta);
+    check_scaling(config.scaling, "Rope", head_dim, config.theta);
+    const auto set = [&](const auto& scaling) {
+      for (Index i = 0; i < head_dim / 2; ++i) {
+        frequencies_.push_back(scaling.frequency(i, head_dim, config.theta));
+      }
+      scale_ = scaling.rotation_scale();
+    };
+    std::visit(set, config.scaling);
   }
 
   Index head_dim() const { return 2 * pairs(); }
@@ -69,7 +72,7 @@ class Rope {
   /// The radians per position of each pair.
   const List<double>& frequencies() const { return frequencies_; }
 
-  /// The factor of cosines and sines: 1 without a Yarn.
+  /// The factor of cosines and sines: 1 except with a Yarn.
   double scale() const { return scale_; }
 
   /// Fills `table` with the cosines, then the sines, of every token's angles, times `scale()`.
@@ -153,18 +156,6 @@ class Rope {
 
  private:
   Index pairs() const { return frequencies_.count(); }
-
-  void stretch(const Yarn& yarn, double theta) {
-    yarn.check("Rope");
-    if (!(theta > 1.0))
-      throw_error<ConfigError>("Rope: theta = ", theta, ", expected > 1 with a Yarn");
-    for (Index i = 0; i < pairs(); ++i) {
-      const double ramp = yarn.ramp(i, head_dim(), theta);
-      double& frequency = frequencies_[i];
-      frequency = (1.0 - ramp) * frequency + ramp * (frequency / yarn.factor);
-    }
-    scale_ = yarn.rotation_scale();
-  }
 
   Part whole_heads() const { return {head_dim(), 0}; }
 

@@ -71,9 +71,18 @@ struct Yarn {
     return std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
   }
 
+  /// The radians per position of pair i.
+  double frequency(Index i, Index head_dim, double theta) const {
+    const double plain =
+        std::pow(theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
+    const double slowed = ramp(i, head_dim, theta);
+    return (1.0 - slowed) * plain + slowed * (plain / factor);
+  }
+
   /// \throws ConfigError  unless factor and original_context are at least 1, mscale and
-  ///                      mscale_all_dim at least 0, 0 < beta_slow < beta_fast, and all finite.
-  void check(std::string_view where) const {
+  ///                      mscale_all_dim at least 0, 0 < beta_slow < beta_fast, all are finite, and
+  ///                      theta is above 1.
+  void check(std::string_view where, Index /*head_dim*/, double theta) const {
     expect_at_least(where, "yarn.factor", factor, 1.0);
     expect_at_least<Index>(where, "yarn.original_context", original_context, 1);
     expect_positive(where, "yarn.beta_slow", beta_slow);
@@ -84,6 +93,9 @@ struct Yarn {
     }
     expect_at_least(where, "yarn.mscale", mscale, 0.0);
     expect_at_least(where, "yarn.mscale_all_dim", mscale_all_dim, 0.0);
+    if (!(theta > 1.0)) {
+      throw_error<ConfigError>(where, ": theta = ", theta, ", expected > 1 with a Yarn");
+    }
   }
 
  private:

@@ -22,7 +22,7 @@ inline LatentConfig deepseek_attention(Index heads, Index q_rank, double mscale)
       .nope_dim = 128,
       .rope_dim = 64,
       .value_dim = 128,
-      .yarn = Yarn{
+      .rope_scaling = Yarn{
           .factor = 40.0, .original_context = 4096, .mscale = mscale, .mscale_all_dim = mscale}};
 }
 

@@ -39,7 +39,7 @@ inline GptOssConfig gpt_oss_20b() {
       .rope_theta = 150000.0,
       .qkv_bias = true,
       .output_bias = true,
-      .yarn = Yarn{.factor = 32.0, .original_context = 4096, .truncate = false},
+      .rope_scaling = Yarn{.factor = 32.0, .original_context = 4096, .truncate = false},
       .window = 128,
       .sinks = true};
   GroupedQueryConfig full = local;

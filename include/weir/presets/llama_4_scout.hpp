@@ -15,6 +15,7 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/ops/llama3_scaling.hpp>
 #include <weir/ops/rope.hpp>
 #include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
@@ -38,6 +39,10 @@ inline Llama4Config llama_4_scout() {
                                  .head_dim = 128,
                                  .rope_theta = 5e5,
                                  .rope_layout = RopeLayout::kInterleaved,
+                                 .rope_scaling = Llama3Scaling{.factor = 16.0,
+                                                               .low_freq_factor = 1.0,
+                                                               .high_freq_factor = 1.0,
+                                                               .original_context = 8192},
                                  .chunk = 8192,
                                  .qk_norm = QkNorm::kL2,
                                  .qk_norm_epsilon = 1e-5};

@@ -51,7 +51,9 @@ inline AttentionShape scaled(GroupedQueryConfig a, Index d_model, const Shrink& 
   const Index queries = a.heads / a.kv_heads;
   a.kv_heads = std::min<Index>(a.kv_heads, 2);
   a.heads = queries * a.kv_heads;
+  const Index head_dim = a.head_dim;
   a.head_dim = std::max<Index>(4, shrink(width, 2 * a.heads) / a.heads);
+  if (a.rotary_dim > 0) a.rotary_dim = Shrink(head_dim, a.head_dim)(a.rotary_dim, 2);
   a.window = std::min(a.window, window);
   a.chunk = std::min(a.chunk, window);
   a.temperature_floor = std::min(a.temperature_floor, window);
