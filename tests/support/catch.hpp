@@ -18,5 +18,6 @@ class SingleValueGenerator<T&>;
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/generators/catch_generators_adapters.hpp>
+#include <catch2/generators/catch_generators_range.hpp>
 using Catch::Approx;  // v2 already does this
 #endif

@@ -207,10 +207,11 @@ TEST_CASE("Only chosen tokens reach the state of decoding",
   decltype(layer)::Cache cache;
   const Index lengths[] = {0, 1, 1, 1, 2};
   for (Index t = 0; t < 5; ++t) {
-    const Matrix<double>& y = decode(layer, x.row(t), state, cache);
+    const Matrix<double> token = x.row(t);
+    const Matrix<double>& y = decode(layer, token, state, cache);
     CHECK(state.inner.length() == lengths[t]);
     CHECK(state.length() == t + 1);
-    if (x(t, 0) <= 0.0) CHECK(y == x.row(t));
+    if (x(t, 0) <= 0.0) CHECK(y == token);
   }
 }
 

@@ -76,7 +76,8 @@ TEST_CASE("PassDropped passes dropped tokens on, times their weights",
     }
     CHECK(dropped > 3);
     PassDropped<GluBank<double>>::Cache cache;
-    const Matrix<double>& y = PassDropped(glu()).forward(x, dispatch, {.mask = mask}, cache);
+    const PassDropped bank(glu());
+    const Matrix<double>& y = bank.forward(x, dispatch, {.mask = mask}, cache);
     CHECK(test::relative_error(y, expected) < 1e-14);
     CHECK(y.row(3).isZero(0.0));
   }
