@@ -11,6 +11,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/index_span.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
@@ -67,6 +68,21 @@ void expect_finite_logits(std::string_view who, MatrixIn<T> logits, const Pass& 
       throw_error<NonFiniteError>(who, ": logits[", t, ", ", e, "] = ", logits(t, e),
                                   ", expected a finite number");
     }
+  }
+}
+
+/// Sets `open` to the experts that the pass allows to some real token, in ascending order. Without
+/// real tokens, and with a mask for all tokens, it is those of the mask.
+inline void find_open_experts(const Pass& pass, Index tokens, Index experts, List<Index>& open) {
+  const bool is_for_all = static_cast<Index>(pass.allowed.size()) <= experts;
+  open.clear();
+  open.reserve(experts);
+  for (Index e = 0; e < experts; ++e) {
+    bool is_open = is_for_all && is_allowed(pass, experts, 0, e);
+    for (Index t = 0; t < tokens && !is_for_all && !is_open; ++t) {
+      is_open = !pass.is_padding(t) && is_allowed(pass, experts, t, e);
+    }
+    if (is_open) open.push_back(e);
   }
 }
 

@@ -63,6 +63,10 @@ template <class T>
 struct Routing : Assignments {
   TokenRows rows;           ///< Padding and sequences of the pass.
   bool restricted = false;  ///< Whether the pass forbids experts, so that logits may be -infinity.
+  /// The experts that the pass leaves open, in ascending order: all that it allows to some real
+  /// token. Whatever has the number of experts in its formula counts these: a layer with experts
+  /// that are switched off for all tokens is the layer that never had them.
+  List<Index> open;
 
   /// [tokens, experts], from the router; -infinity where the pass forbids the expert to the token.
   Matrix<T> logits;
@@ -84,6 +88,8 @@ struct Routing : Assignments {
     return applied.empty() ? weight[assignment] : applied[assignment];
   }
 
+  Index open_experts() const { return open.count(); }
+
   bool is_forbidden(Index token, Index e) const {
     return restricted && logits(token, e) == -std::numeric_limits<T>::infinity();
   }
@@ -92,8 +98,8 @@ struct Routing : Assignments {
   ///
   /// Where pass.allowed forbids an expert, the logit becomes -infinity, whatever the router made of
   /// it. Every selector then gives the expert no assignment, the probability 0 and no gradient, so
-  /// that the token is routed as if the router had no such expert. Balancing losses still count all
-  /// experts, where their formulas have a number of them.
+  /// that the token is routed as if the router had no such expert. What is forbidden to some tokens
+  /// only is still one of the `open` experts, and counts as one for all tokens.
   ///
   /// The probabilities of padding become zero; the others are for the selector to set.
   ///
@@ -118,7 +124,8 @@ void Routing<T>::begin(std::string_view who, MatrixIn<T> router_logits, const Pa
   copy_rows<T>(router_logits, logits);
   restricted = !pass.allowed.empty();
   if (restricted) forbid_experts<T>(pass, logits);
-  probabilities.resize(logits.rows(), logits.cols());
+  find_open_experts(pass, logits.rows(), logits.cols(), open);
+  set_shape(probabilities, logits.rows(), logits.cols());
   for (Index t = 0; rows.has_padding() && t < logits.rows(); ++t) {
     if (rows.is_padding(t)) probabilities.row(t).setZero();
   }
@@ -159,14 +166,14 @@ struct RoutingGradient {
 
 template <class T>
 void RoutingGradient<T>::reset(const Routing<T>& routing) {
-  logits.setZero(routing.tokens(), routing.experts());
-  probabilities.setZero(routing.tokens(), routing.experts());
-  weights.setZero(routing.assignments());
+  set_zero(logits, routing.tokens(), routing.experts());
+  set_zero(probabilities, routing.tokens(), routing.experts());
+  set_zero(weights, routing.assignments());
   noise.resize(routing.noise.size());
   for (std::size_t i = 0; i < noise.size(); ++i) {
     const NoiseLevel<T>& level = routing.noise[i];
-    noise[i].clean.setZero(level.clean.rows(), level.clean.cols());
-    noise[i].deviation.setZero(level.deviation.rows(), level.deviation.cols());
+    set_zero(noise[i].clean, level.clean.rows(), level.clean.cols());
+    set_zero(noise[i].deviation, level.deviation.rows(), level.deviation.cols());
   }
 }
 

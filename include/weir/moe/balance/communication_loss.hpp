@@ -31,8 +31,9 @@ struct CommunicationLossConfig {
 /// is the most devices a token is sent to, E_i are the experts of device i and P_j is the mean
 /// probability of expert j. The loss is computed for each sequence, as in the paper, and averaged;
 /// or over the batch. With M devices for each token and uniform load it is the coefficient. f''
-/// counts assignments before any are dropped and is constant to the derivative. Padding is not
-/// counted; without real tokens the loss is zero.
+/// counts assignments before any are dropped and is constant to the derivative. A device whose
+/// experts the pass all switches off for all tokens is not among the D. Padding is not counted;
+/// without real tokens the loss is zero.
 template <std::floating_point T>
 class CommunicationLoss : public BalancerBase {
  public:
@@ -78,6 +79,18 @@ class CommunicationLoss : public BalancerBase {
   const CommunicationLossConfig& config() const { return config_; }
 
  private:
+  /// D: the devices that have an open expert.
+  Index devices_with(const Routing<T>& routing) const {
+    Index count = 0;
+    for (Index i = 0; i < routing.open_experts(); ++i) {
+      const Index device = devices_.group_of(routing.open[i]);
+      bool again = false;
+      for (Index j = 0; j < i; ++j) again = again || devices_.group_of(routing.open[j]) == device;
+      count += again ? 0 : 1;
+    }
+    return count;
+  }
+
   Index device_of(const Routing<T>& routing, Index assignment) const {
     return devices_.group_of(routing.expert[assignment]);
   }
@@ -86,7 +99,7 @@ class CommunicationLoss : public BalancerBase {
   auto traffic(const Routing<T>& routing, Cache& cache) const {
     return [&routing, &cache, this](Index begin, Index end, Index tokens, RowVector<T>& f) {
       RowVector<T>& sent = cache.sent;
-      sent.setZero(devices_.count());
+      set_zero(sent, devices_.count());
       for (Index t = begin; t < end; ++t) {
         for (Index a = routing.first(t); a < routing.last(t); ++a) {
           const Index device = device_of(routing, a);
@@ -97,9 +110,10 @@ class CommunicationLoss : public BalancerBase {
           if (!again) sent[device] += T(1);
         }
       }
-      sent *= static_cast<T>(devices_.count()) / static_cast<T>(config_.devices_per_token * tokens);
-      f.resize(routing.experts());
-      for (Index e = 0; e < routing.experts(); ++e) f[e] = sent[devices_.group_of(e)];
+      sent *= static_cast<T>(devices_with(routing)) /
+              static_cast<T>(config_.devices_per_token * tokens);
+      set_zero(f, routing.experts());
+      for (const Index e : routing.open) f[e] = sent[devices_.group_of(e)];
     };
   }
 

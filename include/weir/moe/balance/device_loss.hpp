@@ -30,15 +30,17 @@ struct DeviceLossConfig {
 /// E_i are the experts of device i, f_j = experts / (k T) * c_j with c_j the assignments to expert
 /// j before any are dropped, and P_j the mean probability of expert j. The loss is computed for
 /// each sequence, as in the paper, and averaged; or over the batch. At uniform load it is the
-/// coefficient. f' is constant to the derivative. Padding is not counted; without real tokens the
-/// loss is zero.
+/// coefficient. Experts that the pass switches off for all tokens are in no E_i and do not count
+/// among `experts`; one that is forbidden to some tokens counts. f' is constant to the derivative.
+/// Padding is not counted; without real tokens the loss is zero.
 template <std::floating_point T>
 class DeviceLoss : public BalancerBase {
  public:
   static constexpr std::string_view kName = "device";
   struct Cache {
     PriceSpace<T> prices;
-    RowVector<T> of_device;  ///< [devices]
+    RowVector<T> of_device;  ///< [devices], the load.
+    RowVector<T> size;       ///< [devices], |E_i|.
   };
 
   explicit DeviceLoss(ExpertGroups devices, DeviceLossConfig config = {})
@@ -72,15 +74,19 @@ class DeviceLoss : public BalancerBase {
   /// f' of the device of each expert.
   auto work(const Routing<T>& routing, Cache& cache) const {
     return [&routing, &cache, this](Index begin, Index end, Index /*tokens*/, RowVector<T>& f) {
-      f.setZero(routing.experts());
+      set_zero(f, routing.experts());
       routing.add_load(begin, end, f);
-      f *= static_cast<T>(routing.experts()) / std::max(f.sum(), T(1));
+      f *= static_cast<T>(routing.open_experts()) / std::max(f.sum(), T(1));
       RowVector<T>& of_device = cache.of_device;
-      of_device.setZero(devices_.count());
-      for (Index e = 0; e < routing.experts(); ++e) of_device[devices_.group_of(e)] += f[e];
-      for (Index e = 0; e < routing.experts(); ++e) {
+      set_zero(of_device, devices_.count());
+      set_zero(cache.size, devices_.count());
+      for (const Index e : routing.open) {
+        of_device[devices_.group_of(e)] += f[e];
+        cache.size[devices_.group_of(e)] += T(1);
+      }
+      for (const Index e : routing.open) {
         const Index device = devices_.group_of(e);
-        f[e] = of_device[device] / static_cast<T>(devices_.size(device));
+        f[e] = of_device[device] / cache.size[device];
       }
     };
   }

@@ -27,7 +27,8 @@ struct GlobalBatchLossConfig {
 /// P_e is the mean probability in the micro-batch at hand. An expert may then specialise in what
 /// one micro-batch is made of, as long as the load of the step is level. At uniform load the loss
 /// is the coefficient. With micro-batches of one size it is Megatron-Core's `global_aux_loss`,
-/// whose c_e are running averages. f is constant to the derivative.
+/// whose c_e are running averages. `experts` are those that the pass allows to some token of the
+/// micro-batch at hand. f is constant to the derivative.
 ///
 /// A micro-batch is added to the counts by its backward pass: a forward pass that is run again
 /// counts once. The backward pass differentiates the loss that its forward pass reported, whatever
@@ -63,7 +64,7 @@ class GlobalBatchLoss : public BalancerBase {
   }
 
   void observe(const Routing<T>& routing) {
-    if (load_.size() != routing.experts()) load_.setZero(routing.experts());
+    if (load_.size() != routing.experts()) set_zero(load_, routing.experts());
     routing.add_load(0, routing.tokens(), load_);
   }
 
@@ -71,7 +72,7 @@ class GlobalBatchLoss : public BalancerBase {
   /// \param load      [experts]
   /// \throws ShapeError   if passes before it were of another number of experts.
   void add_load(const RowVector<double>& load) {
-    if (load_.size() == 0) load_.setZero(load.size());
+    if (load_.size() == 0) set_zero(load_, load.size());
     expect_shape("GlobalBatchLoss::add_load", "load", load, 1, load_.size());
     load_ += load;
   }
@@ -89,7 +90,7 @@ class GlobalBatchLoss : public BalancerBase {
 
  private:
   double factor(const Routing<T>& routing) const {
-    return config_.coefficient * static_cast<double>(routing.experts());
+    return config_.coefficient * static_cast<double>(routing.open_experts());
   }
 
   void set_fractions(const Routing<T>& routing, RowVector<T>& f) const;
@@ -106,7 +107,7 @@ class GlobalBatchLoss : public BalancerBase {
 
 template <std::floating_point T>
 void GlobalBatchLoss<T>::set_fractions(const Routing<T>& routing, RowVector<T>& f) const {
-  f.setZero(routing.experts());
+  set_zero(f, routing.experts());
   routing.add_load(0, routing.tokens(), f);
   const bool more = load_.size() == routing.experts();
   const double total = static_cast<double>(f.sum()) + (more ? load_.sum() : 0.0);

@@ -24,7 +24,8 @@ struct GShardLossConfig {
 ///
 ///     loss = coefficient * experts / T^2 * sum_e c_e * sum_t p_te
 ///
-/// c_e counts the tokens whose first choice is expert e, dropped or not; T counts the real tokens.
+/// c_e counts the tokens whose first choice is expert e, dropped or not; T counts the real tokens,
+/// `experts` those that the pass allows to some token.
 /// At uniform load the loss is the coefficient. Algorithm 1 has 1 / experts for `experts`; this is
 /// the scale of the authors' code, of Tutel and of DeepSpeed. Over the sequences, if that is the
 /// scope, the mean is taken: they are the paper's groups.
@@ -59,13 +60,13 @@ class GShardLoss : public BalancerBase {
 
  private:
   T factor(const Routing<T>& routing) const {
-    return static_cast<T>(config_.coefficient) * static_cast<T>(routing.experts());
+    return static_cast<T>(config_.coefficient) * static_cast<T>(routing.open_experts());
   }
 
   /// The fraction of the tokens that chose each expert first.
   static auto first_choices(const Routing<T>& routing) {
     return [&routing](Index begin, Index end, Index tokens, RowVector<T>& f) {
-      f.setZero(routing.experts());
+      set_zero(f, routing.experts());
       for_each_first_choice(routing, begin, end, [&](Index /*t*/, Index e) { f[e] += T(1); });
       f /= static_cast<T>(tokens);
     };

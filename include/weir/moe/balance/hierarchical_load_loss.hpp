@@ -92,9 +92,8 @@ class HierarchicalLoadLoss : public BalancerBase {
   /// \return         The loss, already scaled by `coefficient`.
   double forward(const Routing<T>& routing, Cache& cache) const {
     set_load(routing, cache);
-    return config_.coefficient *
-           static_cast<double>(squared_variation<T>(cache.load, routing.open, config_.variance,
-                                                  config_.epsilon));
+    return config_.coefficient * static_cast<double>(squared_variation<T>(
+                                     cache.load, routing.open, config_.variance, config_.epsilon));
   }
 
   /// Adds `scale` times d(loss)/d(noise) of both levels and, for the thresholds and the noisy
@@ -149,8 +148,7 @@ template <std::floating_point T>
 void HierarchicalLoadLoss<T>::backward(const Routing<T>& routing, double scale,
                                        RoutingGradient<T>& gradient, Cache& cache) const {
   if (!has_noise(routing)) return;
-  squared_variation<T>(cache.load, routing.open, config_.variance, config_.epsilon,
-                       &cache.d_load);
+  squared_variation<T>(cache.load, routing.open, config_.variance, config_.epsilon, &cache.d_load);
   cache.d_load *= static_cast<T>(scale * config_.coefficient);
   const Index groups = groups_of(routing);
   const Index size = size_of(routing);

@@ -26,8 +26,9 @@ struct ImportanceLossConfig {
 ///     importance_e = sum_t g_te,    loss = coefficient * CV(importance)^2
 ///
 /// g_te is the weight of the assignment of token t to expert e, dropped or not, and 0 where there
-/// is none. Padding has no assignments. CV is over the experts that the pass allows to some token. Where all total weights are equal the loss is zero. The
-/// loss of a batch is not the mean of those of its parts: each micro-batch is levelled by itself.
+/// is none. Padding has no assignments. CV is over the experts that the pass allows to some token.
+/// Where all total weights are equal the loss is zero. The loss of a batch is not the mean of those
+/// of its parts: each micro-batch is levelled by itself.
 template <std::floating_point T>
 class ImportanceLoss : public BalancerBase {
  public:
@@ -51,7 +52,7 @@ class ImportanceLoss : public BalancerBase {
   void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
                 Cache& cache) const {
     squared_variation<T>(cache.importance, routing.open, config_.variance, config_.epsilon,
-                       &cache.d_importance);
+                         &cache.d_importance);
     cache.d_importance *= static_cast<T>(scale * config_.coefficient);
     for (Index a = 0; a < routing.assignments(); ++a) {
       gradient.weights[a] += cache.d_importance[routing.expert[a]];

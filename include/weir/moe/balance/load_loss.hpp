@@ -38,9 +38,9 @@ struct LoadLossConfig {
 /// Derivatives go through C, std and the thresholds, which are noisy logits of other experts. Where
 /// the router drew no noise, as outside of training, load_e is how many tokens chose e, dropped or
 /// not, and there is no gradient. The same holds for a token that chose all experts (k = experts,
-/// or none else allowed) and for an element of zero std. CV is over the experts that the pass allows
-/// to some token. Where all load_e are equal the loss is
-/// zero. Padding, and tokens without experts, are not counted.
+/// or none else allowed) and for an element of zero std. CV is over the experts that the pass
+/// allows to some token. Where all load_e are equal the loss is zero. Padding, and tokens without
+/// experts, are not counted.
 ///
 /// Meant for selectors that choose the largest logits, such as TopKSoftmax; a HierarchicalRouter
 /// has HierarchicalLoadLoss instead. As with ImportanceLoss, the loss of a batch is not the mean of
@@ -76,9 +76,8 @@ class LoadLoss : public BalancerBase {
   /// \return         The loss, already scaled by `coefficient`.
   double forward(const Routing<T>& routing, Cache& cache) const {
     set_load(routing, cache);
-    return config_.coefficient *
-           static_cast<double>(squared_variation<T>(cache.load, routing.open, config_.variance,
-                                                  config_.epsilon));
+    return config_.coefficient * static_cast<double>(squared_variation<T>(
+                                     cache.load, routing.open, config_.variance, config_.epsilon));
   }
 
   /// Adds `scale` times d(loss)/d(noise) and, for the thresholds, d(loss)/d(logits).
@@ -103,8 +102,7 @@ template <std::floating_point T>
 void LoadLoss<T>::backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
                            Cache& cache) const {
   if (routing.noise.empty()) return;
-  squared_variation<T>(cache.load, routing.open, config_.variance, config_.epsilon,
-                       &cache.d_load);
+  squared_variation<T>(cache.load, routing.open, config_.variance, config_.epsilon, &cache.d_load);
   cache.d_load *= static_cast<T>(scale * config_.coefficient);
   parallel_rows(routing.tokens(), kCost * routing.experts(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
@@ -129,7 +127,7 @@ void LoadLoss<T>::set_load(const Routing<T>& routing, Cache& cache) {
     }
   });
   cache.chances.add_up();
-  cache.load = cache.chances.load;
+  assign(cache.load, cache.chances.load);
 }
 
 }  // namespace weir

@@ -140,8 +140,8 @@ void ReluL1Loss<T>::set_prices(const Routing<T>& routing, RowVector<T>& price) c
     return;
   }
   routing.add_load(0, routing.tokens(), price);
-  price *=
-      lambda * static_cast<T>(routing.open_experts()) / (static_cast<T>(config_.k) * tokens * tokens);
+  price *= lambda * static_cast<T>(routing.open_experts()) /
+           (static_cast<T>(config_.k) * tokens * tokens);
 }
 
 }  // namespace weir

@@ -18,9 +18,9 @@ namespace weir {
 /// Settings of SecondPlaceLoss.
 struct SecondPlaceLossConfig {
   double coefficient = 0.005;
-  double epsilon = 0.0;  ///< Mesh TensorFlow: 1e-9, against a division by zero, which makes the loss
-                         ///< of tokens whose first choice is certain too small. Here, a token with
-                         ///< no probability left for others has the loss 0 in any case.
+  double epsilon = 0.0;  ///< Mesh TensorFlow: 1e-9, against a division by zero, which makes the
+                         ///< loss of tokens whose first choice is certain too small. Here, a token
+                         ///< with no probability left for others has the loss 0 in any case.
 };
 
 /// Rewards a router for spreading the second-best experts of the tokens evenly, beside GShardLoss,
@@ -35,8 +35,9 @@ struct SecondPlaceLossConfig {
 ///
 /// Padding, and tokens without any choice, count in no c_e and no q. Experts that are forbidden to
 /// a token do not count for it either: a token that is allowed its first choice alone has no second
-/// place. `experts` are those that the pass allows to some token. The loss is zero with one expert or without tokens, and the coefficient where second
-/// choices are spread evenly. The counts and first_t are constant to the derivative.
+/// place. `experts` are those that the pass allows to some token. The loss is zero with one expert
+/// or without tokens, and the coefficient where second choices are spread evenly. The counts and
+/// first_t are constant to the derivative.
 template <std::floating_point T>
 class SecondPlaceLoss : public BalancerBase {
  public:
@@ -115,7 +116,8 @@ void SecondPlaceLoss<T>::set_prices(const Routing<T>& routing, RowVector<T>& pri
   });
   const auto tokens = static_cast<T>(routing.rows.real());
   if (tokens == T(0)) return;
-  price *= static_cast<T>(config_.coefficient) * static_cast<T>(routing.open_experts()) / (tokens * tokens);
+  price *= static_cast<T>(config_.coefficient) * static_cast<T>(routing.open_experts()) /
+           (tokens * tokens);
 }
 
 }  // namespace weir

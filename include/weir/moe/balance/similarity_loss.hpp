@@ -34,9 +34,9 @@ struct SimilarityLossConfig {
 ///     dloss/dP = 2 * coefficient / T * P W
 ///
 /// With uniform probabilities the loss is the coefficient at any load, also at uniform load, and
-/// coefficient / experts where no token has two experts. `experts` are those that the pass allows to
-/// some token. Without assignments it is zero. As W is
-/// one of the whole batch, the loss of a batch is not the mean of those of its parts.
+/// coefficient / experts where no token has two experts. `experts` are those that the pass allows
+/// to some token. Without assignments it is zero. As W is one of the whole batch, the loss of a
+/// batch is not the mean of those of its parts.
 template <std::floating_point T>
 class SimilarityLoss : public BalancerBase {
  public:

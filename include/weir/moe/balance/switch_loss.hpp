@@ -35,10 +35,12 @@ struct SwitchLossConfig {
 ///     loss = coefficient * experts * sum_e f_e * P_e
 ///
 /// f_e is the fraction of the assignments (or: of the tokens) that went to expert e, before any are
-/// dropped; P_e the mean probability the router gave it. Over the sequences, if that is the scope,
-/// the mean is taken: then a batch cut between sequences has the same loss as its parts together.
-/// Padding is not counted; without real tokens the loss is zero. At uniform load the loss has the
-/// value that LoadFraction says; that is not its minimum, f and P being free of each other.
+/// dropped; P_e the mean probability the router gave it. `experts` are those that the pass allows
+/// to some token: one that is switched off for all does not count, one that is forbidden to some
+/// counts for all. Over the sequences, if that is the scope, the mean is taken: then a batch cut
+/// between sequences has the same loss as its parts together. Padding is not counted; without real
+/// tokens the loss is zero. At uniform load the loss has the value that LoadFraction says; that is
+/// not its minimum, f and P being free of each other.
 ///
 /// f_e counts decisions and is constant to the derivative; the gradient reaches the router through
 /// P_e alone.
@@ -70,12 +72,12 @@ class SwitchLoss : public BalancerBase {
 
  private:
   T factor(const Routing<T>& routing) const {
-    return static_cast<T>(config_.coefficient) * static_cast<T>(routing.experts());
+    return static_cast<T>(config_.coefficient) * static_cast<T>(routing.open_experts());
   }
 
   auto fractions(const Routing<T>& routing) const {
     return [&routing, this](Index begin, Index end, Index tokens, RowVector<T>& f) {
-      f.setZero(routing.experts());
+      set_zero(f, routing.experts());
       routing.add_load(begin, end, f);
       const T assignments = f.sum();
       f /= config_.fraction == LoadFraction::kOfTokens ? static_cast<T>(tokens)

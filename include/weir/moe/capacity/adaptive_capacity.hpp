@@ -37,8 +37,9 @@ struct AdaptiveCapacityConfig {
 /// c_e counts the assignments to expert e in one group that `scope` names, dropped or not. Each
 /// group of each backward pass has its f*; the mean is that since the last update.
 /// Groups without assignments are not counted; without any group the factor stays. C is
-/// ceil((T * k / experts) * f), `experts` being those that the pass allows to some token, at least `minimum`, the same in training and evaluation. The factor
-/// is a buffer: saved, and not trained by gradient; nothing has a gradient here.
+/// ceil((T * k / experts) * f), `experts` being those that the pass allows to some token, at least
+/// `minimum`, the same in training and evaluation. The factor is a buffer: saved, and not trained
+/// by gradient; nothing has a gradient here.
 ///
 /// The rule is this library's own. Tutel (Hwang et al. 2022, arXiv:2206.03382), see
 /// DynamicCapacity, adapts within the pass instead, to the load at hand: there an earlier token

@@ -36,11 +36,14 @@ struct CapacityFactorConfig {
 
 /// Each expert takes at most
 ///
-///     C = max(minimum, round(factor * T * k / experts))      count_k, as Megatron-Core, DeepSpeed
-///     C = max(minimum, round(factor * T / experts))          otherwise, as Switch, Mesh TensorFlow
+///     C = max(minimum, round((T * k / experts) * factor))    count_k, as Megatron-Core, DeepSpeed
+///     C = max(minimum, round((factor * T) / experts))        otherwise, as Switch, Mesh TensorFlow
 ///
-/// assignments. T is the number of real tokens in the group that `scope` and `group_size` name,
-/// T * k their number of assignments. What is dropped yields zero, unless the bank is in a
+/// assignments, computed in double and in this order, on which the last rounding can depend. T is
+/// the number of real tokens in the group that `scope` and `group_size` name, T * k their number of
+/// assignments. `experts` are those that the pass allows to some token: with experts that are
+/// switched off for all tokens, the others have the places of a layer without them; one that is
+/// forbidden to some tokens counts. What is dropped yields zero, unless the bank is in a
 /// PassDropped; its weight is not given to the token's other experts, unless the policy is in a
 /// RenormaliseKept.
 ///
@@ -65,8 +68,10 @@ class CapacityFactor : public CapacityBase {
 
   /// C for `count` tokens or, with count_k, assignments; a factor never makes it more than `count`.
   Index capacity(Index count, Index experts, bool training) const {
-    const double exact = (training ? config_.train : config_.evaluate) *
-                         static_cast<double>(count) / static_cast<double>(experts);
+    const double factor = training ? config_.train : config_.evaluate;
+    const auto tokens = static_cast<double>(count);
+    const auto share = static_cast<double>(experts);
+    const double exact = config_.count_k ? tokens / share * factor : factor * tokens / share;
     const double rounded = config_.rounding == Rounding::kDown ? std::floor(exact)
                            : config_.rounding == Rounding::kUp ? std::ceil(exact)
                                                                : std::nearbyint(exact);
@@ -81,7 +86,7 @@ class CapacityFactor : public CapacityBase {
     const auto limit = [&](Index begin, Index end) {
       const Index assignments = routing.offsets[end] - routing.first(begin);
       const Index count = config_.count_k ? assignments : routing.rows.real(begin, end);
-      const Index c = capacity(count, routing.experts(), pass.training);
+      const Index c = capacity(count, routing.open_experts(), pass.training);
       drop_overflow(pass, routing, begin, end, c, config_.order, cache);
     };
     for_each_capacity_group(routing.rows, config_.scope, config_.group_size, limit);

@@ -26,9 +26,10 @@ struct DeviceCapacityConfig {
 /// The experts are cut into `devices` contiguous groups of the same size. In training, the experts
 /// of one device together take at most
 ///
-///     B = ceil(factor * A / devices)
+///     B = ceil((A / devices) * factor)
 ///
-/// assignments of the pass, A being the number of all assignments. Beyond it, those with the lowest
+/// assignments of the pass, A being the number of all assignments; a device whose experts
+/// the pass all switches off for all tokens does not count. Beyond it, those with the lowest
 /// affinity are dropped: the lowest probability p_te; among equal ones, the later. A sequence is
 /// protected with the chance `protected_share`, drawn for each sequence of each pass: what it was
 /// assigned is never dropped, but does use up the budget, so that a device can exceed it. In
@@ -71,11 +72,18 @@ class DeviceCapacity : public CapacityBase {
 
     Index assignments = 0;
     for (const std::uint8_t kept : routing.kept) assignments += kept;
+    const Index per_device = experts / config_.devices;
+    Index devices = 0;
+    Index last = -1;
+    for (const Index e : routing.open) {  // In ascending order.
+      if (e / per_device != last) ++devices;
+      last = e / per_device;
+    }
+    if (devices == 0) return;
     const double exact =
-        config_.factor * static_cast<double>(assignments) / static_cast<double>(config_.devices);
+        static_cast<double>(assignments) / static_cast<double>(devices) * config_.factor;
     const auto budget =
         static_cast<Index>(std::min(std::ceil(exact), static_cast<double>(assignments)));
-    const Index per_device = experts / config_.devices;
     detail::drop_last(
         routing, 0, routing.assignments(), config_.devices,
         [&](Index expert) { return expert / per_device; }, budget,

@@ -32,7 +32,8 @@ struct DynamicCapacityConfig {
 ///     factor < 0     C = min(L, B(-factor))
 ///
 /// rounded up to a multiple of `alignment`. T is the number of real tokens of the group, k the
-/// largest number of experts one of them has. Assignments that are not kept already are not load.
+/// largest number of experts one of them has, and `experts` are those that the pass allows to some
+/// token. Assignments that are not kept already are not load.
 /// (Hwang et al. 2022, arXiv:2206.03382; Tutel's extract_critical, which drops in
 /// rank-major or batch-prioritised order.)
 ///
@@ -89,7 +90,7 @@ class DynamicCapacity : public CapacityBase {
     Index k = 0;
     for (Index t = begin; t < end; ++t) k = std::max(k, routing.last(t) - routing.first(t));
     const Index tokens = routing.rows.real(begin, end);
-    const Index share = (tokens + routing.experts() - 1) / routing.experts();
+    const Index share = (tokens + routing.open_experts() - 1) / routing.open_experts();
     const double places = std::floor(std::abs(config_.factor) * static_cast<double>(share));
     return k * static_cast<Index>(std::min(places, static_cast<double>(tokens)));
   }

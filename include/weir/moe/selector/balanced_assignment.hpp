@@ -21,7 +21,8 @@ namespace weir {
 
 /// Settings of BalancedAssignment.
 struct BalancedAssignmentConfig {
-  double epsilon = 1e-3;  ///< How far from the best assignment the auction may end.
+  double epsilon = 1e-3;   ///< How far from the best assignment the auction may end.
+  Index most_bids = 1000;  ///< How many bids the auction may take for each token, on average.
 };
 
 /// One expert a_t for each token, with the weight sigmoid(z_ta). In training
@@ -36,10 +37,14 @@ struct BalancedAssignmentConfig {
 ///
 ///     (T + experts) * epsilon * (largest logit - smallest logit)
 ///
-/// of the best one; a smaller epsilon takes more bids. The choice is constant to the derivative,
-/// which reaches the logits through the weight and through the probabilities (softmax(z)).
+/// of the best one; a smaller epsilon takes more bids. An auction of `most_bids` * T bids is broken
+/// off: the tokens that have no place then go, in their order, to the best expert that has one
+/// left. Every expert still has its T / experts tokens; what is lost is the bound on the total. The
+/// choice is constant to the derivative, which reaches the logits through the weight and through
+/// the probabilities (softmax(z)).
 ///
-/// No expert can be forbidden to a token in training, as no level assignment might be left.
+/// Experts that the pass switches off for all tokens are left out, also of the number of experts.
+/// No other expert can be forbidden to a token in training, as no level assignment might be left.
 /// Not causal in training: a later token can put out an earlier one. Causal in evaluation.
 ///
 /// (Lewis et al. 2021, arXiv:2103.16716, eq. 1-4; Bertsekas 1992, "Auction algorithms for network
@@ -51,18 +56,20 @@ class BalancedAssignment : public SelectorBase<T> {
   struct Cache {
     List<T> price;
     List<Index> owner;
+    List<Index> load;  ///< [experts], how many tokens an expert has.
   };
 
   explicit BalancedAssignment(BalancedAssignmentConfig config = {}) : config_(config) {}
 
-  /// \throws ConfigError  unless 1e-6 <= epsilon <= 1.
+  /// \throws ConfigError  unless 1e-6 <= epsilon <= 1 and most_bids >= 1.
   void check(Index /*experts*/) const {
     expect_in("BalancedAssignment", "epsilon", config_.epsilon, 1e-6, 1.0);
+    expect_at_least<Index>("BalancedAssignment", "most_bids", config_.most_bids, 1);
   }
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  /// \throws ConfigError     as `check`; in training if an expert is forbidden to a token.
+  /// \throws ConfigError     as `check`; in training if an open expert is forbidden to a token.
   void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const;
 
   void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
@@ -108,6 +115,11 @@ class BalancedAssignment : public SelectorBase<T> {
   /// contend for these with nobodies, one for each place that has to stay empty.
   void auction(Routing<T>& routing, Cache& cache) const;
 
+  /// Gives the experts of the places' owners to the tokens, and to each token without a place the
+  /// best expert with fewer than `full`, or else with fewer than `full + more` tokens. Then moves
+  /// tokens from experts with more than `full` to those with fewer.
+  static void settle(Routing<T>& routing, Index full, Index more, Cache& cache);
+
   BalancedAssignmentConfig config_;
 };
 
@@ -144,7 +156,7 @@ void BalancedAssignment<T>::backward(const Routing<T>& routing, RoutingGradient<
 
 template <std::floating_point T>
 void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
-  const Index experts = routing.experts();
+  const Index experts = routing.open_experts();
   const Index tokens = routing.tokens();
   const Index real = routing.rows.real();
   if (real == 0) return;
@@ -153,8 +165,9 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
   const Index places = experts * (full + more);
   cache.price.assign(places, T(0));
   cache.owner.assign(places, kFree);
-  const auto places_of = [&](Index e, bool extra) {
-    const Index first = extra ? experts * full + e : e * full;
+  // Of open expert number i.
+  const auto places_of = [&](Index i, bool extra) {
+    const Index first = extra ? experts * full + i : i * full;
     return Places{cache.price.data() + first, cache.owner.data() + first, extra ? more : full};
   };
 
@@ -162,8 +175,10 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
   T largest = -smallest;
   for (Index t = 0; t < tokens; ++t) {
     if (routing.rows.is_padding(t)) continue;
-    smallest = std::min(smallest, routing.logits.row(t).minCoeff());
-    largest = std::max(largest, routing.logits.row(t).maxCoeff());
+    for (const Index e : routing.open) {
+      smallest = std::min(smallest, routing.logits(t, e));
+      largest = std::max(largest, routing.logits(t, e));
+    }
   }
   if (!std::isfinite(smallest)) {
     throw_error<ConfigError>(
@@ -174,15 +189,17 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
   const T range = largest > smallest ? largest - smallest : T(1);
   const T least_raise = static_cast<T>(config_.epsilon) * range;
 
+  const double most = static_cast<double>(config_.most_bids) * static_cast<double>(real);
+  double bids = 0.0;
   const auto bid = [&](Index token) {
     const bool nobody = token >= tokens;
     T best = -std::numeric_limits<T>::infinity();
     T next = best;
     Places wanted{};
-    for (Index e = 0; e < experts; ++e) {
-      const T value = nobody ? T(0) : routing.logits(token, e);
+    for (Index i = 0; i < experts; ++i) {
+      const T value = nobody ? T(0) : routing.logits(token, routing.open[i]);
       for (const bool extra : {false, true}) {
-        const Places offer = places_of(e, extra);
+        const Places offer = places_of(i, extra);
         if (offer.count == 0 || (nobody && !extra)) continue;
         const T gain = value - offer.price[0];
         if (gain > best) {
@@ -199,21 +216,52 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
     return wanted.sell(token, std::max(wanted.price[0] + raise, up));
   };
   const auto seat = [&](Index token) {
-    while (token != kFree) token = bid(token);
+    for (; token != kFree && bids < most; ++bids) token = bid(token);
   };
   for (Index t = 0; t < tokens; ++t) {
     if (!routing.rows.is_padding(t)) seat(t);
   }
   for (Index i = 0; i < places - real; ++i) seat(tokens + i);
+  settle(routing, full, more, cache);
+}
 
-  for (Index e = 0; e < experts; ++e) {
-    for (const bool extra : {false, true}) {
-      const Places seats = places_of(e, extra);
-      for (Index i = 0; i < seats.count; ++i) {
-        if (seats.owner[i] >= tokens) continue;
-        routing.expert[routing.first(seats.owner[i])] = e;
-      }
+template <std::floating_point T>
+void BalancedAssignment<T>::settle(Routing<T>& routing, Index full, Index more, Cache& cache) {
+  const Index experts = routing.open_experts();
+  const Index tokens = routing.tokens();
+  std::fill(routing.expert.begin(), routing.expert.end(), kFree);
+  List<Index>& load = cache.load;
+  load.assign(routing.experts(), 0);
+  for (Index place = 0; place < cache.owner.count(); ++place) {
+    const Index owner = cache.owner[place];
+    if (owner == kFree || owner >= tokens) continue;
+    const Index i = place < experts * full ? place / full : place - experts * full;
+    routing.expert[routing.first(owner)] = routing.open[i];
+    ++load[routing.open[i]];
+  }
+  // The best expert for the token with fewer than `bound` tokens; kFree if there is none.
+  const auto best_below = [&](Index token, Index bound) {
+    Index best = kFree;
+    for (const Index e : routing.open) {
+      if (load[e] >= bound) continue;
+      if (best == kFree || routing.logits(token, e) > routing.logits(token, best)) best = e;
     }
+    return best;
+  };
+  for (Index t = 0; t < tokens; ++t) {
+    if (routing.rows.is_padding(t) || routing.expert[routing.first(t)] != kFree) continue;
+    Index e = best_below(t, full);
+    if (e == kFree) e = best_below(t, full + more);
+    routing.expert[routing.first(t)] = e;
+    ++load[e];
+  }
+  for (Index t = 0; t < tokens; ++t) {
+    if (routing.rows.is_padding(t) || load[routing.expert[routing.first(t)]] <= full) continue;
+    const Index e = best_below(t, full);
+    if (e == kFree) break;
+    --load[routing.expert[routing.first(t)]];
+    routing.expert[routing.first(t)] = e;
+    ++load[e];
   }
 }
 

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <concepts>
-#include <utility>
+#include <limits>
 
 #include <weir/core/error.hpp>
 #include <weir/core/index_span.hpp>
@@ -15,7 +15,9 @@
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/k_best.hpp>
+#include <weir/ops/exp.hpp>
 #include <weir/ops/softmax.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -31,8 +33,8 @@ struct SinkhornConfig {
 ///
 ///     K = exp(z), d1 = 1, and until mean_e |change of d1_e| <= tolerance
 ///
-///     d0_t = 1 / (T * (sum_e d1_e K_te + eps))
-///     d1_e = 1 / (experts * (sum_t d0_t K_te + eps)),            eps = 1e-8
+///     d0_t = 1 / (T * sum_e d1_e K_te)
+///     d1_e = 1 / (experts * sum_t d0_t K_te)
 ///
 ///     pi_te = d0_t K_te d1_e
 ///
@@ -41,25 +43,27 @@ struct SinkhornConfig {
 ///     g_e = sigmoid(z_e)                     k = 1
 ///     g_e = softmax(z)_e over all experts    k > 1, not renormalised
 ///
-/// T counts the real tokens of the batch. A token's experts are listed by pi (by z in evaluation),
-/// equal ones by index. Because the k best of a level plan need not be level, loads are even only
-/// roughly. The choice is constant to the derivative, which reaches the logits through g and the
-/// probabilities (softmax(z)).
+/// T counts the real tokens of the batch, `experts` those that the pass allows to some token. All
+/// of this is computed with logarithms of d0 and d1: no logits are too far apart for it, and adding
+/// a constant to all logits of a token changes nothing but rounding. A token's experts are listed
+/// by pi (by z in evaluation), equal ones by index. Because the k best of a level plan need not be
+/// level, loads are even only roughly. The choice is constant to the derivative, which reaches the
+/// logits through g and the probabilities (softmax(z)).
 ///
 /// Not causal in training: the plan of a token depends on all others. Causal in evaluation.
 ///
 /// (Clark et al. 2022, arXiv:2202.01169, section 3.1; Megatron-Core, moe_utils.py, `sinkhorn`, and
-/// router.py, `sinkhorn_load_balancing`. Megatron-Core iterates without a limit, and overflows
-/// where exp(z) does.)
+/// router.py, `sinkhorn_load_balancing`. Megatron-Core iterates without a limit, overflows where
+/// exp(z) does, and adds 1e-8 to both sums, which keeps it from levelling small exp(z).)
 template <std::floating_point T>
 class Sinkhorn : public SelectorBase<T> {
  public:
   /// Workspace of the plan.
   struct Cache {
-    Matrix<T> kernel;     ///< [tokens, experts], K, each row scaled to a largest entry of 1.
-    RowVector<T> d0;      ///< [tokens], scaled to make up for that.
-    RowVector<T> d1;      ///< [experts]
-    RowVector<T> column;  ///< [experts], sum_t d0_t K_te.
+    Matrix<T> rows;       ///< [tokens, experts], T * pi as d0 leaves it: each row sums to 1.
+    RowVector<T> log_d1;  ///< [experts], -infinity where the expert is not open.
+    RowVector<T> lse;     ///< [tokens], log sum_e d1_e K_te.
+    RowVector<T> column;  ///< [experts], the sums of the columns of `rows`.
   };
 
   explicit Sinkhorn(SinkhornConfig config = {}) : config_(config) {}
@@ -91,17 +95,17 @@ class Sinkhorn : public SelectorBase<T> {
   const SinkhornConfig& config() const { return config_; }
 
  private:
-  static constexpr double kEpsilon = 1e-8;
-
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed, Routing<T>& routing,
              Cache& cache) const;
 
-  /// Starts d1: 1 for the experts that some token may go to, the number of which is returned; 0 for
-  /// the others, which the plan leaves out.
-  static Index reach(const Routing<T>& routing, RowVector<T>& d1);
+  /// Sets each real token's row of the plan, and the logarithm of what it was divided by, from
+  /// log d1.
+  static void set_rows(const Routing<T>& routing, Cache& cache);
 
-  /// Leaves the plan's factors in the cache. With each row of K, eps is scaled too, so that the
-  /// plan stays the same.
+  /// log sum_t pi_te * T for expert e, also where pi is zero to rounding.
+  static T log_column(const Routing<T>& routing, const Cache& cache, Index e);
+
+  /// Leaves log d1 in the cache, and the rows from which it was found.
   void balance(const Routing<T>& routing, Cache& cache) const;
 
   SinkhornConfig config_;
@@ -134,9 +138,13 @@ Matrix<T> Sinkhorn<T>::plan(MatrixIn<T> logits, const Pass& pass) const {
   routing.begin("Sinkhorn", logits, pass, config_.k);
   Cache cache;
   balance(routing, cache);
-  Matrix<T> pi = std::move(cache.kernel);
+  Matrix<T> pi = Matrix<T>::Zero(routing.tokens(), routing.experts());
+  const T log_tokens = std::log(static_cast<T>(std::max(routing.rows.real(), Index(1))));
   for (Index t = 0; t < pi.rows(); ++t) {
-    pi.row(t) = (cache.d0[t] * pi.row(t)).cwiseProduct(cache.d1);
+    if (routing.rows.is_padding(t)) continue;
+    for (const Index e : routing.open) {
+      pi(t, e) = std::exp(routing.logits(t, e) + cache.log_d1[e] - cache.lse[t] - log_tokens);
+    }
   }
   return pi;
 }
@@ -154,7 +162,7 @@ void Sinkhorn<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace
         const T* const z = routing.logits.row(t).data();
         if (!pass.training) return z;
         // A row of log pi, up to a constant: nothing that matters is lost to underflow.
-        for (Index e = 0; e < routing.experts(); ++e) p[e] = z[e] + std::log(cache.d1[e]);
+        for (Index e = 0; e < routing.experts(); ++e) p[e] = z[e] + cache.log_d1[e];
         return p;
       },
       [&](Index t, const Index* chosen, T* weight, T* p) {
@@ -167,50 +175,64 @@ void Sinkhorn<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace
 }
 
 template <std::floating_point T>
-Index Sinkhorn<T>::reach(const Routing<T>& routing, RowVector<T>& d1) {
-  d1.setConstant(routing.experts(), routing.restricted ? T(0) : T(1));
-  for (Index t = 0; routing.restricted && t < routing.tokens(); ++t) {
-    if (routing.rows.is_padding(t)) continue;
-    for (Index e = 0; e < routing.experts(); ++e) {
-      if (!routing.is_forbidden(t, e)) d1[e] = T(1);
-    }
+void Sinkhorn<T>::set_rows(const Routing<T>& routing, Cache& cache) {
+  const Index experts = routing.experts();
+  routing.rows.for_each_real(16 * experts, [&](Index t) {
+    T* const row = cache.rows.row(t).data();
+    loops::add<T>(experts, &routing.logits(t, 0), cache.log_d1.data(), row);
+    const T top = loops::max(experts, row);
+    loops::exp_shifted(experts, row, top, row);
+    const T sum = loops::sum(experts, row);
+    loops::scale(experts, T(1) / sum, row, row);
+    cache.lse[t] = top + std::log(sum);
+  });
+}
+
+template <std::floating_point T>
+T Sinkhorn<T>::log_column(const Routing<T>& routing, const Cache& cache, Index e) {
+  if (cache.column[e] > std::sqrt(std::numeric_limits<T>::min())) {
+    return std::log(cache.column[e]);
   }
-  return std::count(d1.begin(), d1.end(), T(1));
+  const auto log_entry = [&](Index t) {
+    return routing.logits(t, e) + cache.log_d1[e] - cache.lse[t];
+  };
+  T largest = -std::numeric_limits<T>::infinity();
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    if (!routing.rows.is_padding(t)) largest = std::max(largest, log_entry(t));
+  }
+  if (!std::isfinite(largest)) return std::log(std::numeric_limits<T>::min());
+  T sum = T(0);
+  for (Index t = 0; t < routing.tokens(); ++t) {
+    if (!routing.rows.is_padding(t)) sum += std::exp(log_entry(t) - largest);
+  }
+  return largest + std::log(sum);
 }
 
 template <std::floating_point T>
 void Sinkhorn<T>::balance(const Routing<T>& routing, Cache& cache) const {
   const Index tokens = routing.tokens();
   const Index experts = routing.experts();
-  set_zero(cache.kernel, tokens, experts);
-  routing.rows.for_each_real(16 * experts, [&](Index t) {
-    const T largest = routing.logits.row(t).maxCoeff();
-    if (!std::isfinite(largest)) return;
-    for (Index e = 0; e < experts; ++e) {
-      cache.kernel(t, e) = std::exp(routing.logits(t, e) - largest);
-    }
-  });
-  RowVector<T>& d1 = cache.d1;
-  const Index reachable = reach(routing, d1);
-  set_zero(cache.d0, tokens);
+  cache.rows.setZero(tokens, experts);
+  cache.lse.setZero(tokens);
+  cache.log_d1.setConstant(experts, -std::numeric_limits<T>::infinity());
+  for (const Index e : routing.open) cache.log_d1[e] = T(0);
   const auto real = static_cast<T>(routing.rows.real());
   if (real == T(0)) return;
+  const auto open = static_cast<T>(routing.open_experts());
   for (Index i = 0; i < config_.iterations; ++i) {
-    routing.rows.for_each_real(2 * experts, [&](Index t) {
-      const T epsilon = static_cast<T>(kEpsilon) * std::exp(-routing.logits.row(t).maxCoeff());
-      cache.d0[t] = T(1) / (real * (cache.kernel.row(t).dot(d1) + epsilon));
-    });
-    set_zero(cache.column, experts);
-    for (Index t = 0; t < tokens; ++t) cache.column += cache.d0[t] * cache.kernel.row(t);
-    T change = T(0);
-    for (Index e = 0; e < experts; ++e) {
-      if (d1[e] == T(0)) continue;
-      const T next =
-          T(1) / (static_cast<T>(reachable) * (cache.column[e] + static_cast<T>(kEpsilon)));
-      change += std::abs(next - d1[e]);
-      d1[e] = next;
+    set_rows(routing, cache);
+    cache.column.setZero(experts);
+    for (Index t = 0; t < tokens; ++t) cache.column += cache.rows.row(t);
+    double change = 0.0;
+    for (const Index e : routing.open) {
+      // d1_e <- d1_e / (experts * sum_t pi_te), of which T * pi are the rows.
+      const T step = std::log(real / open) - log_column(routing, cache, e);
+      if (step == T(0)) continue;  // Where d1 is beyond the largest number, inf - inf is NaN.
+      const auto before = static_cast<double>(cache.log_d1[e]);
+      cache.log_d1[e] += step;
+      change += std::exp(before) * std::abs(std::expm1(static_cast<double>(step)));
     }
-    if (change / static_cast<T>(reachable) <= static_cast<T>(config_.tolerance)) return;
+    if (change / static_cast<double>(open) <= config_.tolerance) return;
   }
 }
 
