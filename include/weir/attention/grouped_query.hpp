@@ -70,8 +70,9 @@ class GroupedQueryAttention {
     typename CausalAttention<T>::Cache attention;
   };
 
-  /// Weights begin as `switch_init`, biases and sinks as zero, norms as one.
-  /// \throws ConfigError  if the config is not sound, see `GroupedQueryConfig::checked`.
+  /// Weights begin as `switch_init` (see also `GroupedQueryConfig::fold_scale`), biases and sinks
+  /// as zero, norms as one. \throws ConfigError  if the config is not sound, see
+  /// `GroupedQueryConfig::checked`.
   GroupedQueryAttention(Rng& rng, const Config& config);
 
   /// The settings, with head_dim filled in.
@@ -87,11 +88,10 @@ class GroupedQueryAttention {
   Parameter<T>& output() { return output_.parameter(); }  ///< [d_model, heads * head_dim]
   const Parameter<T>& output() const { return output_.parameter(); }
 
-  /// See `weir::set_storage`; biases, norms and sinks stay parameters.
+  /// See `weir::set_storage`; biases, norms and sinks stay parameters. If memory runs out, nothing
+  /// has changed.
   void set_storage(Storage storage) {
-    for (kernels::Weight<T>* weight : {&query_, &key_, &value_, &output_}) {
-      weight->set_storage(storage);
-    }
+    kernels::set_storage(std::array{&query_, &key_, &value_, &output_}, storage);
   }
 
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
@@ -182,7 +182,8 @@ class GroupedQueryAttention {
 template <std::floating_point T>
 GroupedQueryAttention<T>::GroupedQueryAttention(Rng& rng, const Config& config)
     : config_(config.checked()),
-      query_(initial(query_width(), config_.d_model, rng)),
+      query_(Matrix<T>(static_cast<T>(config_.query_init_factor()) *
+                       initial(query_width(), config_.d_model, rng))),
       key_(initial(kv_width(), config_.d_model, rng)),
       value_(initial(kv_width(), config_.d_model, rng)),
       output_(initial(config_.d_model, query_width(), rng)),
@@ -202,7 +203,7 @@ const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pa
   cache.state.begin();
   expect_columns("GroupedQueryAttention::forward", "x", x, config_.d_model);
   cache.rows.set("GroupedQueryAttention::forward", pass, x.rows());
-  if (pass.training) cache.x = x;
+  if (pass.training) assign(cache.x, x);
   fill_spans(cache.rows.sequences(), cache.spans);
   project(x, pass, cache);
   set_shape(cache.context, x.rows(), query_width());

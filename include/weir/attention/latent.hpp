@@ -3,6 +3,7 @@
 /// Multi-head latent attention (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1).
 #pragma once
 
+#include <array>
 #include <concepts>
 #include <cstddef>
 #include <optional>
@@ -80,7 +81,7 @@ class LatentAttention {
 
   const Config& config() const { return config_; }
 
-  /// See `weir::set_storage`; norms stay parameters.
+  /// See `weir::set_storage`; norms stay parameters. If memory runs out, nothing has changed.
   void set_storage(Storage storage);
 
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
@@ -193,14 +194,14 @@ LatentAttention<T>::LatentAttention(Rng& rng, const Config& config)
 template <std::floating_point T>
 void LatentAttention<T>::set_storage(Storage storage) {
   if (storage == output_.storage()) return;
+  LatentAttention to = *this;
   if (config_.decoding != LatentDecoding::kExpanded) {
-    expanded_.set_storage(Storage::kTrainable);
-    absorbed_.set_storage(expanded_.key_up(), expanded_.value_up(), storage);
+    to.expanded_.set_storage(Storage::kTrainable);
+    to.absorbed_.set_storage(to.expanded_.key_up(), to.expanded_.value_up(), storage);
   }
-  expanded_.set_storage(storage);
-  for (kernels::Weight<T>* weight : {&query_down_, &query_, &kv_down_, &output_}) {
-    weight->set_storage(storage);
-  }
+  to.expanded_.set_storage(storage);
+  kernels::set_storage(std::array{&to.query_down_, &to.query_, &to.kv_down_, &to.output_}, storage);
+  *this = std::move(to);
 }
 
 template <std::floating_point T>

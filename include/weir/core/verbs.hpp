@@ -117,7 +117,8 @@ void update(Layer& layer) {
 ///
 ///     set_storage(decoder, Storage::kBfloat16);   // after loading or training, before inference
 ///
-/// Pointers to parameters are no longer valid afterwards.
+/// Pointers to parameters are no longer valid afterwards. If memory runs out, each layer is stored
+/// either way and can be used; another call goes on with the others.
 template <class Layer>
 void set_storage(Layer& layer, Storage storage) {
   detail::SetStorage<typename Layer::Scalar> walk(storage);

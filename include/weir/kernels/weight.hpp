@@ -34,9 +34,16 @@ class Weight {
 
   Storage storage() const { return storage_; }
 
+  /// If memory runs out, nothing has changed.
   /// \param memory  Where packed numbers go, with room for `PackedWeight::bytes`. If null, they get
   ///                memory of their own.
   void set_storage(Storage storage, SharedMemory* memory = nullptr);
+
+  /// Whether `set_storage` would do anything.
+  bool changes_to(Storage storage) const { return storage != storage_ && rows() != 0; }
+
+  /// The same weight in another storage.
+  Weight stored(Storage storage, SharedMemory* memory = nullptr) const;
 
  private:
   Parameter<T> parameter_;
@@ -46,14 +53,34 @@ class Weight {
 
 template <class T>
 void Weight<T>::set_storage(Storage storage, SharedMemory* memory) {
-  if (storage == storage_ || rows() == 0) return;
-  if (storage_ != Storage::kTrainable) packed_.unpack(parameter_.value);
-  packed_ = {};
+  if (!changes_to(storage)) return;
+  *this = stored(storage, memory);
+}
+
+template <class T>
+Weight<T> Weight<T>::stored(Storage storage, SharedMemory* memory) const {
+  Weight result;
+  result.storage_ = storage;
+  if (storage_ != Storage::kTrainable) packed_.unpack(result.parameter_.value);
   if (storage != Storage::kTrainable) {
-    packed_ = {parameter_.value, storage, memory};
-    parameter_ = {};
+    const bool unpacked = storage_ != Storage::kTrainable;
+    const Matrix<T>& value = unpacked ? result.parameter_.value : parameter_.value;
+    result.packed_ = {value, storage, memory};
+    result.parameter_ = {};
   }
-  storage_ = storage;
+  return result;
+}
+
+/// Changes the storage of several weights. If memory runs out, nothing has changed.
+template <class T, std::size_t count>
+void set_storage(const std::array<Weight<T>*, count>& weights, Storage storage) {
+  std::array<Weight<T>, count> changed;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (weights[i]->changes_to(storage)) changed[i] = weights[i]->stored(storage);
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    if (weights[i]->changes_to(storage)) *weights[i] = std::move(changed[i]);
+  }
 }
 
 /// A product with a weight: out [rows of x, rows of the weight].

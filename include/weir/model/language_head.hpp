@@ -121,7 +121,7 @@ const Matrix<T>& LanguageHead<T>::backward(MatrixIn<T> d_logits, Embedding<T>& e
 template <std::floating_point T>
 const Matrix<T>& LanguageHead<T>::tied_forward(MatrixIn<T> x, const Embedding<T>& embedding,
                                                const Pass& pass, Cache& cache) const {
-  if (pass.training) cache.x = x;
+  if (pass.training) assign(cache.x, x);
   set_shape(cache.logits, x.rows(), embedding.vocab());
   if (tied_.empty()) {
     multiply_nt<T>(x, embedding.weight().value, cache.logits);

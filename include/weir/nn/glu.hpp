@@ -107,7 +107,7 @@ class Glu {
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
-  /// See `weir::set_storage`.
+  /// See `weir::set_storage`. If memory runs out, nothing has changed.
   void set_storage(Storage storage);
 
   Index d_model() const { return packed_ ? packed_->gate_up.cols() : gate_.value.cols(); }
@@ -163,7 +163,7 @@ const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
   set_shape(cache.gate, x.rows(), d_hidden());
   set_shape(cache.up, x.rows(), d_hidden());
   if (pass.training) {
-    cache.x = x;
+    assign(cache.x, x);
     set_shape(cache.h, x.rows(), d_hidden());
     run(x, cache.gate, cache.up, cache.h, cache.y);
   } else {
@@ -196,13 +196,22 @@ const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
 template <std::floating_point T, Activation Act>
 void Glu<T, Act>::set_storage(Storage storage) {
   if (storage == storage_) return;
-  if (packed_) packed_->unpack(gate_.value, up_.value, down_.value);
-  packed_.reset();
+  Parameter<T> gate, up, down;
+  if (packed_) packed_->unpack(gate.value, up.value, down.value);
+  std::optional<PackedGlu<T>> packed;
   if (storage != Storage::kTrainable) {
     SharedMemory memory(PackedGlu<T>::bytes(d_model(), d_hidden(), d_model(), storage));
-    packed_.emplace(gate_.value, up_.value, down_.value, storage, memory);
-    gate_ = up_ = down_ = {};
+    if (packed_) {
+      packed.emplace(gate.value, up.value, down.value, storage, memory);
+    } else {
+      packed.emplace(gate_.value, up_.value, down_.value, storage, memory);
+    }
+    gate = up = down = {};
   }
+  packed_ = std::move(packed);
+  gate_ = std::move(gate);
+  up_ = std::move(up);
+  down_ = std::move(down);
   storage_ = storage;
 }
 

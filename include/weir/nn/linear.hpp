@@ -119,7 +119,7 @@ template <std::floating_point T>
 const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("Linear::forward", "x", x, d_in());
-  if (pass.training) cache.x = x;
+  if (pass.training) assign(cache.x, x);
   set_shape(cache.y, x.rows(), d_out());
   linear_forward<T>(x, weight_, bias_.value, cache.y);
   return cache.state.finish(*this, pass, cache.y);

@@ -3,6 +3,7 @@
 /// The feed-forward network of two layers (Vaswani et al. 2017, arXiv:1706.03762).
 #pragma once
 
+#include <array>
 #include <concepts>
 #include <utility>
 
@@ -82,11 +83,8 @@ class Mlp {
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
-  /// See `weir::set_storage`; biases stay parameters.
-  void set_storage(Storage storage) {
-    in_.set_storage(storage);
-    out_.set_storage(storage);
-  }
+  /// See `weir::set_storage`; biases stay parameters. If memory runs out, nothing has changed.
+  void set_storage(Storage storage) { kernels::set_storage(std::array{&in_, &out_}, storage); }
 
   Index d_model() const { return in_.cols(); }
   Index d_hidden() const { return in_.rows(); }
@@ -154,7 +152,7 @@ const Matrix<T>& Mlp<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
   set_shape(cache.h, x.rows(), d_hidden());
   set_shape(cache.y, x.rows(), d_model());
   if (pass.training) {
-    cache.x = x;
+    assign(cache.x, x);
     set_shape(cache.z, x.rows(), d_hidden());
     run(x, cache.z, cache.h, cache.y);
   } else {

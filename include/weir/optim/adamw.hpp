@@ -96,7 +96,7 @@ class AdamW {
 
   /// Updates every parameter of `model` by its accumulated gradient, sets the gradients to zero,
   /// and runs balancing rules and schedules (`weir::update`). Allocates nothing except the moments
-  /// of a parameter at its first update.
+  /// of a parameter at its first update; if memory runs out then, nothing has changed.
   /// \throws ShapeError   if a gradient or a moment is not shaped like its parameter; nothing has
   ///                      changed then.
   /// \throws ConfigError  if two parameters have the same name, or are the same.
@@ -181,6 +181,8 @@ class AdamW {
 
   static void check(const Active& active);
 
+  static void allocate(const Active& active);
+
   void prepare(Active& active) const;
 
   // Updates one block of a parameter, from element `begin` on.
@@ -224,6 +226,9 @@ void AdamW<T>::update_all(const List<typename ParameterStates<T, State>::Found>&
     active_.push_back({parameter, &named->name, &named->state});
   }
   for (const Active& active : active_) check(active);
+  for (const Active& active : active_) {
+    if (active.learns()) allocate(active);
+  }
   Index blocks = 0;
   for (Active& active : active_) {
     active.begin = blocks;
@@ -259,11 +264,17 @@ void AdamW<T>::check(const Active& active) {
 }
 
 template <std::floating_point T>
-void AdamW<T>::prepare(Active& active) const {
+void AdamW<T>::allocate(const Active& active) {
   const Matrix<T>& value = active.parameter->value;
   Moments<T>& moments = active.state->moments;
   if (moments.first.size() == 0) moments.first.setZero(value.rows(), value.cols());
   if (moments.second.size() == 0) moments.second.setZero(value.rows(), value.cols());
+}
+
+template <std::floating_point T>
+void AdamW<T>::prepare(Active& active) const {
+  const Matrix<T>& value = active.parameter->value;
+  Moments<T>& moments = active.state->moments;
   ++moments.steps;
   const auto t = static_cast<double>(moments.steps);
   const bool decays = value.rows() != 1 || config_.decay_vectors;

@@ -94,7 +94,7 @@ const Matrix<T>& OpenMoENetwork<T>::backward(MatrixIn<T> dy, Cache& cache) {
   set_shape(cache.d_gate, dh.rows(), dh.cols());
   set_shape(cache.d_product, dh.rows(), dh.cols());
   glu_backward<Silu, T>(cache.gate.y, cache.product, dh, cache.d_gate, cache.d_product);
-  cache.dx = gate_.backward(cache.d_gate, cache.gate);
+  assign(cache.dx, gate_.backward(cache.d_gate, cache.gate));
   multiply_rows<T>(cache.d_product, cache.linear.y, cache.d_factor);
   add_rows<T>(cache.dx, up_.backward(cache.d_factor, cache.up), cache.dx);
   multiply_rows<T>(cache.d_product, cache.up.y, cache.d_factor);
