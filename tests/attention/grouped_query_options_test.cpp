@@ -399,6 +399,22 @@ TEST_CASE("GroupedQueryAttention names the parameters of its options",
   }
 }
 
+TEST_CASE("GroupedQueryAttention with fold_scale begins with the scores of the usual scale",
+          "[attention][grouped_query]") {
+  GroupedQueryConfig config{.d_model = 6, .heads = 4, .kv_heads = 2, .head_dim = 4};
+  Rng rng(5);
+  const Gqa usual(rng, config);
+  config.scale = 1.0;
+  config.fold_scale = true;
+  rng = Rng(5);
+  const Gqa folded(rng, config);
+  // 1 / sqrt(4) goes from the scale to the queries.
+  CHECK(folded.query().value == 0.5 * usual.query().value);
+  CHECK(folded.key().value == usual.key().value);
+  const Matrix<double> x = test::random_matrix(9, 6, 1);
+  CHECK(test::relative_error(infer(folded, x), infer(usual, x)) <= 1e-14);
+}
+
 TEST_CASE("GroupedQueryAttention says what is wrong with its options",
           "[attention][grouped_query]") {
   const GroupedQueryConfig base{.d_model = 6, .heads = 4, .kv_heads = 2, .head_dim = 4};
@@ -414,6 +430,8 @@ TEST_CASE("GroupedQueryAttention says what is wrong with its options",
         layer + "softcap = -1, expected a finite number >= 0");
   CHECK(message([](auto& c) { c.scale = std::nan(""); }) ==
         layer + "scale = nan, expected a finite number >= 0");
+  CHECK(message([](auto& c) { c.fold_scale = true; }) ==
+        layer + "fold_scale without scale, expected both");
   CHECK(message([](auto& c) { c.clip_qkv = HUGE_VAL; }) ==
         layer + "clip_qkv = inf, expected a finite number >= 0");
   CHECK(message([](auto& c) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // What each family's `make` builds: kinds are types, so the types are looked at.
+#include <cmath>
 #include <cstddef>
 #include <string>
 #include <variant>
@@ -263,6 +264,65 @@ TEST_CASE("Switch has one expert in every other layer, with a capacity and jitte
   using Gated = MoELayer<JitterRouter<Projection>, SoftmaxTopK<T>, CapacityFactor,
                          GluBank<T, GeluTanh>, SwitchLoss<T>>;
   layer_of<Gated>(small(switch_xxl_128()), 1, 1);
+}
+
+TEST_CASE("The sizes of Switch have the capacities of their configurations", "[presets]") {
+  const auto check = [](const SwitchConfig& config, double train, double evaluate, Index minimum,
+                        Index group_size) {
+    CHECK(config.capacity_train == train);
+    CHECK(config.capacity_evaluate == evaluate);
+    CHECK(config.capacity_minimum == minimum);
+    CHECK(config.group_size == group_size);
+  };
+  check(switch_base_8(), 1.25, 2.0, 4, 8192);
+  check(switch_large_128(), 1.25, 2.0, 4, 4096);
+  check(switch_xxl_128(), 1.25, 4.0, 2, 4096);
+  check(switch_c_2048(), 1.0, 2.0, 2, 2048);
+
+  using Moe = MoELayer<JitterRouter<Projection>, SoftmaxTopK<T>, CapacityFactor, MlpBank<T, Relu>,
+                       SwitchLoss<T>>;
+  const Decoder<T> model = small(switch_c_2048());
+  const CapacityFactorConfig capacity = layer_of<Moe>(model, 0, 1).capacity().config();
+  CHECK(capacity.train == 1.0);
+  CHECK(capacity.minimum == 2);
+  CHECK(capacity.group_size == 2048);
+}
+
+TEST_CASE("T5's descendants do not scale scores, but a tied head", "[presets]") {
+  const auto check = [](const Decoder<T>& model, double multiplier) {
+    for (std::size_t layer = 0; layer < model.layers().size(); ++layer) {
+      const GroupedQueryConfig config = attention(model, layer);
+      CHECK(config.shape().scale == 1.0);
+      CHECK(config.query_init_factor() ==
+            Approx(1.0 / std::sqrt(static_cast<double>(config.head_dim))));
+      CHECK(config.init_scale == 0.1);
+    }
+    CHECK(model.config().logit_multiplier == multiplier);
+  };
+  check(small(switch_base_8()), 0.25);  // d_model is 16.
+  check(small(switch_large_128()), 0.25);
+  check(small(switch_xxl_128()), 1.0);
+  check(small(switch_c_2048()), 1.0);
+  check(small(st_moe_32b()), 1.0);
+  check(small(openmoe_8b()), 0.25);
+  check(small(openmoe_released(openmoe_8b())), 1.0);
+}
+
+TEST_CASE("OpenMoE's losses are means over its sparse layers, its capacities of 4096 tokens",
+          "[presets]") {
+  using Moe =
+      MoELayer<Projection, SoftmaxTopK<T>, CapacityFactor, GluBank<T>, SwitchLoss<T>, ZLoss<T>>;
+  Rng rng(1);
+  // Every fourth of eight layers is sparse.
+  const OpenMoEConfig config = scaled(openmoe_base(), {.d_model = 16, .vocab = 16, .layers = 8});
+  const Decoder<T> model = presets::make<T>(config, rng);
+  for (const std::size_t layer : {3U, 7U}) {
+    const Moe& moe = layer_of<Moe>(model, layer, 1);
+    CHECK(moe.balancer<0>().config().coefficient == 0.005);
+    CHECK(moe.balancer<1>().config().coefficient == 0.5e-4);
+    CHECK(moe.capacity().config().group_size == 4096);
+    CHECK(moe.capacity().config().minimum == 4);
+  }
 }
 
 TEST_CASE("ST-MoE and OpenMoE have a dense network with each mixture", "[presets]") {

@@ -137,3 +137,14 @@ TEST_CASE("A size that the structure does not fit is refused", "[presets]") {
   config.shape.attention = GroupedQueryConfig{};
   CHECK(message(config, {}) == "GroupedQueryAttention: heads = 0, expected >= 1");
 }
+
+TEST_CASE("scaled keeps the share of each head that is rotated", "[presets]") {
+  ModelShape shape = mixtral_8x7b().shape;
+  auto& attention = std::get<GroupedQueryConfig>(shape.attention);
+  attention.rotary_dim = attention.head_dim / 4;
+  const auto small = std::get<GroupedQueryConfig>(scaled(shape, {.d_model = 512}).attention);
+  CHECK(small.head_dim >= 32);
+  CHECK(small.rotary_dim == small.head_dim / 4);
+  const auto tiny = std::get<GroupedQueryConfig>(scaled(shape, {.d_model = 16}).attention);
+  CHECK(tiny.rotary_dim == 2);
+}

@@ -53,6 +53,11 @@ struct GroupedQueryConfig {
 
   double init_scale = 1.0;  ///< `scale` of `switch_init`.
 
+  /// Whether query weights begin 1 / (scale * sqrt(head_dim)) times as large, so that scores begin
+  /// as with the usual scale. T5 and its successors, whose scale is 1, begin like this.
+  /// (`fold_scaling_into_initializer` in Mesh TensorFlow.)
+  bool fold_scale = false;
+
   /// How many numbers of each head are rotated, if there is rotation.
   Index rotated() const { return rotary_dim == 0 ? head_dim : rotary_dim; }
 
@@ -65,6 +70,11 @@ struct GroupedQueryConfig {
       factor = score_scale(rope_scaling) / std::sqrt(static_cast<double>(head_dim));
     }
     return {heads, kv_heads, head_dim, head_dim, factor, softcap, window, chunk};
+  }
+
+  /// By how much initial query weights differ from those of keys.
+  double query_init_factor() const {
+    return fold_scale ? 1.0 / (scale * std::sqrt(static_cast<double>(head_dim))) : 1.0;
   }
 
   double temperature(Index position) const {
@@ -118,6 +128,9 @@ struct GroupedQueryConfig {
     if (rope && temperature_scale > 0.0) {
       throw_error<ConfigError>(kWhere, ": temperature_scale = ", temperature_scale,
                                " with rope, expected it only without");
+    }
+    if (fold_scale && scale == 0.0) {
+      throw_error<ConfigError>(kWhere, ": fold_scale without scale, expected both");
     }
     return c;
   }

@@ -3,6 +3,7 @@
 /// What the presets' `make` functions share: a decoder from sizes and parts.
 #pragma once
 
+#include <cmath>
 #include <concepts>
 #include <functional>
 #include <optional>
@@ -98,6 +99,26 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
   std::optional<Linear<T>> head;
   if (!shape.tied) head.emplace(shape.d_model, shape.vocab, rng);
   return {std::move(embedding), std::move(layers), parts.norm(), std::move(head), config};
+}
+
+/// The attention of T5 and its successors: each head has keys and values of its own, and scores are
+/// products of query and key without a factor, for which the weights of queries begin smaller.
+/// (Mesh TensorFlow and Flaxformer; ColossalAI's OpenMoE has a softmax_scale of 1.)
+inline GroupedQueryConfig t5_attention(Index heads, Index head_dim) {
+  return {.heads = heads,
+          .kv_heads = heads,
+          .head_dim = head_dim,
+          .scale = 1.0,
+          .init_scale = 0.1,
+          .fold_scale = true};
+}
+
+/// T5's head: where it is the embedding, which begins with a variance of 1, logits are divided by
+/// sqrt(d_model). (Mesh TensorFlow and Flaxformer, `logits_via_embedding`.)
+inline DecoderConfig t5_head(const ModelShape& shape) {
+  DecoderConfig config;
+  if (shape.tied) config.logit_multiplier = 1.0 / std::sqrt(static_cast<double>(shape.d_model));
+  return config;
 }
 
 /// A dense network of the kind `shape.network`; Act is the activation of a gated one.

@@ -28,7 +28,10 @@ namespace weir::presets {
 struct Llama4Config {
   ModelShape shape;
   double norm_epsilon = 1e-5;
-  double balance = 0.0;  ///< Not published.
+
+  /// What the model was trained with is not known. Its config.json has router_aux_loss_coef =
+  /// 0.001, and output_router_logits = false.
+  double balance = 0.0;
 };
 
 /// 107.8 billion parameters, of which 17.2 are active; the published 109 include the vision model.

@@ -33,9 +33,10 @@ struct OpenMoEConfig {
   double norm_epsilon = 1e-6;
   double capacity_train = 1.25;  ///< A multiple of tokens / experts.
   double capacity_evaluate = 2.0;
-  bool parallel = false;  ///< Whether the dense network is beside the mixture, as in equation 4.
-  double balance = 0.01;
-  double z_loss = 1e-4;
+  Index group_size = 4096;  ///< Tokens that share a capacity.
+  bool parallel = false;    ///< Whether the dense network is beside the mixture, as in equation 4.
+  double balance = 0.01;    ///< Of the mean over the sparse layers, see per_layer.
+  double z_loss = 1e-4;     ///< Of the mean over the sparse layers.
 };
 
 /// The model as in the released code: with networks of four matrices and a separate output head.
@@ -55,7 +56,7 @@ inline ModelShape openmoe_shape(Index layers, Index d_model, Index heads, Index 
       .d_model = d_model,
       .vocab = 256384,
       .tied = true,
-      .attention = GroupedQueryConfig{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
+      .attention = t5_attention(heads, head_dim),
       .interleave = {.stride = stride},
       .experts = experts,
       .k = 2,
@@ -78,18 +79,19 @@ Decoder<T> make(const OpenMoEConfig& config, Rng& rng) {
   parts.mixture = [&] {
     LinearRouter<T> router(shape.d_model, shape.experts, rng);
     return with_experts<T>(shape, rng, kInitScale, [&](auto experts) {
-      return MoELayer(
-          std::move(router), SoftmaxTopK<T>({.k = shape.k}),
-          CapacityFactor({.train = config.capacity_train,
-                          .evaluate = config.capacity_evaluate,
-                          .count_k = false,
-                          .rounding = Rounding::kNearest}),
-          std::move(experts),
-          SwitchLoss<T>({.coefficient = config.balance, .fraction = LoadFraction::kOfTokens}),
-          ZLoss<T>({.coefficient = config.z_loss}));
+      return MoELayer(std::move(router), SoftmaxTopK<T>({.k = shape.k}),
+                      CapacityFactor({.train = config.capacity_train,
+                                      .evaluate = config.capacity_evaluate,
+                                      .count_k = false,
+                                      .rounding = Rounding::kNearest,
+                                      .group_size = config.group_size}),
+                      std::move(experts),
+                      SwitchLoss<T>({.coefficient = per_layer(config.balance, shape),
+                                     .fraction = LoadFraction::kOfTokens}),
+                      ZLoss<T>({.coefficient = per_layer(config.z_loss, shape)}));
     });
   };
-  return compose<T>(shape, parts, rng);
+  return compose<T>(shape, parts, rng, t5_head(shape));
 }
 
 }  // namespace weir::presets

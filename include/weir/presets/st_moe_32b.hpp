@@ -25,8 +25,13 @@ namespace weir::presets {
 /// raw probabilities, with a dense network behind them.
 ///
 /// An encoder-decoder: `count` counts the published model, and `make` builds its decoder half,
-/// without attention to an encoder and with rotary positions instead of T5's table of relative
-/// ones.
+/// which cannot share with it
+///
+/// - the attention to an encoder between self-attention and network, and with it the task: the half
+///   is a language model, the published model fills gaps of a text that the encoder reads;
+/// - the bias by relative distance that T5 adds to scores, one table of 32 buckets for all layers:
+///   rotary positions take its place, so that published weights of attention would not fit;
+/// - the dropout of layers and experts.
 struct StMoEConfig {
   ModelShape shape;
   double norm_epsilon = 1e-6;
@@ -65,7 +70,7 @@ Decoder<T> make(const StMoEConfig& config, Rng& rng) {
         SwitchLoss<T>({.coefficient = config.balance, .fraction = LoadFraction::kOfTokens}),
         ZLoss<T>({.coefficient = config.z_loss})};
   };
-  return compose<T>(shape, parts, rng);
+  return compose<T>(shape, parts, rng, t5_head(shape));
 }
 
 }  // namespace weir::presets

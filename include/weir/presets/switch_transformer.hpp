@@ -24,13 +24,24 @@ namespace weir::presets {
 /// T5 with the best expert, weighted by its raw probability, in every other layer.
 ///
 /// An encoder-decoder: `count` counts the published model, and `make` builds its decoder half,
-/// without attention to an encoder and with rotary positions instead of T5's table of relative
-/// ones.
+/// which cannot share with it
+///
+/// - the attention to an encoder between self-attention and network, and with it the task: the half
+///   is a language model, the published model fills gaps of a text that the encoder reads;
+/// - the bias by relative distance that T5 adds to scores, one table of 32 buckets for all layers:
+///   rotary positions take its place, so that published weights of attention would not fit;
+/// - the dropout of layers and experts.
+///
+/// Capacities are those of the sizes' configurations in Flaxformer (t5x/configs/moe/models), which
+/// names no jitter, and rounds a capacity to the nearest number; here both are as in Mesh
+/// TensorFlow, in which the models were trained.
 struct SwitchConfig {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double capacity_train = 1.25;  ///< A multiple of tokens / experts; 1.0 in part of the paper.
+  double capacity_train = 1.25;  ///< A multiple of tokens / experts.
   double capacity_evaluate = 2.0;
+  Index capacity_minimum = 4;  ///< Tokens that an expert takes at least.
+  Index group_size = 8192;     ///< Tokens that share a capacity.
   double jitter = 0.01;
   double balance = 0.01;
 };
@@ -44,7 +55,7 @@ inline ModelShape t5_shape(Index layers, Index d_model, Index heads, Index head_
       .layers = layers,
       .d_model = d_model,
       .vocab = 32128,
-      .attention = GroupedQueryConfig{.heads = heads, .kv_heads = heads, .head_dim = head_dim},
+      .attention = t5_attention(heads, head_dim),
       .interleave = {.stride = stride},
       .experts = experts,
       .k = k,
@@ -72,11 +83,13 @@ Decoder<T> make(const SwitchConfig& config, Rng& rng) {
                       CapacityFactor({.train = config.capacity_train,
                                       .evaluate = config.capacity_evaluate,
                                       .count_k = false,
-                                      .rounding = Rounding::kDown}),
+                                      .rounding = Rounding::kDown,
+                                      .minimum = config.capacity_minimum,
+                                      .group_size = config.group_size}),
                       std::move(experts), SwitchLoss<T>({.coefficient = config.balance}));
     });
   };
-  return compose<T>(shape, parts, rng);
+  return compose<T>(shape, parts, rng, t5_head(shape));
 }
 
 }  // namespace weir::presets

@@ -56,7 +56,7 @@ class WithZeroExperts : public BankWrapper<Bank> {
     Matrix<T> y, dx;
   };
 
-  /// W_c from `switch_init` and v from N(0, 1), as the authors' code.
+  /// W_c from `switch_init` and v from N(0, 1).
   /// \throws ConfigError  if a number is negative, or if identity or constant experts stand behind
   ///                      a bank that changes the width.
   WithZeroExperts(Bank bank, Rng& rng, WithZeroExpertsConfig config = {})

@@ -22,7 +22,7 @@
 
 namespace weir {
 
-/// Settings of CosineRouter; the defaults are Tutel's.
+/// Settings of CosineRouter; the defaults are those of Tutel.
 struct CosineRouterConfig {
   Index d_projection = 256;
   bool bias = true;  ///< Whether the projection has a bias; in the paper it has none.
@@ -38,8 +38,9 @@ struct CosineRouterConfig {
 /// W [d_projection, d_model], v_e row e of the embedding [experts, d_projection]. Low dimensions
 /// and unit vectors keep tokens from gathering around the experts' embeddings. A vector of norm
 /// below 1e-12 has cosine zero and no gradient; where the temperature is at its bound, s has none.
-/// (Chi et al. 2022, arXiv:2204.09179, section 3; exp(s), bound and initial values as in Tutel's
-/// gates/cosine_top.py.)
+/// (Chi et al. 2022, arXiv:2204.09179, section 3; exp(s), its bound and the initial temperature and
+/// embedding are those of Tutel's gates/cosine_top.py. Its projection begins as PyTorch's `Linear`,
+/// weights and bias uniform within 1 / sqrt(d_model); here it begins as `switch_init`.)
 template <std::floating_point T>
 class CosineRouter : public RouterBase<T> {
  public:
