@@ -48,6 +48,7 @@ class GrowingRows {
   void append(MatrixIn<T> left, MatrixIn<T> right);
 
   /// Makes room for `count` rows in all. Has no effect before the width is known.
+  /// \throws std::length_error  if no memory is that large.
   void reserve(Index count) { numbers_.reserve(size_of(std::max(count, count_))); }
 
   /// Takes back all rows but the first `count`. Keeps the memory.
@@ -61,7 +62,10 @@ class GrowingRows {
   void drop_front(Index count, Index most);
 
  private:
-  std::size_t size_of(Index rows) const { return static_cast<std::size_t>(rows * width_); }
+  std::size_t size_of(Index rows) const {
+    constexpr Index kMost = std::numeric_limits<Index>::max();
+    return static_cast<std::size_t>(width_ > 0 && rows > kMost / width_ ? kMost : rows * width_);
+  }
 
   void make_room(Index more, Index width, Index most);
 

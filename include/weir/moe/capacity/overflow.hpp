@@ -182,8 +182,10 @@ template <class Body>
 void for_each_capacity_group(const TokenRows& rows, Scope scope, Index group_size, Body&& body) {
   rows.for_each_group(scope, [&](Index begin, Index end) {
     if (group_size == 0) return body(begin, end);
-    for (Index piece = begin; piece < end; piece += group_size) {
-      body(piece, std::min(piece + group_size, end));
+    for (Index piece = begin; piece < end;) {
+      const Index last = piece + std::min(group_size, end - piece);
+      body(piece, last);
+      piece = last;
     }
   });
 }
