@@ -19,6 +19,7 @@
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/jitter_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
@@ -226,6 +227,27 @@ TEST_CASE("Decoder sees nothing of later tokens or other sequences", "[model][de
   CHECK(test::relative_error(packed.topRows(4), infer(model, all.first(4))) <= 1e-12);
   CHECK(test::relative_error(packed.bottomRows(5), infer(model, all.last(5))) <= 1e-12);
   CHECK(test::relative_error(packed.topRows(2), infer(model, all.first(2))) <= 1e-12);
+}
+
+TEST_CASE("Decoding never trains, whatever its pass says", "[model][decoder]") {
+  Rng rng(1);
+  std::vector<Block<double>> layers;
+  layers.push_back(pre_norm_block<double>(
+      RmsNorm<double>(4),
+      GroupedQueryAttention<double>(rng, {.d_model = 4, .heads = 1, .kv_heads = 1}),
+      RmsNorm<double>(4),
+      MoELayer(JitterRouter(LinearRouter<double>(4, 3, rng, {.init_scale = 1.0})),
+               SoftmaxTopK<double>({.k = 2}), Dropless(), GluBank<double>(4, 3, 5, rng)),
+      "moe"));
+  const Decoder<double> model(Embedding<double>(7, 4, rng), std::move(layers), RmsNorm<double>(4));
+  const std::vector<Index> ids = {1, 5, 3};
+  Decoder<double>::Cache cache;
+  Decoder<double>::State state;
+  const Matrix<double> quiet = decode(model, TokenIds(ids), state, cache);
+  Decoder<double>::State other;
+  Decoder<double>::State* const states[] = {&other};
+  // Jitter in training would need a generator, which this pass does not have.
+  CHECK(model.decode(ids, kTraining, states, cache) == quiet);
 }
 
 TEST_CASE("Padding changes nothing for the tokens before it", "[model][decoder]") {

@@ -110,6 +110,21 @@ TEST_CASE("generate hands out each token as it comes, and stops when told", "[mo
         test::generate_slowly(model, test::joined(prompt, three, more), 3, kGreedy, rng));
 }
 
+TEST_CASE("generate ends with a text that is all it has said", "[model][generate]") {
+  const Decoder<double> model = make_decoder();
+  const Ids prompt = {6, 1};
+  Rng rng(4);
+  const Ids expected = generate(model, prompt, 9, kGreedy, rng);
+  for (std::size_t length = 1; length <= 3; ++length) {
+    const Ids text(expected.begin(), expected.begin() + static_cast<std::ptrdiff_t>(length));
+    Decoder<double>::State state;
+    const Generated said =
+        generate(model, prompt, Until{.count = 9, .texts = {text}}, kGreedy, rng, state);
+    CHECK(said.ending == Ending::kText);
+    CHECK(said.tokens == text);
+  }
+}
+
 TEST_CASE("generate of no tokens adds the prompt to the state", "[model][generate]") {
   const Decoder<double> model = make_decoder();
   const Ids first = {1, 2, 3};

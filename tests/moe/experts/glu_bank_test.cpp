@@ -149,6 +149,29 @@ TEST_CASE("GluBank names its weights and starts them from one expert's fan-in",
   CHECK(stddev(all[5].parameter->value) == Approx(0.8796 * std::sqrt(1.0 / 50)).epsilon(0.05));
 }
 
+TEST_CASE("GluBank stores its weights as it is told", "[moe][experts][glu_bank]") {
+  Rng rng(1);
+  GluBank<double> bank(4, 2, 3, rng);
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  Dispatch<double> dispatch;
+  dispatch.build(test::route(SoftmaxTopK<double>({.k = 2}), test::random_matrix(5, 2, 2)));
+  GluBank<double>::Cache cache;
+  const Matrix<double> exact = bank.forward(x, dispatch, {}, cache);
+  std::vector<double> d_weight(10);
+  for (const Storage storage : {Storage::kPacked, Storage::kBfloat16}) {
+    bank.set_storage(storage);
+    CHECK(bank.storage() == storage);
+    CHECK(parameters(bank).empty());
+    CHECK_THROWS_AS(bank.backward(x, dispatch, d_weight, cache), StateError);
+    const double error = test::relative_error(bank.forward(x, dispatch, {}, cache), exact);
+    CHECK(error < (storage == Storage::kPacked ? 1e-14 : 2e-2));
+    CHECK((error > 1e-5) == (storage == Storage::kBfloat16));
+  }
+  bank.set_storage(Storage::kTrainable);
+  CHECK(bank.storage() == Storage::kTrainable);
+  CHECK(parameters(bank).size() == 6);
+}
+
 TEST_CASE("GluBank says what is wrong with its arguments", "[moe][experts][glu_bank]") {
   Rng rng(1);
   CHECK(test::message_of<ConfigError>([&] { GluBank<double>(4, 0, 5, rng); }) ==

@@ -127,6 +127,22 @@ TEST_CASE("WithZeroExperts gradients agree with finite differences",
   test::check_gradients(some, x);
 }
 
+TEST_CASE("The weight of a zero expert has no gradient", "[moe][experts][with_zero_experts]") {
+  auto experts = with({1, 1, 0});
+  for (const Index expert : {Index(2), Index(3)}) {
+    Dispatch<double> dispatch;
+    dispatch.build(test::route(SoftmaxTopK<double>({.k = 1}), chooses(4, expert)));
+    decltype(experts)::Cache cache;
+    const Matrix<double> x = test::random_matrix(1, 4, 1);
+    const Matrix<double> dy = test::random_matrix(1, 4, 2);
+    std::vector<double> d_weight = {7.0};  // To be overwritten.
+    experts.forward(x, dispatch, kTraining, cache);
+    experts.backward(dy, dispatch, d_weight, cache);
+    // Expert 2 is zero whatever its weight, expert 3 is the token.
+    CHECK(d_weight[0] == Approx(expert == 2 ? 0.0 : x.row(0).dot(dy.row(0))).margin(1e-15));
+  }
+}
+
 TEST_CASE("WithZeroExperts never looks at padding", "[moe][experts][with_zero_experts]") {
   Rng rng(5);
   MoELayer moe(LinearRouter<double>(4, 5, rng), SoftmaxTopK<double>({.k = 5}), Dropless(),

@@ -149,4 +149,10 @@ TEST_CASE("HashRouter says what does not fit", "[moe][router][hash_router]") {
   const std::vector<Index> unknown = {0, 5};
   CHECK(config([&] { router.forward(x, {.token_ids = unknown}, cache); }) ==
         "HashRouter: token id 5, expected 0 <= id < vocab = 5");
+  const std::vector<Index> negative = {0, -1};
+  CHECK(config([&] { router.forward(x, {.token_ids = negative}, cache); }) ==
+        "HashRouter: token id -1, expected 0 <= id < vocab = 5");
+  const std::vector<Index> no_expert = {0, -1};
+  CHECK(config([&] { HashRouter<float>(4, 3, no_expert); }) ==
+        "HashRouter: table[1] = -1, expected 0 <= expert < experts = 3");
 }

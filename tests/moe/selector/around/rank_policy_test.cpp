@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -76,6 +77,13 @@ TEST_CASE("RankPolicy keeps what is above a threshold", "[moe][selector][rank_po
   // Of the two best, the second ones have the shares 1/3, 1/3 and 3/19.
   CHECK(kept_of(always(RankRule::kThreshold, {0.32}), logits, 2) == Kept{1, 1, 1, 1, 1, 0});
   CHECK(kept_of(always(RankRule::kThreshold, {0.34}), logits, 2) == Kept{1, 0, 1, 0, 1, 0});
+}
+
+TEST_CASE("RankPolicy rejects what is just at the threshold", "[moe][selector][rank_policy]") {
+  // Two equal logits have shares of exactly 1/2.
+  const Matrix<double> logits = Matrix<double>::Zero(1, 2);
+  CHECK(kept_of(always(RankRule::kThreshold, {0.5}), logits, 2) == Kept{1, 0});
+  CHECK(kept_of(always(RankRule::kThreshold, {std::nextafter(0.5, 0.0)}), logits, 2) == Kept{1, 1});
 }
 
 TEST_CASE("RankPolicy takes shares whatever the scale of the weights, or the weights themselves",
