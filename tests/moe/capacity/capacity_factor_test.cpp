@@ -70,6 +70,18 @@ TEST_CASE("CapacityFactor rounds as it says", "[moe][capacity_factor]") {
   }
 }
 
+TEST_CASE("CapacityFactor multiplies in the order of its sources", "[moe][capacity_factor]") {
+  // (80 / 6) * 1.05 = 14.000000000000002 in double, and 1.05 * 80 / 6 = 14.
+  const CapacityFactor of_assignments({.train = 1.05, .minimum = 0});
+  CHECK(of_assignments.capacity(80, 6, true) == 15);
+  const CapacityFactor of_tokens({.train = 1.05, .count_k = false, .minimum = 0});
+  CHECK(of_tokens.capacity(80, 6, true) == 14);
+  // (10 / 3) * 0.3 = 1 and 0.3 * 10 / 3 = 1: most often it makes no difference.
+  CHECK(CapacityFactor({.train = 0.3, .minimum = 0}).capacity(10, 3, true) == 1);
+  const Routing<double> routing = select(crowd(80, 6), 1);
+  CHECK(most_kept({.train = 1.0, .evaluate = 1.05, .minimum = 0}, routing) == 15);
+}
+
 TEST_CASE("CapacityFactor has a minimum", "[moe][capacity_factor]") {
   // Mesh TensorFlow, 2048 experts: int(4096 * 1.25 / 2048) = 2, raised to 4.
   const CapacityFactor mesh({.count_k = false, .rounding = Rounding::kDown});

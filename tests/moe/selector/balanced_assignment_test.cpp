@@ -137,6 +137,42 @@ TEST_CASE("BalancedAssignment gradient agrees with finite differences",
                                 {.training = GENERATE(false, true), .mask = mask});
 }
 
+TEST_CASE("BalancedAssignment is level after however few bids",
+          "[moe][selector][balanced_assignment]") {
+  for (const Index tokens : {Index(9), Index(64), Index(67)}) {
+    for (const std::uint64_t seed : {1u, 2u, 3u}) {
+      Matrix<double> logits = test::random_matrix(tokens, 8, seed);
+      logits.col(0).array() += 3.0;
+      for (const Index bids : {Index(1), Index(2), Index(5), Index(1000)}) {
+        const BalancedAssignment<double> selector({.epsilon = 1e-6, .most_bids = bids});
+        const RowVector<double> load = load_of(route(selector, logits, kTraining));
+        CHECK(load.sum() == static_cast<double>(tokens));
+        CHECK(load.maxCoeff() - load.minCoeff() <= 1.0);
+      }
+    }
+  }
+}
+
+TEST_CASE("BalancedAssignment gives a token without a place the best expert that has one",
+          "[moe][selector][balanced_assignment]") {
+  // One bid each: token 0 gets expert 0, and is put out by token 1.
+  Matrix<double> logits(2, 2);
+  logits << 1.0, 0.9, 1.0, -5.0;
+  const BalancedAssignment<double> selector({.epsilon = 0.1, .most_bids = 1});
+  CHECK(route(selector, logits, kTraining).expert == std::vector<Index>{1, 0});
+}
+
+TEST_CASE("BalancedAssignment ends where many tokens want the same at the smallest epsilon",
+          "[moe][selector][balanced_assignment]") {
+  // Every token likes every expert the same but for a little: prices rise step by step.
+  Matrix<double> logits = 1e-6 * test::random_matrix(128, 16, 4);
+  logits(0, 0) = 1.0;
+  const BalancedAssignment<double> selector({.epsilon = 1e-6});
+  const RowVector<double> load = load_of(route(selector, logits, kTraining));
+  CHECK(load.maxCoeff() == 8.0);
+  CHECK(load.minCoeff() == 8.0);
+}
+
 TEST_CASE("BalancedAssignment says what is wrong with its settings",
           "[moe][selector][balanced_assignment]") {
   const auto message = [](double epsilon) {
@@ -146,6 +182,9 @@ TEST_CASE("BalancedAssignment says what is wrong with its settings",
   CHECK(message(0.0) == "BalancedAssignment: epsilon = 0, expected 1e-06 <= epsilon <= 1");
   CHECK(message(std::nan("")) ==
         "BalancedAssignment: epsilon = nan, expected 1e-06 <= epsilon <= 1");
+  CHECK(test::message_of<ConfigError>([] {
+          BalancedAssignment<double>({.most_bids = 0}).check(4);
+        }) == "BalancedAssignment: most_bids = 0, expected >= 1");
 }
 
 TEST_CASE("BalancedAssignment allocates nothing the second time",

@@ -28,7 +28,8 @@ T squared_variation(const RowVector<T>& v, const List<Index>& open, Variance var
   if (gradient != nullptr) gradient->setZero(v.size());
   if (!(divisor > T(0))) return T(0);
   T mean = T(0);
-  for (const Index e : open) mean += v[e] / n;
+  for (const Index e : open) mean += v[e];
+  mean /= n;
   if (mean == T(0)) return T(0);
   T var = T(0);  // Of v / mean.
   for (const Index e : open) var += (v[e] / mean - T(1)) * (v[e] / mean - T(1)) / divisor;

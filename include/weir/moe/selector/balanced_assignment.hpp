@@ -37,11 +37,12 @@ struct BalancedAssignmentConfig {
 ///
 ///     (T + experts) * epsilon * (largest logit - smallest logit)
 ///
-/// of the best one; a smaller epsilon takes more bids. An auction of `most_bids` * T bids is broken
-/// off: the tokens that have no place then go, in their order, to the best expert that has one
-/// left. Every expert still has its T / experts tokens; what is lost is the bound on the total. The
-/// choice is constant to the derivative, which reaches the logits through the weight and through
-/// the probabilities (softmax(z)).
+/// of the best one; a smaller epsilon takes more bids. It is held several times, first with a large
+/// epsilon, each time with a quarter of the one before and from the prices that were left. An
+/// auction of `most_bids` * T bids is broken off: the tokens that have no place then go, in their
+/// order, to the best expert that has one left. Every expert still has its T / experts tokens; what
+/// is lost is the bound on the total. The choice is constant to the derivative, which reaches the
+/// logits through the weight and through the probabilities (softmax(z)).
 ///
 /// Experts that the pass switches off for all tokens are left out, also of the number of experts.
 /// No other expert can be forbidden to a token in training, as no level assignment might be left.
@@ -78,6 +79,7 @@ class BalancedAssignment : public SelectorBase<T> {
 
  private:
   static constexpr Index kFree = -1;
+  static constexpr double kFirstEpsilon = 0.25;
 
   /// The places of an expert: those it has to fill, or the one more it may have. They form a heap,
   /// the cheapest first.
@@ -187,7 +189,7 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
         "assignment");
   }
   const T range = largest > smallest ? largest - smallest : T(1);
-  const T least_raise = static_cast<T>(config_.epsilon) * range;
+  T least_raise = T(0);
 
   const double most = static_cast<double>(config_.most_bids) * static_cast<double>(real);
   double bids = 0.0;
@@ -218,10 +220,16 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
   const auto seat = [&](Index token) {
     for (; token != kFree && bids < most; ++bids) token = bid(token);
   };
-  for (Index t = 0; t < tokens; ++t) {
-    if (!routing.rows.is_padding(t)) seat(t);
+  for (double epsilon = std::max(config_.epsilon, kFirstEpsilon);; epsilon *= 0.25) {
+    const double last = std::max(epsilon, config_.epsilon);
+    least_raise = static_cast<T>(last) * range;
+    std::fill(cache.owner.begin(), cache.owner.end(), kFree);
+    for (Index t = 0; t < tokens; ++t) {
+      if (!routing.rows.is_padding(t)) seat(t);
+    }
+    for (Index i = 0; i < places - real; ++i) seat(tokens + i);
+    if (epsilon <= config_.epsilon || bids >= most) break;
   }
-  for (Index i = 0; i < places - real; ++i) seat(tokens + i);
   settle(routing, full, more, cache);
 }
 
