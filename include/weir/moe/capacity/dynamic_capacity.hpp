@@ -61,7 +61,8 @@ class DynamicCapacity : public CapacityBase {
     Index c = config_.factor > 0.0 ? bound(routing, begin, end)
                                    : largest_load(routing, begin, end, cache.count);
     if (config_.factor < 0.0) c = std::min(c, bound(routing, begin, end));
-    return (c + config_.alignment - 1) / config_.alignment * config_.alignment;
+    const Index beyond = c % config_.alignment;
+    return beyond == 0 ? c : c + (config_.alignment - beyond);
   }
 
   /// \throws ConfigError  if a random order has no pass.rng in training.
