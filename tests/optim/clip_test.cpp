@@ -100,6 +100,42 @@ TEST_CASE("clip_global_norm gives the same bits for any number of threads", "[op
   CHECK((clipped(1) == clipped(std::min(2, hardware_threads()))));
 }
 
+TEST_CASE("clip_global_norm does not depend on the scale of the gradients", "[optim][clip]") {
+  // 3, 3, 3, 3, -4, -4, -4, -4 times a power of two: norm 10.
+  const auto exponent = GENERATE(-1070, -900, -500, -1, 500, 900, 1019);
+  const double scale = std::ldexp(1.0, exponent);
+  Parameter<double> a = with_gradient(2, 2, 3.0 * scale);
+  Parameter<double> b = with_gradient(1, 4, -4.0 * scale);
+  Parameter<double> small = with_gradient(1, 1, 0.0);
+  test::ParameterSet<double> model{{"a", &a}, {"b", &b}, {"small", &small}};
+  CHECK(global_norm(model) == 10.0 * scale);
+  CHECK(clip_global_norm(model, 5.0 * scale) == 10.0 * scale);
+  CHECK(a.grad == Matrix<double>::Constant(2, 2, 1.5 * scale));
+  CHECK(b.grad == Matrix<double>::Constant(1, 4, -2.0 * scale));
+  CHECK(clip_global_norm(model, 6.0 * scale) == 5.0 * scale);
+  CHECK(a.grad == Matrix<double>::Constant(2, 2, 1.5 * scale));
+}
+
+TEST_CASE("clip_global_norm clips what is huge to what is usual", "[optim][clip]") {
+  Parameter<double> w = with_gradient(1, 4, 1e200);
+  w.grad(0, 0) = 1e-200;
+  w.grad(0, 1) = 0.0;
+  test::ParameterSet<double> model{{"w", &w}};
+  CHECK(clip_global_norm(model, 1.0) == Approx(std::sqrt(2.0) * 1e200).epsilon(1e-15));
+  CHECK(w.grad(0, 2) == Approx(std::sqrt(0.5)).epsilon(1e-15));
+  CHECK(w.grad(0, 1) == 0.0);
+  CHECK(global_norm(model) == Approx(1.0).epsilon(1e-15));
+}
+
+TEST_CASE("A norm beyond the largest double is an error", "[optim][clip]") {
+  Parameter<double> a = with_gradient(1, 1, 1.0);
+  Parameter<double> b = with_gradient(2, 2, 1.7e308);
+  test::ParameterSet<double> model{{"a", &a}, {"b", &b}};
+  CHECK(test::message_of<NonFiniteError>([&] { clip_global_norm(model, 1.0); }) ==
+        "clip_global_norm: gradient of b has norm inf, expected finite");
+  CHECK(b.grad == Matrix<double>::Constant(2, 2, 1.7e308));
+}
+
 TEST_CASE("clip_global_norm of nothing is zero", "[optim][clip]") {
   Parameter<double> zero = with_gradient(2, 3, 0.0);
   test::ParameterSet<double> none{};
@@ -121,6 +157,10 @@ TEST_CASE("clip_global_norm names the parameter that is not finite", "[optim][cl
   CHECK(test::message_of<NonFiniteError>([&] { global_norm(model); }) ==
         "global_norm: gradient of experts.3.up has norm inf, expected finite");
   CHECK(good.grad == Matrix<double>::Constant(2, 2, 3.0));
+  good.grad(0, 0) = 1e200;  // Large, but finite.
+  CHECK(test::message_of<NonFiniteError>([&] { global_norm(model); }) ==
+        "global_norm: gradient of experts.3.up has norm inf, expected finite");
+  good.grad(0, 0) = 3.0;
 
   bad.frozen = true;
   CHECK(global_norm(model) == 6.0);

@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -68,29 +70,69 @@ void parallel_gradients(const std::vector<Matrix<T>*>& gradients, Body&& body) {
   });
 }
 
-/// Throws for the parameter whose gradient makes the sum of squares NaN or infinite.
+/// Throws for the first parameter whose gradient is not finite or, if all are, for the one with
+/// which the sum of squares overflows.
 template <class Model>
 [[noreturn]] void fail_non_finite(std::string_view where, Model& model) {
   double total = 0.0;
   std::string at_fault;
   for (const auto& [name, parameter] : parameters(model)) {
-    if (parameter->frozen) continue;
+    if (parameter->frozen || parameter->grad.size() == 0) continue;
+    if (!parameter->grad.allFinite()) {
+      at_fault = name;
+      if (parameter->grad.hasNaN()) total = std::numeric_limits<double>::quiet_NaN();
+      break;
+    }
+    if (std::isfinite(total)) at_fault = name;
     total += loops::sum_of_squares_as_double(parameter->grad.size(), parameter->grad.data());
-    at_fault = name;
-    if (!std::isfinite(total)) break;
   }
   throw_error<NonFiniteError>(where, ": gradient of ", at_fault, " has norm ",
                               std::isnan(total) ? "nan" : "inf", ", expected finite");
 }
 
+/// The sum over all tasks of `sum_of(numbers, count)` of their pieces.
+template <class T, class Sum>
+double sum_over_gradients(const std::vector<Matrix<T>*>& gradients, Sum&& sum_of) {
+  std::array<double, kGradientTasks> sums{};
+  parallel_gradients(gradients, [&](Index task, const T* numbers, Index count) {
+    sums[static_cast<std::size_t>(task)] += sum_of(numbers, count);
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+/// The norm of gradients whose squares overflow or vanish: they are divided by the power of two of
+/// the largest of them first.
+/// \return         NaN or infinite if a number is.
+inline double scaled_norm(const std::vector<Matrix<double>*>& gradients) {
+  double largest = 0.0;
+  for (const Matrix<double>* gradient : gradients) {
+    if (!gradient->allFinite()) return std::numeric_limits<double>::infinity();
+    largest = std::max(largest, gradient->cwiseAbs().maxCoeff());
+  }
+  if (largest == 0.0) return 0.0;
+  const int exponent = std::ilogb(largest);
+  const double squares = sum_over_gradients(gradients, [&](const double* numbers, Index count) {
+    double sum = 0.0;
+    for (Index i = 0; i < count; ++i) {
+      const double scaled = std::scalbn(numbers[i], -exponent);
+      sum += scaled * scaled;
+    }
+    return sum;
+  });
+  return std::scalbn(std::sqrt(squares), exponent);
+}
+
 template <class Model, class T>
 double finite_global_norm(std::string_view where, Model& model,
                           const std::vector<Matrix<T>*>& gradients) {
-  std::array<double, kGradientTasks> sums{};
-  parallel_gradients(gradients, [&](Index task, const T* numbers, Index count) {
-    sums[static_cast<std::size_t>(task)] += loops::sum_of_squares_as_double(count, numbers);
+  const double squares = sum_over_gradients(gradients, [](const T* numbers, Index count) {
+    return loops::sum_of_squares_as_double(count, numbers);
   });
-  const double norm = std::sqrt(std::accumulate(sums.begin(), sums.end(), 0.0));
+  double norm = std::sqrt(squares);
+  if constexpr (std::is_same_v<T, double>) {
+    constexpr double kLeast = 1e-280;  // Below, squares may have lost digits.
+    if (squares < kLeast || !std::isfinite(squares)) norm = scaled_norm(gradients);
+  }
   if (!std::isfinite(norm)) fail_non_finite(where, model);
   return norm;
 }
@@ -101,7 +143,8 @@ double finite_global_norm(std::string_view where, Model& model,
 ///
 ///     sqrt(sum_p ||g_p||^2)
 ///
-/// Summed in double, and the same to the last bit for any number of threads. Frozen parameters and
+/// Summed in double, whatever the common scale of the gradients, and the same to the last bit for
+/// any number of threads. Frozen parameters and
 /// those that never had a gradient do not count.
 /// \throws NonFiniteError   if it is NaN or infinite. The message names the first such parameter.
 template <class Model>
