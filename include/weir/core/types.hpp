@@ -5,6 +5,10 @@
 
 #include <Eigen/Core>
 
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "weir does not compile with -ffast-math or -ffinite-math-only: its checks for NaN would go"
+#endif
+
 namespace weir {
 
 using Index = Eigen::Index;
