@@ -46,10 +46,11 @@ Own& own_of(std::any& cache) {
 }
 
 /// A Router of any type.
+template <class T>
 class AnyRouter {
  public:
-  using Scalar = double;
-  using Noise = std::span<const NoiseLevel<double>>;
+  using Scalar = T;
+  using Noise = std::span<const NoiseLevel<T>>;
 
   struct Cache {
     std::any own;
@@ -59,12 +60,10 @@ class AnyRouter {
   requires(!std::same_as<R, AnyRouter>) AnyRouter(R router)  // NOLINT(google-explicit-constructor)
       : held_(std::make_unique<Model<R>>(std::move(router))) {}
 
-  const Matrix<double>& forward(MatrixIn<double> x, const Pass& pass, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     return held_->forward(x, pass, cache);
   }
-  const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) {
-    return held_->backward(dy, cache);
-  }
+  const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) { return held_->backward(dy, cache); }
   Noise noise(const Cache& cache) const { return held_->noise(cache); }
   void add_noise_gradient(Noise d_noise, Cache& cache) const {
     held_->add_noise_gradient(d_noise, cache);
@@ -72,10 +71,10 @@ class AnyRouter {
   Index d_model() const { return held_->sizes().d_model; }
   Index experts() const { return held_->sizes().experts; }
   Index groups() const { return held_->sizes().groups; }
-  Parameter<double>* expert_vectors() { return held_->expert_vectors(); }
-  const Parameter<double>* expert_vectors() const { return held_->expert_vectors(); }
+  Parameter<T>* expert_vectors() { return held_->expert_vectors(); }
+  const Parameter<T>* expert_vectors() const { return held_->expert_vectors(); }
   void set_storage(Storage /*storage*/) {}
-  static void visit(AnyRouter& self, Walk<double>& visit) { self.held_->visit(visit); }
+  static void visit(AnyRouter& self, Walk<T>& visit) { self.held_->visit(visit); }
 
  private:
   struct Sizes {
@@ -84,24 +83,22 @@ class AnyRouter {
   struct Interface {
     virtual ~Interface() = default;
     virtual std::unique_ptr<Interface> clone() const = 0;
-    virtual const Matrix<double>& forward(MatrixIn<double> x, const Pass& pass,
-                                          Cache& cache) const = 0;
-    virtual const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) = 0;
+    virtual const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const = 0;
+    virtual const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) = 0;
     virtual Noise noise(const Cache& cache) const = 0;
     virtual void add_noise_gradient(Noise d_noise, Cache& cache) const = 0;
     virtual Sizes sizes() const = 0;
-    virtual Parameter<double>* expert_vectors() = 0;
-    virtual void visit(Walk<double>& visit) = 0;
+    virtual Parameter<T>* expert_vectors() = 0;
+    virtual void visit(Walk<T>& visit) = 0;
   };
   template <class R>
   struct Model final : Interface {
     explicit Model(R r) : router(std::move(r)) {}
     std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(router); }
-    const Matrix<double>& forward(MatrixIn<double> x, const Pass& pass,
-                                  Cache& cache) const override {
+    const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const override {
       return router.forward(x, pass, own_of<typename R::Cache>(cache.own));
     }
-    const Matrix<double>& backward(MatrixIn<double> dy, Cache& cache) override {
+    const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) override {
       return router.backward(dy, own_of<typename R::Cache>(cache.own));
     }
     Noise noise(const Cache& cache) const override {
@@ -111,8 +108,8 @@ class AnyRouter {
       router.add_noise_gradient(d_noise, own_of<typename R::Cache>(cache.own));
     }
     Sizes sizes() const override { return {router.d_model(), router.experts(), router.groups()}; }
-    Parameter<double>* expert_vectors() override { return router.expert_vectors(); }
-    void visit(Walk<double>& visit) override { visit("", router); }
+    Parameter<T>* expert_vectors() override { return router.expert_vectors(); }
+    void visit(Walk<T>& visit) override { visit("", router); }
     R router;
   };
 
@@ -120,9 +117,10 @@ class AnyRouter {
 };
 
 /// A Selector of any type, with or without a selection bias.
+template <class T>
 class AnySelector {
  public:
-  using Scalar = double;
+  using Scalar = T;
   static constexpr bool kBiasesProbabilities = true;  // Whoever combines it knows better.
 
   struct Cache {
@@ -130,7 +128,7 @@ class AnySelector {
   };
 
   template <class S>
-  requires(Selector<S, double> && !std::same_as<S, AnySelector>)
+  requires(Selector<S, T> && !std::same_as<S, AnySelector>)
       AnySelector(S selector)  // NOLINT(google-explicit-constructor)
       : held_(std::make_unique<Model<S>>(std::move(selector))) {}
 
@@ -139,57 +137,55 @@ class AnySelector {
   void check_router(const R& router) const {
     held_->check_router(router);
   }
-  void forward(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing,
-               Cache& cache) const {
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
     held_->forward(logits, pass, routing, cache);
   }
-  void backward(const Routing<double>& routing, RoutingGradient<double>& gradient,
-                Cache& cache) const {
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const {
     held_->backward(routing, gradient, cache);
   }
   /// \throws StateError   if the selector has none.
-  Buffer<double>& selection_bias() {
-    Buffer<double>* bias = held_->selection_bias();
+  Buffer<T>& selection_bias() {
+    Buffer<T>* bias = held_->selection_bias();
     if (bias == nullptr) throw_error<StateError>("AnySelector: there is no selection bias");
     return *bias;
   }
-  static void visit(AnySelector& self, Walk<double>& visit) { self.held_->visit(visit); }
+  static void visit(AnySelector& self, Walk<T>& visit) { self.held_->visit(visit); }
 
  private:
   struct Interface {
     virtual ~Interface() = default;
     virtual std::unique_ptr<Interface> clone() const = 0;
     virtual void check(Index experts) const = 0;
-    virtual void check_router(const AnyRouter& router) const = 0;
-    virtual void forward(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing,
+    virtual void check_router(const AnyRouter<T>& router) const = 0;
+    virtual void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
                          Cache& cache) const = 0;
-    virtual void backward(const Routing<double>& routing, RoutingGradient<double>& gradient,
+    virtual void backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
                           Cache& cache) const = 0;
-    virtual Buffer<double>* selection_bias() = 0;
-    virtual void visit(Walk<double>& visit) = 0;
+    virtual Buffer<T>* selection_bias() = 0;
+    virtual void visit(Walk<T>& visit) = 0;
   };
   template <class S>
   struct Model final : Interface {
     explicit Model(S s) : selector(std::move(s)) {}
     std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(selector); }
     void check(Index experts) const override { selector.check(experts); }
-    void check_router(const AnyRouter& router) const override { selector.check_router(router); }
-    void forward(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing,
+    void check_router(const AnyRouter<T>& router) const override { selector.check_router(router); }
+    void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
                  Cache& cache) const override {
       selector.forward(logits, pass, routing, own_of<typename S::Cache>(cache.own));
     }
-    void backward(const Routing<double>& routing, RoutingGradient<double>& gradient,
+    void backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
                   Cache& cache) const override {
       selector.backward(routing, gradient, own_of<typename S::Cache>(cache.own));
     }
-    Buffer<double>* selection_bias() override {
+    Buffer<T>* selection_bias() override {
       if constexpr (BiasedSelector<S>) {
         return &selector.selection_bias();
       } else {
         return nullptr;
       }
     }
-    void visit(Walk<double>& visit) override { visit("", selector); }
+    void visit(Walk<T>& visit) override { visit("", selector); }
     S selector;
   };
 
@@ -197,56 +193,55 @@ class AnySelector {
 };
 
 /// A CapacityPolicy of any type.
+template <class T>
 class AnyCapacity {
  public:
-  template <class T>
+  template <class>
   struct Cache {
     std::any own;
   };
 
   template <class C>
-  requires(CapacityPolicy<C, double> && !std::same_as<C, AnyCapacity>)
+  requires(CapacityPolicy<C, T> && !std::same_as<C, AnyCapacity>)
       AnyCapacity(C capacity)  // NOLINT(google-explicit-constructor)
       : held_(std::make_unique<Model<C>>(std::move(capacity))) {}
 
   void check() const { held_->check(); }
-  void forward(const Pass& pass, Routing<double>& routing, Cache<double>& cache) const {
+  void forward(const Pass& pass, Routing<T>& routing, Cache<T>& cache) const {
     held_->forward(pass, routing, cache);
   }
-  void backward(const Routing<double>& routing, RoutingGradient<double>& gradient,
-                Cache<double>& cache) const {
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache<T>& cache) const {
     held_->backward(routing, gradient, cache);
   }
-  void observe(const Routing<double>& routing) { held_->observe(routing); }
-  static void visit(AnyCapacity& self, Walk<double>& visit) { self.held_->visit(visit); }
+  void observe(const Routing<T>& routing) { held_->observe(routing); }
+  static void visit(AnyCapacity& self, Walk<T>& visit) { self.held_->visit(visit); }
 
  private:
   struct Interface {
     virtual ~Interface() = default;
     virtual std::unique_ptr<Interface> clone() const = 0;
     virtual void check() const = 0;
-    virtual void forward(const Pass& pass, Routing<double>& routing,
-                         Cache<double>& cache) const = 0;
-    virtual void backward(const Routing<double>& routing, RoutingGradient<double>& gradient,
-                          Cache<double>& cache) const = 0;
-    virtual void observe(const Routing<double>& routing) = 0;
-    virtual void visit(Walk<double>& visit) = 0;
+    virtual void forward(const Pass& pass, Routing<T>& routing, Cache<T>& cache) const = 0;
+    virtual void backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                          Cache<T>& cache) const = 0;
+    virtual void observe(const Routing<T>& routing) = 0;
+    virtual void visit(Walk<T>& visit) = 0;
   };
   template <class C>
   struct Model final : Interface {
-    using Own = typename C::template Cache<double>;
+    using Own = typename C::template Cache<T>;
     explicit Model(C c) : capacity(std::move(c)) {}
     std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(capacity); }
     void check() const override { capacity.check(); }
-    void forward(const Pass& pass, Routing<double>& routing, Cache<double>& cache) const override {
+    void forward(const Pass& pass, Routing<T>& routing, Cache<T>& cache) const override {
       capacity.forward(pass, routing, own_of<Own>(cache.own));
     }
-    void backward(const Routing<double>& routing, RoutingGradient<double>& gradient,
-                  Cache<double>& cache) const override {
+    void backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
+                  Cache<T>& cache) const override {
       capacity.backward(routing, gradient, own_of<Own>(cache.own));
     }
-    void observe(const Routing<double>& routing) override { capacity.observe(routing); }
-    void visit(Walk<double>& visit) override { visit("", capacity); }
+    void observe(const Routing<T>& routing) override { capacity.observe(routing); }
+    void visit(Walk<T>& visit) override { visit("", capacity); }
     C capacity;
   };
 
@@ -254,9 +249,10 @@ class AnyCapacity {
 };
 
 /// An ExpertBank of any type.
+template <class T>
 class AnyExperts {
  public:
-  using Scalar = double;
+  using Scalar = T;
 
   struct Cache {
     std::any own;
@@ -266,18 +262,18 @@ class AnyExperts {
   requires(!std::same_as<B, AnyExperts>) AnyExperts(B bank)  // NOLINT(google-explicit-constructor)
       : held_(std::make_unique<Model<B>>(std::move(bank))) {}
 
-  const Matrix<double>& forward(MatrixIn<double> x, const Dispatch<double>& dispatch,
-                                const Pass& pass, Cache& cache) const {
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                           Cache& cache) const {
     return held_->forward(x, dispatch, pass, cache);
   }
-  const Matrix<double>& backward(MatrixIn<double> dy, const Dispatch<double>& dispatch,
-                                 std::span<double> d_weight, Cache& cache) {
+  const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
+                            Cache& cache) {
     return held_->backward(dy, dispatch, d_weight, cache);
   }
   Index experts() const { return held_->sizes().experts; }
   Index d_in() const { return held_->sizes().d_in; }
   Index d_out() const { return held_->sizes().d_out; }
-  static void visit(AnyExperts& self, Walk<double>& visit) { self.held_->visit(visit); }
+  static void visit(AnyExperts& self, Walk<T>& visit) { self.held_->visit(visit); }
 
  private:
   struct Sizes {
@@ -286,27 +282,27 @@ class AnyExperts {
   struct Interface {
     virtual ~Interface() = default;
     virtual std::unique_ptr<Interface> clone() const = 0;
-    virtual const Matrix<double>& forward(MatrixIn<double> x, const Dispatch<double>& dispatch,
-                                          const Pass& pass, Cache& cache) const = 0;
-    virtual const Matrix<double>& backward(MatrixIn<double> dy, const Dispatch<double>& dispatch,
-                                           std::span<double> d_weight, Cache& cache) = 0;
+    virtual const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                                     Cache& cache) const = 0;
+    virtual const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch,
+                                      std::span<T> d_weight, Cache& cache) = 0;
     virtual Sizes sizes() const = 0;
-    virtual void visit(Walk<double>& visit) = 0;
+    virtual void visit(Walk<T>& visit) = 0;
   };
   template <class B>
   struct Model final : Interface {
     explicit Model(B b) : bank(std::move(b)) {}
     std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(bank); }
-    const Matrix<double>& forward(MatrixIn<double> x, const Dispatch<double>& dispatch,
-                                  const Pass& pass, Cache& cache) const override {
+    const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                             Cache& cache) const override {
       return bank.forward(x, dispatch, pass, own_of<typename B::Cache>(cache.own));
     }
-    const Matrix<double>& backward(MatrixIn<double> dy, const Dispatch<double>& dispatch,
-                                   std::span<double> d_weight, Cache& cache) override {
+    const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
+                              Cache& cache) override {
       return bank.backward(dy, dispatch, d_weight, own_of<typename B::Cache>(cache.own));
     }
     Sizes sizes() const override { return {bank.experts(), bank.d_in(), bank.d_out()}; }
-    void visit(Walk<double>& visit) override { visit("", bank); }
+    void visit(Walk<T>& visit) override { visit("", bank); }
     B bank;
   };
 
@@ -314,6 +310,7 @@ class AnyExperts {
 };
 
 /// Any number of balancers of any types, as one.
+template <class T>
 class AnyBalancers : public BalancerBase {
  public:
   static constexpr std::string_view kName = "any";
@@ -332,36 +329,36 @@ class AnyBalancers : public BalancerBase {
   void check() const {
     for (const auto& held : held_) held->check();
   }
-  void check_router(const AnyRouter& router) const {
+  void check_router(const AnyRouter<T>& router) const {
     for (const auto& held : held_) held->check_router(router);
   }
-  double forward(const Routing<double>& routing, Cache& cache) const {
+  double forward(const Routing<T>& routing, Cache& cache) const {
     cache.own.resize(held_.size());
     double sum = 0.0;
     for (std::size_t i = 0; i < held_.size(); ++i) sum += held_[i]->forward(routing, cache.own[i]);
     return sum;
   }
-  void backward(const Routing<double>& routing, double scale, RoutingGradient<double>& gradient,
+  void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
                 Cache& cache) const {
     for (std::size_t i = 0; i < held_.size(); ++i) {
       held_[i]->backward(routing, scale, gradient, cache.own[i]);
     }
   }
-  double forward(const AnyRouter& router, Cache& cache) const {
+  double forward(const AnyRouter<T>& router, Cache& cache) const {
     double sum = 0.0;
     for (std::size_t i = 0; i < held_.size(); ++i) sum += held_[i]->forward(router, cache.own[i]);
     return sum;
   }
-  void backward(AnyRouter& router, double scale, Cache& cache) const {
+  void backward(AnyRouter<T>& router, double scale, Cache& cache) const {
     for (std::size_t i = 0; i < held_.size(); ++i) held_[i]->backward(router, scale, cache.own[i]);
   }
-  void observe(const Routing<double>& routing) {
+  void observe(const Routing<T>& routing) {
     for (auto& held : held_) held->observe(routing);
   }
-  void update(AnySelector& selector) {
+  void update(AnySelector<T>& selector) {
     for (auto& held : held_) held->update(selector);
   }
-  static void visit(AnyBalancers& self, Walk<double>& visit) {
+  static void visit(AnyBalancers& self, Walk<T>& visit) {
     for (std::size_t i = 0; i < self.held_.size(); ++i) {
       self.held_[i]->visit(std::to_string(i), visit);
     }
@@ -372,15 +369,15 @@ class AnyBalancers : public BalancerBase {
     virtual ~Interface() = default;
     virtual std::unique_ptr<Interface> clone() const = 0;
     virtual void check() const = 0;
-    virtual void check_router(const AnyRouter& router) const = 0;
-    virtual double forward(const Routing<double>& routing, std::any& cache) const = 0;
-    virtual void backward(const Routing<double>& routing, double scale,
-                          RoutingGradient<double>& gradient, std::any& cache) const = 0;
-    virtual double forward(const AnyRouter& router, std::any& cache) const = 0;
-    virtual void backward(AnyRouter& router, double scale, std::any& cache) const = 0;
-    virtual void observe(const Routing<double>& routing) = 0;
-    virtual void update(AnySelector& selector) = 0;
-    virtual void visit(const std::string& name, Walk<double>& visit) = 0;
+    virtual void check_router(const AnyRouter<T>& router) const = 0;
+    virtual double forward(const Routing<T>& routing, std::any& cache) const = 0;
+    virtual void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
+                          std::any& cache) const = 0;
+    virtual double forward(const AnyRouter<T>& router, std::any& cache) const = 0;
+    virtual void backward(AnyRouter<T>& router, double scale, std::any& cache) const = 0;
+    virtual void observe(const Routing<T>& routing) = 0;
+    virtual void update(AnySelector<T>& selector) = 0;
+    virtual void visit(const std::string& name, Walk<T>& visit) = 0;
   };
   template <class B>
   struct Model final : Interface {
@@ -388,43 +385,44 @@ class AnyBalancers : public BalancerBase {
     explicit Model(B b) : balancer(std::move(b)) {}
     std::unique_ptr<Interface> clone() const override { return std::make_unique<Model>(balancer); }
     void check() const override { balancer.check(); }
-    void check_router(const AnyRouter& router) const override { balancer.check_router(router); }
-    double forward(const Routing<double>& routing, std::any& cache) const override {
-      if constexpr (RoutingLoss<B, double>) return balancer.forward(routing, own_of<Own>(cache));
+    void check_router(const AnyRouter<T>& router) const override { balancer.check_router(router); }
+    double forward(const Routing<T>& routing, std::any& cache) const override {
+      if constexpr (RoutingLoss<B, T>) return balancer.forward(routing, own_of<Own>(cache));
       return 0.0;
     }
-    void backward(const Routing<double>& routing, double scale, RoutingGradient<double>& gradient,
+    void backward(const Routing<T>& routing, double scale, RoutingGradient<T>& gradient,
                   std::any& cache) const override {
-      if constexpr (RoutingLoss<B, double>) {
+      if constexpr (RoutingLoss<B, T>) {
         balancer.backward(routing, scale, gradient, own_of<Own>(cache));
       }
     }
-    double forward(const AnyRouter& router, std::any& cache) const override {
-      if constexpr (RouterLoss<B, AnyRouter>) return balancer.forward(router, own_of<Own>(cache));
+    double forward(const AnyRouter<T>& router, std::any& cache) const override {
+      if constexpr (RouterLoss<B, AnyRouter<T>>)
+        return balancer.forward(router, own_of<Own>(cache));
       return 0.0;
     }
-    void backward(AnyRouter& router, double scale, std::any& cache) const override {
-      if constexpr (RouterLoss<B, AnyRouter>) {
+    void backward(AnyRouter<T>& router, double scale, std::any& cache) const override {
+      if constexpr (RouterLoss<B, AnyRouter<T>>) {
         balancer.backward(router, scale, own_of<Own>(cache));
       }
     }
-    void observe(const Routing<double>& routing) override {
-      if constexpr (ObservingBalancer<B, double>) balancer.observe(routing);
+    void observe(const Routing<T>& routing) override {
+      if constexpr (ObservingBalancer<B, T>) balancer.observe(routing);
     }
-    void update(AnySelector& selector) override {
-      if constexpr (BalancingRule<B, AnySelector>) balancer.update(selector);
+    void update(AnySelector<T>& selector) override {
+      if constexpr (BalancingRule<B, AnySelector<T>>) balancer.update(selector);
     }
-    void visit(const std::string& name, Walk<double>& visit) override { visit(name, balancer); }
+    void visit(const std::string& name, Walk<T>& visit) override { visit(name, balancer); }
     B balancer;
   };
 
   std::vector<Erased<Interface>> held_;
 };
 
-static_assert(Router<AnyRouter>);
-static_assert(Selector<AnySelector, double>);
-static_assert(CapacityPolicy<AnyCapacity, double>);
-static_assert(ExpertBank<AnyExperts>);
-static_assert(Balancer<AnyBalancers, AnyRouter>);
+static_assert(Router<AnyRouter<double>>);
+static_assert(Selector<AnySelector<double>, double>);
+static_assert(CapacityPolicy<AnyCapacity<double>, double>);
+static_assert(ExpertBank<AnyExperts<double>>);
+static_assert(Balancer<AnyBalancers<double>, AnyRouter<double>>);
 
 }  // namespace weir::test
