@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: MIT
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include <weir/ops/unit_rows.hpp>
 
@@ -68,4 +70,41 @@ TEST_CASE("unit_rows refuses other shapes", "[ops][unit_rows]") {
   CHECK(test::message_of<ShapeError>([&] {
           unit_rows_backward<double>(rows, norm.data(), wrong);
         }) == "unit_rows_backward: d is [2, 4], expected [2, 3]");
+}
+
+TEST_CASE("unit_rows takes rows of any scale that has a norm", "[ops][unit_rows]") {
+  Matrix<float> rows(4, 4);
+  rows << 3e30f, -4e30f, 0.0f, 0.0f,     //
+      1e38f, 1e38f, 1e38f, 1e38f,        //
+      3e-11f, 0.0f, 4e-11f, 0.0f,        //
+      -3.4e38f, 3.4e38f, 0.0f, 3.4e38f;  // Its norm is beyond the largest number.
+  Matrix<float> unit(4, 4);
+  RowVector<float> norm(4);
+  unit_rows<float>(rows, unit, norm.data());
+  CHECK(unit(0, 0) == Approx(0.6f));
+  CHECK(unit(0, 1) == Approx(-0.8f));
+  CHECK(norm[0] == Approx(5e30f));
+  CHECK(unit(1, 2) == Approx(0.5f));
+  CHECK(norm[1] == Approx(2e38f));
+  CHECK(unit(2, 0) == Approx(0.6f));
+  CHECK(unit(2, 2) == Approx(0.8f));
+  CHECK(norm[2] == Approx(5e-11f));
+  CHECK(unit.allFinite());
+  CHECK(norm.allFinite());
+  Matrix<float> d = Matrix<float>::Ones(4, 4);
+  unit_rows_backward<float>(unit, norm.data(), d);
+  CHECK(d.allFinite());
+}
+
+TEST_CASE("safe_norm is the norm of numbers of any scale", "[ops][unit_rows]") {
+  const double numbers[] = {3.0, 0.0, -4.0};
+  for (const double scale : {1.0, 1e-300, 1e-160, 1e155, 1e300, 4.5e307}) {
+    const double scaled[] = {3.0 * scale, 0.0, -4.0 * scale};
+    const double limit = std::numeric_limits<double>::max();
+    CHECK(safe_norm<double>(3, scaled) == Approx(std::min(5.0 * scale, limit)).epsilon(1e-15));
+  }
+  CHECK(safe_norm<double>(3, numbers) == 5.0);
+  CHECK(safe_norm<double>(0, numbers) == 0.0);
+  const double infinite[] = {1.0, -std::numeric_limits<double>::infinity()};
+  CHECK(safe_norm<double>(2, infinite) == std::numeric_limits<double>::infinity());
 }

@@ -21,6 +21,7 @@
 #include <weir/kernels/matmul.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/softmax.hpp>
+#include <weir/ops/unit_rows.hpp>
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
@@ -104,7 +105,7 @@ class SlotWeights {
 
   /// unit = factor * v / (|v| + kTiny).
   void unit_row(T factor, const T* v, T* unit) const {
-    const T by = T(1) / (std::sqrt(loops::sum_of_squares(d_model(), v)) + kTiny);
+    const T by = T(1) / (safe_norm<T>(d_model(), v) + kTiny);
     const auto f = [=](const Lanes<T>& a) -> Lanes<T> { return factor * (by * a); };
     map_lanes<T>(d_model(), f, unit, v);
   }
@@ -172,10 +173,10 @@ void SlotWeights<T>::backward(Cache& cache, Matrix<T>& dx) {
 
 template <std::floating_point T>
 void SlotWeights<T>::add_unit_backward(T factor, const T* v, const T* du, T* dv) const {
-  const T length = std::sqrt(loops::sum_of_squares(d_model(), v));
+  const T length = safe_norm<T>(d_model(), v);
   const T by = factor / (length + kTiny);
   const T along =
-      length > T(0) ? loops::dot<T>(d_model(), du, v) / (length * (length + kTiny)) : T(0);
+      length > T(0) ? loops::dot<T>(d_model(), du, v) / length / (length + kTiny) : T(0);
   const auto f = [=](const Lanes<T>& sum, const Lanes<T>& d, const Lanes<T>& a) -> Lanes<T> {
     return sum + by * (d - along * a);
   };

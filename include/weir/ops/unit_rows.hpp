@@ -3,7 +3,9 @@
 /// Scaling rows to length one, and the derivative.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include <weir/core/error.hpp>
 #include <weir/core/parallel.hpp>
@@ -12,6 +14,26 @@
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
+
+/// The Euclidean norm of `count` numbers, computed from their ratios to the largest magnitude: it
+/// does not overflow or vanish where the norm itself would not. Beyond the largest number it is
+/// that number.
+template <class T>
+T safe_norm(Index count, const T* numbers) {
+  constexpr T kMost = std::numeric_limits<T>::max();
+  const T squares = loops::sum_of_squares(count, numbers);
+  // Nothing is lost between the two.
+  if (squares > std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon() &&
+      squares <= kMost) {
+    return std::sqrt(squares);
+  }
+  T largest = T(0);
+  for (Index i = 0; i < count; ++i) largest = std::max(largest, std::abs(numbers[i]));
+  if (largest == T(0) || !(largest <= kMost)) return largest;
+  T sum = T(0);
+  for (Index i = 0; i < count; ++i) sum += (numbers[i] / largest) * (numbers[i] / largest);
+  return std::min(largest * std::sqrt(sum), kMost);
+}
 
 /// unit[i] = rows[i] / |rows[i]|, norm[i] = |rows[i]|. A row of norm below 1e-12 counts as zero:
 /// its unit vector and its norm are zero.
@@ -25,7 +47,7 @@ void unit_rows(MatrixIn<T> rows, MatrixOut<T> unit, T* norm) {
   parallel_rows(rows.rows(), 4 * rows.cols(), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
       const T* row = &rows.coeffRef(i, 0);
-      norm[i] = std::sqrt(loops::sum_of_squares(rows.cols(), row));
+      norm[i] = safe_norm<T>(rows.cols(), row);
       if (norm[i] < kLeast) norm[i] = T(0);
       const T factor = norm[i] == T(0) ? T(0) : T(1) / norm[i];
       loops::scale(rows.cols(), factor, row, &unit(i, 0));

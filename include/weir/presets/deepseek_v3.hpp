@@ -71,7 +71,9 @@ Parts<T> deepseek_v3_parts(const DeepSeekV3Config& config, Rng& rng) {
                                 {.k = shape.k, .scale = config.scale, .groups = config.groups}),
                  Dropless(), gated_experts<T>(shape, rng),
                  BiasBalance<T>({.rate = config.bias_rate}),
-                 SwitchLoss<T>({.coefficient = config.balance, .scope = Scope::kSequence})},
+                 SwitchLoss<T>({.coefficient = config.balance,
+                                .count = LoadCount::kTopProbabilities,
+                                .scope = Scope::kSequence})},
         rng);
   };
   return parts;

@@ -106,8 +106,24 @@ TEST_CASE("RenormaliseKept divides by epsilon at least", "[moe][capacity][renorm
   Routing<double> routing = small_routing();
   routing.weight = {0.25 * kEpsilon, 1.0, 0.5 * kEpsilon, 0.0, 0.0, 0.0};
   routing.kept = {1, 0, 1, 1, 1, 1};
-  test::limit(RenormaliseKept(Dropless()), routing);
+  test::limit(RenormaliseKept(Dropless(), {.epsilon = kEpsilon}), routing);
   CHECK(routing.applied == List<double>{0.25, 1.0, 0.5, 0.0, 0.0, 0.0});
+}
+
+TEST_CASE("RenormaliseKept does not depend on the scale of the weights",
+          "[moe][capacity][renormalise_kept]") {
+  for (const double scale : {1.0, 1e-20, 1e-310, 1e300}) {
+    Routing<double> routing = small_routing();
+    routing.weight = {0.25 * scale, 1.0 * scale, 0.5 * scale, 0.0, 0.0, 0.0};
+    routing.kept = {1, 0, 1, 1, 1, 1};
+    test::limit(RenormaliseKept(Dropless(), {.scale = 3.0}), routing);
+    CHECK(routing.applied[0] == Approx(1.0).epsilon(1e-12));
+    CHECK(routing.applied[2] == Approx(2.0).epsilon(1e-12));
+    CHECK(routing.applied[1] == 1.0 * scale);  // Dropped.
+    CHECK(routing.applied[3] == 0.0);          // Nothing to divide by.
+  }
+  CHECK(test::message_of<ConfigError>([] { RenormaliseKept(Dropless(), {.epsilon = -1.0}); }) ==
+        "RenormaliseKept: epsilon = -1, expected a finite number >= 0");
 }
 
 TEST_CASE("RenormaliseKept comes after the drop, selectors normalise before",
@@ -216,7 +232,8 @@ TEST_CASE("RenormaliseKept has a constant divisor below epsilon",
       routing.kept = {0, 0, 1};
     }
   };
-  Limited limited{SoftmaxTopK<double>({.k = 3}), RenormaliseKept(KeepsTheThird())};
+  Limited limited{SoftmaxTopK<double>({.k = 3}),
+                  RenormaliseKept(KeepsTheThird(), {.epsilon = 2.2e-16})};
   limited.forward(logits);
   Matrix<double> d_applied = Matrix<double>::Zero(1, 3);
   d_applied(0, 2) = 1.0;

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/moe/balance/load_count.hpp>
 #include <weir/moe/balance/priced_probability.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
@@ -16,19 +17,20 @@ namespace weir {
 /// Settings of GlobalBatchLoss.
 struct GlobalBatchLossConfig {
   double coefficient = 0.01;
+  LoadCount count = LoadCount::kAssignments;  ///< What c_e counts.
 };
 
 /// The Switch loss with the fractions of all micro-batches of an optimizer step so far:
 ///
 ///     loss = coefficient * experts * sum_e f_e * P_e,    f_e = c_e / sum_j c_j
 ///
-/// c_e counts the assignments to expert e, before any are dropped and without padding, in the
-/// micro-batch at hand and in those of this step before it (and on other ranks, see `add_load`);
-/// P_e is the mean probability in the micro-batch at hand. An expert may then specialise in what
-/// one micro-batch is made of, as long as the load of the step is level. At uniform load the loss
-/// is the coefficient. With micro-batches of one size it is Megatron-Core's `global_aux_loss`,
-/// whose c_e are running averages. `experts` are those that the pass allows to some token of the
-/// micro-batch at hand. f is constant to the derivative.
+/// c_e counts the assignments to expert e, before any are dropped and without padding, or what
+/// LoadCount says instead, in the micro-batch at hand and in those of this step before it (and on
+/// other ranks, see `add_load`); P_e is the mean probability in the micro-batch at hand. An expert
+/// may then specialise in what one micro-batch is made of, as long as the load of the step is
+/// level. At uniform load the loss is the coefficient. With micro-batches of one size it is
+/// Megatron-Core's `global_aux_loss`, whose c_e are running averages. `experts` are those that the
+/// pass allows to some token of the micro-batch at hand. f is constant to the derivative.
 ///
 /// A micro-batch is added to the counts by its backward pass: a forward pass that is run again
 /// counts once. The backward pass differentiates the loss that its forward pass reported, whatever
@@ -65,7 +67,7 @@ class GlobalBatchLoss : public BalancerBase {
 
   void observe(const Routing<T>& routing) {
     if (load_.size() != routing.experts()) set_zero(load_, routing.experts());
-    routing.add_load(0, routing.tokens(), load_);
+    add_counted_load(config_.count, routing, 0, routing.tokens(), load_);
   }
 
   /// Adds what other ranks counted.
@@ -108,7 +110,7 @@ class GlobalBatchLoss : public BalancerBase {
 template <std::floating_point T>
 void GlobalBatchLoss<T>::set_fractions(const Routing<T>& routing, RowVector<T>& f) const {
   set_zero(f, routing.experts());
-  routing.add_load(0, routing.tokens(), f);
+  add_counted_load(config_.count, routing, 0, routing.tokens(), f);
   const bool more = load_.size() == routing.experts();
   const double total = static_cast<double>(f.sum()) + (more ? load_.sum() : 0.0);
   for (Index e = 0; e < f.size() && total > 0.0; ++e) {

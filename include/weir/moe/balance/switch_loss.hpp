@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/moe/balance/load_count.hpp>
 #include <weir/moe/balance/priced_probability.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
@@ -27,6 +28,7 @@ enum class LoadFraction {
 struct SwitchLossConfig {
   double coefficient = 0.01;
   LoadFraction fraction = LoadFraction::kOfAssignments;
+  LoadCount count = LoadCount::kAssignments;  ///< What the fractions count.
   Scope scope = Scope::kBatch;
 };
 
@@ -35,12 +37,12 @@ struct SwitchLossConfig {
 ///     loss = coefficient * experts * sum_e f_e * P_e
 ///
 /// f_e is the fraction of the assignments (or: of the tokens) that went to expert e, before any are
-/// dropped; P_e the mean probability the router gave it. `experts` are those that the pass allows
-/// to some token: one that is switched off for all does not count, one that is forbidden to some
-/// counts for all. Over the sequences, if that is the scope, the mean is taken: then a batch cut
-/// between sequences has the same loss as its parts together. Padding is not counted; without real
-/// tokens the loss is zero. At uniform load the loss has the value that LoadFraction says; that is
-/// not its minimum, f and P being free of each other.
+/// dropped, or of what LoadCount says instead; P_e the mean probability the router gave it.
+/// `experts` are those that the pass allows to some token: one that is switched off for all does
+/// not count, one that is forbidden to some counts for all. Over the sequences, if that is the
+/// scope, the mean is taken: then a batch cut between sequences has the same loss as its parts
+/// together. Padding is not counted; without real tokens the loss is zero. At uniform load the loss
+/// has the value that LoadFraction says; that is not its minimum, f and P being free of each other.
 ///
 /// f_e counts decisions and is constant to the derivative; the gradient reaches the router through
 /// P_e alone.
@@ -78,7 +80,7 @@ class SwitchLoss : public BalancerBase {
   auto fractions(const Routing<T>& routing) const {
     return [&routing, this](Index begin, Index end, Index tokens, RowVector<T>& f) {
       set_zero(f, routing.experts());
-      routing.add_load(begin, end, f);
+      add_counted_load(config_.count, routing, begin, end, f);
       const T assignments = f.sum();
       f /= config_.fraction == LoadFraction::kOfTokens ? static_cast<T>(tokens)
                                                        : std::max(assignments, T(1));

@@ -4,7 +4,6 @@
 /// DeepSpeed, NLLB.
 #pragma once
 
-#include <limits>
 #include <utility>
 
 #include <weir/core/error.hpp>
@@ -18,14 +17,16 @@ namespace weir {
 
 /// Settings of RenormaliseKept.
 struct RenormaliseKeptConfig {
-  double scale = 1.0;  ///< What the weights sum to.
+  double scale = 1.0;    ///< What the weights sum to.
+  double epsilon = 0.0;  ///< The least N. DeepSpeed and Hugging Face take that of the scalar type,
+                         ///< 1.19e-7 in float: smaller weights then stay small.
 };
 
 /// Any capacity policy, after which the outputs of what each token kept are multiplied by
 ///
 ///     g'_e = scale * g_e / N,    N = max(sum_{j kept} g_j, epsilon)
 ///
-/// g being the weights before, and epsilon that of the scalar type. Without this policy, outputs
+/// g being the weights before, which are left alone where N is zero. Without this policy, outputs
 /// are multiplied by the weights that the selector made of all choices: what a dropped expert would
 /// have had is lost (Mesh TensorFlow, Switch, ST-MoE, Tutel). With it, a token that kept anything
 /// is served with full weight, and one that kept a single expert gets it with a constant weight,
@@ -45,10 +46,11 @@ class RenormaliseKept : public CapacityWrapper<Inner> {
     List<T> before;  ///< g, if the inner policy has changed the selector's weights; else empty.
   };
 
-  /// \throws ConfigError  unless scale > 0.
+  /// \throws ConfigError  unless scale > 0 and epsilon >= 0.
   explicit RenormaliseKept(Inner inner, RenormaliseKeptConfig config = {})
       : CapacityWrapper<Inner>(std::move(inner)), config_(config) {
     expect_positive("RenormaliseKept", "scale", config_.scale);
+    expect_at_least("RenormaliseKept", "epsilon", config_.epsilon, 0.0);
   }
 
   /// \throws ConfigError  as the inner policy.
@@ -60,9 +62,9 @@ class RenormaliseKept : public CapacityWrapper<Inner> {
     routing.applied.assign(g.begin(), g.end());
     parallel_rows(routing.tokens(), kCost, [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const T factor = factor_of(routing, g, t).first;
+        const T n = divisor_of(routing, g, t).first;
         for (Index a = routing.first(t); a < routing.last(t); ++a) {
-          if (routing.kept[a] != 0) routing.applied[a] *= factor;
+          if (routing.kept[a] != 0) routing.applied[a] = static_cast<T>(config_.scale) * (g[a] / n);
         }
       }
     });
@@ -73,21 +75,20 @@ class RenormaliseKept : public CapacityWrapper<Inner> {
   ///     dL/dg_e = (scale * dL/dg'_e - sum_{j kept} dL/dg'_j g'_j) / N      for kept e
   ///     dL/dg_e = dL/dg'_e                                                 for dropped e
   ///
-  /// Where N is epsilon it is constant, and the sum falls away.
+  /// Where N is epsilon it is constant, and the sum falls away; where N is zero dL/dg_e = dL/dg'_e.
   template <class T>
   void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache<T>& cache) const {
     const List<T>& g = before(routing, cache);
     parallel_rows(routing.tokens(), kCost, [&](Index begin, Index end) {
       for (Index t = begin; t < end; ++t) {
-        const auto [factor, is_from_sum] = factor_of(routing, g, t);
-        T along_g = T(0);  // sum_j dL/dg'_j g_j
+        const auto [n, is_from_sum] = divisor_of(routing, g, t);
+        T mean = T(0);  // sum_j dL/dg'_j g_j / N
         for (Index a = routing.first(t); is_from_sum && a < routing.last(t); ++a) {
-          if (routing.kept[a] != 0) along_g += gradient.weights[a] * g[a];
+          if (routing.kept[a] != 0) mean += gradient.weights[a] * (g[a] / n);
         }
-        const T mean = along_g * factor / static_cast<T>(config_.scale);  // The sum over N.
         for (Index a = routing.first(t); a < routing.last(t); ++a) {
           T& d = gradient.weights[a];
-          if (routing.kept[a] != 0) d = factor * (d - mean);
+          if (routing.kept[a] != 0) d = static_cast<T>(config_.scale) * (d - mean) / n;
         }
       }
     });
@@ -107,16 +108,17 @@ class RenormaliseKept : public CapacityWrapper<Inner> {
     return cache.before.empty() ? routing.weight : cache.before;
   }
 
-  /// scale / N of token t, and whether N is the sum, which it is not below epsilon.
+  /// N of token t, and whether it is the sum, which it is not below epsilon. Instead of a zero, it
+  /// is the scale, by which the weights are then multiplied again.
   template <class T>
-  std::pair<T, bool> factor_of(const Routing<T>& routing, const List<T>& g, Index t) const {
+  std::pair<T, bool> divisor_of(const Routing<T>& routing, const List<T>& g, Index t) const {
     T sum = T(0);
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
       if (routing.kept[a] != 0) sum += g[a];
     }
-    constexpr T kEpsilon = std::numeric_limits<T>::epsilon();
-    const bool is_sum = sum > kEpsilon;
-    return {static_cast<T>(config_.scale) / (is_sum ? sum : kEpsilon), is_sum};
+    const auto epsilon = static_cast<T>(config_.epsilon);
+    if (sum > epsilon) return {sum, true};
+    return {epsilon > T(0) ? epsilon : static_cast<T>(config_.scale), false};
   }
 
   RenormaliseKeptConfig config_;

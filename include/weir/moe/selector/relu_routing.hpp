@@ -21,8 +21,8 @@ namespace weir {
 /// so that the layer is continuous: an expert comes in with the weight zero. A token may have no
 /// expert at all, or every one; ReluL1Loss brings the mean number to what is wanted. The largest
 /// logit comes first, among equal ones the lowest index. The derivative is that of the ReLU, with 0
-/// at z = 0. The probabilities that balancers see are g_e / (sum_j g_j + 1e-20), all zero where
-/// there is no expert. (Wang et al. 2024, arXiv:2412.14711, eq. 4.)
+/// at z = 0. The probabilities that balancers see are g_e / sum_j g_j, whatever the scale of
+/// the weights; all zero where there is no expert. (Wang et al. 2024, arXiv:2412.14711, eq. 4.)
 template <std::floating_point T>
 class ReluRouting : public SelectorBase<T> {
  public:
@@ -38,9 +38,11 @@ class ReluRouting : public SelectorBase<T> {
   void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
  private:
-  static T sum_of(const Routing<T>& routing, Index t) {
-    T sum = T(1e-20);
-    for (const Index e : routing.experts_of(t)) sum += routing.logits(t, e);
+  /// The sum of the weights of a token that has experts, divided by the largest.
+  static T relative_sum(const Routing<T>& routing, Index t) {
+    const auto experts = routing.experts_of(t);
+    T sum = T(0);
+    for (const Index e : experts) sum += routing.logits(t, e) / routing.logits(t, experts[0]);
     return sum;
   }
 };
@@ -62,10 +64,11 @@ void ReluRouting<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& r
   routing.rows.for_each_real(4 * experts, [&](Index t) {
     auto p = routing.probabilities.row(t);
     p.setZero();
-    const T total = sum_of(routing, t);
+    if (routing.first(t) == routing.last(t)) return;
+    const T total = relative_sum(routing, t);
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
       routing.weight[a] = routing.logits(t, routing.expert[a]);
-      p[routing.expert[a]] = routing.weight[a] / total;
+      p[routing.expert[a]] = routing.weight[a] / routing.weight[routing.first(t)] / total;
     }
   });
 }
@@ -77,12 +80,14 @@ void ReluRouting<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gra
     // With s = sum g: d p_i / d g_j = (1[i = j] - p_i) / s
     const auto p = routing.probabilities.row(t);
     const auto dp = gradient.probabilities.row(t);
-    const T total = sum_of(routing, t);
+    if (routing.first(t) == routing.last(t)) return;
+    const T total = relative_sum(routing, t);
+    const T largest = routing.weight[routing.first(t)];
     T inner = T(0);
     for (const Index e : routing.experts_of(t)) inner += dp[e] * p[e];
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
       const Index e = routing.expert[a];
-      gradient.logits(t, e) += gradient.weights[a] + (dp[e] - inner) / total;
+      gradient.logits(t, e) += gradient.weights[a] + (dp[e] - inner) / total / largest;
     }
   });
 }

@@ -3,7 +3,9 @@
 /// What an expert's logit is turned into where each expert is scored by itself.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
@@ -43,25 +45,40 @@ void score_row(ScoreFunction function, Index count, const T* z, T* score) {
   }
 }
 
-/// Adds the gradient of the logits z [count]: dz[i] += ds[i] s'(z[i]).
+/// log s(z), also where s(z) is zero to rounding.
 template <class T>
-void add_score_backward_row(ScoreFunction function, Index count, const T* z, const T* ds, T* dz) {
+T log_score(ScoreFunction function, T z) {
+  const T tail = std::log1p(std::exp(-std::abs(z)));
+  if (function == ScoreFunction::kSigmoid) return std::min(z, T(0)) - tail;
+  // softplus(z) = exp(z) up to rounding, far below zero.
+  if (z < std::log(std::numeric_limits<T>::epsilon())) return T(0.5) * z;
+  return T(0.5) * std::log(std::max(z, T(0)) + tail);
+}
+
+/// Adds the gradient of the logits z [count], given that of the logarithms of their scores:
+/// dz[i] += d_log[i] d log s(z[i]) / dz[i], which is between 0 and 1.
+template <class T>
+void add_log_score_backward_row(ScoreFunction function, Index count, const T* z, const T* d_log,
+                                T* dz) {
+  // 1 - sigmoid(z)
   const auto of_sigmoid = [](const Lanes<T>& sum, const Lanes<T>& x,
                              const Lanes<T>& d) -> Lanes<T> {
-    const Lanes<T> s = sigmoid_lanes<T>(x);
-    return sum + d * (s * (T(1) - s));
+    return sum + d * sigmoid_lanes<T>(-x);
   };
-  // sigmoid(z) / (2 s); zero where s is zero, which is its limit.
+  // sigmoid(z) / (2 softplus(z)), which goes to 1/2.
   const auto of_sqrt_softplus = [](const Lanes<T>& sum, const Lanes<T>& x,
                                    const Lanes<T>& d) -> Lanes<T> {
-    const Lanes<T> s = detail::sqrt_softplus_lanes<T>(x);
-    const Lanes<T> slope = sigmoid_lanes<T>(x) / (T(2) * s);
-    return sum + d * (s > T(0) ? slope : Lanes<T>{});
+    const T least = std::log(std::numeric_limits<T>::epsilon());
+    const Lanes<T> half = Lanes<T>{} + T(0.5);
+    const Lanes<T> safe = x < least ? Lanes<T>{} : x;
+    const Lanes<T> s = detail::sqrt_softplus_lanes<T>(safe);
+    const Lanes<T> slope = sigmoid_lanes<T>(safe) / (T(2) * s * s);
+    return sum + d * (x < least ? half : slope);
   };
   if (function == ScoreFunction::kSigmoid) {
-    map_lanes<T>(count, of_sigmoid, dz, dz, z, ds);
+    map_lanes<T>(count, of_sigmoid, dz, dz, z, d_log);
   } else {
-    map_lanes<T>(count, of_sqrt_softplus, dz, dz, z, ds);
+    map_lanes<T>(count, of_sqrt_softplus, dz, dz, z, d_log);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
@@ -14,6 +15,7 @@
 #include <weir/moe/selector/score_function.hpp>
 #include <weir/moe/selector/selection_bias.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/softmax.hpp>
 #include <weir/ops/vector_loops.hpp>
 
 namespace weir {
@@ -31,22 +33,20 @@ struct SigmoidTopKConfig {
 /// Chooses the k experts S of largest biased score s_e + b_e, s = sigmoid(logits) or another
 /// ScoreFunction, with weights made of the unbiased scores:
 ///
-///     g_e = scale * s_e / (sum_{j in S} s_j + 1e-20)     renormalised
-///     g_e = scale * s_e                                  raw
+///     g_e = scale * s_e / sum_{j in S} s_j     renormalised
+///     g_e = scale * s_e                        raw
 ///
 /// Equal biased scores: the lowest index first. The bias b is a buffer: saved, not trained by
 /// gradient, moved by BiasBalance. The choice is constant to the derivative. The probabilities that
-/// balancers see are s_e / (sum_{all j} s_j + 1e-20).
-/// With k = 1 and renormalisation the weight is constant, so that the task's loss does not reach
-/// the router; Megatron-Core does not renormalise then.
+/// balancers see are s_e / sum_{all j} s_j. DeepSeek's code adds 1e-20 to both sums, so that they
+/// are not zero; here the quotients of scores that small are those of their logarithms, and sum to
+/// `scale` and to 1 as all others do. With k = 1 and renormalisation the weight is constant, so
+/// that the task's loss does not reach the router; Megatron-Core does not renormalise then.
 /// (DeepSeek-AI 2024, arXiv:2412.19437, eq. 12-16; the bias: Wang et al. 2024, arXiv:2408.15664.)
 template <std::floating_point T>
 class SigmoidTopK : public SelectorBase<T> {
  public:
-  struct Cache {
-    RowVector<T> total;  ///< [tokens], what the scores of a token are divided by to become its
-                         ///< probabilities.
-  };
+  using typename SelectorBase<T>::Cache;
 
   /// A bias of zeros.
   /// \throws ConfigError  unless experts >= 1, 1 <= k <= experts, scale > 0 and the groups fit.
@@ -68,17 +68,17 @@ class SigmoidTopK : public SelectorBase<T> {
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
-    route(logits, pass, nullptr, routing, cache);
+  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& /*cache*/) const {
+    route(logits, pass, nullptr, routing);
   }
 
   /// `forward` with an imposed choice, see Replay.
   void forward_imposed(MatrixIn<T> logits, const Pass& pass, const RoutingTrace& imposed,
-                       Routing<T>& routing, Cache& cache) const {
-    route(logits, pass, &imposed, routing, cache);
+                       Routing<T>& routing, Cache& /*cache*/) const {
+    route(logits, pass, &imposed, routing);
   }
 
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const;
+  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
   /// Buffer `bias`.
   template <class Self, class Visit>
@@ -93,17 +93,19 @@ class SigmoidTopK : public SelectorBase<T> {
   const Buffer<T>& selection_bias() const { return bias_; }
 
  private:
+  /// Sums below it are made of logarithms: their scores may have lost bits to underflow.
   static constexpr T kTiny = T(1e-20);
 
-  void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed, Routing<T>& routing,
-             Cache& cache) const;
+  void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
+             Routing<T>& routing) const;
 
-  /// What the chosen scores are divided by; `shares` times `total` are the scores.
-  T divisor(const T* shares, T total, const Index* chosen) const {
-    if (!config_.renormalise) return T(1);
-    T sum = T(0);
-    for (Index i = 0; i < config_.k; ++i) sum += shares[chosen[i]];
-    return sum * total + kTiny;
+  /// Divides the scores [count] by their sum, the logit of number i being `logit(i)`.
+  template <class Logit>
+  void normalise(Index count, const Logit& logit, T* score) const {
+    const T sum = loops::sum<T>(count, score);
+    if (sum > kTiny) return loops::scale(count, T(1) / sum, score, score);
+    for (Index i = 0; i < count; ++i) score[i] = log_score(config_.score, logit(i));
+    softmax_row<T>(span_of(score, count), span_of(score, count));
   }
 
   SigmoidTopKConfig config_;
@@ -112,39 +114,36 @@ class SigmoidTopK : public SelectorBase<T> {
 
 template <std::floating_point T>
 void SigmoidTopK<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gradient,
-                              Cache& cache) const {
+                              Cache& /*cache*/) const {
   const Index k = config_.k;
   const Index experts = routing.experts();
   routing.rows.for_each_real(16 * experts, [&](Index t) {
     const T* p = routing.probabilities.row(t).data();
-    T* ds = gradient.probabilities.row(t).data();  // First dL/dp, then dL/ds.
-    const T total = cache.total[t];
-    const T through_total = loops::dot<T>(experts, ds, p);
-    const auto of_score = [=](const Lanes<T>& dp) -> Lanes<T> {
-      return (dp - through_total) / total;
+    // First dL/dp, then dL / d log s: with p a softmax of log s, p_e (dp_e - sum_j p_j dp_j).
+    T* d_log = gradient.probabilities.row(t).data();
+    const T mean = loops::dot<T>(experts, d_log, p);
+    const auto of_log = [=](const Lanes<T>& dp, const Lanes<T>& share) -> Lanes<T> {
+      return share * (dp - mean);
     };
-    map_lanes<T>(experts, of_score, ds, ds);
+    map_lanes<T>(experts, of_log, d_log, d_log, p);
 
     const Index* chosen = routing.expert.data() + routing.first(t);
     const T* weight = routing.weight.data() + routing.first(t);
     const T* d_weight = gradient.weights.data() + routing.first(t);
-    const T divided_by = divisor(p, total, chosen);
     T inner = T(0);
     for (Index i = 0; config_.renormalise && i < k; ++i) inner += d_weight[i] * weight[i];
-    for (Index i = 0; i < k; ++i) {
-      ds[chosen[i]] += (static_cast<T>(config_.scale) * d_weight[i] - inner) / divided_by;
-    }
-    add_score_backward_row(config_.score, experts, routing.logits.row(t).data(), ds,
-                           gradient.logits.row(t).data());
+    inner /= static_cast<T>(config_.scale);
+    for (Index i = 0; i < k; ++i) d_log[chosen[i]] += weight[i] * (d_weight[i] - inner);
+    add_log_score_backward_row(config_.score, experts, routing.logits.row(t).data(), d_log,
+                               gradient.logits.row(t).data());
   });
 }
 
 template <std::floating_point T>
 void SigmoidTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
-                           Routing<T>& routing, Cache& cache) const {
+                           Routing<T>& routing) const {
   check(logits.cols());
   const Index experts = logits.cols();
-  set_shape(cache.total, logits.rows());
   route_k_best(
       {"SigmoidTopK", config_.k, config_.groups, imposed}, logits, pass, routing,
       [&](Index t, T* p) -> const T* {
@@ -154,10 +153,15 @@ void SigmoidTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTr
       },
       [&](Index t, const Index* chosen, T* weight, T* p) {
         score_row(config_.score, experts, routing.logits.row(t).data(), p);
-        const T factor = static_cast<T>(config_.scale) / divisor(p, T(1), chosen);
-        for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
-        cache.total[t] = loops::sum<T>(experts, p) + kTiny;
-        loops::scale(experts, T(1) / cache.total[t], p, p);
+        const T* const z = routing.logits.row(t).data();
+        for (Index i = 0; i < config_.k; ++i) weight[i] = p[chosen[i]];
+        if (config_.renormalise) {
+          normalise(
+              config_.k, [=](Index i) { return z[chosen[i]]; }, weight);
+        }
+        loops::scale(config_.k, static_cast<T>(config_.scale), weight, weight);
+        normalise(
+            experts, [=](Index e) { return z[e]; }, p);
       });
 }
 

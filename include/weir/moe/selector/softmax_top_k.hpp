@@ -3,6 +3,7 @@
 /// Softmax over all experts, then the k best: Switch, Grok-1, DBRX, OLMoE, DeepSeek-V2 and others.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 
@@ -36,7 +37,9 @@ struct SoftmaxTopKConfig {
 /// Raw: Switch (Fedus et al. 2021, arXiv:2101.03961, eq. 1-2), Grok-1, OLMoE; with a scale and a
 /// group limit: DeepSeek-V2 (arXiv:2405.04434). Renormalised: GShard (Lepikhin et al. 2020,
 /// arXiv:2006.16668), Qwen3-MoE, and DBRX, whose norm is a setting. With k = 1 and renormalisation
-/// the weight is constant, so that the task's loss does not reach the router.
+/// the weight is constant, so that the task's loss does not reach the router. Renormalised weights
+/// are made of the logits, also where a group limit or an imposed choice leaves a token experts
+/// whose probabilities are zero to rounding.
 template <std::floating_point T>
 class SoftmaxTopK : public SelectorBase<T> {
  public:
@@ -74,13 +77,24 @@ class SoftmaxTopK : public SelectorBase<T> {
                              : static_cast<T>(std::pow(static_cast<double>(base), exponent));
   }
 
-  /// N, what raw weights are divided by.
-  T divisor(const T* p, const Index* chosen) const {
-    if (!config_.renormalise) return T(1);
-    const T largest = p[chosen[0]];  // Relative to it, the sum of the powers is at least 1.
-    T sum = T(0);
-    for (Index i = 0; i < config_.k; ++i) sum += power(p[chosen[i]] / largest, config_.norm);
-    return largest * power(sum, 1.0 / config_.norm);
+  /// Of the renormalised weights u_i of a token, divided by the scale, number i: p relative to the
+  /// largest p that was chosen, divided by the norm of those.
+  struct Renormalised {
+    const T* z;
+    const Index* chosen;
+    T largest = T(0);  // Of the logits chosen.
+    T norm = T(1);
+
+    T operator()(Index i) const { return std::exp(z[chosen[i]] - largest) / norm; }
+  };
+
+  Renormalised renormalised(const T* z, const Index* chosen) const {
+    Renormalised u{.z = z, .chosen = chosen, .largest = z[chosen[0]]};
+    for (Index i = 1; i < config_.k; ++i) u.largest = std::max(u.largest, z[chosen[i]]);
+    T sum = T(0);  // At least 1.
+    for (Index i = 0; i < config_.k; ++i) sum += power(u(i), config_.norm);
+    u.norm = power(sum, 1.0 / config_.norm);
+    return u;
   }
 
   SoftmaxTopKConfig config_;
@@ -106,15 +120,18 @@ void SoftmaxTopK<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gra
     const Index* chosen = routing.expert.data() + routing.first(t);
     const T* d_weight = gradient.weights.data() + routing.first(t);
     T* dp = gradient.probabilities.row(t).data();
-    // d g_i / d p_j = scale / N * (1[i = j] - p_i / N * (p_j / N)^(norm - 1))
-    const T n = divisor(p, chosen);
-    const T factor = static_cast<T>(config_.scale) / n;
-    T inner = T(0);
-    for (Index i = 0; i < k; ++i) inner += d_weight[i] * p[chosen[i]];
-    for (Index i = 0; i < k; ++i) {
-      const T through_norm =
-          config_.renormalise ? inner / n * power(p[chosen[i]] / n, config_.norm - 1.0) : T(0);
-      dp[chosen[i]] += factor * (d_weight[i] - through_norm);
+    T* dz = gradient.logits.row(t).data();
+    const auto scale = static_cast<T>(config_.scale);
+    if (config_.renormalise) {
+      // d u_i / d z_j = u_i * (1[i = j] - u_j^norm)
+      const Renormalised u = renormalised(routing.logits.row(t).data(), chosen);
+      T inner = T(0);
+      for (Index i = 0; i < k; ++i) inner += d_weight[i] * u(i);
+      for (Index i = 0; i < k; ++i) {
+        dz[chosen[i]] += scale * (u(i) * d_weight[i] - inner * power(u(i), config_.norm));
+      }
+    } else {
+      for (Index i = 0; i < k; ++i) dp[chosen[i]] += scale * d_weight[i];
     }
     add_softmax_backward_row<T>(span_of(p, experts), span_of(dp, experts),
                                 row_span(gradient.logits, t));
@@ -131,9 +148,14 @@ void SoftmaxTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTr
         softmax_row<T>(row_span(routing.logits, t), span_of(p, routing.experts()));
         return p;
       },
-      [&](Index /*t*/, const Index* chosen, T* weight, const T* p) {
-        const T factor = static_cast<T>(config_.scale) / divisor(p, chosen);
-        for (Index i = 0; i < config_.k; ++i) weight[i] = factor * p[chosen[i]];
+      [&](Index t, const Index* chosen, T* weight, const T* p) {
+        const auto scale = static_cast<T>(config_.scale);
+        if (!config_.renormalise) {
+          for (Index i = 0; i < config_.k; ++i) weight[i] = scale * p[chosen[i]];
+          return;
+        }
+        const Renormalised u = renormalised(routing.logits.row(t).data(), chosen);
+        for (Index i = 0; i < config_.k; ++i) weight[i] = scale * u(i);
       });
 }
 

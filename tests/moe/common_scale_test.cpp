@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: MIT
+// Results do not depend on a common scale or shift of numbers where the formula does not.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include <weir/moe/balance/importance_loss.hpp>
+#include <weir/moe/balance/load_loss.hpp>
+#include <weir/moe/balance/second_place_loss.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/selector/relu_routing.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/moe/selector/sinkhorn.hpp>
+#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/straight_through.hpp>
+
+#include "moe/selector/selected.hpp"
+#include "support/catch.hpp"
+#include "support/gradient.hpp"
+#include "support/matrices.hpp"
+#include "support/routing.hpp"
+
+using namespace weir;
+
+namespace {
+
+template <class T>
+T weight_sum(const Routing<T>& routing, Index t) {
+  T sum = T(0);
+  for (Index a = routing.first(t); a < routing.last(t); ++a) sum += routing.weight[a];
+  return sum;
+}
+
+template <class S>
+RowVector<double> load_of(const S& selector, const Matrix<typename S::Scalar>& logits,
+                          const Pass& pass) {
+  const auto selected = test::select(selector, logits, pass);
+  RowVector<double> load = RowVector<double>::Zero(logits.cols());
+  selected.routing.add_load(0, logits.rows(), load);
+  return load;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("Weights of renormalised scores sum to the scale, however small the scores",
+                   "[moe][selector][sigmoid_top_k]", float, double) {
+  using T = TestType;
+  const double tolerance = 20.0 * static_cast<double>(std::numeric_limits<T>::epsilon());
+  for (const ScoreFunction score : {ScoreFunction::kSigmoid, ScoreFunction::kSqrtSoftplus}) {
+    // A score of a small logit z is e^z, or e^(z/2).
+    const T power = score == ScoreFunction::kSigmoid ? T(1) : T(0.5);
+    const SigmoidTopK<T> selector(4, {.k = 4, .scale = 2.5, .score = score});
+    for (const T shift : {T(-40), T(-46), T(-60), T(-90), T(-110), T(-1000), T(-1e6)}) {
+      INFO("shift " << shift);
+      const Matrix<T> z = (Matrix<T>(1, 4) << T(0), T(1), T(-1), T(0.5)).finished();
+      const Matrix<T> logits = (z.array() + shift).matrix();
+      const auto selected = test::select(selector, logits);
+      const Routing<T>& routing = selected.routing;
+      CHECK(weight_sum(routing, 0) == Approx(2.5).epsilon(tolerance));
+      CHECK(routing.probabilities.sum() == Approx(1.0).epsilon(tolerance));
+      const T total = (power * (logits.array() - shift)).exp().sum();
+      for (Index a = 0; a < 4; ++a) {
+        const Index e = routing.expert[a];
+        const T expected = std::exp(power * (logits(0, e) - shift)) / total;
+        CHECK(routing.probabilities(0, e) == Approx(expected).epsilon(tolerance));
+        CHECK(routing.weight[a] == Approx(T(2.5) * expected).epsilon(tolerance));
+      }
+    }
+  }
+}
+
+TEST_CASE("Gradients of renormalised scores are exact, however small the scores",
+          "[moe][selector][sigmoid_top_k][gradient]") {
+  for (const ScoreFunction score : {ScoreFunction::kSigmoid, ScoreFunction::kSqrtSoftplus}) {
+    for (const bool renormalise : {true, false}) {
+      for (const double shift : {0.0, -20.0, -45.0, -47.0, -60.0, -900.0}) {
+        INFO("shift " << shift);
+        SigmoidTopK<double> selector(5, {.k = 2, .renormalise = renormalise, .score = score});
+        // The choice is by a bias: scores that are zero to rounding do not tell the experts apart.
+        selector.selection_bias().value << 0.0, 2.0, 0.0, 1.0, 0.0;
+        if (shift == 0.0) selector.selection_bias().value.setZero();
+        const Matrix<double> logits = (test::random_matrix(6, 5, 3).array() + shift).matrix();
+        test::check_selector_gradient(selector, logits);
+      }
+    }
+  }
+}
+
+TEST_CASE("Pushing all logits down is no way out of a balancing loss",
+          "[moe][selector][sigmoid_top_k][balance]") {
+  const SigmoidTopK<double> selector(4, {.k = 2});
+  const SwitchLoss<double> loss({.coefficient = 1.0});
+  Matrix<double> logits = test::random_matrix(8, 4, 5);
+  logits.col(1).array() += 2.0;
+  const double at_45 = test::loss_of(loss, test::route(selector, (logits.array() - 45.0).matrix()));
+  const double at_60 = test::loss_of(loss, test::route(selector, (logits.array() - 60.0).matrix()));
+  CHECK(at_45 > 1.05);
+  CHECK(at_60 == Approx(at_45).epsilon(1e-12));
+  const Matrix<double> d = test::logit_gradient(selector, loss, (logits.array() - 60.0).matrix());
+  CHECK(d.norm() > 0.01);
+  CHECK(d.rowwise().sum().norm() <= 1e-12);
+}
+
+TEMPLATE_TEST_CASE("Sinkhorn levels the load whatever is added to the logits",
+                   "[moe][selector][sinkhorn]", float, double) {
+  using T = TestType;
+  Matrix<T> logits = test::random_matrix<T>(400, 4, 6);
+  logits.col(0).array() += T(3);
+  const Sinkhorn<T> selector;
+  const RowVector<double> level = load_of(selector, logits, kTraining);
+  CHECK(level.maxCoeff() - level.minCoeff() <= 12.0);
+  for (const T shift : {T(-32), T(-64), T(-512), T(64)}) {
+    const RowVector<double> load = load_of(selector, (logits.array() + shift).matrix(), kTraining);
+    CHECK((load - level).cwiseAbs().maxCoeff() <= 4.0);  // To rounding.
+  }
+  const Matrix<T> plan = Sinkhorn<T>({.tolerance = 1e-6}).plan(logits);
+  const Matrix<T> moved = Sinkhorn<T>({.tolerance = 1e-6}).plan((logits.array() - T(64)).matrix());
+  CHECK(test::relative_error(moved, plan) <=
+        400.0 * static_cast<double>(std::numeric_limits<T>::epsilon()));
+}
+
+TEST_CASE("Sinkhorn chooses allowed experts however far apart the logits are",
+          "[moe][selector][sinkhorn][allowed]") {
+  const Matrix<float> logits = 200.0f * test::random_matrix<float>(2560, 8, 7);
+  std::vector<std::uint8_t> allowed;
+  for (Index t = 0; t < 2560; ++t) {
+    for (Index e = 0; e < 8; ++e) {
+      allowed.push_back(e != 3 && (e + t) % 3 != 0 ? 1 : 0);
+    }
+  }
+  const Pass pass{.training = true, .allowed = allowed};
+  const auto selected = test::select(Sinkhorn<float>({.k = 2}), logits, pass);
+  const Routing<float>& routing = selected.routing;
+  for (Index t = 0; t < 2560; ++t) {
+    for (const Index e : routing.experts_of(t)) REQUIRE_FALSE(routing.is_forbidden(t, e));
+  }
+  CHECK(selected.cache.log_d1.segment(0, 3).allFinite());
+  const Matrix<float> plan = Sinkhorn<float>().plan(logits, pass);
+  CHECK(plan.allFinite());
+  CHECK(plan.sum() == Approx(1.0f).epsilon(1e-3));
+}
+
+TEST_CASE("SecondPlaceLoss does not depend on how certain the first place is",
+          "[moe][balance][second_place_loss]") {
+  // Second places 1 and 2; without the first, the rows are (2, 1)/3 and (1, 2)/3: 3/4 * 2 = 3/2.
+  Routing<double> routing;
+  routing.begin("Test", Matrix<double>::Zero(2, 3), {});
+  routing.assign_each(1);
+  for (const double others : {1.0, 1e-9, 1e-30, 1e-300}) {
+    routing.probabilities << 1.0 - others, 2.0 / 3.0 * others, 1.0 / 3.0 * others,  //
+        1.0 - others, 1.0 / 3.0 * others, 2.0 / 3.0 * others;
+    CHECK(test::loss_of(SecondPlaceLoss<double>({.coefficient = 1.0}), routing) ==
+          Approx(1.5).epsilon(1e-12));
+  }
+  routing.probabilities << 1.0, 2e-9, 1e-9, 1.0, 1e-9, 2e-9;
+  CHECK(test::loss_of(SecondPlaceLoss<double>({.coefficient = 1.0, .epsilon = 1e-9}), routing) ==
+        Approx(1.125).epsilon(1e-12));
+  CHECK(test::message_of<ConfigError>([] { SecondPlaceLoss<double>({.epsilon = -1.0}); }) ==
+        "SecondPlaceLoss: epsilon = -1, expected a finite number >= 0");
+}
+
+TEST_CASE("ImportanceLoss does not depend on the scale of the weights",
+          "[moe][balance][importance_loss]") {
+  Routing<double> routing;
+  routing.begin("Test", Matrix<double>::Zero(3, 3), {});
+  routing.assign_each(1);
+  routing.expert = {0, 1, 1};
+  const auto loss = [&](double scale, double epsilon) {
+    routing.weight = {scale, 2.0 * scale, 0.0};  // Totals 1, 2, 0: variance 2/3 of mean 1.
+    return test::loss_of(ImportanceLoss<double>({.coefficient = 1.0, .epsilon = epsilon}), routing);
+  };
+  for (const double scale : {1.0, 1e-5, 1e-160, 1e-300, 1e200}) {
+    CHECK(loss(scale, 0.0) == Approx(2.0 / 3.0).epsilon(1e-12));
+  }
+  CHECK(loss(1e-5, 1e-10) == Approx(1.0 / 3.0).epsilon(1e-12));
+  CHECK(loss(0.0, 0.0) == 0.0);
+  for (const double epsilon : {0.0, 1e-10}) {
+    const ImportanceLoss<double> balancer({.coefficient = 1.0, .epsilon = epsilon});
+    loss(1e-5, epsilon);
+    Matrix<double> weight(1, 3);
+    weight << 1e-5, 2e-5, 3e-6;
+    const auto value = [&] {
+      for (Index a = 0; a < 3; ++a) routing.weight[a] = weight(0, a);
+      return test::loss_of(balancer, routing);
+    };
+    value();
+    const RowVector<double> analytic = test::gradient_of(balancer, routing).weights;
+    for (Index a = 0; a < 3; ++a) {
+      const double step = 1e-9;
+      const double before = weight(0, a);
+      weight(0, a) = before + step;
+      const double above = value();
+      weight(0, a) = before - step;
+      const double numeric = (above - value()) / (2.0 * step);
+      weight(0, a) = before;
+      CHECK(analytic[a] == Approx(numeric).epsilon(1e-6));
+    }
+  }
+  CHECK(test::message_of<ConfigError>([] { ImportanceLoss<double>({.epsilon = -1.0}); }) ==
+        "ImportanceLoss: epsilon = -1, expected a finite number >= 0");
+  CHECK(test::message_of<ConfigError>([] { LoadLoss<double>({.epsilon = -1.0}); }) ==
+        "LoadLoss: epsilon = -1, expected a finite number >= 0");
+}
+
+TEST_CASE("ReluRouting has the same probabilities for weights of any scale",
+          "[moe][selector][relu_routing]") {
+  for (const float scale : {1.0f, 1e-20f, 1e-30f, 1e37f}) {
+    Matrix<float> logits(1, 4);
+    logits << 1.0f, -1.0f, 3.0f, 4.0f;
+    logits *= scale;
+    const auto selected = test::select(ReluRouting<float>(), logits);
+    CHECK(selected.routing.probabilities(0, 0) == Approx(0.125f));
+    CHECK(selected.routing.probabilities(0, 2) == Approx(0.375f));
+    CHECK(selected.routing.probabilities(0, 3) == Approx(0.5f));
+  }
+  test::check_selector_gradient(ReluRouting<double>(), 10.0 * test::random_matrix(5, 4, 8));
+}
+
+TEMPLATE_TEST_CASE("Renormalised weights are those of the logits where probabilities underflow",
+                   "[moe][selector][softmax_top_k][allowed]", float, double) {
+  using T = TestType;
+  // The group of the best expert has one expert left, and no sum of two: the other one is chosen.
+  const GroupLimit groups{.count = 2, .allowed = 1, .summed = 2};
+  const std::vector<std::uint8_t> allowed = {1, 0, 1, 1};
+  const Pass pass{.training = true, .allowed = allowed};
+  Matrix<T> logits(1, 4);
+  logits << T(2000), T(0), T(0), T(1);
+  const SoftmaxTopK<T> soft({.k = 2, .renormalise = true, .scale = 3.0, .groups = groups});
+  auto selected = test::select(soft, logits, pass);
+  CHECK(selected.routing.expert == std::vector<Index>{2, 3});
+  const double e = std::exp(1.0);
+  CHECK(selected.routing.weight[0] == Approx(3.0 / (1.0 + e)));
+  CHECK(selected.routing.weight[1] == Approx(3.0 * e / (1.0 + e)));
+
+  const StraightThrough<T> hard({.k = 2, .renormalise = true, .scale = 3.0, .groups = groups});
+  auto straight = test::select(hard, logits, pass);
+  CHECK(straight.routing.weight[0] == Approx(1.5));
+  const auto objective = test::RoutingObjective<T>::random(selected.routing, 5).of_weights();
+  const Matrix<T> d = objective.logit_gradient(soft, selected);
+  // d g_0 / d z_2 = g_0 g_1 / scale, and so on.
+  const double slope = 3.0 * e / (1.0 + e) / (1.0 + e);
+  const auto difference = static_cast<double>(objective.c[0] - objective.c[1]);
+  CHECK(d(0, 2) == Approx(slope * difference));
+  CHECK(d(0, 3) == Approx(-slope * difference));
+  CHECK(objective.logit_gradient(hard, straight) == d);
+}
+
+TEST_CASE("Renormalised weights have their exact gradient where probabilities underflow",
+          "[moe][selector][softmax_top_k][allowed][gradient]") {
+  const GroupLimit groups{.count = 2, .allowed = 1, .summed = 2};
+  const std::vector<std::uint8_t> allowed = {1, 0, 1, 1};
+  const Pass pass{.training = true, .allowed = allowed};
+  Matrix<double> logits(1, 4);
+  logits << 2000.0, 0.0, 0.0, 1.0;
+  for (const double norm : {1.0, 2.0, 3.5}) {
+    test::check_selector_gradient(
+        SoftmaxTopK<double>({.k = 2, .renormalise = true, .norm = norm, .groups = groups}), logits,
+        pass);
+  }
+}
