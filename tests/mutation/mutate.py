@@ -178,6 +178,11 @@ def main():
                   for number, new in mutants_of(HEADERS / h)]
     sample = random.Random(options.seed).sample(everything, min(options.count, len(everything)))
     runner = Runner(options.build.resolve(), options.timeout)
+    with tempfile.TemporaryDirectory() as work:
+        first = next(iter(sorted(TESTS.rglob("*_test.cpp"))))
+        if runner.run(ROOT / "include", first, Path(work)) != "survived":
+            sys.exit(f"{first.relative_to(ROOT)} does not pass as it is; build weir_tests in "
+                     f"{options.build} first")
     counts = {}
     with ThreadPoolExecutor(options.jobs) as pool:
         for mutant, result in zip(sample, pool.map(runner.judge, sample)):
