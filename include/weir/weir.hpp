@@ -39,6 +39,7 @@
 #include <weir/ops/llama3_scaling.hpp>
 #include <weir/ops/logsumexp.hpp>
 #include <weir/ops/normal.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rope.hpp>
 #include <weir/ops/rope_scaling.hpp>
 #include <weir/ops/rows.hpp>
@@ -85,6 +86,7 @@
 #include <weir/moe/balance/hierarchical_load_loss.hpp>
 #include <weir/moe/balance/hierarchical_loss.hpp>
 #include <weir/moe/balance/importance_loss.hpp>
+#include <weir/moe/balance/load_count.hpp>
 #include <weir/moe/balance/load_loss.hpp>
 #include <weir/moe/balance/mark_allowed.hpp>
 #include <weir/moe/balance/noisy_choice.hpp>
@@ -242,8 +244,19 @@
 
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
+#include <weir/optim/muon.hpp>
+#include <weir/optim/newton_schulz.hpp>
+#include <weir/optim/parameter_group.hpp>
 #include <weir/optim/parameter_states.hpp>
+#include <weir/optim/sgd.hpp>
 #include <weir/optim/warmup_cosine.hpp>
+#include <weir/optim/warmup_linear.hpp>
+#include <weir/optim/warmup_stable_decay.hpp>
+
+#include <weir/io/atomic_file.hpp>
+#include <weir/io/dtype.hpp>
+#include <weir/io/file_error.hpp>
+#include <weir/io/mapped_file.hpp>
 
 #include <weir/version.hpp>
 // clang-format on

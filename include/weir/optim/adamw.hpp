@@ -14,11 +14,11 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/list.hpp>
-#include <weir/core/name_pattern.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
+#include <weir/optim/parameter_group.hpp>
 #include <weir/optim/parameter_states.hpp>
 
 namespace weir {
@@ -44,13 +44,6 @@ template <class T>
 struct NamedMoments {
   std::string name;
   Moments<T>* moments;
-};
-
-/// Settings of the parameters whose names match a pattern, in which '*' stands for any characters.
-struct ParameterGroup {
-  std::string pattern;                      ///< Such as "*.router.*".
-  double learning_rate_factor = 1.0;        ///< Multiplies the learning rate.
-  std::optional<double> weight_decay = {};  ///< Replaces the weight decay, also of vectors.
 };
 
 /// Settings of AdamW. The defaults are those of language models, not those of PyTorch.
@@ -201,20 +194,15 @@ AdamW<T>::AdamW(AdamWConfig config) : config_(std::move(config)) {
   expect_fraction("AdamW", "beta2", config_.beta2);
   expect_positive("AdamW", "epsilon", static_cast<T>(config_.epsilon));
   expect_at_least("AdamW", "weight_decay", config_.weight_decay, 0.0);
-  for (const ParameterGroup& group : config_.groups) {
-    expect_at_least("AdamW", "learning_rate_factor", group.learning_rate_factor, 0.0);
-    if (group.weight_decay) expect_at_least("AdamW", "weight_decay", *group.weight_decay, 0.0);
-  }
+  for (const ParameterGroup& group : config_.groups) group.check("AdamW");
 }
 
 template <std::floating_point T>
 AdamWState<T> AdamW<T>::new_state(std::string_view name) const {
   State state;
-  for (const ParameterGroup& group : config_.groups) {
-    if (!matches_pattern(group.pattern, name)) continue;
-    state.learning_rate_factor = group.learning_rate_factor;
-    state.weight_decay = group.weight_decay;
-    break;
+  if (const ParameterGroup* const group = group_of(config_.groups, name)) {
+    state.learning_rate_factor = group->learning_rate_factor;
+    state.weight_decay = group->weight_decay;
   }
   return state;
 }

@@ -161,13 +161,22 @@ double global_norm(Model& model) {
 ///
 /// \return              The norm before clipping.
 /// \throws ConfigError      if max_norm is not above zero.
-/// \throws NonFiniteError   as `global_norm` does; no gradient is changed then.
+/// \throws NonFiniteError   as `global_norm` does. The step is given up then, by `discard(model)`:
+/// all
+///                          gradients are zero, and the batch counts in no balancing rule. The
+///                          caller has only to go on with the next batch.
 template <class Model>
 double clip_global_norm(Model& model, double max_norm) {
   using T = typename Model::Scalar;
   expect_positive("clip_global_norm", "max_norm", max_norm);
   const std::vector<Matrix<T>*> all = detail::gradients_of(model);
-  const double norm = detail::finite_global_norm("clip_global_norm", model, all);
+  double norm = 0.0;
+  try {
+    norm = detail::finite_global_norm("clip_global_norm", model, all);
+  } catch (const NonFiniteError&) {
+    discard(model);
+    throw;
+  }
   if (norm > max_norm) {
     const auto factor = static_cast<T>(max_norm / norm);
     detail::parallel_gradients(all, [&](Index, T* numbers, Index count) {
