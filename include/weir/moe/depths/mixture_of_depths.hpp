@@ -16,6 +16,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/depths/depth_choice.hpp>
 #include <weir/moe/depths/token_part.hpp>
@@ -196,6 +197,9 @@ class MixtureOfDepths {
     });
     return y;
   }
+
+  /// Stores the weights of the inner layer; those of the choice keep full precision.
+  void set_storage(Storage storage) { weir::set_storage(inner_, storage); }
 
   /// Parameters `router`, `inner.*` and, if there is a predictor, `predictor.*`.
   template <class Self, class Visit>

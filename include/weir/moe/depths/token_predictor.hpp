@@ -8,6 +8,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/layer.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/nn/mlp.hpp>
 #include <weir/ops/activation.hpp>
@@ -66,6 +67,9 @@ class TokenPredictor {
     activation_backward<Act, T>(cache.in.y, dh, cache.dz);
     return in_.backward(cache.dz, cache.in);
   }
+
+  /// The weights keep full precision in every storage, as those of a router: they choose tokens.
+  void set_storage(Storage /*storage*/) {}
 
   /// Parameters `in.*` and `out.*`.
   template <class Self, class Visit>
