@@ -84,7 +84,8 @@ inline void prepare(Eigen::Ref<Matrix<double>> row, const GroupedQueryConfig& c,
 
 }  // namespace detail
 
-/// The definition, written out: for each query all its scores, then their softmax.
+/// The definition, written out: for each query all its scores, then their softmax. Padding yields
+/// zero, and positions begin behind padding.
 inline Matrix<double> reference(GroupedQueryAttention<double>& layer, const Matrix<double>& x,
                                 const Pass& pass = {}) {
   const GroupedQueryConfig& c = layer.config();
@@ -108,8 +109,10 @@ inline Matrix<double> reference(GroupedQueryAttention<double>& layer, const Matr
 
   Matrix<double> context = Matrix<double>::Zero(x.rows(), q.cols());
   for (Index s = 0; s < sequences.count(); ++s) {
-    for (Index t = sequences.begin(s); t < sequences.end(s); ++t) {
-      const Index position = t - sequences.begin(s);
+    Index begin = sequences.begin(s);  // Of positions.
+    while (begin < sequences.end(s) && pass.is_padding(begin)) ++begin;
+    for (Index t = begin; t < sequences.end(s); ++t) {
+      const Index position = t - begin;
       detail::prepare(q.row(t), c, query_norm, static_cast<double>(position));
       detail::prepare(k.row(t), c, key_norm, static_cast<double>(position));
       const double steps =
@@ -118,9 +121,9 @@ inline Matrix<double> reference(GroupedQueryAttention<double>& layer, const Matr
       for (Index head = 0; head < c.heads; ++head) {
         const Index shared = head / (c.heads / c.kv_heads);
         double total = c.sinks ? std::exp(weight(layer, "sinks")(0, head)) : 0.0;
-        for (Index j = sequences.begin(s); j <= t; ++j) {
+        for (Index j = begin; j <= t; ++j) {
           if (pass.is_padding(j) || (c.window > 0 && t - j >= c.window)) continue;
-          if (c.chunk > 0 && (j - sequences.begin(s)) / c.chunk != position / c.chunk) continue;
+          if (c.chunk > 0 && (j - begin) / c.chunk != position / c.chunk) continue;
           double score =
               scale * q.row(t).segment(head * dim, dim).dot(k.row(j).segment(shared * dim, dim));
           if (c.softcap > 0) score = c.softcap * std::tanh(score / c.softcap);
@@ -134,6 +137,9 @@ inline Matrix<double> reference(GroupedQueryAttention<double>& layer, const Matr
   }
   Matrix<double> y = context * weight(layer, "output").transpose();
   if (c.output_bias) y.rowwise() += weight(layer, "output_bias").row(0);
+  for (Index t = 0; t < y.rows(); ++t) {
+    if (pass.is_padding(t)) y.row(t).setZero();
+  }
   return y;
 }
 

@@ -141,9 +141,8 @@ TEST_CASE("GroupedQueryAttention keeps packed sequences apart", "[attention][gro
   }
 }
 
-TEST_CASE("GroupedQueryAttention depends on distances, not on positions",
+TEST_CASE("GroupedQueryAttention does not notice padding before a sequence",
           "[attention][grouped_query]") {
-  // Padding in front shifts the positions of the tokens behind it.
   Gqa layer = make({.d_model = 8, .heads = 2, .kv_heads = 1});
   const Matrix<double> x = test::random_matrix(30, 8, 8);
   std::vector<std::uint8_t> mask(30, 1);

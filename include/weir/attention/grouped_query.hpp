@@ -28,6 +28,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 
 namespace weir {
@@ -38,12 +39,11 @@ namespace weir {
 ///     y = concat_h(softmax(scale q_h k_g^T) v_g) Wo^T + bo,    g = h / (heads / kv_heads)
 ///
 /// The softmax runs over the keys of the same sequence up to the query's own position; positions
-/// begin at 0 in each sequence of the pass. `GroupedQueryConfig` lists the options: windows,
-/// chunks, softcaps, sinks, and the stages of `QkvStages`.
+/// begin at 0 with the first token of each sequence that is not padding. `GroupedQueryConfig` lists
+/// the options: windows, chunks, softcaps, sinks, and the stages of `QkvStages`.
 ///
-/// Padding tokens are seen by no one. Their own rows are computed like any other; a query that sees
-/// no key, not even itself, gets zero from the attention (so y = bo) and passes no gradient through
-/// it. Padding still counts as a position.
+/// Padding is seen by no one, is not read and yields zero, see PaddingRows. Before a sequence it
+/// changes nothing at all; between real tokens it counts as a position.
 ///
 /// Memory is linear in the number of tokens: probabilities are never stored (see CausalAttention).
 /// With a window or chunks, time is linear too, and the state of decoding is bounded: it holds the
@@ -57,10 +57,11 @@ class GroupedQueryAttention {
 
   struct Cache {
     CacheState state;
-    Matrix<T> x;
+    Matrix<T> x;        ///< The input; padding is zero.
     Matrix<T> q, k, v;  ///< The inputs of attention.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * head_dim].
     Matrix<T> y;
+    Matrix<T> dy;  ///< Only used if there is padding.
     Matrix<T> d_context, dq, dk, dv, dx;
     TokenRows rows;
     List<AttentionSpan> spans;
@@ -203,12 +204,15 @@ const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pa
   cache.state.begin();
   expect_columns("GroupedQueryAttention::forward", "x", x, config_.d_model);
   cache.rows.set("GroupedQueryAttention::forward", pass, x.rows());
-  if (pass.training) assign(cache.x, x);
-  fill_spans(cache.rows.sequences(), cache.spans);
-  project(x, pass, cache);
+  fill_spans(cache.rows, cache.spans);
+  const auto mask = cache.rows.mask();
+  if (pass.training && mask.empty()) assign(cache.x, x);
+  project(without_padding<T>(x, mask, cache.x), pass, cache);
   set_shape(cache.context, x.rows(), query_width());
   core(cache).forward(cache.context, cache.attention);
+  clear_padding<T>(mask, cache.context);
   project_out(cache);
+  clear_padding<T>(mask, cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }
 
@@ -223,10 +227,13 @@ const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache
   set_shape(cache.dv, tokens, kv_width());
   set_shape(cache.dx, tokens, config_.d_model);
 
-  multiply_nn<T>(dy, output().value, cache.d_context);
-  multiply_tn<T>(dy, cache.context, output().gradient(), true);
+  const auto mask = cache.rows.mask();
+  const Eigen::Ref<const Matrix<T>> d = without_padding<T>(dy, mask, cache.dy);
+  multiply_nn<T>(d, output().value, cache.d_context);
+  multiply_tn<T>(d, cache.context, output().gradient(), true);
   core(cache).backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv,
                        cache.attention, d_sinks());
+  for (Matrix<T>* gradient : {&cache.dq, &cache.dk, &cache.dv}) clear_padding<T>(mask, *gradient);
   stages_.backward(cache.positions, cache.q, cache.k, cache.dq, cache.dk, cache.dv, cache.stages);
 
   const std::array<Product<T>, 3> weights = {
@@ -239,7 +246,7 @@ const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache
     add_rows_to<T>(cache.dk, key_bias_.gradient().data());
     add_rows_to<T>(cache.dv, value_bias_.gradient().data());
   }
-  if (config_.output_bias) add_rows_to<T>(dy, output_bias_.gradient().data());
+  if (config_.output_bias) add_rows_to<T>(d, output_bias_.gradient().data());
   multiply_nn<T>(cache.dq, query().value, cache.dx);
   multiply_nn<T>(cache.dk, key().value, cache.dx, true);
   multiply_nn<T>(cache.dv, value().value, cache.dx, true);
@@ -253,7 +260,7 @@ const Matrix<T>& GroupedQueryAttention<T>::decode(MatrixIn<T> x, const Pass& pas
   check_decode(x, pass, states);
   cache.state.begin();
   cache.rows.set("GroupedQueryAttention::decode", pass, x.rows());
-  fill_spans(cache.rows.sequences(), cache.spans);
+  fill_spans(cache.rows, cache.spans);
   for (std::size_t s = 0; s < states.size(); ++s) make_sight(*states[s], cache.spans.at(s));
   project(x, Pass{}, cache);
   cache.kept.clear();

@@ -28,6 +28,7 @@
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/nn/rms_norm.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rope.hpp>
 
 namespace weir {
@@ -59,14 +60,14 @@ class LatentAttention {
 
   struct Cache {
     CacheState state;
-    Matrix<T> x;
+    Matrix<T> x;           ///< The input; padding is zero.
     Matrix<T> query_down;  ///< The latents of queries before their norm.
     Matrix<T> kv;          ///< [latents before their norm | rotated keys of positions]
     typename RmsNorm<T>::Cache query_norm, kv_norm;
     Matrix<T> q;        ///< The queries, rotated.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * value_dim].
     Matrix<T> y;
-    Matrix<T> d_context, dq, d_query_latent, d_latent, d_kv, dx;
+    Matrix<T> dy, d_context, dq, d_query_latent, d_latent, d_kv, dx;
     Scratch<T> angles;
     TokenRows rows;
     List<AttentionSpan> spans;
@@ -209,12 +210,14 @@ const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Ca
   cache.state.begin();
   expect_columns("LatentAttention::forward", "x", x, config_.d_model);
   cache.rows.set("LatentAttention::forward", pass, x.rows());
-  if (pass.training) assign(cache.x, x);
-  fill_spans(cache.rows.sequences(), cache.spans);
-  project(x, pass, cache);
+  fill_spans(cache.rows, cache.spans);
+  const auto mask = cache.rows.mask();
+  if (pass.training && mask.empty()) assign(cache.x, x);
+  project(without_padding<T>(x, mask, cache.x), pass, cache);
   set_shape(cache.context, x.rows(), config_.heads * config_.value_dim);
   expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,
-                    cache.rows.mask(), cache.context, cache.expanded);
+                    mask, cache.context, cache.expanded);
+  clear_padding<T>(mask, cache.context);
   project_out(cache);
   return cache.state.finish(*this, pass, cache.y);
 }
@@ -231,10 +234,13 @@ const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
   set_shape(cache.dx, tokens, config_.d_model);
   auto d_rope_keys = cache.d_kv.rightCols(config_.rope_dim);
 
-  multiply_nn<T>(dy, value_of(output_), cache.d_context);
-  multiply_tn<T>(dy, cache.context, gradient_of(output_), true);
-  expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, cache.rows.mask(), cache.context,
-                     cache.d_context, cache.dq, cache.d_latent, d_rope_keys, cache.expanded);
+  const auto mask = cache.rows.mask();
+  const Eigen::Ref<const Matrix<T>> d = without_padding<T>(dy, mask, cache.dy);
+  multiply_nn<T>(d, value_of(output_), cache.d_context);
+  multiply_tn<T>(d, cache.context, gradient_of(output_), true);
+  expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, mask, cache.context, cache.d_context,
+                     cache.dq, cache.d_latent, d_rope_keys, cache.expanded);
+  clear_padding<T>(mask, cache.dq);
   rope_.template rotate_back<T>(cache.dq, cache.angles, rotated_part());
   rope_.template rotate_back<T>(d_rope_keys, cache.angles);
 
@@ -262,7 +268,7 @@ const Matrix<T>& LatentAttention<T>::decode(MatrixIn<T> x, const Pass& pass,
   check_decode(x, pass, states);
   cache.state.begin();
   cache.rows.set("LatentAttention::decode", pass, x.rows());
-  fill_spans(cache.rows.sequences(), cache.spans);
+  fill_spans(cache.rows, cache.spans);
   for (std::size_t s = 0; s < states.size(); ++s) {
     cache.spans.at(s).key_begin = 0;
     cache.spans.at(s).keys += states[s]->length();

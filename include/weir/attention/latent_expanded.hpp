@@ -22,6 +22,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/ops/padding.hpp>
 
 namespace weir {
 
@@ -110,6 +111,8 @@ void LatentExpanded<T>::backward(MatrixIn<T> q, MatrixIn<T> latents,
   set_shape(cache.dv, cache.v.rows(), cache.v.cols());
   set_shape(cache.d_key_nope, cache.key_nope.rows(), cache.key_nope.cols());
   core(q, spans, mask, cache).backward(context, d_context, dq, cache.dk, cache.dv, cache.attention);
+  clear_padding<T>(mask, cache.dk);
+  clear_padding<T>(mask, cache.dv);
   take_apart(cache, d_rope_keys);
   const std::array<Product<T>, 2> weights = {
       product_tn<T>(cache.d_key_nope, latents, key_up_.parameter().gradient(), true),

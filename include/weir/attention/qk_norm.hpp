@@ -43,7 +43,8 @@ class HeadNorm {
 
   /// \param x  [tokens, a multiple of dim]
   void forward(Matrix<T>& x, const Pass& pass, Cache& cache) const {
-    copy(norm_.forward(parts(x), pass, cache), x);
+    // A mask would not fit the parts.
+    copy(norm_.forward(parts(x), Pass{.training = pass.training}, cache), x);
   }
 
   /// Turns the gradient of the output of `forward` into that of its input.

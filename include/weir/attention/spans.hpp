@@ -7,7 +7,7 @@
 #include <span>
 
 #include <weir/core/list.hpp>
-#include <weir/core/sequences.hpp>
+#include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -25,21 +25,23 @@ struct AttentionSpan {
   Index first_position() const { return first_key + prefix(); }
 };
 
-/// Sets `spans` to the sequences of a pass, each with its own tokens as keys.
-inline void fill_spans(const Sequences& sequences, List<AttentionSpan>& spans) {
+/// Sets `spans` to the sequences of a pass, each with its own tokens as keys. Padding before the
+/// first real token of a sequence is left out, so that positions begin at that token.
+inline void fill_spans(const TokenRows& rows, List<AttentionSpan>& spans) {
   spans.clear();
-  for (Index s = 0; s < sequences.count(); ++s) {
-    const Index begin = sequences.begin(s);
-    const Index length = sequences.length(s);
-    spans.push_back({begin, length, begin, length});
+  for (Index s = 0; s < rows.sequences().count(); ++s) {
+    const Index end = rows.sequences().end(s);
+    Index begin = rows.sequences().begin(s);
+    while (begin < end && rows.is_padding(begin)) ++begin;
+    spans.push_back({begin, end - begin, begin, end - begin});
   }
 }
 
-/// Sets `positions` to those of the queries of all spans.
+/// Sets `positions` to those of the queries of all spans, and to 0 for rows outside of them.
 /// \param tokens  How many queries there are in all.
 inline void fill_positions(std::span<const AttentionSpan> spans, Index tokens,
                            List<Index>& positions) {
-  positions.resize(tokens);
+  positions.assign(tokens, 0);
   for (const AttentionSpan& s : spans) {
     const auto first = positions.begin() + s.query_begin;
     std::iota(first, first + s.queries, s.first_position());

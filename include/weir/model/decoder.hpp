@@ -89,8 +89,7 @@ class Decoder {
     }
   };
 
-  /// The gradient that h gets from elsewhere than the logits. Either matrix may be null; it has to
-  /// live until `backward` returns.
+  /// The gradient that h gets from elsewhere than the logits; null, or alive while `backward` runs.
   struct HiddenGradient {
     const Matrix<T>* hidden = nullptr;  ///< The gradient of `hidden`, [tokens, d_model].
     const Matrix<T>* normed = nullptr;  ///< The gradient of `normed`, [tokens, d_model].
@@ -304,6 +303,7 @@ const Matrix<T>& Decoder<T>::decode(TokenIds ids, const Pass& pass, std::span<St
   Pass own = pass;
   own.training = false;
   own.aux_scale = 0.0;
+  own.mask = {};  // It has no padding, and may not fit the rows of last_only.
   for (State* state : states) state->layers.resize(layers_.size());
   const auto end_of = [&](std::size_t s) {
     return pass.sequences == nullptr ? ids.count() : pass.sequences->end(static_cast<Index>(s));

@@ -17,11 +17,13 @@
 #include <weir/model/logit_scale.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/linear.hpp>
+#include <weir/ops/padding.hpp>
 
 namespace weir {
 
 /// logits = scale(x W^T): W [vocab, d_model] is a matrix of its own or, tied, the embedding, which
-/// is given to each call. For `scale`, see LogitScale.
+/// is given to each call. For `scale`, see LogitScale. Padding is not read and yields zero, see
+/// PaddingRows.
 template <std::floating_point T>
 class LanguageHead {
  public:
@@ -31,6 +33,8 @@ class LanguageHead {
     CacheState state;
     typename Linear<T>::Cache linear;  ///< The cache of a matrix of its own.
     Matrix<T> x, dx;                   ///< [tokens, d_model], where the head is tied.
+    Matrix<T> dz;                      ///< [tokens, vocab], where it is tied and there is padding.
+    PaddingRows padding;               ///< Where the head is tied.
     Matrix<T> logits, d_z;             ///< [tokens, vocab], where it is tied or logits are scaled.
   };
 
@@ -85,8 +89,9 @@ class LanguageHead {
   const Matrix<T>& product_backward(MatrixIn<T> dz, Embedding<T>& embedding, Cache& cache) {
     if (linear_) return linear_->backward(dz, cache.linear);
     set_shape(cache.dx, dz.rows(), embedding.d_model());
-    multiply_nn<T>(dz, embedding.weight().value, cache.dx);
-    multiply_tn<T>(dz, cache.x, embedding.weight().gradient(), true);
+    const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dz, cache.dz);
+    multiply_nn<T>(d, embedding.weight().value, cache.dx);
+    multiply_tn<T>(d, cache.x, embedding.weight().gradient(), true);
     return cache.dx;
   }
 
@@ -121,7 +126,11 @@ const Matrix<T>& LanguageHead<T>::backward(MatrixIn<T> d_logits, Embedding<T>& e
 template <std::floating_point T>
 const Matrix<T>& LanguageHead<T>::tied_forward(MatrixIn<T> x, const Embedding<T>& embedding,
                                                const Pass& pass, Cache& cache) const {
-  if (pass.training) assign(cache.x, x);
+  cache.padding.set("LanguageHead::forward", pass, x.rows());
+  if (pass.training) {
+    assign(cache.x, x);
+    cache.padding.clear(cache.x);
+  }
   set_shape(cache.logits, x.rows(), embedding.vocab());
   if (tied_.empty()) {
     multiply_nt<T>(x, embedding.weight().value, cache.logits);
@@ -129,6 +138,7 @@ const Matrix<T>& LanguageHead<T>::tied_forward(MatrixIn<T> x, const Embedding<T>
     const kernels::PackedTo<T> to = {&tied_, 0, x.rows(), cache.logits.data(), embedding.vocab()};
     kernels::multiply_packed<T>(x, {&to, 1});
   }
+  cache.padding.clear(cache.logits);
   return cache.logits;
 }
 

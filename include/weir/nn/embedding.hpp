@@ -16,6 +16,7 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/token_ids.hpp>
 #include <weir/core/types.hpp>
+#include <weir/ops/padding.hpp>
 
 namespace weir {
 
@@ -24,7 +25,8 @@ struct EmbeddingConfig {
   double stddev = 0.02;  ///< The standard deviation of the numbers at the start.
 };
 
-/// One row of the weight for each token: y[t] = weight[ids[t]].
+/// One row of the weight for each token: y[t] = weight[ids[t]]. Padding has an id like any other
+/// token, but yields zero, see PaddingRows.
 ///
 /// The first layer of a language model. It is no `Layer`, since ids are not a matrix and have no
 /// derivative, but it has the same protocol, and `visit` walks it like one.
@@ -36,6 +38,7 @@ class Embedding {
   struct Cache {
     CacheState state;
     List<Index> ids;  ///< Those of the last forward pass.
+    PaddingRows padding;
     Matrix<T> y;
   };
 
@@ -54,6 +57,7 @@ class Embedding {
   /// \param ids      One per token, each in [0, vocab).
   /// \return         [tokens, d_model].
   /// \throws ConfigError  if an id is out of range.
+  /// \throws ShapeError   if pass.mask does not fit.
   const Matrix<T>& forward(TokenIds ids, const Pass& pass, Cache& cache) const;
 
   /// Adds each row of dy to the gradient of its token's row, tokens in their order.
@@ -83,11 +87,13 @@ template <std::floating_point T>
 const Matrix<T>& Embedding<T>::forward(TokenIds ids, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   check(ids);
+  cache.padding.set("Embedding::forward", pass, ids.count());
   ids.copy_to(cache.ids);
   set_shape(cache.y, ids.count(), d_model());
   parallel_rows(cache.y.rows(), d_model(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) cache.y.row(t) = weight_.value.row(cache.ids[t]);
   });
+  cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }
 
@@ -100,6 +106,7 @@ void Embedding<T>::backward(MatrixIn<T> dy, Cache& cache) {
     const Index first = begin * kCols;
     const Index count = std::min(d_model(), end * kCols) - first;
     for (Index t = 0; t < dy.rows(); ++t) {
+      if (cache.padding.contains(t)) continue;
       gradient.row(cache.ids[t]).segment(first, count) += dy.row(t).segment(first, count);
     }
   });

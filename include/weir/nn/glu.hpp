@@ -17,6 +17,7 @@
 #include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
 
@@ -63,7 +64,7 @@ struct GluConfig {
 ///
 ///     y = (act(x gate^T) * (x up^T)) down^T
 ///
-/// (Shazeer 2020, arXiv:2002.05202, eq. 6.)
+/// Padding is not read and yields zero, see PaddingRows. (Shazeer 2020, arXiv:2002.05202, eq. 6.)
 template <std::floating_point T, Activation Act = Silu>
 class Glu {
  public:
@@ -72,7 +73,8 @@ class Glu {
   struct Cache {
     CacheState state;
     Matrix<T> x, gate, up, h, y;
-    Matrix<T> dh, d_gate, d_up, dx;
+    Matrix<T> dy, dh, d_gate, d_up, dx;
+    PaddingRows padding;
     PackedGluCache<T> packed;
   };
 
@@ -96,7 +98,7 @@ class Glu {
 
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
-  /// \throws ShapeError   if x does not have d_model columns.
+  /// \throws ShapeError   if x does not have d_model columns, or pass.mask does not fit.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of gate, up and down.
@@ -155,20 +157,24 @@ template <std::floating_point T, Activation Act>
 const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("Glu::forward", "x", x, d_model());
+  cache.padding.set("Glu::forward", pass, x.rows());
   set_shape(cache.y, x.rows(), d_model());
   if (packed_) {
     run_packed(x, cache.packed, cache.y);
+    cache.padding.clear(cache.y);
     return cache.state.finish(*this, Pass{}, cache.y);  // Nothing is kept for `backward`.
   }
   set_shape(cache.gate, x.rows(), d_hidden());
   set_shape(cache.up, x.rows(), d_hidden());
   if (pass.training) {
     assign(cache.x, x);
+    cache.padding.clear(cache.x);
     set_shape(cache.h, x.rows(), d_hidden());
-    run(x, cache.gate, cache.up, cache.h, cache.y);
+    run(cache.x, cache.gate, cache.up, cache.h, cache.y);
   } else {
     run(x, cache.gate, cache.up, cache.gate, cache.y);
   }
+  cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }
 
@@ -181,8 +187,9 @@ const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   set_shape(cache.d_up, dy.rows(), d_hidden());
   set_shape(cache.dx, dy.rows(), d_model());
 
-  const Product<T> behind[] = {product_nn<T>(dy, down_.value, cache.dh),
-                               product_tn<T>(dy, cache.h, down_.gradient(), true)};
+  const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dy, cache.dy);
+  const Product<T> behind[] = {product_nn<T>(d, down_.value, cache.dh),
+                               product_tn<T>(d, cache.h, down_.gradient(), true)};
   multiply<T>(behind);
   glu_backward<Act, T>(cache.gate, cache.up, cache.dh, cache.d_gate, cache.d_up);
   const Product<T> before[] = {product_nn<T>(cache.d_gate, gate_.value, cache.dx),

@@ -13,6 +13,7 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
 
@@ -28,8 +29,8 @@ struct LayerNormConfig {
 ///
 ///     y = (x - mean(x)) / sqrt(var(x) + epsilon) * g + b
 ///
-/// var divides by d_model. (Ba et al. 2016, arXiv:1607.06450, eq. 4, with the epsilon of common
-/// practice.)
+/// var divides by d_model. Padding is not read and yields zero, see PaddingRows. (Ba et al. 2016,
+/// arXiv:1607.06450, eq. 4, with the epsilon of common practice.)
 template <std::floating_point T>
 class LayerNorm {
  public:
@@ -40,6 +41,7 @@ class LayerNorm {
     Matrix<T> normal;       ///< [tokens, d_model]: (x - mean) / sqrt(var + epsilon).
     Matrix<T> inverse_std;  ///< [tokens, 1].
     Matrix<T> y, dx;
+    PaddingRows padding;
     Scratch<T> d_parameters;  ///< [runs of tokens, 2 d_model]: the weight's, then the bias's.
   };
 
@@ -54,7 +56,7 @@ class LayerNorm {
 
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
-  /// \throws ShapeError   if x does not have d_model columns.
+  /// \throws ShapeError   if x does not have d_model columns, or pass.mask does not fit.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// With n the normalised row and a = dy g:
@@ -99,6 +101,7 @@ template <std::floating_point T>
 const Matrix<T>& LayerNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("LayerNorm::forward", "x", x, d_model());
+  cache.padding.set("LayerNorm::forward", pass, x.rows());
   set_shape(cache.y, x.rows(), d_model());
   if (pass.training) {
     set_shape(cache.normal, x.rows(), d_model());
@@ -106,6 +109,10 @@ const Matrix<T>& LayerNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& c
   }
   parallel_rows(x.rows(), 4 * d_model(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
+      if (cache.padding.contains(t)) {
+        cache.y.row(t).setZero();
+        continue;
+      }
       T* const normal = pass.training ? &cache.normal(t, 0) : &cache.y(t, 0);
       const T inverse_std = normalise_row(&x.coeffRef(t, 0), normal);
       if (pass.training) cache.inverse_std(t, 0) = inverse_std;
@@ -121,6 +128,7 @@ const Matrix<T>& LayerNorm<T>::backward(MatrixIn<T> dy, Cache& cache) {
   set_shape(cache.dx, dy.rows(), d_model());
   const T* const g = weight_.value.data();
   sum_runs_of_rows<T>(dy.rows(), 2 * d_model(), cache.d_parameters, [&](Index t, T* sums) {
+    if (cache.padding.contains(t)) return void(cache.dx.row(t).setZero());
     const T* const d = &dy.coeffRef(t, 0);
     const T* const normal = &cache.normal(t, 0);
     const T inverse_std = cache.inverse_std(t, 0);

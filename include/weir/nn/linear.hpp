@@ -14,6 +14,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 
 namespace weir {
@@ -44,7 +45,7 @@ struct LinearConfig {
   double init_scale = 1.0;  ///< `scale` of `switch_init`.
 };
 
-/// y = x W^T + b.
+/// y = x W^T + b. Padding is not read and yields zero, see PaddingRows.
 template <std::floating_point T>
 class Linear {
  public:
@@ -52,7 +53,8 @@ class Linear {
 
   struct Cache {
     CacheState state;
-    Matrix<T> x, y, dx;
+    Matrix<T> x, y, dy, dx;  ///< dy is only used if there is padding, and so in other layers.
+    PaddingRows padding;
   };
 
   /// Weights from `switch_init`; the bias starts at zero.
@@ -73,7 +75,7 @@ class Linear {
 
   /// \param x        [tokens, d_in].
   /// \return         [tokens, d_out].
-  /// \throws ShapeError   if x does not have d_in columns.
+  /// \throws ShapeError   if x does not have d_in columns, or pass.mask does not fit.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of weight and bias.
@@ -86,7 +88,8 @@ class Linear {
     expect_trainable("Linear::backward", weight_.storage());
     cache.state.begin_backward("Linear::backward", *this, dy);
     set_shape(cache.dx, dy.rows(), d_in());
-    linear_backward<T>(dy, cache.x, weight_, bias_, cache.dx);
+    linear_backward<T>(cache.padding.template cleared<T>(dy, cache.dy), cache.x, weight_, bias_,
+                       cache.dx);
     return cache.dx;
   }
 
@@ -119,9 +122,14 @@ template <std::floating_point T>
 const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("Linear::forward", "x", x, d_in());
-  if (pass.training) assign(cache.x, x);
+  cache.padding.set("Linear::forward", pass, x.rows());
+  if (pass.training) {
+    assign(cache.x, x);
+    cache.padding.clear(cache.x);
+  }
   set_shape(cache.y, x.rows(), d_out());
   linear_forward<T>(x, weight_, bias_.value, cache.y);
+  cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }
 

@@ -15,6 +15,7 @@
 #include <weir/core/types.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/activation.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
 
@@ -49,6 +50,7 @@ struct MlpConfig {
 ///
 ///     y = act(x in^T + in_bias) out^T + out_bias
 ///
+/// Padding is not read and yields zero, see PaddingRows.
 /// (Vaswani et al. 2017, arXiv:1706.03762, eq. 2.)
 template <std::floating_point T, Activation Act = Relu>
 class Mlp {
@@ -58,7 +60,8 @@ class Mlp {
   struct Cache {
     CacheState state;
     Matrix<T> x, z, h, y;
-    Matrix<T> dh, dz, dx;
+    Matrix<T> dy, dh, dz, dx;
+    PaddingRows padding;
   };
 
   /// Weights from `switch_init`; biases start at zero.
@@ -72,7 +75,7 @@ class Mlp {
 
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
-  /// \throws ShapeError   if x does not have d_model columns.
+  /// \throws ShapeError   if x does not have d_model columns, or pass.mask does not fit.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// Adds to the gradients of weights and biases.
@@ -149,15 +152,18 @@ template <std::floating_point T, Activation Act>
 const Matrix<T>& Mlp<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("Mlp::forward", "x", x, d_model());
+  cache.padding.set("Mlp::forward", pass, x.rows());
   set_shape(cache.h, x.rows(), d_hidden());
   set_shape(cache.y, x.rows(), d_model());
   if (pass.training) {
     assign(cache.x, x);
+    cache.padding.clear(cache.x);
     set_shape(cache.z, x.rows(), d_hidden());
-    run(x, cache.z, cache.h, cache.y);
+    run(cache.x, cache.z, cache.h, cache.y);
   } else {
     run(x, cache.h, cache.h, cache.y);
   }
+  cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }
 
@@ -168,7 +174,8 @@ const Matrix<T>& Mlp<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   set_shape(cache.dh, dy.rows(), d_hidden());
   set_shape(cache.dz, dy.rows(), d_hidden());
   set_shape(cache.dx, dy.rows(), d_model());
-  linear_backward<T>(dy, cache.h, out_, out_bias_, cache.dh);
+  linear_backward<T>(cache.padding.template cleared<T>(dy, cache.dy), cache.h, out_, out_bias_,
+                     cache.dh);
   activation_backward<Act, T>(cache.z, cache.dh, cache.dz);
   linear_backward<T>(cache.dz, cache.x, in_, in_bias_, cache.dx);
   return cache.dx;

@@ -14,6 +14,7 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
 
@@ -28,6 +29,7 @@ struct RmsNormConfig {
 ///
 ///     y = x / sqrt(mean(x^2) + epsilon) * g
 ///
+/// Padding is not read and yields zero, see PaddingRows.
 /// (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4, with the epsilon of common practice.)
 template <std::floating_point T>
 class RmsNorm {
@@ -37,6 +39,7 @@ class RmsNorm {
   struct Cache {
     CacheState state;
     Matrix<T> x, y, dx;
+    PaddingRows padding;
     Matrix<T> inverse_rms;  ///< [tokens, 1].
     Scratch<T> d_weight;    ///< [runs of tokens, d_model].
   };
@@ -51,7 +54,7 @@ class RmsNorm {
 
   /// \param x        [tokens, d_model].
   /// \return         [tokens, d_model].
-  /// \throws ShapeError   if x does not have d_model columns.
+  /// \throws ShapeError   if x does not have d_model columns, or pass.mask does not fit.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
   /// With r the inverse root mean square of a row:
@@ -96,6 +99,7 @@ template <std::floating_point T>
 const Matrix<T>& RmsNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("RmsNorm::forward", "x", x, d_model());
+  cache.padding.set("RmsNorm::forward", pass, x.rows());
   set_shape(cache.y, x.rows(), d_model());
   if (pass.training) {
     set_shape(cache.x, x.rows(), d_model());
@@ -103,6 +107,10 @@ const Matrix<T>& RmsNorm<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cac
   }
   parallel_rows(x.rows(), 3 * d_model(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
+      if (cache.padding.contains(t)) {
+        cache.y.row(t).setZero();
+        continue;
+      }
       const T* const row = &x.coeffRef(t, 0);
       const T r = inverse_rms(row);
       if (pass.training) {
@@ -121,6 +129,7 @@ const Matrix<T>& RmsNorm<T>::backward(MatrixIn<T> dy, Cache& cache) {
   set_shape(cache.dx, dy.rows(), d_model());
   const T* const g = weight_.value.data();
   sum_runs_of_rows<T>(dy.rows(), d_model(), cache.d_weight, [&](Index t, T* d_weight) {
+    if (cache.padding.contains(t)) return void(cache.dx.row(t).setZero());
     const T* const d = &dy.coeffRef(t, 0);
     const T* const x = &cache.x(t, 0);
     const T r = cache.inverse_rms(t, 0);
