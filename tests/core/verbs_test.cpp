@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -25,10 +26,12 @@ struct Leaf {
 struct Actor {
   using Scalar = double;
   int acts = 0;
+  int discards = 0;
   Storage storage = Storage::kTrainable;
   Leaf inside;
 
   void update_self() { ++acts; }
+  void discard_self() { ++discards; }
   void set_storage(Storage wanted) { storage = wanted; }
 
   template <class Self, class Visit>
@@ -108,6 +111,20 @@ TEST_CASE("update reaches each node that acts, once", "[core][verbs]") {
   CHECK(wrapped.inner.inner.acts == 2);
   Tree tree;
   update(tree);  // Nobody acts.
+}
+
+TEST_CASE("discard clears gradients and reaches each node that counts, once", "[core][verbs]") {
+  Around<Around<Actor>> wrapped;
+  Actor& actor = wrapped.inner.inner;
+  actor.inside.weight.gradient().setConstant(std::numeric_limits<double>::quiet_NaN());
+  discard(wrapped);
+  CHECK(actor.discards == 1);
+  CHECK(actor.acts == 0);
+  CHECK(actor.inside.weight.grad == Matrix<double>::Zero(2, 3));
+  CHECK(actor.inside.weight.value == Matrix<double>::Ones(2, 3));
+  Tree tree;
+  discard(tree);  // Nobody counts.
+  CHECK(tree.first.weight.grad.size() == 0);
 }
 
 TEST_CASE("set_storage reaches what wrappers wrap, and goes no further where it is taken",

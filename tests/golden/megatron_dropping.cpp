@@ -14,6 +14,7 @@
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
+#include <weir/ops/softmax.hpp>
 
 #include "golden/megatron.hpp"
 #include "golden/moe_case.hpp"
@@ -126,16 +127,19 @@ void check_bias_update(Checker& checker, CaseFile& file, Index experts) {
 /// Compares a routing by the plan: which experts, and their scores, [tokens, experts].
 void check_sinkhorn(Checker& checker, const std::string& name, const Matrix<double>& logits,
                     Index k) {
-  const Routing<double> routing = test::route(Sinkhorn<double>({.k = k}), logits, kTraining);
+  const Routing<double> routing =
+      test::route(Sinkhorn<double>({.k = k, .epsilon = 1e-8}), logits, kTraining);
   checker.reals(name + ".scores", dense_weights(routing));
   checker.integers(name + ".map", kept_map(routing));
 }
 
-/// Compares the choice after the offsets in.qb_beta, and the offsets that follow from it.
+/// Compares the choice after the offsets in.qb_beta, and the offsets that follow from it. The file
+/// has what `qb_dual_update` makes of the softmax of its logits; Megatron-Core's router hands it
+/// the logits themselves.
 void check_quantile(Checker& checker, CaseFile& file, const Matrix<double>& logits) {
   BiasedSoftmaxTopK<double> selector(logits.cols(), {.k = file.size("top_k")});
   selector.selection_bias().value = -file.matrix("in.qb_beta", {logits.cols()});
-  const Routing<double> routing = test::route(selector, logits);
+  const Routing<double> routing = test::route(selector, softmax<double>(logits));
   checker.integers("out.qb_indices", {routing.expert.begin(), routing.expert.end()});
   QuantileBalance<double> balance({.recentre = false});
   balance.observe(routing);
@@ -164,7 +168,7 @@ void check_megatron_dropping(CaseFile& file, Checker& checker) {
                    [&](Index e) { return (report.load[static_cast<std::size_t>(e)] + 3) / 4 * 4; });
 
   const Matrix<double> logits = file.matrix("in.logits", {tokens, experts});
-  checker.reals("out.sinkhorn", Sinkhorn<double>().plan(logits));
+  checker.reals("out.sinkhorn", Sinkhorn<double>({.epsilon = 1e-8}).plan(logits));
   check_sinkhorn(checker, "out.sinkhorn_route_k1", logits, 1);
   check_sinkhorn(checker, "out.sinkhorn_route_k2", logits, 2);
   check_quantile(checker, file, logits);

@@ -120,6 +120,25 @@ TEMPLATE_TEST_CASE("Sinkhorn levels the load whatever is added to the logits",
         400.0 * static_cast<double>(std::numeric_limits<T>::epsilon()));
 }
 
+TEST_CASE("Sinkhorn has Megatron-Core's plan with its epsilon", "[moe][selector][sinkhorn]") {
+  // d0 and d1 of the formula as it stands, exp(z) and epsilon included.
+  const Matrix<double> logits = (test::random_matrix(9, 3, 9).array() - 15.0).matrix();
+  const double epsilon = 1e-8;
+  const Matrix<double> kernel = logits.array().exp();
+  RowVector<double> d0(9), d1 = RowVector<double>::Ones(3);
+  for (int i = 0; i < 200; ++i) {
+    for (Index t = 0; t < 9; ++t) d0[t] = 1.0 / (9.0 * (kernel.row(t).dot(d1) + epsilon));
+    for (Index e = 0; e < 3; ++e) d1[e] = 1.0 / (3.0 * (d0.dot(kernel.col(e)) + epsilon));
+  }
+  Matrix<double> expected = kernel;
+  for (Index t = 0; t < 9; ++t) expected.row(t) = d0[t] * kernel.row(t).cwiseProduct(d1);
+  const Sinkhorn<double> selector({.tolerance = 1e-14, .iterations = 200, .epsilon = epsilon});
+  CHECK(test::relative_error(selector.plan(logits), expected) <= 1e-9);
+  CHECK(test::relative_error(Sinkhorn<double>({.tolerance = 1e-14}).plan(logits), expected) > 1e-3);
+  CHECK(test::message_of<ConfigError>([] { Sinkhorn<double>({.epsilon = -1.0}).check(4); }) ==
+        "Sinkhorn: epsilon = -1, expected a finite number >= 0");
+}
+
 TEST_CASE("Sinkhorn chooses allowed experts however far apart the logits are",
           "[moe][selector][sinkhorn][allowed]") {
   const Matrix<float> logits = 200.0f * test::random_matrix<float>(2560, 8, 7);

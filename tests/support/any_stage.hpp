@@ -121,7 +121,7 @@ template <class T>
 class AnySelector {
  public:
   using Scalar = T;
-  static constexpr bool kBiasesProbabilities = true;  // Whoever combines it knows better.
+  static constexpr bool kBiasesLogits = true;  // Whoever combines it knows better.
 
   struct Cache {
     std::any own;

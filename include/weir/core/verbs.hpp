@@ -48,6 +48,17 @@ struct UpdateNodes final : Walk<T> {
 };
 
 template <class T>
+struct DiscardStep final : Walk<T> {
+  void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
+    parameter.grad.setZero();
+  }
+  bool at_node(const Node& node) override {
+    node.discard();
+    return true;
+  }
+};
+
+template <class T>
 struct SetStorage final : Walk<T> {
   explicit SetStorage(Storage wanted) : storage(wanted) {}
   bool at_node(const Node& node) override { return !node.set_storage(storage); }
@@ -107,6 +118,17 @@ Index parameter_count(Layer& layer) {
 template <class Layer>
 void update(Layer& layer) {
   detail::UpdateNodes<typename Layer::Scalar> walk;
+  walk("", layer);
+}
+
+/// Gives up a step instead of taking it: sets every gradient to zero, and lets balancing rules and
+/// adaptive capacities forget what they counted in the backward passes since the last step. The
+/// next steps are those of a training that never saw these batches. What forward passes drew from a
+/// generator stays drawn, and a parameter that no batch reached before has a gradient of zeros from
+/// then on, instead of none. `clip_global_norm` calls it where it throws.
+template <class Layer>
+void discard(Layer& layer) {
+  detail::DiscardStep<typename Layer::Scalar> walk;
   walk("", layer);
 }
 

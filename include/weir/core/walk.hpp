@@ -19,6 +19,7 @@ namespace weir {
 /// whatever its type. A type offers what it has:
 ///
 ///     void update_self()                   acts after an optimizer's step, for itself alone
+///     void discard_self()                  forgets what it counted since the last one
 ///     void set_storage(Storage storage)    stores its weights, and those of all its members
 class Node {
  public:
@@ -26,6 +27,9 @@ class Node {
   explicit Node(Member& member) : self_(&member) {
     if constexpr (requires { member.update_self(); }) {
       update_ = [](void* self) { static_cast<Member*>(self)->update_self(); };
+    }
+    if constexpr (requires { member.discard_self(); }) {
+      discard_ = [](void* self) { static_cast<Member*>(self)->discard_self(); };
     }
     if constexpr (requires { member.set_storage(Storage::kTrainable); }) {
       set_storage_ = [](void* self, Storage storage) {
@@ -39,6 +43,11 @@ class Node {
     if (update_ != nullptr) update_(self_);
   }
 
+  /// Does nothing where the type offers nothing.
+  void discard() const {
+    if (discard_ != nullptr) discard_(self_);
+  }
+
   /// \return         Whether the type stored its own weights and those of all its members.
   bool set_storage(Storage storage) const {
     if (set_storage_ != nullptr) set_storage_(self_, storage);
@@ -48,6 +57,7 @@ class Node {
  private:
   void* self_;
   void (*update_)(void*) = nullptr;
+  void (*discard_)(void*) = nullptr;
   void (*set_storage_)(void*, Storage) = nullptr;
 };
 

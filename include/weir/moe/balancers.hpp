@@ -28,7 +28,7 @@ class Balancers {
       ((!ObservingBalancer<B, T> || BalancingRule<B, S>)&&...),
       "a balancing rule cannot act on the selector: BiasBalance needs one with a selection "
       "bias, such as SigmoidTopK or BiasedSoftmaxTopK, and QuantileBalance one that adds "
-      "its bias to the probabilities, such as BiasedSoftmaxTopK");
+      "its bias to the logits, such as BiasedSoftmaxTopK");
 
   struct Cache {
     std::tuple<typename B::Cache...> each;

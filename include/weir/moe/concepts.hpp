@@ -69,9 +69,9 @@ class SelectorBase {
   using Scalar = T;
   struct Cache {};
 
-  /// Whether the selection bias, if there is one, is added to the probabilities; QuantileBalance
+  /// Whether the selection bias, if there is one, is added to the logits; QuantileBalance
   /// needs that.
-  static constexpr bool kBiasesProbabilities = false;
+  static constexpr bool kBiasesLogits = false;
 
   /// \throws ConfigError  if the selector does not fit the router.
   template <class R>
@@ -96,7 +96,7 @@ concept Selector = std::default_initializable<typename S::Cache> &&
     requires(const S& selector, S& trained, MatrixIn<T> logits, const Pass& pass,
              Routing<T>& routing, RoutingGradient<T>& gradient, typename S::Cache& cache,
              Index experts, Walk<T>& walk) {
-  { S::kBiasesProbabilities } -> std::convertible_to<bool>;
+  { S::kBiasesLogits } -> std::convertible_to<bool>;
   selector.check(experts);
   selector.forward(logits, pass, routing, cache);
   selector.backward(routing, gradient, cache);
@@ -134,7 +134,8 @@ class CapacityBase {
 ///     void backward(const Routing<T>&, RoutingGradient<T>&, Cache<T>&) const;
 ///                                            turns gradient.weights, the gradient of the applied
 ///                                            weights, into that of the selector's weights
-///     void observe(const Routing<T>&);       called once for each backward pass
+///     void observe(const Routing<T>&);       called once for each backward pass; what it counts is
+///                                            forgotten by `void discard_self()`, if there is one
 template <class C, class T>
 concept CapacityPolicy = std::default_initializable<typename C::template Cache<T>> &&
     requires(const C& capacity, C& trained, const Pass& pass, Routing<T>& routing,
@@ -213,7 +214,8 @@ concept RouterLoss = requires(const B& balancer, const R& router, R& trained, do
   balancer.backward(trained, scale, cache);
 };
 
-/// A balancer that watches routings; it may be a loss as well.
+/// A balancer that watches routings; it may be a loss as well. What it counts between two steps, it
+/// forgets in a `void discard_self()`, which `weir::discard` calls.
 ///
 ///     void observe(const Routing<T>&);       called once for each backward pass
 template <class B, class T>

@@ -17,17 +17,9 @@
 using namespace weir;
 
 static_assert(BalancingRule<QuantileBalance<float>, BiasedSoftmaxTopK<float>>);
-// Its bias is on scores, not on shares.
+// Its bias is on scores, not on logits.
 static_assert(!BalancingRule<QuantileBalance<float>, SigmoidTopK<float>>);
 static_assert(!RoutingLoss<QuantileBalance<float>, float>);
-
-namespace {
-
-Matrix<double> logarithms(const Matrix<double>& p) {
-  return p.array().log();
-}
-
-}  // namespace
 
 TEST_CASE("QuantileBalance matches offsets worked out by hand",
           "[moe][balance][quantile_balance]") {
@@ -37,7 +29,7 @@ TEST_CASE("QuantileBalance matches offsets worked out by hand",
   p << 0.7, 0.3, 0.6, 0.4, 0.8, 0.2, 0.55, 0.45;
   BiasedSoftmaxTopK<double> selector(2, {.k = 1});
   QuantileBalance<double> balance({.recentre = false});
-  balance.observe(test::route(selector, logarithms(p)));
+  balance.observe(test::route(selector, p));
   balance.update(selector);
   // Expert 0: 0.4, 0.2, 0.6, 0.1; expert 1: zeros.
   CHECK(selector.selection_bias().value(0, 0) == Approx(-0.2));
@@ -46,12 +38,83 @@ TEST_CASE("QuantileBalance matches offsets worked out by hand",
   // A moving average, recentred.
   BiasedSoftmaxTopK<double> other(2, {.k = 1});
   QuantileBalance<double> smooth({.momentum = 0.75});
-  smooth.observe(test::route(other, logarithms(p)));
+  smooth.observe(test::route(other, p));
   smooth.update(other);
   CHECK(other.selection_bias().value(0, 0) == Approx(-0.025));
   CHECK(other.selection_bias().value(0, 1) == Approx(0.025));
   smooth.update(other);  // Nothing counted.
   CHECK(other.selection_bias().value(0, 0) == Approx(-0.025));
+}
+
+TEST_CASE("QuantileBalance works on raw logits, as Megatron-Core's dual update",
+          "[moe][balance][quantile_balance]") {
+  // k = 2 of 4, 8 tokens: a share is 4. The offsets were found by a script of its own.
+  Matrix<double> logits(8, 4);
+  logits << -1.18, -1.15, 0.67, -2.29,  //
+      -0.14, -2.26, 1.1, 0.2,           //
+      1.36, -0.5, 0.4, -0.29,           //
+      -0.74, 0.15, -1.26, -0.35,        //
+      0.7, 0.06, -0.41, 2.19,           //
+      0.06, -0.59, 0.16, -0.52,         //
+      -0.39, -0.35, 2.03, 0.02,         //
+      0.18, 0.67, 2.02, -0.22;
+  BiasedSoftmaxTopK<double> selector(4, {.k = 2});
+  selector.selection_bias().value << -0.5, 0.25, 0.0, 0.25;
+  const Routing<double> routing = test::route(selector, logits);
+  CHECK(routing.expert == std::vector<Index>{2, 1, 2, 3, 0, 2, 1, 3, 3, 1, 2, 3, 2, 3, 2, 1});
+  QuantileBalance<double> balance({.recentre = false});
+  balance.observe(routing);
+  balance.update(selector);
+  const Matrix<double>& bias = selector.selection_bias().value;
+  CHECK(bias(0, 0) == Approx(-0.5).epsilon(1e-12));
+  CHECK(bias(0, 1) == Approx(0.25).epsilon(1e-12));
+  CHECK(bias(0, 2) == Approx(-0.5).epsilon(1e-12));
+  CHECK(bias(0, 3) == Approx(0.18).epsilon(1e-12));
+  // What is added to all logits of a token makes no difference.
+  BiasedSoftmaxTopK<double> other(4, {.k = 2});
+  other.selection_bias().value << -0.5, 0.25, 0.0, 0.25;
+  logits.row(3).array() += 100.0;
+  balance.observe(test::route(other, logits));
+  balance.update(other);
+  CHECK(test::relative_error(other.selection_bias().value, bias) <= 1e-12);
+}
+
+TEST_CASE("QuantileBalance keeps the offsets of experts that tokens without a choice fill",
+          "[moe][balance][quantile_balance]") {
+  // Half of the tokens may go to experts 0 and 1 alone, k = 2.
+  std::vector<std::uint8_t> allowed;
+  for (Index t = 0; t < 8; ++t) {
+    for (Index e = 0; e < 4; ++e) allowed.push_back(t % 2 == 0 || e < 2 ? 1 : 0);
+  }
+  BiasedSoftmaxTopK<double> selector(4, {.k = 2});
+  selector.selection_bias().value << 0.1, 0.2, 0.3, 0.4;
+  QuantileBalance<double> balance({.recentre = false});
+  const Matrix<double> logits = test::random_matrix(8, 4, 12);
+  balance.observe(test::route(selector, logits, {.allowed = allowed}));
+  balance.update(selector);
+  CHECK(selector.selection_bias().value.allFinite());
+  const auto few = [&](Index e) { return selector.selection_bias().value(0, e); };
+  CHECK(few(2) == 0.3);  // Four tokens may go there, and a share is four: minus infinity.
+  CHECK(few(3) == 0.4);
+  // The fifth largest, behind the four of those without a choice.
+  CHECK((few(0) != 0.1 || few(1) != 0.2));
+}
+
+TEST_CASE("QuantileBalance keeps a bounded number of tokens", "[moe][balance][quantile_balance]") {
+  const Matrix<double> logits = test::random_matrix(12, 4, 8);
+  const auto bias_after = [&](Index most, Index tokens) {
+    BiasedSoftmaxTopK<double> selector(4);
+    QuantileBalance<double> balance({.most_tokens = most});
+    balance.observe(test::route(selector, logits.topRows(5)));
+    if (tokens > 5) balance.observe(test::route(selector, logits.middleRows(5, tokens - 5)));
+    balance.update(selector);
+    return selector.selection_bias().value;
+  };
+  CHECK(bias_after(8, 12) == bias_after(100, 8));
+  CHECK(bias_after(5, 12) == bias_after(100, 5));
+  CHECK(bias_after(12, 12) != bias_after(11, 12));
+  CHECK(test::message_of<ConfigError>([] { QuantileBalance<double>({.most_tokens = 0}); }) ==
+        "QuantileBalance: most_tokens = 0, expected >= 1");
 }
 
 TEST_CASE("QuantileBalance levels the load of the tokens it saw",

@@ -17,7 +17,7 @@ using namespace weir;
 
 static_assert(Selector<BiasedSoftmaxTopK<float>, float>);
 static_assert(BiasedSelector<BiasedSoftmaxTopK<float>>);
-static_assert(BiasedSoftmaxTopK<float>::kBiasesProbabilities);
+static_assert(BiasedSoftmaxTopK<float>::kBiasesLogits);
 
 namespace {
 
@@ -27,26 +27,40 @@ Matrix<double> logarithms(const Matrix<double>& p) {
 
 }  // namespace
 
-TEST_CASE("BiasedSoftmaxTopK chooses by biased probabilities and weighs with those that are not",
+TEST_CASE("BiasedSoftmaxTopK chooses by biased logits and weighs with those that are not",
           "[moe][selector][biased_softmax_top_k]") {
   Matrix<double> p(1, 4);
   p << 0.1, 0.4, 0.3, 0.2;
   BiasedSoftmaxTopK<double> selector(4, {.k = 2, .scale = 3.0});
   CHECK(test::route(selector, logarithms(p)).expert == std::vector<Index>{1, 2});
-  selector.selection_bias().value << 0.35, 0.0, -0.2, 0.0;
+  // As factors of p: 0.5, 0.4, 0.15 and 0.2.
+  selector.selection_bias().value << std::log(5.0), 0.0, std::log(0.5), 0.0;
   const Routing<double> routing = test::route(selector, logarithms(p));
   CHECK(routing.expert == std::vector<Index>{0, 1});
   CHECK(routing.weight[0] == Approx(0.3));
   CHECK(routing.weight[1] == Approx(1.2));
   CHECK(test::relative_error(routing.probabilities, p) <= 1e-15);
-  selector.selection_bias().value << 0.3, 0.0, 0.1, 0.2;  // Ties: the lowest index first.
-  CHECK(test::route(selector, logarithms(p)).expert == std::vector<Index>{0, 1});
+
+  BiasedSoftmaxTopK<double> renormalised(4, {.k = 2, .renormalise = true, .scale = 3.0});
+  renormalised.selection_bias() = selector.selection_bias();
+  const Routing<double> other = test::route(renormalised, logarithms(p));
+  CHECK(other.expert == routing.expert);
+  CHECK(other.weight[0] == Approx(0.6));  // 3 * 0.1 / 0.5
+  CHECK(other.weight[1] == Approx(2.4));
+
+  Matrix<double> logits(1, 4);
+  logits << 0.5, 1.0, 0.75, 0.25;
+  selector.selection_bias().value << 0.5, 0.0, 0.25, 0.75;  // Ties: the lowest index first.
+  CHECK(test::route(selector, logits).expert == std::vector<Index>{0, 1});
+  // The bias is on logits: what is added to all of them changes nothing.
+  CHECK(test::route(selector, (logits.array() + 64.0).matrix()).expert == std::vector<Index>{0, 1});
 }
 
 TEST_CASE("BiasedSoftmaxTopK has gradients that agree with finite differences",
           "[moe][selector][biased_softmax_top_k][gradient]") {
   Matrix<double> logits = test::random_matrix(6, 5, 1);
-  BiasedSoftmaxTopK<double> selector(5, {.k = 3, .scale = 1.7});
+  const bool renormalise = GENERATE(false, true);
+  BiasedSoftmaxTopK<double> selector(5, {.k = 3, .renormalise = renormalise, .scale = 1.7});
   selector.selection_bias().value = 0.2 * test::random_matrix(1, 5, 2);
   const Matrix<double> on_weights = test::random_matrix(1, 18, 3);
   const Matrix<double> on_probabilities = test::random_matrix(6, 5, 4);

@@ -92,6 +92,9 @@ class BiasBalance : public BalancerBase {
     start(load_.size());
   }
 
+  /// Forgets what was counted since the last update; for `weir::discard`.
+  void discard_self() { start(load_.size()); }
+
   /// A frozen bias stays as it is, and what is counted is forgotten at each update.
   void set_frozen(bool frozen) { frozen_ = frozen; }
   bool frozen() const { return frozen_; }

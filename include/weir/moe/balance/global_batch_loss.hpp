@@ -85,6 +85,9 @@ class GlobalBatchLoss : public BalancerBase {
     load_.setZero();
   }
 
+  /// Forgets what was counted in this step; for `weir::discard`.
+  void discard_self() { load_.setZero(); }
+
   /// What has been counted in this step; empty before the first pass.
   const RowVector<double>& load() const { return load_; }
 

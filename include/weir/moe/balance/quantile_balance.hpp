@@ -4,9 +4,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <string_view>
 
 #include <weir/core/error.hpp>
@@ -23,26 +25,33 @@ struct QuantileBalanceConfig {
   double momentum = 0.0;  ///< The share of the old offsets in the new ones; 0 takes those of the
                           ///< last step alone.
   bool recentre = true;   ///< Shift the offsets to mean zero after each move.
+  Index most_tokens = 65536;  ///< How many tokens are kept between two updates; later ones do not
+                              ///< count, so that memory is bounded, also without updates.
 };
 
 /// Keeps an offset beta_e for each expert, the negative of the selection bias of a selector that
-/// chooses the k largest p_e - beta_e. After each optimizer step,
+/// chooses the k largest z_e - beta_e, z being the logits. After each optimizer step,
 ///
-///     alpha_t = the (k+1)-th largest of p_te - beta_e over e
-///     local_e = the (T k / experts + 1)-th largest of p_te - alpha_t over t
+///     alpha_t = the (k+1)-th largest of z_te - beta_e over e
+///     local_e = the (T k / experts + 1)-th largest of z_te - alpha_t over t
 ///     beta   <- momentum * beta + (1 - momentum) * local,   then, if recentred, less its mean
 ///
-/// over the T real tokens of all backward passes since the last update: micro-batches count as one
-/// batch. alpha_t is what an expert has to exceed to be among the k of token t, and local_e the
-/// offset with which expert e would be so for its even share of tokens, the other offsets being as
-/// they are. Where T k is no multiple of experts, the rank is rounded down (Megatron-Core refuses).
-/// With k = experts, and where nothing was counted, beta stays. There is no loss.
+/// over the first `most_tokens` of the T real tokens of all backward passes since the last update:
+/// micro-batches count as one batch (Megatron-Core takes the mean of their local_e). alpha_t is
+/// what an expert has to exceed to be among the k of token t, and local_e the offset with which
+/// expert e would be so for its even share of tokens, the other offsets being as they are. Where T
+/// k is no multiple of experts, the rank is rounded down (Megatron-Core refuses). With k = experts,
+/// and where nothing was counted, beta stays. There is no loss.
+///
+/// A token that is allowed no more than k experts needs them whatever alpha_t is: z_te - alpha_t is
+/// infinite for those, and minus infinity for experts that are forbidden to it. An expert whose
+/// local_e is infinite keeps its beta.
 ///
 /// An expert that none of the tokens was allowed (Pass::allowed) keeps its beta, and is left out of
 /// all of this, also of the number of experts and of the mean.
 ///
-/// The scores are `routing.probabilities`, to which the selector has to add its bias
-/// (kBiasesProbabilities), as BiasedSoftmaxTopK does; others do not compile. k is the mean number
+/// The scores are the logits, to which the selector has to add its bias (kBiasesLogits), as
+/// BiasedSoftmaxTopK does; others do not compile. k is the mean number
 /// of experts of a token, rounded down. Ranks are balanced each by itself. (Megatron-Core,
 /// `qb_dual_update`, with recentre = false: the dual update of an optimal-transport problem.)
 template <std::floating_point T>
@@ -50,17 +59,20 @@ class QuantileBalance : public BalancerBase {
  public:
   static constexpr std::string_view kName = "quantile";
 
-  /// \throws ConfigError  unless 0 <= momentum < 1.
+  /// \throws ConfigError  unless 0 <= momentum < 1 and most_tokens >= 1.
   explicit QuantileBalance(QuantileBalanceConfig config = {}) : config_(config) { check(); }
 
-  void check() const { expect_fraction("QuantileBalance", "momentum", config_.momentum); }
+  void check() const {
+    expect_fraction("QuantileBalance", "momentum", config_.momentum);
+    expect_at_least<Index>("QuantileBalance", "most_tokens", config_.most_tokens, 1);
+  }
 
   void observe(const Routing<T>& routing);
 
   /// Moves the bias and starts counting anew.
   /// \throws ConfigError  if the selector is of another number of experts than what was counted.
   template <BiasedSelector S>
-  requires(S::kBiasesProbabilities) void update(S& selector) {
+  requires(S::kBiasesLogits) void update(S& selector) {
     const Index tokens = experts_ > 0 ? scores_.count() / experts_ : 0;
     const Index k = tokens > 0 ? assignments_ / tokens : 0;
     open_.clear();
@@ -75,7 +87,7 @@ class QuantileBalance : public BalancerBase {
       T sum = T(0);
       for (Index i = 0; i < open_.count(); ++i) {
         T& of_expert = bias(0, open_[i]);
-        of_expert = keep * of_expert - (T(1) - keep) * local_[i];
+        if (std::isfinite(local_[i])) of_expert = keep * of_expert - (T(1) - keep) * local_[i];
         sum += of_expert;
       }
       if (config_.recentre) {
@@ -85,6 +97,9 @@ class QuantileBalance : public BalancerBase {
     }
     start();
   }
+
+  /// Forgets the tokens since the last update; for `weir::discard`.
+  void discard_self() { start(); }
 
   const QuantileBalanceConfig& config() const { return config_; }
 
@@ -96,6 +111,13 @@ class QuantileBalance : public BalancerBase {
   }
 
   T score(Index t, Index e) const { return scores_[t * experts_ + e]; }
+
+  /// By how much a score is above alpha, either of which may be minus infinity.
+  static T beyond(T score, T alpha) {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    if (score == -kInfinity) return score;
+    return alpha == -kInfinity ? kInfinity : score - alpha;
+  }
 
   /// Element `rank` of `numbers`, the largest being element 0.
   static T ranked(List<T>& numbers, Index rank) {
@@ -122,12 +144,14 @@ void QuantileBalance<T>::observe(const Routing<T>& routing) {
     start();
   }
   mark_allowed(routing, allowed_);
-  for (Index t = 0; t < routing.tokens(); ++t) {
+  Index room = config_.most_tokens - (experts_ > 0 ? scores_.count() / experts_ : 0);
+  for (Index t = 0; t < routing.tokens() && room > 0; ++t) {
     if (routing.rows.is_padding(t)) continue;
-    const T* const p = &routing.probabilities(t, 0);
-    scores_.insert(scores_.end(), p, p + experts_);
+    const T* const z = &routing.logits(t, 0);
+    scores_.insert(scores_.end(), z, z + experts_);
+    assignments_ += routing.last(t) - routing.first(t);
+    --room;
   }
-  assignments_ += routing.assignments();
 }
 
 template <std::floating_point T>
@@ -143,7 +167,7 @@ void QuantileBalance<T>::local_offsets(Index tokens, Index k, const Matrix<T>& b
   sorted_.resize(tokens);
   const Index share = tokens * k / open;  // Below `tokens`, since k < open.
   for (Index i = 0; i < open; ++i) {
-    for (Index t = 0; t < tokens; ++t) sorted_[t] = score(t, open_[i]) - alpha_[t];
+    for (Index t = 0; t < tokens; ++t) sorted_[t] = beyond(score(t, open_[i]), alpha_[t]);
     local_[i] = ranked(sorted_, share);
   }
 }

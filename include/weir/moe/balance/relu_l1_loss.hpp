@@ -88,6 +88,11 @@ class ReluL1Loss : public BalancerBase {
     T& lambda = coefficient_.value(0, 0);
     if (assignments_ > wanted) lambda *= multiplier;
     if (assignments_ < wanted) lambda = std::max(lambda / multiplier, kLeast);
+    discard_self();
+  }
+
+  /// Forgets what was counted since the last update; for `weir::discard`.
+  void discard_self() {
     tokens_ = 0;
     assignments_ = 0;
   }

@@ -88,6 +88,12 @@ class AdaptiveCapacity : public CapacityBase {
   /// Moves the factor and starts counting anew; for `weir::update`.
   void update_self();
 
+  /// Forgets what was counted since the last update; for `weir::discard`.
+  void discard_self() {
+    needed_ = 0.0;
+    observed_ = 0;
+  }
+
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("factor", self.factor_);
@@ -137,8 +143,7 @@ void AdaptiveCapacity<T>::update_self() {
   const double moved = factor() + config_.rate * (mean - factor());
   factor_.value(0, 0) = std::clamp(static_cast<T>(moved), static_cast<T>(config_.least),
                                    static_cast<T>(config_.most));
-  needed_ = 0.0;
-  observed_ = 0;
+  discard_self();
 }
 
 template <std::floating_point T>

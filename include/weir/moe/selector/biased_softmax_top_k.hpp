@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Softmax over all experts, then the k best after a selection bias.
+/// The k best logits after a selection bias, with weights of the softmax of those without it.
 #pragma once
 
 #include <concepts>
@@ -21,26 +21,32 @@ namespace weir {
 /// Settings of BiasedSoftmaxTopK.
 struct BiasedSoftmaxTopKConfig {
   Index k = 2;
+  bool renormalise = false;  ///< Whether the weights are a softmax of the chosen experts alone, as
+                             ///< in Megatron-Core without `moe_router_pre_softmax`.
   double scale = 1.0;
 };
 
-/// Chooses the k experts S of largest p_e + b_e, p = softmax(logits), with the weights
+/// Chooses the k experts S of largest biased logit z_e + b_e, with weights made of the logits as
+/// they are, p = softmax(z):
 ///
-///     g_e = scale * p_e
+///     g_e = scale * p_e                          raw
+///     g_e = scale * p_e / sum_{j in S} p_j       renormalised
 ///
-/// Equal biased probabilities: the lowest index first. The bias b is a buffer: saved, not trained
+/// Equal biased logits: the lowest index first. The bias b is a buffer: saved, not trained
 /// by gradient, moved by a balancer, QuantileBalance or BiasBalance. It enters the choice alone,
-/// which is constant to the derivative. (Megatron-Core's quantile balancing, with b = -beta.)
+/// which is constant to the derivative. (Megatron-Core's quantile balancing, with b = -beta:
+/// router.py, `quantile_balancing`, with the score function "softmax".)
 template <std::floating_point T>
 class BiasedSoftmaxTopK : public SelectorBase<T> {
  public:
   using typename SelectorBase<T>::Cache;
-  static constexpr bool kBiasesProbabilities = true;
+  static constexpr bool kBiasesLogits = true;
 
   /// A bias of zeros.
   /// \throws ConfigError  unless 1 <= k <= experts and scale > 0.
   explicit BiasedSoftmaxTopK(Index experts, BiasedSoftmaxTopKConfig config = {})
-      : config_(config), soft_({.k = config.k, .scale = config.scale}) {
+      : config_(config),
+        soft_({.k = config.k, .renormalise = config.renormalise, .scale = config.scale}) {
     expect_at_least<Index>("BiasedSoftmaxTopK", "experts", experts, 1);
     bias_.value.setZero(1, experts);
     check(experts);
@@ -98,15 +104,12 @@ void BiasedSoftmaxTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const Rou
   route_k_best(
       {.who = "BiasedSoftmaxTopK", .k = config_.k, .imposed = imposed}, logits, pass, routing,
       [&](Index t, T* p) -> const T* {
-        softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-        loops::add<T>(experts, p, bias_.value.data(), p);
+        loops::add<T>(experts, &routing.logits(t, 0), bias_.value.data(), p);
         return p;
       },
       [&](Index t, const Index* chosen, T* weight, T* p) {
         softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-        for (Index i = 0; i < config_.k; ++i) {
-          weight[i] = static_cast<T>(config_.scale) * p[chosen[i]];
-        }
+        soft_.weigh(&routing.logits(t, 0), p, chosen, weight);
       });
 }
 

@@ -26,6 +26,8 @@ struct SinkhornConfig {
   Index k = 1;
   double tolerance = 1e-4;
   Index iterations = 1000;  ///< The most iterations; the plan is then taken as it is.
+  double epsilon = 0.0;     ///< Added to the sums; 1e-8 in Megatron-Core. The plan then depends on
+                            ///< the size of exp(z): small ones are not levelled.
 };
 
 /// In training, chooses the k largest entries of each row of the plan pi, which spreads the tokens
@@ -33,8 +35,8 @@ struct SinkhornConfig {
 ///
 ///     K = exp(z), d1 = 1, and until mean_e |change of d1_e| <= tolerance
 ///
-///     d0_t = 1 / (T * sum_e d1_e K_te)
-///     d1_e = 1 / (experts * sum_t d0_t K_te)
+///     d0_t = 1 / (T * (sum_e d1_e K_te + epsilon))
+///     d1_e = 1 / (experts * (sum_t d0_t K_te + epsilon))
 ///
 ///     pi_te = d0_t K_te d1_e
 ///
@@ -44,35 +46,37 @@ struct SinkhornConfig {
 ///     g_e = softmax(z)_e over all experts    k > 1, not renormalised
 ///
 /// T counts the real tokens of the batch, `experts` those that the pass allows to some token. All
-/// of this is computed with logarithms of d0 and d1: no logits are too far apart for it, and adding
-/// a constant to all logits of a token changes nothing but rounding. A token's experts are listed
-/// by pi (by z in evaluation), equal ones by index. Because the k best of a level plan need not be
-/// level, loads are even only roughly. The choice is constant to the derivative, which reaches the
-/// logits through g and the probabilities (softmax(z)).
+/// of this is computed with logarithms of d0 and d1: no logits are too far apart for it and,
+/// without an epsilon, adding a constant to all logits of a token changes nothing but rounding. A
+/// token's experts are listed by pi (by z in evaluation), equal ones by index. Because the k best
+/// of a level plan need not be level, loads are even only roughly. The choice is constant to the
+/// derivative, which reaches the logits through g and the probabilities (softmax(z)).
 ///
 /// Not causal in training: the plan of a token depends on all others. Causal in evaluation.
 ///
 /// (Clark et al. 2022, arXiv:2202.01169, section 3.1; Megatron-Core, moe_utils.py, `sinkhorn`, and
 /// router.py, `sinkhorn_load_balancing`. Megatron-Core iterates without a limit, overflows where
-/// exp(z) does, and adds 1e-8 to both sums, which keeps it from levelling small exp(z).)
+/// exp(z) does, and has an epsilon of 1e-8.)
 template <std::floating_point T>
 class Sinkhorn : public SelectorBase<T> {
  public:
   /// Workspace of the plan.
   struct Cache {
-    Matrix<T> rows;       ///< [tokens, experts], T * pi as d0 leaves it: each row sums to 1.
+    Matrix<T> rows;       ///< [tokens, experts], T * pi as d0 leaves it.
     RowVector<T> log_d1;  ///< [experts], -infinity where the expert is not open.
-    RowVector<T> lse;     ///< [tokens], log sum_e d1_e K_te.
+    RowVector<T> lse;     ///< [tokens], log(sum_e d1_e K_te + epsilon).
     RowVector<T> column;  ///< [experts], the sums of the columns of `rows`.
   };
 
   explicit Sinkhorn(SinkhornConfig config = {}) : config_(config) {}
 
-  /// \throws ConfigError  unless 1 <= k <= experts, tolerance > 0 and iterations >= 1.
+  /// \throws ConfigError  unless 1 <= k <= experts, tolerance > 0, iterations >= 1 and
+  ///                      epsilon >= 0.
   void check(Index experts) const {
     expect_k("Sinkhorn", config_.k, experts);
     expect_positive("Sinkhorn", "tolerance", config_.tolerance);
     expect_at_least<Index>("Sinkhorn", "iterations", config_.iterations, 1);
+    expect_at_least("Sinkhorn", "epsilon", config_.epsilon, 0.0);
   }
 
   /// \param logits   [tokens, experts]
@@ -98,9 +102,16 @@ class Sinkhorn : public SelectorBase<T> {
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed, Routing<T>& routing,
              Cache& cache) const;
 
+  /// log(exp(x) + epsilon)
+  T with_epsilon(T x) const {
+    if (!(config_.epsilon > 0.0)) return x;
+    const T log_epsilon = std::log(static_cast<T>(config_.epsilon));
+    return std::max(x, log_epsilon) + std::log1p(std::exp(-std::abs(x - log_epsilon)));
+  }
+
   /// Sets each real token's row of the plan, and the logarithm of what it was divided by, from
   /// log d1.
-  static void set_rows(const Routing<T>& routing, Cache& cache);
+  void set_rows(const Routing<T>& routing, Cache& cache) const;
 
   /// log sum_t pi_te * T for expert e, also where pi is zero to rounding.
   static T log_column(const Routing<T>& routing, const Cache& cache, Index e);
@@ -175,7 +186,7 @@ void Sinkhorn<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace
 }
 
 template <std::floating_point T>
-void Sinkhorn<T>::set_rows(const Routing<T>& routing, Cache& cache) {
+void Sinkhorn<T>::set_rows(const Routing<T>& routing, Cache& cache) const {
   const Index experts = routing.experts();
   routing.rows.for_each_real(16 * experts, [&](Index t) {
     T* const row = cache.rows.row(t).data();
@@ -183,8 +194,9 @@ void Sinkhorn<T>::set_rows(const Routing<T>& routing, Cache& cache) {
     const T top = loops::max(experts, row);
     loops::exp_shifted(experts, row, top, row);
     const T sum = loops::sum(experts, row);
-    loops::scale(experts, T(1) / sum, row, row);
-    cache.lse[t] = top + std::log(sum);
+    const T lse = top + std::log(sum);
+    cache.lse[t] = with_epsilon(lse);
+    loops::scale(experts, std::exp(lse - cache.lse[t]) / sum, row, row);
   });
 }
 
@@ -225,8 +237,9 @@ void Sinkhorn<T>::balance(const Routing<T>& routing, Cache& cache) const {
     for (Index t = 0; t < tokens; ++t) cache.column += cache.rows.row(t);
     double change = 0.0;
     for (const Index e : routing.open) {
-      // d1_e <- d1_e / (experts * sum_t pi_te), of which T * pi are the rows.
-      const T step = std::log(real / open) - log_column(routing, cache, e);
+      // sum_t d0_t K_te = sum_t pi_te / d1_e, of which T * pi are the rows.
+      const T log_sum = log_column(routing, cache, e) - std::log(real) - cache.log_d1[e];
+      const T step = -std::log(open) - with_epsilon(log_sum) - cache.log_d1[e];
       if (step == T(0)) continue;  // Where d1 is beyond the largest number, inf - inf is NaN.
       const auto before = static_cast<double>(cache.log_d1[e]);
       cache.log_d1[e] += step;

@@ -67,6 +67,11 @@ class SoftmaxTopK : public SelectorBase<T> {
 
   const SoftmaxTopKConfig& config() const { return config_; }
 
+  /// Sets the weights [k] of the experts `chosen` [k] of a token, however they were chosen.
+  /// \param z        [experts], its logits.
+  /// \param p        [experts], their softmax.
+  void weigh(const T* z, const T* p, const Index* chosen, T* weight) const;
+
  private:
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
              Routing<T>& routing) const;
@@ -149,14 +154,19 @@ void SoftmaxTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTr
         return p;
       },
       [&](Index t, const Index* chosen, T* weight, const T* p) {
-        const auto scale = static_cast<T>(config_.scale);
-        if (!config_.renormalise) {
-          for (Index i = 0; i < config_.k; ++i) weight[i] = scale * p[chosen[i]];
-          return;
-        }
-        const Renormalised u = renormalised(routing.logits.row(t).data(), chosen);
-        for (Index i = 0; i < config_.k; ++i) weight[i] = scale * u(i);
+        weigh(routing.logits.row(t).data(), p, chosen, weight);
       });
+}
+
+template <std::floating_point T>
+void SoftmaxTopK<T>::weigh(const T* z, const T* p, const Index* chosen, T* weight) const {
+  const auto scale = static_cast<T>(config_.scale);
+  if (!config_.renormalise) {
+    for (Index i = 0; i < config_.k; ++i) weight[i] = scale * p[chosen[i]];
+    return;
+  }
+  const Renormalised u = renormalised(z, chosen);
+  for (Index i = 0; i < config_.k; ++i) weight[i] = scale * u(i);
 }
 
 }  // namespace weir

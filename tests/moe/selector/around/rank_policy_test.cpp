@@ -27,8 +27,8 @@ static_assert(Selector<RankPolicy<SoftmaxTopK<float>>, float>);
 static_assert(Selector<RankPolicy<SigmoidTopK<float>>, float>);
 static_assert(BiasedSelector<RankPolicy<SigmoidTopK<float>>>);
 static_assert(!BiasedSelector<RankPolicy<SoftmaxTopK<float>>>);
-static_assert(RankPolicy<BiasedSoftmaxTopK<float>>::kBiasesProbabilities);
-static_assert(!RankPolicy<SigmoidTopK<float>>::kBiasesProbabilities);
+static_assert(RankPolicy<BiasedSoftmaxTopK<float>>::kBiasesLogits);
+static_assert(!RankPolicy<SigmoidTopK<float>>::kBiasesLogits);
 
 namespace {
 

@@ -35,8 +35,8 @@ static_assert(BiasedSelector<Replay<SigmoidTopK<float>>>);
 static_assert(ImposableSelector<StraightThrough<float>>);
 static_assert(ImposableSelector<RelaxedTopK<float>>);
 static_assert(!ImposableSelector<TopP<float>>);
-static_assert(Replay<BiasedSoftmaxTopK<float>>::kBiasesProbabilities);
-static_assert(!Replay<SigmoidTopK<float>>::kBiasesProbabilities);
+static_assert(Replay<BiasedSoftmaxTopK<float>>::kBiasesLogits);
+static_assert(!Replay<SigmoidTopK<float>>::kBiasesLogits);
 
 namespace {
 

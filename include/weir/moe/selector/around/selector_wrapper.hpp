@@ -18,7 +18,7 @@ template <class Inner>
 class SelectorWrapper : public SelectorBase<typename Inner::Scalar> {
  public:
   using T = typename Inner::Scalar;
-  static constexpr bool kBiasesProbabilities = Inner::kBiasesProbabilities;
+  static constexpr bool kBiasesLogits = Inner::kBiasesLogits;
 
   struct Cache {
     typename Inner::Cache inner;
