@@ -52,8 +52,8 @@ void expect_allowed_chosen(std::string_view who, const Routing<T>& routing) {
   }
 }
 
-/// For choices that are not the selector's own, which may divide by a sum of weights that are all
-/// zero to rounding.
+/// For choices that are not the selector's own: one that divides by a sum of weights may have made
+/// 0 / 0 of them.
 /// \throws NonFiniteError  if a weight is not finite.
 template <class T>
 void expect_finite_weights(std::string_view who, const Routing<T>& routing) {

@@ -64,8 +64,7 @@ class Replay : public SelectorWrapper<Inner> {
   /// \throws ConfigError     as the inner selector; if a token does not have k experts in the
   ///                         trace, padding none, or if pass.allowed forbids one of them.
   /// \throws ShapeError      if the trace has another number of tokens or experts.
-  /// \throws NonFiniteError  as the inner selector; if it divides by the sum of a token's weights,
-  ///                         all of which are zero to rounding.
+  /// \throws NonFiniteError  as the inner selector; if a weight that it makes is not finite.
   void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
     if (!imposing_) return inner_.forward(logits, pass, routing, cache.inner);
     inner_.forward_imposed(logits, pass, trace_, routing, cache.inner);

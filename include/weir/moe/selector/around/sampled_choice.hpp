@@ -81,8 +81,7 @@ class SampledChoice : public SelectorWrapper<Inner> {
 
   /// \param logits   [tokens, experts]
   /// \throws ConfigError     as the inner selector; if it draws without pass.rng.
-  /// \throws NonFiniteError  as the inner selector; if it divides by the sum of a token's weights,
-  ///                         all of which are zero to rounding.
+  /// \throws NonFiniteError  as the inner selector; if a weight that it makes is not finite.
   void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const {
     const bool draws = (pass.training || config_.evaluate) && config_.scale > 0.0;
     if (!draws || config_.certain > 0) inner_.forward(logits, pass, routing, cache.inner);
