@@ -65,6 +65,7 @@
 #include <weir/kernels/weight.hpp>
 
 #include <weir/nn/cross_entropy.hpp>
+#include <weir/nn/dropout.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/layer_norm.hpp>
@@ -254,9 +255,13 @@
 #include <weir/optim/warmup_stable_decay.hpp>
 
 #include <weir/io/atomic_file.hpp>
+#include <weir/io/checkpoint.hpp>
 #include <weir/io/dtype.hpp>
 #include <weir/io/file_error.hpp>
 #include <weir/io/mapped_file.hpp>
+#include <weir/io/safetensors.hpp>
+#include <weir/io/safetensors_writer.hpp>
+#include <weir/io/weights.hpp>
 
 #include <weir/version.hpp>
 // clang-format on

@@ -46,7 +46,9 @@ Decoder<double> make_decoder() {
 
 TEST_CASE("generate draws what the whole sequence would give", "[model][generate]") {
   const auto sampling = GENERATE(as<Sampling>{}, kGreedy, Sampling{},
-                                 Sampling{.temperature = 1.5, .top_k = 6, .top_p = 0.9});
+                                 Sampling{.temperature = 1.5, .top_k = 6, .top_p = 0.9},
+                                 Sampling{.min_p = 0.3, .repetition_penalty = 1.5},
+                                 Sampling{.temperature = 0.0, .repetition_penalty = 4.0});
   const Decoder<double> model = make_decoder();
   const auto prompt = GENERATE(Ids{4}, Ids{0, 9, 3, 3, 7});
   Rng rng(2);

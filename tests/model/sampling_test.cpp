@@ -67,6 +67,52 @@ TEST_CASE("Sampler's distribution matches cases worked out by hand", "[model][sa
   check({.temperature = 0.0}, row({0.0, 1.0, 0.0, 0.0}));
 }
 
+TEST_CASE("Sampler keeps what min_p says of the most probable token", "[model][sampling][golden]") {
+  const RowVector<double> logits = log_of({0.1, 0.4, 0.2, 0.3});
+  const auto check = [&](const Sampling& sampling, const RowVector<double>& expected) {
+    check_close(probabilities(logits, sampling), expected, 1e-14);
+  };
+  check({.min_p = 0.0}, row({0.1, 0.4, 0.2, 0.3}));
+  check({.min_p = 0.24}, row({0.1, 0.4, 0.2, 0.3}));
+  check({.min_p = 0.26}, row({0.0, 4.0, 2.0, 3.0}) / 9.0);
+  check({.min_p = 0.51}, row({0.0, 4.0, 0.0, 3.0}) / 7.0);
+  check({.min_p = 1.0}, row({0.0, 1.0, 0.0, 0.0}));
+  // After the temperature, whose ratios are 1/16, 1, 1/4 and 9/16; beside top_k and top_p.
+  check({.temperature = 0.5, .min_p = 0.26}, row({0.0, 16.0, 0.0, 9.0}) / 25.0);
+  check({.top_k = 3, .min_p = 0.6}, row({0.0, 4.0, 0.0, 3.0}) / 7.0);
+  check({.top_p = 0.65, .min_p = 0.1}, row({0.0, 4.0, 0.0, 3.0}) / 7.0);
+  check({.temperature = 0.0, .min_p = 1.0}, row({0.0, 1.0, 0.0, 0.0}));
+  // All of several equal ones.
+  check_close(probabilities(row({1.0, 1.0, 0.0}), {.min_p = 1.0}), row({0.5, 0.5, 0.0}), 1e-15);
+}
+
+TEST_CASE("Sampler makes tokens that were there before rarer", "[model][sampling][golden]") {
+  // Logits 2, -1, 0, 1 with a penalty of 2 on tokens 0, 1 and 2, however often they were there:
+  // 1, -2, 0, 1.
+  const RowVector<double> logits = row({2.0, -1.0, 0.0, 1.0});
+  const std::vector<Index> before = {1, 0, 0, 2, 1};
+  Sampler<double> sampler;
+  const RowVector<double> weights = row({1.0, -2.0, 0.0, 1.0}).array().exp();
+  check_close(sampler.distribution(logits, {.repetition_penalty = 2.0}, before),
+              weights / weights.sum(), 1e-14);
+  // Before the temperature, and the choice is among the penalised logits.
+  const RowVector<double> sharper = row({2.0, -4.0, 0.0, 2.0}).array().exp();
+  check_close(sampler.distribution(logits, {.temperature = 0.5, .repetition_penalty = 2.0}, before),
+              sharper / sharper.sum(), 1e-14);
+  Rng rng(1);
+  CHECK(sampler.sample(logits, {.temperature = 0.0, .repetition_penalty = 3.0}, rng, before) == 3);
+  CHECK(sampler.sample(logits, {.temperature = 0.0, .repetition_penalty = 3.0}, rng) == 0);
+  CHECK(sampler.sample(logits, {.temperature = 0.0}, rng, before) == 0);
+  // Below one, repetition becomes likelier; what is forbidden stays so.
+  CHECK(sampler.sample(logits, {.temperature = 0.0, .repetition_penalty = 0.25}, rng,
+                       std::vector<int>{3}) == 3);
+  const RowVector<double> forbidden = row({-kInfinity, 0.0});
+  CHECK(sampler.sample(forbidden, {.repetition_penalty = 0.5}, rng, std::vector<Index>{0}) == 1);
+  CHECK(test::message_of<ConfigError>([&] {
+          sampler.sample(logits, {.repetition_penalty = 2.0}, rng, std::vector<Index>{0, 4});
+        }) == "Sampler::sample: before[1] = 4, expected 0 <= token < 4");
+}
+
 TEST_CASE("Sampler draws as often as its distribution says", "[model][sampling]") {
   const auto sampling =
       GENERATE(Sampling{}, Sampling{.temperature = 0.7}, Sampling{.temperature = 2.5, .top_k = 5},
@@ -213,6 +259,9 @@ TEST_CASE("Sampler refuses impossible settings and shapes", "[model][sampling]")
   CHECK(message({.top_k = -2}) == "Sampling: top_k = -2, expected >= 0");
   CHECK(message({.top_p = std::nan("")}) == "Sampling: top_p = nan, expected 0 <= top_p <= 1");
   CHECK(message({.top_p = 1.5}) == "Sampling: top_p = 1.5, expected 0 <= top_p <= 1");
+  CHECK(message({.min_p = -0.5}) == "Sampling: min_p = -0.5, expected 0 <= min_p <= 1");
+  CHECK(message({.repetition_penalty = 0.0}) ==
+        "Sampling: repetition_penalty = 0, expected a finite number > 0");
   CHECK(test::message_of<ShapeError>([&] { sampler.sample(Matrix<double>(2, 4), {}, rng); }) ==
         "Sampler::sample: logits is [2, 4], expected [1, vocabulary]");
   CHECK(test::message_of<ShapeError>([&] { sampler.distribution(Matrix<double>(1, 0), {}); }) ==

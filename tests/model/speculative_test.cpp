@@ -140,7 +140,8 @@ TEST_CASE("Speculative decoding yields the text of plain decoding", "[model][spe
   const auto kind = GENERATE(Kind::kDense, Kind::kMixture, Kind::kHash, Kind::kWindow);
   const auto depth = GENERATE(as<std::size_t>{}, 1, 2, 3);
   const auto sampling =
-      GENERATE(as<Sampling>{}, kGreedy, Sampling{}, Sampling{.temperature = 0.7, .top_k = 3});
+      GENERATE(as<Sampling>{}, kGreedy, Sampling{}, Sampling{.temperature = 0.7, .top_k = 3},
+               Sampling{.min_p = 0.1, .repetition_penalty = 1.5});
   const auto source = depth == 2 ? HiddenSource::kHidden : HiddenSource::kNormed;
   const Decoder<double> model = make_decoder(kind, depth == 1);
   const MultiToken<double> modules = make_modules(depth, kind, {.source = source});

@@ -68,6 +68,30 @@ TEST_CASE("CrossEntropy does not look at ignored tokens", "[nn][cross_entropy]")
   CHECK(loss.backward(cache).row(2).isZero(0.F));
 }
 
+TEST_CASE("CrossEntropy with a loss mask ignores the targets of masked tokens",
+          "[nn][cross_entropy]") {
+  const CrossEntropy<double> loss({.z_loss = 1e-3});
+  Matrix<double> logits = test::random_matrix(4, 7, 1);
+  CrossEntropy<double>::Cache cache;
+  const double expected = loss.forward(logits, Targets{2, -100, 5, -100}, cache);
+  const Matrix<double> gradient = loss.backward(cache);
+  // A masked token may have any target, and any logits.
+  logits.row(3).setConstant(std::nan(""));
+  const std::vector<std::uint8_t> mask = {1, 0, 1, 0};
+  CHECK(loss.forward(logits, Targets{2, 3, 5, 99}, cache, 0, mask) == expected);
+  CHECK(cache.tokens == 2);
+  CHECK(loss.backward(cache) == gradient);
+  // It comes beside ignore_index, and N may be given.
+  CHECK(loss.forward(logits, Targets{2, 3, -100, 1}, cache, 4, mask) ==
+        Approx(loss.forward(logits.topRows(1), Targets{2}, cache) / 4.0));
+  const std::vector<std::uint8_t> none(4, 0);
+  CHECK(loss.forward(logits, Targets{2, 3, 5, 1}, cache, 0, none) == 0.0);
+  CHECK(test::message_of<ShapeError>([&] {
+          loss.forward(logits, Targets{2, 3, 5, 1}, cache, 0, std::vector<std::uint8_t>(3, 1));
+        }) == "CrossEntropy::forward: mask has 3 entries, expected 4 (one per token)");
+  CHECK_THROWS_AS(loss.backward(cache), StateError);
+}
+
 TEST_CASE("CrossEntropy takes targets that are int, and gives its gradient more than once",
           "[nn][cross_entropy]") {
   const CrossEntropy<double> loss;

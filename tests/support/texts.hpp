@@ -36,7 +36,7 @@ inline std::vector<Index> generate_slowly(const Decoder<double>& model, std::vec
   const auto prompt = static_cast<std::ptrdiff_t>(ids.size());
   Sampler<double> sampler;
   for (Index i = 0; i < count; ++i) {
-    ids.push_back(sampler.sample(infer(model, ids).bottomRows(1), sampling, rng));
+    ids.push_back(sampler.sample(infer(model, ids).bottomRows(1), sampling, rng, ids));
   }
   return {ids.begin() + prompt, ids.end()};
 }

@@ -59,7 +59,7 @@ template <std::floating_point T>
 struct Conversation {
   std::vector<Index> prompt;  ///< At least one token; it follows the tokens of `state`.
   Until until = {};
-  Sampling sampling = {};
+  Sampling sampling = {};  ///< A repetition penalty is about the prompt and the new tokens.
   Rng rng = Rng(0);  ///< Each conversation has its own, so that others do not change its tokens.
   typename Decoder<T>::State state = {};  ///< Empty, or a copy of a prefix's state.
 };
@@ -76,6 +76,7 @@ struct Turn {
   typename Decoder<T>::State* state = nullptr;
   Generated result = {};
   bool ended = false;
+  std::vector<Index> before = {};  ///< Prompt and new tokens, if their repetition is penalised.
 
   void check() const {
     if (prompt.count() == 0) {
@@ -85,9 +86,20 @@ struct Turn {
     sampling->check();
   }
 
-  /// Takes the next token.
+  /// Draws the next token.
+  void draw(Sampler<T>& sampler, MatrixIn<T> logits);
+
   void add(Index token);
 };
+
+template <class T>
+void Turn<T>::draw(Sampler<T>& sampler, MatrixIn<T> logits) {
+  const bool penalised = sampling->repetition_penalty != 1.0;
+  if (penalised && before.empty()) prompt.append_to(before);
+  const Index token = sampler.sample(logits, *sampling, *rng, before);
+  if (penalised) before.push_back(token);
+  add(token);
+}
 
 template <class T>
 void Turn<T>::add(Index token) {
@@ -138,7 +150,7 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
     for (std::size_t i = 0; i < present.size(); ++i) {
       Turn<T>& turn = *present[i];
       if (turn.ended) continue;
-      turn.add(sampler.sample(logits.row(static_cast<Index>(i)), *turn.sampling, *turn.rng));
+      turn.draw(sampler, logits.row(static_cast<Index>(i)));
       ids.push_back(turn.result.tokens.back());
       sequences.append(1);
       present[staying++] = &turn;

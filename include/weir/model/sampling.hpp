@@ -14,6 +14,7 @@
 #include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/random.hpp>
+#include <weir/core/token_ids.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/top_k.hpp>
 
@@ -21,23 +22,32 @@ namespace weir {
 
 /// Settings of `Sampler`. They apply in this order, each to the tokens that the one before it left:
 ///
+///     repetition_penalty   divides the logits above zero of the tokens that were there before by
+///                          it, and multiplies the others of them by it, once for each token
 ///     temperature   makes p_i proportional to exp(logit_i / temperature)
 ///     top_k         keeps the k most probable tokens
 ///     top_p         keeps the nucleus: as few of the most probable tokens as have probabilities
 ///                   that add up to at least top_p, and at least one token
+///     min_p         keeps the tokens at least min_p times as probable as the most probable one
 ///
 /// Among equally probable tokens, the one with the lowest index is taken first. (Holtzman et al.
-/// 2019, arXiv:1904.09751, eq. 2-3, for top_p.)
+/// 2019, arXiv:1904.09751, eq. 2-3, for top_p; Nguyen et al. 2024, arXiv:2407.01082, for min_p;
+/// Keskar et al. 2019, arXiv:1909.05858, for the penalty, which Hugging Face's
+/// RepetitionPenaltyLogitsProcessor defines for logits below zero, as here.)
 struct Sampling {
   double temperature = 1.0;  ///< 0 is greedy: the most probable token is always taken.
   Index top_k = 0;           ///< 0 keeps all tokens, as does anything above the vocabulary's size.
   double top_p = 1.0;        ///< In [0, 1]; 1 keeps all tokens, 0 the most probable one.
+  double min_p = 0.0;        ///< In [0, 1]; 0 keeps all tokens, 1 the most probable ones.
+  double repetition_penalty = 1.0;  ///< Above zero; 1 is none, more makes repetition rarer.
 
   /// \throws ConfigError  if a setting is out of range.
   void check() const {
     expect_at_least("Sampling", "temperature", temperature, 0.0);
     expect_at_least<Index>("Sampling", "top_k", top_k, 0);
     expect_in("Sampling", "top_p", top_p, 0.0, 1.0);
+    expect_in("Sampling", "min_p", min_p, 0.0, 1.0);
+    expect_positive("Sampling", "repetition_penalty", repetition_penalty);
   }
 };
 
@@ -53,20 +63,26 @@ class Sampler {
   /// the running sum of the probabilities; greedy sampling takes none. The sum runs over the tokens
   /// in the order of their indices; if top_k or top_p left some out, the most probable come first.
   ///
+  /// \param before   The tokens that the repetition penalty is about; not looked at without one.
   /// \throws ShapeError       if logits is not one row of at least one token.
-  /// \throws ConfigError      if a setting is out of range.
+  /// \throws ConfigError      if a setting is out of range, or one of the tokens `before`.
   /// \throws NonFiniteError   if a logit is NaN or +inf, or all of them are -inf.
-  Index sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng);
+  Index sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng, TokenIds before = {});
 
   /// The probabilities with which `sample` draws: [1, vocabulary]. Their sum is 1, and they are
   /// zero for tokens that the settings exclude. They live here until the next call. Throws as
   /// `sample` does.
-  const RowVector<T>& distribution(MatrixIn<T> logits, const Sampling& sampling);
+  const RowVector<T>& distribution(MatrixIn<T> logits, const Sampling& sampling,
+                                   TokenIds before = {});
 
  private:
   // Fills `kept_` with the tokens that may be drawn, and `weights_` with numbers proportional to
   // their probabilities.
-  void choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling);
+  void choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling,
+              TokenIds before);
+
+  // The logits with the penalty, in `penalised_`.
+  void penalise(std::string_view where, MatrixIn<T> logits, double penalty, TokenIds before);
 
   // Fills `kept_` with every token that is not forbidden, in order.
   void keep_allowed(std::string_view where, MatrixIn<T> logits);
@@ -95,12 +111,12 @@ class Sampler {
 
   List<Index> kept_;
   List<double> weights_;
-  RowVector<T> distribution_;
+  RowVector<T> distribution_, penalised_;
 };
 
 template <std::floating_point T>
-Index Sampler<T>::sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng) {
-  choose("Sampler::sample", logits, sampling);
+Index Sampler<T>::sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng, TokenIds before) {
+  choose("Sampler::sample", logits, sampling, before);
   if (sampling.temperature == 0.0) return kept_.front();
   const double target = rng.uniform() * total_weight();
   double sum = 0.0;
@@ -113,8 +129,9 @@ Index Sampler<T>::sample(MatrixIn<T> logits, const Sampling& sampling, Rng& rng)
 }
 
 template <std::floating_point T>
-const RowVector<T>& Sampler<T>::distribution(MatrixIn<T> logits, const Sampling& sampling) {
-  choose("Sampler::distribution", logits, sampling);
+const RowVector<T>& Sampler<T>::distribution(MatrixIn<T> logits, const Sampling& sampling,
+                                             TokenIds before) {
+  choose("Sampler::distribution", logits, sampling, before);
   const double total = total_weight();
   set_zero(distribution_, logits.cols());
   for (Index i = 0; i < kept_.count(); ++i) {
@@ -124,10 +141,17 @@ const RowVector<T>& Sampler<T>::distribution(MatrixIn<T> logits, const Sampling&
 }
 
 template <std::floating_point T>
-void Sampler<T>::choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling) {
+void Sampler<T>::choose(std::string_view where, MatrixIn<T> logits, const Sampling& sampling,
+                        TokenIds before) {
   sampling.check();
   if (logits.rows() != 1 || logits.cols() == 0) {
     throw_error<ShapeError>(where, ": logits is ", shape_of(logits), ", expected [1, vocabulary]");
+  }
+  if (sampling.repetition_penalty != 1.0 && before.count() > 0) {
+    penalise(where, logits, sampling.repetition_penalty, before);
+    Sampling rest = sampling;
+    rest.repetition_penalty = 1.0;
+    return choose(where, penalised_, rest, {});
   }
   keep_allowed(where, logits);
   const T* z = logits.data();
@@ -148,7 +172,25 @@ void Sampler<T>::choose(std::string_view where, MatrixIn<T> logits, const Sampli
   };
   if (sampling.top_p < 1.0) keep_nucleus(z, sampling.top_p, weight);
   weights_.clear();
+  if (sampling.min_p > 0.0) {
+    std::erase_if(kept_, [&](Index token) { return weight(token) < sampling.min_p; });
+  }
   for (const Index token : kept_) weights_.push_back(weight(token));
+}
+
+template <std::floating_point T>
+void Sampler<T>::penalise(std::string_view where, MatrixIn<T> logits, double penalty,
+                          TokenIds before) {
+  assign(penalised_, logits);
+  for (Index i = 0; i < before.count(); ++i) {
+    const Index token = before[i];
+    if (token < 0 || token >= logits.cols()) {
+      throw_error<ConfigError>(where, ": before[", i, "] = ", token, ", expected 0 <= token < ",
+                               logits.cols());
+    }
+    const auto logit = static_cast<double>(logits(0, token));
+    penalised_[token] = static_cast<T>(logit > 0.0 ? logit / penalty : logit * penalty);
+  }
 }
 
 template <std::floating_point T>

@@ -94,7 +94,7 @@ class Speculation {
   }
 
   void draw(Turn<T>& turn, MatrixIn<T> logits) {
-    turn.add(sampler_.sample(logits, *turn.sampling, *turn.rng));
+    turn.draw(sampler_, logits);
     state_.tokens.push_back(turn.result.tokens.back());
     ++report_.tokens;
   }

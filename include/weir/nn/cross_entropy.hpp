@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <span>
 
 #include <weir/core/cache_state.hpp>
 #include <weir/core/error.hpp>
@@ -61,11 +63,15 @@ class CrossEntropy {
   /// \param logits   [tokens, vocab].
   /// \param targets  One per token, in [0, vocab) or `ignore_index`.
   /// \param tokens   N; 0 for the number of tokens that are not ignored.
+  /// \param mask     One byte per token, 0 for one whose target is ignored, whatever it is; if
+  ///                 empty, none is. It says what is learned (the answers, not the questions),
+  ///                 while `Pass::mask` says which tokens exist.
   /// \return         The loss; 0 if there is nothing to predict.
-  /// \throws ShapeError      unless there is one target per token.
+  /// \throws ShapeError      unless there is one target per token, and one byte if there is a mask.
   /// \throws ConfigError     if a target is out of range, or `tokens` negative.
   /// \throws NonFiniteError  if a logit is NaN or +inf, or that of a target -inf.
-  T forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens = 0) const;
+  T forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens = 0,
+            std::span<const std::uint8_t> mask = {}) const;
 
   /// Nothing is accumulated: it may be called any number of times.
   /// \param scale    What the gradient is multiplied by, such as a loss scale.
@@ -81,11 +87,20 @@ class CrossEntropy {
 };
 
 template <class T>
-T CrossEntropy<T>::forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens) const {
+T CrossEntropy<T>::forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens,
+                           std::span<const std::uint8_t> mask) const {
   cache.state.begin();
-  cache.tokens = check(logits, targets, tokens);
-  set_shape(cache.logits, logits.rows(), logits.cols());
   targets.copy_to(cache.targets);
+  if (!mask.empty() && static_cast<Index>(mask.size()) != logits.rows()) {
+    throw_error<ShapeError>("CrossEntropy::forward: mask has ", mask.size(), " entries, expected ",
+                            logits.rows(), " (one per token)");
+  }
+  const Index targeted = mask.empty() ? 0 : std::min(cache.targets.count(), logits.rows());
+  for (Index t = 0; t < targeted; ++t) {
+    if (element(mask, t) == 0) cache.targets[t] = config_.ignore_index;
+  }
+  cache.tokens = check(logits, cache.targets, tokens);
+  set_shape(cache.logits, logits.rows(), logits.cols());
   cache.log_normaliser.resize(targets.count());
   parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
