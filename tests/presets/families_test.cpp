@@ -8,6 +8,7 @@
 #include <weir/attention/grouped_query.hpp>
 #include <weir/attention/latent.hpp>
 #include <weir/core/random.hpp>
+#include <weir/core/verbs.hpp>
 #include <weir/model/block.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/moe/balance/bias_balance.hpp>
@@ -306,6 +307,21 @@ TEST_CASE("T5's descendants do not scale scores, but a tied head", "[presets]") 
   check(small(st_moe_32b()), 1.0);
   check(small(openmoe_8b()), 0.25);
   check(small(openmoe_released(openmoe_8b())), 1.0);
+}
+
+TEST_CASE("T5's descendants begin with an embedding of variance 1", "[presets]") {
+  const auto stddev = [](Decoder<T> model) {
+    for (auto& [name, parameter] : parameters(model)) {
+      if (name != "embedding.weight") continue;
+      return parameter->value.norm() / std::sqrt(static_cast<double>(parameter->value.size()));
+    }
+    return 0.0;
+  };
+  // 256 numbers: the standard error is 0.044.
+  CHECK(stddev(small(switch_base_8())) == Approx(1.0).margin(0.2));
+  CHECK(stddev(small(st_moe_32b())) == Approx(1.0).margin(0.2));
+  CHECK(stddev(small(openmoe_8b())) == Approx(1.0).margin(0.2));
+  CHECK(stddev(small(mixtral_8x7b())) == Approx(0.02).margin(0.004));
 }
 
 TEST_CASE("OpenMoE's losses are means over its sparse layers, its capacities of 4096 tokens",

@@ -128,7 +128,10 @@ const Matrix<T>& LayerNorm<T>::backward(MatrixIn<T> dy, Cache& cache) {
   set_shape(cache.dx, dy.rows(), d_model());
   const T* const g = weight_.value.data();
   sum_runs_of_rows<T>(dy.rows(), 2 * d_model(), cache.d_parameters, [&](Index t, T* sums) {
-    if (cache.padding.contains(t)) return void(cache.dx.row(t).setZero());
+    if (cache.padding.contains(t)) {
+      cache.dx.row(t).setZero();
+      return;
+    }
     const T* const d = &dy.coeffRef(t, 0);
     const T* const normal = &cache.normal(t, 0);
     const T inverse_std = cache.inverse_std(t, 0);

@@ -129,7 +129,10 @@ const Matrix<T>& RmsNorm<T>::backward(MatrixIn<T> dy, Cache& cache) {
   set_shape(cache.dx, dy.rows(), d_model());
   const T* const g = weight_.value.data();
   sum_runs_of_rows<T>(dy.rows(), d_model(), cache.d_weight, [&](Index t, T* d_weight) {
-    if (cache.padding.contains(t)) return void(cache.dx.row(t).setZero());
+    if (cache.padding.contains(t)) {
+      cache.dx.row(t).setZero();
+      return;
+    }
     const T* const d = &dy.coeffRef(t, 0);
     const T* const x = &cache.x(t, 0);
     const T r = cache.inverse_rms(t, 0);

@@ -44,6 +44,7 @@ struct Parts {
   std::function<AnyLayer<T>()> mixture;
   std::function<AnyLayer<T>(Index d_hidden)> dense;
   bool parallel = false;  ///< Whether the dense network is beside its mixture, not behind it.
+  EmbeddingConfig embedding = {};
 };
 
 /// The attention of layer `layer`.
@@ -93,7 +94,7 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
     throw_error<ConfigError>("compose: encoder_layers = ", shape.encoder_layers,
                              ", expected 0; see ModelShape::decoder_half");
   }
-  Embedding<T> embedding(shape.vocab, shape.d_model, rng);
+  Embedding<T> embedding(shape.vocab, shape.d_model, rng, parts.embedding);
   std::vector<Block<T>> layers;
   for (Index l = 0; l < shape.layers; ++l) layers.push_back(make_layer(shape, l, parts, rng));
   std::optional<Linear<T>> head;
@@ -113,8 +114,11 @@ inline GroupedQueryConfig t5_attention(Index heads, Index head_dim) {
           .fold_scale = true};
 }
 
-/// T5's head: where it is the embedding, which begins with a variance of 1, logits are divided by
-/// sqrt(d_model). (Mesh TensorFlow and Flaxformer, `logits_via_embedding`.)
+/// T5's embedding begins with a variance of 1.
+inline constexpr EmbeddingConfig kT5Embedding{.stddev = 1.0};
+
+/// T5's head: where it is the embedding, logits are divided by sqrt(d_model). (Mesh TensorFlow and
+/// Flaxformer, `logits_via_embedding`.)
 inline DecoderConfig t5_head(const ModelShape& shape) {
   DecoderConfig config;
   if (shape.tied) config.logit_multiplier = 1.0 / std::sqrt(static_cast<double>(shape.d_model));

@@ -76,6 +76,7 @@ Decoder<T> make(const OpenMoEConfig& config, Rng& rng) {
   constexpr double kInitScale = 0.1;
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng, kInitScale);
   parts.parallel = config.parallel;
+  parts.embedding = kT5Embedding;
   parts.mixture = [&] {
     LinearRouter<T> router(shape.d_model, shape.experts, rng);
     return with_experts<T>(shape, rng, kInitScale, [&](auto experts) {

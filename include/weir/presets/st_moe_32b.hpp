@@ -57,6 +57,7 @@ Decoder<T> make(const StMoEConfig& config, Rng& rng) {
   const ModelShape shape = config.shape.decoder_half();
   constexpr double kInitScale = 0.1;
   Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.embedding = kT5Embedding;
   parts.mixture = [&] {
     return MoELayer{
         LinearRouter<T>(shape.d_model, shape.experts, rng),

@@ -75,6 +75,7 @@ Decoder<T> make(const SwitchConfig& config, Rng& rng) {
   const ModelShape shape = config.shape.decoder_half();
   constexpr double kInitScale = 0.1;  // Fedus et al. 2021, section 2.4.
   Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng, kInitScale);
+  parts.embedding = kT5Embedding;
   parts.mixture = [&] {
     JitterRouter router(LinearRouter<T>(shape.d_model, shape.experts, rng),
                         {.epsilon = config.jitter});
