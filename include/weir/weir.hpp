@@ -254,14 +254,5 @@
 #include <weir/optim/warmup_linear.hpp>
 #include <weir/optim/warmup_stable_decay.hpp>
 
-#include <weir/io/atomic_file.hpp>
-#include <weir/io/checkpoint.hpp>
-#include <weir/io/dtype.hpp>
-#include <weir/io/file_error.hpp>
-#include <weir/io/mapped_file.hpp>
-#include <weir/io/safetensors.hpp>
-#include <weir/io/safetensors_writer.hpp>
-#include <weir/io/weights.hpp>
-
 #include <weir/version.hpp>
 // clang-format on

@@ -13,5 +13,5 @@ set(analysis core ops kernels nn moe attention)
 set(presets core ops kernels nn moe attention model analysis)
 set(tuning core ops kernels nn moe attention model analysis)
 set(optim core ops kernels)
-set(io core)
+set(io core)  # needs nlohmann_json; not in weir.hpp
 set(parallel core)

@@ -17,10 +17,14 @@
 #include <vector>
 
 #include <weir/core/types.hpp>
-
-#include "golden/safetensors.hpp"
+#include <weir/io/safetensors.hpp>
 
 namespace weir::golden {
+
+using io::FileError;
+using io::Safetensors;
+using io::shape_text;
+using io::Tensor;
 
 /// The file is sound, but it is a case that this program does not know.
 class UnknownCase : public std::runtime_error {

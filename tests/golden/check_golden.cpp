@@ -12,7 +12,6 @@
 #include "golden/case_file.hpp"
 #include "golden/checker.hpp"
 #include "golden/families.hpp"
-#include "golden/safetensors.hpp"
 
 namespace {
 

@@ -9,13 +9,15 @@
 #include <weir/moe/routing.hpp>
 
 #include "golden/case_file.hpp"
-#include "golden/files.hpp"
 #include "golden/moe_case.hpp"
+#include "io/files.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
 using namespace weir;
 using namespace weir::golden;
+using test::bytes_of;
+using test::file_of;
 
 namespace {
 

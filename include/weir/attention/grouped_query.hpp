@@ -94,6 +94,7 @@ class GroupedQueryAttention {
   void set_storage(Storage storage) {
     kernels::set_storage(std::array{&query_, &key_, &value_, &output_}, storage);
   }
+  Storage storage() const { return output_.storage(); }
 
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
   /// \param pass  Its sequences and its padding mask are used.

@@ -84,6 +84,7 @@ class LatentAttention {
 
   /// See `weir::set_storage`; norms stay parameters. If memory runs out, nothing has changed.
   void set_storage(Storage storage);
+  Storage storage() const { return output_.storage(); }
 
   /// \param x     [tokens, d_model], the sequences of `pass` one after the other.
   /// \param pass  Its sequences and its padding mask are used.

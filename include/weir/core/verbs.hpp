@@ -66,6 +66,15 @@ struct SetStorage final : Walk<T> {
 };
 
 template <class T>
+struct FindStored final : Walk<T> {
+  bool at_node(const Node& node) override {
+    all_trainable = all_trainable && node.is_trainable();
+    return all_trainable;
+  }
+  bool all_trainable = true;
+};
+
+template <class T>
 struct Freeze final : Walk<T> {
   Freeze(std::string_view names, bool freeze) : pattern(names), frozen(freeze) {}
   void at_parameter(std::string_view name, Parameter<T>& parameter) override {
@@ -145,6 +154,14 @@ template <class Layer>
 void set_storage(Layer& layer, Storage storage) {
   detail::SetStorage<typename Layer::Scalar> walk(storage);
   walk("", layer);
+}
+
+/// Whether all weights of `layer` are parameters: none is stored for inference.
+template <class Layer>
+bool is_trainable(Layer& layer) {
+  detail::FindStored<typename Layer::Scalar> walk;
+  walk("", layer);
+  return walk.all_trainable;
 }
 
 /// Freezes each parameter whose name matches `pattern`, in which '*' stands for any characters:

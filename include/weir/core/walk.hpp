@@ -21,6 +21,7 @@ namespace weir {
 ///     void update_self()                   acts after an optimizer's step, for itself alone
 ///     void discard_self()                  forgets what it counted since the last one
 ///     void set_storage(Storage storage)    stores its weights, and those of all its members
+///     Storage storage() const              how it stores its own weights
 class Node {
  public:
   template <class Member>
@@ -36,6 +37,7 @@ class Node {
         static_cast<Member*>(self)->set_storage(storage);
       };
     }
+    if constexpr (requires { member.storage(); }) storage_ = member.storage();
   }
 
   /// Does nothing where the type offers nothing.
@@ -54,11 +56,15 @@ class Node {
     return set_storage_ != nullptr;
   }
 
+  /// Whether the type's own weights, if it has any, are parameters.
+  bool is_trainable() const { return storage_ == Storage::kTrainable; }
+
  private:
   void* self_;
   void (*update_)(void*) = nullptr;
   void (*discard_)(void*) = nullptr;
   void (*set_storage_)(void*, Storage) = nullptr;
+  Storage storage_ = Storage::kTrainable;
 };
 
 /// Walks a tree of layers. A type hands its members over in a static `visit`, one line each:

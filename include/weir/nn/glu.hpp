@@ -111,6 +111,7 @@ class Glu {
 
   /// See `weir::set_storage`. If memory runs out, nothing has changed.
   void set_storage(Storage storage);
+  Storage storage() const { return storage_; }
 
   Index d_model() const { return packed_ ? packed_->gate_up.cols() : gate_.value.cols(); }
   Index d_hidden() const { return packed_ ? packed_->gate_up.rows() : gate_.value.rows(); }

@@ -95,6 +95,7 @@ class Linear {
 
   /// See `weir::set_storage`; the bias stays a parameter.
   void set_storage(Storage storage) { weight_.set_storage(storage); }
+  Storage storage() const { return weight_.storage(); }
 
   Index d_in() const { return weight_.cols(); }
   Index d_out() const { return weight_.rows(); }

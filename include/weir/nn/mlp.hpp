@@ -88,6 +88,7 @@ class Mlp {
 
   /// See `weir::set_storage`; biases stay parameters. If memory runs out, nothing has changed.
   void set_storage(Storage storage) { kernels::set_storage(std::array{&in_, &out_}, storage); }
+  Storage storage() const { return in_.storage(); }
 
   Index d_model() const { return in_.cols(); }
   Index d_hidden() const { return in_.rows(); }

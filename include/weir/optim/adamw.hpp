@@ -135,10 +135,19 @@ class AdamW {
     return states_.of(name, [&](std::string_view n) { return new_state(n); }).moments;
   }
 
+  /// See SavedState.
+  std::vector<SavedState<T>> saved_states();
+  SavedState<T> saved_state(std::string_view name) { return saved(name, moments(name)); }
+  AdamW without_states() const { return AdamW(config_); }
+
   /// Forgets the moments of the parameters whose names match `pattern`, so that they start anew.
   void forget(std::string_view pattern) { states_.forget(pattern); }
 
  private:
+  static SavedState<T> saved(std::string_view name, Moments<T>& m) {
+    return {std::string(name), {{"first", &m.first}, {"second", &m.second}}, &m.steps};
+  }
+
   using State = AdamWState<T>;
   using Values = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
 
@@ -195,6 +204,15 @@ AdamW<T>::AdamW(AdamWConfig config) : config_(std::move(config)) {
   expect_positive("AdamW", "epsilon", static_cast<T>(config_.epsilon));
   expect_at_least("AdamW", "weight_decay", config_.weight_decay, 0.0);
   for (const ParameterGroup& group : config_.groups) group.check("AdamW");
+}
+
+template <std::floating_point T>
+std::vector<SavedState<T>> AdamW<T>::saved_states() {
+  std::vector<SavedState<T>> all;
+  for (auto& [name, state] : states_.all()) {
+    if (state.moments.first.size() > 0) all.push_back(saved(name, state.moments));
+  }
+  return all;
 }
 
 template <std::floating_point T>

@@ -128,6 +128,11 @@ class Muon {
   /// The optimizer of the other parameters, with their moments.
   AdamW<T>& adamw() { return adamw_; }
 
+  /// See SavedState.
+  std::vector<SavedState<T>> saved_states();
+  SavedState<T> saved_state(std::string_view name);
+  Muon without_states() const { return Muon(config_); }
+
   /// Forgets what is known about the parameters whose names match `pattern`.
   void forget(std::string_view pattern) {
     states_.forget(pattern);
@@ -202,6 +207,20 @@ MuonConfig Muon<T>::checked(MuonConfig config) {
   expect_positive("Muon", "adamw_epsilon", static_cast<T>(config.adamw_epsilon));
   for (const ParameterGroup& group : config.groups) group.check("Muon");
   return config;
+}
+
+template <std::floating_point T>
+std::vector<SavedState<T>> Muon<T>::saved_states() {
+  std::vector<SavedState<T>> all = adamw_.saved_states();
+  for (const auto& [name, momentum] : momenta()) all.push_back({name, {{"momentum", momentum}}});
+  return all;
+}
+
+template <std::floating_point T>
+SavedState<T> Muon<T>::saved_state(std::string_view name) {
+  SavedState<T> state = adamw_.saved_state(name);
+  state.matrices.emplace_back("momentum", &momentum(name));
+  return state;
 }
 
 template <std::floating_point T>

@@ -7,6 +7,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include <weir/core/error.hpp>
 #include <weir/core/function_ref.hpp>
@@ -17,6 +18,22 @@
 #include <weir/core/walk.hpp>
 
 namespace weir {
+
+/// What an optimizer remembers about the parameter of that name, as checkpoints save it. Optimizers
+/// offer, for io/checkpoint.hpp,
+///
+///     std::vector<SavedState<T>> saved_states()          of all parameters, without what is empty
+///     SavedState<T> saved_state(std::string_view name)   of one, to be filled; made if need be
+///     Optimizer without_states() const                   the same settings, and nothing remembered
+///     Index steps() const,  void set_steps(Index)
+///
+/// Pointers are valid until the next call of a member.
+template <class T>
+struct SavedState {
+  std::string parameter;
+  std::vector<std::pair<std::string_view, Matrix<T>*>> matrices;  ///< Each with what it is.
+  Index* steps = nullptr;  ///< The parameter's own count of updates, where it has one.
+};
 
 /// Keeps a `State` for each parameter name, so that an optimizer holds no pointers: a model may be
 /// moved, and lose and gain parts, between steps. The states of parameters that are no longer in

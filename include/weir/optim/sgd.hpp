@@ -115,6 +115,13 @@ class Sgd {
     return states_.of(name, [&](std::string_view n) { return new_state(n); }).velocity;
   }
 
+  /// See SavedState.
+  std::vector<SavedState<T>> saved_states();
+  SavedState<T> saved_state(std::string_view name) {
+    return {std::string(name), {{"velocity", &velocity(name)}}};
+  }
+  Sgd without_states() const { return Sgd(config_); }
+
   /// Forgets the velocity of the parameters whose names match `pattern`, so that they start anew.
   void forget(std::string_view pattern) { states_.forget(pattern); }
 
@@ -157,6 +164,13 @@ Sgd<T>::Sgd(SgdConfig config) : config_(std::move(config)) {
                              ", expected momentum > 0 and dampening = 0");
   }
   for (const ParameterGroup& group : config_.groups) group.check("Sgd");
+}
+
+template <std::floating_point T>
+std::vector<SavedState<T>> Sgd<T>::saved_states() {
+  std::vector<SavedState<T>> all;
+  for (const auto& [name, velocity] : velocities()) all.push_back({name, {{"velocity", velocity}}});
+  return all;
 }
 
 template <std::floating_point T>

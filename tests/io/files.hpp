@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Golden files made by hand, for the tests of what reads them.
+/// Safetensors files made by hand, for the tests of what reads them.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include <string>
 #include <string_view>
 
-namespace weir::golden {
+namespace weir::test {
 
 /// The bytes of `values` as they stand in a file.
 template <class Stored>
@@ -25,4 +25,4 @@ inline std::string file_of(std::string_view header, const std::string& data = {}
   return bytes.append(header).append(data);
 }
 
-}  // namespace weir::golden
+}  // namespace weir::test

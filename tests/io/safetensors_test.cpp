@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: MIT
-#include "golden/safetensors.hpp"
-
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "golden/files.hpp"
+#include <weir/io/safetensors.hpp>
+
+#include "io/files.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
 using namespace weir;
-using namespace weir::golden;
+using namespace weir::io;
+using test::bytes_of;
+using test::file_of;
 
 namespace {
 
@@ -28,22 +30,22 @@ std::string complaint_about(const std::string& description) {
 
 }  // namespace
 
-TEST_CASE("Safetensors reads metadata and each type of number", "[golden][safetensors]") {
+TEST_CASE("Safetensors reads metadata and each type of number", "[io][safetensors]") {
   const Safetensors file(
       "f", file_of(R"({"__metadata__":{"case":"1"},)"
                    R"("d":{"dtype":"F64","shape":[1,2],"data_offsets":[0,16]},)"
-                   R"("f":{"dtype":"F32","shape":[],"data_offsets":[16,20]},)"
-                   R"("q":{"dtype":"I64","shape":[1],"data_offsets":[20,28]},)"
+                   R"("f":{"dtype":"F32","shape":[],"data_offsets":[24,28]},)"
+                   R"("q":{"dtype":"I64","shape":[1],"data_offsets":[16,24]},)"
                    R"("i":{"dtype":"I32","shape":[1],"data_offsets":[28,32]},)"
                    R"("s":{"dtype":"I16","shape":[1],"data_offsets":[32,34]},)"
                    R"("c":{"dtype":"I8","shape":[1],"data_offsets":[34,35]},)"
                    R"("u":{"dtype":"U8","shape":[1],"data_offsets":[35,36]},)"
                    R"("b":{"dtype":"BOOL","shape":[2],"data_offsets":[36,38]},)"
                    R"("empty":{"dtype":"F64","shape":[0,3],"data_offsets":[38,38]}})",
-                   bytes_of<double>({0.1, -2.0}) + bytes_of<float>({0.5F}) +
-                       bytes_of<std::int64_t>({-7'000'000'000}) +
-                       bytes_of<std::int32_t>({-70'000}) + bytes_of<std::int16_t>({-700}) +
-                       bytes_of<std::int8_t>({-7}) + bytes_of<std::uint8_t>({200, 0, 1})));
+                   bytes_of<double>({0.1, -2.0}) + bytes_of<std::int64_t>({-7'000'000'000}) +
+                       bytes_of<float>({0.5F}) + bytes_of<std::int32_t>({-70'000}) +
+                       bytes_of<std::int16_t>({-700}) + bytes_of<std::int8_t>({-7}) +
+                       bytes_of<std::uint8_t>({200, 0, 1})));
 
   CHECK(file.metadata().at("case") == "1");
   CHECK(file.tensors().size() == 9);
@@ -60,7 +62,7 @@ TEST_CASE("Safetensors reads metadata and each type of number", "[golden][safete
   CHECK(file.integers("b") == std::vector<std::int64_t>{0, 1});
 }
 
-TEST_CASE("Safetensors says what is missing or of another kind", "[golden][safetensors]") {
+TEST_CASE("Safetensors says what is missing or of another kind", "[io][safetensors]") {
   const Safetensors file("f", file_of(kPair, bytes_of<double>({1.0, 2.0})));
 
   CHECK(test::message_of<FileError>([&] { file.reals("b"); }) == "f: tensor 'b' is missing");
@@ -71,7 +73,7 @@ TEST_CASE("Safetensors says what is missing or of another kind", "[golden][safet
   CHECK(test::message_of<FileError>([] { Safetensors::read("."); }) == ".: is not a regular file");
 }
 
-TEST_CASE("Safetensors rejects a header that is not one", "[golden][safetensors]") {
+TEST_CASE("Safetensors rejects a header that is not one", "[io][safetensors]") {
   CHECK(complaint("") == "f: has 0 bytes, expected at least 8");
   CHECK(complaint("1234567") == "f: has 7 bytes, expected at least 8");
   CHECK(complaint(bytes_of<std::uint64_t>({3}) + "{}") ==
@@ -89,12 +91,12 @@ TEST_CASE("Safetensors rejects a header that is not one", "[golden][safetensors]
         "f: __metadata__: 'case' is not a string");
 
   const std::string deep(200'000, '[');
-  CHECK(complaint(file_of(R"({"a":)" + deep)).starts_with("f: the header is not valid JSON: "));
+  CHECK(complaint(file_of(R"({"a":)" + deep)) == "f: the header is nested too deeply");
   CHECK(complaint(file_of(R"({"a":)" + deep + std::string(deep.size(), ']') + "}")) ==
-        "f: tensor 'a': is not described by a JSON object");
+        "f: the header is nested too deeply");
 }
 
-TEST_CASE("Safetensors rejects a tensor that is not described as one", "[golden][safetensors]") {
+TEST_CASE("Safetensors rejects a tensor that is not described as one", "[io][safetensors]") {
   CHECK(complaint_about("1") == "f: tensor 'a': is not described by a JSON object");
   CHECK(complaint_about(R"({"shape":[2],"data_offsets":[0,16]})") == "f: tensor 'a': has no dtype");
   CHECK(complaint_about(R"({"dtype":"F64","data_offsets":[0,16]})") ==
@@ -120,7 +122,7 @@ TEST_CASE("Safetensors rejects a tensor that is not described as one", "[golden]
   }
 }
 
-TEST_CASE("Safetensors rejects data that are not there", "[golden][safetensors]") {
+TEST_CASE("Safetensors rejects data that are not there", "[io][safetensors]") {
   const auto about = [](const std::string& shape, const std::string& offsets) {
     return complaint_about(R"({"dtype":"F64","shape":)" + shape + R"(,"data_offsets":)" + offsets +
                            "}");
@@ -150,18 +152,21 @@ TEST_CASE("Safetensors rejects data that are not there", "[golden][safetensors]"
 }
 
 TEST_CASE("Safetensors rejects tensors that share bytes, a name, or leave gaps",
-          "[golden][safetensors]") {
+          "[io][safetensors]") {
   const auto two = [](const std::string& second) {
     return complaint(
         file_of(R"({"a":{"dtype":"F64","shape":[1],"data_offsets":[0,8]},)" + second + "}",
                 std::string(24, '\0')));
   };
   CHECK(two(R"("b":{"dtype":"F64","shape":[2],"data_offsets":[4,20]})") ==
+        "f: tensor 'b': data_offsets [4,20] do not begin at a multiple of 8 bytes");
+  CHECK(two(R"("b":{"dtype":"F32","shape":[4],"data_offsets":[4,20]})") ==
         "f: tensor 'b' overlaps another one");
   CHECK(two(R"("b":{"dtype":"F64","shape":[3],"data_offsets":[0,24]})") ==
         "f: tensor 'b' overlaps another one");
   CHECK(two(R"("b":{"dtype":"F64","shape":[1],"data_offsets":[16,24]})") ==
         "f: a gap lies before the data of tensor 'b'");
+  CHECK(complaint(file_of(R"({"a\u0000b":1})")) == "f: a tensor's name has a NUL in it");
   CHECK(two(R"("a":{"dtype":"F64","shape":[2],"data_offsets":[8,24]})") ==
         "f: tensor 'a' is there twice");
 }

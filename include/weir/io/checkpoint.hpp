@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Saves a training run and resumes it, bit for bit.
+#pragma once
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fcntl.h>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <set>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+#include <weir/io/atomic_file.hpp>
+#include <weir/io/file_error.hpp>
+#include <weir/io/mapped_file.hpp>
+#include <weir/io/safetensors.hpp>
+#include <weir/io/safetensors_writer.hpp>
+#include <weir/io/weights.hpp>
+
+namespace weir::io {
+
+/// What a training run knows beside its model and its optimizer.
+struct TrainingState {
+  Rng rng;                                   ///< The generator of the passes.
+  Index position = 0;                        ///< How far the run has read its data, as it counts.
+  std::map<std::string, std::string> notes;  ///< Anything else, in UTF-8.
+};
+
+/// Settings of `save`.
+struct SaveConfig {
+  Index keep = 3;  ///< How many checkpoints stay; older ones are removed. 0: all.
+};
+
+namespace detail {
+
+inline constexpr int kCheckpointVersion = 1;
+inline constexpr std::size_t kMostState = std::size_t{16} << 20U;
+
+inline std::string checkpoint_name(Index step) {
+  std::string digits = std::to_string(step);
+  digits.insert(0, digits.size() < 9 ? 9 - digits.size() : 0, '0');
+  return "step-" + digits;
+}
+
+/// The complete checkpoints in `dir`, oldest first.
+inline std::vector<std::pair<Index, std::filesystem::path>> checkpoints_in(
+    const std::filesystem::path& dir) {
+  std::vector<std::pair<Index, std::filesystem::path>> found;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(dir, error)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with("step-") || name.size() > 5 + 18) continue;
+    const std::string digits = name.substr(5);
+    if (digits.empty() || digits.find_first_not_of("0123456789") != std::string::npos) continue;
+    if (!std::filesystem::is_regular_file(entry.path() / "state.json", error)) continue;
+    found.emplace_back(static_cast<Index>(std::stoll(digits)), entry.path());
+  }
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+/// Removes a checkpoint so that it is none from the first moment on.
+inline void remove_checkpoint(const std::filesystem::path& checkpoint) {
+  std::error_code ignored;  // What cannot be removed stays, and does no harm.
+  std::filesystem::remove(checkpoint / "state.json", ignored);
+  std::filesystem::remove_all(checkpoint, ignored);
+}
+
+/// Gives the folder `from` the name `to`, and what had that name before the name `from`.
+inline void exchange_folders(const std::filesystem::path& from, const std::filesystem::path& to) {
+  const unsigned int flags = std::filesystem::exists(to) ? RENAME_EXCHANGE : 0;
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), flags) != 0) {
+    throw_error<FileError>(to.string(), ": cannot be named: ", std::strerror(errno));
+  }
+}
+
+/// A checked view of state.json.
+class StateFile {
+ public:
+  explicit StateFile(const std::filesystem::path& path) : path_(path.string()) {
+    const MappedFile file(path_);
+    if (file.bytes().size() > kMostState) {
+      throw_error<FileError>(path_, ": has ", file.bytes().size(), " bytes, expected at most ",
+                             kMostState);
+    }
+    const auto* const text = reinterpret_cast<const char*>(file.bytes().data());
+    try {
+      json_ = nlohmann::json::parse(text, text + file.bytes().size());
+    } catch (const nlohmann::json::exception& error) {
+      throw_error<FileError>(path_, ": is not valid JSON: ", error.what());
+    }
+    const Index version = number("version");
+    if (version > kCheckpointVersion) {
+      throw_error<FileError>(path_, ": has version ", version, ", expected at most ",
+                             kCheckpointVersion, ": it is from a newer weir");
+    }
+  }
+
+  Index number(const char* key) const { return number(json_, key); }
+  std::uint64_t bits(const char* key) const {
+    const auto& value = at(json_, key);
+    if (!value.is_number_unsigned()) bad(key, "a number >= 0");
+    return value.get<std::uint64_t>();
+  }
+  std::map<std::string, std::string> texts(const char* key) const {
+    std::map<std::string, std::string> all;
+    for (const auto& [name, value] : object(key).items()) {
+      if (!value.is_string()) bad(key, "an object of strings");
+      all[name] = value.get<std::string>();
+    }
+    return all;
+  }
+  std::map<std::string, Index> numbers(const char* key) const {
+    std::map<std::string, Index> all;
+    for (const auto& [name, value] : object(key).items()) all[name] = number(object(key), name);
+    return all;
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  using Json = nlohmann::json;
+
+  [[noreturn]] void bad(const std::string& key, const char* expected) const {
+    throw_error<FileError>(path_, ": '", key, "' is not ", expected);
+  }
+  const Json& at(const Json& in, const std::string& key) const {
+    if (!in.is_object() || !in.contains(key)) throw_error<FileError>(path_, ": has no '", key, "'");
+    return in.at(key);
+  }
+  Index number(const Json& in, const std::string& key) const {
+    const Json& value = at(in, key);
+    if (!value.is_number_unsigned() || value.get<std::uint64_t>() > INT64_MAX) {
+      bad(key, "a number >= 0");
+    }
+    return value.get<Index>();
+  }
+  const Json& object(const char* key) const {
+    const Json& value = at(json_, key);
+    if (!value.is_object()) bad(key, "an object");
+    return value;
+  }
+
+  std::string path_;
+  Json json_;
+};
+
+}  // namespace detail
+
+/// Saves a run after a step, so that `load` continues it bit for bit: the parameters and buffers of
+/// `model` (balancing rules keep what moves in buffers), what `optimizer` remembers, and `state`.
+/// The checkpoint is the folder `dir`/step-N, N being the optimizer's steps:
+///
+///     model.safetensors  optimizer.safetensors  state.json
+///
+/// It gets its name once it is whole and on the disk. Whatever happens meanwhile, the checkpoints
+/// that were there before stay; only then are all but the last `config.keep` removed.
+/// \return              The path of the checkpoint.
+/// \throws StateError   if weights are stored for inference.
+/// \throws ConfigError  if two tensors have the same name, or keep < 0.
+/// \throws FileError    if a file cannot be written.
+template <class Model, class Optimizer>
+std::filesystem::path save(const std::filesystem::path& dir, Model& model, Optimizer& optimizer,
+                           const TrainingState& state, const SaveConfig& config = {}) {
+  using T = typename Model::Scalar;
+  expect_at_least<Index>("save", "keep", config.keep, 0);
+  std::set<std::string> names;
+  for (const auto& [name, matrix] : tensors_of("save", model)) names.insert(name);
+  std::error_code error;
+  std::filesystem::create_directories(dir, error);
+  if (error) throw_error<FileError>(dir.string(), ": cannot be created: ", error.message());
+  const std::filesystem::path path = dir / detail::checkpoint_name(optimizer.steps());
+  const std::filesystem::path partial = path.string() + ".partial";
+  detail::remove_checkpoint(partial);  // Of a run that ended while saving.
+  if (!std::filesystem::create_directory(partial, error)) {
+    throw_error<FileError>(partial.string(), ": cannot be created: ", error.message());
+  }
+
+  save_weights(partial / "model.safetensors", model);
+  std::vector<NamedMatrix<T>> memory;
+  nlohmann::json steps = nlohmann::json::object();
+  for (const auto& saved : optimizer.saved_states()) {
+    if (!names.contains(saved.parameter)) continue;  // Of a part that the model has lost.
+    for (const auto& [what, matrix] : saved.matrices) {
+      memory.push_back({saved.parameter + "." + std::string(what), matrix});
+    }
+    if (saved.steps != nullptr) steps[saved.parameter] = *saved.steps;
+  }
+  write_safetensors<T>(partial / "optimizer.safetensors", memory);
+  const nlohmann::json json = {{"version", detail::kCheckpointVersion},
+                               {"steps", optimizer.steps()},
+                               {"parameter_steps", std::move(steps)},
+                               {"rng_stream", state.rng.stream()},
+                               {"rng_position", state.rng.position()},
+                               {"position", state.position},
+                               {"notes", state.notes}};
+  AtomicFile file(partial / "state.json");
+  try {
+    file.write(json.dump(2));
+  } catch (const nlohmann::json::exception& fault) {
+    throw_error<ConfigError>("save: a note is not UTF-8: ", fault.what());
+  }
+  file.commit();
+  detail::exchange_folders(partial, path);
+  sync_folder(dir);
+  detail::remove_checkpoint(partial);
+
+  const auto all = detail::checkpoints_in(dir);
+  for (std::size_t i = 0; config.keep > 0 && i + static_cast<std::size_t>(config.keep) < all.size();
+       ++i) {
+    if (all[i].second != path) detail::remove_checkpoint(all[i].second);
+  }
+  return path;
+}
+
+/// The newest complete checkpoint in `dir`; nothing if there is none.
+inline std::optional<std::filesystem::path> latest_checkpoint(const std::filesystem::path& dir) {
+  const auto all = detail::checkpoints_in(dir);
+  if (all.empty()) return std::nullopt;
+  return all.back().second;
+}
+
+/// Loads a checkpoint of `save` into a model of the same shape and an optimizer of the same kind.
+/// \param path          A folder with checkpoints, of which the newest is taken, or one of those.
+/// \return              What the run knew beside them.
+/// \throws FileError    if there is no checkpoint, it is broken or of a newer version, or a tensor
+///                      is missing, unknown or of another shape. Nothing has changed then.
+/// \throws StateError   if weights are stored for inference.
+template <class Model, class Optimizer>
+TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimizer) {
+  using T = typename Model::Scalar;
+  const auto into = tensors_of("load", model);
+  if (!std::filesystem::exists(path / "state.json")) {
+    const auto latest = latest_checkpoint(path);
+    if (!latest) throw_error<FileError>(path.string(), ": there is no checkpoint");
+    path = *latest;
+  }
+  const detail::StateFile json(path / "state.json");
+  TrainingState state{.rng = Rng::restore(json.bits("rng_stream"), json.bits("rng_position")),
+                      .position = json.number("position"),
+                      .notes = json.texts("notes")};
+  const Index steps = json.number("steps");
+  const std::map<std::string, Index> parameter_steps = json.numbers("parameter_steps");
+  const Safetensors weights = Safetensors::read((path / "model.safetensors").string());
+  detail::expect_same_tensors<T>(weights, into);
+  const Safetensors memory = Safetensors::read((path / "optimizer.safetensors").string());
+
+  // All that can fail comes before anything changes: an optimizer is filled and then exchanged.
+  Optimizer loaded = optimizer.without_states();
+  for (const auto& [name, tensor] : memory.tensors()) {
+    const std::size_t dot = name.rfind('.');
+    const std::string parameter = name.substr(0, dot);
+    const std::string what = dot == std::string::npos ? "" : name.substr(dot + 1);
+    Matrix<T>* matrix = nullptr;
+    if (weights.has(parameter)) {
+      for (const auto& [known, values] : loaded.saved_state(parameter).matrices) {
+        if (known == what) matrix = values;
+      }
+    }
+    if (matrix == nullptr) {
+      throw_error<FileError>(memory.path(), ": '", name, "' is not known to the optimizer");
+    }
+    if (tensor.shape.size() != 2 || !is_real(tensor.dtype)) {
+      throw_error<FileError>(memory.path(), ": '", name, "' is ", name_of(tensor.dtype), " ",
+                             shape_text(tensor.shape), ", expected a matrix of real numbers");
+    }
+    matrix->resize(tensor.shape[0], tensor.shape[1]);
+    convert(tensor.dtype, tensor.bytes.data(), matrix->size(), matrix->data());
+  }
+  for (const auto& [name, count] : parameter_steps) {
+    if (!weights.has(name)) {
+      throw_error<FileError>(json.path(), ": 'parameter_steps' names '", name,
+                             "', which is not in the model");
+    }
+    if (Index* const of_parameter = loaded.saved_state(name).steps; of_parameter != nullptr) {
+      *of_parameter = count;
+    }
+  }
+  loaded.set_steps(steps);
+  optimizer = std::move(loaded);
+  detail::copy_tensors<T>(weights, into);
+  return state;
+}
+
+}  // namespace weir::io

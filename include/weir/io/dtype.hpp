@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The kinds of numbers that files hold, and their conversion.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string_view>
+
+#include <weir/core/types.hpp>
+
+namespace weir::io {
+
+/// The kinds of numbers of the safetensors format that weir reads.
+enum class Dtype { kF64, kF32, kF16, kBF16, kF8E4M3, kF8E5M2, kI64, kI32, kI16, kI8, kU8, kBool };
+
+namespace detail {
+
+struct DtypeInfo {
+  std::string_view name;
+  std::size_t width;  // Bytes of a number.
+  bool is_real;
+};
+
+inline constexpr std::array<DtypeInfo, 12> kDtypes = {{{"F64", 8, true},
+                                                       {"F32", 4, true},
+                                                       {"F16", 2, true},
+                                                       {"BF16", 2, true},
+                                                       {"F8_E4M3", 1, true},
+                                                       {"F8_E5M2", 1, true},
+                                                       {"I64", 8, false},
+                                                       {"I32", 4, false},
+                                                       {"I16", 2, false},
+                                                       {"I8", 1, false},
+                                                       {"U8", 1, false},
+                                                       {"BOOL", 1, false}}};
+
+inline constexpr const DtypeInfo& info(Dtype dtype) {
+  return kDtypes[static_cast<std::size_t>(dtype)];
+}
+
+}  // namespace detail
+
+/// The name that safetensors files use, such as "BF16".
+constexpr std::string_view name_of(Dtype dtype) {
+  return detail::info(dtype).name;
+}
+
+/// Bytes of one number.
+constexpr std::size_t width_of(Dtype dtype) {
+  return detail::info(dtype).width;
+}
+
+/// Whether it is one of the floating-point kinds.
+constexpr bool is_real(Dtype dtype) {
+  return detail::info(dtype).is_real;
+}
+
+/// The kind of that name; nothing if there is none.
+inline std::optional<Dtype> dtype_named(std::string_view name) {
+  for (std::size_t i = 0; i < detail::kDtypes.size(); ++i) {
+    if (detail::kDtypes[i].name == name) return static_cast<Dtype>(i);
+  }
+  return std::nullopt;
+}
+
+/// The kind that holds a `T` exactly.
+template <class T>
+constexpr Dtype dtype_of() {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
+  return std::is_same_v<T, double> ? Dtype::kF64 : Dtype::kF32;
+}
+
+/// The value of eight bits with `mantissa` bits of significand: E4M3 (3), which has no infinity and
+/// one NaN, or E5M2 (2), which has both as IEEE numbers do.
+/// (Micikevicius et al. 2022, arXiv:2209.05433, table 1.)
+inline float float8_value(std::uint8_t bits, int mantissa) {
+  const int exponent_bits = 7 - mantissa;
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = (bits & 0x7F) >> mantissa;
+  const int fraction = bits & ((1 << mantissa) - 1);
+  const bool is_ieee = mantissa == 2;
+  float value = 0.0F;
+  if (is_ieee && exponent == (1 << exponent_bits) - 1) {
+    value = fraction == 0 ? std::numeric_limits<float>::infinity()
+                          : std::numeric_limits<float>::quiet_NaN();
+  } else if (!is_ieee && (bits & 0x7F) == 0x7F) {
+    value = std::numeric_limits<float>::quiet_NaN();
+  } else if (exponent == 0) {
+    value = std::ldexp(static_cast<float>(fraction), 1 - bias - mantissa);
+  } else {
+    value = std::ldexp(static_cast<float>(fraction + (1 << mantissa)), exponent - bias - mantissa);
+  }
+  return (bits & 0x80) != 0 ? -value : value;
+}
+
+namespace detail {
+
+template <class Stored, class T>
+void convert_as(const std::byte* from, Index count, T* to) {
+  if constexpr (std::is_same_v<Stored, T>) {
+    if (count > 0) std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(T));
+  } else {
+    for (Index i = 0; i < count; ++i) {
+      Stored stored;
+      std::memcpy(static_cast<void*>(&stored), from + static_cast<std::size_t>(i) * sizeof stored,
+                  sizeof stored);
+      to[i] = static_cast<T>(stored);
+    }
+  }
+}
+
+template <class T>
+void convert_float8(const std::byte* from, Index count, int mantissa, T* to) {
+  std::array<float, 256> values{};
+  for (int bits = 0; bits < 256; ++bits) {
+    values[static_cast<std::size_t>(bits)] =
+        float8_value(static_cast<std::uint8_t>(bits), mantissa);
+  }
+  for (Index i = 0; i < count; ++i) {
+    to[i] = static_cast<T>(values[std::to_integer<std::size_t>(from[i])]);
+  }
+}
+
+}  // namespace detail
+
+/// Converts `count` numbers from the bytes of a file, which need not be aligned. Numbers that T
+/// cannot hold are rounded to the nearest.
+/// \tparam T  float, double or std::int64_t.
+template <class T>
+void convert(Dtype dtype, const std::byte* from, Index count, T* to) {
+  static_assert(std::endian::native == std::endian::little, "files are little-endian");
+  switch (dtype) {
+    case Dtype::kF64:
+      return detail::convert_as<double>(from, count, to);
+    case Dtype::kF32:
+      return detail::convert_as<float>(from, count, to);
+    case Dtype::kF16:
+      return detail::convert_as<Eigen::half>(from, count, to);
+    case Dtype::kBF16:
+      return detail::convert_as<Eigen::bfloat16>(from, count, to);
+    case Dtype::kF8E4M3:
+      return detail::convert_float8(from, count, 3, to);
+    case Dtype::kF8E5M2:
+      return detail::convert_float8(from, count, 2, to);
+    case Dtype::kI64:
+      return detail::convert_as<std::int64_t>(from, count, to);
+    case Dtype::kI32:
+      return detail::convert_as<std::int32_t>(from, count, to);
+    case Dtype::kI16:
+      return detail::convert_as<std::int16_t>(from, count, to);
+    case Dtype::kI8:
+      return detail::convert_as<std::int8_t>(from, count, to);
+    case Dtype::kU8:
+    case Dtype::kBool:
+      return detail::convert_as<std::uint8_t>(from, count, to);
+  }
+}
+
+/// Whether `store` writes numbers of this kind.
+constexpr bool is_storable(Dtype dtype) {
+  return dtype == Dtype::kF64 || dtype == Dtype::kF32 || dtype == Dtype::kF16 ||
+         dtype == Dtype::kBF16;
+}
+
+/// The opposite of `convert`, for the kinds that `is_storable`; others are left out. Numbers are
+/// rounded to the nearest, ties to even.
+template <class T>
+void store(Dtype dtype, const T* from, Index count, std::byte* to) {
+  const auto each = [&](auto kind) {
+    using Stored = decltype(kind);
+    for (Index i = 0; i < count; ++i) {
+      const auto stored = static_cast<Stored>(from[i]);
+      std::memcpy(to + static_cast<std::size_t>(i) * sizeof stored, &stored, sizeof stored);
+    }
+  };
+  switch (dtype) {
+    case Dtype::kF64:
+      return each(double());
+    case Dtype::kF32:
+      return each(float());
+    case Dtype::kF16:
+      return each(Eigen::half());
+    case Dtype::kBF16:
+      return each(Eigen::bfloat16());
+    default:
+      return;
+  }
+}
+
+}  // namespace weir::io

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Saves and loads the weights of any layer or model: its parameters and buffers.
+#pragma once
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/types.hpp>
+#include <weir/core/verbs.hpp>
+#include <weir/io/dtype.hpp>
+#include <weir/io/file_error.hpp>
+#include <weir/io/safetensors.hpp>
+#include <weir/io/safetensors_writer.hpp>
+
+namespace weir::io {
+
+/// The parameters and buffers of `model` under their names, in its order.
+/// \throws StateError   if a part of the model stores its weights for inference: they would be
+///                      missing.
+/// \throws ConfigError  if two have the same name.
+template <class Model>
+std::vector<std::pair<std::string, Matrix<typename Model::Scalar>*>> tensors_of(
+    std::string_view who, Model& model) {
+  if (!is_trainable(model)) {
+    throw_error<StateError>(who,
+                            ": weights are stored for inference, expected "
+                            "set_storage(model, Storage::kTrainable) before");
+  }
+  std::vector<std::pair<std::string, Matrix<typename Model::Scalar>*>> all;
+  for (const auto& [name, parameter] : parameters(model)) all.emplace_back(name, &parameter->value);
+  for (const auto& [name, buffer] : buffers(model)) all.emplace_back(name, &buffer->value);
+  auto names = all;
+  std::sort(names.begin(), names.end());
+  const auto twice = std::adjacent_find(
+      names.begin(), names.end(), [](const auto& a, const auto& b) { return a.first == b.first; });
+  if (twice != names.end()) {
+    throw_error<ConfigError>(who, ": two tensors are named ", twice->first,
+                             ", expected different names");
+  }
+  return all;
+}
+
+namespace detail {
+
+/// \throws FileError  unless `file` has exactly the tensors of those names and shapes, each of a
+///                    floating-point kind. The message names up to five that differ.
+template <class T>
+void expect_same_tensors(const Safetensors& file,
+                         const std::vector<std::pair<std::string, Matrix<T>*>>& wanted) {
+  std::vector<std::string> faults;
+  std::map<std::string_view, bool> known;
+  for (const auto& [name, matrix] : wanted) {
+    known[name] = true;
+    const auto found = file.tensors().find(name);
+    if (found == file.tensors().end()) {
+      faults.push_back("'" + name + "' is missing");
+      continue;
+    }
+    const Tensor& tensor = found->second;
+    const std::vector<Index> shape = {matrix->rows(), matrix->cols()};
+    const bool is_row = matrix->rows() == 1 && tensor.shape == std::vector<Index>{matrix->cols()};
+    if (tensor.shape != shape && !is_row) {
+      faults.push_back("'" + name + "' is " + shape_text(tensor.shape) + ", expected " +
+                       shape_text(shape));
+    } else if (!is_real(tensor.dtype)) {
+      faults.push_back("'" + name + "' is " + std::string(name_of(tensor.dtype)) +
+                       ", expected a floating-point kind");
+    }
+  }
+  for (const auto& [name, tensor] : file.tensors()) {
+    if (!known.contains(name)) faults.push_back("'" + name + "' is not in the model");
+  }
+  if (faults.empty()) return;
+  constexpr std::size_t kMostNamed = 5;
+  std::string text;
+  for (std::size_t i = 0; i < std::min(faults.size(), kMostNamed); ++i) {
+    text += (i > 0 ? "; " : "") + faults[i];
+  }
+  if (faults.size() > kMostNamed) {
+    text += "; and " + std::to_string(faults.size() - kMostNamed) + " more";
+  }
+  throw_error<FileError>(file.path(), ": ", text);
+}
+
+template <class T>
+void copy_tensors(const Safetensors& file,
+                  const std::vector<std::pair<std::string, Matrix<T>*>>& into) {
+  for (const auto& [name, matrix] : into) {
+    const Tensor& tensor = file.tensor(name);
+    convert(tensor.dtype, tensor.bytes.data(), matrix->size(), matrix->data());
+  }
+}
+
+}  // namespace detail
+
+/// Writes the parameters and buffers of `model` to the safetensors file `path`, which appears once
+/// it is whole.
+/// \param dtype         How numbers are stored; by default exactly.
+/// \throws StateError   if weights are stored for inference.
+/// \throws ConfigError  if two tensors have the same name, or unless `is_storable(dtype)`.
+/// \throws FileError    if the file cannot be written.
+template <class Model>
+void save_weights(const std::filesystem::path& path, Model& model,
+                  Dtype dtype = dtype_of<typename Model::Scalar>()) {
+  using T = typename Model::Scalar;
+  std::vector<NamedMatrix<T>> matrices;
+  for (const auto& [name, matrix] : tensors_of("save_weights", model)) {
+    matrices.push_back({name, matrix});
+  }
+  write_safetensors<T>(path, matrices, dtype, {{"format", "weir"}});
+}
+
+/// Reads what `save_weights` wrote into a model of the same shape.
+/// \throws FileError    if the file is broken, or a tensor is missing, unknown or of another shape.
+///                      The model is as before then.
+/// \throws StateError   if weights are stored for inference.
+template <class Model>
+void load_weights(const std::filesystem::path& path, Model& model) {
+  const auto into = tensors_of("load_weights", model);
+  const Safetensors file = Safetensors::read(path.string());
+  detail::expect_same_tensors<typename Model::Scalar>(file, into);
+  detail::copy_tensors<typename Model::Scalar>(file, into);
+}
+
+}  // namespace weir::io

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MIT
+#include <csignal>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <string>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <vector>
+
+#include <weir/attention/grouped_query.hpp>
+#include <weir/io/checkpoint.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/relu_l1_loss.hpp>
+#include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/capacity/dropless.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/moe_layer.hpp>
+#include <weir/moe/router/jitter_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/nn/cross_entropy.hpp>
+#include <weir/nn/rms_norm.hpp>
+#include <weir/optim/adamw.hpp>
+#include <weir/optim/clip.hpp>
+#include <weir/optim/muon.hpp>
+#include <weir/optim/sgd.hpp>
+
+#include "io/folder.hpp"
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+using namespace weir;
+namespace fs = std::filesystem;
+
+namespace {
+
+using Ids = std::vector<Index>;
+
+Decoder<float> make_decoder(std::uint64_t seed, Index experts = 4) {
+  Rng rng(seed);
+  const RmsNorm<float> norm(8);
+  std::vector<Block<float>> layers;
+  layers.push_back(pre_norm_block<float>(
+      norm, GroupedQueryAttention<float>(rng, {.d_model = 8, .heads = 2, .kv_heads = 1}), norm,
+      MoELayer(JitterRouter(LinearRouter<float>(8, experts, rng, {.init_scale = 1.0})),
+               SigmoidTopK<float>(experts, {.k = 2}), Dropless(),
+               GluBank<float>(8, experts, 6, rng), SwitchLoss<float>({.coefficient = 0.1}),
+               BiasBalance<float>({.rate = 0.01})),
+      "moe"));
+  return {Embedding<float>(11, 8, rng, {.stddev = 0.5}), std::move(layers), norm,
+          Linear<float>(8, 11, rng)};
+}
+
+/// One step of training; returns the loss.
+template <class Optimizer>
+float train(Decoder<float>& model, Optimizer& optimizer, io::TrainingState& state) {
+  Ids ids;
+  Ids targets;
+  for (Index t = 0; t < 12; ++t) {
+    ids.push_back((state.position + t * t) % 11);
+    targets.push_back((state.position + t * 3) % 11);
+  }
+  ++state.position;
+  Decoder<float>::Cache cache;
+  CrossEntropy<float>::Cache loss_cache;
+  const CrossEntropy<float> loss;
+  const auto& logits = model.forward(ids, {.training = true, .rng = &state.rng}, cache);
+  const float value = loss.forward(logits, targets, loss_cache);
+  model.backward(loss.backward(loss_cache), cache);
+  optimizer.step(model);
+  return value;
+}
+
+template <class Optimizer>
+void check_resumes(const Optimizer& fresh) {
+  const test::Folder folder;
+  Decoder<float> model = make_decoder(1);
+  Optimizer optimizer = fresh;
+  io::TrainingState state{.rng = Rng(5), .notes = {{"text", "wörter"}}};
+  for (int step = 0; step < 3; ++step) train(model, optimizer, state);
+  const fs::path saved = io::save(folder.path(), model, optimizer, state);
+  CHECK(saved.filename() == "step-000000003");
+
+  Decoder<float> resumed = make_decoder(2);
+  Optimizer resumed_optimizer = fresh;
+  io::TrainingState resumed_state = io::load(folder.path(), resumed, resumed_optimizer);
+  CHECK(resumed_optimizer.steps() == 3);
+  CHECK(resumed_state.position == 3);
+  CHECK(resumed_state.notes.at("text") == "wörter");
+  for (int step = 0; step < 4; ++step) {
+    CHECK(train(model, optimizer, state) == train(resumed, resumed_optimizer, resumed_state));
+  }
+  const auto expected = parameters(model);
+  const auto actual = parameters(resumed);
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    INFO(expected[i].name);
+    CHECK(actual[i].parameter->value == expected[i].parameter->value);
+  }
+  CHECK(buffers(resumed)[0].buffer->value == buffers(model)[0].buffer->value);
+}
+
+std::string complaint_of_loading(const fs::path& path, Decoder<float>& model) {
+  AdamW<float> optimizer;
+  return test::message_of<io::FileError>([&] { io::load(path, model, optimizer); });
+}
+
+void overwrite(const fs::path& path, const std::string& text) {
+  std::ofstream(path, std::ios::binary) << text;
+}
+
+std::string content(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+}  // namespace
+
+TEST_CASE("A resumed run is the uninterrupted one, bit for bit", "[io][checkpoint]") {
+  check_resumes(AdamW<float>({.learning_rate = 0.01}));
+  check_resumes(Sgd<float>({.learning_rate = 0.1, .momentum = 0.9}));
+  check_resumes(Muon<float>({.learning_rate = 0.01}));
+}
+
+TEST_CASE("Weights are saved and loaded by themselves", "[io][weights]") {
+  const test::Folder folder;
+  const fs::path path = folder.path() / "weights.safetensors";
+  Decoder<float> model = make_decoder(1);
+  io::save_weights(path, model);
+  Decoder<float> other = make_decoder(2);
+  io::load_weights(path, other);
+  const Ids ids = {1, 5, 3};
+  CHECK(infer(other, ids) == infer(model, ids));
+
+  io::save_weights(path, model, io::Dtype::kBF16);
+  io::load_weights(path, other);
+  const double error = test::relative_error(infer(other, ids), infer(model, ids));
+  CHECK(error > 1e-5);
+  CHECK(error < 3e-2);
+  set_storage(other, Storage::kPacked);
+  CHECK(test::message_of<StateError>([&] { io::save_weights(path, other); }) ==
+        "save_weights: weights are stored for inference, expected set_storage(model, "
+        "Storage::kTrainable) before");
+  CHECK_THROWS_AS(io::load_weights(path, other), StateError);
+}
+
+TEST_CASE("The last checkpoints are kept", "[io][checkpoint]") {
+  const test::Folder folder;
+  Decoder<float> model = make_decoder(1);
+  AdamW<float> optimizer;
+  io::TrainingState state{.rng = Rng(5)};
+  CHECK_FALSE(io::latest_checkpoint(folder.path() / "none"));
+  for (int step = 0; step < 5; ++step) {
+    train(model, optimizer, state);
+    io::save(folder.path(), model, optimizer, state, {.keep = 2});
+  }
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(folder.path())) {
+    names.push_back(entry.path().filename().string());
+  }
+  std::sort(names.begin(), names.end());
+  CHECK(names == std::vector<std::string>{"step-000000004", "step-000000005"});
+  // Saved again, it is replaced.
+  state.position = 77;
+  io::save(folder.path(), model, optimizer, state, {.keep = 0});
+  CHECK(io::load(folder.path(), model, optimizer).position == 77);
+  CHECK(*io::latest_checkpoint(folder.path()) == folder.path() / "step-000000005");
+  CHECK(io::load(folder.path() / "step-000000004", model, optimizer).position == 4);
+}
+
+TEST_CASE("A checkpoint of another model changes nothing", "[io][checkpoint]") {
+  const test::Folder folder;
+  Decoder<float> model = make_decoder(1);
+  AdamW<float> optimizer;
+  io::TrainingState state{.rng = Rng(5)};
+  train(model, optimizer, state);
+  const fs::path saved = io::save(folder.path(), model, optimizer, state);
+
+  Decoder<float> other = make_decoder(2, 6);
+  const Ids ids = {1, 5, 3};
+  const Matrix<float> before = infer(other, ids);
+  const std::string fault = complaint_of_loading(folder.path(), other);
+  CHECK(fault.find("'layers.0.moe.router.weight' is [4, 8], expected [6, 8]") != std::string::npos);
+  CHECK(fault.find("'layers.0.moe.experts.4.gate' is missing") != std::string::npos);
+  CHECK(fault.find("more") != std::string::npos);
+  CHECK(infer(other, ids) == before);
+
+  const auto broken = [&](const char* name, const std::string& text) {
+    const std::string whole = content(saved / name);
+    overwrite(saved / name, text);
+    Decoder<float> fresh = make_decoder(3);
+    const Matrix<float> untouched = infer(fresh, ids);
+    const std::string complaint = complaint_of_loading(saved, fresh);
+    CHECK(infer(fresh, ids) == untouched);
+    overwrite(saved / name, whole);
+    return complaint.substr(complaint.find(name) + std::string(name).size());
+  };
+  CHECK(broken("state.json", "{}") == ": has no 'version'");
+  CHECK(broken("state.json", R"({"version":2})") ==
+        ": has version 2, expected at most 1: it is from a newer weir");
+  CHECK(broken("state.json", R"({"version":-1})") == ": 'version' is not a number >= 0");
+  CHECK(broken("state.json", "[").starts_with(": is not valid JSON: "));
+  CHECK(broken("model.safetensors", "") == ": has 0 bytes, expected at least 8");
+  const std::string optimizer_file = content(saved / "optimizer.safetensors");
+  CHECK(broken("optimizer.safetensors", optimizer_file.substr(0, optimizer_file.size() - 1))
+            .find("do not lie within") != std::string::npos);
+  CHECK(complaint_of_loading(folder.path() / "none", model)
+            .ends_with("none: there is no checkpoint"));
+}
+
+TEST_CASE("Saving may be killed at any moment", "[io][checkpoint]") {
+  const test::Folder folder;
+  Decoder<float> model = make_decoder(1);
+  AdamW<float> optimizer;
+  io::TrainingState state{.rng = Rng(5)};
+  train(model, optimizer, state);
+  io::save(folder.path(), model, optimizer, state);
+  for (unsigned int delay = 0; delay < 50; ++delay) {
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      for (;;) {
+        train(model, optimizer, state);
+        io::save(folder.path(), model, optimizer, state, {.keep = 2});
+      }
+    }
+    ::usleep(300 * delay + 1000);
+    ::kill(child, SIGKILL);
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    Decoder<float> resumed = make_decoder(2);
+    AdamW<float> resumed_optimizer;
+    const io::TrainingState found = io::load(folder.path(), resumed, resumed_optimizer);
+    CHECK(found.position == resumed_optimizer.steps());
+  }
+}
