@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <cstdint>
 #include <vector>
 
 #include <weir/core/aligned.hpp>
@@ -44,6 +45,23 @@ TEMPLATE_TEST_CASE("Weights lie in the memory they are given, one behind the oth
     weight.set_storage(Storage::kTrainable);
     CHECK(weight.parameter().value == value);
   }
+}
+
+TEMPLATE_TEST_CASE("Several products with one input are each product by itself",
+                   "[kernels][weight]", float, double) {
+  using T = TestType;
+  const auto storage = GENERATE(Storage::kTrainable, Storage::kPacked, Storage::kBfloat16);
+  const Matrix<T> x = test::random_matrix<T>(5, 33, 2);
+  std::vector<Weight<T>> weights;
+  for (const Index rows : {7, 40, 16}) {
+    weights.emplace_back(test::random_matrix<T>(rows, 33, static_cast<std::uint64_t>(rows)));
+    weights.back().set_storage(storage);
+  }
+  std::vector<Matrix<T>> y;
+  for (const Weight<T>& weight : weights) y.emplace_back(Matrix<T>::Zero(5, weight.rows()));
+  kernels::multiply_weights<T, 3>(x,
+                                  {{{weights[0], y[0]}, {weights[1], y[1]}, {weights[2], y[2]}}});
+  for (std::size_t i = 0; i < 3; ++i) CHECK(y[i] == product<T>(x, weights[i]));
 }
 
 TEMPLATE_TEST_CASE("A copy of a weight outlives every change of the original, and the memory",

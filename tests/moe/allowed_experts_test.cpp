@@ -375,6 +375,8 @@ TEST_CASE("Forbidding too much is an error that names the token", "[moe][allowed
   const Mask last = {1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0};
   CHECK(message(SoftmaxTopK<double>({.k = 2}), last) ==
         "SoftmaxTopK: token 2 is allowed 1 of 4 experts, expected at least k = 2");
+  CHECK(message(SoftmaxTopK<double>({.k = 1}), last) == "no exception");
+  CHECK(message(TopP<double>({.threshold = 0.9}), last) == "no exception");
   CHECK(message(SoftmaxTopK<double>({.k = 2}), last, {1, 1, 0}) == "no exception");
   CHECK(message(TopKSoftmax<double>({.k = 2}), {0, 0, 1, 0}) ==
         "TopKSoftmax: token 0 is allowed 1 of 4 experts, expected at least k = 2");

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/decoding.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
 #include <weir/moe/capacity/dropless.hpp>
@@ -12,6 +13,7 @@
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/hash_router.hpp>
+#include <weir/moe/router/jitter_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/nn/glu.hpp>
@@ -116,6 +118,23 @@ TEST_CASE("MixtureOfDepths is not causal, but for its evaluation", "[moe][mixtur
   CHECK(cache.choice.part.token == Tokens{0, 1, 3});
   causal.forward(x, {.training = true}, cache);
   CHECK(cache.choice.part.token == Tokens{0});
+}
+
+TEST_CASE("Decoding of MixtureOfDepths never trains", "[moe][mixture_of_depths]") {
+  Rng rng(1);
+  MoELayer jittered(JitterRouter(LinearRouter<double>(4, 3, rng, {.init_scale = 1.0})),
+                    SoftmaxTopK<double>({.k = 1}), Dropless(), GluBank<double>(4, 3, 5, rng));
+  Matrix<double> weight = Matrix<double>::Zero(1, 4);
+  weight(0, 0) = 1.0;
+  const MixtureOfDepths layer(std::move(jittered), weight, {.causal_evaluation = true});
+  const Matrix<double> x = with_scores({1.0, -1.0, 2.0});
+  decltype(layer)::Cache cache;
+  decltype(layer)::State state;
+  const Matrix<double> quiet = decode(layer, x, state, cache);
+  decltype(layer)::State other;
+  decltype(layer)::State* const states[] = {&other};
+  // Jitter in training would need a generator, which this pass does not have.
+  CHECK(layer.decode(x, kTraining, states, cache) == quiet);
 }
 
 TEST_CASE("The predictor's loss is the mean cross entropy of the choice",
