@@ -28,7 +28,7 @@ struct Pass {
   const Sequences* sequences = nullptr;
 
   /// One byte per token, 0 for padding, which is routed nowhere, counted nowhere and attended to by
-  /// no one. If empty, every token is real.
+  /// no one, and may hold anything (see PaddingRows). If empty, every token is real.
   std::span<const std::uint8_t> mask = {};
 
   /// The id of each token, for routers that use it. Empty if unknown; Decoder fills it in.

@@ -102,8 +102,8 @@ class Decoder {
 
   /// \param ids      One per token; with several sequences, packed one after the other as
   ///                 pass.sequences says.
-  /// \return         Logits [tokens, vocab].
-  /// \throws ConfigError  if an id is out of range.
+  /// \return         Logits [tokens, vocab]; zeros for padding.
+  /// \throws ConfigError  if an id is out of range, that of padding included.
   /// \throws ShapeError   if pass.mask or pass.sequences do not fit.
   const Matrix<T>& forward(TokenIds ids, const Pass& pass, Cache& cache) const {
     cache.state.begin();

@@ -39,8 +39,8 @@ Eigen::Ref<const Matrix<T>> without_padding(MatrixIn<T> rows, std::span<const st
 /// Which rows of a pass are padding, kept in a layer's cache for the backward pass.
 ///
 /// All layers have one rule: what stands in a row of padding is not read, neither in x nor in dy,
-/// the result has zeros there, and so has the gradient of x. The residual connection of a Block is
-/// the exception: it hands rows of padding on as they are.
+/// the result has zeros there, and so has the gradient of x. Residual connections, of a Block and
+/// of MixtureOfDepths, are the exception: they hand rows of padding on as they are.
 class PaddingRows {
  public:
   /// Copies the mask of `pass`.
