@@ -19,7 +19,7 @@ struct LayerReport {
   Index assignments = 0;     ///< Assignments of tokens to experts, dropped or not.
   Index dropped = 0;         ///< Assignments beyond a capacity.
   Index dropped_tokens = 0;  ///< Tokens that kept no expert at all.
-  Index open_experts = 0;    ///< Experts that the pass allowed to any real token.
+  Index switched_off = 0;    ///< Experts that the pass allowed to no real token.
   std::vector<Index> load;   ///< Assignments of each expert, dropped or not.
   std::vector<Index> kept;   ///< Assignments of each expert that it computed.
   double entropy = 0.0;      ///< Mean over tokens of -sum_e p_e ln p_e, in nats.
@@ -33,14 +33,15 @@ struct LayerReport {
     return assignments > 0 ? static_cast<double>(dropped) / static_cast<double>(assignments) : 0.0;
   }
 
-  /// max_e load_e / mean_e load_e, the mean being that of the open experts. It is 1 if the load is
-  /// level or there is none, and their number if one of them has all of it.
+  /// max_e load_e / mean_e load_e, the mean being that of the experts that are not switched off. It
+  /// is 1 if the load is level or there is none, and their number if one of them has all of it.
   double imbalance() const {
+    if (assignments == 0) return 1.0;
     Index largest = 0;
     for (const Index l : load) largest = std::max(largest, l);
-    return assignments > 0 ? static_cast<double>(largest) * static_cast<double>(open_experts) /
-                                 static_cast<double>(assignments)
-                           : 1.0;
+    const Index experts = static_cast<Index>(load.size()) - switched_off;
+    return static_cast<double>(largest) * static_cast<double>(experts) /
+           static_cast<double>(assignments);
   }
 };
 

@@ -18,7 +18,7 @@ LayerReport report_of(const Routing<T>& routing) {
   LayerReport report;
   report.assignments = routing.assignments();
   report.tokens = routing.rows.real();
-  report.open_experts = routing.open_experts();
+  report.switched_off = routing.experts() - routing.open_experts();
   List<Index> load(routing.experts());
   List<Index> kept(routing.experts());
   for (Index t = 0; t < routing.tokens(); ++t) {
