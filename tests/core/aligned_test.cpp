@@ -33,6 +33,18 @@ TEST_CASE("Small memory begins at a cache line, large memory at a huge page", "[
   }
 }
 
+TEST_CASE("Large memory takes at most an eighth more than its numbers", "[core][aligned]") {
+  using Allocator = CacheLineAllocator<float>;
+  CHECK(Allocator::bytes_of(1000) == 4000);
+  CHECK(Allocator::bytes_of(520 * 1024) == 4 * 520 * 1024);
+  CHECK(Allocator::bytes_of(1000 * 1024) == 2 * Allocator::kHugePage);
+  for (std::size_t count = 500'000; count < 20'000'000; count += 123'457) {
+    const std::size_t bytes = Allocator::bytes_of(count);
+    CHECK(bytes >= 4 * count);
+    CHECK(bytes <= 4 * count + 4 * count / 8);
+  }
+}
+
 TEST_CASE("Memory that was given back and taken again can be written to the end",
           "[core][aligned]") {
   for (int round = 0; round < 3; ++round) {

@@ -36,20 +36,30 @@ struct CacheLineAllocator {
   /// \throws std::bad_alloc  if there is no such memory.
   T* allocate(std::size_t count) {
     if (count > kMostBytes / sizeof(T)) throw std::bad_array_new_length();
-    const std::size_t bytes = rounded(count * sizeof(T));
+    const std::size_t bytes = bytes_of(count);
     void* const memory = ::operator new(bytes, alignment(bytes));
 #if defined(__linux__)
     if (bytes >= kHugePage) {
       // Memory that was in use before has small pages. Once they are given up, with contents that
       // nobody needs, huge pages can take their place. If that fails, memory is merely slower.
-      static_cast<void>(madvise(memory, bytes, MADV_DONTNEED));
-      static_cast<void>(madvise(memory, bytes, MADV_HUGEPAGE));
+      const std::size_t whole_pages = bytes / kHugePage * kHugePage;
+      static_cast<void>(madvise(memory, whole_pages, MADV_DONTNEED));
+      static_cast<void>(madvise(memory, whole_pages, MADV_HUGEPAGE));
     }
 #endif
     return static_cast<T*>(memory);
   }
   void deallocate(T* memory, std::size_t count) {
-    ::operator delete(memory, alignment(rounded(count * sizeof(T))));
+    ::operator delete(memory, alignment(bytes_of(count)));
+  }
+
+  /// How many bytes `count` numbers take. Large sizes are rounded up to whole huge pages, since the
+  /// rest would consist of small ones, but only where that adds no more than an eighth.
+  static constexpr std::size_t bytes_of(std::size_t count) {
+    const std::size_t bytes = count * sizeof(T);
+    if (bytes < kHugePage) return bytes;
+    const std::size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    return whole - bytes <= bytes / 8 ? whole : bytes;
   }
 
   template <class Other>
@@ -58,10 +68,6 @@ struct CacheLineAllocator {
   }
 
  private:
-  /// Rounds large sizes up to whole huge pages: the rest would consist of small ones.
-  static std::size_t rounded(std::size_t bytes) {
-    return bytes < kHugePage ? bytes : (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  }
   static std::align_val_t alignment(std::size_t bytes) {
     return std::align_val_t{bytes >= kHugePage ? kHugePage : kLine};
   }

@@ -174,6 +174,20 @@ TEST_CASE("MixtureOfDepths carries the losses of the layer inside",
   test::check_gradients(layer, test::random_matrix(8, 4, 1), {.aux_scale = 0.7});
 }
 
+TEST_CASE("MixtureOfDepths tells the record of the mixture inside", "[moe][mixture_of_depths]") {
+  Rng rng(5);
+  const MixtureOfDepths layer(
+      MoELayer(LinearRouter<double>(4, 3, rng), SoftmaxTopK<double>({.k = 1}), Dropless(),
+               GluBank<double>(4, 3, 6, rng), SwitchLoss<double>()),
+      Matrix<double>(Matrix<double>::Identity(1, 4)), {.capacity = 0.5});
+  decltype(layer)::Cache cache;
+  PassRecord record(PassRecord::Collects::kLossesAndReports);
+  layer.forward(with_scores({3.0, 1.0, 2.0, 0.5}), {.training = true, .record = &record}, cache);
+  REQUIRE(record.reports().size() == 1);
+  CHECK(record.reports()[0].name == "inner");
+  CHECK(record.reports()[0].report.assignments == 2);  // The tokens that were chosen.
+}
+
 TEST_CASE("MixtureOfDepths tells the layer inside the ids of the chosen tokens",
           "[moe][mixture_of_depths]") {
   Rng rng(5);
