@@ -62,13 +62,14 @@ Decoder<T> make_decoder(bool tied, const DecoderConfig& config = {}) {
 }
 
 template <class T>
-MultiToken<T> make_modules(std::size_t depth, const MultiTokenConfig& config = {}) {
+MultiToken<T> make_modules(std::size_t depth, const MultiTokenConfig& config = {},
+                           const SwitchLossConfig& balance = {.coefficient = 0.1}) {
   Rng rng(7);
   std::vector<MultiTokenModule<T>> modules;
   for (std::size_t k = 0; k < depth; ++k) {
     auto moe =
         MoELayer(LinearRouter<T>(kModel, 3, rng, {.init_scale = 1.0}), SoftmaxTopK<T>({.k = 2}),
-                 Dropless(), GluBank<T>(kModel, 3, 3, rng), SwitchLoss<T>({.coefficient = 0.1}));
+                 Dropless(), GluBank<T>(kModel, 3, 3, rng), SwitchLoss<T>(balance));
     modules.push_back({make_norm<T>(rng), make_norm<T>(rng), Linear<T>(2 * kModel, kModel, rng),
                        pre_norm_block<T>(make_norm<T>(rng), make_attention<T>(rng),
                                          make_norm<T>(rng), std::move(moe), "moe"),
@@ -293,6 +294,35 @@ TEST_CASE("Balancing losses of modules are recorded by name, and not multiplied 
   CHECK(training.record.losses()[0].name == "modules.0.layer.moe.switch");
   CHECK(training.record.losses()[1].name == "modules.1.layer.moe.switch");
   CHECK(training.record.aux_loss() > 0.1);  // About 0.1 for each.
+}
+
+TEST_CASE("Balancing losses of modules add up over micro-batches of whole sequences",
+          "[model][mtp]") {
+  // The second sequence is too short for either module, the third for the second one.
+  const Sequences batch({4, 1, 2, 2});
+  const Sequences first({4, 1});
+  const Sequences second({2, 2});
+  const auto balance = [&](std::span<const Index> ids, std::span<const Index> targets,
+                           const Sequences& sequences, double share) {
+    const Decoder<double> model = make_decoder<double>(false);
+    const MultiToken<double> modules = make_modules<double>(
+        2, {}, SwitchLossConfig{.coefficient = 0.1, .scope = Scope::kSequence});
+    Decoder<double>::Cache cache;
+    MultiToken<double>::Cache module_cache;
+    PassRecord record;
+    const Pass pass{
+        .training = true, .sequences = &sequences, .aux_scale = share, .record = &record};
+    model.forward(ids, pass, cache);
+    modules.forward(model, cache, ids, targets, pass, module_cache);
+    return record.aux_loss();
+  };
+  const std::span<const Index> ids(kIds);
+  const std::span<const Index> targets(kTargets);
+  const double whole = balance(ids, targets, batch, 1.0);
+  const double parts = balance(ids.first(5), targets.first(5), first, 0.5) +
+                       balance(ids.subspan(5), targets.subspan(5), second, 0.5);
+  CHECK(whole > 0.01);
+  CHECK(parts == Approx(whole).epsilon(1e-12));
 }
 
 TEST_CASE("Modules tell their routers the ids of the tokens they embed", "[model][mtp]") {

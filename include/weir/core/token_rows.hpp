@@ -52,6 +52,14 @@ class TokenRows {
   }
   Index real() const { return real(0, count()); }
 
+  /// How many sequences have rows that are not padding.
+  double real_sequences() const {
+    double found = 0.0;
+    for_each_group(Scope::kSequence,
+                   [&](Index begin, Index end) { found += real(begin, end) > 0 ? 1.0 : 0.0; });
+    return found;
+  }
+
   /// Calls `body(begin, end)` with the rows of each group that `scope` makes.
   template <class Body>
   void for_each_group(Scope scope, Body&& body) const {

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -81,12 +80,11 @@ struct MultiTokenConfig {
 /// N is the number of the main model's targets, of which module k has k fewer in each sequence (or
 /// its own number, see TargetMean). No module looks across the end of a sequence: it works on the
 /// positions i that have a token i + k, and a position one of whose tokens is padding is padding.
-/// Gradients go through everything: the modules, h, embedding and head. The balancing losses of the
-/// modules' blocks are not multiplied by lambda.
+/// Gradients go through everything: the modules, h, embedding and head. Balancing losses of modules
+/// are not multiplied by lambda, but by the share of the sequences that are long enough for the
+/// module, so that micro-batches of whole sequences add up to the batch.
 ///
-/// The paper's equation has h first in the concatenation; the released weights (`eh_proj`), and
-/// this class, have the embedding first. (vLLM also sets the embedding at position 0 to zero, of
-/// which the paper says nothing; this class does not.)
+/// The paper's equation has h first; the released weights, and this class, the embedding.
 ///
 ///     const Matrix<T>& logits = model.forward(ids, pass, cache);
 ///     T loss = cross_entropy.forward(logits, targets, loss_cache);
@@ -101,7 +99,7 @@ class MultiToken {
 
   /// The cache of one module.
   struct ModuleCache {
-    TokenRows main;  ///< The rows of the main model.
+    TokenRows main, placed;  ///< The rows of the main model, and of the module.
     Sequences sequences;
     List<Index> rows;  ///< Where its positions are among those of the module before it.
     List<Index> ids, token_ids, targets;
@@ -253,6 +251,8 @@ T MultiToken<T>::forward(const Decoder<T>& model, const typename Decoder<T>::Cac
     inner.sequences = &own.sequences;
     inner.mask = own.mask;
     inner.token_ids = own.token_ids;
+    own.placed.set("MultiToken::forward", inner, own.rows.count());
+    inner.aux_scale *= own.placed.real_sequences() / std::max(1.0, own.main.real_sequences());
     const PassRecord::Scope module_scope(pass.record, "modules", static_cast<Index>(k));
     const PassRecord::Scope layer_scope(pass.record, "layer");
     h = &modules_[k].layer.forward(join(k, model, own.ids, own.h, inner, own), inner, own.layer);
