@@ -247,6 +247,10 @@ TEST_CASE("DeepSeek-V3's experts are balanced by a bias", "[presets]") {
   CHECK(layer_of<Moe>(model, 1, 1).moe().selector().config().scale == 2.5);
   CHECK(layer_of<Moe>(model, 1, 1).moe().selector().config().groups.allowed == 4);
   CHECK(layer_of<Moe>(model, 1, 1).moe().selector().config().renormalise);
+  // The loss counts the largest unbiased scores of all groups, eq. 18.
+  const SwitchLossConfig& loss = layer_of<Moe>(model, 1, 1).moe().balancer<1>().config();
+  CHECK(loss.count == LoadCount::kTopProbabilities);
+  CHECK(loss.scope == Scope::kSequence);
 }
 
 TEST_CASE("Switch has one expert in every other layer, with a capacity and jitter", "[presets]") {

@@ -212,6 +212,7 @@ TEST_CASE("RelaxedTopK says what is wrong with its settings", "[moe][selector][r
   CHECK(message({.k = 0}) == "RelaxedTopK: k = 0, expected >= 1");
   CHECK(message({.k = 5}) == "RelaxedTopK: k = 5, expected 1 <= k <= experts = 4");
   CHECK(message({.ratio = 0.5}) == "RelaxedTopK: ratio = 0.5, expected a finite number >= 1");
+  CHECK(message({.least_sum = 0.0}) == "RelaxedTopK: least_sum = 0, expected a finite number > 0");
   CHECK(message({.descent = {.epsilon = 0.0}}) ==
         "RelaxedTopK: epsilon = 0, expected a finite number > 0");
   Matrix<double> logits = Matrix<double>::Zero(1, 4);

@@ -38,8 +38,8 @@ struct OrthogonalityLossConfig {
 /// it has no gradient. With one expert (to a group), whose vector is not zero, the loss is zero.
 ///
 /// The loss looks at parameters, not at tokens: it is the same at uniform load as at any other, and
-/// without tokens. (PaddleNLP, paddlenlp/transformers/moe_gate.py; the groups as in ERNIE's
-/// top2_gate.py.)
+/// without tokens, and a pass that switches experts off makes no difference to it. (PaddleNLP,
+/// paddlenlp/transformers/moe_gate.py; the groups as in ERNIE's top2_gate.py.)
 template <std::floating_point T>
 class OrthogonalityLoss : public BalancerBase {
  public:

@@ -56,7 +56,8 @@ struct DSelectKRouterConfig {
 /// number of experts is no power of two: what a selector has on codes beyond the last expert is
 /// missing from s_i and from q, whose sum may be below 1, and the loss draws it back. Where s_i is
 /// below 1e-6 it counts as that, without a derivative. The source adds both terms up over the
-/// tokens; with the mean the coefficients do not depend on the batch. Padding is not counted.
+/// tokens; with the mean the coefficients do not depend on the batch. Padding is not counted;
+/// experts that the pass forbids are, since the codes of all are learned together.
 ///
 /// (Hazimeh et al. 2021, arXiv:2106.03760; `DSelectKGate` of google-research/dselect_k_moe with
 /// routing inputs, which has the losses in training alone.)

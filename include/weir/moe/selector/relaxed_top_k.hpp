@@ -29,6 +29,8 @@ struct RelaxedTopKConfig {
   RelaxedWeight weight = RelaxedWeight::kRelaxed;
   bool renormalise = true;   ///< On by default, as in st-moe-pytorch: the lambdas of the chosen
                              ///< experts do not sum to a given number.
+  double least_sum = 1e-9;   ///< The least that renormalised weights are divided by, as in
+                             ///< st-moe-pytorch; the lambdas of chosen experts are far above it.
   double ratio = 9.0 / 8.0;  ///< The relaxation is of ratio * k experts, at most of all.
   CoordinateDescentConfig descent = {};
 };
@@ -39,7 +41,7 @@ struct RelaxedTopKConfig {
 ///     lambda = soft top-k of p with k' = min(ratio * k, experts)
 ///     h_e = lambda_e                           kRelaxed
 ///     h_e = p_e (1 + lambda_e - stop(lambda_e))     kStraightThrough
-///     g_e = h_e,  or  h_e / max(sum_{j in S} h_j, 1e-9)  if renormalised
+///     g_e = h_e,  or  h_e / max(sum_{j in S} h_j, least_sum)  if renormalised
 ///
 /// The constraint that the lambdas sum to k' makes the weights compete with those of experts that
 /// were not chosen. A lambda at its bound of 1 has no derivative; if all chosen ones are there,
@@ -58,10 +60,13 @@ class RelaxedTopK : public SelectorBase<T> {
                            ///< nothing needs them.
   };
 
-  /// \throws ConfigError  unless k >= 1, ratio >= 1 and the descent's settings are in range.
+  /// \throws ConfigError  unless k >= 1, ratio >= 1, least_sum > 0 and the descent's settings are
+  /// in
+  ///                      range.
   explicit RelaxedTopK(RelaxedTopKConfig config = {}) : config_(config) {
     expect_at_least<Index>("RelaxedTopK", "k", config_.k, 1);
     expect_at_least("RelaxedTopK", "ratio", config_.ratio, 1.0);
+    expect_positive("RelaxedTopK", "least_sum", config_.least_sum);
     config_.descent.check("RelaxedTopK");
   }
 
@@ -85,7 +90,7 @@ class RelaxedTopK : public SelectorBase<T> {
   const RelaxedTopKConfig& config() const { return config_; }
 
  private:
-  static constexpr T kLeastSum = T(1e-9);
+  T least_sum() const { return static_cast<T>(config_.least_sum); }
 
   /// What a token takes for each expert.
   Index cost() const { return 16 * (1 + config_.descent.iterations); }
@@ -122,8 +127,8 @@ void RelaxedTopK<T>::backward(const Routing<T>& routing, RoutingGradient<T>& gra
         sum += raw_weight(p[chosen[i]], a);
         inner += dh[i] * weight[i];
       }
-      if (!(sum > kLeastSum)) inner = T(0);
-      for (Index i = 0; i < k; ++i) dh[i] = (dh[i] - inner) / std::max(sum, kLeastSum);
+      if (!(sum > least_sum())) inner = T(0);
+      for (Index i = 0; i < k; ++i) dh[i] = (dh[i] - inner) / std::max(sum, least_sum());
     }
     if (config_.weight == RelaxedWeight::kStraightThrough) {
       for (Index i = 0; i < k; ++i) {
@@ -163,7 +168,7 @@ void RelaxedTopK<T>::route(MatrixIn<T> logits, const Pass& pass, const RoutingTr
         if (!config_.renormalise) return;
         T sum = T(0);
         for (Index i = 0; i < k; ++i) sum += weight[i];
-        for (Index i = 0; i < k; ++i) weight[i] /= std::max(sum, kLeastSum);
+        for (Index i = 0; i < k; ++i) weight[i] /= std::max(sum, least_sum());
       });
 }
 
