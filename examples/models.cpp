@@ -67,12 +67,13 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   CommandLine line("Counts published mixtures of experts, and trains each of them made small.");
   line.add("--no-training", options.no_training, "Only count");
   line.add("--d-model", options.scale.d_model, "Width of a token in the small models")
-      ->check(CLI::PositiveNumber);
+      ->check(limits::at_least(1));
   line.add("--steps", options.steps, "Optimizer steps of each small model")
-      ->check(CLI::PositiveNumber);
-  line.add("--learning-rate", options.learning_rate, "Learning rate of AdamW");
+      ->check(limits::at_least(1));
+  line.add("--learning-rate", options.learning_rate, "Learning rate of AdamW")
+      ->check(limits::at_least(0));
   line.add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
-  line.add("--threads", options.threads, "How many cores to use")->check(CLI::PositiveNumber);
+  line.add("--threads", options.threads, "How many cores to use")->check(limits::at_least(1));
   line.add("--quiet", options.quiet, "No progress, only the results");
   return line.parse(argc, argv);
 }

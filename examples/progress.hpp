@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <iostream>
 #include <string>
+#include <sys/ioctl.h>
 #include <unistd.h>
 #include <utility>
 #include <vector>
@@ -63,16 +65,63 @@ double seconds_of(F&& f) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-/// A status line that is rewritten in place on a terminal. Where output goes to a file, only the
-/// lines that are worth keeping are written.
+/// How many columns a text takes on a terminal: one for each character of UTF-8.
+inline std::size_t columns_of(const std::string& text) {
+  return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [](char byte) {
+    return (static_cast<unsigned char>(byte) & 0xC0U) != 0x80U;
+  }));
+}
+
+/// The beginning of a text that takes no more than `columns`.
+inline std::string cut(const std::string& text, std::size_t columns) {
+  std::size_t end = 0;
+  for (std::size_t taken = 0; end < text.size(); ++end) {
+    const bool begins = (static_cast<unsigned char>(text[end]) & 0xC0U) != 0x80U;
+    if (begins && taken++ == columns) break;
+  }
+  return text.substr(0, end);
+}
+
+/// The first of `parts` that fit into `columns`, with two spaces between them, and if there is room
+/// for at least `kLeastBar` characters, a bar in front of them.
+inline std::string fitted(const std::vector<std::string>& parts, double done, double all,
+                          std::size_t columns) {
+  constexpr std::size_t kLeastBar = 8;
+  constexpr std::size_t kBar = 24;
+  constexpr std::size_t kAround = 3;  // "[" and "] ".
+  std::string line;
+  for (const std::string& part : parts) {
+    const std::string longer = line.empty() ? part : line + "  " + part;
+    if (columns_of(longer) > columns) break;
+    line = longer;
+  }
+  const std::size_t taken = columns_of(line) + kAround;
+  if (columns < taken + kLeastBar) return line;
+  const std::size_t width = std::min(kBar, columns - taken);
+  return "[" + bar(done, all, static_cast<int>(width)) + "] " + line;
+}
+
+/// A line that is written over and over on a terminal. Elsewhere, only what is kept is printed.
 class StatusLine {
  public:
   explicit StatusLine(bool quiet) : quiet_(quiet), terminal_(isatty(STDOUT_FILENO) == 1) {}
 
+  /// How many characters fit into one row: a line that wraps could not be written over. The last
+  /// column stays free, since some terminals wrap as soon as it is taken.
+  std::size_t columns() const {
+    constexpr std::size_t kUnlimited = 10'000;
+    winsize size = {};
+    if (!terminal_ || ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_col == 0) {
+      return kUnlimited;
+    }
+    return size.ws_col - 1U;
+  }
+
+  /// \param keep     Whether the line stays, and the next one begins below it.
   void show(const std::string& text, bool keep) {
     if (quiet_) return;
     if (terminal_) {
-      std::cout << '\r' << text << "\033[K" << (keep ? "\n" : "") << std::flush;
+      std::cout << '\r' << cut(text, columns()) << "\033[K" << (keep ? "\n" : "") << std::flush;
       open_ = !keep;
     } else if (keep) {
       std::cout << text << std::endl;

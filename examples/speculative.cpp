@@ -43,17 +43,18 @@ struct Options {
 std::optional<int> parse(int argc, char** argv, Options& options) {
   CommandLine line("Trains a small DeepSeek-V3 and lets it write with drafts of its own.");
   line.add("--text", options.text, "Files or folders to learn from (Eigen and weir)");
-  line.add("--d-model", options.d_model, "Width of a token")->check(CLI::PositiveNumber);
-  line.add("--layers", options.layers, "The first is dense")->check(CLI::Range(2, 1000));
-  line.add("--steps", options.steps, "Optimizer steps")->check(CLI::PositiveNumber);
-  line.add("--batch", options.batch, "Pieces of text in a step")->check(CLI::PositiveNumber);
-  line.add("--context", options.context, "Bytes of a piece")->check(CLI::Range(2, 1 << 20));
-  line.add("--generate", options.generate, "Bytes to write")->check(CLI::NonNegativeNumber);
-  line.add("--learning-rate", options.learning_rate, "Learning rate of AdamW, at its peak");
+  line.add("--d-model", options.d_model, "Width of a token")->check(limits::at_least(1));
+  line.add("--layers", options.layers, "The first is dense")->check(limits::between(2, 1000));
+  line.add("--steps", options.steps, "Optimizer steps")->check(limits::at_least(1));
+  line.add("--batch", options.batch, "Pieces of text in a step")->check(limits::at_least(1));
+  line.add("--context", options.context, "Bytes of a piece")->check(limits::between(2, 1 << 20));
+  line.add("--generate", options.generate, "Bytes to write")->check(limits::at_least(0));
+  line.add("--learning-rate", options.learning_rate, "Learning rate of AdamW, at its peak")
+      ->check(limits::at_least(0));
   line.add("--temperature", options.temperature, "0 always takes the likeliest byte")
-      ->check(CLI::NonNegativeNumber);
+      ->check(limits::at_least(0));
   line.add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
-  line.add("--threads", options.threads, "How many cores to use")->check(CLI::PositiveNumber);
+  line.add("--threads", options.threads, "How many cores to use")->check(limits::at_least(1));
   line.add("--quiet", options.quiet, "No progress, only the results");
   return line.parse(argc, argv);
 }

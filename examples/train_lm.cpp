@@ -8,6 +8,7 @@
 #include <fstream>
 #include <iostream>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,8 @@
 #include "bytes.hpp"
 #include "command_line.hpp"
 #include "corpus.hpp"
+#include "escaped.hpp"
+#include "interrupt.hpp"
 #include "loads.hpp"
 #include "progress.hpp"
 
@@ -56,6 +59,38 @@ struct Options {
   weir::Sampling sampling = {.temperature = 0.7, .top_p = 0.95};
 };
 
+constexpr const char* kExamples =
+    "\nExamples:\n"
+    "  train_lm                                      C++ headers, a few minutes\n"
+    "  train_lm --text ~/books --steps 3000          text of your own\n"
+    "  train_lm --dense                              the same without experts, to compare\n"
+    "  train_lm --experts 16 --selector sigmoid-top-k --balance 0 --bias-rate 0.001\n"
+    "                                                balanced without a loss, as DeepSeek-V3\n"
+    "  train_lm --metrics run.jsonl --quiet          figures for a plot\n"
+    "\nCtrl-C ends the training early, with results and a sample.\n";
+
+/// Refuses options that contradict each other.
+/// \throws std::runtime_error  with the names of both.
+void check(const Options& options) {
+  const ByteDecoderConfig& model = options.model;
+  const auto expect = [](bool holds, const std::string& message) {
+    if (!holds) throw std::runtime_error(message);
+  };
+  const auto number = [](Index value) { return std::to_string(value); };
+  expect(model.d_model % (2 * model.heads) == 0, "--d-model: " + number(model.d_model) +
+                                                     ", expected an even multiple of --heads " +
+                                                     number(model.heads));
+  expect(model.heads % model.kv_heads == 0, "--kv-heads: " + number(model.kv_heads) +
+                                                ", expected a divisor of --heads " +
+                                                number(model.heads));
+  expect(
+      model.dense || model.k <= model.experts,
+      "--top-k: " + number(model.k) + ", expected no more than --experts " + number(model.experts));
+  expect(model.interleave.phase < model.interleave.stride,
+         "--phase: " + number(model.interleave.phase) + ", expected less than --stride " +
+             number(model.interleave.stride));
+}
+
 /// Fills `options` from the command line; returns the exit code if there is nothing left to do.
 std::optional<int> parse(int argc, char** argv, Options& options) {
   CommandLine line("Trains a byte-level mixture-of-experts language model and lets it write.");
@@ -63,56 +98,75 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   line.add("--text", options.text, "Files or folders to learn from (default: C++ headers)");
   line.add("--metrics", options.metrics, "Write figures over time to this file, JSON lines");
   line.add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
-  line.add("--threads", options.threads, "How many cores to use");
+  line.add("--threads", options.threads, "How many cores to use")->check(limits::at_least(1));
   line.add("--quiet", options.quiet, "No progress, only the results");
 
   ByteDecoderConfig& model = options.model;
   line.group("Model");
-  line.add("--layers", model.layers, "Decoder layers");
-  line.add("--d-model", model.d_model, "Width of a token");
-  line.add("--heads", model.heads, "Query heads");
-  line.add("--kv-heads", model.kv_heads, "Key and value heads, a divisor of --heads");
-  line.add("--d-hidden", model.d_hidden, "Width of one expert; dense layers have --top-k times it");
+  line.add("--layers", model.layers, "Decoder layers")->check(limits::at_least(1));
+  line.add("--d-model", model.d_model, "Width of a token")->check(limits::at_least(1));
+  line.add("--heads", model.heads, "Query heads")->check(limits::at_least(1));
+  line.add("--kv-heads", model.kv_heads, "Key and value heads, a divisor of --heads")
+      ->check(limits::at_least(1));
+  line.add("--d-hidden", model.d_hidden, "Width of one expert; dense layers have --top-k times it")
+      ->check(limits::at_least(1));
   line.add("--tied", model.tied, "Use the embedding as the output head");
 
   line.group("Mixture of experts");
   line.add("--dense", model.dense, "No experts: the dense model of equal active parameters");
-  line.add("--experts", model.experts, "Experts of a sparse layer");
-  line.add("--top-k", model.k, "Experts each token visits");
-  line.add("--shared", model.shared, "Experts every token visits besides");
-  line.add("--stride", model.interleave.stride, "Every n-th layer is sparse");
-  line.add("--first-dense", model.interleave.first_dense, "How many layers at the start are dense");
-  line.add("--phase", model.interleave.phase, "Which layer of a stride is sparse (-1: the last)");
+  line.add("--experts", model.experts, "Experts of a sparse layer")->check(limits::at_least(1));
+  line.add("--top-k", model.k, "Experts each token visits")->check(limits::at_least(1));
+  line.add("--shared", model.shared, "Experts every token visits besides")
+      ->check(limits::at_least(0));
+  line.add("--stride", model.interleave.stride, "Every n-th layer is sparse")
+      ->check(limits::at_least(1));
+  line.add("--first-dense", model.interleave.first_dense, "How many layers at the start are dense")
+      ->check(limits::at_least(0));
+  line.add("--phase", model.interleave.phase, "Which layer of a stride is sparse (-1: the last)")
+      ->check(limits::at_least(-1));
   line.add("--selector", model.selector, "How experts are chosen and weighted")
       ->check(CLI::IsMember({"softmax-top-k", "top-k-softmax", "sigmoid-top-k"}));
-  line.add("--capacity-factor", model.capacity_factor, "Limit on an expert's tokens (0: dropless)");
-  line.add("--balance", model.balance, "Coefficient of the Switch load-balancing loss");
-  line.add("--z-loss", model.z_loss, "Coefficient of the router z-loss");
-  line.add("--bias-rate", model.bias_rate, "Step of the selection bias, for sigmoid-top-k");
-  line.add("--jitter", model.jitter, "Noise on the router's input while training");
+  line.add("--capacity-factor", model.capacity_factor, "Limit on an expert's tokens (0: dropless)")
+      ->check(limits::at_least(0));
+  line.add("--balance", model.balance, "Coefficient of the Switch load-balancing loss")
+      ->check(limits::at_least(0));
+  line.add("--z-loss", model.z_loss, "Coefficient of the router z-loss")
+      ->check(limits::at_least(0));
+  line.add("--bias-rate", model.bias_rate, "Step of the selection bias, for sigmoid-top-k")
+      ->check(limits::at_least(0));
+  line.add("--jitter", model.jitter, "Noise on the router's input while training")
+      ->check(limits::between(0, 1));
 
   line.group("Training");
-  line.add("--steps", options.steps, "Optimizer steps")->check(CLI::PositiveNumber);
-  line.add("--batch", options.batch, "Sequences in a step")->check(CLI::PositiveNumber);
-  line.add("--context", options.context, "Bytes in a sequence")->check(CLI::PositiveNumber);
-  line.add("--learning-rate", options.learning_rate, "Its peak");
-  line.add("--warmup", options.warmup, "Steps until the peak");
-  line.add("--weight-decay", options.weight_decay, "Weight decay of AdamW");
-  line.add("--clip", options.clip, "Largest norm of the gradient");
+  line.add("--steps", options.steps, "Optimizer steps")->check(limits::between(1, 1e9));
+  line.add("--batch", options.batch, "Sequences in a step")->check(limits::between(1, 1e9));
+  line.add("--context", options.context, "Bytes in a sequence")->check(limits::between(1, 1e9));
+  line.add("--learning-rate", options.learning_rate, "Its peak")->check(limits::at_least(0));
+  line.add("--warmup", options.warmup, "Steps until the peak")->check(limits::at_least(0));
+  line.add("--weight-decay", options.weight_decay, "Weight decay of AdamW")
+      ->check(limits::at_least(0));
+  line.add("--clip", options.clip, "Largest norm of the gradient")->check(limits::above_zero());
   line.add("--eval-every", options.eval_every, "Steps between validations")
-      ->check(CLI::PositiveNumber);
+      ->check(limits::at_least(1));
   line.add("--eval-tokens", options.eval_tokens, "Bytes of validation text to judge by")
-      ->check(CLI::PositiveNumber);
+      ->check(limits::between(1, 1e9));
 
   line.group("Writing");
   line.add("--prompt", options.prompt, "What the model continues")
       ->check([](const std::string& prompt) {
         return std::string(prompt.empty() ? "at least one byte is needed" : "");
       });
-  line.add("--generate", options.generate, "Bytes to write")->check(CLI::NonNegativeNumber);
-  line.add("--temperature", options.sampling.temperature, "0 always takes the likeliest byte");
-  line.add("--sample-top-k", options.sampling.top_k, "Draw from the n likeliest bytes (0: all)");
-  line.add("--sample-top-p", options.sampling.top_p, "Draw from the likeliest bytes of this mass");
+  line.add("--generate", options.generate, "Bytes to write")->check(limits::between(0, 1e9));
+  line.add("--temperature", options.sampling.temperature, "0 always takes the likeliest byte")
+      ->check(limits::at_least(0));
+  line.add("--sample-top-k", options.sampling.top_k, "Draw from the n likeliest bytes (0: all)")
+      ->check(limits::at_least(0));
+  line.add("--sample-top-p", options.sampling.top_p, "Draw from the likeliest bytes of this mass")
+      ->check(limits::between(0, 1));
+  line.add("--sample-min-p", options.sampling.min_p,
+           "Draw from bytes this likely, as a share of the likeliest")
+      ->check(limits::between(0, 1));
+  line.footer(kExamples);
   return line.parse(argc, argv);
 }
 
@@ -227,23 +281,48 @@ void write_sample(const Options& options, weir::Decoder<float>& model) {
   weir::set_storage(model, weir::Storage::kPacked);  // from here on for inference only
   std::vector<Index> prompt = to_ids(options.prompt);
   weir::Rng rng(options.seed);
-  std::cout << "\nsample (the prompt comes first)\n----\n" << options.prompt;
+  std::cout << "\nsample (the prompt comes first)\n----\n";
+  Escaper escaper;
+  const auto show = [&](unsigned char byte) { std::cout << escaper.add(byte); };
+  for (const char byte : options.prompt) show(static_cast<unsigned char>(byte));
   for (Index left = options.generate; left > 0;) {
     const Index kept = std::min(static_cast<Index>(prompt.size()), (options.context + 1) / 2);
     prompt.erase(prompt.begin(), prompt.end() - kept);
     const Index count = std::clamp<Index>(options.context - kept, 1, left);
     const std::vector<Index> more = weir::generate(model, prompt, count, options.sampling, rng);
-    for (const Index token : more) std::cout << static_cast<char>(token);
+    for (const Index token : more) show(static_cast<unsigned char>(token));
     std::cout << std::flush;
     prompt.insert(prompt.end(), more.begin(), more.end());
     left -= count;
   }
-  std::cout << "\n----\n";
+  std::cout << escaper.flush() << "\n----\n";
+}
+
+/// One line of figures.
+/// \param validation  Null if this step was not followed by one.
+void write_metrics(std::ostream& metrics, Index done, double rate, const Trainer::Step& step,
+                   double learning_rate, const Validation* validation) {
+  Json json = {{"step", done},
+               {"loss", step.loss},
+               {"aux_loss", step.aux_loss},
+               {"gradient_norm", step.gradient_norm},
+               {"learning_rate", learning_rate},
+               {"tokens_per_second", rate},
+               {"drop_rate", step.load.drop_rate()},
+               {"load", step.load.load}};
+  if (validation != nullptr) {
+    json["validation_bits_per_byte"] = validation->bits;
+    json["layers"] = to_json(validation->reports);
+  }
+  metrics << json.dump() << std::endl;
 }
 
 void run(Options options) {
   if (options.text.empty()) options.text = split_paths(WEIR_DEFAULT_CORPUS);
-  options.sampling.check();  // Not only after the training.
+  check(options);
+  std::ofstream metrics;
+  if (!options.metrics.empty()) metrics.open(options.metrics);
+  if (!metrics) throw std::runtime_error("--metrics: cannot write " + options.metrics);
   weir::set_threads(options.threads);
   const Corpus corpus = read_corpus(options.text);
   if (static_cast<Index>(corpus.validation.size()) < options.context + 2) {
@@ -251,65 +330,57 @@ void run(Options options) {
                              std::to_string(corpus.validation.size()) +
                              " bytes, less than --context");
   }
-  std::ofstream metrics;
-  if (!options.metrics.empty()) metrics.open(options.metrics);
-  if (!metrics) throw std::runtime_error("cannot write " + options.metrics);
 
   Trainer trainer(options, corpus);
   const ByteDecoderConfig& model = options.model;
   const auto [total, active] = count_parameters(trainer.model(), model);
   const std::string parameters =
       "parameters: " + grouped(total) + " in total, " + grouped(active) + " active for a token\n";
-  std::cout << "text: " << corpus.files << " files, "
-            << grouped(static_cast<long long>(corpus.train.size())) << " bytes to learn from, "
-            << grouped(static_cast<long long>(corpus.validation.size())) << " to judge by\n"
-            << "model: " << model.layers << " layers of width " << model.d_model;
-  if (model.dense) {
-    std::cout << ", all dense";
-  } else {
-    std::cout << ", " << model.interleave.count_sparse(model.layers) << " with " << model.experts
-              << " experts, " << model.k << " for each token";
+  if (!options.quiet) {
+    std::cout << "text: " << corpus.files << " files, "
+              << grouped(static_cast<long long>(corpus.train.size())) << " bytes to learn from, "
+              << grouped(static_cast<long long>(corpus.validation.size())) << " to judge by\n"
+              << "model: " << model.layers << " layers of width " << model.d_model;
+    if (model.dense) {
+      std::cout << ", all dense";
+    } else {
+      std::cout << ", " << model.interleave.count_sparse(model.layers) << " with " << model.experts
+                << " experts, " << model.k << " for each token";
+    }
+    std::cout << '\n' << parameters << "threads: " << weir::threads() << std::endl;
   }
-  std::cout << '\n' << parameters << "threads: " << weir::threads() << std::endl;
 
   StatusLine status(options.quiet);
   double seconds = 0.0;  // Of training alone.
   double smooth_loss = 0.0;
   Validation validation;
+  const Interrupt interrupt;
   for (Index done = 1; done <= options.steps; ++done) {
     Trainer::Step step;
     seconds += seconds_of([&] { step = trainer.step(); });
     const double rate = static_cast<double>(done * options.batch * options.context) / seconds;
     smooth_loss = done == 1 ? step.loss : 0.9 * smooth_loss + 0.1 * step.loss;
-    const bool validate = done == options.steps || done % options.eval_every == 0;
+    const bool interrupted = Interrupt::happened();
+    const bool validate = interrupted || done == options.steps || done % options.eval_every == 0;
     if (validate) validation = trainer.validate();
 
-    std::string line = "[" +
-                       bar(static_cast<double>(done), static_cast<double>(options.steps), 24) +
-                       "] " + std::to_string(done) + "/" + std::to_string(options.steps) +
-                       "  loss " + fixed(smooth_loss, 3) + "  validation " +
-                       (validation.bits > 0.0 ? fixed(validation.bits, 3) : "-") + " bits/byte  " +
-                       fixed(rate / 1000.0, 1) + "k tokens/s";
+    std::vector<std::string> parts = {
+        std::to_string(done) + "/" + std::to_string(options.steps), "loss " + fixed(smooth_loss, 3),
+        "validation " + (validation.bits > 0.0 ? fixed(validation.bits, 3) : "-") + " bits/byte",
+        fixed(rate / 1000.0, 1) + "k tokens/s"};
     if (!model.dense) {
-      line += "  dropped " + fixed(100.0 * step.load.drop_rate(), 1) + " %  load " +
-              spark_line(step.load.load);
+      parts.push_back("dropped " + fixed(100.0 * step.load.drop_rate(), 1) + " %");
+      parts.push_back("load " + spark_line(step.load.load));
     }
-    status.show(line, validate);
+    status.show(fitted(parts, static_cast<double>(done), static_cast<double>(options.steps),
+                       status.columns()),
+                validate);
 
-    if (!metrics.is_open()) continue;
-    Json json = {{"step", done},
-                 {"loss", step.loss},
-                 {"aux_loss", step.aux_loss},
-                 {"gradient_norm", step.gradient_norm},
-                 {"learning_rate", trainer.learning_rate()},
-                 {"tokens_per_second", rate},
-                 {"drop_rate", step.load.drop_rate()},
-                 {"load", step.load.load}};
-    if (validate) {
-      json["validation_bits_per_byte"] = validation.bits;
-      json["layers"] = to_json(validation.reports);
+    if (metrics.is_open()) {
+      write_metrics(metrics, done, rate, step, trainer.learning_rate(),
+                    validate ? &validation : nullptr);
     }
-    metrics << json.dump() << std::endl;
+    if (interrupted) break;
   }
   status.close();
 
