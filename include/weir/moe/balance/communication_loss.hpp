@@ -79,18 +79,6 @@ class CommunicationLoss : public BalancerBase {
   const CommunicationLossConfig& config() const { return config_; }
 
  private:
-  /// D: the devices that have an open expert.
-  Index devices_with(const Routing<T>& routing) const {
-    Index count = 0;
-    for (Index i = 0; i < routing.open_experts(); ++i) {
-      const Index device = devices_.group_of(routing.open[i]);
-      bool again = false;
-      for (Index j = 0; j < i; ++j) again = again || devices_.group_of(routing.open[j]) == device;
-      count += again ? 0 : 1;
-    }
-    return count;
-  }
-
   Index device_of(const Routing<T>& routing, Index assignment) const {
     return devices_.group_of(routing.expert[assignment]);
   }
@@ -99,6 +87,9 @@ class CommunicationLoss : public BalancerBase {
   auto traffic(const Routing<T>& routing, Cache& cache) const {
     return [&routing, &cache, this](Index begin, Index end, Index tokens, RowVector<T>& f) {
       RowVector<T>& sent = cache.sent;
+      set_zero(sent, devices_.count());
+      for (const Index e : routing.open) sent[devices_.group_of(e)] = T(1);
+      const T devices = sent.sum();  // D
       set_zero(sent, devices_.count());
       for (Index t = begin; t < end; ++t) {
         for (Index a = routing.first(t); a < routing.last(t); ++a) {
@@ -110,8 +101,7 @@ class CommunicationLoss : public BalancerBase {
           if (!again) sent[device] += T(1);
         }
       }
-      sent *= static_cast<T>(devices_with(routing)) /
-              static_cast<T>(config_.devices_per_token * tokens);
+      sent *= devices / static_cast<T>(config_.devices_per_token * tokens);
       set_zero(f, routing.experts());
       for (const Index e : routing.open) f[e] = sent[devices_.group_of(e)];
     };

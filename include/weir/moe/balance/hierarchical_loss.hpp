@@ -53,6 +53,7 @@ class HierarchicalLoss : public BalancerBase {
   struct Cache {
     PriceSpace<T> outer;
     RowVector<T> price;  ///< [experts], groups / T^2 * |g| * c_e of one sequence, or of the batch.
+    RowVector<T> size;   ///< [groups], |g|.
     Index parts = 0;     ///< How many sequences, or batches, have real tokens.
   };
 
@@ -84,13 +85,6 @@ class HierarchicalLoss : public BalancerBase {
   /// How many neighbours a group has.
   Index size(const Routing<T>& routing) const { return routing.experts() / config_.groups; }
 
-  /// |g| of the group of expert e.
-  Index open_size(const Routing<T>& routing, Index e) const {
-    const Index group = e / size(routing);
-    return std::count_if(routing.open.begin(), routing.open.end(),
-                         [&](Index other) { return other / size(routing) == group; });
-  }
-
   /// The number of groups that have an open expert.
   Index open_groups(const Routing<T>& routing) const {
     Index count = 0;
@@ -119,6 +113,8 @@ class HierarchicalLoss : public BalancerBase {
   template <class Body>
   void for_each_choice(const Routing<T>& routing, Cache& cache, Body&& body) const {
     cache.parts = 0;
+    set_zero(cache.size, config_.groups);
+    for (const Index e : routing.open) cache.size[e / size(routing)] += T(1);
     routing.rows.for_each_group(config_.scope, [&](Index begin, Index end) {
       const auto tokens = static_cast<T>(routing.rows.real(begin, end));
       if (tokens == T(0)) return;
@@ -128,7 +124,7 @@ class HierarchicalLoss : public BalancerBase {
                             [&](Index /*t*/, Index first) { cache.price[first] += T(1); });
       const T factor = static_cast<T>(open_groups(routing)) / (tokens * tokens);
       for (const Index e : routing.open) {
-        cache.price[e] *= factor * static_cast<T>(open_size(routing, e));
+        cache.price[e] *= factor * cache.size[e / size(routing)];
       }
       for_each_first_choice(routing, begin, end, body);
     });

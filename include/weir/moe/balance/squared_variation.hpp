@@ -25,7 +25,7 @@ T squared_variation(const RowVector<T>& v, const List<Index>& open, Variance var
                     double epsilon = 0.0, RowVector<T>* gradient = nullptr) {
   const auto n = static_cast<T>(open.count());
   const T divisor = variance == Variance::kPopulation ? n : n - T(1);
-  if (gradient != nullptr) gradient->setZero(v.size());
+  if (gradient != nullptr) set_zero(*gradient, v.size());
   if (!(divisor > T(0))) return T(0);
   T mean = T(0);
   for (const Index e : open) mean += v[e];

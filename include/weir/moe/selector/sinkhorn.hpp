@@ -224,16 +224,17 @@ template <std::floating_point T>
 void Sinkhorn<T>::balance(const Routing<T>& routing, Cache& cache) const {
   const Index tokens = routing.tokens();
   const Index experts = routing.experts();
-  cache.rows.setZero(tokens, experts);
-  cache.lse.setZero(tokens);
-  cache.log_d1.setConstant(experts, -std::numeric_limits<T>::infinity());
+  set_zero(cache.rows, tokens, experts);
+  set_zero(cache.lse, tokens);
+  set_shape(cache.log_d1, experts);
+  cache.log_d1.setConstant(-std::numeric_limits<T>::infinity());
   for (const Index e : routing.open) cache.log_d1[e] = T(0);
   const auto real = static_cast<T>(routing.rows.real());
   if (real == T(0)) return;
   const auto open = static_cast<T>(routing.open_experts());
   for (Index i = 0; i < config_.iterations; ++i) {
     set_rows(routing, cache);
-    cache.column.setZero(experts);
+    set_zero(cache.column, experts);
     for (Index t = 0; t < tokens; ++t) cache.column += cache.rows.row(t);
     double change = 0.0;
     for (const Index e : routing.open) {
