@@ -202,6 +202,7 @@
 #include <weir/attention/spans.hpp>
 
 #include <weir/model/any_layer.hpp>
+#include <weir/model/batches.hpp>
 #include <weir/model/block.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/generate.hpp>
