@@ -149,7 +149,7 @@ class ThreadPool {
     generation_.notify_all();
     const auto staying = static_cast<std::size_t>(size_ - 1);
     for (std::size_t i = staying; i < workers_.size(); ++i) workers_[i].join();
-    workers_.erase(workers_.begin() + size_ - 1, workers_.end());
+    workers_.erase(workers_.begin() + (size_ - 1), workers_.end());
   }
 
   // The end of the program. A loop whose body ends it begins no further iteration; threads in a
