@@ -20,7 +20,6 @@ inline void add_load(const weir::LayerReport& from, weir::LayerReport& to) {
   for (std::size_t e = 0; e < from.load.size(); ++e) to.load[e] += from.load[e];
   to.assignments += from.assignments;
   to.dropped += from.dropped;
-  to.open_experts = std::max(to.open_experts, from.open_experts);
 }
 
 /// The loads and drops of several passes, added up for each layer.

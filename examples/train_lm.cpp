@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <optional>
@@ -14,6 +15,7 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/io/checkpoint.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/generate.hpp>
 #include <weir/nn/cross_entropy.hpp>
@@ -38,6 +40,9 @@ using weir::Index;
 struct Options {
   std::vector<std::string> text;
   std::string metrics;
+  std::string save;
+  Index save_every = 200;
+  std::string resume;
   std::uint64_t seed = 1;
   int threads = weir::hardware_threads();
   bool quiet = false;
@@ -67,7 +72,8 @@ constexpr const char* kExamples =
     "  train_lm --experts 16 --selector sigmoid-top-k --balance 0 --bias-rate 0.001\n"
     "                                                balanced without a loss, as DeepSeek-V3\n"
     "  train_lm --metrics run.jsonl --quiet          figures for a plot\n"
-    "\nCtrl-C ends the training early, with results and a sample.\n";
+    "  train_lm --save run --resume run              goes on where the last run stopped\n"
+    "\nCtrl-C ends the training early, with results, a sample and, with --save, a checkpoint.\n";
 
 /// Refuses options that contradict each other.
 /// \throws std::runtime_error  with the names of both.
@@ -97,6 +103,12 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   line.group("Data");
   line.add("--text", options.text, "Files or folders to learn from (default: C++ headers)");
   line.add("--metrics", options.metrics, "Write figures over time to this file, JSON lines");
+  line.add("--save", options.save, "Save checkpoints in this folder, the last three stay");
+  line.add("--save-every", options.save_every, "Steps between checkpoints")
+      ->check(limits::at_least(1));
+  line.add("--resume", options.resume,
+           "Go on from the newest checkpoint in this folder, if there is one; the other options\n"
+           "have to be those of the run that saved it");
   line.add("--seed", options.seed, "Repeats a run bit for bit, with any --threads");
   line.add("--threads", options.threads, "How many cores to use")->check(limits::at_least(1));
   line.add("--quiet", options.quiet, "No progress, only the results");
@@ -249,6 +261,16 @@ class Trainer {
            static_cast<double>(static_cast<Index>(validation_windows_.size()) * options_.context);
   }
 
+  void save(const std::string& folder) {
+    weir::io::TrainingState state;
+    state.rng = rng_;
+    weir::io::save(folder, model_, optimizer_, state);
+  }
+  void resume(const std::filesystem::path& checkpoint) {
+    rng_ = weir::io::load(checkpoint, model_, optimizer_).rng;
+  }
+
+  Index steps() const { return optimizer_.steps(); }
   weir::Decoder<float>& model() { return model_; }
   double learning_rate() const { return optimizer_.learning_rate(); }
 
@@ -350,16 +372,25 @@ void run(Options options) {
     std::cout << '\n' << parameters << "threads: " << weir::threads() << std::endl;
   }
 
+  if (!options.resume.empty()) {
+    if (const auto checkpoint = weir::io::latest_checkpoint(options.resume)) {
+      trainer.resume(*checkpoint);
+      if (!options.quiet) std::cout << "going on from " << checkpoint->string() << std::endl;
+    }
+  }
   StatusLine status(options.quiet);
   double seconds = 0.0;  // Of training alone.
   double smooth_loss = 0.0;
   Validation validation;
   const Interrupt interrupt;
-  for (Index done = 1; done <= options.steps; ++done) {
+  const Index before = trainer.steps();
+  if (before >= options.steps) validation = trainer.validate();
+  for (Index done = before + 1; done <= options.steps; ++done) {
     Trainer::Step step;
     seconds += seconds_of([&] { step = trainer.step(); });
-    const double rate = static_cast<double>(done * options.batch * options.context) / seconds;
-    smooth_loss = done == 1 ? step.loss : 0.9 * smooth_loss + 0.1 * step.loss;
+    const double rate =
+        static_cast<double>((done - before) * options.batch * options.context) / seconds;
+    smooth_loss = done == before + 1 ? step.loss : 0.9 * smooth_loss + 0.1 * step.loss;
     const bool interrupted = Interrupt::happened();
     const bool validate = interrupted || done == options.steps || done % options.eval_every == 0;
     if (validate) validation = trainer.validate();
@@ -380,6 +411,8 @@ void run(Options options) {
       write_metrics(metrics, done, rate, step, trainer.learning_rate(),
                     validate ? &validation : nullptr);
     }
+    const bool save = interrupted || done == options.steps || done % options.save_every == 0;
+    if (save && !options.save.empty()) trainer.save(options.save);
     if (interrupted) break;
   }
   status.close();
