@@ -4,6 +4,7 @@
 #pragma once
 
 #include <concepts>
+#include <cstdint>
 #include <span>
 #include <string>
 #include <utility>
@@ -11,7 +12,9 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
+#include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/moe/dispatch.hpp>
@@ -25,6 +28,9 @@ namespace weir {
 struct MlpBankConfig {
   bool bias = false;
   double init_scale = 1.0;  ///< `scale` of `switch_init`. Switch trains its experts with 0.1.
+  /// The probability with which a number between an expert's two maps becomes zero in training.
+  /// Switch fine-tunes with 0.4 in its experts and 0.1 elsewhere.
+  double dropout = 0.0;
 };
 
 /// `experts` networks
@@ -32,7 +38,9 @@ struct MlpBankConfig {
 ///     E_e(x) = act(x W1_e^T + b1_e) W2_e^T + b2_e
 ///
 /// with W1_e [d_hidden, d_model] and W2_e [d_model, d_hidden], the biases optional, computed for
-/// all experts at once on the packed slots. (Fedus et al. 2021, arXiv:2101.03961, act = ReLU.)
+/// all experts at once on the packed slots. In training with dropout, act(.) is multiplied by 0
+/// with that probability, else by 1 / (1 - dropout), one draw per element from `pass.rng`. (Fedus
+/// et al. 2021, arXiv:2101.03961, act = ReLU.)
 template <std::floating_point T, Activation Act = Relu>
 class MlpBank {
  public:
@@ -40,13 +48,15 @@ class MlpBank {
 
   struct Cache {
     Scratch<T> x, inner, hidden, out;               ///< [slots, .], from forward
+    Scratch<T> factor;                              ///< [slots, d_hidden], of dropout, or empty
     Scratch<T> d_out, d_hidden, d_inner, d_packed;  ///< [slots, .], from backward
     Matrix<T> y, dx;                                ///< [tokens, .]
     typename ExpertLinear<T>::Workspace workspace;
   };
 
   /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
-  /// \throws ConfigError  if a size is below 1 or init_scale not positive.
+  /// \throws ConfigError  if a size is below 1, init_scale not positive, or unless 0 <= dropout
+  /// < 1.
   MlpBank(Index d_model, Index experts, Index d_hidden, Rng& rng, MlpBankConfig config = {});
 
   /// From existing weights, one of each per expert; biases [1, .] one per expert, or none at all.
@@ -55,7 +65,8 @@ class MlpBank {
   MlpBank(std::vector<Matrix<T>> in, std::vector<Matrix<T>> out,
           std::vector<Matrix<T>> in_bias = {}, std::vector<Matrix<T>> out_bias = {});
 
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
+  /// \throws ConfigError  in training with dropout, without a pass.rng.
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
                            Cache& cache) const;
 
   /// The gradients of experts without tokens are left alone.
@@ -81,13 +92,21 @@ class MlpBank {
   Index d_hidden() const { return in_.d_out(); }
   Index d_out() const { return out_.d_out(); }
 
+  double dropout() const { return dropout_; }
+
  private:
+  /// Draws the factors of dropout, or none, and applies them to the hidden numbers.
+  void drop(const Pass& pass, Cache& cache) const;
+
   ExpertLinear<T> in_, out_;
+  double dropout_ = 0.0;
 };
 
 template <std::floating_point T, Activation Act>
 MlpBank<T, Act>::MlpBank(Index d_model, Index experts, Index d_hidden, Rng& rng,
-                         MlpBankConfig config) {
+                         MlpBankConfig config)
+    : dropout_(config.dropout) {
+  expect_fraction("MlpBank", "dropout", config.dropout);
   expect_at_least<Index>("MlpBank", "d_model", d_model, 1);
   expect_at_least<Index>("MlpBank", "experts", experts, 1);
   expect_at_least<Index>("MlpBank", "d_hidden", d_hidden, 1);
@@ -129,7 +148,7 @@ MlpBank<T, Act>::MlpBank(std::vector<Matrix<T>> in, std::vector<Matrix<T>> out,
 
 template <std::floating_point T, Activation Act>
 const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch,
-                                          const Pass& /*pass*/, Cache& cache) const {
+                                          const Pass& pass, Cache& cache) const {
   const Index slots = dispatch.slots();
   gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
   auto inner = cache.inner.reshape(slots, d_hidden());
@@ -138,11 +157,30 @@ const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
 
   in_.forward(cache.x.view(), dispatch, inner, cache.workspace);
   activation_forward<Act, T>(inner, hidden);
+  drop(pass, cache);
   out_.forward(hidden, dispatch, out, cache.workspace);
 
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);
   return cache.y;
+}
+
+template <std::floating_point T, Activation Act>
+void MlpBank<T, Act>::drop(const Pass& pass, Cache& cache) const {
+  constexpr Index kCost = 16;
+  auto hidden = cache.hidden.view();
+  const bool drops = pass.training && dropout_ > 0.0;
+  auto factor = cache.factor.reshape(drops ? hidden.rows() : 0, hidden.cols());
+  if (!drops) return;
+  const Rng draws = pass.generator("MlpBank::forward").split();
+  const auto kept = static_cast<T>(1.0 / (1.0 - dropout_));
+  parallel_rows(hidden.size(), kCost, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      const double u = unit_interval(draws.at(static_cast<std::uint64_t>(i)));
+      factor.data()[i] = u < dropout_ ? T(0) : kept;
+      hidden.data()[i] *= factor.data()[i];
+    }
+  });
 }
 
 template <std::floating_point T, Activation Act>
@@ -158,6 +196,7 @@ const Matrix<T>& MlpBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
   combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
   out_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
                 cache.workspace);
+  if (cache.factor.rows() > 0) d_hidden_packed.array() *= cache.factor.view().array();
   activation_backward<Act, T>(cache.inner.view(), d_hidden_packed, d_inner);
   in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.workspace);
 
