@@ -33,9 +33,9 @@ namespace weir::io {
 
 /// What a training run knows beside its model and its optimizer.
 struct TrainingState {
-  Rng rng;                                   ///< The generator of the passes.
-  Index position = 0;                        ///< How far the run has read its data, as it counts.
-  std::map<std::string, std::string> notes;  ///< Anything else, in UTF-8.
+  Rng rng = Rng(0);    ///< The generator of the passes.
+  Index position = 0;  ///< How far the run has read its data, as it counts.
+  std::map<std::string, std::string> notes = {};  ///< Anything else, in UTF-8.
 };
 
 /// Settings of `save`.
