@@ -56,7 +56,10 @@ header(core/types.hpp "\"error.hpp\"")
 expect(layering.cmake "weir/core/types.hpp: neither")
 
 header(io/json.hpp <nlohmann/json.hpp>)
-expect(layering.cmake "weir/io/json.hpp: neither")
+expect(layering.cmake "")
+
+header(model/json.hpp <nlohmann/json.hpp>)
+expect(layering.cmake "weir/model/json.hpp: neither")
 
 expect(layering.cmake "no headers")
 

@@ -23,10 +23,12 @@ constinit std::atomic<long> allocations{0};
 constinit std::atomic<long> until_failure{0};  // 0: none is to fail.
 
 /// Counts an allocation.
-/// \return         Whether it is to fail.
+/// \return         Whether it is to fail; errno then says why, as callers in glibc expect.
 [[maybe_unused]] bool fails() {
   ++allocations;
-  return until_failure.load() > 0 && --until_failure == 0;
+  if (until_failure.load() <= 0 || --until_failure != 0) return false;
+  errno = ENOMEM;
+  return true;
 }
 }  // namespace
 
