@@ -29,6 +29,7 @@ int iterations() {
 }  // namespace
 
 TEST_CASE("A child process begins with one thread and may set others", "[core][parallel]") {
+  if (!test::allocations_are_counted()) return;  // See child.hpp.
   const test::Threads four(4);
   REQUIRE(iterations() == 100);
   CHECK(test::exit_code_of_child([] {
@@ -42,6 +43,7 @@ TEST_CASE("A child process begins with one thread and may set others", "[core][p
 }
 
 TEST_CASE("A child of a child begins with one thread, too", "[core][parallel]") {
+  if (!test::allocations_are_counted()) return;  // See child.hpp.
   if (!test::children_start_threads()) return;
   const test::Threads two(2);
   CHECK(test::exit_code_of_child([] {
@@ -53,6 +55,7 @@ TEST_CASE("A child of a child begins with one thread, too", "[core][parallel]") 
 }
 
 TEST_CASE("A child is not held up by a loop of another thread", "[core][parallel]") {
+  if (!test::allocations_are_counted()) return;  // See child.hpp.
   const test::Threads two(2);
   std::atomic<bool> entered{false};
   std::atomic<bool> leave{false};
@@ -73,6 +76,7 @@ TEST_CASE("A child is not held up by a loop of another thread", "[core][parallel
 }
 
 TEST_CASE("The child of a loop's body may exit, and is told if it goes on", "[core][parallel]") {
+  if (!test::allocations_are_counted()) return;  // See child.hpp.
   const test::Threads two(2);
   const std::thread::id caller = std::this_thread::get_id();
   int code = -1;
@@ -118,6 +122,7 @@ TEST_CASE("The child of a loop's body may exit, and is told if it goes on", "[co
 }
 
 TEST_CASE("The body of a loop may end the program", "[core][parallel]") {
+  if (!test::allocations_are_counted()) return;  // See child.hpp.
   const auto by_caller = GENERATE(false, true);
   if (!test::children_start_threads()) return;
   CHECK(test::exit_code_of_child([&] {
@@ -139,6 +144,7 @@ TEST_CASE("The body of a loop may end the program", "[core][parallel]") {
 }
 
 TEST_CASE("A program may end while another thread is in a loop", "[core][parallel]") {
+  if (!test::allocations_are_counted()) return;  // See child.hpp.
   if (!test::children_start_threads()) return;
   CHECK(test::exit_code_of_child([] {
           set_threads(2);

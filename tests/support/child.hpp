@@ -29,7 +29,8 @@ inline bool children_start_threads() {
 #endif
 }
 
-/// Runs `f()`, which returns an exit code, in a child that ends by `std::exit`.
+/// Runs `f()`, which returns an exit code, in a child that ends by `std::exit`. Not for programs
+/// with sanitizers: LeakSanitizer then waits for threads that the child does not have.
 /// \return         The exit code, or minus the number of the signal that killed the child; after 30
 ///                 seconds, that is SIGALRM.
 template <class F>
