@@ -324,7 +324,6 @@ void LatentAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& cache) 
     kernels::multiply_weights<T, 2>(x, {{{query_, cache.q}, {kv_down_, cache.kv}}});
   }
   kv_norm_.forward(cache.kv.leftCols(config_.kv_rank), pass, cache.kv_norm);
-
   fill_positions(cache.spans, tokens, cache.positions);
   rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
   rope_.template rotate<T>(cache.q, cache.angles, rotated_part());

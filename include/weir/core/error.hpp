@@ -126,9 +126,8 @@ std::string shape_of(const M& m) {
   return detail::shape_text(m.rows(), m.cols());
 }
 
-/// \throws ShapeError   unless `m`, the argument `name` of `where`, is [tokens, cols], for any
-/// number
-///                      of tokens.
+/// \throws ShapeError   unless `m`, the argument `name` of `where`, is [tokens, cols], with any
+///                      number of tokens.
 template <class M>
 void expect_columns(std::string_view where, std::string_view name, const M& m, Index cols) {
   if (m.cols() != cols) detail::fail_columns(where, name, m.rows(), m.cols(), cols);

@@ -16,6 +16,9 @@ struct Parameter {
   Matrix<T> grad = {};  ///< Empty until the first backward pass; accumulates.
   bool frozen = false;  ///< A frozen parameter keeps its value; optimizers skip it.
 
+  /// Whether an optimizer moves it.
+  bool learns() const { return !frozen && grad.size() > 0; }
+
   /// The gradient, zeroed and sized like `value` on first use.
   Matrix<T>& gradient() {
     if (grad.size() == 0) grad.setZero(value.rows(), value.cols());

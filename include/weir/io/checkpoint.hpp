@@ -80,7 +80,8 @@ inline void remove_checkpoint(const std::filesystem::path& checkpoint) {
 
 /// Gives the folder `from` the name `to`, and what had that name before the name `from`.
 inline void exchange_folders(const std::filesystem::path& from, const std::filesystem::path& to) {
-  const unsigned int flags = std::filesystem::exists(to) ? RENAME_EXCHANGE : 0;
+  std::error_code error;
+  const unsigned int flags = std::filesystem::exists(to, error) ? RENAME_EXCHANGE : 0;
   if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), flags) != 0) {
     throw_error<FileError>(to.string(), ": cannot be named: ", std::strerror(errno));
   }
@@ -124,7 +125,8 @@ class StateFile {
   }
   std::map<std::string, Index> numbers(const char* key) const {
     std::map<std::string, Index> all;
-    for (const auto& [name, value] : object(key).items()) all[name] = number(object(key), name);
+    const Json& counts = object(key);
+    for (const auto& [name, count] : counts.items()) all[name] = number(counts, name);
     return all;
   }
   const std::string& path() const { return path_; }
@@ -168,13 +170,15 @@ class StateFile {
 /// that were there before stay; only then are all but the last `config.keep` removed.
 /// \return              The path of the checkpoint.
 /// \throws StateError   if weights are stored for inference.
-/// \throws ConfigError  if two tensors have the same name, or keep < 0.
+/// \throws ConfigError  if two tensors have the same name, a note is not UTF-8, or keep or position
+///                      is negative.
 /// \throws FileError    if a file cannot be written.
 template <class Model, class Optimizer>
 std::filesystem::path save(const std::filesystem::path& dir, Model& model, Optimizer& optimizer,
                            const TrainingState& state, const SaveConfig& config = {}) {
   using T = typename Model::Scalar;
   expect_at_least<Index>("save", "keep", config.keep, 0);
+  expect_at_least<Index>("save", "position", state.position, 0);
   std::set<std::string> names;
   for (const auto& [name, matrix] : tensors_of("save", model)) names.insert(name);
   std::error_code error;
@@ -241,7 +245,8 @@ template <class Model, class Optimizer>
 TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimizer) {
   using T = typename Model::Scalar;
   const auto into = tensors_of("load", model);
-  if (!std::filesystem::exists(path / "state.json")) {
+  std::error_code error;
+  if (!std::filesystem::exists(path / "state.json", error)) {
     const auto latest = latest_checkpoint(path);
     if (!latest) throw_error<FileError>(path.string(), ": there is no checkpoint");
     path = *latest;

@@ -33,10 +33,9 @@ struct NamedMatrix {
 /// Writes `matrices` into one file, in their order, each as a tensor [rows, cols] of the kind
 /// `dtype`. The file gets its name once it is whole and on the disk; the memory needed beside the
 /// header does not depend on the sizes.
-/// \param metadata  Texts for the header; the format reserves the key "format".
-/// \throws ConfigError  if a name is there twice, is empty, has a NUL in it or is "__metadata__",
-/// or
-///                      unless `is_storable(dtype)`.
+/// \param metadata  Texts for the header.
+/// \throws ConfigError  if a name is there twice, is empty, has a NUL in it or is "__metadata__";
+///                      if a name or the metadata is not UTF-8; or unless `is_storable(dtype)`.
 /// \throws FileError    if the file cannot be written.
 template <class T>
 void write_safetensors(const std::filesystem::path& path,

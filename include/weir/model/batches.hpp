@@ -143,8 +143,7 @@ inline TokenBatch padded_batch(std::span<const std::vector<Index>> documents,
 ///
 /// \param lengths  How much room each item takes, such as its number of tokens less one.
 /// \return         The items of each bin, in ascending order; the bins in the order of their
-/// longest
-///                 item.
+///                 longest item.
 /// \throws ConfigError  if a length is negative or above the capacity.
 inline std::vector<std::vector<Index>> pack_items(std::span<const Index> lengths, Index capacity) {
   for (std::size_t i = 0; i < lengths.size(); ++i) {

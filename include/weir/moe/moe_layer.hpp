@@ -16,6 +16,7 @@
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 
 namespace weir {
@@ -103,7 +104,7 @@ class MoELayer {
     Pass own = pass;
     own.record = pass.has_aux_losses() || pass.record != nullptr ? &cache.record : nullptr;
     const Matrix<T>& logits = *PassRecord::within(own.record, "router", [&] {
-      return &router_.forward(without_padding<T>(x, pass, cache.x), own, cache.router);
+      return &router_.forward(without_padding<T>(x, pass.mask, cache.x), own, cache.router);
     });
     selector_.forward(logits, own, cache.routing, cache.selector);
     cache.routing.noise = router_.noise(cache.router);

@@ -84,9 +84,8 @@ struct DynamicNtkScaling {
 ///
 ///     frequency(pair, rotary_dim, theta)   the radians per position of a pair
 ///     rotation_scale()                     the factor of cosines and sines
-///     score_scale()                        the factor of query times key, beside 1 /
-///     sqrt(head_dim) check(where, rotary_dim, theta)      throws ConfigError if the settings are
-///     not sound
+///     score_scale()                        the factor of query times key, beside the usual one
+///     check(where, rotary_dim, theta)      throws ConfigError if a setting is not sound
 using RopeScaling = std::variant<NoScaling, LinearScaling, DynamicNtkScaling, Llama3Scaling, Yarn>;
 
 /// `score_scale()` of whichever kind `scaling` is.

@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include <weir/core/parallel.hpp>
-#include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/lanes.hpp>
@@ -36,18 +35,6 @@ void copy_rows(MatrixIn<T> from, Matrix<T>& to) {
   parallel_pieces(from.rows(), from.cols(), 1, [&](Index t, Index col, Index count) {
     std::copy_n(&from.coeffRef(t, col), count, &to(t, col));
   });
-}
-
-/// x, or a copy of it in `space` in which padding is zero. Padding may hold anything, and 0 * NaN
-/// would spoil gradients of weights.
-template <class T>
-Eigen::Ref<const Matrix<T>> without_padding(MatrixIn<T> x, const Pass& pass, Matrix<T>& space) {
-  if (pass.mask.empty()) return x;
-  copy_rows<T>(x, space);
-  for (Index t = 0; t < x.rows(); ++t) {
-    if (pass.is_padding(t)) space.row(t).setZero();
-  }
-  return space;
 }
 
 /// sum = a + b, on all threads; `sum` has their shape and may be one of them.

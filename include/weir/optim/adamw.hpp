@@ -172,8 +172,6 @@ class AdamW {
     State* state = nullptr;
     Index begin = 0, end = 0;  // The range of its blocks.
     Coefficients coefficients = {};
-
-    bool learns() const { return !parameter->frozen && parameter->grad.size() > 0; }
   };
 
   State new_state(std::string_view name) const;
@@ -233,14 +231,14 @@ void AdamW<T>::update_all(const List<typename ParameterStates<T, State>::Found>&
   }
   for (const Active& active : active_) check(active);
   for (const Active& active : active_) {
-    if (active.learns()) allocate(active);
+    if (active.parameter->learns()) allocate(active);
   }
   Index blocks = 0;
   for (Active& active : active_) {
     active.begin = blocks;
     blocks += (active.parameter->value.size() + kBlock - 1) / kBlock;
     active.end = blocks;
-    if (active.learns()) prepare(active);
+    if (active.parameter->learns()) prepare(active);
   }
   parallel_for((blocks + kTaskBlocks - 1) / kTaskBlocks, [&](Index task) {
     const Index begin = task * kTaskBlocks;
@@ -258,15 +256,11 @@ void AdamW<T>::update_all(const List<typename ParameterStates<T, State>::Found>&
 template <std::floating_point T>
 void AdamW<T>::check(const Active& active) {
   const Matrix<T>& value = active.parameter->value;
-  const auto expect_like_value = [&](std::string_view what, const Matrix<T>& m) {
-    if (m.size() > 0 && (m.rows() != value.rows() || m.cols() != value.cols())) {
-      throw_error<ShapeError>("AdamW::step: ", what, *active.name, " is ", shape_of(m),
-                              ", expected ", shape_of(value));
-    }
-  };
-  expect_like_value("gradient of ", active.parameter->grad);
-  expect_like_value("first moment of ", active.state->moments.first);
-  expect_like_value("second moment of ", active.state->moments.second);
+  expect_like_value("AdamW::step", "gradient", *active.name, active.parameter->grad, value);
+  expect_like_value("AdamW::step", "first moment", *active.name, active.state->moments.first,
+                    value);
+  expect_like_value("AdamW::step", "second moment", *active.name, active.state->moments.second,
+                    value);
 }
 
 template <std::floating_point T>
@@ -298,7 +292,7 @@ void AdamW<T>::update_block(const Active& active, Index begin) const {
   if (parameter.grad.size() == 0) return;
   const Index size = std::min(kBlock, parameter.value.size() - begin);
   Values g(parameter.grad.data() + begin, size);
-  if (active.learns()) {
+  if (active.parameter->learns()) {
     Values w(parameter.value.data() + begin, size);
     Values m(active.state->moments.first.data() + begin, size);
     Values v(active.state->moments.second.data() + begin, size);

@@ -144,8 +144,7 @@ double finite_global_norm(std::string_view where, Model& model,
 ///     sqrt(sum_p ||g_p||^2)
 ///
 /// Summed in double, whatever the common scale of the gradients, and the same to the last bit for
-/// any number of threads. Frozen parameters and
-/// those that never had a gradient do not count.
+/// any number of threads. Frozen parameters and those that never had a gradient do not count.
 /// \throws NonFiniteError   if it is NaN or infinite. The message names the first such parameter.
 template <class Model>
 double global_norm(Model& model) {
@@ -161,9 +160,8 @@ double global_norm(Model& model) {
 ///
 /// \return              The norm before clipping.
 /// \throws ConfigError      if max_norm is not above zero.
-/// \throws NonFiniteError   as `global_norm` does. The step is given up then, by `discard(model)`:
-/// all
-///                          gradients are zero, and the batch counts in no balancing rule. The
+/// \throws NonFiniteError   as `global_norm` does. The step is given up by `discard(model)` then:
+///                          all gradients are zero, and the batch counts in no balancing rule. The
 ///                          caller has only to go on with the next batch.
 template <class Model>
 double clip_global_norm(Model& model, double max_norm) {

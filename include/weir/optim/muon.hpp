@@ -176,10 +176,6 @@ class Muon {
   // What a step does with the parameters found.
   void update_all(const List<Found>& found);
 
-  static bool learns(const Found& f) {
-    return !f.parameter->frozen && f.parameter->grad.size() > 0;
-  }
-
   // Checks the shapes of a matrix, and makes its momentum and room for its update.
   void prepare(const Found& f);
 
@@ -257,7 +253,7 @@ void Muon<T>::update_all(const List<Found>& found) {
   adamw_.set_learning_rate(config_.learning_rate);
   adamw_.step(others_);
   for (const Found& f : matrices_) {
-    if (learns(f)) update_matrix(f);
+    if (f.parameter->learns()) update_matrix(f);
     f.parameter->grad.setZero();
   }
   ++steps_;
@@ -267,15 +263,9 @@ template <std::floating_point T>
 void Muon<T>::prepare(const Found& f) {
   const Matrix<T>& value = f.parameter->value;
   Matrix<T>& momentum = f.named->state.momentum;
-  const auto expect_like_value = [&](std::string_view what, const Matrix<T>& m) {
-    if (m.size() > 0 && (m.rows() != value.rows() || m.cols() != value.cols())) {
-      throw_error<ShapeError>("Muon::step: ", what, f.named->name, " is ", shape_of(m),
-                              ", expected ", shape_of(value));
-    }
-  };
-  expect_like_value("gradient of ", f.parameter->grad);
-  expect_like_value("momentum of ", momentum);
-  if (!learns(f)) return;
+  expect_like_value("Muon::step", "gradient", f.named->name, f.parameter->grad, value);
+  expect_like_value("Muon::step", "momentum", f.named->name, momentum, value);
+  if (!f.parameter->learns()) return;
   if (momentum.size() == 0) momentum.setZero(value.rows(), value.cols());
   cache_.reshape(value.rows(), value.cols());
   direction_.reshape(value.rows(), value.cols());

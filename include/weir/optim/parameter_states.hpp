@@ -35,6 +35,17 @@ struct SavedState {
   Index* steps = nullptr;  ///< The parameter's own count of updates, where it has one.
 };
 
+/// \throws ShapeError   unless `matrix`, the `what` of a parameter, is empty or shaped like its
+/// value. \param who      The name of the function, for messages.
+template <class T>
+void expect_like_value(std::string_view who, std::string_view what, std::string_view name,
+                       const Matrix<T>& matrix, const Matrix<T>& value) {
+  if (matrix.size() == 0) return;
+  if (matrix.rows() == value.rows() && matrix.cols() == value.cols()) return;
+  throw_error<ShapeError>(who, ": ", what, " of ", name, " is ", shape_of(matrix), ", expected ",
+                          shape_of(value));
+}
+
 /// Keeps a `State` for each parameter name, so that an optimizer holds no pointers: a model may be
 /// moved, and lose and gain parts, between steps. The states of parameters that are no longer in
 /// the model are kept until they are forgotten.

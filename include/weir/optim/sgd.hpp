@@ -139,10 +139,6 @@ class Sgd {
 
   static void check(const Found& f);
 
-  static bool learns(const Found& f) {
-    return !f.parameter->frozen && f.parameter->grad.size() > 0;
-  }
-
   // Updates one parameter; `first` says that its velocity has no past.
   void update_one(const Found& f, bool first) const;
 
@@ -198,7 +194,7 @@ void Sgd<T>::update_all(const List<Found>& found) {
   first_.assign(found.count(), 0);
   if (config_.momentum > 0.0) make_velocities(found);
   for (Index i = 0; i < found.count(); ++i) {
-    if (learns(found[i])) update_one(found[i], first_[i] != 0);
+    if (found[i].parameter->learns()) update_one(found[i], first_[i] != 0);
     found[i].parameter->grad.setZero();
   }
   ++steps_;
@@ -209,7 +205,7 @@ void Sgd<T>::make_velocities(const List<Found>& found) {
   try {
     for (Index i = 0; i < found.count(); ++i) {
       Matrix<T>& velocity = found[i].named->state.velocity;
-      if (velocity.size() > 0 || !learns(found[i])) continue;
+      if (velocity.size() > 0 || !found[i].parameter->learns()) continue;
       const Matrix<T>& value = found[i].parameter->value;
       velocity.setZero(value.rows(), value.cols());
       first_[i] = 1;
@@ -225,14 +221,8 @@ void Sgd<T>::make_velocities(const List<Found>& found) {
 template <std::floating_point T>
 void Sgd<T>::check(const Found& f) {
   const Matrix<T>& value = f.parameter->value;
-  const auto expect_like_value = [&](std::string_view what, const Matrix<T>& m) {
-    if (m.size() > 0 && (m.rows() != value.rows() || m.cols() != value.cols())) {
-      throw_error<ShapeError>("Sgd::step: ", what, f.named->name, " is ", shape_of(m),
-                              ", expected ", shape_of(value));
-    }
-  };
-  expect_like_value("gradient of ", f.parameter->grad);
-  expect_like_value("velocity of ", f.named->state.velocity);
+  expect_like_value("Sgd::step", "gradient", f.named->name, f.parameter->grad, value);
+  expect_like_value("Sgd::step", "velocity", f.named->name, f.named->state.velocity, value);
 }
 
 template <std::floating_point T>

@@ -51,9 +51,9 @@ struct QuantileBalanceConfig {
 /// all of this, also of the number of experts and of the mean.
 ///
 /// The scores are the logits, to which the selector has to add its bias (kBiasesLogits), as
-/// BiasedSoftmaxTopK does; others do not compile. k is the mean number
-/// of experts of a token, rounded down. Ranks are balanced each by itself. (Megatron-Core,
-/// `qb_dual_update`, with recentre = false: the dual update of an optimal-transport problem.)
+/// BiasedSoftmaxTopK does; others do not compile. k is the mean number of experts of a token,
+/// rounded down. Ranks are balanced each by itself. (Megatron-Core, `qb_dual_update`, with recentre
+/// = false: the dual update of an optimal-transport problem.)
 template <std::floating_point T>
 class QuantileBalance : public BalancerBase {
  public:

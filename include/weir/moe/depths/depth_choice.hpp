@@ -16,6 +16,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/moe/depths/choice_loss.hpp>
 #include <weir/moe/depths/token_part.hpp>
+#include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 #include <weir/ops/vector_loops.hpp>
 
@@ -167,7 +168,7 @@ class DepthChoice {
     if constexpr (kHasPredictor) {
       const PassRecord::Scope scope(pass.record, "predictor");
       const Matrix<T>& p =
-          predictor_.forward(without_padding<T>(x, pass, cache.real_x), pass, cache.predictor);
+          predictor_.forward(without_padding<T>(x, pass.mask, cache.real_x), pass, cache.predictor);
       expect_shape(where, "the predictor's output", p, x.rows(), 1);
       copy_rows<T>(p, cache.prediction);
       for (Index t = 0; t < p.rows(); ++t) {

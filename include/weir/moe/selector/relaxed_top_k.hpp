@@ -60,9 +60,8 @@ class RelaxedTopK : public SelectorBase<T> {
                            ///< nothing needs them.
   };
 
-  /// \throws ConfigError  unless k >= 1, ratio >= 1, least_sum > 0 and the descent's settings are
-  /// in
-  ///                      range.
+  /// \throws ConfigError  unless k >= 1, ratio >= 1, least_sum > 0 and the settings of the descent
+  ///                      are in range.
   explicit RelaxedTopK(RelaxedTopKConfig config = {}) : config_(config) {
     expect_at_least<Index>("RelaxedTopK", "k", config_.k, 1);
     expect_at_least("RelaxedTopK", "ratio", config_.ratio, 1.0);
