@@ -41,8 +41,9 @@ inline void set_threads(int count) {
 /// to write to places of its own, and its result must not depend on which thread runs it: then the
 /// result is the same for any number of threads. An exception from `body` reaches the caller; if
 /// there are several, one of them does. Called from inside another parallel loop, or while another
-/// thread of the program is in one, it runs on the calling thread. `body` may call `std::exit`: no
-/// further iteration begins then. If it forks, the child has to call exec or exit inside of it.
+/// thread of the program is in one, it runs on the calling thread. One iteration may call
+/// `std::exit`: no further one begins then. If `body` forks, the child has to call exec or exit
+/// inside of it.
 [[gnu::noinline]] inline void parallel_for(Index count, FunctionRef<void(Index)> body) {
   if (count > 1 && threads() > 1 && count <= std::numeric_limits<std::uint32_t>::max()) {
     if (detail::ThreadPool::instance().run(static_cast<std::uint32_t>(count), body)) return;
