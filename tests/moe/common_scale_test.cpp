@@ -3,17 +3,24 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include <weir/moe/balance/importance_loss.hpp>
 #include <weir/moe/balance/load_loss.hpp>
+#include <weir/moe/balance/orthogonality_loss.hpp>
 #include <weir/moe/balance/second_place_loss.hpp>
 #include <weir/moe/balance/switch_loss.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/router/cosine_router.hpp>
+#include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/around/rank_policy.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/sinkhorn.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/straight_through.hpp>
+#include <weir/moe/soft_moe.hpp>
 
 #include "moe/selector/selected.hpp"
 #include "support/catch.hpp"
@@ -277,4 +284,79 @@ TEST_CASE("Renormalised weights have their exact gradient where probabilities un
         SoftmaxTopK<double>({.k = 2, .renormalise = true, .norm = norm, .groups = groups}), logits,
         pass);
   }
+}
+
+TEST_CASE("Cosines do not depend on how long the vectors are", "[moe][router][cosine_router]") {
+  const float tolerance = 20.0f * std::numeric_limits<float>::epsilon();
+  Rng rng(1);
+  CosineRouter<float> router(5, 4, rng, {.d_projection = 3, .bias = false});
+  const Matrix<float> x = test::random_matrix<float>(6, 5, 2);
+  const Matrix<float> logits = infer(router, x);
+  const Matrix<float> embedding = router.embedding().value;
+  for (const float scale : {1e-33f, 1e-20f, 1e-12f, 1e12f, 1e30f}) {
+    INFO("scale " << scale);
+    CHECK(test::relative_error(infer(router, scale * x), logits) <= tolerance);
+    router.embedding().value = scale * embedding;
+    CHECK(test::relative_error(infer(router, x), logits) <= tolerance);
+    router.embedding().value = embedding;
+  }
+}
+
+TEST_CASE("The loss of vectors at right angles does not depend on their length",
+          "[moe][balance][orthogonality]") {
+  const OrthogonalityLoss<float> loss({.coefficient = 1.0});
+  const Matrix<float> weight = test::random_matrix<float>(4, 5, 3);
+  const auto gradient_of = [&](const Matrix<float>& w) {
+    LinearRouter<float> router(w);
+    OrthogonalityLoss<float>::Cache cache;
+    const double value = loss.forward(router, cache);
+    loss.backward(router, 1.0, cache);
+    return std::pair(value, router.weight().gradient());
+  };
+  const auto [value, gradient] = gradient_of(weight);
+  for (const float scale : {1e-33f, 1e-13f, 1e20f}) {
+    INFO("scale " << scale);
+    const auto [scaled_value, scaled] = gradient_of(scale * weight);
+    CHECK(scaled_value == Approx(value).epsilon(1e-5));
+    CHECK(test::relative_error(scale * scaled, gradient) <= 1e-5f);
+  }
+}
+
+TEST_CASE("The slots of SoftMoE do not depend on how long its vectors are", "[moe][soft_moe]") {
+  Rng rng(4);
+  const GluBank<float> bank(4, 3, 5, rng);
+  const Matrix<float> phi = test::random_matrix<float>(3, 4, 5);
+  const Matrix<float> x = test::random_matrix<float>(6, 4, 6);
+  const auto run = [&](float of_x, float of_phi) {
+    SoftMoE layer(of_phi * phi, bank);
+    typename decltype(layer)::Cache cache;
+    layer.forward(of_x * x, kTraining, cache);
+    layer.backward(test::random_matrix<float>(6, 4, 7), cache);
+    CHECK(cache.dx.allFinite());
+    const Matrix<float> d_phi = of_phi * parameters(layer)[0].parameter->grad;
+    return std::pair(Matrix<float>(cache.weights.combine), d_phi);
+  };
+  const auto [combine, d_phi] = run(1.0f, 1.0f);
+  for (const float scale : {1e-30f, 1e-10f, 1e-6f, 1e6f}) {
+    INFO("scale " << scale);
+    CHECK(test::relative_error(run(scale, 1.0f).first, combine) <= 1e-5f);
+    const auto [scaled_combine, scaled] = run(1.0f, scale);
+    CHECK(test::relative_error(scaled_combine, combine) <= 1e-5f);
+    CHECK(test::relative_error(scaled, d_phi) <= 1e-4f);
+  }
+}
+
+TEST_CASE("RankPolicy draws for weights of any scale", "[moe][selector][rank_policy]") {
+  Matrix<double> logits(1, 2);
+  logits << 0.0, std::log(1e-12);
+  const RankPolicy policy(
+      SoftmaxTopK<double>({.k = 2}),
+      {.train = RankRule::kRandom, .train_threshold = {2e-12}, .of_weight = true});
+  const auto keeps = [&](double draw) {
+    Routing<double> routing = test::route(policy.inner(), logits);
+    policy.reject(kTraining, routing, [&](Index) { return draw; });
+    return routing.kept[1] != 0;
+  };
+  CHECK(keeps(0.49));
+  CHECK_FALSE(keeps(0.51));
 }

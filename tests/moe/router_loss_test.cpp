@@ -166,6 +166,16 @@ TEST_CASE("A router loss is the same without tokens and with padding alone", "[m
   CHECK(moe.router().weight().gradient() == router.weight().gradient());
 }
 
+TEST_CASE("OrthogonalityLoss counts the vectors of experts that a pass switches off",
+          "[moe][router_loss][allowed]") {
+  auto moe = layer(LinearRouter<double>(kWeight), kLoss);
+  const std::vector<std::uint8_t> allowed = {1, 0, 1, 1};
+  const double loss = pass_with_losses(moe, test::random_matrix(5, 3, 3), {.allowed = allowed});
+  LinearRouter<double> router(kWeight);
+  CHECK(loss == loss_and_gradient(router));
+  CHECK(moe.router().weight().gradient() == router.weight().gradient());
+}
+
 TEST_CASE("A frozen router's loss is counted, and its gradient kept as any other",
           "[moe][router_loss]") {
   auto moe = layer(LinearRouter<double>(kWeight), kLoss);

@@ -46,8 +46,9 @@ Matrix<double> reference(const Matrix<double>& x, SoftMoEConfig config, double s
   Matrix<double> phi = test::random_matrix(3 * config.slots_per_expert, 4, 40);
   Matrix<double> unit = x;
   if (config.normalise) {
-    for (Index t = 0; t < x.rows(); ++t) unit.row(t) /= x.row(t).norm() + 1e-6;
-    for (Index i = 0; i < phi.rows(); ++i) phi.row(i) *= scale / (phi.row(i).norm() + 1e-6);
+    const double epsilon = config.epsilon;
+    for (Index t = 0; t < x.rows(); ++t) unit.row(t) /= x.row(t).norm() + epsilon;
+    for (Index i = 0; i < phi.rows(); ++i) phi.row(i) *= scale / (phi.row(i).norm() + epsilon);
   }
   Matrix<double> exp(x.rows(), phi.rows());
   for (Index t = 0; t < x.rows(); ++t) {
@@ -97,6 +98,32 @@ TEST_CASE("SoftMoE gradients agree with finite differences", "[moe][soft_moe][gr
     test::check_gradients(layer, x, {.mask = mask});
     test::check_gradients(layer, x, {.sequences = &sequences, .mask = mask});
   }
+}
+
+TEST_CASE("SoftMoE adds its epsilon to lengths", "[moe][soft_moe][gradient]") {
+  const Matrix<double> x = test::random_matrix(5, 4, 1);
+  for (const double epsilon : {1e-6, 0.3}) {
+    SoftMoEConfig config{.slots_per_expert = 2};
+    config.epsilon = epsilon;
+    Layer3 layer = soft(config);
+    CHECK(test::relative_error(infer(layer, x), reference(x, config, 1.3)) < 1e-13);
+    test::check_gradients(layer, x);
+  }
+  SoftMoEConfig large{.slots_per_expert = 2};
+  large.epsilon = 0.3;
+  CHECK(test::relative_error(infer(soft(large), x), infer(soft({2}), x)) > 1e-2);
+}
+
+TEST_CASE("SoftMoE gives a token of zeros equal parts of all slots, and finite gradients",
+          "[moe][soft_moe]") {
+  Layer3 layer = soft({2, true});
+  Matrix<double> x = test::random_matrix(3, 4, 1);
+  x.row(1).setZero();
+  Layer3::Cache cache;
+  layer.forward(x, kTraining, cache);
+  CHECK((cache.weights.combine.row(1).array() - 1.0 / 6.0).abs().maxCoeff() <= 1e-15);
+  CHECK(layer.backward(test::random_matrix(3, 4, 2), cache).allFinite());
+  for (const auto& [name, parameter] : parameters(layer)) CHECK(parameter->grad.allFinite());
 }
 
 TEST_CASE("SoftMoE is not causal", "[moe][soft_moe]") {
@@ -201,6 +228,10 @@ TEST_CASE("SoftMoE says what is wrong with its arguments", "[moe][soft_moe]") {
   Rng rng(1);
   CHECK(test::message_of<ConfigError>([&] { Layer3(bank(), rng, {.slots_per_expert = 0}); }) ==
         "SoftMoE: slots_per_expert = 0, expected >= 1");
+  CHECK(test::message_of<ConfigError>([&] { Layer3(bank(), rng, {.scale = NAN}); }) ==
+        "SoftMoE: scale = nan, expected a finite number");
+  CHECK(test::message_of<ConfigError>([&] { Layer3(bank(), rng, {.epsilon = -1.0}); }) ==
+        "SoftMoE: epsilon = -1, expected a finite number >= 0");
   CHECK(test::message_of<ShapeError>([&] {
           Layer3(test::random_matrix(3, 4, 1), bank(), {.slots_per_expert = 2});
         }) == "SoftMoE: phi is [3, 4], expected [6, 4]");

@@ -12,15 +12,18 @@
 using namespace weir;
 
 TEST_CASE("unit_rows scales each row to length one and says how long it was", "[ops][unit_rows]") {
-  Matrix<double> rows(3, 2);
-  rows << 3.0, -4.0, 0.0, 0.0, 1e-13, 0.0;
-  Matrix<double> unit(3, 2);
-  RowVector<double> norm(3);
+  Matrix<double> rows(4, 2);
+  rows << 3.0, -4.0, 3e-300, 4e-300, 0.0, 0.0, 1e-310, 0.0;
+  Matrix<double> unit(4, 2);
+  RowVector<double> norm(4);
   unit_rows<double>(rows, unit, norm.data());
   CHECK(unit(0, 0) == Approx(0.6));
   CHECK(unit(0, 1) == Approx(-0.8));
   CHECK(norm[0] == Approx(5.0));
-  CHECK(unit.bottomRows(2).isZero(0.0));  // Below 1e-12 a row counts as zero.
+  CHECK(unit(1, 0) == Approx(0.6));
+  CHECK(unit(1, 1) == Approx(0.8));
+  CHECK(norm[1] == Approx(5e-300));
+  CHECK(unit.bottomRows(2).isZero(0.0));  // Below 2.2e-308 a row counts as zero.
   CHECK(norm.tail(2).isZero(0.0));
 }
 
@@ -73,13 +76,14 @@ TEST_CASE("unit_rows refuses other shapes", "[ops][unit_rows]") {
 }
 
 TEST_CASE("unit_rows takes rows of any scale that has a norm", "[ops][unit_rows]") {
-  Matrix<float> rows(4, 4);
+  Matrix<float> rows(5, 4);
   rows << 3e30f, -4e30f, 0.0f, 0.0f,     //
       1e38f, 1e38f, 1e38f, 1e38f,        //
       3e-11f, 0.0f, 4e-11f, 0.0f,        //
-      -3.4e38f, 3.4e38f, 0.0f, 3.4e38f;  // Its norm is beyond the largest number.
-  Matrix<float> unit(4, 4);
-  RowVector<float> norm(4);
+      -3.4e38f, 3.4e38f, 0.0f, 3.4e38f,  // Its norm is beyond the largest number.
+      0.0f, 1.2e-38f, 0.0f, 0.0f;        // The least norm that is one.
+  Matrix<float> unit(5, 4);
+  RowVector<float> norm(5);
   unit_rows<float>(rows, unit, norm.data());
   CHECK(unit(0, 0) == Approx(0.6f));
   CHECK(unit(0, 1) == Approx(-0.8f));
@@ -89,9 +93,10 @@ TEST_CASE("unit_rows takes rows of any scale that has a norm", "[ops][unit_rows]
   CHECK(unit(2, 0) == Approx(0.6f));
   CHECK(unit(2, 2) == Approx(0.8f));
   CHECK(norm[2] == Approx(5e-11f));
+  CHECK(unit(4, 1) == Approx(1.0f));
   CHECK(unit.allFinite());
   CHECK(norm.allFinite());
-  Matrix<float> d = Matrix<float>::Ones(4, 4);
+  Matrix<float> d = Matrix<float>::Ones(5, 4);
   unit_rows_backward<float>(unit, norm.data(), d);
   CHECK(d.allFinite());
 }

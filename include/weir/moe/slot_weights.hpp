@@ -31,7 +31,8 @@ namespace weir {
 ///     L = X Phi^T   [m, slots]   or, normalised,   L = scale * X^ Phi^^T
 ///     D = softmax over tokens of L,   C = softmax over slots of L
 ///
-/// X^ and Phi^ are X and Phi with each row divided by its length plus 1e-6. Padding has no weight.
+/// X^ and Phi^ are X and Phi with each row divided by its length plus epsilon; a row of zeros stays
+/// what it is. Padding has no weight.
 /// (Puigcerver et al. 2023, arXiv:2308.00951, eq. 1-3 and algorithm 2.)
 template <std::floating_point T>
 class SlotWeights {
@@ -76,7 +77,8 @@ class SlotWeights {
 
   /// \param phi      [slots, d_model]
   /// \param scale    The initial scale of normalised logits.
-  SlotWeights(Matrix<T> phi, bool normalise, double scale) : phi_{std::move(phi)} {
+  SlotWeights(Matrix<T> phi, bool normalise, double scale, double epsilon)
+      : epsilon_(static_cast<T>(epsilon)), phi_{std::move(phi)} {
     if (normalise) scale_.value.setConstant(1, 1, static_cast<T>(scale));
   }
 
@@ -101,16 +103,19 @@ class SlotWeights {
   bool is_normalised() const { return scale_.value.size() != 0; }
 
  private:
-  static constexpr T kTiny = T(1e-6);
+  /// 1 / (length + epsilon), or zero for the length of a row that counts as zero.
+  T inverse(T length) const {
+    return length < std::numeric_limits<T>::min() ? T(0) : T(1) / (length + epsilon_);
+  }
 
-  /// unit = factor * v / (|v| + kTiny).
+  /// unit = factor * v / (|v| + epsilon).
   void unit_row(T factor, const T* v, T* unit) const {
-    const T by = T(1) / (safe_norm<T>(d_model(), v) + kTiny);
+    const T by = inverse(safe_norm<T>(d_model(), v));
     const auto f = [=](const Lanes<T>& a) -> Lanes<T> { return factor * (by * a); };
     map_lanes<T>(d_model(), f, unit, v);
   }
 
-  /// dv += factor * (du - v (du . v) / (|v| (|v| + kTiny))) / (|v| + kTiny).
+  /// dv += factor * (du - v (du . v) / (|v| (|v| + epsilon))) / (|v| + epsilon).
   void add_unit_backward(T factor, const T* v, const T* du, T* dv) const;
 
   void compute_logits(Cache& cache) const;
@@ -123,6 +128,7 @@ class SlotWeights {
   /// Computes the derivative of both softmaxes.
   void compute_d_logits(Cache& cache) const;
 
+  T epsilon_;
   Parameter<T> phi_;    // [slots, d_model]
   Parameter<T> scale_;  // [1, 1], or empty.
 };
@@ -174,9 +180,9 @@ void SlotWeights<T>::backward(Cache& cache, Matrix<T>& dx) {
 template <std::floating_point T>
 void SlotWeights<T>::add_unit_backward(T factor, const T* v, const T* du, T* dv) const {
   const T length = safe_norm<T>(d_model(), v);
-  const T by = factor / (length + kTiny);
-  const T along =
-      length > T(0) ? loops::dot<T>(d_model(), du, v) / length / (length + kTiny) : T(0);
+  if (inverse(length) == T(0)) return;
+  const T by = factor * inverse(length);
+  const T along = loops::dot<T>(d_model(), du, v) / length * inverse(length);
   const auto f = [=](const Lanes<T>& sum, const Lanes<T>& d, const Lanes<T>& a) -> Lanes<T> {
     return sum + by * (d - along * a);
   };

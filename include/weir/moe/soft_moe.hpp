@@ -25,6 +25,8 @@ struct SoftMoEConfig {
   Index slots_per_expert = 1;  ///< p, in each sequence.
   bool normalise = true;       ///< Whether logits are made of unit vectors.
   double scale = 1.0;          ///< The initial scale of normalised logits.
+  double epsilon = 0.0;        ///< Added to the lengths that vectors are divided by; 1e-6 in the
+                               ///< source, whose logits then depend on the length of short vectors.
 };
 
 /// Every slot of every expert takes a convex combination of all tokens of a sequence, and every
@@ -34,8 +36,8 @@ struct SoftMoEConfig {
 ///     D = softmax over tokens of L,   C = softmax over slots of L
 ///     X~ = D^T X,   Y~_i = E_e(X~_i) for the p slots i of each expert e,   Y = C Y~
 ///
-/// With `normalise`, L = scale * X^ Phi^^T: rows are divided by their length plus 1e-6, and scale
-/// is a trained number. The layer is differentiable throughout and needs no capacity and no
+/// With `normalise`, L = scale * X^ Phi^^T: rows are divided by their length plus epsilon, and
+/// scale is a trained number. The layer is differentiable throughout and needs no capacity and no
 /// balancing loss. Padding is in no slot and yields zero.
 ///
 /// The layer is not causal: each slot sees all tokens of its sequence. So it must not predict
@@ -62,19 +64,20 @@ class SoftMoE {
   };
 
   /// Draws Phi from N(0, 1 / d_model).
-  /// \throws ConfigError  if slots_per_expert is below 1 or the scale not finite.
+  /// \throws ConfigError  if slots_per_expert is below 1, the scale not finite or epsilon negative.
   SoftMoE(Bank bank, Rng& rng, SoftMoEConfig config = {})
       : SoftMoE(initial(bank, rng, config), bank, config) {}
 
   /// \param phi      [experts * slots_per_expert, d_model], the slots of an expert together.
-  /// \throws ConfigError  if slots_per_expert is below 1 or the scale not finite.
+  /// \throws ConfigError  if slots_per_expert is below 1, the scale not finite or epsilon negative.
   /// \throws ShapeError   if phi has another shape.
   SoftMoE(Matrix<T> phi, Bank bank, SoftMoEConfig config = {})
       : config_(config),
         bank_(std::move(bank)),
-        weights_(std::move(phi), config.normalise, config.scale) {
+        weights_(std::move(phi), config.normalise, config.scale, config.epsilon) {
     expect_at_least<Index>("SoftMoE", "slots_per_expert", config_.slots_per_expert, 1);
     expect_finite("SoftMoE", "scale", config_.scale);
+    expect_at_least("SoftMoE", "epsilon", config_.epsilon, 0.0);
     if (weights_.slots() != slots() || weights_.d_model() != d_model()) {
       throw_error<ShapeError>("SoftMoE: phi is [", weights_.slots(), ", ", weights_.d_model(),
                               "], expected [", slots(), ", ", d_model(), "]");

@@ -35,15 +35,15 @@ T safe_norm(Index count, const T* numbers) {
   return std::min(largest * std::sqrt(sum), kMost);
 }
 
-/// unit[i] = rows[i] / |rows[i]|, norm[i] = |rows[i]|. A row of norm below 1e-12 counts as zero:
-/// its unit vector and its norm are zero.
+/// unit[i] = rows[i] / |rows[i]|, norm[i] = |rows[i]|. A row whose norm is below the least normal
+/// number of T counts as zero: its unit vector and its norm are zero.
 /// \param unit     Of the shape of `rows`, which it must not overlap.
 /// \param norm     One number for each row.
 /// \throws ShapeError   if the shapes differ.
 template <class T>
 void unit_rows(MatrixIn<T> rows, MatrixOut<T> unit, T* norm) {
   expect_shape("unit_rows", "unit", unit, rows.rows(), rows.cols());
-  constexpr T kLeast = T(1e-12);
+  constexpr T kLeast = std::numeric_limits<T>::min();
   parallel_rows(rows.rows(), 4 * rows.cols(), [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
       const T* row = &rows.coeffRef(i, 0);

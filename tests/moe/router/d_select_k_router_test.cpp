@@ -156,15 +156,42 @@ TEST_CASE("The entropy of a DSelectKRouter is that of its selectors", "[moe][rou
   const DSelectKRouterConfig config{.entropy = 0.5};
   // Undecided in two bits, in one, in none, whatever the mixture.
   CHECK(loss_of(constant_router(4, {0.0, 0.0}, {0.0}, config)) ==
-        Approx(0.5 * std::log(4.0)).epsilon(1e-5));
+        Approx(0.5 * std::log(4.0)).epsilon(1e-14));
   CHECK(loss_of(constant_router(4, {0.5, 0.0, 1.0, 1.0}, {3.0, -1.0}, config)) ==
-        Approx(0.5 * std::log(2.0)).epsilon(1e-5));
-  CHECK(std::abs(loss_of(constant_router(4, {-1.0, 1.0}, {0.0}, config))) <= 1e-5);
+        Approx(0.5 * std::log(2.0)).epsilon(1e-14));
+  CHECK(loss_of(constant_router(4, {-1.0, 1.0}, {0.0}, config)) == 0.0);
   // S = 27/32.
   CHECK(loss_of(constant_router(2, {0.5}, {0.0}, {.gamma = 2.0, .entropy = 1.0})) ==
         Approx(-27.0 / 32.0 * std::log(27.0 / 32.0) - 5.0 / 32.0 * std::log(5.0 / 32.0))
-            .epsilon(1e-5));
+            .epsilon(1e-14));
   CHECK(loss_of(constant_router(4, {0.0, 0.0}, {0.0})) == 0.0);
+  // With the epsilon of the source: r = (0, 1).
+  CHECK(loss_of(constant_router(2, {1.0}, {0.0}, {.entropy = 1.0, .epsilon = 1e-6})) ==
+        Approx(-std::log1p(1e-6)).epsilon(1e-9));
+  CHECK(loss_of(constant_router(2, {0.0}, {0.0}, {.entropy = 1.0, .epsilon = 0.5})) ==
+        Approx(0.0).margin(1e-15));
+}
+
+TEST_CASE("The entropy of a DSelectKRouter has a finite gradient however sure it is",
+          "[moe][router][d_select_k][gradient]") {
+  for (const double epsilon : {0.0, 1e-6}) {
+    const DSelectKRouterConfig config{.entropy = 1.0, .epsilon = epsilon};
+    const Matrix<double> one = Matrix<double>::Ones(1, 1);
+    for (const double z : {-0.7, -0.49, 0.49, 0.7}) {
+      INFO("z " << z);
+      Gate router = constant_router(4, {z, 0.1}, {0.0}, config);
+      test::check_gradients(router, one);
+    }
+    for (const double z : {-0.5, std::nextafter(-0.5, 0.0), std::nextafter(0.5, 0.0), 0.5}) {
+      Gate router = constant_router(4, {z, 0.1}, {0.0}, config);
+      Gate::Cache cache;
+      router.forward(one, kTraining, cache);
+      router.backward(Matrix<double>::Zero(1, 4), cache);
+      const Matrix<double>& d_bias = parameters(router)[1].parameter->grad;
+      CHECK(std::abs(d_bias(0, 0)) <= 1e-7);  // As good as decided.
+      CHECK(std::abs(d_bias(0, 1)) > 0.1);
+    }
+  }
 }
 
 TEST_CASE("DSelectKRouter draws selectors back from codes that no expert has",
@@ -179,7 +206,9 @@ TEST_CASE("DSelectKRouter draws selectors back from codes that no expert has",
   CHECK(infer(two, one) == row({0.0, 0.5, 0.25}));
   CHECK(loss_of(two) == Approx(1.0 + 2.0));
   CHECK(loss_of(constant_router(3, {1.0, 1.0}, {0.0})) == Approx(1e6));  // Only on that code.
-  CHECK(loss_of(constant_router(4, {1.0, 1.0}, {0.0})) == 0.0);          // A power of two.
+  CHECK(loss_of(constant_router(3, {1.0, 1.0}, {0.0}, {.reach = 2.0, .least_reach = 0.25})) ==
+        Approx(8.0));
+  CHECK(loss_of(constant_router(4, {1.0, 1.0}, {0.0})) == 0.0);  // A power of two.
   CHECK(loss_of(constant_router(3, {1.0, 0.0}, {0.0}, {.reach = 0.0})) == 0.0);
 }
 
@@ -257,6 +286,33 @@ TEST_CASE("The losses of DSelectKRouters at both levels of a HierarchicalRouter 
   CHECK(layer.report(cache).losses.size() == 2);
 }
 
+TEST_CASE("The losses of a DSelectKRouter count experts that the pass forbids",
+          "[moe][router][d_select_k][allowed]") {
+  const Gate router = random_router(3, 2, 2, 0.4, 30, {.entropy = 0.7});
+  const Gate three(3,
+                   Linear<double>(0.4 * test::random_matrix(4, 3, 30), Matrix<double>::Zero(1, 4)),
+                   Linear<double>(test::random_matrix(2, 3, 31), Matrix<double>::Zero(1, 2)));
+  const Matrix<double> x = test::random_matrix(4, 3, 32);
+  const std::vector<std::uint8_t> four_allowed = {1, 0, 1, 1};
+  const std::vector<std::uint8_t> three_allowed = {1, 0, 1};
+  CHECK(loss_of(router, x, {.allowed = four_allowed}) == loss_of(router, x));
+  CHECK(loss_of(three, x, {.allowed = three_allowed}) == loss_of(three, x));
+
+  // Tokens go where they may, with the weights they have there.
+  Rng rng(33);
+  MoELayer layer(router, ReluRouting<double>(), Dropless(), GluBank<double>(3, 4, 3, rng));
+  test::check_gradients(layer, x, {.allowed = four_allowed});
+  decltype(layer)::Cache cache;
+  layer.forward(x, {.allowed = four_allowed}, cache);
+  const Matrix<double> q = infer(router, x);
+  for (Index t = 0; t < 4; ++t) {
+    for (Index a = cache.routing.first(t); a < cache.routing.last(t); ++a) {
+      CHECK(cache.routing.expert[a] != 1);
+      CHECK(cache.routing.weight[a] == q(t, cache.routing.expert[a]));
+    }
+  }
+}
+
 TEST_CASE("The entropy loss makes up the minds of the selectors of a DSelectKRouter",
           "[moe][router][d_select_k]") {
   Rng rng(28);
@@ -309,6 +365,10 @@ TEST_CASE("DSelectKRouter says what does not fit", "[moe][router][d_select_k]") 
         "DSelectKRouter: entropy = -1, expected a finite number >= 0");
   CHECK(message(4, 6, {.reach = -1.0}) ==
         "DSelectKRouter: reach = -1, expected a finite number >= 0");
+  CHECK(message(4, 8, {.epsilon = -1.0}) ==
+        "DSelectKRouter: epsilon = -1, expected a finite number >= 0");
+  CHECK(message(4, 6, {.least_reach = 0.0}) ==
+        "DSelectKRouter: least_reach = 0, expected a finite number > 0");
   CHECK(message(4, 8, {.k = 0}) == "DSelectKRouter: k = 0, expected >= 1");
   CHECK(message(4, 8, {.gamma = 0.0}) == "DSelectKRouter: gamma = 0, expected a finite number > 0");
   CHECK(message(0, 8, {}) == "DSelectKRouter: d_model = 0, expected >= 1");

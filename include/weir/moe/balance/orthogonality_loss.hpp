@@ -34,12 +34,13 @@ struct OrthogonalityLossConfig {
 /// different groups may be alike. The angles alone count, not the lengths. No more than n vectors
 /// can be at right angles; in general the least loss is coefficient * max(0, 1/n - groups/experts).
 ///
-/// A vector of norm below 1e-12 counts as zero: its own element of G is -1, the others are 0, and
-/// it has no gradient. With one expert (to a group), whose vector is not zero, the loss is zero.
+/// A zero vector has no direction: its own element of G is -1, the others are 0, and it has no
+/// gradient. With one expert (to a group), whose vector is not zero, the loss is zero.
 ///
 /// The loss looks at parameters, not at tokens: it is the same at uniform load as at any other, and
-/// without tokens, and a pass that switches experts off makes no difference to it. (PaddleNLP,
-/// paddlenlp/transformers/moe_gate.py; the groups as in ERNIE's top2_gate.py.)
+/// without tokens. Experts that a pass switches off are counted as the others, unlike in losses of
+/// tokens: their vectors are still there, and have to be at right angles when they are on again.
+/// (PaddleNLP, paddlenlp/transformers/moe_gate.py; the groups as in ERNIE's top2_gate.py.)
 template <std::floating_point T>
 class OrthogonalityLoss : public BalancerBase {
  public:

@@ -36,8 +36,8 @@ struct CosineRouterConfig {
 ///     1/tau = min(exp(s), 1 / least_temperature)
 ///
 /// W [d_projection, d_model], v_e row e of the embedding [experts, d_projection]. Low dimensions
-/// and unit vectors keep tokens from gathering around the experts' embeddings. A vector of norm
-/// below 1e-12 has cosine zero and no gradient; where the temperature is at its bound, s has none.
+/// and unit vectors keep tokens from gathering around the experts' embeddings. A zero
+/// vector has cosine zero and no gradient; where the temperature is at its bound, s has none.
 /// (Chi et al. 2022, arXiv:2204.09179, section 3; exp(s), its bound and the initial temperature and
 /// embedding are those of Tutel's gates/cosine_top.py. Its projection begins as PyTorch's `Linear`,
 /// weights and bias uniform within 1 / sqrt(d_model); here it begins as `switch_init`.)

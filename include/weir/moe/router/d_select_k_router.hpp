@@ -28,7 +28,9 @@ struct DSelectKRouterConfig {
   Index k = 2;           ///< The number of selectors: at most as many experts in the end.
   double gamma = 1.0;    ///< The width of the smooth step.
   double entropy = 0.0;  ///< Coefficient of the entropy of the selectors; 1e-6 in the source.
+  double epsilon = 0.0;  ///< Added to the r of the logarithm; 1e-6 in the source.
   double reach = 1.0;    ///< Coefficient of what keeps selectors from codes that no expert has.
+  double least_reach = 1e-6;  ///< The least s_i that it is divided by; the source has none.
 };
 
 /// k selectors, each of which names an expert by its binary code, mixed by a softmax. With the m =
@@ -50,14 +52,16 @@ struct DSelectKRouterConfig {
 /// falls as the selectors make up their minds, the faster the larger `entropy` is:
 ///
 ///     loss = mean_t sum_i [entropy * H(r_i) + reach / s_i]
-///     H(r) = -sum_e r_e log(r_e + 1e-6),    s_i = sum_e r_ie
+///     H(r) = -sum_e r_e log(r_e + epsilon),    s_i = sum_e r_ie
 ///
 /// It is an auxiliary loss of the pass, called "d_select_k". The second term is there only if the
 /// number of experts is no power of two: what a selector has on codes beyond the last expert is
 /// missing from s_i and from q, whose sum may be below 1, and the loss draws it back. Where s_i is
-/// below 1e-6 it counts as that, without a derivative. The source adds both terms up over the
-/// tokens; with the mean the coefficients do not depend on the batch. Padding is not counted;
-/// experts that the pass forbids are, since the codes of all are learned together.
+/// below `least_reach` it counts as that, without a derivative. The source adds both terms up over
+/// the tokens; with the mean the coefficients do not depend on the batch. Padding is not counted.
+/// Experts that the pass forbids are, unlike in other losses: they have their codes still, and a
+/// selector that has made up its mind for one of them has no derivative that could draw it back,
+/// only a loss of reach / `least_reach` while that expert is off.
 ///
 /// (Hazimeh et al. 2021, arXiv:2106.03760; `DSelectKGate` of google-research/dselect_k_moe with
 /// routing inputs, which has the losses in training alone.)
@@ -116,12 +120,13 @@ class DSelectKRouter : public RouterBase<T> {
 
  private:
   static constexpr Index kNone = -1;
-  static constexpr T kEpsilon = T(1e-6);
 
   static Index checked_k(const DSelectKRouterConfig& config) {
     expect_at_least<Index>("DSelectKRouter", "k", config.k, 1);
     expect_at_least("DSelectKRouter", "entropy", config.entropy, 0.0);
+    expect_at_least("DSelectKRouter", "epsilon", config.epsilon, 0.0);
     expect_at_least("DSelectKRouter", "reach", config.reach, 0.0);
+    expect_positive("DSelectKRouter", "least_reach", config.least_reach);
     return config.k;
   }
 
@@ -162,6 +167,8 @@ class DSelectKRouter : public RouterBase<T> {
   }
 
   T gamma() const { return static_cast<T>(config_.gamma); }
+  T epsilon() const { return static_cast<T>(config_.epsilon); }
+  T least_reach() const { return static_cast<T>(config_.least_reach); }
   Index row_cost() const { return 2 * config_.k * bits_ * experts_; }
 
   bool has_bit(Index e, Index b) const { return ((e >> (bits_ - 1 - b)) & 1) != 0; }
@@ -280,12 +287,12 @@ T DSelectKRouter<T>::loss_of(const Cache& cache, Index t, Index i) const {
     T entropy = T(0);
     for (Index e = 0; e < experts_; ++e) {
       const T r = chance(cache, t, i, e);
-      entropy -= r * std::log(r + kEpsilon);
+      if (r > T(0)) entropy -= r * std::log(r + epsilon());
     }
     loss += static_cast<T>(config_.entropy) * entropy;
   }
   if (has_reach()) {
-    loss += static_cast<T>(config_.reach) / std::max(reached(cache, t, i), kEpsilon);
+    loss += static_cast<T>(config_.reach) / std::max(reached(cache, t, i), least_reach());
   }
   return loss;
 }
@@ -297,13 +304,14 @@ void DSelectKRouter<T>::add_loss_gradient(const Cache& cache, Index t, Index i, 
   if (has_entropy()) {
     for (Index e = 0; e < experts_; ++e) {
       const T r = chance(cache, t, i, e);
-      const T slope = std::log(r + kEpsilon) + r / (r + kEpsilon);
+      if (r <= T(0)) continue;  // The derivative of r by z is zero there, and faster than the log.
+      const T slope = std::log(r + epsilon()) + r / (r + epsilon());
       d_chance[e] -= scale * static_cast<T>(config_.entropy) * slope;
     }
   }
   if (has_reach()) {
     const T sum = reached(cache, t, i);
-    if (!(sum > kEpsilon)) return;
+    if (!(sum > least_reach())) return;
     const T d = scale * static_cast<T>(config_.reach) / (sum * sum);
     for (Index e = 0; e < experts_; ++e) d_chance[e] -= d;
   }

@@ -48,8 +48,8 @@ struct RankPolicyConfig {
 ///
 /// and with the threshold tau_r it stays if
 ///
-///     s_r > tau_r                         kThreshold
-///     s_r > u * max(tau_r, 1e-9)          kRandom
+///     s_r > tau_r         kThreshold
+///     s_r > u * tau_r     kRandom
 ///
 /// A rejected assignment is one that is not kept: it takes no place in an expert. Balancers count
 /// it, and so does a CapacityFactor that computes C from assignments; PassDropped passes its token
@@ -110,9 +110,7 @@ class RankPolicy : public SelectorWrapper<Inner> {
       }
       for (Index a = first + 1; a < last; ++a) {
         const double threshold = thresholds[std::min(a - first, thresholds.count()) - 1];
-        const double least = active == RankRule::kThreshold
-                                 ? threshold
-                                 : draw(a) * std::max(threshold, kLeastThreshold);
+        const double least = active == RankRule::kThreshold ? threshold : draw(a) * threshold;
         const bool keep = active != RankRule::kNone && weight_of(routing, a) > least * total;
         if (!keep) routing.kept[a] = 0;
       }
@@ -122,8 +120,6 @@ class RankPolicy : public SelectorWrapper<Inner> {
   const RankPolicyConfig& config() const { return config_; }
 
  private:
-  static constexpr double kLeastThreshold = 1e-9;
-
   RankRule rule(const Pass& pass) const { return pass.training ? config_.train : config_.evaluate; }
 
   static double weight_of(const Routing<T>& routing, Index assignment) {
