@@ -6,6 +6,7 @@
 #include <concepts>
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <utility>
 
 #include <weir/core/cache_state.hpp>
@@ -15,11 +16,53 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
+#include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
+
+/// Draws `count` factors of dropout from a part of pass.rng that is split off for it, one draw per
+/// factor in order: 0 with probability `rate`, else 1 / (1 - rate).
+/// \throws ConfigError  without a pass.rng.
+template <class T>
+void draw_dropout(std::string_view who, double rate, const Pass& pass, Index count, T* factor) {
+  constexpr Index kCost = 16;
+  const Rng draws = pass.generator(who).split();
+  const auto kept = static_cast<T>(1.0 / (1.0 - rate));
+  parallel_rows(count, kCost, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      factor[i] = unit_interval(draws.at(static_cast<std::uint64_t>(i))) < rate ? T(0) : kept;
+    }
+  });
+}
+
+/// Multiplies rows by the factors of dropout, if there are any: hidden numbers in the forward pass,
+/// their gradient in the backward pass.
+/// \param factor   Of the shape of `rows`, or empty.
+template <class T>
+void apply_dropout(const Scratch<T>& factor, MatrixOut<T> rows) {
+  if (factor.rows() == 0) return;
+  const auto factors = factor.view();
+  parallel_pieces(rows.rows(), rows.cols(), 1, [&](Index t, Index col, Index count) {
+    loops::multiply<T>(count, &rows(t, col), &factors.coeffRef(t, col), &rows(t, col));
+  });
+}
+
+/// Dropout inside of a network: draws factors for the hidden numbers in training, and applies them.
+/// Outside of training, or at a rate of 0, there are none.
+/// \param factor   Becomes of the shape of `hidden`, or empty, for the backward pass.
+/// \throws ConfigError  as `draw_dropout`.
+template <class T>
+void drop_hidden(std::string_view who, double rate, const Pass& pass, MatrixOut<T> hidden,
+                 Scratch<T>& factor) {
+  const bool drops = pass.training && rate > 0.0;
+  auto factors = factor.reshape(drops ? hidden.rows() : 0, hidden.cols());
+  if (drops) draw_dropout<T>(who, rate, pass, factors.size(), factors.data());
+  apply_dropout<T>(factor, hidden);
+}
 
 /// Settings of `Dropout`.
 struct DropoutConfig {
@@ -83,21 +126,12 @@ class Dropout {
 
 template <std::floating_point T>
 const Matrix<T>& Dropout<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
-  constexpr Index kCost = 16;
   cache.state.begin();
   cache.padding.set("Dropout::forward", pass, x.rows());
   const bool drops = pass.training && config_.rate > 0.0;
   set_shape(cache.factor, drops ? x.rows() : 0, x.cols());
   if (drops) {
-    const Rng draws = pass.generator("Dropout::forward").split();
-    const auto kept = static_cast<T>(1.0 / (1.0 - config_.rate));
-    T* const factor = cache.factor.data();
-    parallel_rows(x.size(), kCost, [&](Index begin, Index end) {
-      for (Index i = begin; i < end; ++i) {
-        const double u = unit_interval(draws.at(static_cast<std::uint64_t>(i)));
-        factor[i] = u < config_.rate ? T(0) : kept;
-      }
-    });
+    draw_dropout<T>("Dropout::forward", config_.rate, pass, x.size(), cache.factor.data());
   }
   apply(x, cache, cache.y);
   return cache.state.finish(*this, pass, cache.y);

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: MIT
+#include <string>
+#include <type_traits>
 #include <vector>
 
+#include <weir/core/storage.hpp>
+#include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
@@ -14,16 +18,31 @@ using namespace weir;
 
 namespace {
 
+template <class B>
+auto config_of(double dropout) {
+  if constexpr (std::is_same_v<B, MlpBank<double>>) {
+    return MlpBankConfig{.bias = true, .dropout = dropout};
+  } else {
+    return GluBankConfig{.dropout = dropout};
+  }
+}
+
+template <class B>
+std::string name_of() {
+  return std::is_same_v<B, MlpBank<double>> ? "MlpBank" : "GluBank";
+}
+
+template <class B>
 struct Case {
-  explicit Case(double dropout) : rng(1), bank(4, 3, 6, rng, {.bias = true, .dropout = dropout}) {
+  explicit Case(double dropout) : rng(1), bank(4, 3, 6, rng, config_of<B>(dropout)) {
     dispatch.build(test::route(TopKSoftmax<double>({.k = 2}), test::random_matrix(7, 3, 2)));
   }
 
   Rng rng;
-  MlpBank<double> bank;
+  B bank;
   Dispatch<double> dispatch;
   Matrix<double> x = test::random_matrix(7, 4, 3);
-  MlpBank<double>::Cache cache;
+  typename B::Cache cache;
 
   const Matrix<double>& train(std::uint64_t seed) {
     Rng draws(seed);
@@ -33,10 +52,11 @@ struct Case {
 
 }  // namespace
 
-TEST_CASE("MlpBank drops hidden numbers in training alone, and keeps their mean",
-          "[moe][experts][dropout]") {
-  Case dropping(0.4);
-  Case plain(0.0);
+TEMPLATE_TEST_CASE("Banks drop hidden numbers in training alone, and keep their mean",
+                   "[moe][experts][dropout]", MlpBank<double>, GluBank<double>) {
+  Case<TestType> dropping(0.4);
+  Case<TestType> plain(0.0);
+  CHECK(dropping.bank.dropout() == 0.4);
   const Matrix<double> expected =
       plain.bank.forward(plain.x, plain.dispatch, kTraining, plain.cache);
   CHECK(dropping.bank.forward(dropping.x, dropping.dispatch, {}, dropping.cache) == expected);
@@ -58,9 +78,9 @@ TEST_CASE("MlpBank drops hidden numbers in training alone, and keeps their mean"
   CHECK(test::relative_error(Matrix<double>(sum / kRounds), expected) < 0.06);
 }
 
-TEST_CASE("MlpBank with dropout has the gradient of finite differences",
-          "[moe][experts][dropout][gradient]") {
-  Case c(0.4);
+TEMPLATE_TEST_CASE("Banks with dropout have the gradient of finite differences",
+                   "[moe][experts][dropout][gradient]", MlpBank<double>, GluBank<double>) {
+  Case<TestType> c(0.4);
   const Matrix<double> d = test::random_matrix(7, 4, 5);
   c.train(6);
   std::vector<double> d_weight(14, 0.0);
@@ -88,18 +108,33 @@ TEST_CASE("MlpBank with dropout has the gradient of finite differences",
   }
 }
 
-TEST_CASE("MlpBank with dropout allocates nothing once warm, and says what is missing",
-          "[moe][experts][dropout]") {
-  Case c(0.4);
+TEMPLATE_TEST_CASE("Banks that dropped in one pass drop nothing in the next, outside of training",
+                   "[moe][experts][dropout]", MlpBank<double>, GluBank<double>) {
+  Case<TestType> c(0.4);
+  c.train(8);
+  const Matrix<double> y = c.bank.forward(c.x, c.dispatch, {}, c.cache);
+  CHECK(c.cache.factor.rows() == 0);
+  // Weights that are stored for inference drop nothing in any pass.
+  set_storage(c.bank, Storage::kPacked);
+  CHECK(test::relative_error(c.train(8), y) < 1e-14);
+  set_storage(c.bank, Storage::kTrainable);
+  CHECK(test::relative_error(c.train(8), y) > 0.1);
+}
+
+TEMPLATE_TEST_CASE("Banks with dropout allocate nothing once warm, and say what is missing",
+                   "[moe][experts][dropout]", MlpBank<double>, GluBank<double>) {
+  Case<TestType> c(0.4);
   const Matrix<double> one = c.train(7);
   CHECK(test::count_allocations([&] { c.train(7); }) == 0);
   {
     const test::Threads threads(2);
     CHECK(c.train(7) == one);
   }
+  const std::string name = name_of<TestType>();
   CHECK(test::message_of<ConfigError>([&] {
           c.bank.forward(c.x, c.dispatch, kTraining, c.cache);
-        }) == "MlpBank::forward: pass.rng = null, expected a generator in training");
-  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(4, 3, 6, c.rng, {.dropout = 1.0}); }) ==
-        "MlpBank: dropout = 1, expected 0 <= dropout < 1");
+        }) == name + "::forward: pass.rng = null, expected a generator in training");
+  CHECK(test::message_of<ConfigError>([&] {
+          TestType(4, 3, 6, c.rng, config_of<TestType>(1.0));
+        }) == name + ": dropout = 1, expected 0 <= dropout < 1");
 }

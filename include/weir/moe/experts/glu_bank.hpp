@@ -12,10 +12,12 @@
 #include <weir/core/aligned.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/moe/dispatch.hpp>
+#include <weir/nn/dropout.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
@@ -25,6 +27,9 @@ namespace weir {
 /// Settings of GluBank.
 struct GluBankConfig {
   double init_scale = 1.0;  ///< `scale` of `switch_init`. Switch trains its experts with 0.1.
+  /// The probability with which a number between an expert's maps becomes zero in training. Switch
+  /// fine-tunes with 0.4 in its experts and 0.1 elsewhere.
+  double dropout = 0.0;
 };
 
 /// `experts` networks
@@ -32,16 +37,21 @@ struct GluBankConfig {
 ///     E_e(x) = (act(x Wg_e^T) * (x Wu_e^T)) Wd_e^T
 ///
 /// with Wg_e, Wu_e [d_hidden, d_model] and Wd_e [d_model, d_hidden], computed for all experts at
-/// once on the packed slots. (Shazeer 2020, arXiv:2002.05202; SwiGLU with act = SiLU.)
+/// once on the packed slots. In training with dropout, what Wd_e takes is multiplied by 0 with that
+/// probability, else by 1 / (1 - dropout), one draw per element from `pass.rng`. (Shazeer 2020,
+/// arXiv:2002.05202; SwiGLU with act = SiLU. Expert dropout: Fedus et al. 2021, arXiv:2101.03961,
+/// section 2.4.)
 ///
-/// Trainable unless `set_storage` says otherwise.
+/// Trainable unless `set_storage` says otherwise; nothing is dropped where the weights are stored
+/// for inference.
 template <std::floating_point T, Activation Act = Silu>
 class GluBank {
  public:
   using Scalar = T;
 
   struct Cache {
-    Scratch<T> x, gate, up, hidden, out;                 ///< [slots, .], from forward
+    Scratch<T> x, gate, up, hidden, out;  ///< [slots, .], from forward
+    Scratch<T> factor;                    ///< [slots, d_hidden], of dropout, or empty
     Scratch<T> d_out, d_hidden, d_gate, d_up, d_packed;  ///< [slots, .], from backward
     Matrix<T> y, dx;                                     ///< [tokens, d_model]
     PackedGluCache<T> packed;
@@ -50,7 +60,8 @@ class GluBank {
   };
 
   /// Weights from `switch_init`, with the fan-in of one expert, as those of Glu.
-  /// \throws ConfigError  if a size is below 1 or init_scale not positive.
+  /// \throws ConfigError  if a size is below 1, init_scale not positive, or unless 0 <= dropout
+  ///                      < 1.
   GluBank(Index d_model, Index experts, Index d_hidden, Rng& rng, GluBankConfig config = {});
 
   /// From existing weights, one of each per expert.
@@ -58,7 +69,8 @@ class GluBank {
   /// \throws ShapeError   if a weight's shape does not fit the others.
   GluBank(std::vector<Matrix<T>> gate, std::vector<Matrix<T>> up, std::vector<Matrix<T>> down);
 
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
+  /// \throws ConfigError  in training with dropout, without a pass.rng.
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
                            Cache& cache) const;
 
   /// The gradients of experts without tokens are left alone.
@@ -88,19 +100,24 @@ class GluBank {
   Index d_hidden() const { return d_hidden_; }
   Index d_out() const { return d_out_; }
 
+  double dropout() const { return dropout_; }
+
  private:
-  void forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const;
+  void forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                         Cache& cache) const;
 
   std::vector<Parameter<T>> gate_, up_, down_;
   std::vector<PackedGlu<T>> packed_;  // One per expert, or none.
   Storage storage_ = Storage::kTrainable;
   Index d_in_ = 0, d_hidden_ = 0, d_out_ = 0;
+  double dropout_ = 0.0;
 };
 
 template <std::floating_point T, Activation Act>
 GluBank<T, Act>::GluBank(Index d_model, Index experts, Index d_hidden, Rng& rng,
                          GluBankConfig config)
-    : d_in_(d_model), d_hidden_(d_hidden), d_out_(d_model) {
+    : d_in_(d_model), d_hidden_(d_hidden), d_out_(d_model), dropout_(config.dropout) {
+  expect_fraction("GluBank", "dropout", config.dropout);
   expect_at_least<Index>("GluBank", "d_model", d_model, 1);
   expect_at_least<Index>("GluBank", "experts", experts, 1);
   expect_at_least<Index>("GluBank", "d_hidden", d_hidden, 1);
@@ -136,9 +153,9 @@ GluBank<T, Act>::GluBank(std::vector<Matrix<T>> gate, std::vector<Matrix<T>> up,
 
 template <std::floating_point T, Activation Act>
 const Matrix<T>& GluBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch,
-                                          const Pass& /*pass*/, Cache& cache) const {
+                                          const Pass& pass, Cache& cache) const {
   if (storage_ == Storage::kTrainable) {
-    forward_trainable(x, dispatch, cache);
+    forward_trainable(x, dispatch, pass, cache);
   } else {
     cache.groups.clear();
     dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
@@ -175,6 +192,7 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
   });
   multiply<T>(cache.products);
 
+  apply_dropout<T>(cache.factor, d_hidden_packed);
   glu_backward<Act, T>(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
 
   cache.products.clear();
@@ -229,7 +247,7 @@ void GluBank<T, Act>::set_storage(Storage storage) {
 
 template <std::floating_point T, Activation Act>
 void GluBank<T, Act>::forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch,
-                                        Cache& cache) const {
+                                        const Pass& pass, Cache& cache) const {
   const Index slots = dispatch.slots();
   gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
   auto gate = cache.gate.reshape(slots, d_hidden());
@@ -246,6 +264,7 @@ void GluBank<T, Act>::forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispat
   multiply<T>(cache.products);
 
   glu_forward<Act, T>(gate, up, hidden);
+  drop_hidden<T>("GluBank::forward", dropout_, pass, hidden, cache.factor);
 
   cache.products.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {

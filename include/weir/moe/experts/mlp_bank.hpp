@@ -4,7 +4,6 @@
 #pragma once
 
 #include <concepts>
-#include <cstdint>
 #include <span>
 #include <string>
 #include <utility>
@@ -12,13 +11,13 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
-#include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/experts/expert_linear.hpp>
+#include <weir/nn/dropout.hpp>
 #include <weir/nn/mlp.hpp>
 #include <weir/ops/activation.hpp>
 
@@ -39,8 +38,9 @@ struct MlpBankConfig {
 ///
 /// with W1_e [d_hidden, d_model] and W2_e [d_model, d_hidden], the biases optional, computed for
 /// all experts at once on the packed slots. In training with dropout, act(.) is multiplied by 0
-/// with that probability, else by 1 / (1 - dropout), one draw per element from `pass.rng`. (Fedus
-/// et al. 2021, arXiv:2101.03961, act = ReLU.)
+/// with that probability, else by 1 / (1 - dropout), one draw per element from `pass.rng`; nothing
+/// is dropped where the weights are stored for inference. (Fedus et al. 2021, arXiv:2101.03961, act
+/// = ReLU; dropout: section 2.4.)
 template <std::floating_point T, Activation Act = Relu>
 class MlpBank {
  public:
@@ -95,9 +95,6 @@ class MlpBank {
   double dropout() const { return dropout_; }
 
  private:
-  /// Draws the factors of dropout, or none, and applies them to the hidden numbers.
-  void drop(const Pass& pass, Cache& cache) const;
-
   ExpertLinear<T> in_, out_;
   double dropout_ = 0.0;
 };
@@ -157,30 +154,13 @@ const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
 
   in_.forward(cache.x.view(), dispatch, inner, cache.workspace);
   activation_forward<Act, T>(inner, hidden);
-  drop(pass, cache);
+  const double rate = storage() == Storage::kTrainable ? dropout_ : 0.0;
+  drop_hidden<T>("MlpBank::forward", rate, pass, hidden, cache.factor);
   out_.forward(hidden, dispatch, out, cache.workspace);
 
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);
   return cache.y;
-}
-
-template <std::floating_point T, Activation Act>
-void MlpBank<T, Act>::drop(const Pass& pass, Cache& cache) const {
-  constexpr Index kCost = 16;
-  auto hidden = cache.hidden.view();
-  const bool drops = pass.training && dropout_ > 0.0;
-  auto factor = cache.factor.reshape(drops ? hidden.rows() : 0, hidden.cols());
-  if (!drops) return;
-  const Rng draws = pass.generator("MlpBank::forward").split();
-  const auto kept = static_cast<T>(1.0 / (1.0 - dropout_));
-  parallel_rows(hidden.size(), kCost, [&](Index begin, Index end) {
-    for (Index i = begin; i < end; ++i) {
-      const double u = unit_interval(draws.at(static_cast<std::uint64_t>(i)));
-      factor.data()[i] = u < dropout_ ? T(0) : kept;
-      hidden.data()[i] *= factor.data()[i];
-    }
-  });
 }
 
 template <std::floating_point T, Activation Act>
@@ -196,7 +176,7 @@ const Matrix<T>& MlpBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
   combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
   out_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
                 cache.workspace);
-  if (cache.factor.rows() > 0) d_hidden_packed.array() *= cache.factor.view().array();
+  apply_dropout<T>(cache.factor, d_hidden_packed);
   activation_backward<Act, T>(cache.inner.view(), d_hidden_packed, d_inner);
   in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.workspace);
 
