@@ -120,7 +120,11 @@ TEST_CASE("discard clears gradients and reaches each node that counts, once", "[
   discard(wrapped);
   CHECK(actor.discards == 1);
   CHECK(actor.acts == 0);
-  CHECK(actor.inside.weight.grad == Matrix<double>::Zero(2, 3));
+  CHECK(actor.inside.weight.grad.size() == 0);  // As before the step.
+  actor.inside.weight.gradient().setOnes();
+  update(wrapped);
+  discard(wrapped);
+  CHECK(actor.inside.weight.grad == Matrix<double>::Zero(2, 3));  // As after the last step.
   CHECK(actor.inside.weight.value == Matrix<double>::Ones(2, 3));
   Tree tree;
   discard(tree);  // Nobody counts.

@@ -21,6 +21,8 @@
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
+#include <weir/optim/muon.hpp>
+#include <weir/optim/sgd.hpp>
 
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
@@ -125,4 +127,86 @@ TEST_CASE("A step that is given up counts in no capacity", "[moe][capacity][disc
   const AdaptiveCapacity<double> capacity({.least = 0.1, .rate = 0.5, .minimum = 1});
   check_discards(layer_of(SigmoidTopK<double>(kExperts), capacity));
   check_discards(layer_of(SigmoidTopK<double>(kExperts), RenormaliseKept(capacity)));
+}
+
+namespace {
+
+/// A layer with an expert, the last one, that only `batch_for_all` reaches.
+auto layer_with_idle_expert() {
+  auto layer = layer_of(SigmoidTopK<double>(kExperts, {.k = 1}), Dropless());
+  layer.selector().selection_bias().value << 0.0, 0.0, 0.0, -10.0;
+  return layer;
+}
+
+template <class M>
+void batch_for_all(M& layer, std::uint64_t seed) {
+  const Matrix<double> bias = layer.selector().selection_bias().value;
+  layer.selector().selection_bias().value << 0.0, 0.0, 0.0, 10.0;
+  backward_of_batch(layer, seed);
+  layer.selector().selection_bias().value = bias;
+}
+
+/// Two steps, a batch for all that is given up or not there, two more steps.
+template <class M, class Optimizer>
+std::vector<Matrix<double>> train_around(M& layer, Optimizer& optimizer, bool given_up) {
+  for (std::uint64_t step = 0; step < 4; ++step) {
+    if (step == 2 && given_up) {
+      batch_for_all(layer, 50);
+      discard(layer);
+    }
+    backward_of_batch(layer, step);
+    optimizer.step(layer);
+  }
+  return state_of(layer);
+}
+
+template <class Optimizer>
+void check_idle_expert(const Optimizer& fresh) {
+  auto layer = layer_with_idle_expert();
+  auto other = layer;
+  const std::vector<Matrix<double>> begin = state_of(layer);
+  Optimizer optimizer = fresh;
+  Optimizer same = fresh;
+  const std::vector<Matrix<double>> expected = train_around(layer, optimizer, false);
+  CHECK(train_around(other, same, true) == expected);
+  CHECK(optimizer.steps() == same.steps());
+  const auto states = optimizer.saved_states();
+  const auto same_states = same.saved_states();
+  REQUIRE(states.size() == same_states.size());
+  for (std::size_t i = 0; i < states.size(); ++i) {
+    INFO(states[i].parameter);
+    CHECK(states[i].parameter == same_states[i].parameter);
+    CHECK(states[i].parameter.find("experts.3") == std::string::npos);
+    for (std::size_t m = 0; m < states[i].matrices.size(); ++m) {
+      CHECK(*states[i].matrices[m].second == *same_states[i].matrices[m].second);
+    }
+    if (states[i].steps != nullptr) CHECK(*states[i].steps == *same_states[i].steps);
+  }
+  // The idle expert has not even decayed; the others have been trained.
+  const auto all = parameters(layer);
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    INFO(all[i].name);
+    const bool idle = all[i].name.find("experts.3") != std::string::npos;
+    CHECK(idle == (all[i].parameter->value == begin[i]));
+    CHECK(idle == (all[i].parameter->grad.size() == 0));
+  }
+
+  // Once a step with a batch for all was taken, a step that is given up leaves zeros, which decay.
+  batch_for_all(layer, 60);
+  optimizer.step(layer);
+  const Matrix<double> trained = parameters(layer).back().parameter->value;
+  batch_for_all(layer, 61);
+  discard(layer);
+  backward_of_batch(layer, 62);
+  optimizer.step(layer);
+  CHECK(parameters(layer).back().parameter->value != trained);
+}
+
+}  // namespace
+
+TEST_CASE("A step that is given up leaves an expert that it reached first as it was",
+          "[moe][optim][discard]") {
+  check_idle_expert(AdamW<double>({.learning_rate = 0.05, .weight_decay = 0.1}));
+  check_idle_expert(Sgd<double>({.learning_rate = 0.05, .momentum = 0.9, .weight_decay = 0.1}));
+  check_idle_expert(Muon<double>({.learning_rate = 0.05, .weight_decay = 0.1}));
 }

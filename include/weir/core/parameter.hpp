@@ -15,14 +15,24 @@ struct Parameter {
   Matrix<T> value;
   Matrix<T> grad = {};  ///< Empty until the first backward pass; accumulates.
   bool frozen = false;  ///< A frozen parameter keeps its value; optimizers skip it.
+  bool fresh = false;   ///< The gradient was empty before this step, see `discard`.
 
   /// Whether an optimizer moves it.
   bool learns() const { return !frozen && grad.size() > 0; }
 
   /// The gradient, zeroed and sized like `value` on first use.
   Matrix<T>& gradient() {
-    if (grad.size() == 0) grad.setZero(value.rows(), value.cols());
+    if (grad.size() == 0) {
+      grad.setZero(value.rows(), value.cols());
+      fresh = true;
+    }
     return grad;
+  }
+
+  /// Makes the gradient what it was after the last step: zero, or empty if there was none.
+  void discard_gradient() {
+    if (fresh) grad.resize(0, 0);
+    grad.setZero();
   }
 };
 

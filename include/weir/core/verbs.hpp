@@ -41,6 +41,9 @@ struct ZeroGradients final : Walk<T> {
 
 template <class T>
 struct UpdateNodes final : Walk<T> {
+  void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
+    parameter.fresh = false;
+  }
   bool at_node(const Node& node) override {
     node.update();
     return true;
@@ -50,7 +53,7 @@ struct UpdateNodes final : Walk<T> {
 template <class T>
 struct DiscardStep final : Walk<T> {
   void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
-    parameter.grad.setZero();
+    parameter.discard_gradient();
   }
   bool at_node(const Node& node) override {
     node.discard();
@@ -121,20 +124,20 @@ Index parameter_count(Layer& layer) {
   return count;
 }
 
-/// Runs everything that acts between optimizer steps: balancing rules, adaptive capacities,
-/// schedules. Optimizers call it at the end of their `step`; call it yourself only if you update
-/// the parameters without one.
+/// Ends a step: runs everything that acts between optimizer steps (balancing rules, adaptive
+/// capacities, schedules), and lets `discard` know that this step was taken. Optimizers call it at
+/// the end of their `step`; call it yourself only if you update the parameters without one.
 template <class Layer>
 void update(Layer& layer) {
   detail::UpdateNodes<typename Layer::Scalar> walk;
   walk("", layer);
 }
 
-/// Gives up a step instead of taking it: sets every gradient to zero, and lets balancing rules and
-/// adaptive capacities forget what they counted in the backward passes since the last step. The
-/// next steps are those of a training that never saw these batches. What forward passes drew from a
-/// generator stays drawn, and a parameter that no batch reached before has a gradient of zeros from
-/// then on, instead of none. `clip_global_norm` calls it where it throws.
+/// Gives up a step instead of taking it: makes every gradient what it was after the last step
+/// (zero, or empty where no batch had reached the parameter), and lets balancing rules and adaptive
+/// capacities forget what they counted in the backward passes since then. The next steps are those
+/// of a training that never saw these batches; only what forward passes drew from a generator stays
+/// drawn. `clip_global_norm` calls it where it throws.
 template <class Layer>
 void discard(Layer& layer) {
   detail::DiscardStep<typename Layer::Scalar> walk;
