@@ -128,8 +128,9 @@ TEST_CASE("CapacityFactor counts per batch or per sequence", "[moe][capacity_fac
   CHECK(kept_of(policy, routing) == Kept{1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0});
 }
 
-TEST_CASE("CapacityFactor counts per group of rows, padding included", "[moe][capacity_factor]") {
-  // Groups of 4, 4 and 2 rows with 3, 4 and 2 real tokens.
+TEST_CASE("CapacityFactor cuts groups by rows, padding included, and counts their real tokens",
+          "[moe][capacity_factor]") {
+  // Groups of 4, 4 and 2 rows with 3, 4 and 2 real tokens: C = 1, 2 and 1.
   const std::vector<std::uint8_t> mask = {1, 0, 1, 1, 1, 1, 1, 1, 1, 1};
   Pass pass;
   pass.mask = mask;
@@ -137,6 +138,8 @@ TEST_CASE("CapacityFactor counts per group of rows, padding included", "[moe][ca
   const CapacityFactorConfig policy{
       .evaluate = 1.0, .rounding = Rounding::kDown, .minimum = 0, .group_size = 4};
   CHECK(kept_of(policy, routing) == Kept{1, 0, 0, 1, 1, 0, 0, 1, 0});
+  // Without the padding, groups of 4, 4 and 1 rows: C = 2, 2 and 0.
+  CHECK(kept_of(policy, select(crowd(9, 2), 1)) == Kept{1, 1, 0, 0, 1, 1, 0, 0, 0});
 }
 
 TEST_CASE("CapacityFactor follows its order", "[moe][capacity_factor]") {

@@ -41,11 +41,12 @@ struct CapacityFactorConfig {
 ///
 /// assignments, computed in double and in this order, on which the last rounding can depend. T is
 /// the number of real tokens in the group that `scope` and `group_size` name, T * k their number of
-/// assignments. `experts` are those that the pass allows to some token: with experts that are
-/// switched off for all tokens, the others have the places of a layer without them; one that is
-/// forbidden to some tokens counts. What is dropped yields zero, unless the bank is in a
-/// PassDropped; its weight is not given to the token's other experts, unless the policy is in a
-/// RenormaliseKept.
+/// assignments. Mesh TensorFlow and flaxformer cut groups by rows as well, and route no padding
+/// either, but count it in T, so that C is a constant: with padding their C is larger. `experts`
+/// are those that the pass allows to some token: with experts that are switched off for all tokens,
+/// the others have the places of a layer without them; one that is forbidden to some tokens counts.
+/// What is dropped yields zero, unless the bank is in a PassDropped; its weight is not given to the
+/// token's other experts, unless the policy is in a RenormaliseKept.
 ///
 /// (Fedus et al. 2021, arXiv:2101.03961, eq. 3; Lepikhin et al. 2020, arXiv:2006.16668, section
 /// 2.2.) Because C depends on T, no drop order makes an earlier token independent of the number of

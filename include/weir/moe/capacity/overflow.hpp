@@ -177,7 +177,8 @@ void Admission<T>::admit(Index a) {
 
 /// Calls `body(begin, end)` for the tokens of each group that shares a capacity: those that `scope`
 /// makes, each cut into pieces of `group_size` rows unless that is 0. The last piece may be
-/// shorter. Padding takes a row, as it does in Mesh TensorFlow.
+/// shorter. Padding takes a row, as in Mesh TensorFlow (transformer/moe.py) and flaxformer
+/// (moe_layers.py), which reshape all positions of the batch to [groups, group_size].
 template <class Body>
 void for_each_capacity_group(const TokenRows& rows, Scope scope, Index group_size, Body&& body) {
   rows.for_each_group(scope, [&](Index begin, Index end) {
