@@ -243,6 +243,7 @@
 #include <weir/presets/switch_base_8.hpp>
 #include <weir/presets/switch_large.hpp>
 #include <weir/presets/switch_transformer.hpp>
+#include <weir/presets/tensor_names.hpp>
 
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>

@@ -200,7 +200,7 @@ TEST_CASE("A checkpoint of another model changes nothing", "[io][checkpoint]") {
   CHECK(broken("state.json", "{}") == ": has no 'version'");
   CHECK(broken("state.json", R"({"version":2})") ==
         ": has version 2, expected at most 1: it is from a newer weir");
-  CHECK(broken("state.json", R"({"version":-1})") == ": 'version' is not a number >= 0");
+  CHECK(broken("state.json", R"({"version":-1})") == ": 'version' is -1, expected a number >= 0");
   CHECK(broken("state.json", "[").starts_with(": is not valid JSON: "));
   CHECK(broken("model.safetensors", "") == ": has 0 bytes, expected at least 8");
   const std::string optimizer_file = content(saved / "optimizer.safetensors");

@@ -184,12 +184,12 @@ class GroupedQueryAttention {
 template <std::floating_point T>
 GroupedQueryAttention<T>::GroupedQueryAttention(Rng& rng, const Config& config)
     : config_(config.checked()),
-      query_(Matrix<T>(static_cast<T>(config_.query_init_factor()) *
-                       initial(query_width(), config_.d_model, rng))),
+      query_(initial(query_width(), config_.d_model, rng)),
       key_(initial(kv_width(), config_.d_model, rng)),
       value_(initial(kv_width(), config_.d_model, rng)),
       output_(initial(config_.d_model, query_width(), rng)),
       stages_(config_) {
+  if (config_.fold_scale) query().value *= static_cast<T>(config_.query_init_factor());
   if (config_.qkv_bias) {
     query_bias_.value.setZero(1, query_width());
     key_bias_.value.setZero(1, kv_width());

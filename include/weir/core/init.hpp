@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Initial weights. A weight is [out, in]; its fan-in is `in`, also for one expert of many.
+/// Initial weights. A weight is [out, in]; its fan-in is `in`, also for one expert of many. All
+/// leave weights unset if the generator does, see `Rng::unset`.
 #pragma once
 
 #include <cmath>
@@ -11,18 +12,29 @@
 
 namespace weir {
 
+namespace detail {
+
+/// [rows, cols] of `draw()`, unless `rng` leaves weights unset.
+template <class T, class Draw>
+Matrix<T> drawn(Index rows, Index cols, const Rng& rng, Draw&& draw) {
+  if (rng.leaves_unset()) return Matrix<T>(rows, cols);
+  return Matrix<T>::NullaryExpr(rows, cols, [&] { return static_cast<T>(draw()); });
+}
+
+}  // namespace detail
+
 /// [rows, cols] drawn from U(-a, a), a = sqrt(3 / cols): unit-variance output for unit-variance
 /// input.
 template <class T>
 Matrix<T> uniform_init(Index rows, Index cols, Rng& rng) {
   const double a = std::sqrt(3.0 / static_cast<double>(cols));
-  return Matrix<T>::NullaryExpr(rows, cols, [&] { return static_cast<T>(rng.uniform(-a, a)); });
+  return detail::drawn<T>(rows, cols, rng, [&] { return rng.uniform(-a, a); });
 }
 
 /// [rows, cols] drawn from N(0, stddev^2).
 template <class T>
 Matrix<T> normal_init(Index rows, Index cols, double stddev, Rng& rng) {
-  return Matrix<T>::NullaryExpr(rows, cols, [&] { return static_cast<T>(stddev * rng.normal()); });
+  return detail::drawn<T>(rows, cols, rng, [&] { return stddev * rng.normal(); });
 }
 
 /// [rows, cols] drawn from a normal distribution that is cut at two standard deviations. `scale`
@@ -36,8 +48,7 @@ template <class T>
 Matrix<T> switch_init(Index rows, Index cols, Rng& rng, double scale = 0.1) {
   expect_positive("switch_init", "scale", scale);
   const double stddev = std::sqrt(scale / static_cast<double>(cols));
-  return Matrix<T>::NullaryExpr(rows, cols,
-                                [&] { return static_cast<T>(stddev * rng.truncated_normal()); });
+  return detail::drawn<T>(rows, cols, rng, [&] { return stddev * rng.truncated_normal(); });
 }
 
 }  // namespace weir

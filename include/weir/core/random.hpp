@@ -66,7 +66,21 @@ class Rng {
   }
 
   /// An independent stream, for handing to a part of the program.
-  constexpr Rng split() { return Rng(bits()); }
+  constexpr Rng split() {
+    Rng part(bits());
+    part.leaves_unset_ = leaves_unset_;
+    return part;
+  }
+
+  /// For layers whose weights are going to be loaded: initial weights that would be drawn from it
+  /// are left unset, in memory that the program has asked for but not touched yet. Other draws are
+  /// those of Rng(0).
+  static constexpr Rng unset() {
+    Rng rng;
+    rng.leaves_unset_ = true;
+    return rng;
+  }
+  constexpr bool leaves_unset() const { return leaves_unset_; }
 
   constexpr std::uint64_t stream() const { return stream_; }
   constexpr std::uint64_t position() const { return position_; }
@@ -82,6 +96,7 @@ class Rng {
  private:
   std::uint64_t stream_;
   std::uint64_t position_ = 0;
+  bool leaves_unset_ = false;
 };
 
 }  // namespace weir

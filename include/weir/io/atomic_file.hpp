@@ -88,4 +88,12 @@ class AtomicFile {
   int file_ = -1;
 };
 
+/// Writes a whole file of text.
+/// \throws FileError  as AtomicFile.
+inline void write_file(const std::filesystem::path& path, std::string_view text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
+}
+
 }  // namespace weir::io

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <fcntl.h>
@@ -15,7 +14,6 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -24,7 +22,7 @@
 #include <weir/core/types.hpp>
 #include <weir/io/atomic_file.hpp>
 #include <weir/io/file_error.hpp>
-#include <weir/io/mapped_file.hpp>
+#include <weir/io/json_object.hpp>
 #include <weir/io/safetensors.hpp>
 #include <weir/io/safetensors_writer.hpp>
 #include <weir/io/weights.hpp>
@@ -87,76 +85,28 @@ inline void exchange_folders(const std::filesystem::path& from, const std::files
   }
 }
 
-/// A checked view of state.json.
-class StateFile {
- public:
-  explicit StateFile(const std::filesystem::path& path) : path_(path.string()) {
-    const MappedFile file(path_);
-    if (file.bytes().size() > kMostState) {
-      throw_error<FileError>(path_, ": has ", file.bytes().size(), " bytes, expected at most ",
-                             kMostState);
-    }
-    const auto* const text = reinterpret_cast<const char*>(file.bytes().data());
-    try {
-      json_ = nlohmann::json::parse(text, text + file.bytes().size());
-    } catch (const nlohmann::json::exception& error) {
-      throw_error<FileError>(path_, ": is not valid JSON: ", error.what());
-    }
-    const Index version = number("version");
-    if (version > kCheckpointVersion) {
-      throw_error<FileError>(path_, ": has version ", version, ", expected at most ",
-                             kCheckpointVersion, ": it is from a newer weir");
-    }
+/// state.json of a checkpoint.
+inline JsonObject read_state(const std::filesystem::path& path) {
+  JsonObject json = JsonObject::read(path.string(), kMostState);
+  const Index version = json.count("version");
+  if (version > kCheckpointVersion) {
+    throw_error<FileError>(json.path(), ": has version ", version, ", expected at most ",
+                           kCheckpointVersion, ": it is from a newer weir");
   }
+  return json;
+}
 
-  Index number(const char* key) const { return number(json_, key); }
-  std::uint64_t bits(const char* key) const {
-    const auto& value = at(json_, key);
-    if (!value.is_number_unsigned()) bad(key, "a number >= 0");
-    return value.get<std::uint64_t>();
-  }
-  std::map<std::string, std::string> texts(const char* key) const {
-    std::map<std::string, std::string> all;
-    for (const auto& [name, value] : object(key).items()) {
-      if (!value.is_string()) bad(key, "an object of strings");
-      all[name] = value.get<std::string>();
-    }
-    return all;
-  }
-  std::map<std::string, Index> numbers(const char* key) const {
-    std::map<std::string, Index> all;
-    const Json& counts = object(key);
-    for (const auto& [name, count] : counts.items()) all[name] = number(counts, name);
-    return all;
-  }
-  const std::string& path() const { return path_; }
+inline std::map<std::string, std::string> texts_in(const JsonObject& json) {
+  std::map<std::string, std::string> all;
+  for (const auto& [name, value] : json.json().items()) all[name] = json.text(name);
+  return all;
+}
 
- private:
-  using Json = nlohmann::json;
-
-  [[noreturn]] void bad(const std::string& key, const char* expected) const {
-    throw_error<FileError>(path_, ": '", key, "' is not ", expected);
-  }
-  const Json& at(const Json& in, const std::string& key) const {
-    if (!in.is_object() || !in.contains(key)) throw_error<FileError>(path_, ": has no '", key, "'");
-    return in.at(key);
-  }
-  Index number(const Json& in, const std::string& key) const {
-    const Json& value = at(in, key);
-    if (!value.is_number_unsigned() || value.get<std::uint64_t>() > INT64_MAX) {
-      bad(key, "a number >= 0");
-    }
-    return value.get<Index>();
-  }
-  const Json& object(const char* key) const {
-    const Json& value = at(json_, key);
-    if (!value.is_object()) bad(key, "an object");
-    return value;
-  }
-
-  std::string path_;
-  Json json_;
-};
+inline std::map<std::string, Index> counts_in(const JsonObject& json) {
+  std::map<std::string, Index> all;
+  for (const auto& [name, value] : json.json().items()) all[name] = json.count(name);
+  return all;
+}
 
 }  // namespace detail
 
@@ -251,12 +201,12 @@ TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimize
     if (!latest) throw_error<FileError>(path.string(), ": there is no checkpoint");
     path = *latest;
   }
-  const detail::StateFile json(path / "state.json");
+  const JsonObject json = detail::read_state(path / "state.json");
   TrainingState state{.rng = Rng::restore(json.bits("rng_stream"), json.bits("rng_position")),
-                      .position = json.number("position"),
-                      .notes = json.texts("notes")};
-  const Index steps = json.number("steps");
-  const std::map<std::string, Index> parameter_steps = json.numbers("parameter_steps");
+                      .position = json.count("position"),
+                      .notes = detail::texts_in(json.object("notes"))};
+  const Index steps = json.count("steps");
+  const auto parameter_steps = detail::counts_in(json.object("parameter_steps"));
   const Safetensors weights = Safetensors::read((path / "model.safetensors").string());
   detail::expect_same_tensors<T>(weights, into);
   const Safetensors memory = Safetensors::read((path / "optimizer.safetensors").string());

@@ -5,6 +5,7 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <fcntl.h>
 #include <span>
@@ -68,5 +69,14 @@ class MappedFile {
   const std::byte* bytes_ = nullptr;
   std::size_t size_ = 0;
 };
+
+/// Tells the system that the pages of a mapped file which lie within `bytes` are not needed soon:
+/// they count no longer as memory of this program. Looked at again, they are read again.
+inline void release_pages(std::span<const std::byte> bytes) {
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto begin = (reinterpret_cast<std::uintptr_t>(bytes.data()) + page - 1) / page * page;
+  const auto end = reinterpret_cast<std::uintptr_t>(bytes.data() + bytes.size()) / page * page;
+  if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
 
 }  // namespace weir::io

@@ -6,11 +6,9 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -23,6 +21,91 @@
 
 namespace weir::io {
 
+/// A tensor that is going to be written.
+struct TensorShape {
+  std::string name;
+  std::vector<Index> shape;
+};
+
+/// Writes a safetensors file from front to back, all tensors in one kind of numbers. The memory
+/// needed beside the header does not depend on the sizes.
+class SafetensorsWriter {
+ public:
+  /// Begins the file; `commit` gives it its name.
+  /// \param tensors   In the order of their numbers.
+  /// \param metadata  Texts for the header.
+  /// \throws ConfigError  if a name is there twice, is empty, has a NUL in it or is
+  ///                      "__metadata__"; if a name or the metadata is not UTF-8; or unless
+  ///                      `is_storable(dtype)`.
+  /// \throws FileError    if the file cannot be written.
+  SafetensorsWriter(const std::filesystem::path& path, const std::vector<TensorShape>& tensors,
+                    Dtype dtype, const std::map<std::string, std::string>& metadata = {})
+      : header_(header(tensors, dtype, metadata)), dtype_(dtype), file_(path) {
+    const std::uint64_t length = header_.size();
+    file_.write(std::as_bytes(std::span(&length, 1)));
+    file_.write(header_);
+  }
+
+  /// Appends the next numbers, which are rounded to the kind of the file.
+  /// \tparam T         float or double.
+  /// \throws FileError  if they do not fit on the disk.
+  template <class T>
+  void append(const T* numbers, Index count) {
+    constexpr Index kNumbers = 65536;
+    block_.resize(kNumbers * width_of(dtype_));
+    for (Index begin = 0; begin < count; begin += kNumbers) {
+      const Index some = std::min(kNumbers, count - begin);
+      store(dtype_, numbers + begin, some, block_.data());
+      file_.write(std::span(block_).first(static_cast<std::size_t>(some) * width_of(dtype_)));
+    }
+  }
+
+  /// Gives the file its name, once all numbers have been appended.
+  /// \throws FileError  if the bytes cannot be brought to the disk.
+  void commit() { file_.commit(); }
+
+ private:
+  static std::string header(const std::vector<TensorShape>& tensors, Dtype dtype,
+                            const std::map<std::string, std::string>& metadata);
+
+  std::string header_;
+  Dtype dtype_;
+  AtomicFile file_;
+  std::vector<std::byte> block_;
+};
+
+inline std::string SafetensorsWriter::header(const std::vector<TensorShape>& tensors, Dtype dtype,
+                                             const std::map<std::string, std::string>& metadata) {
+  constexpr auto kWho = "write_safetensors";
+  if (!is_storable(dtype)) {
+    throw_error<ConfigError>(kWho, ": dtype = ", name_of(dtype),
+                             ", expected F64, F32, F16 or BF16");
+  }
+  nlohmann::json json = nlohmann::json::object();
+  if (!metadata.empty()) json["__metadata__"] = metadata;
+  std::size_t end = 0;
+  for (const auto& [name, shape] : tensors) {
+    if (name.empty() || name == "__metadata__" || name.find('\0') != std::string::npos ||
+        json.contains(name)) {
+      throw_error<ConfigError>(kWho, ": a tensor is named '", name,
+                               "', expected different names other than '__metadata__'");
+    }
+    const std::size_t begin = end;
+    std::size_t bytes = width_of(dtype);
+    for (const Index length : shape) bytes *= static_cast<std::size_t>(length);
+    end += bytes;
+    json[name] = {{"dtype", name_of(dtype)}, {"shape", shape}, {"data_offsets", {begin, end}}};
+  }
+  std::string text;
+  try {
+    text = json.dump();
+  } catch (const nlohmann::json::exception& error) {
+    throw_error<ConfigError>(kWho, ": a name or the metadata is not UTF-8: ", error.what());
+  }
+  text.append((8 - text.size() % 8) % 8, ' ');  // So that the data are aligned.
+  return text;
+}
+
 /// A matrix to be written under a name.
 template <class T>
 struct NamedMatrix {
@@ -31,58 +114,21 @@ struct NamedMatrix {
 };
 
 /// Writes `matrices` into one file, in their order, each as a tensor [rows, cols] of the kind
-/// `dtype`. The file gets its name once it is whole and on the disk; the memory needed beside the
-/// header does not depend on the sizes.
+/// `dtype`. The file gets its name once it is whole and on the disk.
 /// \param metadata  Texts for the header.
-/// \throws ConfigError  if a name is there twice, is empty, has a NUL in it or is "__metadata__";
-///                      if a name or the metadata is not UTF-8; or unless `is_storable(dtype)`.
+/// \throws ConfigError  as SafetensorsWriter.
 /// \throws FileError    if the file cannot be written.
 template <class T>
 void write_safetensors(const std::filesystem::path& path,
                        const std::vector<NamedMatrix<T>>& matrices, Dtype dtype = dtype_of<T>(),
                        const std::map<std::string, std::string>& metadata = {}) {
-  if (!is_storable(dtype)) {
-    throw_error<ConfigError>("write_safetensors: dtype = ", name_of(dtype),
-                             ", expected F64, F32, F16 or BF16");
-  }
-  nlohmann::json header = nlohmann::json::object();
-  if (!metadata.empty()) header["__metadata__"] = metadata;
-  std::size_t end = 0;
+  std::vector<TensorShape> tensors;
   for (const auto& [name, matrix] : matrices) {
-    if (name.empty() || name == "__metadata__" || name.find('\0') != std::string::npos ||
-        header.contains(name)) {
-      throw_error<ConfigError>("write_safetensors: a tensor is named '", name,
-                               "', expected different names other than '__metadata__'");
-    }
-    const std::size_t begin = end;
-    end += static_cast<std::size_t>(matrix->size()) * width_of(dtype);
-    header[name] = {{"dtype", name_of(dtype)},
-                    {"shape", {matrix->rows(), matrix->cols()}},
-                    {"data_offsets", {begin, end}}};
+    tensors.push_back({name, {matrix->rows(), matrix->cols()}});
   }
-  std::string text;
-  try {
-    text = header.dump();
-  } catch (const nlohmann::json::exception& error) {
-    throw_error<ConfigError>("write_safetensors: a name or the metadata is not UTF-8: ",
-                             error.what());
-  }
-  text.append((8 - text.size() % 8) % 8, ' ');  // So that the data are aligned.
-
-  AtomicFile file(path);
-  const std::uint64_t length = text.size();
-  file.write(std::as_bytes(std::span(&length, 1)));
-  file.write(text);
-  constexpr Index kNumbers = 65536;
-  std::vector<std::byte> block(kNumbers * width_of(dtype));
-  for (const auto& [name, matrix] : matrices) {
-    for (Index begin = 0; begin < matrix->size(); begin += kNumbers) {
-      const Index count = std::min(kNumbers, matrix->size() - begin);
-      store(dtype, matrix->data() + begin, count, block.data());
-      file.write(std::span(block).first(static_cast<std::size_t>(count) * width_of(dtype)));
-    }
-  }
-  file.commit();
+  SafetensorsWriter writer(path, tensors, dtype, metadata);
+  for (const auto& [name, matrix] : matrices) writer.append(matrix->data(), matrix->size());
+  writer.commit();
 }
 
 }  // namespace weir::io

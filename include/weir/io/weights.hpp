@@ -77,16 +77,7 @@ void expect_same_tensors(const Safetensors& file,
   for (const auto& [name, tensor] : file.tensors()) {
     if (!known.contains(name)) faults.push_back("'" + name + "' is not in the model");
   }
-  if (faults.empty()) return;
-  constexpr std::size_t kMostNamed = 5;
-  std::string text;
-  for (std::size_t i = 0; i < std::min(faults.size(), kMostNamed); ++i) {
-    text += (i > 0 ? "; " : "") + faults[i];
-  }
-  if (faults.size() > kMostNamed) {
-    text += "; and " + std::to_string(faults.size() - kMostNamed) + " more";
-  }
-  throw_error<FileError>(file.path(), ": ", text);
+  expect_no_faults(file.path(), faults);
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 /// (Jiang et al. 2024, arXiv:2401.04088).
 #pragma once
 
+#include <array>
 #include <concepts>
 
 #include <weir/core/random.hpp>
@@ -16,6 +17,7 @@
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
+#include <weir/presets/tensor_names.hpp>
 
 namespace weir::presets {
 
@@ -42,6 +44,22 @@ Decoder<T> make(const MixtralConfig& config, Rng& rng) {
   };
   return compose<T>(shape, parts, rng);
 }
+
+/// The mixture in Mixtral's checkpoints.
+inline constexpr auto kMixtralNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.router.weight", "model.layers.{l}.block_sparse_moe.gate.weight"},
+    {"layers.{l}.moe.experts.{e}.gate", "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight"},
+    {"layers.{l}.moe.experts.{e}.up", "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight"},
+    {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight"},
+});
+
+/// The same where all experts are in one tensor, as newer versions of Hugging Face's code hold it.
+inline constexpr auto kFusedMixtralNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.router.weight", "model.layers.{l}.mlp.gate.weight"},
+    {"layers.{l}.moe.experts.{e}.gate", "model.layers.{l}.mlp.experts.gate_up_proj"},
+    {"layers.{l}.moe.experts.{e}.up", "model.layers.{l}.mlp.experts.gate_up_proj"},
+    {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.mlp.experts.down_proj"},
+});
 
 }  // namespace weir::presets
 

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Reads and writes the matrices of a model under published names.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <filesystem>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <weir/core/name_pattern.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/types.hpp>
+#include <weir/io/atomic_file.hpp>
+#include <weir/io/dtype.hpp>
+#include <weir/io/file_error.hpp>
+#include <weir/io/safetensors.hpp>
+#include <weir/io/safetensors_writer.hpp>
+#include <weir/io/tensor_layout.hpp>
+#include <weir/io/tensor_source.hpp>
+
+namespace weir::io {
+
+/// Matrices of a model, each under its name.
+template <class T>
+using ModelTensors = std::vector<std::pair<std::string, Matrix<T>*>>;
+
+/// The names and shapes of `tensors`.
+template <class T>
+std::vector<NamedShape> shapes_of(const ModelTensors<T>& tensors) {
+  std::vector<NamedShape> shapes;
+  for (const auto& [name, matrix] : tensors) {
+    shapes.push_back({name, matrix->rows(), matrix->cols()});
+  }
+  return shapes;
+}
+
+/// Reads the matrices of a model from the tensors of a checkpoint, one after the other, so that
+/// each may be stored in another way before the next is read.
+template <class T>
+class PublishedReader {
+ public:
+  /// Makes sure that all tensors are there.
+  /// \param tensors   The matrices, which need not hold numbers yet.
+  /// \param layout    Made for them.
+  /// \param ignored   Patterns of tensors in the source that a model does not need.
+  /// \throws FileError  if a tensor is missing, of another shape, or neither in the layout nor
+  ///                    ignored; the message names up to five.
+  PublishedReader(const TensorSource& source, ModelTensors<T> tensors,
+                  const std::vector<PublishedTensor>& layout,
+                  std::span<const std::string_view> ignored = {});
+
+  /// Reads the matrices whose names begin with `prefix` and that have not been read yet.
+  void read(std::string_view prefix);
+
+ private:
+  struct Part {
+    const StoredTensor* tensor = nullptr;
+    TensorPiece piece;
+  };
+
+  static void read_part(const Part& part, Matrix<T>& to);
+
+  ModelTensors<T> tensors_;
+  std::vector<std::vector<Part>> parts_;  // Of each matrix; none once it has been read.
+};
+
+template <class T>
+PublishedReader<T>::PublishedReader(const TensorSource& source, ModelTensors<T> tensors,
+                                    const std::vector<PublishedTensor>& layout,
+                                    std::span<const std::string_view> ignored)
+    : tensors_(std::move(tensors)), parts_(tensors_.size()) {
+  std::vector<std::string> faults;
+  std::map<std::string_view, bool> known;
+  for (const PublishedTensor& published : layout) {
+    known[published.name] = true;
+    const StoredTensor* const tensor = source.find(published.name);
+    if (tensor == nullptr) {
+      faults.push_back("'" + published.name + "' is missing");
+    } else if (tensor->shape() != published.shape) {
+      faults.push_back("'" + published.name + "' is " + shape_text(tensor->shape()) +
+                       ", expected " + shape_text(published.shape));
+    } else {
+      for (const TensorPiece& piece : published.pieces) {
+        parts_[piece.matrix].push_back({tensor, piece});
+      }
+    }
+  }
+  for (const std::string& name : source.names()) {
+    const bool expected =
+        known.contains(name) ||
+        std::any_of(ignored.begin(), ignored.end(),
+                    [&](std::string_view pattern) { return matches_pattern(pattern, name); });
+    if (!expected) faults.push_back("'" + name + "' is not in the model");
+  }
+  expect_no_faults(source.path(), faults);
+}
+
+template <class T>
+void PublishedReader<T>::read(std::string_view prefix) {
+  for (std::size_t m = 0; m < tensors_.size(); ++m) {
+    if (!tensors_[m].first.starts_with(prefix)) continue;
+    for (const Part& part : parts_[m]) read_part(part, *tensors_[m].second);
+    parts_[m].clear();
+  }
+}
+
+template <class T>
+void PublishedReader<T>::read_part(const Part& part, Matrix<T>& to) {
+  const TensorPiece& piece = part.piece;
+  const StoredTensor& tensor = *part.tensor;
+  if (piece.col_step == 1 && piece.row_step == piece.cols) {  // All in one.
+    parallel_rows(piece.rows, piece.cols, [&](Index begin, Index end) {
+      const Index at = piece.begin + begin * piece.cols;
+      tensor.read(at, (end - begin) * piece.cols, &to(piece.first_row + begin, 0));
+    });
+  } else if (piece.col_step == 1) {
+    parallel_rows(piece.rows, piece.cols, [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) {
+        const Index at = piece.begin + i * piece.row_step;
+        tensor.read(at, piece.cols, &to(piece.first_row + i, 0));
+      }
+    });
+  } else {  // The tensor's rows are columns here.
+    constexpr Index kStrip = 16;
+    const Index length = (piece.rows - 1) * piece.row_step + 1;
+    parallel_for((piece.cols + kStrip - 1) / kStrip, [&](Index strip) {
+      const Index first = strip * kStrip;
+      const Index count = std::min(kStrip, piece.cols - first);
+      Matrix<T> columns(count, length);
+      for (Index j = 0; j < count; ++j) {
+        const Index at = piece.begin + (first + j) * piece.col_step;
+        tensor.read(at, length, &columns(j, 0));
+      }
+      for (Index i = 0; i < piece.rows; ++i) {
+        for (Index j = 0; j < count; ++j) {
+          to(piece.first_row + i, first + j) = columns(j, i * piece.row_step);
+        }
+      }
+    });
+  }
+  tensor.release(piece.begin,
+                 (piece.rows - 1) * piece.row_step + (piece.cols - 1) * piece.col_step + 1);
+}
+
+/// The numbers of a published tensor, put together from the matrices of a model.
+template <class T>
+void gather_tensor(const ModelTensors<T>& tensors, const PublishedTensor& published,
+                   std::vector<T>& numbers) {
+  Index count = 1;
+  for (const Index length : published.shape) count *= length;
+  numbers.resize(static_cast<std::size_t>(count));
+  for (const TensorPiece& piece : published.pieces) {
+    const Matrix<T>& from = *tensors[piece.matrix].second;
+    parallel_rows(piece.rows, piece.cols, [&](Index begin, Index end) {
+      for (Index i = begin; i < end; ++i) {
+        T* const to = numbers.data() + piece.begin + i * piece.row_step;
+        for (Index j = 0; j < piece.cols; ++j) {
+          to[j * piece.col_step] = from(piece.first_row + i, j);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace weir::io

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Under which names, and how arranged, published checkpoints hold the parameters of a model.
+#pragma once
+
+#include <array>
+#include <initializer_list>
+#include <span>
+#include <string_view>
+#include <vector>
+
+namespace weir::presets {
+
+/// How parameters that share a published tensor follow one another along `out`.
+enum class Turns {
+  kOnce,   ///< Each as a whole, in the order of their entries.
+  kHeads,  ///< Head by head: its rows of the first parameter, then those of the next.
+  kRows,   ///< Row by row in turn.
+};
+
+/// How a parameter of weir, a matrix [out, in], lies in a published tensor.
+struct Arrangement {
+  Turns turns = Turns::kOnce;  ///< Matters where several parameters share the tensor.
+  bool vector = false;      ///< A bias or a norm: one row in weir, an axis `out` alone elsewhere.
+  bool transposed = false;  ///< [in, out].
+  bool flat = false;        ///< The axis of the experts is one with the next.
+
+  /// In each head, numbers i of the first and of the second half are neighbours in the published
+  /// tensor: it is meant for the rotation of neighbours, RopeLayout::kInterleaved, where weir's
+  /// parameter is meant for RopeLayout::kHalfSplit.
+  bool pairs = false;
+};
+
+/// One kind of parameter, under its name in weir and its name in a published layout. In both,
+/// "{l}" stands for the number of a layer, and "{e}" for that of an expert:
+///
+///     {"layers.{l}.attention.query", "model.layers.{l}.self_attn.q_proj.weight"}
+///
+/// Parameters with the same published name are put together along `out`. If "{e}" is in weir's name
+/// only, the tensor holds all experts, with their number as the first axis. One table serves
+/// reading and writing.
+struct TensorName {
+  std::string_view ours;
+  std::string_view theirs;  ///< Empty: the layout has no place for it, and it is left as it is.
+  Arrangement how = {};
+};
+
+/// What Hugging Face's layouts call the parts around the networks of a layer; most families since
+/// Llama have the same. Entries for which a model has no parameter do no harm.
+inline constexpr auto kHuggingFaceNames = std::to_array<TensorName>({
+    {"embedding.weight", "model.embed_tokens.weight"},
+    {"norm.weight", "model.norm.weight", {.vector = true}},
+    {"head.weight", "lm_head.weight"},
+    {"layers.{l}.attention_norm.weight",
+     "model.layers.{l}.input_layernorm.weight",
+     {.vector = true}},
+    {"layers.{l}.moe_norm.weight",
+     "model.layers.{l}.post_attention_layernorm.weight",
+     {.vector = true}},
+    {"layers.{l}.mlp_norm.weight",
+     "model.layers.{l}.post_attention_layernorm.weight",
+     {.vector = true}},
+    {"layers.{l}.attention.query", "model.layers.{l}.self_attn.q_proj.weight"},
+    {"layers.{l}.attention.key", "model.layers.{l}.self_attn.k_proj.weight"},
+    {"layers.{l}.attention.value", "model.layers.{l}.self_attn.v_proj.weight"},
+    {"layers.{l}.attention.output", "model.layers.{l}.self_attn.o_proj.weight"},
+    {"layers.{l}.attention.query_bias", "model.layers.{l}.self_attn.q_proj.bias", {.vector = true}},
+    {"layers.{l}.attention.key_bias", "model.layers.{l}.self_attn.k_proj.bias", {.vector = true}},
+    {"layers.{l}.attention.value_bias", "model.layers.{l}.self_attn.v_proj.bias", {.vector = true}},
+    {"layers.{l}.attention.output_bias",
+     "model.layers.{l}.self_attn.o_proj.bias",
+     {.vector = true}},
+    {"layers.{l}.attention.query_norm",
+     "model.layers.{l}.self_attn.q_norm.weight",
+     {.vector = true}},
+    {"layers.{l}.attention.key_norm", "model.layers.{l}.self_attn.k_norm.weight", {.vector = true}},
+    {"layers.{l}.mlp.gate", "model.layers.{l}.mlp.gate_proj.weight"},
+    {"layers.{l}.mlp.up", "model.layers.{l}.mlp.up_proj.weight"},
+    {"layers.{l}.mlp.down", "model.layers.{l}.mlp.down_proj.weight"},
+});
+
+/// The names that most families since Qwen2-MoE have for a mixture.
+inline constexpr auto kHuggingFaceMoeNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.router.weight", "model.layers.{l}.mlp.gate.weight"},
+    {"layers.{l}.moe.experts.{e}.gate", "model.layers.{l}.mlp.experts.{e}.gate_proj.weight"},
+    {"layers.{l}.moe.experts.{e}.up", "model.layers.{l}.mlp.experts.{e}.up_proj.weight"},
+    {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.mlp.experts.{e}.down_proj.weight"},
+});
+
+/// One table of several.
+inline std::vector<TensorName> join_names(
+    std::initializer_list<std::span<const TensorName>> tables) {
+  std::vector<TensorName> all;
+  for (const auto& table : tables) all.insert(all.end(), table.begin(), table.end());
+  return all;
+}
+
+}  // namespace weir::presets
