@@ -391,12 +391,40 @@ TEST_CASE("GroupedQueryAttention names the parameters of its options",
   config.output_bias = false;
   CHECK(names(config) ==
         Names{"query_bias [1, 16]", "key_bias [1, 8]", "value_bias [1, 8]", "sinks [1, 4]"});
+}
 
+TEST_CASE("GroupedQueryAttention begins with biases and sinks of zeros and norms of ones",
+          "[attention][grouped_query]") {
   Rng rng(1);
-  Gqa fresh(rng, config);
-  for (auto& [name, parameter] : parameters(fresh)) {
-    if (name == "sinks") CHECK(parameter->value.isZero(0.0));
+  Gqa layer(rng, {.d_model = 6,
+                  .heads = 4,
+                  .kv_heads = 2,
+                  .head_dim = 4,
+                  .qkv_bias = true,
+                  .output_bias = true,
+                  .qk_norm = QkNorm::kFull,
+                  .sinks = true});
+  std::vector<std::string> found;
+  for (auto& [name, parameter] : parameters(layer)) {
+    const Matrix<double>& value = parameter->value;
+    if (value.isZero(0.0)) found.push_back(name + " " + shape_of(value) + " zeros");
+    if (value.isOnes(0.0)) found.push_back(name + " " + shape_of(value) + " ones");
   }
+  CHECK(found == std::vector<std::string>{"query_bias [1, 16] zeros", "key_bias [1, 8] zeros",
+                                          "value_bias [1, 8] zeros", "output_bias [1, 6] zeros",
+                                          "query_norm [1, 16] ones", "key_norm [1, 8] ones",
+                                          "sinks [1, 4] zeros"});
+  // A layer as it begins runs, with the biases and without: they change nothing yet.
+  const Matrix<double> x = test::random_matrix(5, 6, 1);
+  Rng same(1);
+  Gqa plain(same, {.d_model = 6,
+                   .heads = 4,
+                   .kv_heads = 2,
+                   .head_dim = 4,
+                   .qk_norm = QkNorm::kFull,
+                   .sinks = true});
+  CHECK(infer(layer, x) == infer(plain, x));
+  test::check_gradients(layer, x);
 }
 
 TEST_CASE("GroupedQueryAttention with fold_scale begins with the scores of the usual scale",
@@ -448,6 +476,10 @@ TEST_CASE("GroupedQueryAttention says what is wrong with its options",
         }) == layer + "rope_scaling without rope, expected both");
   CHECK(message([](auto& c) { c.rope_scaling = Yarn{.factor = 0.5}; }) ==
         "Rope: yarn.factor = 0.5, expected a finite number >= 1");
+  CHECK(message([](auto& c) {
+          c.rope_scaling = Yarn{.factor = 2.0};
+          c.rope_theta = 1.0;
+        }) == "Rope: theta = 1, expected > 1 with a Yarn");
   CHECK(message([](auto& c) {
           c.rotary_dim = 2;
           c.rope = false;

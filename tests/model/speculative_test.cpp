@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -204,6 +205,60 @@ TEST_CASE("Modules that were trained draft well", "[model][speculative]") {
         generate(model, prompt, 30, kGreedy, plain_rng));
   CHECK(report.acceptance() > 0.6);
   CHECK(report.passes < 22);
+}
+
+TEST_CASE("A draft is the best token of the module, from the h that the settings name",
+          "[model][speculative]") {
+  const auto source = GENERATE(HiddenSource::kHidden, HiddenSource::kNormed);
+  Decoder<double> model = make_decoder(Kind::kDense, true);
+  // A norm that the other kind of h would not go through.
+  for (auto& [name, parameter] : parameters(model)) {
+    if (name.starts_with("norm")) parameter->value += test::random_matrix(1, kModel, 4);
+  }
+  MultiToken<double> modules = make_modules(1, Kind::kDense, {.source = source});
+  train(model, modules);
+  Index accepted = 0;
+  Rng rng(3);
+  for (int draw = 0; draw < 40; ++draw) {
+    Ids ids;
+    for (Index i = rng.below(5); i >= 0; --i) ids.push_back(rng.below(kVocab));
+    DraftReport report;
+    const Ids text = speculate(model, modules, ids, 3, kGreedy, rng, report);
+    CHECK(report.checked == Ids{1});
+    // The loss of each token as the next but one of the last prompt token.
+    ids.push_back(text[0]);
+    Decoder<double>::Cache cache;
+    model.forward(ids, kTraining, cache);
+    Index best = 0;
+    double least = 1e9;
+    for (Index candidate = 0; candidate < kVocab; ++candidate) {
+      Ids targets(ids.size(), -100);
+      targets.back() = candidate;
+      MultiToken<double>::Cache module_cache;
+      const double loss = modules.forward(model, cache, ids, targets, kTraining, module_cache);
+      if (loss < least) best = candidate;
+      least = std::min(least, loss);
+    }
+    CHECK(report.accepted[0] == (best == text[1] ? 1 : 0));
+    accepted += report.accepted[0];
+  }
+  CHECK(accepted > 4);
+  CHECK(accepted < 36);
+}
+
+TEST_CASE("A report adds up calls with different numbers of modules", "[model][speculative]") {
+  const Decoder<double> model = make_bigram();
+  DraftReport report;
+  Rng rng(0);
+  speculate(model, make_bigram_modules(1, 1.0), Ids{4}, 5, kGreedy, rng, report);
+  CHECK(report.checked == Ids{2});
+  speculate(model, make_bigram_modules(3, -1.0), Ids{4}, 6, kGreedy, rng, report);
+  CHECK(report.checked == Ids{2 + 4, 0, 0});
+  speculate(model, make_bigram_modules(2, 1.0), Ids{4}, 7, kGreedy, rng, report);
+  CHECK(report.checked == Ids{2 + 4 + 2, 2, 0});
+  CHECK(report.accepted == Ids{2 + 2, 2, 0});
+  CHECK(report.acceptance() == 0.6);
+  CHECK(report.tokens == 18);
 }
 
 TEST_CASE("Drafts that were refused leave no trace in the modules", "[model][speculative]") {

@@ -197,4 +197,9 @@ TEST_CASE("Yarn says what is wrong", "[ops][yarn]") {
   CHECK(message({.mscale_all_dim = -1.0}) ==
         "Rope: yarn.mscale_all_dim = -1, expected a finite number >= 0");
   CHECK(message({}, 1.0) == "Rope: theta = 1, expected > 1 with a Yarn");
+  CHECK(message({}, 0.5) == "Rope: theta = 0.5, expected > 1 with a Yarn");
+  CHECK(message({}, std::nextafter(1.0, 2.0)) == "no exception");
+  CHECK(test::message_of<ConfigError>([] {
+          Yarn{}.check("Here", 8, std::numeric_limits<double>::quiet_NaN());
+        }) == "Here: theta = nan, expected > 1 with a Yarn");
 }

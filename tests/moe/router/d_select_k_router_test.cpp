@@ -313,6 +313,28 @@ TEST_CASE("The losses of a DSelectKRouter count experts that the pass forbids",
   }
 }
 
+TEST_CASE("The losses of three levels of routers are recorded under their own names",
+          "[moe][router][d_select_k][hierarchical_router]") {
+  const Matrix<double> x = test::random_matrix(5, 3, 60);
+  const Gate outer = random_router(3, 1, 2, 0.2, 61, {.entropy = 0.7});
+  const Gate middle = random_router(3, 2, 2, 0.2, 65, {.entropy = 0.4});
+  const Gate inner = random_router(3, 3, 2, 0.2, 69, {.entropy = 0.1});
+  const HierarchicalRouter router(outer, HierarchicalRouter(middle, inner));
+  PassRecord record;
+  decltype(router)::Cache cache;
+  router.forward(x, {.record = &record}, cache);
+  REQUIRE(record.losses().size() == 3);
+  CHECK(record.losses()[0].name == "groups.d_select_k");
+  CHECK(record.losses()[0].value == loss_of(outer, x));
+  CHECK(record.losses()[1].name == "experts.groups.d_select_k");
+  CHECK(record.losses()[1].value == loss_of(middle, x));
+  CHECK(record.losses()[2].name == "experts.d_select_k");
+  CHECK(record.losses()[2].value == loss_of(inner, x));
+  // The path is left behind.
+  record.add_loss("after", 1.0);
+  CHECK(record.losses()[3].name == "after");
+}
+
 TEST_CASE("The entropy loss makes up the minds of the selectors of a DSelectKRouter",
           "[moe][router][d_select_k]") {
   Rng rng(28);
