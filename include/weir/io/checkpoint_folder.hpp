@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <string>
 #include <string_view>
@@ -108,7 +109,8 @@ inline void expect_inside(const std::filesystem::path& folder, const std::string
                           const std::string& named_by) {
   if (name.empty() || name == "." || name == ".." || name.find('/') != std::string::npos ||
       name.find('\0') != std::string::npos) {
-    throw_error<FileError>(named_by, ": names the file '", name, "', expected a plain name");
+    throw_error<FileError>(named_by, ": names the file ", nlohmann::json(name).dump(),
+                           ", expected a plain name");
   }
   std::error_code error;
   const auto real = std::filesystem::canonical(folder / name, error);
