@@ -12,12 +12,18 @@
 //         huge GB/s, small GB/s                 read front to back, from memory of weir's allocator
 //         and
 //                                               from the same with the system's usual pages
+//     packing/fp32|bf16/threads:N
+//         copies                                the rate, in bytes read and written, at which a
+//                                               weight is packed, over that of a copy of it; both
+//                                               go to memory that is new from the system
+//         GB/s, copy GB/s
 //
 // Loops behave otherwise beside other work, such as a `yes > /dev/null &` on each core.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <limits>
 #include <numbers>
 #include <numeric>
@@ -32,7 +38,9 @@
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/packed_weight.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/normal.hpp>
@@ -301,6 +309,45 @@ void add_pages_row(int threads) {
   });
 }
 
+/// Bytes per second, read and written, of weir's threads that copy `weight` to new memory.
+double copy_rate(const weir::Matrix<float>& weight) {
+  const auto count = static_cast<std::size_t>(weight.size());
+  const double seconds = bench::seconds_of([&] {
+    weir::SharedMemory memory(weir::SharedMemory::bytes_of<float>(count));
+    const auto to = memory.take<float>(count);
+    weir::parallel_for(weight.rows(), [&](Index row) {
+      std::memcpy(to.get() + row * weight.cols(), &weight(row, 0),
+                  static_cast<std::size_t>(weight.cols()) * sizeof(float));
+    });
+    benchmark::DoNotOptimize(to.get());
+  });
+  return 2.0 * sizeof(float) * static_cast<double>(count) / seconds;
+}
+
+void add_packing_row(weir::Storage storage, int threads) {
+  const bool halves = storage == weir::Storage::kBfloat16;
+  bench::add_row(
+      std::string("packing/") + (halves ? "bf16" : "fp32"), threads, [=](benchmark::State& state) {
+        constexpr double kGiga = 1e-9;
+        const weir::Matrix<float> weight = weir::Matrix<float>::Constant(16384, 4096, 0.5F);
+        const auto bytes =
+            static_cast<double>(weight.size()) * (sizeof(float) + (halves ? 2.0 : 4.0));
+        bench::Figures figures;
+        bench::repeat_rounds([&] {
+          const double copied = copy_rate(weight);
+          const double seconds = bench::seconds_of([&] {
+            const weir::kernels::PackedWeight<float> packed(weight, storage);
+            benchmark::DoNotOptimize(packed);
+          });
+          figures.add("copies", bytes / seconds / copied);
+          figures.add("GB/s", kGiga * bytes / seconds);
+          figures.add("copy GB/s", kGiga * copied);
+        });
+        figures.report(state);
+        return bytes / (figures.median("GB/s") / kGiga);
+      });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -319,5 +366,9 @@ int main(int argc, char** argv) {
   add_function_row(normal_function<float>());
   add_function_row(normal_function<double>());
   for (const int threads : bench::thread_counts()) add_pages_row(threads);
+  for (const int threads : bench::thread_counts()) {
+    add_packing_row(weir::Storage::kPacked, threads);
+    add_packing_row(weir::Storage::kBfloat16, threads);
+  }
   return bench::run_rows(argc, argv);
 }

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
@@ -13,6 +15,7 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/bfloat16.hpp>
+#include <weir/kernels/pack.hpp>
 #include <weir/kernels/panel.hpp>
 
 namespace weir::kernels {
@@ -99,11 +102,13 @@ class PackedWeight {
   std::size_t numbers() const { return static_cast<std::size_t>(panels() * panel_numbers()); }
 
   void fill(MatrixIn<T> first, MatrixIn<T> second, SharedMemory& memory) {
-    if (rounded_ && std::is_same_v<T, float>) {
-      halves_ = packed<BFloat16>(first, second, memory);
-    } else {
-      exact_ = packed<T>(first, second, memory);
+    if constexpr (std::is_same_v<T, float>) {
+      if (rounded_) {
+        halves_ = packed<BFloat16>(first, second, memory);
+        return;
+      }
     }
+    exact_ = packed<T>(first, second, memory);
   }
 
   /// A copy of all numbers in their places, rounded where the storage asks for it.
@@ -112,39 +117,35 @@ class PackedWeight {
                                    SharedMemory& memory) const {
     auto to = memory.take<Number>(numbers());
     parallel_for(panels(), [&](Index j) {
-      std::fill_n(to.get() + j * panel_numbers(), panel_numbers(), Number());
-    });
-    for_each_number([&](bool of_second, Index row, Index col, Index place) {
-      const T value = of_second ? second(row, col) : first(row, col);
-      if constexpr (std::is_same_v<Number, BFloat16>) {
-        to[place] = BFloat16(static_cast<float>(value));
-      } else {
-        to[place] = rounded_
-                        ? static_cast<T>(static_cast<float>(BFloat16(static_cast<float>(value))))
-                        : value;
-      }
+      const Index row = j * width_;
+      const Index count = std::min(width_, rows_ - row);
+      Number* const panel = to.get() + j * panel_numbers();
+      pack_rows(first.data() + row * first.outerStride(), first.outerStride(), count, panel);
+      if (width_ == kCols) return;
+      pack_rows(second.data() + row * second.outerStride(), second.outerStride(), count,
+                panel + width_ * depth_);
     });
     return to;
   }
 
+  /// Copies `count` rows to their columns of a panel of `width_` of them; further ones are zero.
+  template <class Number>
+  void pack_rows(const T* from, Index stride, Index count, Number* to) const {
+    if (width_ == kCols) {
+      pack_columns<kCols>(from, stride, count, to);
+    } else {
+      pack_columns<kCols / 2>(from, stride, count, to);
+    }
+  }
+
+  template <Index width>
+  void pack_columns(const T* from, Index stride, Index count, T* to) const;
+  template <Index width>
+  void pack_columns(const T* from, Index stride, Index count, BFloat16* to) const;
+
   /// Calls `body(of_second, row, col, place)` for each number of the weights, on all threads.
   template <class Body>
-  void for_each_number(Body&& body) const {
-    const bool pair = width_ != kCols;
-    parallel_for(panels(), [&](Index j) {
-      const Index first = j * width_;
-      const Index count = std::min(width_, rows_ - first);
-      for (int half = 0; half < (pair ? 2 : 1); ++half) {
-        for (Index i = 0; i < count; ++i) {
-          const Index column = half * width_ + i;
-          for (Index p = 0; p < cols_; ++p) {
-            const Index step = j * steps_ + p / depth_;
-            body(half == 1, first + i, p, (step * kCols + column) * depth_ + p % depth_);
-          }
-        }
-      }
-    });
-  }
+  void for_each_number(Body&& body) const;
 
   Index rows_ = 0, cols_ = 0;
   Index width_ = kCols;  ///< Outputs of one weight in a panel.
@@ -155,6 +156,67 @@ class PackedWeight {
   std::shared_ptr<const T[]> exact_;          // NOLINT(modernize-avoid-c-arrays)
   std::shared_ptr<const BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays)
 };
+
+template <class T>
+template <Index width>
+void PackedWeight<T>::pack_columns(const T* from, Index stride, Index count, T* to) const {
+  if (!rounded_) return pack_strip<width>(from, stride, 1, count, cols_, to, kCols);
+  constexpr Index kPart = 64;  // Rounded at a time, so that they stay in L1.
+  T part[width * kPart];
+  for (Index done = 0; done < cols_; done += kPart) {
+    const Index length = std::min(kPart, cols_ - done);
+    for (Index i = 0; i < count; ++i) {
+      for (Index p = 0; p < length; ++p) {
+        const BFloat16 rounded(static_cast<float>(from[i * stride + done + p]));
+        part[i * kPart + p] = static_cast<T>(static_cast<float>(rounded));
+      }
+    }
+    pack_strip<width>(part, kPart, 1, count, length, to + done * kCols, kCols);
+  }
+}
+
+template <class T>
+template <Index width>
+void PackedWeight<T>::pack_columns(const T* from, Index stride, Index count, BFloat16* to) const {
+  // Two numbers of a row lie side by side and are moved as one.
+  constexpr Index kPart = 64;
+  std::int32_t pairs[width * kPart];
+  std::int32_t columns[width * kPart];
+  BFloat16 row[2 * kPart];
+  for (Index done = 0; done < steps_; done += kPart) {
+    const Index steps = std::min(kPart, steps_ - done);
+    const Index length = std::min(2 * steps, cols_ - 2 * done);
+    for (Index i = 0; i < count; ++i) {
+      round_to_bfloat16(length, from + i * stride + 2 * done, row);
+      if (length < 2 * steps) row[length] = BFloat16();
+      std::memcpy(pairs + i * kPart, row, static_cast<std::size_t>(steps) * sizeof *pairs);
+    }
+    pack_strip<width>(pairs, kPart, 1, count, steps, columns);
+    for (Index s = 0; s < steps; ++s) {
+      std::memcpy(static_cast<void*>(to + (done + s) * 2 * kCols), columns + s * width,
+                  width * sizeof *columns);
+    }
+  }
+}
+
+template <class T>
+template <class Body>
+void PackedWeight<T>::for_each_number(Body&& body) const {
+  const bool pair = width_ != kCols;
+  parallel_for(panels(), [&](Index j) {
+    const Index first = j * width_;
+    const Index count = std::min(width_, rows_ - first);
+    for (int half = 0; half < (pair ? 2 : 1); ++half) {
+      for (Index i = 0; i < count; ++i) {
+        const Index column = half * width_ + i;
+        for (Index p = 0; p < cols_; ++p) {
+          const Index step = j * steps_ + p / depth_;
+          body(half == 1, first + i, p, (step * kCols + column) * depth_ + p % depth_);
+        }
+      }
+    }
+  });
+}
 
 template <class T>
 void PackedWeight<T>::unpack(Matrix<T>& first, Matrix<T>* second) const {
