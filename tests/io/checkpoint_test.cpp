@@ -4,7 +4,12 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/mount.h>
+#endif
 #include <string>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <vector>
@@ -236,3 +241,81 @@ TEST_CASE("Saving may be killed at any moment", "[io][checkpoint]") {
     CHECK(found.position == resumed_optimizer.steps());
   }
 }
+
+namespace {
+
+/// Saves a first checkpoint, lets `obstruct` see to it that less than another one can be written,
+/// and tries to save that. In a child, which returns 0 if all was as it should be.
+template <class Obstruct>
+int child_that_cannot_save(const fs::path& folder, const std::string& complaint,
+                           Obstruct&& obstruct) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    Decoder<float> model = make_decoder(1);
+    AdamW<float> optimizer;
+    io::TrainingState state{.rng = Rng(5)};
+    train(model, optimizer, state);
+    io::save(folder, model, optimizer, state);
+    train(model, optimizer, state);
+    obstruct();
+    std::string message;
+    try {
+      io::save(folder, model, optimizer, state);
+    } catch (const io::FileError& error) {
+      message = error.what();
+    }
+    if (!message.ends_with(complaint)) ::_exit(2);
+    Decoder<float> resumed = make_decoder(2);
+    AdamW<float> resumed_optimizer;
+    io::load(folder, resumed, resumed_optimizer);
+    ::_exit(resumed_optimizer.steps() == 1 ? 0 : 3);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+}  // namespace
+
+TEST_CASE("A write that fails half-way leaves the last checkpoint", "[io][checkpoint]") {
+  for (const rlim_t bytes : {0U, 1U, 100U, 4096U, 8192U}) {
+    const test::Folder folder;
+    CHECK(child_that_cannot_save(folder.path(), ": cannot be written: File too large", [=] {
+            std::signal(SIGXFSZ, SIG_IGN);
+            const rlimit limit{bytes, bytes};
+            ::setrlimit(RLIMIT_FSIZE, &limit);
+          }) == 0);
+  }
+}
+
+#if defined(__linux__)
+TEST_CASE("A full disk leaves the last checkpoint", "[io][checkpoint]") {
+  const test::Folder folder;
+  // A small disk that only a process of its own sees. Not every system lets users have one.
+  const auto make_disk = [&](const std::string& size) {
+    const std::string options = "size=" + size;
+    return ::unshare(::geteuid() == 0 ? CLONE_NEWNS : CLONE_NEWUSER | CLONE_NEWNS) == 0 &&
+           ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0 &&
+           ::mount("none", folder.path().c_str(), "tmpfs", 0, options.c_str()) == 0;
+  };
+  constexpr int kNoDisk = 77;
+  const pid_t child = ::fork();
+  if (child == 0) {
+    if (!make_disk("64k")) ::_exit(kNoDisk);
+    const auto fill = [&] {
+      std::ofstream rest(folder.path() / "rest", std::ios::binary);
+      const std::string page(4096, 'x');
+      for (int i = 0; i < 16 && rest; ++i) rest << page << std::flush;
+    };
+    ::_exit(child_that_cannot_save(folder.path(), ": No space left on device", fill));
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  REQUIRE(WIFEXITED(status));
+  if (WEXITSTATUS(status) == kNoDisk) {
+    WARN("no disk of its own on this system");
+  } else {
+    CHECK(WEXITSTATUS(status) == 0);
+  }
+}
+#endif
