@@ -124,6 +124,7 @@
 #include <weir/moe/experts/bank_wrapper.hpp>
 #include <weir/moe/experts/clamped_glu_bank.hpp>
 #include <weir/moe/experts/expert_linear.hpp>
+#include <weir/moe/experts/expert_source.hpp>
 #include <weir/moe/experts/gathered_pass.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/input_weighted.hpp>
@@ -221,6 +222,7 @@
 #include <weir/presets/deepseek_v2.hpp>
 #include <weir/presets/deepseek_v2_lite.hpp>
 #include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/dense.hpp>
 #include <weir/presets/gpt_oss_20b.hpp>
 #include <weir/presets/grok_1.hpp>
 #include <weir/presets/llama_4_scout.hpp>
@@ -234,6 +236,7 @@
 #include <weir/presets/openmoe_8b.hpp>
 #include <weir/presets/openmoe_base.hpp>
 #include <weir/presets/openmoe_network.hpp>
+#include <weir/presets/qwen2_moe.hpp>
 #include <weir/presets/qwen3_30b_a3b.hpp>
 #include <weir/presets/scaled.hpp>
 #include <weir/presets/st_moe_32b.hpp>

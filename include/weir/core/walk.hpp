@@ -25,7 +25,7 @@ namespace weir {
 class Node {
  public:
   template <class Member>
-  explicit Node(Member& member) : self_(&member) {
+  explicit Node(Member& member) : self_(&member), type_(type_of<Member>()) {
     if constexpr (requires { member.update_self(); }) {
       update_ = [](void* self) { static_cast<Member*>(self)->update_self(); };
     }
@@ -59,8 +59,22 @@ class Node {
   /// Whether the type's own weights, if it has any, are parameters.
   bool is_trainable() const { return storage_ == Storage::kTrainable; }
 
+  /// The node itself, if it is a `Member`; else null.
+  template <class Member>
+  Member* get() const {
+    return type_ == type_of<Member>() ? static_cast<Member*>(self_) : nullptr;
+  }
+
  private:
+  // An address of its own for each type.
+  template <class Member>
+  static const void* type_of() {
+    static const char place = 0;
+    return &place;
+  }
+
   void* self_;
+  const void* type_;
   void (*update_)(void*) = nullptr;
   void (*discard_)(void*) = nullptr;
   void (*set_storage_)(void*, Storage) = nullptr;
@@ -123,6 +137,9 @@ class Walk {
   virtual void at_buffer(std::string_view /*name*/, Buffer<T>& /*buffer*/) {}
   /// \return         Whether to go on to the members of the node.
   virtual bool at_node(const Node& /*node*/) { return true; }
+
+  /// The names that lead to the node, with a dot behind each: "layers.3.moe.experts.".
+  std::string_view path() const { return path_; }
 
  private:
   static constexpr std::size_t kPathInside = 400;  // Longer paths are allocated.

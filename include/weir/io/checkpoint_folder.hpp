@@ -11,6 +11,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -37,13 +38,16 @@ class PlainTensor final : public StoredTensor {
   const std::vector<Index>& shape() const override { return tensor_.shape; }
   void read(Index begin, Index count, float* to) const override { convert_from(begin, count, to); }
   void read(Index begin, Index count, double* to) const override { convert_from(begin, count, to); }
-  void release(Index begin, Index count) const override {
-    const auto width = static_cast<Index>(width_of(tensor_.dtype));
-    release_pages(tensor_.bytes.subspan(static_cast<std::size_t>(begin * width),
-                                        static_cast<std::size_t>(count * width)));
-  }
+  void release(Index begin, Index count) const override { release_pages(bytes(begin, count)); }
+  void prefetch(Index begin, Index count) const override { prefetch_pages(bytes(begin, count)); }
 
  private:
+  std::span<const std::byte> bytes(Index begin, Index count) const {
+    const auto width = static_cast<Index>(width_of(tensor_.dtype));
+    return tensor_.bytes.subspan(static_cast<std::size_t>(begin * width),
+                                 static_cast<std::size_t>(count * width));
+  }
+
   template <class T>
   void convert_from(Index begin, Index count, T* to) const {
     const std::size_t at = static_cast<std::size_t>(begin) * width_of(tensor_.dtype);
@@ -80,6 +84,7 @@ class ScaledTensor final : public StoredTensor {
   void read(Index begin, Index count, float* to) const override { scaled(begin, count, to); }
   void read(Index begin, Index count, double* to) const override { scaled(begin, count, to); }
   void release(Index begin, Index count) const override { plain_.release(begin, count); }
+  void prefetch(Index begin, Index count) const override { plain_.prefetch(begin, count); }
 
  private:
   template <class T>

@@ -32,6 +32,7 @@
 #include <weir/io/file_error.hpp>
 #include <weir/io/model_config.hpp>
 #include <weir/io/published_tensors.hpp>
+#include <weir/io/read_model.hpp>
 #include <weir/io/safetensors_writer.hpp>
 #include <weir/io/tensor_layout.hpp>
 #include <weir/io/weights.hpp>
@@ -39,19 +40,6 @@
 #include <weir/model/multi_token.hpp>
 
 namespace weir::io {
-
-/// A model that somebody has trained.
-template <class T>
-struct Pretrained {
-  ModelConfig config;
-  Decoder<T> model;
-  std::optional<MultiToken<T>> prediction;  ///< The modules of multi-token prediction, if any.
-};
-
-/// Settings of `load_pretrained`.
-struct LoadConfig {
-  Storage storage = Storage::kTrainable;  ///< How the weights are stored from the beginning on.
-};
 
 /// Settings of `save_pretrained`.
 struct SavePretrainedConfig {
@@ -67,77 +55,54 @@ inline constexpr auto kNeedless =
     std::to_array<std::string_view>({"*.rotary_emb.inv_freq", "model.layers.*.embed_tokens.weight",
                                      "model.layers.*.shared_head.head.weight"});
 
-/// The config of a family whose models have modules of multi-token prediction.
-template <class Config, class T>
-concept Predicts = requires(const Config& config, Rng& rng) {
-  make_prediction<T>(config, rng);
-};
-
-inline HeadSizes head_sizes(const presets::ModelShape& shape) {
-  return std::visit(
-      [&](const auto& attention) -> HeadSizes {
-        if constexpr (std::is_same_v<std::remove_cvref_t<decltype(attention)>, LatentConfig>) {
-          return {.heads = attention.heads, .head_dim = attention.query_dim()};
-        } else {
-          const Index own = attention.head_dim;
-          return {.heads = attention.heads,
-                  .head_dim = own > 0 ? own : shape.d_model / attention.heads};
-        }
-      },
-      shape.attention);
-}
-
-/// The tensors of a model and of its modules of prediction. Module m is called a layer of the model
-/// with the number layers + m, as checkpoints have it.
-template <class T>
-ModelTensors<T> all_tensors(std::string_view who, Decoder<T>& model, MultiToken<T>* prediction) {
-  ModelTensors<T> all = tensors_of(who, model);
-  if (prediction == nullptr) return all;
-  const auto layers = static_cast<Index>(model.layers().size());
-  for (auto& [name, matrix] : tensors_of(who, *prediction)) {  // modules.0.layer.attention.query
-    const std::size_t number = name.find('.') + 1;
-    const std::size_t rest = name.find('.', number);
-    const std::string layer =
-        std::to_string(layers + std::stoll(name.substr(number, rest - number)));
-    const std::string inner = ".layer.";
-    const bool is_inner = name.compare(rest, inner.size(), inner) == 0;
-    all.emplace_back(is_inner ? "layers." + layer + "." + name.substr(rest + inner.size())
-                              : "modules." + layer + name.substr(rest),
-                     matrix);
+/// The name of a kind of numbers in config.json.
+inline std::string_view torch_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF64:
+      return "float64";
+    case Dtype::kF16:
+      return "float16";
+    case Dtype::kBF16:
+      return "bfloat16";
+    default:
+      return "float32";
   }
-  return all;
 }
 
 template <class T, class Config>
-Pretrained<T> make_unset(const Config& config) {
-  Rng rng = Rng::unset();
-  Pretrained<T> loaded{.config = config, .model = make<T>(config, rng), .prediction = {}};
-  if constexpr (Predicts<Config, T>) {
-    if (config.shape.prediction_modules > 0) {
-      loaded.prediction.emplace(make_prediction<T>(config, rng));
-    }
+Pretrained<T> load_as(const std::filesystem::path& dir, const Config& config,
+                      const LoadConfig& how) {
+  using Own = Family<Config>;
+  const auto source = std::make_shared<const CheckpointFolder>(dir);
+  std::vector<std::string_view> ignored(kNeedless.begin(), kNeedless.end());
+  if (config.shape.tied) ignored.emplace_back("lm_head.weight");  // The embedding once more.
+  if constexpr (requires { Own::kIgnored; }) {
+    ignored.insert(ignored.end(), Own::kIgnored.begin(), Own::kIgnored.end());
   }
+  Pretrained<T> loaded = make_unset<T>(config);
+  read_model<T>(source, Own::names(config, source.get()), head_sizes(config.shape), config.shape.k,
+                ignored, how, loaded);
   return loaded;
 }
 
-/// Reads all weights of a model that has been made with a generator that leaves them unset. Each
-/// layer gets its storage before the next is read.
-template <class T>
-void read_model(const TensorSource& source, const std::vector<presets::TensorName>& names,
-                const HeadSizes& sizes, std::span<const std::string_view> ignored,
-                Pretrained<T>& into, Storage storage) {
-  MultiToken<T>* const prediction = into.prediction ? &*into.prediction : nullptr;
-  ModelTensors<T> tensors = all_tensors("load_pretrained", into.model, prediction);
-  const auto layout = published_layout(names, shapes_of(tensors), sizes);
-  PublishedReader<T> reader(source, std::move(tensors), layout, ignored);
-  auto& layers = into.model.layers();
-  for (std::size_t l = 0; l < layers.size(); ++l) {
-    reader.read("layers." + std::to_string(l) + ".");
-    set_storage(layers[l], storage);
+/// The settings in config.json.
+/// \throws ConfigError  if it would be read as another model.
+template <class Config>
+nlohmann::json config_json(const Config& config, Dtype dtype) {
+  using Own = Family<Config>;
+  nlohmann::json json = {{"model_type", Own::kModelTypes[0]},
+                         {"architectures", {Own::kArchitecture}},
+                         {"torch_dtype", torch_name(dtype)}};
+  Own::write(config, json);
+  ConfigFile written(
+      JsonObject("save_pretrained: config.json", nlohmann::json::parse(json.dump())));
+  written.ignore("model_type");
+  if (presets::settled(Own::read(written).shape) != presets::settled(config.shape)) {
+    throw_error<ConfigError>("save_pretrained: the model has sizes or options that config.json of ",
+                             Own::kModelTypes[0], " cannot hold");
   }
-  reader.read("");
-  set_storage(into.model, storage);
-  if (prediction != nullptr) set_storage(*prediction, storage);
+  written.finish();
+  return json;
 }
 
 /// Divides tensors into files of at most `most` bytes; a larger tensor has a file of its own.
@@ -203,20 +168,6 @@ void write_model(const std::filesystem::path& dir, const ModelTensors<T>& tensor
   std::filesystem::remove(dir / shard_name(0, 1), ignored);
 }
 
-/// The name of a kind of numbers in config.json.
-inline std::string_view torch_name(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::kF64:
-      return "float64";
-    case Dtype::kF16:
-      return "float16";
-    case Dtype::kBF16:
-      return "bfloat16";
-    default:
-      return "float32";
-  }
-}
-
 }  // namespace detail
 
 /// Loads a model from a folder as Hugging Face publishes them: config.json, and the weights in
@@ -235,16 +186,16 @@ inline std::string_view torch_name(Dtype dtype) {
 template <std::floating_point T = float>
 Pretrained<T> load_pretrained(const std::filesystem::path& dir, const LoadConfig& config = {}) {
   const ModelConfig model_config = read_config((dir / "config.json").string());
-  const CheckpointFolder source(dir);
-  return std::visit(
-      [&](const auto& own) {
-        using Own = Family<std::remove_cvref_t<decltype(own)>>;
-        Pretrained<T> loaded = detail::make_unset<T>(own);
-        detail::read_model(source, Own::names(own, &source), detail::head_sizes(own.shape),
-                           detail::kNeedless, loaded, config.storage);
-        return loaded;
-      },
-      model_config);
+  return std::visit([&](const auto& own) { return detail::load_as<T>(dir, own, config); },
+                    model_config);
+}
+
+/// The same where the family is known, as in `load_family<presets::OlmoeConfig>(dir)`: the program
+/// does not contain the code of all the others.
+template <class Config, std::floating_point T = float>
+Pretrained<T> load_family(const std::filesystem::path& dir, const LoadConfig& config = {}) {
+  const auto own = read_config_of<Config>((dir / "config.json").string());
+  return detail::load_as<T>(dir, std::get<0>(own), config);
 }
 
 /// Saves a model as `load_pretrained` and Hugging Face's code read it: config.json and
@@ -262,10 +213,7 @@ void save_pretrained(const std::filesystem::path& dir, Decoder<T>& model,
                      MultiToken<T>* prediction = nullptr) {
   using Own = Family<Config>;
   expect_at_least<std::int64_t>("save_pretrained", "shard_bytes", config.shard_bytes, 1);
-  nlohmann::json json = {{"model_type", Own::kModelTypes[0]},
-                         {"architectures", {Own::kArchitecture}},
-                         {"torch_dtype", detail::torch_name(config.dtype)}};
-  Own::write(model_config, json);
+  const nlohmann::json json = detail::config_json(model_config, config.dtype);
   const auto tensors = detail::all_tensors("save_pretrained", model, prediction);
   const auto layout = published_layout(Own::names(model_config, nullptr), shapes_of(tensors),
                                        detail::head_sizes(model_config.shape));

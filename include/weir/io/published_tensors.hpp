@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -56,8 +57,28 @@ class PublishedReader {
                   const std::vector<PublishedTensor>& layout,
                   std::span<const std::string_view> ignored = {});
 
-  /// Reads the matrices whose names begin with `prefix` and that have not been read yet.
+  /// Reads the matrices whose names begin with `prefix` and that have neither been read yet nor are
+  /// deferred.
   void read(std::string_view prefix);
+
+  /// The number of the matrix of that name; nothing if there is none.
+  std::optional<std::size_t> find(const std::string& name) const;
+
+  /// From now on, the matrix is only read by `read_deferred`; the model's own may go.
+  void defer(std::size_t matrix) { deferred_[matrix] = true; }
+
+  /// Reads a matrix to another place, as often as wanted, from any thread.
+  /// \param to       Has its shape.
+  void read_deferred(std::size_t matrix, Matrix<T>& to) const {
+    for (const Part& part : parts_[matrix]) read_part(part, to);
+  }
+
+  /// Tells the system that the matrix will be read soon.
+  void prefetch(std::size_t matrix) const {
+    for (const Part& part : parts_[matrix]) {
+      part.tensor->prefetch(part.piece.begin, extent(part.piece));
+    }
+  }
 
  private:
   struct Part {
@@ -67,15 +88,23 @@ class PublishedReader {
 
   static void read_part(const Part& part, Matrix<T>& to);
 
+  /// How many numbers of the tensor lie between the first and the last of a piece, both included.
+  static Index extent(const TensorPiece& piece) {
+    return (piece.rows - 1) * piece.row_step + (piece.cols - 1) * piece.col_step + 1;
+  }
+
   ModelTensors<T> tensors_;
   std::vector<std::vector<Part>> parts_;  // Of each matrix; none once it has been read.
+  std::vector<bool> deferred_;
+  std::map<std::string, std::size_t> numbers_;
 };
 
 template <class T>
 PublishedReader<T>::PublishedReader(const TensorSource& source, ModelTensors<T> tensors,
                                     const std::vector<PublishedTensor>& layout,
                                     std::span<const std::string_view> ignored)
-    : tensors_(std::move(tensors)), parts_(tensors_.size()) {
+    : tensors_(std::move(tensors)), parts_(tensors_.size()), deferred_(tensors_.size()) {
+  for (std::size_t m = 0; m < tensors_.size(); ++m) numbers_[tensors_[m].first] = m;
   std::vector<std::string> faults;
   std::map<std::string_view, bool> known;
   for (const PublishedTensor& published : layout) {
@@ -105,10 +134,16 @@ PublishedReader<T>::PublishedReader(const TensorSource& source, ModelTensors<T> 
 template <class T>
 void PublishedReader<T>::read(std::string_view prefix) {
   for (std::size_t m = 0; m < tensors_.size(); ++m) {
-    if (!tensors_[m].first.starts_with(prefix)) continue;
+    if (deferred_[m] || !tensors_[m].first.starts_with(prefix)) continue;
     for (const Part& part : parts_[m]) read_part(part, *tensors_[m].second);
     parts_[m].clear();
   }
+}
+
+template <class T>
+std::optional<std::size_t> PublishedReader<T>::find(const std::string& name) const {
+  const auto found = numbers_.find(name);
+  return found == numbers_.end() ? std::nullopt : std::optional(found->second);
 }
 
 template <class T>
@@ -145,8 +180,7 @@ void PublishedReader<T>::read_part(const Part& part, Matrix<T>& to) {
       }
     });
   }
-  tensor.release(piece.begin,
-                 (piece.rows - 1) * piece.row_step + (piece.cols - 1) * piece.col_step + 1);
+  tensor.release(piece.begin, extent(piece));
 }
 
 /// The numbers of a published tensor, put together from the matrices of a model.

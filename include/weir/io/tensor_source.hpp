@@ -27,6 +27,9 @@ class StoredTensor {
 
   /// Tells the system that the numbers [begin, begin + count) will not be read again soon.
   virtual void release(Index /*begin*/, Index /*count*/) const {}
+
+  /// Tells the system that the numbers [begin, begin + count) will be read soon.
+  virtual void prefetch(Index /*begin*/, Index /*count*/) const {}
 };
 
 /// The tensors of a checkpoint by name.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <concepts>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -17,6 +18,7 @@
 #include <weir/core/storage.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/moe/dispatch.hpp>
+#include <weir/moe/experts/expert_source.hpp>
 #include <weir/nn/dropout.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/packed_glu.hpp>
@@ -56,6 +58,8 @@ class GluBank {
     Matrix<T> y, dx;                                     ///< [tokens, d_model]
     PackedGluCache<T> packed;
     std::vector<PackedGluGroup<T>> groups;
+    std::vector<Index> wanted;  ///< Experts with tokens, where they are fetched.
+    std::vector<PackedGlu<T>> fetched;
     std::vector<Product<T>> products;
   };
 
@@ -79,7 +83,14 @@ class GluBank {
                             Cache& cache);
 
   /// See `weir::set_storage`. If memory runs out, nothing has changed.
+  /// \throws StateError   if the weights are fetched from a source.
   void set_storage(Storage storage);
+
+  /// Forgets the weights and fetches those of the experts that have tokens from `source`, pass by
+  /// pass. Outputs are to the bit those of weights in memory in the same storage.
+  /// \param storage  How the source stores them, kPacked or kBfloat16.
+  /// \throws ConfigError  if there is no source, or the storage is another one.
+  void set_source(std::shared_ptr<ExpertSource<T>> source, Storage storage);
 
   Storage storage() const { return storage_; }
 
@@ -105,9 +116,12 @@ class GluBank {
  private:
   void forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
                          Cache& cache) const;
+  void forward_packed(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const;
+  void forward_fetched(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const;
 
   std::vector<Parameter<T>> gate_, up_, down_;
-  std::vector<PackedGlu<T>> packed_;  // One per expert, or none.
+  std::vector<PackedGlu<T>> packed_;         // One per expert, or none.
+  std::shared_ptr<ExpertSource<T>> source_;  // Null unless they are fetched.
   Storage storage_ = Storage::kTrainable;
   Index d_in_ = 0, d_hidden_ = 0, d_out_ = 0;
   double dropout_ = 0.0;
@@ -156,14 +170,10 @@ const Matrix<T>& GluBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
                                           const Pass& pass, Cache& cache) const {
   if (storage_ == Storage::kTrainable) {
     forward_trainable(x, dispatch, pass, cache);
+  } else if (source_ == nullptr) {
+    forward_packed(x, dispatch, cache);
   } else {
-    cache.groups.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      cache.groups.push_back({&packed_[e], begin, rows});
-    });
-    packed_glu_forward<Act, T>(
-        dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); }, cache.groups,
-        cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
+    forward_fetched(x, dispatch, cache);
   }
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(cache.out.view(), dispatch, cache.y);
@@ -222,6 +232,10 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
 template <std::floating_point T, Activation Act>
 void GluBank<T, Act>::set_storage(Storage storage) {
   if (storage == storage_) return;
+  if (source_ != nullptr) {
+    throw_error<StateError>(
+        "GluBank::set_storage: the weights are fetched from a source, expected weights in memory");
+  }
   const auto trainable = [&](std::size_t e) {
     if (storage_ != Storage::kTrainable) {
       packed_[e].unpack(gate_[e].value, up_[e].value, down_[e].value);
@@ -243,6 +257,60 @@ void GluBank<T, Act>::set_storage(Storage storage) {
     packed_ = std::move(packed);
   }
   storage_ = storage;
+}
+
+template <std::floating_point T, Activation Act>
+void GluBank<T, Act>::set_source(std::shared_ptr<ExpertSource<T>> source, Storage storage) {
+  if (source == nullptr || storage == Storage::kTrainable) {
+    throw_error<ConfigError>("GluBank::set_source: source is null or storage kTrainable, expected ",
+                             "a source of weights stored as kPacked or kBfloat16");
+  }
+  source_ = std::move(source);
+  storage_ = storage;
+  packed_.clear();
+  for (auto* weights : {&gate_, &up_, &down_}) {
+    for (Parameter<T>& weight : *weights) weight = {};
+  }
+}
+
+template <std::floating_point T, Activation Act>
+void GluBank<T, Act>::forward_packed(MatrixIn<T> x, const Dispatch<T>& dispatch,
+                                     Cache& cache) const {
+  cache.groups.clear();
+  dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+    cache.groups.push_back({&packed_[e], begin, rows});
+  });
+  packed_glu_forward<Act, T>(
+      dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); }, cache.groups,
+      cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
+}
+
+template <std::floating_point T, Activation Act>
+void GluBank<T, Act>::forward_fetched(MatrixIn<T> x, const Dispatch<T>& dispatch,
+                                      Cache& cache) const {
+  source_->announce(x);
+  cache.wanted.clear();
+  dispatch.for_each_expert(
+      [&](std::size_t e, Index, Index) { cache.wanted.push_back(static_cast<Index>(e)); });
+  auto out = cache.out.reshape(dispatch.slots(), d_out());
+  std::span<const Index> wanted = cache.wanted;
+  while (!wanted.empty()) {
+    cache.fetched.clear();
+    source_->fetch(wanted, cache.fetched);
+    const auto now = wanted.first(cache.fetched.size());
+    const Index first = dispatch.begin(now.front());  // Their slots follow one another.
+    const Index slots = dispatch.end(now.back()) - first;
+    cache.groups.clear();
+    for (std::size_t i = 0; i < now.size(); ++i) {
+      cache.groups.push_back(
+          {&cache.fetched[i], dispatch.begin(now[i]) - first, dispatch.rows(now[i])});
+    }
+    packed_glu_forward<Act, T>(
+        slots, [&](Index s) { return &x.coeffRef(dispatch.token(first + s), 0); }, cache.groups,
+        cache.packed, out.middleRows(first, slots));
+    wanted = wanted.subspan(now.size());
+  }
+  cache.fetched.clear();
 }
 
 template <std::floating_point T, Activation Act>

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Reads the weights of a model from the tensors of a checkpoint.
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <weir/core/error.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/core/types.hpp>
+#include <weir/core/verbs.hpp>
+#include <weir/io/expert_store.hpp>
+#include <weir/io/model_config.hpp>
+#include <weir/io/published_tensors.hpp>
+#include <weir/io/streamed_experts.hpp>
+#include <weir/io/tensor_layout.hpp>
+#include <weir/io/tensor_source.hpp>
+#include <weir/io/weights.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/model/multi_token.hpp>
+#include <weir/presets/tensor_names.hpp>
+
+namespace weir::io {
+
+/// A model that somebody has trained.
+template <class T>
+struct Pretrained {
+  ModelConfig config;
+  Decoder<T> model;
+  std::optional<MultiToken<T>> prediction;  ///< The modules of multi-token prediction, if any.
+  std::shared_ptr<ExpertStore<T>> experts;  ///< If experts stay in the files, those in memory.
+};
+
+/// Settings of `load_pretrained`.
+struct LoadConfig {
+  Storage storage = Storage::kTrainable;  ///< How the weights are stored from the beginning on.
+
+  /// Above zero, the gated experts of mixtures stay in the files, and at most as many of them as
+  /// have room in this many bytes are in memory, see ExpertStore and StreamedExperts. Outputs are
+  /// the same to the bit. The files have to stay; not with Storage::kTrainable.
+  std::size_t expert_bytes = 0;
+};
+
+namespace detail {
+
+/// The config of a family whose models have modules of multi-token prediction.
+template <class Config, class T>
+concept Predicts = requires(const Config& config, Rng& rng) {
+  make_prediction<T>(config, rng);
+};
+
+inline HeadSizes head_sizes(const presets::ModelShape& shape) {
+  return std::visit(
+      [&](const auto& attention) -> HeadSizes {
+        if constexpr (std::is_same_v<std::remove_cvref_t<decltype(attention)>, LatentConfig>) {
+          return {.heads = attention.heads, .head_dim = attention.query_dim()};
+        } else {
+          const Index own = attention.head_dim;
+          return {.heads = attention.heads,
+                  .head_dim = own > 0 ? own : shape.d_model / attention.heads};
+        }
+      },
+      shape.attention);
+}
+
+/// The tensors of a model and of its modules of prediction. Module m is called a layer of the model
+/// with the number layers + m, as checkpoints have it.
+template <class T>
+ModelTensors<T> all_tensors(std::string_view who, Decoder<T>& model, MultiToken<T>* prediction) {
+  ModelTensors<T> all = tensors_of(who, model);
+  if (prediction == nullptr) return all;
+  const auto layers = static_cast<Index>(model.layers().size());
+  for (auto& [name, matrix] : tensors_of(who, *prediction)) {  // modules.0.layer.attention.query
+    const std::size_t number = name.find('.') + 1;
+    const std::size_t rest = name.find('.', number);
+    const std::string layer =
+        std::to_string(layers + std::stoll(name.substr(number, rest - number)));
+    const std::string inner = ".layer.";
+    const bool is_inner = name.compare(rest, inner.size(), inner) == 0;
+    all.emplace_back(is_inner ? "layers." + layer + "." + name.substr(rest + inner.size())
+                              : "modules." + layer + name.substr(rest),
+                     matrix);
+  }
+  return all;
+}
+
+template <class T, class Config>
+Pretrained<T> make_unset(const Config& config) {
+  Rng rng = Rng::unset();
+  Pretrained<T> loaded{.config = config, .model = make<T>(config, rng), .prediction = {}};
+  if constexpr (Predicts<Config, T>) {
+    if (config.shape.prediction_modules > 0) {
+      loaded.prediction.emplace(make_prediction<T>(config, rng));
+    }
+  }
+  return loaded;
+}
+
+/// Reads all weights of a model that has been made with a generator that leaves them unset. Each
+/// layer gets its storage before the next is read.
+/// \param ignored  Patterns of tensors that the model does not need.
+/// \param k        How many experts a token visits.
+template <class T>
+void read_model(const std::shared_ptr<const TensorSource>& source,
+                const std::vector<presets::TensorName>& names, const HeadSizes& sizes, Index k,
+                std::span<const std::string_view> ignored, const LoadConfig& how,
+                Pretrained<T>& into) {
+  if (how.expert_bytes > 0 && how.storage == Storage::kTrainable) {
+    throw_error<ConfigError>("load_pretrained: expert_bytes = ", how.expert_bytes,
+                             " with storage = kTrainable, expected kPacked or kBfloat16");
+  }
+  MultiToken<T>* const prediction = into.prediction ? &*into.prediction : nullptr;
+  ModelTensors<T> tensors = all_tensors("load_pretrained", into.model, prediction);
+  const auto layout = published_layout(names, shapes_of(tensors), sizes);
+  const auto reader =
+      std::make_shared<PublishedReader<T>>(*source, std::move(tensors), layout, ignored);
+  std::optional<StreamBanks<T>> stream;
+  if (how.expert_bytes > 0) {
+    into.experts = std::make_shared<ExpertStore<T>>(how.expert_bytes);
+    stream.emplace(source, reader, into.experts, how.storage);
+    (*stream)("", into.model);
+  }
+  auto& layers = into.model.layers();
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    reader->read("layers." + std::to_string(l) + ".");
+    set_storage(layers[l], how.storage);
+  }
+  reader->read("");
+  set_storage(into.model, how.storage);
+  if (prediction != nullptr) set_storage(*prediction, how.storage);
+  if (stream) stream->link(into.model, k);
+}
+
+}  // namespace detail
+
+}  // namespace weir::io
