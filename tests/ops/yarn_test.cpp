@@ -190,7 +190,7 @@ TEST_CASE("Yarn says what is wrong", "[ops][yarn]") {
   CHECK(message({.beta_slow = 0.0}) == "Rope: yarn.beta_slow = 0, expected a finite number > 0");
   CHECK(message({.beta_fast = std::numeric_limits<double>::quiet_NaN()}) ==
         "Rope: yarn.beta_fast = nan, expected a finite number > 0");
-  CHECK(message({.beta_fast = 1.0}) == "Rope: yarn.beta_fast = 1, expected > beta_slow = 1");
+  CHECK(message({.beta_fast = 0.5}) == "Rope: yarn.beta_fast = 0.5, expected >= beta_slow = 1");
   CHECK(message({.mscale = -1.0}) == "Rope: yarn.mscale = -1, expected a finite number >= 0");
   CHECK(message({.mscale = std::numeric_limits<double>::infinity()}) ==
         "Rope: yarn.mscale = inf, expected a finite number >= 0");

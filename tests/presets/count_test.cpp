@@ -262,6 +262,25 @@ TEST_CASE("DBRX has 65 times as many combinations of experts as Mixtral", "[pres
         "combinations: C(67, 33) does not fit 63 bits");
 }
 
+TEST_CASE("The gate of a shared expert is counted", "[presets]") {
+  ModelShape shape = small_shape();
+  shape.shared_hidden = 4;
+  const ModelCount without = count(shape);
+  shape.shared_gate = true;
+  CHECK(count(shape).shared == without.shared + 6);
+  CHECK(count(shape).multiplications == without.multiplications + 6);
+}
+
+TEST_CASE("A dense model is counted by its layers", "[presets]") {
+  ModelShape shape = small_shape();
+  shape.experts = shape.k = shape.d_hidden = 0;
+  shape.dense_hidden = 5;
+  const ModelCount c = count(shape);
+  CHECK(c.dense == 3 * 6 * 5);
+  CHECK(c.experts + c.routers + c.idle_experts == 0);
+  CHECK(c.active() == c.total());
+}
+
 TEST_CASE("A shape that makes no model is refused", "[presets]") {
   const auto with = [](auto change) {
     ModelShape shape = small_shape();
@@ -271,7 +290,13 @@ TEST_CASE("A shape that makes no model is refused", "[presets]") {
   CHECK(with([](ModelShape& s) { s.layers = 0; }) == "ModelShape: layers = 0, expected >= 1");
   CHECK(with([](ModelShape& s) { s.d_model = 0; }) == "ModelShape: d_model = 0, expected >= 1");
   CHECK(with([](ModelShape& s) { s.vocab = 0; }) == "ModelShape: vocab = 0, expected >= 1");
-  CHECK(with([](ModelShape& s) { s.experts = 0; }) == "ModelShape: experts = 0, expected >= 1");
+  CHECK(with([](ModelShape& s) { s.experts = -1; }) == "ModelShape: experts = -1, expected >= 0");
+  CHECK(with([](ModelShape& s) { s.experts = 0; }) ==
+        "ModelShape: k = 2, expected 0 without experts");
+  CHECK(with([](ModelShape& s) { s.experts = s.k = 0; }) ==
+        "ModelShape: d_hidden = 5, expected 0 without experts");
+  CHECK(with([](ModelShape& s) { s.experts = s.k = s.d_hidden = 0; }) ==
+        "ModelShape: dense_hidden = 0, expected >= 1");
   CHECK(with([](ModelShape& s) { s.k = 4; }) ==
         "ModelShape: k = 4, expected 1 <= k <= experts = 3");
   CHECK(with([](ModelShape& s) { s.k = 0; }) ==

@@ -58,6 +58,8 @@ struct GroupedQueryConfig {
   /// (`fold_scaling_into_initializer` in Mesh TensorFlow.)
   bool fold_scale = false;
 
+  bool operator==(const GroupedQueryConfig&) const = default;
+
   /// How many numbers of each head are rotated, if there is rotation.
   Index rotated() const { return rotary_dim == 0 ? head_dim : rotary_dim; }
 

@@ -35,6 +35,8 @@ struct LatentConfig {
   LatentDecoding decoding = LatentDecoding::kCheaper;
   double init_scale = 1.0;  ///< `scale` of `switch_init`.
 
+  bool operator==(const LatentConfig&) const = default;
+
   /// Numbers of a head's queries and keys.
   Index query_dim() const { return nope_dim + rope_dim; }
 

@@ -112,7 +112,11 @@ class ConfigFile {
     return use(key).has(key) ? json_.text(key) : missing;
   }
 
+  /// Whether it is there and not null.
   bool has(const std::string& key) { return use(key).has(key); }
+
+  /// Whether it is there, even as null.
+  bool mentions(const std::string& key) { return use(key).json().contains(key); }
 
   /// The setting as it stands.
   const nlohmann::json& at(const std::string& key) { return use(key).at(key); }

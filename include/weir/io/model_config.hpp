@@ -10,13 +10,19 @@
 #include <variant>
 
 #include <weir/io/config_file.hpp>
+#include <weir/io/families/dbrx.hpp>
+#include <weir/io/families/dense.hpp>
 #include <weir/io/families/family.hpp>
 #include <weir/io/families/mixtral.hpp>
+#include <weir/io/families/olmoe.hpp>
+#include <weir/io/families/qwen_moe.hpp>
 
 namespace weir::io {
 
 /// The config of a preset of any family that has published checkpoints.
-using ModelConfig = std::variant<presets::MixtralConfig>;
+using ModelConfig =
+    std::variant<presets::DenseConfig, presets::DbrxConfig, presets::MixtralConfig,
+                 presets::OlmoeConfig, presets::Qwen2MoeConfig, presets::Qwen3Config>;
 
 namespace detail {
 
@@ -35,20 +41,37 @@ bool with_family(std::string_view type, std::variant<Configs...>* /*families*/, 
 
 }  // namespace detail
 
-/// Reads config.json.
-/// \throws FileError  if there is no such file, it is of a family that weir does not know, a
-///                    setting is missing or of another kind, or a setting is there that weir does
-///                    not know.
-inline ModelConfig read_config(const std::string& path) {
+/// Reads config.json of one of several families.
+/// \throws FileError  if there is no such file, it is of another family, a setting is missing or of
+///                    another kind, or a setting is there that weir does not know.
+template <class... Configs>
+std::variant<Configs...> read_config_of(const std::string& path) {
+  using Read = std::variant<Configs...>;
   ConfigFile json = ConfigFile::read(path);
   const std::string type = json.text("model_type");
-  ModelConfig config;
+  Read config;
   const auto read = [&]<class Config>() { config = Family<Config>::read(json); };
-  if (!detail::with_family(type, static_cast<ModelConfig*>(nullptr), read)) {
-    json.bad("model_type", "a family that weir knows, see io/model_config.hpp");
+  if (!detail::with_family(type, static_cast<Read*>(nullptr), read)) {
+    json.bad("model_type", sizeof...(Configs) > 1
+                               ? "a family that weir knows, see io/model_config.hpp"
+                               : "one of the family that was asked for");
   }
   json.finish();
   return config;
+}
+
+namespace detail {
+
+template <class... Configs>
+std::variant<Configs...> read_config(const std::string& path, std::variant<Configs...>* /*all*/) {
+  return read_config_of<Configs...>(path);
+}
+
+}  // namespace detail
+
+/// Reads config.json of any family, see `read_config_of`.
+inline ModelConfig read_config(const std::string& path) {
+  return detail::read_config(path, static_cast<ModelConfig*>(nullptr));
 }
 
 }  // namespace weir::io

@@ -19,6 +19,8 @@ struct Interleave {
   Index first_dense = 0;  ///< How many layers at the start are dense in any case.
   Index phase = -1;       ///< -1 stands for stride - 1, the last layer of each stride.
 
+  bool operator==(const Interleave&) const = default;
+
   /// \throws ConfigError  unless stride >= 1, first_dense >= 0 and -1 <= phase < stride.
   void check() const {
     expect_at_least<Index>("Interleave", "stride", stride, 1);

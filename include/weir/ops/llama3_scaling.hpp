@@ -29,6 +29,8 @@ struct Llama3Scaling {
   double high_freq_factor = 4.0;  ///< Turns from which on a frequency stays.
   Index original_context = 8192;  ///< Tokens the model was trained on first.
 
+  bool operator==(const Llama3Scaling&) const = default;
+
   /// The radians per position of pair `pair` of `rotary_dim` rotated numbers.
   double frequency(Index pair, Index rotary_dim, double theta) const {
     const double plain =

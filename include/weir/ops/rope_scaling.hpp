@@ -17,6 +17,7 @@ namespace weir {
 
 /// Frequencies as they were trained: pair i turns by theta^(-2i / rotary_dim) radians per position.
 struct NoScaling {
+  bool operator==(const NoScaling&) const = default;
   double frequency(Index pair, Index rotary_dim, double theta) const {
     return std::pow(theta, -2.0 * static_cast<double>(pair) / static_cast<double>(rotary_dim));
   }
@@ -30,6 +31,7 @@ struct NoScaling {
 struct LinearScaling {
   double factor = 1.0;  ///< The new context over the original one.
 
+  bool operator==(const LinearScaling&) const = default;
   double frequency(Index pair, Index rotary_dim, double theta) const {
     return NoScaling{}.frequency(pair, rotary_dim, theta) / factor;
   }
@@ -57,6 +59,7 @@ struct DynamicNtkScaling {
   Index original_context = 2048;  ///< Tokens the model was trained on.
   Index length = 0;  ///< Tokens of the longest sequence; up to original_context nothing changes.
 
+  bool operator==(const DynamicNtkScaling&) const = default;
   double frequency(Index pair, Index rotary_dim, double theta) const {
     const auto dim = static_cast<double>(rotary_dim);
     const double ratio = static_cast<double>(std::max(length, original_context)) /

@@ -47,6 +47,8 @@ struct Yarn {
       0.0;               ///< m of the score's sharpness, by which cosines and sines are divided.
   bool truncate = true;  ///< Whether low is rounded down and high up; not in gpt-oss.
 
+  bool operator==(const Yarn&) const = default;
+
   double sharpness(double m) const { return 0.1 * m * std::log(factor) + 1.0; }
 
   /// The factor of cosines and sines.
@@ -80,16 +82,16 @@ struct Yarn {
   }
 
   /// \throws ConfigError  unless factor and original_context are at least 1, mscale and
-  ///                      mscale_all_dim at least 0, 0 < beta_slow < beta_fast, all are finite, and
+  ///                      mscale_all_dim at least 0, 0 < beta_slow <= beta_fast, all are finite, and
   ///                      theta is above 1.
   void check(std::string_view where, Index /*head_dim*/, double theta) const {
     expect_at_least(where, "yarn.factor", factor, 1.0);
     expect_at_least<Index>(where, "yarn.original_context", original_context, 1);
     expect_positive(where, "yarn.beta_slow", beta_slow);
     expect_positive(where, "yarn.beta_fast", beta_fast);
-    if (beta_fast <= beta_slow) {
+    if (beta_fast < beta_slow) {
       throw_error<ConfigError>(where, ": yarn.beta_fast = ", beta_fast,
-                               ", expected > beta_slow = ", beta_slow);
+                               ", expected >= beta_slow = ", beta_slow);
     }
     expect_at_least(where, "yarn.mscale", mscale, 0.0);
     expect_at_least(where, "yarn.mscale_all_dim", mscale_all_dim, 0.0);

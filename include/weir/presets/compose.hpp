@@ -69,7 +69,7 @@ template <std::floating_point T>
 Block<T> make_layer(const ModelShape& shape, Index layer, const Parts<T>& parts, Rng& rng) {
   std::vector<Branch<T>> branches;
   branches.push_back({"attention", parts.norm(), make_attention<T>(shape, layer, rng)});
-  if (shape.interleave.is_sparse(layer)) {
+  if (shape.is_sparse(layer)) {
     branches.push_back({"moe", parts.norm(), parts.mixture()});
     if (shape.extra_hidden > 0) {
       branches.push_back({"mlp", parts.norm(), parts.dense(shape.extra_hidden)});
@@ -150,11 +150,13 @@ Parts<T> usual_parts(const ModelShape& shape, double norm_epsilon, Rng& rng,
   return parts;
 }
 
-/// `moe` with the shared expert beside it, if the shape has one.
+/// `moe` with the shared expert beside it, if the shape has one, and with its gate.
 template <class Moe, class T = typename Moe::Scalar>
 AnyLayer<T> with_shared(const ModelShape& shape, Moe moe, Rng& rng) {
   if (shape.shared_hidden == 0) return moe;
-  return SharedExperts(std::move(moe), Glu<T>(shape.d_model, shape.shared_hidden, rng));
+  Glu<T> shared(shape.d_model, shape.shared_hidden, rng);
+  if (!shape.shared_gate) return SharedExperts(std::move(moe), std::move(shared));
+  return SharedExperts(std::move(moe), std::move(shared), Linear<T>(shape.d_model, 1, rng));
 }
 
 /// The experts of a family whose networks are all gated.
@@ -192,7 +194,7 @@ AnyLayer<T> with_experts(const ModelShape& shape, Rng& rng, double init_scale, W
 /// the tokens of all layers laid end to end instead, which couples the layers. GlobalBatchLoss with
 /// the loads of the other layers added computes the same.)
 inline double per_layer(double coefficient, const ModelShape& shape) {
-  return coefficient / static_cast<double>(shape.interleave.count_sparse(shape.layers));
+  return coefficient / static_cast<double>(shape.count_sparse(shape.layers));
 }
 
 }  // namespace weir::presets

@@ -146,7 +146,7 @@ class StackCounter {
 
   /// \param attentions  How many there are in each layer: 2 where one of them is to an encoder.
   void add(Index layers, Index attentions) {
-    const Count sparse = shape_.interleave.count_sparse(layers);
+    const Count sparse = shape_.count_sparse(layers);
     const Count norms_of_branch = shape_.post_norms ? 2 : 1;
     for (Index layer = 0; layer < layers; ++layer) add_attention(layer, attentions);
     to_.norms += layers * d_ * norms_of_branch * (attentions + 1) + d_;
@@ -199,8 +199,9 @@ class StackCounter {
     to_.multiplications += mixtures * (shape_.k * network(shape_.d_hidden) + experts * d_);
     to_.routers += mixtures * experts * (d_ + (shape_.router_bias ? 1 : 0));
     if (shape_.selection_bias) to_.selection_bias += mixtures * experts;
-    to_.shared += mixtures * network(shape_.shared_hidden);
-    to_.multiplications += mixtures * network(shape_.shared_hidden);
+    const Count shared = network(shape_.shared_hidden) + (shape_.shared_gate ? d_ : 0);
+    to_.shared += mixtures * shared;
+    to_.multiplications += mixtures * shared;
   }
 
   const ModelShape& shape_;

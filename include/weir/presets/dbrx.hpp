@@ -3,6 +3,7 @@
 /// DBRX (Databricks 2024).
 #pragma once
 
+#include <array>
 #include <concepts>
 
 #include <weir/core/random.hpp>
@@ -16,6 +17,7 @@
 #include <weir/nn/layer_norm.hpp>
 #include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
+#include <weir/presets/tensor_names.hpp>
 
 namespace weir::presets {
 
@@ -24,8 +26,10 @@ namespace weir::presets {
 struct DbrxConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
-  double weight_norm = 1.0;  ///< p: weights are divided by their p-norm.
+  double weight_norm = 1.0;  ///< p: weights are divided by their p-norm; 0: not at all.
   double balance = 0.05;     ///< For the mean over the layers, see per_layer.
+
+  bool operator==(const DbrxConfig&) const = default;
 };
 
 /// 132 billion parameters, of which 36 are active. (Databricks 2024, "Introducing DBRX";
@@ -55,13 +59,40 @@ Decoder<T> make(const DbrxConfig& config, Rng& rng) {
   };
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>({.k = shape.k, .renormalise = true, .norm = config.weight_norm}),
+                    SoftmaxTopK<T>({.k = shape.k,
+                                    .renormalise = config.weight_norm != 0.0,
+                                    .norm = config.weight_norm != 0.0 ? config.weight_norm : 1.0}),
                     Dropless(), gated_experts<T>(shape, rng),
                     SwitchLoss<T>({.coefficient = per_layer(config.balance, shape),
                                    .fraction = LoadFraction::kOfTokens})};
   };
   return compose<T>(shape, parts, rng);
 }
+
+/// DBRX's checkpoints, in which the experts of a layer stand on top of each other.
+inline constexpr auto kDbrxNames = std::to_array<TensorName>({
+    {"embedding.weight", "transformer.wte.weight"},
+    {"norm.weight", "transformer.norm_f.weight", {.vector = true}},
+    {"head.weight", "lm_head.weight"},
+    {"layers.{l}.attention_norm.weight",
+     "transformer.blocks.{l}.norm_attn_norm.norm_1.weight",
+     {.vector = true}},
+    {"layers.{l}.moe_norm.weight",
+     "transformer.blocks.{l}.norm_attn_norm.norm_2.weight",
+     {.vector = true}},
+    {"layers.{l}.attention.query", "transformer.blocks.{l}.norm_attn_norm.attn.Wqkv.weight"},
+    {"layers.{l}.attention.key", "transformer.blocks.{l}.norm_attn_norm.attn.Wqkv.weight"},
+    {"layers.{l}.attention.value", "transformer.blocks.{l}.norm_attn_norm.attn.Wqkv.weight"},
+    {"layers.{l}.attention.output", "transformer.blocks.{l}.norm_attn_norm.attn.out_proj.weight"},
+    {"layers.{l}.moe.router.weight", "transformer.blocks.{l}.ffn.router.layer.weight"},
+    {"layers.{l}.moe.experts.{e}.gate",
+     "transformer.blocks.{l}.ffn.experts.mlp.w1",
+     {.flat = true}},
+    {"layers.{l}.moe.experts.{e}.up", "transformer.blocks.{l}.ffn.experts.mlp.v1", {.flat = true}},
+    {"layers.{l}.moe.experts.{e}.down",
+     "transformer.blocks.{l}.ffn.experts.mlp.w2",
+     {.transposed = true, .flat = true}},
+});
 
 }  // namespace weir::presets
 

@@ -23,7 +23,10 @@ namespace weir::presets {
 struct DeepSeekMoEConfig {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double balance = 0.001;  ///< Coefficient of the loss in each sequence and layer.
+  bool renormalise = false;  ///< Whether the probabilities are divided by their sum.
+  double balance = 0.001;    ///< Coefficient of the loss in each sequence and layer.
+
+  bool operator==(const DeepSeekMoEConfig&) const = default;
 };
 
 /// 16.4 billion parameters, of which 2.8 are active. (Dai et al. 2024, arXiv:2401.06066,
@@ -51,8 +54,9 @@ Decoder<T> make(const DeepSeekMoEConfig& config, Rng& rng) {
   parts.mixture = [&] {
     return with_shared(
         shape,
-        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng), SoftmaxTopK<T>({.k = shape.k}),
-                 Dropless(), gated_experts<T>(shape, rng),
+        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                 SoftmaxTopK<T>({.k = shape.k, .renormalise = config.renormalise}), Dropless(),
+                 gated_experts<T>(shape, rng),
                  SwitchLoss<T>({.coefficient = config.balance, .scope = Scope::kSequence})},
         rng);
   };

@@ -37,6 +37,8 @@ struct DeepSeekV2Config {
   double communication_balance = 0.0;  ///< The same for what devices receive.
   double device_capacity = 1.0;        ///< In training, a multiple of the mean load of a device.
   double protected_share = 0.0;        ///< The share of the sequences of which nothing is dropped.
+
+  bool operator==(const DeepSeekV2Config&) const = default;
 };
 
 /// 236 billion parameters, of which 21 are active. (DeepSeek-AI 2024, arXiv:2405.04434, section

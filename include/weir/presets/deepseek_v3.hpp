@@ -30,11 +30,14 @@ namespace weir::presets {
 struct DeepSeekV3Config {
   ModelShape shape;
   double norm_epsilon = 1e-6;
-  double scale = 2.5;  ///< The factor of the weights after their division by their sum.
+  bool renormalise = true;  ///< Whether the sigmoids are divided by their sum.
+  double scale = 2.5;       ///< The factor of the weights, after that.
   GroupLimit groups = {.count = 8, .allowed = 4, .summed = 2};
   double bias_rate = 0.001;
   double balance = 0.0001;         ///< Coefficient of the loss in each sequence and layer.
   double prediction_weight = 0.3;  ///< The weight of the modules' losses; 0.1 late in the training.
+
+  bool operator==(const DeepSeekV3Config&) const = default;
 };
 
 /// 671 billion parameters, of which 37 are active; the module of multi-token prediction is
@@ -64,17 +67,18 @@ Parts<T> deepseek_v3_parts(const DeepSeekV3Config& config, Rng& rng) {
   const ModelShape& shape = config.shape;
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
-    return with_shared(
-        shape,
-        MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                 SigmoidTopK<T>(shape.experts,
-                                {.k = shape.k, .scale = config.scale, .groups = config.groups}),
-                 Dropless(), gated_experts<T>(shape, rng),
-                 BiasBalance<T>({.rate = config.bias_rate}),
-                 SwitchLoss<T>({.coefficient = config.balance,
-                                .count = LoadCount::kTopProbabilities,
-                                .scope = Scope::kSequence})},
-        rng);
+    return with_shared(shape,
+                       MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
+                                SigmoidTopK<T>(shape.experts, {.k = shape.k,
+                                                               .renormalise = config.renormalise,
+                                                               .scale = config.scale,
+                                                               .groups = config.groups}),
+                                Dropless(), gated_experts<T>(shape, rng),
+                                BiasBalance<T>({.rate = config.bias_rate}),
+                                SwitchLoss<T>({.coefficient = config.balance,
+                                               .count = LoadCount::kTopProbabilities,
+                                               .scope = Scope::kSequence})},
+                       rng);
   };
   return parts;
 }

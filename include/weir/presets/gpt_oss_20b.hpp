@@ -30,6 +30,8 @@ struct GptOssConfig {
   /// What the model was trained with is not known. Its config.json has router_aux_loss_coef = 0.9,
   /// and output_router_logits = false, with which Hugging Face's code adds no loss.
   double balance = 0.0;
+
+  bool operator==(const GptOssConfig&) const = default;
 };
 
 /// 20.9 billion parameters, of which 3.6 are active without the embedding, as OpenAI counts.

@@ -31,6 +31,8 @@ struct GrokConfig {
   double embedding_multiplier = 78.38367176906169;  ///< The root of d_model = 6144.
   double logit_multiplier = 0.5773502691896257;     ///< 1 / sqrt(3).
   double balance = 0.0;                             ///< Not published.
+
+  bool operator==(const GrokConfig&) const = default;
 };
 
 /// "314 billion parameters, 25 % of which are active": 314.9 without the embedding.

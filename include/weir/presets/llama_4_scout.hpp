@@ -32,6 +32,8 @@ struct Llama4Config {
   /// What the model was trained with is not known. Its config.json has router_aux_loss_coef =
   /// 0.001, and output_router_logits = false.
   double balance = 0.0;
+
+  bool operator==(const Llama4Config&) const = default;
 };
 
 /// 107.8 billion parameters, of which 17.2 are active; the published 109 include the vision model.

@@ -29,6 +29,8 @@ struct MixtralConfig {
   double norm_epsilon = 1e-5;
   /// As in Hugging Face's config, for the mean over the layers, see per_layer.
   double balance = 0.02;
+
+  bool operator==(const MixtralConfig&) const = default;
 };
 
 /// \throws ConfigError  if a size is out of range.
@@ -51,14 +53,6 @@ inline constexpr auto kMixtralNames = std::to_array<TensorName>({
     {"layers.{l}.moe.experts.{e}.gate", "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight"},
     {"layers.{l}.moe.experts.{e}.up", "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight"},
     {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight"},
-});
-
-/// The same where all experts are in one tensor, as newer versions of Hugging Face's code hold it.
-inline constexpr auto kFusedMixtralNames = std::to_array<TensorName>({
-    {"layers.{l}.moe.router.weight", "model.layers.{l}.mlp.gate.weight"},
-    {"layers.{l}.moe.experts.{e}.gate", "model.layers.{l}.mlp.experts.gate_up_proj"},
-    {"layers.{l}.moe.experts.{e}.up", "model.layers.{l}.mlp.experts.gate_up_proj"},
-    {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.mlp.experts.down_proj"},
 });
 
 }  // namespace weir::presets

@@ -44,15 +44,16 @@ struct ModelShape {
   Interleave others = {};   ///< The layers that it calls sparse have `other_attention`.
   bool post_norms = false;  ///< Whether each branch has a norm behind it, and not only before it.
 
-  Interleave interleave = {};  ///< Which layers are mixtures of experts.
-  Index experts = 0;
-  Index k = 0;                        ///< How many experts each token visits.
-  Index d_hidden = 0;                 ///< Width of one expert.
+  Interleave interleave = {};  ///< Which layers are mixtures of experts, if there are experts.
+  Index experts = 0;           ///< 0: the model is dense.
+  Index k = 0;                 ///< How many experts each token visits.
+  Index d_hidden = 0;          ///< Width of one expert.
   Network network = Network::kGated;  ///< What experts and dense networks are.
   bool expert_bias = false;           ///< Whether an expert's matrices have biases.
   bool router_bias = false;           ///< Whether the router has a bias.
   bool selection_bias = false;        ///< Whether mixtures have a buffer [experts] for BiasBalance.
   Index shared_hidden = 0;            ///< Width of the expert that every token visits; 0: none.
+  bool shared_gate = false;           ///< Whether that expert has a gate of one logit.
   Index dense_hidden = 0;             ///< Width of the networks in layers that are not sparse.
   Index extra_hidden = 0;             ///< Width of the dense network behind each mixture; 0: none.
 
@@ -60,17 +61,30 @@ struct ModelShape {
   Index position_buckets = 0;    ///< Rows of T5's position bias; each stack has one such table.
   Index prediction_modules = 0;  ///< Modules of multi-token prediction, counted apart.
 
-  /// \throws ConfigError  unless 1 <= k <= experts, required sizes are >= 1 and optional ones >= 0.
+  bool operator==(const ModelShape&) const = default;
+
+  /// Whether layer `layer`, counted from 0, is a mixture of experts.
+  bool is_sparse(Index layer) const { return experts > 0 && interleave.is_sparse(layer); }
+
+  /// How many of the first `count` layers are mixtures of experts.
+  Index count_sparse(Index count) const { return experts > 0 ? interleave.count_sparse(count) : 0; }
+
+  /// \throws ConfigError  unless 1 <= k <= experts, or k and d_hidden are 0 without experts;
+  ///                      required sizes are >= 1 and optional ones >= 0.
   void check() const {
     constexpr auto kWho = "ModelShape";
     expect_at_least<Index>(kWho, "layers", layers, 1);
     expect_at_least<Index>(kWho, "d_model", d_model, 1);
     expect_at_least<Index>(kWho, "vocab", vocab, 1);
-    expect_at_least<Index>(kWho, "experts", experts, 1);
-    if (k < 1 || k > experts) {
+    expect_at_least<Index>(kWho, "experts", experts, 0);
+    if (experts == 0) {
+      expect_none("k", k);
+      expect_none("d_hidden", d_hidden);
+    } else if (k < 1 || k > experts) {
       throw_error<ConfigError>(kWho, ": k = ", k, ", expected 1 <= k <= experts = ", experts);
+    } else {
+      expect_at_least<Index>(kWho, "d_hidden", d_hidden, 1);
     }
-    expect_at_least<Index>(kWho, "d_hidden", d_hidden, 1);
     const auto expect_count = [](std::string_view name, Index count) {
       expect_at_least<Index>(kWho, name, count, 0);
     };
@@ -80,7 +94,7 @@ struct ModelShape {
     expect_count("encoder_layers", encoder_layers);
     expect_count("position_buckets", position_buckets);
     expect_count("prediction_modules", prediction_modules);
-    if (interleave.count_sparse(layers) < layers) {
+    if (count_sparse(layers) < layers) {
       expect_at_least<Index>(kWho, "dense_hidden", dense_hidden, 1);
     }
   }
@@ -98,7 +112,50 @@ struct ModelShape {
     half.position_buckets = 0;
     return half;
   }
+
+ private:
+  static void expect_none(std::string_view name, Index size) {
+    if (size != 0) {
+      throw_error<ConfigError>("ModelShape: ", name, " = ", size, ", expected 0 without experts");
+    }
+  }
 };
+
+namespace detail {
+
+/// Fills in what may be left to others, and forgets options that have no effect.
+inline void settle(GroupedQueryConfig& a, Index d_model) {
+  const GroupedQueryConfig defaults;
+  a.d_model = d_model;
+  a = a.checked();
+  a.init_scale = defaults.init_scale;
+  if (a.rotary_dim == a.head_dim) a.rotary_dim = 0;
+  if (a.temperature_scale == 0.0) a.temperature_floor = defaults.temperature_floor;
+  if (a.qk_norm == QkNorm::kNone) a.qk_norm_epsilon = defaults.qk_norm_epsilon;
+  if (!a.rope) a.rope_theta = defaults.rope_theta;
+}
+
+inline void settle(LatentConfig& a, Index d_model) {
+  a.d_model = d_model;
+  a.decoding = LatentConfig{}.decoding;
+  a.init_scale = LatentConfig{}.init_scale;
+}
+
+}  // namespace detail
+
+/// The same model with everything filled in that its attention may leave to others, and without
+/// options that do not matter once its weights are there: what has to be equal for two models to
+/// compute the same.
+inline ModelShape settled(ModelShape shape) {
+  const auto settle = [&](AttentionShape& attention) {
+    std::visit([&](auto& own) { detail::settle(own, shape.d_model); }, attention);
+  };
+  settle(shape.attention);
+  if (shape.other_attention) settle(*shape.other_attention);
+  if (shape.experts == 0) shape.interleave = {};
+  if (shape.interleave.phase == shape.interleave.stride - 1) shape.interleave.phase = -1;
+  return shape;
+}
 
 /// A preset's config: the sizes and, beside them, what only its family has.
 template <class Config>

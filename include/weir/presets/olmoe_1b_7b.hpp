@@ -24,8 +24,11 @@ namespace weir::presets {
 struct OlmoeConfig {
   ModelShape shape;
   double norm_epsilon = 1e-5;
-  double balance = 0.01;  ///< For the mean over the layers, see per_layer, as z_loss is.
+  bool renormalise = false;  ///< Whether the probabilities are divided by their sum.
+  double balance = 0.01;     ///< For the mean over the layers, see per_layer, as z_loss is.
   double z_loss = 0.001;
+
+  bool operator==(const OlmoeConfig&) const = default;
 };
 
 /// 6.9 billion parameters, of which 1.3 are active. (Muennighoff et al. 2024, arXiv:2409.02060;
@@ -54,7 +57,7 @@ Decoder<T> make(const OlmoeConfig& config, Rng& rng) {
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>({.k = shape.k}),
+                    SoftmaxTopK<T>({.k = shape.k, .renormalise = config.renormalise}),
                     Dropless(),
                     gated_experts<T>(shape, rng),
                     SwitchLoss<T>({.coefficient = per_layer(config.balance, shape)}),

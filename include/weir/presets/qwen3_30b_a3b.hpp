@@ -23,8 +23,11 @@ namespace weir::presets {
 struct Qwen3Config {
   ModelShape shape;
   double norm_epsilon = 1e-6;
+  bool renormalise = true;
   /// As in Hugging Face's config, for the mean over the layers, see per_layer.
   double balance = 0.001;
+
+  bool operator==(const Qwen3Config&) const = default;
 };
 
 /// 30.5 billion parameters, of which 3.3 are active. (Yang et al. 2025, arXiv:2505.09388,
@@ -52,7 +55,7 @@ Decoder<T> make(const Qwen3Config& config, Rng& rng) {
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>({.k = shape.k, .renormalise = true}), Dropless(),
+                    SoftmaxTopK<T>({.k = shape.k, .renormalise = config.renormalise}), Dropless(),
                     gated_experts<T>(shape, rng),
                     SwitchLoss<T>({.coefficient = per_layer(config.balance, shape),
                                    .fraction = LoadFraction::kOfTokens})};

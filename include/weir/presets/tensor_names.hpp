@@ -87,6 +87,21 @@ inline constexpr auto kHuggingFaceMoeNames = std::to_array<TensorName>({
     {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.mlp.experts.{e}.down_proj.weight"},
 });
 
+/// The same where all experts are in one tensor, as newer versions of Hugging Face's code hold it.
+inline constexpr auto kFusedHuggingFaceMoeNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.router.weight", "model.layers.{l}.mlp.gate.weight"},
+    {"layers.{l}.moe.experts.{e}.gate", "model.layers.{l}.mlp.experts.gate_up_proj"},
+    {"layers.{l}.moe.experts.{e}.up", "model.layers.{l}.mlp.experts.gate_up_proj"},
+    {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.mlp.experts.down_proj"},
+});
+
+/// The shared experts of DeepSeek's models and those that took over their names.
+inline constexpr auto kSharedExpertsNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.shared.gate", "model.layers.{l}.mlp.shared_experts.gate_proj.weight"},
+    {"layers.{l}.moe.shared.up", "model.layers.{l}.mlp.shared_experts.up_proj.weight"},
+    {"layers.{l}.moe.shared.down", "model.layers.{l}.mlp.shared_experts.down_proj.weight"},
+});
+
 /// One table of several.
 inline std::vector<TensorName> join_names(
     std::initializer_list<std::span<const TensorName>> tables) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <variant>
 
@@ -20,8 +21,9 @@ namespace weir::io {
 struct GroupedQueryDefaults {
   double rope_theta = 1e4;  ///< Where config.json names none.
   bool tied = false;
-  bool qkv_bias = false;     ///< Whether queries, keys and values always have a bias.
-  bool output_bias = false;  ///< Whether `attention_bias` is one of the output too.
+  bool qkv_bias = false;               ///< Whether queries, keys and values always have a bias.
+  bool output_bias = false;            ///< Whether `attention_bias` is one of the output too.
+  std::optional<double> partial = {};  ///< See `read_rope`.
 };
 
 /// Reads the sizes, the attention and the positions of a decoder under the names that Hugging
@@ -29,20 +31,25 @@ struct GroupedQueryDefaults {
 /// \throws FileError  if a setting is missing, of another kind, or not known.
 inline presets::ModelShape read_grouped_query_shape(ConfigFile& json,
                                                     const GroupedQueryDefaults& defaults = {}) {
-  const RopeSettings rope = read_rope(json, defaults.rope_theta);
+  const RopeSettings rope = read_rope(json, defaults.rope_theta, false, defaults.partial);
+  const Index d_model = json.count("hidden_size");
   GroupedQueryConfig attention{.heads = json.count("num_attention_heads"),
-                               .kv_heads = 0,
-                               .head_dim = json.count("head_dim", 0),
                                .rope_theta = rope.theta,
                                .rope_scaling = rope.scaling};
+  if (attention.heads < 1) json.bad("num_attention_heads", "at least 1");
   attention.kv_heads = json.count("num_key_value_heads", attention.heads);
+  attention.head_dim = json.count("head_dim", d_model / attention.heads);
+  if (rope.partial != 1.0) {
+    attention.rotary_dim =
+        static_cast<Index>(static_cast<double>(attention.head_dim) * rope.partial);
+  }
   const bool bias = json.flag("attention_bias", false);
   attention.qkv_bias = bias || defaults.qkv_bias;
   attention.output_bias = bias && defaults.output_bias;
   json.expect("hidden_act", "silu");
-  json.ignore("pretraining_tp", "max_window_layers", "router_jitter_noise");
+  json.ignore("pretraining_tp");
   return {.layers = json.count("num_hidden_layers"),
-          .d_model = json.count("hidden_size"),
+          .d_model = d_model,
           .vocab = json.count("vocab_size"),
           .tied = json.flag("tie_word_embeddings", defaults.tied),
           .attention = attention};
@@ -72,7 +79,11 @@ inline void write_grouped_query_shape(const presets::ModelShape& shape, nlohmann
   json["head_dim"] = attention.head_dim > 0 ? attention.head_dim : shape.d_model / attention.heads;
   json["attention_bias"] = attention.qkv_bias;
   json["hidden_act"] = "silu";
-  write_rope({.theta = attention.rope_theta, .scaling = attention.rope_scaling}, false, json);
+  const double share = attention.rotary_dim == 0 ? 1.0
+                                                 : static_cast<double>(attention.rotary_dim) /
+                                                       json.at("head_dim").get<double>();
+  write_rope({.theta = attention.rope_theta, .scaling = attention.rope_scaling, .partial = share},
+             false, json);
 }
 
 }  // namespace weir::io

@@ -12,6 +12,7 @@
 #include <weir/io/config_file.hpp>
 #include <weir/io/families/family.hpp>
 #include <weir/io/families/grouped_query_family.hpp>
+#include <weir/io/families/layer_lists.hpp>
 #include <weir/io/tensor_source.hpp>
 #include <weir/presets/mixtral.hpp>
 #include <weir/presets/tensor_names.hpp>
@@ -31,6 +32,7 @@ struct Family<presets::MixtralConfig> {
     config.shape.k = json.count("num_experts_per_tok");
     config.shape.d_hidden = json.count("intermediate_size");
     std::get<GroupedQueryConfig>(config.shape.attention).window = json.count("sliding_window", 0);
+    json.expect("router_jitter_noise", 0.0);
     return config;
   }
 
@@ -47,13 +49,13 @@ struct Family<presets::MixtralConfig> {
 
   /// Newer checkpoints hold all experts in one tensor; writing is in the older layout, which all
   /// versions of Hugging Face's code read.
-  static std::vector<presets::TensorName> names(const presets::MixtralConfig& /*config*/,
+  static std::vector<presets::TensorName> names(const presets::MixtralConfig& config,
                                                 const TensorSource* source) {
-    using namespace presets;  // NOLINT(google-build-using-namespace): the tables.
-    const bool fused =
-        source != nullptr && source->find("model.layers.0.mlp.experts.gate_up_proj") != nullptr;
-    if (fused) return join_names({kHuggingFaceNames, kFusedMixtralNames});
-    return join_names({kHuggingFaceNames, kMixtralNames});
+    using presets::kHuggingFaceNames;
+    if (has_fused_experts(source, config.shape)) {
+      return presets::join_names({kHuggingFaceNames, presets::kFusedHuggingFaceMoeNames});
+    }
+    return presets::join_names({kHuggingFaceNames, presets::kMixtralNames});
   }
 };
 

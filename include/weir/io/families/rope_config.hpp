@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <variant>
@@ -19,6 +20,7 @@ namespace weir::io {
 struct RopeSettings {
   double theta = 1e4;
   RopeScaling scaling = NoScaling{};
+  double partial = 1.0;  ///< The share of a head that is rotated.
 };
 
 namespace detail {
@@ -36,8 +38,8 @@ inline RopeScaling read_yarn(ConfigFile& json, Index context, bool scores) {
     yarn.mscale_all_dim = json.number("mscale_all_dim", 0.0);
   } else {
     if (json.has("mscale_all_dim")) json.bad("mscale_all_dim", "none in this family");
-    const double factor = json.number("attention_factor", yarn.sharpness(1.0));
-    yarn.mscale = yarn.factor == 1.0 ? 1.0 : (factor - 1.0) / (0.1 * std::log(yarn.factor));
+    if (!json.has("attention_factor") || yarn.factor == 1.0) return yarn;
+    yarn.mscale = (json.number("attention_factor") - 1.0) / (0.1 * std::log(yarn.factor));
   }
   return yarn;
 }
@@ -65,14 +67,24 @@ inline RopeScaling read_scaling(ConfigFile& json, Index context, bool scores) {
 /// Reads `rope_theta` and `rope_scaling`, or `rope_parameters` as newer configurations have it.
 /// \param missing  theta where none is given.
 /// \param scores   Whether a yarn multiplies scores too, as in DeepSeek's code.
+/// \param partial  The share of a head that is rotated where none is given. Nothing stands for a
+///                 family whose code rotates whole heads.
 /// \throws FileError  if a setting is missing, of another kind, or not known.
-inline RopeSettings read_rope(ConfigFile& json, double missing, bool scores = false) {
-  RopeSettings rope{.theta = json.number("rope_theta", missing)};
+inline RopeSettings read_rope(ConfigFile& json, double missing, bool scores = false,
+                              std::optional<double> partial = {}) {
+  const auto read_partial = [&](ConfigFile& from) {
+    constexpr auto kKey = "partial_rotary_factor";
+    if (partial) return from.number(kKey, *partial);
+    from.expect(kKey, 1.0);
+    return 1.0;
+  };
+  RopeSettings rope{.theta = json.number("rope_theta", missing), .partial = read_partial(json)};
   const Index context = json.count("max_position_embeddings", 2048);
   for (const char* const key : {"rope_parameters", "rope_scaling"}) {
     if (!json.has(key)) continue;
     ConfigFile inner = json.object(key);
     rope.theta = inner.number("rope_theta", rope.theta);
+    if (inner.has("partial_rotary_factor")) rope.partial = read_partial(inner);
     rope.scaling = detail::read_scaling(inner, context, scores);
     inner.finish();
     break;
@@ -83,6 +95,7 @@ inline RopeSettings read_rope(ConfigFile& json, double missing, bool scores = fa
 /// The opposite of `read_rope`.
 inline void write_rope(const RopeSettings& rope, bool scores, nlohmann::json& json) {
   json["rope_theta"] = rope.theta;
+  if (rope.partial != 1.0) json["partial_rotary_factor"] = rope.partial;
   nlohmann::json& scaling = json["rope_scaling"];
   std::visit(
       [&](const auto& kind) {
@@ -108,7 +121,7 @@ inline void write_rope(const RopeSettings& rope, bool scores, nlohmann::json& js
           if (scores) {
             scaling["mscale"] = kind.mscale;
             scaling["mscale_all_dim"] = kind.mscale_all_dim;
-          } else {
+          } else if (kind.rotation_scale() != kind.sharpness(1.0)) {
             scaling["attention_factor"] = kind.rotation_scale();
           }
         }

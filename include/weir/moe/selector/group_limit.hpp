@@ -35,6 +35,8 @@ struct GroupLimit {
   Index allowed = 1;
   Index summed = 1;
 
+  bool operator==(const GroupLimit&) const = default;
+
   /// Whether any expert can be out of reach.
   bool limits() const { return allowed < count; }
 
