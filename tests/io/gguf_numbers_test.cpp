@@ -229,7 +229,9 @@ TEST_CASE("Q8_0 is rounded as llama.cpp rounds it", "[io][gguf]") {
 
   // Numbers whose scale is below those of 16, or even of 32 bits.
   for (const float tiny : {1e-8F, std::numeric_limits<float>::denorm_min()}) {
-    CHECK(read(GgufType::kQ8_0, write(GgufType::kQ8_0, std::vector<float>(32, tiny)))[0] == 0.0);
+    const std::string block = write(GgufType::kQ8_0, std::vector<float>(32, tiny));
+    CHECK(read(GgufType::kQ8_0, block)[0] == 0.0);
+    CHECK(block.substr(2) == std::string(32, tiny == 1e-8F ? '\x7f' : '\0'));
   }
   const double most = 127.0 * 65504.0;
   const std::vector<float> large(32, static_cast<float>(-most));

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -177,7 +179,7 @@ TEST_CASE("Gguf rejects a start that is not one", "[io][gguf]") {
         "f: claims 18446744073709551615 tensors, only 0 bytes follow");
   CHECK(complaint(start(3, 2, 0) + std::string(49, '\0')) ==
         "f: claims 2 tensors, only 49 bytes follow");
-  CHECK(complaint(start(3, 0, 0) + std::string(8, '\0')).empty() == false);
+  CHECK(complaint(start(3, 0, 0) + std::string(8, '\0')) == "no exception");  // Padding.
   CHECK(complaint(start(3, 0, 0) + std::string(9, '\0')) ==
         "f: has 1 bytes behind its last tensor");
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // GGUF files against llama.cpp itself.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstddef>
@@ -7,7 +8,9 @@
 #include <filesystem>
 #include <iostream>
 #include <random>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <weir/io/gguf.hpp>
