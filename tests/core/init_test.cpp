@@ -49,6 +49,14 @@ TEST_CASE("Initial weights repeat for a seed", "[core][init]") {
   CHECK(switch_init<float>(7, 9, a) == switch_init<float>(7, 9, b));
 }
 
+TEST_CASE("Weights are left unset for a generator that says so", "[core][init]") {
+  Rng rng = Rng::unset();
+  CHECK(switch_init<float>(3, 4, rng).size() == 12);
+  CHECK(normal_init<double>(3, 4, 1.0, rng).size() == 12);
+  CHECK(uniform_init<float>(3, 4, rng).size() == 12);
+  CHECK(rng.position() == 0);
+}
+
 TEST_CASE("switch_init refuses a scale that is not positive", "[core][init]") {
   Rng rng(6);
   CHECK(test::message_of<ConfigError>([&] { switch_init<float>(2, 2, rng, 0.0); }) ==

@@ -48,6 +48,18 @@ TEST_CASE("Rng::split gives a stream of its own", "[core][random]") {
   CHECK(child.bits() != sibling.bits());
 }
 
+TEST_CASE("Rng::unset draws as Rng(0) does, and says so for weights", "[core][random]") {
+  Rng unset = Rng::unset();
+  Rng zero(0);
+  CHECK(unset.leaves_unset());
+  CHECK_FALSE(zero.leaves_unset());
+  CHECK(unset.bits() == zero.bits());
+  Rng part = unset.split();
+  CHECK(part.leaves_unset());
+  CHECK(part.bits() == zero.split().bits());
+  CHECK(unset.position() == zero.position());
+}
+
 TEST_CASE("Rng::uniform has the moments of U[0, 1)", "[core][random]") {
   constexpr int kDraws = 100000;
   Rng rng(1);
