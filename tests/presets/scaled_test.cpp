@@ -130,7 +130,7 @@ TEST_CASE("A size that the structure does not fit is refused", "[presets]") {
   CHECK(message(llama_4_scout(), {.window = 0}) == "scaled: window = 0, expected >= 1");
   CHECK(message(mixtral_8x7b(), {.experts = 1}) ==
         "ModelShape: k = 2, expected 1 <= k <= experts = 1");
-  CHECK(message(deepseek_v2(), {.experts = -8}) == "ModelShape: experts = -8, expected >= 1");
+  CHECK(message(deepseek_v2(), {.experts = -8}) == "ModelShape: experts = -8, expected >= 0");
   MixtralConfig config = mixtral_8x7b();
   config.shape.attention = GroupedQueryConfig{.heads = 32, .kv_heads = 8};
   CHECK(grouped_query(scaled(config).shape).head_dim == 4);  // Of 4096 / 32.

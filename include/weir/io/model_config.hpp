@@ -11,6 +11,7 @@
 
 #include <weir/io/config_file.hpp>
 #include <weir/io/families/dbrx.hpp>
+#include <weir/io/families/deepseek.hpp>
 #include <weir/io/families/dense.hpp>
 #include <weir/io/families/family.hpp>
 #include <weir/io/families/mixtral.hpp>
@@ -21,7 +22,8 @@ namespace weir::io {
 
 /// The config of a preset of any family that has published checkpoints.
 using ModelConfig =
-    std::variant<presets::DenseConfig, presets::DbrxConfig, presets::MixtralConfig,
+    std::variant<presets::DbrxConfig, presets::DeepSeekMoEConfig, presets::DeepSeekV2Config,
+                 presets::DeepSeekV3Config, presets::DenseConfig, presets::MixtralConfig,
                  presets::OlmoeConfig, presets::Qwen2MoeConfig, presets::Qwen3Config>;
 
 namespace detail {

@@ -3,9 +3,12 @@
 /// The attention that DeepSeek-V2, V2-Lite and V3 have in common.
 #pragma once
 
+#include <array>
+
 #include <weir/attention/latent.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/yarn.hpp>
+#include <weir/presets/tensor_names.hpp>
 
 namespace weir::presets::detail {
 
@@ -27,3 +30,31 @@ inline LatentConfig deepseek_attention(Index heads, Index q_rank, double mscale)
 }
 
 }  // namespace weir::presets::detail
+
+namespace weir::presets {
+
+/// Latent attention in the checkpoints of DeepSeek-V2 and V3. To be looked at before
+/// kHuggingFaceNames, whose names it shares for the output and for queries without a latent.
+inline constexpr auto kLatentNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.query_down", "model.layers.{l}.self_attn.q_a_proj.weight"},
+    {"layers.{l}.attention.query_norm.weight",
+     "model.layers.{l}.self_attn.q_a_layernorm.weight",
+     {.vector = true}},
+    {"layers.{l}.attention.kv_down", "model.layers.{l}.self_attn.kv_a_proj_with_mqa.weight"},
+    {"layers.{l}.attention.kv_norm.weight",
+     "model.layers.{l}.self_attn.kv_a_layernorm.weight",
+     {.vector = true}},
+    {"layers.{l}.attention.key_up",
+     "model.layers.{l}.self_attn.kv_b_proj.weight",
+     {.turns = Turns::kHeads}},
+    {"layers.{l}.attention.value_up",
+     "model.layers.{l}.self_attn.kv_b_proj.weight",
+     {.turns = Turns::kHeads}},
+});
+
+/// Queries that are made from a latent.
+inline constexpr auto kLatentQueryNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.query", "model.layers.{l}.self_attn.q_b_proj.weight"},
+});
+
+}  // namespace weir::presets

@@ -4,8 +4,7 @@
 #pragma once
 
 #include <concepts>
-#include <utility>
-#include <vector>
+#include <variant>
 
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
@@ -18,10 +17,10 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
-#include <weir/nn/linear.hpp>
 #include <weir/presets/compose.hpp>
 #include <weir/presets/deepseek_attention.hpp>
 #include <weir/presets/model_shape.hpp>
+#include <weir/presets/prediction.hpp>
 
 namespace weir::presets {
 
@@ -57,6 +56,25 @@ inline DeepSeekV3Config deepseek_v3() {
               .dense_hidden = 18432,
               .prediction_modules = 1,
           }};
+}
+
+/// Kimi K2: 1026.4 billion parameters, of which 32.9 are active. (Kimi Team 2025,
+/// arXiv:2507.20534, section 2.3; the yarn is that of the released configuration.)
+inline DeepSeekV3Config kimi_k2() {
+  DeepSeekV3Config config = deepseek_v3();
+  config.shape.vocab = 163840;
+  LatentConfig attention = detail::deepseek_attention(64, 1536, 1.0);
+  attention.rope_theta = 50000.0;
+  auto& yarn = std::get<Yarn>(attention.rope_scaling);
+  yarn.factor = 32.0;
+  yarn.beta_fast = yarn.beta_slow = 1.0;
+  config.shape.attention = attention;
+  config.shape.interleave.first_dense = 1;
+  config.shape.experts = 384;
+  config.shape.prediction_modules = 0;
+  config.scale = 2.827;
+  config.groups = {.count = 1, .allowed = 1, .summed = 2};
+  return config;
 }
 
 namespace detail {
@@ -97,18 +115,8 @@ Decoder<T> make(const DeepSeekV3Config& config, Rng& rng) {
 /// \throws ConfigError  if a size is out of range, or if there are no modules.
 template <std::floating_point T>
 MultiToken<T> make_prediction(const DeepSeekV3Config& config, Rng& rng) {
-  ModelShape shape = config.shape;
-  shape.check();
-  shape.interleave = {};
-  const Index d = shape.d_model;
-  const Parts<T> parts = detail::deepseek_v3_parts<T>(config, rng);
-  std::vector<MultiTokenModule<T>> modules;
-  for (Index m = 0; m < shape.prediction_modules; ++m) {
-    Linear<T> projection(2 * d, d, rng);
-    modules.push_back({parts.norm(), parts.norm(), std::move(projection),
-                       make_layer(shape, shape.layers + m, parts, rng), parts.norm()});
-  }
-  return MultiToken<T>(std::move(modules), {.weight = config.prediction_weight});
+  return compose_prediction<T>(config.shape, detail::deepseek_v3_parts<T>(config, rng),
+                               config.prediction_weight, rng);
 }
 
 }  // namespace weir::presets

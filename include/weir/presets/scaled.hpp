@@ -104,10 +104,14 @@ inline ModelShape scaled(ModelShape shape, const Scale& to = {}) {
 
   shape.experts =
       to.experts == 0 ? std::min(shape.experts, std::max<Index>(4, 2 * shape.k)) : to.experts;
+  // Shared experts that are as wide as others stay that many.
+  const bool whole = shape.d_hidden > 0 && shape.shared_hidden % shape.d_hidden == 0;
+  const Index shared = whole ? shape.shared_hidden / shape.d_hidden : 0;
   for (Index* width :
        {&shape.d_hidden, &shape.shared_hidden, &shape.dense_hidden, &shape.extra_hidden}) {
     *width = shrink(*width, 4);
   }
+  if (whole) shape.shared_hidden = shared * shape.d_hidden;
   shape.check();
   return shape;
 }

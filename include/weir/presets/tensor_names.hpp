@@ -102,6 +102,21 @@ inline constexpr auto kSharedExpertsNames = std::to_array<TensorName>({
     {"layers.{l}.moe.shared.down", "model.layers.{l}.mlp.shared_experts.down_proj.weight"},
 });
 
+/// The bias of the selection in the families since DeepSeek-V3.
+inline constexpr auto kSelectionBiasNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.selector.bias",
+     "model.layers.{l}.mlp.gate.e_score_correction_bias",
+     {.vector = true}},
+});
+
+/// The modules of multi-token prediction, each with the number of the layer that would follow.
+inline constexpr auto kPredictionNames = std::to_array<TensorName>({
+    {"modules.{l}.embedding_norm.weight", "model.layers.{l}.enorm.weight", {.vector = true}},
+    {"modules.{l}.hidden_norm.weight", "model.layers.{l}.hnorm.weight", {.vector = true}},
+    {"modules.{l}.projection.weight", "model.layers.{l}.eh_proj.weight"},
+    {"modules.{l}.norm.weight", "model.layers.{l}.shared_head.norm.weight", {.vector = true}},
+});
+
 /// One table of several.
 inline std::vector<TensorName> join_names(
     std::initializer_list<std::span<const TensorName>> tables) {
