@@ -21,6 +21,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/function_ref.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -134,9 +135,12 @@ inline std::string shard_name(std::size_t i, std::size_t count) {
   return "model-" + digits(i + 1) + "-of-" + digits(count) + ".safetensors";
 }
 
+/// Writes the tensors of `layout` to one file or several; `numbers_of(tensor, numbers)` gives the
+/// numbers of one.
 template <class T>
-void write_model(const std::filesystem::path& dir, const ModelTensors<T>& tensors,
-                 const std::vector<PublishedTensor>& layout, const SavePretrainedConfig& config) {
+void write_model(const std::filesystem::path& dir, const std::vector<PublishedTensor>& layout,
+                 const SavePretrainedConfig& config,
+                 FunctionRef<void(const PublishedTensor&, std::vector<T>&)> numbers_of) {
   const std::vector<std::size_t> first = divide(layout, config.dtype, config.shard_bytes);
   const std::size_t files = first.size() - 1;
   nlohmann::json places = nlohmann::json::object();
@@ -151,7 +155,7 @@ void write_model(const std::filesystem::path& dir, const ModelTensors<T>& tensor
     }
     SafetensorsWriter writer(dir / name, shapes, config.dtype, {{"format", "pt"}});
     for (std::size_t t = first[f]; t < first[f + 1]; ++t) {
-      gather_tensor(tensors, layout[t], numbers);
+      numbers_of(layout[t], numbers);
       writer.append(numbers.data(), static_cast<Index>(numbers.size()));
       total += static_cast<std::int64_t>(numbers.size() * width_of(config.dtype));
     }
@@ -220,7 +224,10 @@ void save_pretrained(const std::filesystem::path& dir, Decoder<T>& model,
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   if (error) throw_error<FileError>(dir.string(), ": cannot be created: ", error.message());
-  detail::write_model(dir, tensors, layout, config);
+  detail::write_model<T>(dir, layout, config,
+                         [&](const PublishedTensor& tensor, std::vector<T>& numbers) {
+                           gather_tensor(tensors, tensor, numbers);
+                         });
   write_file(dir / "config.json", json.dump(2) + "\n");
 }
 

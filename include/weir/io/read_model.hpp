@@ -98,7 +98,8 @@ ModelTensors<T> all_tensors(std::string_view who, Decoder<T>& model, MultiToken<
 template <class T, class Config>
 Pretrained<T> make_unset(const Config& config) {
   Rng rng = Rng::unset();
-  Pretrained<T> loaded{.config = config, .model = make<T>(config, rng), .prediction = {}};
+  Pretrained<T> loaded{
+      .config = config, .model = make<T>(config, rng), .prediction = {}, .experts = {}};
   if constexpr (Predicts<Config, T>) {
     if (config.shape.prediction_modules > 0) {
       loaded.prediction.emplace(make_prediction<T>(config, rng));

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: MIT
+// A model of a published shape with random weights, from the files of a checkpoint to its tokens:
+//
+//     pretrained/SHAPE/load/bf16/threads:N       config.json and bfloat16 files to weights stored
+//                                                for inference; the files are in the page cache if
+//                                                they have room there
+//         GB/s             of the files
+//         copies           that rate over the one at which memory is copied to new memory
+//         memory           the most memory that loading takes, over the size of the files
+//     pretrained/SHAPE/prefill/bf16/threads:N    a prompt of 512 tokens, up to its last logits
+//     pretrained/SHAPE/decode/bf16/threads:N     one token at a time behind a prompt of 128
+//     pretrained/SHAPE/decode/quarter/threads:N  the same with a quarter of the experts in memory
+//         tokens/s
+//         hits             the share of wanted experts that were in memory
+//
+// SHAPE is olmoe, OLMoE-1B-7B as published (14 GB of files, and as much memory), or small. Files
+// are made in the folder that WEIR_BENCH_FOLDER names, by default ./pretrained_bench, and stay
+// there.
+#include <cmath>
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+
+#include <weir/core/aligned.hpp>
+#include <weir/core/parallel.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/storage.hpp>
+#include <weir/core/types.hpp>
+#include <weir/io/families/olmoe.hpp>
+#include <weir/io/pretrained.hpp>
+#include <weir/model/decoder.hpp>
+#include <weir/nn/packed_glu.hpp>
+#include <weir/presets/olmoe_1b_7b.hpp>
+#include <weir/presets/scaled.hpp>
+
+#include "support/clock.hpp"
+#include "support/program.hpp"
+#include "support/rows.hpp"
+
+namespace {
+
+namespace bench = weir::bench;
+namespace fs = std::filesystem;
+namespace io = weir::io;
+namespace presets = weir::presets;
+using weir::Index;
+
+constexpr double kGiga = 1e-9;
+
+presets::OlmoeConfig config_of(const std::string& shape) {
+  if (shape == "olmoe") return presets::olmoe_1b_7b();
+  return presets::scaled(presets::olmoe_1b_7b(), {.d_model = 64, .layers = 2});
+}
+
+/// Random numbers of variance 1 / in; ones for norms.
+void fill_random(const io::PublishedTensor& tensor, weir::Rng& rng, std::vector<float>& numbers) {
+  Index count = 1;
+  for (const Index length : tensor.shape) count *= length;
+  numbers.resize(static_cast<std::size_t>(count));
+  if (tensor.shape.size() == 1) {
+    std::fill(numbers.begin(), numbers.end(), 1.0F);
+    return;
+  }
+  const auto bound = static_cast<float>(std::sqrt(3.0 / static_cast<double>(tensor.shape.back())));
+  const weir::Rng own = rng.split();
+  weir::parallel_rows(count, 1, [&](Index begin, Index end) {
+    for (Index i = begin; i < end; ++i) {
+      const double unit = weir::unit_interval(own.at(static_cast<std::uint64_t>(i)));
+      numbers[static_cast<std::size_t>(i)] = bound * static_cast<float>(2.0 * unit - 1.0);
+    }
+  });
+}
+
+/// The folder of a checkpoint in bfloat16, made if it is not there.
+fs::path folder_of(const std::string& shape) {
+  const char* const named = std::getenv("WEIR_BENCH_FOLDER");
+  const fs::path folder =
+      (named == nullptr ? fs::temp_directory_path() / "weir_pretrained" : fs::path(named)) / shape;
+  if (fs::exists(folder / "config.json")) return folder;
+  fs::create_directories(folder);
+  const presets::OlmoeConfig config = config_of(shape);
+  weir::Rng unset = weir::Rng::unset();
+  auto model = presets::make<float>(config, unset);
+  const auto shapes = io::shapes_of(io::tensors_of("pretrained_bench", model));
+  const auto layout = io::published_layout(io::Family<presets::OlmoeConfig>::names(config, nullptr),
+                                           shapes, io::detail::head_sizes(config.shape));
+  weir::Rng rng(1);
+  io::detail::write_model<float>(
+      folder, layout, {.dtype = io::Dtype::kBF16},
+      [&](const io::PublishedTensor& tensor, std::vector<float>& numbers) {
+        fill_random(tensor, rng, numbers);
+      });
+  io::write_file(folder / "config.json", io::detail::config_json(config, io::Dtype::kBF16).dump(2));
+  return folder;
+}
+
+double bytes_in(const fs::path& folder) {
+  double bytes = 0.0;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.path().extension() == ".safetensors") {
+      bytes += static_cast<double>(entry.file_size());
+    }
+  }
+  return bytes;
+}
+
+/// A line of /proc/self/status, in bytes.
+double memory(const std::string& name) {
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;) {
+    double kilobytes = 0.0;
+    if (word == name && status >> kilobytes) return 1024.0 * kilobytes;
+  }
+  return 0.0;
+}
+
+/// Bytes per second, read and written, at which weir's threads copy to new memory.
+double copy_rate() {
+  constexpr Index kPieces = 256;
+  constexpr std::size_t kPiece = std::size_t{1} << 20U;
+  const std::vector<std::byte> from(kPieces * kPiece, std::byte{1});
+  const double seconds = bench::seconds_of([&] {
+    weir::SharedMemory memory(from.size());
+    const auto to = memory.take<std::byte>(from.size());
+    weir::parallel_for(kPieces, [&](Index i) {
+      const std::size_t at = static_cast<std::size_t>(i) * kPiece;
+      std::memcpy(to.get() + at, from.data() + at, kPiece);
+    });
+    benchmark::DoNotOptimize(to.get());
+  });
+  return 2.0 * static_cast<double>(from.size()) / seconds;
+}
+
+io::Pretrained<float> load(const std::string& shape, std::size_t expert_bytes = 0) {
+  return io::load_family<presets::OlmoeConfig, float>(
+      folder_of(shape), {.storage = weir::Storage::kBfloat16, .expert_bytes = expert_bytes});
+}
+
+void add_load_row(const std::string& shape, int threads) {
+  bench::add_row("pretrained/" + shape + "/load/bf16", threads, [=](benchmark::State& state) {
+    const fs::path folder = folder_of(shape);
+    const double bytes = bytes_in(folder);
+    bench::Figures figures;
+    std::vector<double> times;
+    bench::repeat_rounds([&] {
+      std::ofstream("/proc/self/clear_refs") << 5;  // The peak begins anew.
+      const double before = memory("VmRSS:");
+      times.push_back(bench::seconds_of([&] { load(shape); }));
+      figures.add("memory", (memory("VmHWM:") - before) / bytes);
+      figures.add("GB/s", kGiga * bytes / times.back());
+      figures.add("copies", 2.0 * bytes / times.back() / copy_rate());
+    });
+    figures.report(state);
+    return bench::median(times);
+  });
+}
+
+std::vector<Index> random_ids(Index count, Index vocab) {
+  weir::Rng rng(2);
+  std::vector<Index> ids(static_cast<std::size_t>(count));
+  for (Index& id : ids) id = rng.below(vocab);
+  return ids;
+}
+
+void add_prefill_row(const std::string& shape, int threads) {
+  bench::add_row("pretrained/" + shape + "/prefill/bf16", threads, [=](benchmark::State& state) {
+    constexpr Index kPrompt = 512;
+    const auto loaded = load(shape);
+    const std::vector<Index> ids = random_ids(kPrompt, loaded.model.vocab());
+    weir::Decoder<float>::Cache cache;
+    const auto round = [&] {
+      weir::Decoder<float>::State sequence;
+      return bench::seconds_of([&] { weir::decode(loaded.model, ids, sequence, cache, true); });
+    };
+    round();  // Caches grow.
+    bench::Figures figures;
+    std::vector<double> times;
+    bench::repeat_rounds([&] {
+      times.push_back(round());
+      figures.add("tokens/s", kPrompt / times.back());
+    });
+    figures.report(state);
+    return bench::median(times);
+  });
+}
+
+/// \param share    How many of the experts are in memory; 1: they are loaded before.
+void add_decode_row(const std::string& shape, const std::string& name, double share, int threads) {
+  bench::add_row("pretrained/" + shape + "/decode/" + name, threads, [=](benchmark::State& state) {
+    constexpr Index kPrompt = 128;
+    constexpr Index kTokens = 32;
+    const auto& sizes = config_of(shape).shape;
+    const auto expert = static_cast<double>(weir::PackedGlu<float>::bytes(
+        sizes.d_model, sizes.d_hidden, sizes.d_model, weir::Storage::kBfloat16));
+    const double all = expert * static_cast<double>(sizes.layers * sizes.experts);
+    const auto loaded = load(shape, share < 1.0 ? static_cast<std::size_t>(share * all) : 0);
+    const std::vector<Index> ids = random_ids(kPrompt + kTokens, loaded.model.vocab());
+    weir::Decoder<float>::Cache cache;
+    weir::Decoder<float>::State prompt;
+    weir::decode(loaded.model, std::span(ids).first(kPrompt), prompt, cache, true);
+    bench::Figures figures;
+    std::vector<double> times;
+    bench::repeat_rounds([&] {
+      weir::Decoder<float>::State sequence = prompt;
+      const io::ExpertStatistics before =
+          loaded.experts == nullptr ? io::ExpertStatistics() : loaded.experts->statistics();
+      times.push_back(bench::seconds_of([&] {
+        for (Index i = 0; i < kTokens; ++i) {
+          const Index id = ids[static_cast<std::size_t>(kPrompt + i)];
+          weir::decode(loaded.model, std::span(&id, 1), sequence, cache);
+        }
+      }));
+      figures.add("tokens/s", kTokens / times.back());
+      if (loaded.experts == nullptr) return;
+      const io::ExpertStatistics after = loaded.experts->statistics();
+      const auto hits = static_cast<double>(after.hits - before.hits);
+      const auto misses = static_cast<double>(after.misses - before.misses);
+      figures.add("hits", hits / (hits + misses));
+    });
+    figures.report(state);
+    return bench::median(times);
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  for (const std::string shape : {"small", "olmoe"}) {
+    for (const int threads : bench::thread_counts()) {
+      add_load_row(shape, threads);
+      add_prefill_row(shape, threads);
+      add_decode_row(shape, "bf16", 1.0, threads);
+      add_decode_row(shape, "quarter", 0.25, threads);
+    }
+  }
+  return bench::run_rows(argc, argv);
+}
