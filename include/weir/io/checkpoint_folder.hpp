@@ -23,6 +23,7 @@
 #include <weir/io/file_error.hpp>
 #include <weir/io/json_object.hpp>
 #include <weir/io/mapped_file.hpp>
+#include <weir/io/mxfp4_tensor.hpp>
 #include <weir/io/safetensors.hpp>
 #include <weir/io/tensor_source.hpp>
 
@@ -132,7 +133,8 @@ inline void expect_inside(const std::filesystem::path& folder, const std::string
 }  // namespace detail
 
 /// The tensors of `model.safetensors`, or of the files that `model.safetensors.index.json` names.
-/// A tensor "x" in 8 bits with a tensor "x_scale_inv" beside it is read as their product.
+/// A tensor "x" in 8 bits with a tensor "x_scale_inv" beside it is read as their product, and
+/// "x_blocks" with "x_scales" beside it as the numbers of both, see Mxfp4Tensor.
 class CheckpointFolder final : public TensorSource {
  public:
   /// \throws FileError  if there is neither, or a file is broken; if the index names a file outside
@@ -218,22 +220,31 @@ inline void CheckpointFolder::read_index(const std::filesystem::path& folder,
 }
 
 inline void CheckpointFolder::add_tensors() {
-  constexpr std::string_view kScale = "_scale_inv";
   std::map<std::string, std::pair<const Safetensors*, const Tensor*>> all;
   for (const auto& file : files_) {
     for (const auto& [name, tensor] : file->tensors()) all[name] = {file.get(), &tensor};
   }
+  // The tensor whose name is `name` with another ending; none unless it has the first of the two.
+  const auto beside = [&](const std::string& name, std::string_view ending,
+                          std::string_view other) -> const Tensor* {
+    if (!name.ends_with(ending)) return nullptr;
+    const auto found = all.find(name.substr(0, name.size() - ending.size()) + std::string(other));
+    return found == all.end() ? nullptr : found->second.second;
+  };
   for (const auto& [name, found] : all) {
     const auto& [file, tensor] = found;
-    const auto scales = all.find(name + std::string(kScale));
-    if (scales != all.end() && width_of(tensor->dtype) == 1) {
-      tensors_[name] = std::make_unique<detail::ScaledTensor>(file->path(), name, *tensor,
-                                                              *scales->second.second);
-      continue;
+    const Tensor* const factors = beside(name, "", "_scale_inv");
+    const Tensor* const exponents = beside(name, "_blocks", "_scales");
+    if (factors != nullptr && width_of(tensor->dtype) == 1) {
+      tensors_[name] =
+          std::make_unique<detail::ScaledTensor>(file->path(), name, *tensor, *factors);
+    } else if (exponents != nullptr) {
+      tensors_[name] =
+          std::make_unique<detail::Mxfp4Tensor>(file->path(), name, *tensor, *exponents);
+    } else if (beside(name, "_scale_inv", "") == nullptr &&
+               beside(name, "_scales", "_blocks") == nullptr) {
+      tensors_[name] = std::make_unique<detail::PlainTensor>(*tensor);
     }
-    const bool is_scale =
-        name.ends_with(kScale) && all.contains(name.substr(0, name.size() - kScale.size()));
-    if (!is_scale) tensors_[name] = std::make_unique<detail::PlainTensor>(*tensor);
   }
 }
 

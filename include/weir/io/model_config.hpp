@@ -14,6 +14,7 @@
 #include <weir/io/families/deepseek.hpp>
 #include <weir/io/families/dense.hpp>
 #include <weir/io/families/family.hpp>
+#include <weir/io/families/gpt_oss.hpp>
 #include <weir/io/families/mixtral.hpp>
 #include <weir/io/families/olmoe.hpp>
 #include <weir/io/families/qwen_moe.hpp>
@@ -23,8 +24,9 @@ namespace weir::io {
 /// The config of a preset of any family that has published checkpoints.
 using ModelConfig =
     std::variant<presets::DbrxConfig, presets::DeepSeekMoEConfig, presets::DeepSeekV2Config,
-                 presets::DeepSeekV3Config, presets::DenseConfig, presets::MixtralConfig,
-                 presets::OlmoeConfig, presets::Qwen2MoeConfig, presets::Qwen3Config>;
+                 presets::DeepSeekV3Config, presets::DenseConfig, presets::GptOssConfig,
+                 presets::MixtralConfig, presets::OlmoeConfig, presets::Qwen2MoeConfig,
+                 presets::Qwen3Config>;
 
 namespace detail {
 

@@ -3,6 +3,7 @@
 /// gpt-oss-20b (OpenAI 2025, arXiv:2508.10925).
 #pragma once
 
+#include <array>
 #include <concepts>
 
 #include <weir/attention/grouped_query.hpp>
@@ -18,6 +19,7 @@
 #include <weir/ops/yarn.hpp>
 #include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
+#include <weir/presets/tensor_names.hpp>
 
 namespace weir::presets {
 
@@ -77,6 +79,46 @@ Decoder<T> make(const GptOssConfig& config, Rng& rng) {
   };
   return compose<T>(shape, parts, rng);
 }
+
+/// The parts of gpt-oss that others do not have.
+inline constexpr auto kGptOssNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.sinks", "model.layers.{l}.self_attn.sinks", {.vector = true}},
+    {"layers.{l}.moe.router.weight", "model.layers.{l}.mlp.router.weight"},
+    {"layers.{l}.moe.router.bias", "model.layers.{l}.mlp.router.bias", {.vector = true}},
+    {"layers.{l}.moe.experts.{e}.gate_bias",
+     "model.layers.{l}.mlp.experts.gate_up_proj_bias",
+     {.turns = Turns::kRows, .vector = true}},
+    {"layers.{l}.moe.experts.{e}.up_bias",
+     "model.layers.{l}.mlp.experts.gate_up_proj_bias",
+     {.turns = Turns::kRows, .vector = true}},
+    {"layers.{l}.moe.experts.{e}.down_bias",
+     "model.layers.{l}.mlp.experts.down_proj_bias",
+     {.vector = true}},
+});
+
+/// Its experts in the layout of Hugging Face's code: gate and up are even and odd columns.
+inline constexpr auto kGptOssExpertNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.experts.{e}.gate",
+     "model.layers.{l}.mlp.experts.gate_up_proj",
+     {.turns = Turns::kRows, .transposed = true}},
+    {"layers.{l}.moe.experts.{e}.up",
+     "model.layers.{l}.mlp.experts.gate_up_proj",
+     {.turns = Turns::kRows, .transposed = true}},
+    {"layers.{l}.moe.experts.{e}.down",
+     "model.layers.{l}.mlp.experts.down_proj",
+     {.transposed = true}},
+});
+
+/// Its experts as published, in blocks of four-bit numbers: gate and up are even and odd rows.
+inline constexpr auto kGptOssBlockNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.experts.{e}.gate",
+     "model.layers.{l}.mlp.experts.gate_up_proj_blocks",
+     {.turns = Turns::kRows}},
+    {"layers.{l}.moe.experts.{e}.up",
+     "model.layers.{l}.mlp.experts.gate_up_proj_blocks",
+     {.turns = Turns::kRows}},
+    {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.mlp.experts.down_proj_blocks"},
+});
 
 }  // namespace weir::presets
 
