@@ -18,8 +18,10 @@ void read_entry(const weir::io::Gguf& file, std::string_view key,
   if (value.kind == GgufKind::kString) {
     count = 0;
     if (value.is_array) {
-      for (const std::string_view text : file.texts(key))
-        count += text.size() <= value.bytes.size();
+      for (const std::string_view text : file.texts(key)) {
+        if (text.size() > value.bytes.size()) __builtin_trap();
+        ++count;
+      }
     } else {
       count = file.text(key).size() <= value.bytes.size() ? 1 : 0;
     }

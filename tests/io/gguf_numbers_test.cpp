@@ -56,8 +56,10 @@ char byte_of(int value) {
 /// Numbers between -0.8 and 1.8 that are multiples of 1/64.
 std::vector<float> known_numbers(int count) {
   std::vector<float> numbers;
+  numbers.reserve(static_cast<std::size_t>(count));
   for (int i = 0; i < count; ++i) {
-    numbers.push_back(static_cast<float>((i * i * 7 + i * 37) % 101 - 50 + i / 32 * 9) / 64.0F);
+    const int sixty_fourths = (i * i * 7 + i * 37) % 101 - 50 + i / 32 * 9;
+    numbers.push_back(static_cast<float>(sixty_fourths) / 64.0F);
   }
   return numbers;
 }
@@ -83,22 +85,22 @@ double sum_of(GgufType type, std::string_view hex) {
 }
 
 // What ggml of llama.cpp v0.5.0 stores for `known_numbers` (ggml_quantize_chunk).
-constexpr std::string_view kQ4_0 = "402ea04710fc1949ab1fc68f6a77a6f86cf1";
-constexpr std::string_view kQ5_0 = "402af84649b1408e20f72382463f7cfdc3dd3cdfc7f3";
-constexpr std::string_view kQ8_0 =
+constexpr std::string_view kStoredQ40 = "402ea04710fc1949ab1fc68f6a77a6f86cf1";
+constexpr std::string_view kStoredQ50 = "402af84649b1408e20f72382463f7cfdc3dd3cdfc7f3";
+constexpr std::string_view kStoredQ80 =
     "4d1e81f1843a14123377df6b19ece2fb38981cc38e7c8ec31c9838fbe2ec196bdf77";
-constexpr std::string_view kQ4K =
+constexpr std::string_view kStoredQ4K =
     "36174d22faf9f7fa7f351f1d19050d0fb09790bb09790bbf968ea9e656d78b51496491ff7124e9d1eb1766e6894e"
     "263fe4a9808ab5037305ba9099b4f161e3976d6570bd1c9d4016fe18459314b77c64e6793e162f5ba919ab603730"
     "6ba818aa5e251d3875e46609efd7e11e7dfd9156a535c89d758eaaf879fbc1a7a1cb29892bcfa69eb9f766e89b62"
     "6974a1ff8134";
-constexpr std::string_view kQ6K =
+constexpr std::string_view kStoredQ6K =
     "f04c512fa5646dae285b46fbe81f7e1659cfdd518d4fb99a1231e8250a7578123ee6352cb9ae7a9da71911c107a5"
     "2a0688a355b06d02f4890584f1046bba50af664fd327510b90d0ca75f505eb61b2bd921a3522c92b380f80c4c273"
     "d604d376a0af79ed1c05b91f180388c8b378cff9c67ccdca91143430d436431eb201ee95100574421ea66e930577"
     "461129712658495a6700874e6193019e5a62a5184e68115004055444010540061516140145004405140505115518"
     "00514254140012553bc5c4c0d5b3a9a89b9f9f9291878082d60e";
-constexpr std::string_view kMxfp4 = "7c3fd9ff75f2d234f75b07b2aa2b70b57f";
+constexpr std::string_view kStoredMxfp4 = "7c3fd9ff75f2d234f75b07b2aa2b70b57f";
 
 }  // namespace
 
@@ -196,22 +198,22 @@ TEST_CASE("MXFP4 has a power of two and numbers of four bits", "[io][gguf][golde
 
 TEST_CASE("Blocks that llama.cpp made have its values", "[io][gguf][golden]") {
   // Half a step of each kind's largest scale here, and a little more where scales are rounded too.
-  CHECK(distance_from_known(GgufType::kQ4_0, kQ4_0) < 0.0821);
-  CHECK(distance_from_known(GgufType::kQ5_0, kQ5_0) < 0.0333);
-  CHECK(distance_from_known(GgufType::kQ8_0, kQ8_0) < 0.0030);
-  CHECK(distance_from_known(GgufType::kQ4K, kQ4K) < 0.0551);
-  CHECK(distance_from_known(GgufType::kQ6K, kQ6K) < 0.0257);
-  CHECK(distance_from_known(GgufType::kMxfp4, kMxfp4) < 0.1094);
+  CHECK(distance_from_known(GgufType::kQ4_0, kStoredQ40) < 0.0821);
+  CHECK(distance_from_known(GgufType::kQ5_0, kStoredQ50) < 0.0333);
+  CHECK(distance_from_known(GgufType::kQ8_0, kStoredQ80) < 0.0030);
+  CHECK(distance_from_known(GgufType::kQ4K, kStoredQ4K) < 0.0551);
+  CHECK(distance_from_known(GgufType::kQ6K, kStoredQ6K) < 0.0257);
+  CHECK(distance_from_known(GgufType::kMxfp4, kStoredMxfp4) < 0.1094);
 
   // The sum over i of (i + 1) times the number i that ggml reads, each product rounded to 32 bits.
-  CHECK(sum_of(GgufType::kQ4_0, kQ4_0) == 11.1328125);
-  CHECK(sum_of(GgufType::kQ5_0, kQ5_0) == 6.298828125);
-  CHECK(sum_of(GgufType::kQ8_0, kQ8_0) == 9.0327606201171875);
-  CHECK(sum_of(GgufType::kQ4K, kQ4K) == 21934.452894210815);
-  CHECK(sum_of(GgufType::kQ6K, kQ6K) == 21933.409575939178);
-  CHECK(sum_of(GgufType::kMxfp4, kMxfp4) == 9.0);
+  CHECK(sum_of(GgufType::kQ4_0, kStoredQ40) == 11.1328125);
+  CHECK(sum_of(GgufType::kQ5_0, kStoredQ50) == 6.298828125);
+  CHECK(sum_of(GgufType::kQ8_0, kStoredQ80) == 9.0327606201171875);
+  CHECK(sum_of(GgufType::kQ4K, kStoredQ4K) == 21934.452894210815);
+  CHECK(sum_of(GgufType::kQ6K, kStoredQ6K) == 21933.409575939178);
+  CHECK(sum_of(GgufType::kMxfp4, kStoredMxfp4) == 9.0);
 
-  CHECK(write(GgufType::kQ8_0, known_numbers(32)) == from_hex(kQ8_0));
+  CHECK(write(GgufType::kQ8_0, known_numbers(32)) == from_hex(kStoredQ80));
 }
 
 TEST_CASE("Q8_0 is rounded as llama.cpp rounds it", "[io][gguf]") {

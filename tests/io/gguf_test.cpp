@@ -102,11 +102,16 @@ TEST_CASE("Gguf reads metadata of each kind", "[io][gguf]") {
 TEST_CASE("Gguf says what is missing or of another kind", "[io][gguf]") {
   const Gguf file("f", gguf_file({gguf_entry("n", 4, bytes_of<std::uint32_t>({1})),
                                   gguf_entry("big", 10, bytes_of<std::uint64_t>({kHuge})),
-                                  gguf_array("list", 8, 0, "")}));
+                                  gguf_array("list", 8, 0, ""),
+                                  gguf_array("numbers", 4, 1, bytes_of<std::uint32_t>({1}))}));
 
   CHECK(message([&] { file.value("m"); }) == "f: key 'm' is missing");
   CHECK(message([&] { file.integer("list"); }) ==
         "f: key 'list' is an array of STRING, expected an integer kind");
+  CHECK(message([&] { file.integer("numbers"); }) ==
+        "f: key 'numbers' is an array of U32, expected an integer kind");
+  CHECK(message([&] { file.integers("n"); }) ==
+        "f: key 'n' is U32, expected an array of an integer kind or BOOL");
   CHECK(message([&] { file.integer("big"); }) ==
         "f: key 'big' is 18446744073709551615, expected at most 9223372036854775807");
   CHECK(message([&] { file.real("n"); }) == "f: key 'n' is U32, expected F32 or F64");
@@ -263,6 +268,8 @@ TEST_CASE("Gguf rejects a tensor that is not described as one", "[io][gguf]") {
 TEST_CASE("Gguf rejects data that are not there", "[io][gguf]") {
   CHECK(complaint_about({gguf_tensor("a", {17}, 0, 0)}) ==
         "f: tensor 'a': its 68 bytes at 0 do not lie within the 64 bytes of data");
+  CHECK(complaint_about({gguf_tensor("a", {8}, 0, 0), gguf_tensor("b", {9}, 0, 32)}) ==
+        "f: tensor 'b': its 36 bytes at 32 do not lie within the 64 bytes of data");
   CHECK(complaint_about({gguf_tensor("a", {1}, 0, 96)}) ==
         "f: tensor 'a': its 4 bytes at 96 do not lie within the 64 bytes of data");
   CHECK(complaint_about({gguf_tensor("a", {1}, 0, kHuge - 31)}) ==

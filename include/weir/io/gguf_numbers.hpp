@@ -110,15 +110,16 @@ template <class T>
 void read_q6_k(const std::uint8_t* block, T* to) {
   const std::uint8_t* const s = block + 192;
   const T d = half_at<T>(block + 208);
-  for (int i = 0; i < 256; ++i) {
-    const int h = i / 128;
-    const int p = i / 32 % 4;
-    const int l = i % 32;
-    const std::uint8_t pair = block[64 * h + 32 * (p % 2) + l];
-    const int top = (block[128 + 32 * h + l] >> (2 * p)) & 3;
-    const int code = (p < 2 ? low(pair) : high(pair)) | (top << 4);
-    const T scale = d * static_cast<T>(static_cast<std::int8_t>(s[i / 16]));
-    to[i] = scale * static_cast<T>(code - 32);
+  for (int part = 0; part < 8; ++part) {
+    const int h = part / 4;
+    const int p = part % 4;
+    const std::uint8_t* const pairs = block + 64 * h + 32 * (p % 2);
+    const std::uint8_t* const tops = block + 128 + 32 * h;
+    for (int l = 0; l < 32; ++l) {
+      const int code = (p < 2 ? low(pairs[l]) : high(pairs[l])) | (((tops[l] >> (2 * p)) & 3) << 4);
+      const T scale = d * static_cast<T>(static_cast<std::int8_t>(s[2 * part + l / 16]));
+      to[32 * part + l] = scale * static_cast<T>(code - 32);
+    }
   }
 }
 

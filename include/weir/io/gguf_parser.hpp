@@ -24,9 +24,7 @@
 #include <weir/io/gguf_value.hpp>
 #include <weir/io/safetensors.hpp>
 
-namespace weir::io {
-
-namespace detail {
+namespace weir::io::detail {
 
 /// What a file holds. Keys, names and values lie in the file's bytes.
 struct GgufContents {
@@ -269,6 +267,4 @@ inline void GgufParser::find_data() {
   if (data.size() > end) reject("has ", data.size() - end, " bytes behind its last tensor");
 }
 
-}  // namespace detail
-
-}  // namespace weir::io
+}  // namespace weir::io::detail
