@@ -126,6 +126,40 @@ TEST_CASE("Block's gradients agree with finite differences", "[model][block][gra
   test::check_gradients(block, test::random_matrix(7, kModel, 4), pass);
 }
 
+TEST_CASE("Block multiplies what a branch adds", "[model][block]") {
+  Rng rng(31);
+  RmsNorm<double> norm(kModel);
+  const Linear<double> a(kModel, kModel, rng);
+  const Linear<double> b(kModel, kModel, rng);
+  std::vector<Branch<double>> branches = {{"a", norm, a}, {"b", norm, b}};
+  branches[0].multiplier = 0.25;
+  branches[1].multiplier = -2.0;
+  branches[1].post_norm = norm;
+  const Matrix<double> x = test::random_matrix(5, kModel, 32);
+  const Matrix<double> between = x + 0.25 * infer(a, infer(norm, x));
+  const Matrix<double> expected = between - 2.0 * infer(norm, infer(b, infer(norm, between)));
+  CHECK(infer(Block<double>(branches), x).isApprox(expected, 1e-15));
+
+  branches[1].parallel = true;
+  const Matrix<double> beside = between - 2.0 * infer(norm, infer(b, infer(norm, x)));
+  CHECK(infer(Block<double>(branches), x).isApprox(beside, 1e-15));
+  branches[0].multiplier = branches[1].multiplier = 0.0;
+  CHECK(infer(Block<double>(branches), x) == x);
+  branches[0].multiplier = std::numeric_limits<double>::infinity();
+  CHECK(test::message_of<ConfigError>([&] { Block<double> block(branches); }) ==
+        "Block: multiplier = inf, expected a finite number");
+}
+
+TEST_CASE("Block's gradients with multipliers agree with finite differences",
+          "[model][block][gradient]") {
+  Block<double> block = three_branches(33);
+  block.branches()[0].multiplier = 0.3;
+  block.branches()[1].multiplier = -1.7;
+  block.branches()[2].parallel = true;
+  block.branches()[1].post_norm = RmsNorm<double>(kModel);
+  test::check_gradients(block, test::random_matrix(7, kModel, 34), {});
+}
+
 TEST_CASE("Block's auxiliary losses are recorded by branch", "[model][block]") {
   Rng rng(5);
   const RmsNorm<double> norm(kModel);

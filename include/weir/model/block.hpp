@@ -21,18 +21,19 @@
 
 namespace weir {
 
-/// layer(norm(x)) or post_norm(layer(norm(x))), under the names `name`, `name_norm` and
-/// `name_post_norm`.
+/// multiplier * layer(norm(x)) or multiplier * post_norm(layer(norm(x))), under the names `name`,
+/// `name_norm` and `name_post_norm`.
 template <std::floating_point T>
 struct Branch {
   std::string name;
   AnyLayer<T> norm;
   AnyLayer<T> layer;
   std::optional<AnyLayer<T>> post_norm{};  // With "= {}", g++ 12 stops with an internal error.
-  bool parallel = false;  ///< Whether it reads the x that the branch before it reads.
+  bool parallel = false;    ///< Whether it reads the x that the branch before it reads.
+  double multiplier = 1.0;  ///< Of what is added to x; Granite's `residual_multiplier`.
 };
 
-/// Residual branches f_i(x) = layer_i(norm_i(x)), each added to the sum of all before it:
+/// Residual branches f_i(x) = m_i layer_i(norm_i(x)), each added to the sum of all before it:
 ///
 ///     x <- x + f_i(x)                  one after the other,
 ///     x <- x + f_i(x) + f_j(x)         branch j being parallel to branch i before it
@@ -54,7 +55,8 @@ class Block {
     CacheState state;
     std::vector<OfBranch> branches;  ///< One for each branch, or more after a larger block.
     Matrix<T> dx;
-    Matrix<T> d_sum;  ///< The gradient of the sum of parallel branches.
+    Matrix<T> d_sum;     ///< The gradient of the sum of parallel branches.
+    Matrix<T> d_scaled;  ///< The gradient of a branch that has a multiplier.
     std::vector<typename AnyLayer<T>::State*> states;  ///< The states of one branch.
   };
 
@@ -68,7 +70,8 @@ class Block {
     }
   };
 
-  /// \throws ConfigError  without branches, if two have the same name, or if the first is parallel.
+  /// \throws ConfigError  without branches, if two have the same name, if the first is parallel, or
+  ///                      unless multipliers are finite.
   explicit Block(std::vector<Branch<T>> branches);
 
   /// \param x        [tokens, d_model]
@@ -126,15 +129,23 @@ class Block {
       const In sum = sum_before(i);
       expect_shape(where, branch.name, *y, sum.rows(), sum.cols());
       set_shape(own.out, sum.rows(), sum.cols());
-      add_rows<T>(sum, *y, own.out);
+      if (branch.multiplier == 1.0) {
+        add_rows<T>(sum, *y, own.out);
+      } else {
+        add_scaled_rows<T>(sum, static_cast<T>(branch.multiplier), *y, own.out);
+      }
     }
     return output(cache);
   }
 
-  const Matrix<T>& backward_branch(std::size_t i, const Matrix<T>& dy,
-                                   typename Cache::OfBranch& own) {
+  const Matrix<T>& backward_branch(std::size_t i, const Matrix<T>& dy, Cache& cache) {
     Branch<T>& branch = branches_[i];
+    auto& own = cache.branches[i];
     const Matrix<T>* d = &dy;
+    if (branch.multiplier != 1.0) {
+      scale_rows<T>(static_cast<T>(branch.multiplier), dy, cache.d_scaled);
+      d = &cache.d_scaled;
+    }
     if (branch.post_norm) d = &branch.post_norm->backward(*d, own.post_norm);
     return branch.norm.backward(branch.layer.backward(*d, own.layer), own.norm);
   }
@@ -146,6 +157,7 @@ template <std::floating_point T>
 Block<T>::Block(std::vector<Branch<T>> branches) : branches_(std::move(branches)) {
   expect_at_least<std::size_t>("Block", "branches", branches_.size(), 1);
   for (std::size_t i = 0; i < branches_.size(); ++i) {
+    expect_finite("Block", "multiplier", branches_[i].multiplier);
     for (std::size_t j = 0; j < i; ++j) {
       if (branches_[i].name == branches_[j].name) {
         throw_error<ConfigError>("Block: branches ", j, " and ", i, " are both named '",
@@ -178,7 +190,7 @@ const Matrix<T>& Block<T>::backward(MatrixIn<T> dy, Cache& cache) {
     const bool last = i + 1 == branches_.size() || !branches_[i + 1].parallel;
     const bool alone = last && !branches_[i].parallel;
     if (last && !alone) assign(cache.d_sum, cache.dx);
-    cache.dx += backward_branch(i, alone ? cache.dx : cache.d_sum, cache.branches[i]);
+    cache.dx += backward_branch(i, alone ? cache.dx : cache.d_sum, cache);
   }
   return cache.dx;
 }

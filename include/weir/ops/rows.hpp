@@ -45,6 +45,14 @@ void add_rows(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> sum) {
   });
 }
 
+/// sum = a + factor * b, on all threads; `sum` has their shape and may be one of them.
+template <class T>
+void add_scaled_rows(MatrixIn<T> a, T factor, MatrixIn<T> b, MatrixOut<T> sum) {
+  parallel_pieces(a.rows(), a.cols(), 1, [&](Index t, Index col, Index count) {
+    loops::blend(count, T(1), &a.coeffRef(t, col), factor, &b.coeffRef(t, col), &sum(t, col));
+  });
+}
+
 /// product = a * b, elementwise, on all threads; `product` is resized.
 template <class T>
 void multiply_rows(MatrixIn<T> a, MatrixIn<T> b, Matrix<T>& product) {

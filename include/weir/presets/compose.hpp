@@ -45,6 +45,8 @@ struct Parts {
   std::function<AnyLayer<T>(Index d_hidden)> dense;
   bool parallel = false;  ///< Whether the dense network is beside its mixture, not behind it.
   EmbeddingConfig embedding = {};
+  double residual_multiplier = 1.0;  ///< Of what each branch adds.
+  bool head_bias = false;
 };
 
 /// The attention of layer `layer`.
@@ -78,8 +80,9 @@ Block<T> make_layer(const ModelShape& shape, Index layer, const Parts<T>& parts,
   } else {
     branches.push_back({"mlp", parts.norm(), parts.dense(shape.dense_hidden)});
   }
-  if (shape.post_norms) {
-    for (Branch<T>& branch : branches) branch.post_norm = parts.norm();
+  for (Branch<T>& branch : branches) {
+    branch.multiplier = parts.residual_multiplier;
+    if (shape.post_norms) branch.post_norm = parts.norm();
   }
   return Block<T>(std::move(branches));
 }
@@ -98,7 +101,8 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
   std::vector<Block<T>> layers;
   for (Index l = 0; l < shape.layers; ++l) layers.push_back(make_layer(shape, l, parts, rng));
   std::optional<Linear<T>> head;
-  if (!shape.tied) head.emplace(shape.d_model, shape.vocab, rng);
+  if (!shape.tied)
+    head.emplace(shape.d_model, shape.vocab, rng, LinearConfig{.bias = parts.head_bias});
   return {std::move(embedding), std::move(layers), parts.norm(), std::move(head), config};
 }
 
