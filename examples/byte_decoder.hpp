@@ -3,7 +3,12 @@
 /// A decoder over bytes, composed of parts that are chosen at run time.
 #pragma once
 
+#include <iomanip>
+#include <limits>
+#include <map>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -49,6 +54,54 @@ struct ByteDecoderConfig {
   double bias_rate = 0.001;                ///< Rate of BiasBalance, for "sigmoid-top-k".
   double jitter = 0.0;
 };
+
+/// Calls `visit(name, setting)` for each setting that decides which parameters a model has, or what
+/// it computes from them. The names are those of train_lm's options.
+template <class Config, class Visit>
+void for_each_setting(Config& config, Visit&& visit) {
+  visit("layers", config.layers);
+  visit("d-model", config.d_model);
+  visit("heads", config.heads);
+  visit("kv-heads", config.kv_heads);
+  visit("d-hidden", config.d_hidden);
+  visit("tied", config.tied);
+  visit("dense", config.dense);
+  visit("experts", config.experts);
+  visit("top-k", config.k);
+  visit("shared", config.shared);
+  visit("stride", config.interleave.stride);
+  visit("first-dense", config.interleave.first_dense);
+  visit("phase", config.interleave.phase);
+  visit("selector", config.selector);
+  visit("capacity-factor", config.capacity_factor);
+}
+
+using Notes = std::map<std::string, std::string>;
+
+/// Notes to a checkpoint, from which `config_of` makes the config again.
+inline Notes notes_of(const ByteDecoderConfig& config) {
+  Notes notes;
+  for_each_setting(config, [&](const std::string& name, const auto& setting) {
+    std::ostringstream text;
+    text << std::setprecision(std::numeric_limits<double>::max_digits10) << setting;
+    notes[name] = text.str();
+  });
+  return notes;
+}
+
+/// \throws std::runtime_error  if the notes are not those of such a model.
+inline ByteDecoderConfig config_of(const Notes& notes) {
+  ByteDecoderConfig config;
+  for_each_setting(config, [&](const std::string& name, auto& setting) {
+    const auto found = notes.find(name);
+    std::istringstream text(found == notes.end() ? "" : found->second);
+    if (!(text >> setting)) {
+      throw std::runtime_error("the checkpoint does not say what --" + name +
+                               " was: it is not one of train_lm");
+    }
+  });
+  return config;
+}
 
 namespace byte_decoder {
 

@@ -264,9 +264,18 @@ class Trainer {
   void save(const std::string& folder) {
     weir::io::TrainingState state;
     state.rng = rng_;
+    state.notes = notes_of(options_.model);
     weir::io::save(folder, model_, optimizer_, state);
   }
   void resume(const std::filesystem::path& checkpoint) {
+    const Notes own = notes_of(options_.model);
+    for (const auto& [name, value] : weir::io::read_notes(checkpoint)) {
+      const auto found = own.find(name);
+      if (found != own.end() && found->second != value) {
+        throw std::runtime_error("--" + name + ": " + found->second + ", but " +
+                                 checkpoint.string() + " was saved with " + value);
+      }
+    }
     rng_ = weir::io::load(checkpoint, model_, optimizer_).rng;
   }
 

@@ -185,6 +185,13 @@ inline std::optional<std::filesystem::path> latest_checkpoint(const std::filesys
   return all.back().second;
 }
 
+/// The notes of a checkpoint, from which a program may see what model to make for `load`.
+/// \param path          One of the folders in which `save` puts checkpoints.
+/// \throws FileError    if there is no checkpoint, or it is broken or of a newer version.
+inline std::map<std::string, std::string> read_notes(const std::filesystem::path& path) {
+  return detail::texts_in(detail::read_state(path / "state.json").object("notes"));
+}
+
 /// Loads a checkpoint of `save` into a model of the same shape and an optimizer of the same kind.
 /// \param path          A folder with checkpoints, of which the newest is taken, or one of those.
 /// \return              What the run knew beside them.

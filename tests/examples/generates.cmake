@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+# Fails unless GENERATE lets a model write that TRAIN (train_lm) has saved: one prompt, several and
+# a conversation, the same text each time.
+#
+#     cmake -DTRAIN=... -DARGUMENTS=... -DGENERATE=... -DWORK_DIR=... -P generates.cmake
+cmake_minimum_required(VERSION 3.25)
+
+set(folder "${WORK_DIR}/generated_from")
+file(REMOVE_RECURSE "${folder}")
+execute_process(COMMAND "${TRAIN}" ${ARGUMENTS} --quiet --save "${folder}" RESULT_VARIABLE result
+                OUTPUT_QUIET)
+if(NOT result EQUAL 0)
+  message(FATAL_ERROR "train_lm: exit code ${result}")
+endif()
+
+# Sets `out` to what GENERATE prints, without its speed; INPUT is typed.
+function(generate out)
+  cmake_parse_arguments(ARG "" "INPUT" "" ${ARGN})
+  file(WRITE "${folder}/input.txt" "${ARG_INPUT}")
+  execute_process(COMMAND "${GENERATE}" "${folder}" --tokens 12 ${ARG_UNPARSED_ARGUMENTS}
+                  INPUT_FILE "${folder}/input.txt" OUTPUT_VARIABLE text ERROR_VARIABLE errors
+                  RESULT_VARIABLE result)
+  if(NOT result EQUAL 0)
+    message(FATAL_ERROR "generate ${ARGN}: exit code ${result}: ${errors}")
+  endif()
+  string(REGEX REPLACE ", [0-9.]+ tokens/s" "" text "${text}")
+  set(${out} "${text}" PARENT_SCOPE)
+endfunction()
+
+function(expect_match text regex)
+  if(NOT text MATCHES "${regex}")
+    message(SEND_ERROR "expected '${regex}' in:\n${text}")
+  endif()
+endfunction()
+
+generate(one --prompt "int main(")
+generate(again --prompt "int main(" --threads 1)
+expect_match("${one}" "^int main\\(")
+expect_match("${one}" "----\n12 tokens\n$")
+if(NOT one STREQUAL again)
+  message(SEND_ERROR "one thread writes another text:\n${one}\n${again}")
+endif()
+generate(greedy --prompt "int" --temperature 0 --storage bf16)
+expect_match("${greedy}" "^int")
+
+generate(many --prompt "int main(" --prompt "#include")
+expect_match("${many}" "---- 1\nint main\\(.*---- 2\n#include.*----\n24 tokens\n$")
+
+generate(chat --chat INPUT "int\n/new\nint\n/quit\n")
+expect_match("${chat}" "^Type a line")
+generate(ended --chat INPUT "int")
+expect_match("${ended}" "> ")
+
+execute_process(COMMAND "${GENERATE}" "${folder}" RESULT_VARIABLE result ERROR_VARIABLE errors)
+expect_match("${errors}" "^generate: nothing to do, expected --prompt, --ids or --chat\n$")
+execute_process(COMMAND "${GENERATE}" "${folder}/none" --prompt a RESULT_VARIABLE result
+                ERROR_VARIABLE errors)
+expect_match("${errors}" "none: there is neither config.json nor a checkpoint\n$")
