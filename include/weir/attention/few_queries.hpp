@@ -69,8 +69,9 @@ struct FewQueries {
     if (d < dim) {
       const Lanes<T> part = load_lanes<T>(query + d, dim - d);
 #pragma GCC unroll 4
-      for (Index i = 0; i < keys; ++i)
+      for (Index i = 0; i < keys; ++i) {
         sum[i] += part * load_lanes<T>(key + i * stride + d, dim - d);
+      }
     }
 #pragma GCC unroll 4
     for (Index i = 0; i < keys; ++i) sums[i] = sum[i];

@@ -121,8 +121,9 @@ struct GroupedQueryConfig {
     expect_at_least<Index>(kWhere, "temperature_floor", temperature_floor, 1);
     if (qk_norm != QkNorm::kNone) expect_positive(kWhere, "qk_norm_epsilon", qk_norm_epsilon);
     const auto expect_rope = [&](bool given, const char* what) {
-      if (given && !rope)
+      if (given && !rope) {
         throw_error<ConfigError>(kWhere, ": ", what, " without rope, expected both");
+      }
     };
     expect_rope(!std::holds_alternative<NoScaling>(rope_scaling), "rope_scaling");
     expect_rope(rotary_dim > 0, "rotary_dim");

@@ -44,6 +44,7 @@ namespace detail {
 /// `throw_error` compiles to these constructors, so that no caller formats anything itself.
 class MessagePart {
  public:
+  // NOLINTBEGIN(cppcoreguidelines-pro-type-member-init): text has no need of `number_`.
   MessagePart(std::string_view text) : text_(text) {}  // NOLINT(google-explicit-constructor)
   MessagePart(const char* text) : text_(text) {}       // NOLINT(google-explicit-constructor)
   [[gnu::cold]] explicit MessagePart(double value) {
@@ -55,6 +56,7 @@ class MessagePart {
   [[gnu::cold]] explicit MessagePart(unsigned long long value) {
     set_length(std::snprintf(number_, sizeof number_, "%llu", value));
   }
+  // NOLINTEND(cppcoreguidelines-pro-type-member-init)
   template <std::floating_point V>
   explicit MessagePart(V value) : MessagePart(static_cast<double>(value)) {}
   template <std::signed_integral V>

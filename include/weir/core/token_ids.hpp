@@ -20,16 +20,16 @@ class TokenIds {
   TokenIds() = default;
 
   template <class Ids>
-  requires std::convertible_to<const Ids&, std::span<const int>> TokenIds(
-      const Ids& ids) {  // NOLINT(google-explicit-constructor)
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  requires std::convertible_to<const Ids&, std::span<const int>> TokenIds(const Ids& ids) {
     const std::span<const int> span = ids;
     ints_ = span.data();
     count_ = static_cast<Index>(span.size());
   }
 
   template <class Ids>
-  requires std::convertible_to<const Ids&, std::span<const Index>> TokenIds(
-      const Ids& ids) {  // NOLINT(google-explicit-constructor)
+  // NOLINTNEXTLINE(google-explicit-constructor)
+  requires std::convertible_to<const Ids&, std::span<const Index>> TokenIds(const Ids& ids) {
     const std::span<const Index> span = ids;
     indices_ = span.data();
     count_ = static_cast<Index>(span.size());

@@ -134,7 +134,7 @@ std::filesystem::path save(const std::filesystem::path& dir, Model& model, Optim
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   if (error) throw_error<FileError>(dir.string(), ": cannot be created: ", error.message());
-  const std::filesystem::path path = dir / detail::checkpoint_name(optimizer.steps());
+  std::filesystem::path path = dir / detail::checkpoint_name(optimizer.steps());
   const std::filesystem::path partial = path.string() + ".partial";
   detail::remove_checkpoint(partial);  // Of a run that ended while saving.
   if (!std::filesystem::create_directory(partial, error)) {

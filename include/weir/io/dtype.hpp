@@ -112,7 +112,7 @@ void convert_as(const std::byte* from, Index count, T* to) {
       Stored stored;
       std::memcpy(static_cast<void*>(&stored), from + static_cast<std::size_t>(i) * sizeof stored,
                   sizeof stored);
-      to[i] = static_cast<T>(stored);
+      to[i] = static_cast<T>(stored);  // NOLINT(bugprone-signed-char-misuse): it is a number
     }
   }
 }
@@ -182,6 +182,7 @@ void store(Dtype dtype, const T* from, Index count, std::byte* to) {
     }
   };
   switch (dtype) {
+    // NOLINTNEXTLINE(bugprone-branch-clone): they only look alike before they are instantiated
     case Dtype::kF64:
       return each(double());
     case Dtype::kF32:

@@ -90,7 +90,7 @@ class Safetensors {
   const std::string& path() const { return path_; }
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
   const std::map<std::string, Tensor>& tensors() const { return tensors_; }
-  bool has(const std::string& name) const { return tensors_.count(name) > 0; }
+  bool has(const std::string& name) const { return tensors_.contains(name); }
 
   /// \throws FileError  if there is no tensor of that name.
   const Tensor& tensor(const std::string& name) const {

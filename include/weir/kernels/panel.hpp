@@ -83,7 +83,7 @@ template <class T>
 ReadAhead StridedPanel<T>::ahead_of(const T* following, Index stride, Index depth_stride,
                                     Index tile, const T* idle) {
   constexpr Index kLine = 64 / static_cast<Index>(sizeof(T));
-  constexpr Index kSize = static_cast<Index>(sizeof(T));
+  constexpr auto kSize = static_cast<Index>(sizeof(T));
   const Index group = ReadAhead::kGroup;
   if (stride == 1 && tile * kLine < kCols) {
     const Index near = depth_stride * kSize;
@@ -99,7 +99,7 @@ ReadAhead StridedPanel<T>::ahead_of(const T* following, Index stride, Index dept
 /// What to read ahead while a tile of sums is computed that are added to memory: the next tile.
 template <class T>
 ReadAhead ahead_of_sums(const T* next, Index row, Index steps) {
-  constexpr Index kSize = static_cast<Index>(sizeof(T));
+  constexpr auto kSize = static_cast<Index>(sizeof(T));
   const Index groups = (steps + ReadAhead::kGroup - 1) / ReadAhead::kGroup;
   return {reinterpret_cast<const char*>(next), row * kSize, Block<T>::kCols * kSize / groups};
 }
@@ -110,7 +110,7 @@ template <class Arithmetic>
 ReadAhead also_ahead(LeftRows<Arithmetic> left, const typename Arithmetic::Left* next,
                      ReadAhead ahead, Index tiles) {
   constexpr Index kLine = 64;
-  constexpr Index kSize = static_cast<Index>(sizeof(typename Arithmetic::Left));
+  constexpr auto kSize = static_cast<Index>(sizeof(typename Arithmetic::Left));
   if (tiles < 4) return {ahead.at + kLine, ahead.near, ahead.far};
   if (left.step != Arithmetic::kDepth) return {ahead.at};
   return {reinterpret_cast<const char*>(next), left.row * kSize,

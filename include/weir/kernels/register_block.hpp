@@ -64,7 +64,7 @@ namespace detail {
 
 /// Two bfloat16 weights of a column in one 32-bit lane, the first in the lower half.
 inline std::uint32_t load_pair(const BFloat16* from) {
-  std::uint32_t pair;
+  std::uint32_t pair = 0;
   std::memcpy(&pair, from, sizeof pair);
   return pair;
 }
@@ -154,8 +154,9 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
 #pragma GCC unroll 8
     for (Index i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-      for (Index j = 0; j < kVectors; ++j)
+      for (Index j = 0; j < kVectors; ++j) {
         sum[i][j] = load_lanes<Sum>(c + i * c_row + j * kLanes<Sum>);
+      }
     }
   } else {
 #pragma GCC unroll 8
@@ -196,8 +197,9 @@ void multiply_block(const typename Arithmetic::Left* a, Index a_row, Index a_ste
 #pragma GCC unroll 8
   for (Index i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-    for (Index j = 0; j < kVectors; ++j)
+    for (Index j = 0; j < kVectors; ++j) {
       store_lanes<Sum>(sum[i][j], c + i * c_row + j * kLanes<Sum>);
+    }
   }
 }
 

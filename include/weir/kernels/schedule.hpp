@@ -104,7 +104,7 @@ class SharedTasks {
       start = end;
     }
   };
-  const Index shares = std::min<Index>({tasks, threads(), SharedTasks::kMostShares});
+  const auto shares = std::min<Index>({tasks, threads(), SharedTasks::kMostShares});
   SharedTasks shared(tasks, shares);
   parallel_for(shares, [&](Index share) {
     for (Index task = shared.take(share); task >= 0; task = shared.take(share)) run(task);

@@ -51,8 +51,9 @@ class Balancers {
     for_each_with_cache(*this, cache, [&](const auto& balancer, auto& own) {
       using Own = std::remove_cvref_t<decltype(balancer)>;
       double loss = 0.0;
-      if constexpr (RoutingLoss<Own, T>)
+      if constexpr (RoutingLoss<Own, T>) {
         loss += static_cast<double>(balancer.forward(routing, own));
+      }
       if constexpr (RouterLoss<Own, R>) loss += static_cast<double>(balancer.forward(router, own));
       if constexpr (RoutingLoss<Own, T> || RouterLoss<Own, R>) {
         if (pass.record != nullptr) pass.record->add_loss(Own::kName, cache.scale * loss);

@@ -54,7 +54,8 @@ template <class T>
 void expect_finite_logits(std::string_view who, MatrixIn<T> logits, const Pass& pass) {
   std::atomic<bool> finite = true;
   parallel_rows(logits.rows(), logits.cols(), [&](Index begin, Index end) {
-    const auto zero = [](const Lanes<T>& z) -> Lanes<T> { return z - z; };  // NaN if not finite.
+    // NaN if it is not finite. NOLINTNEXTLINE(misc-redundant-expression)
+    const auto zero = [](const Lanes<T>& z) -> Lanes<T> { return z - z; };
     for (Index t = begin; t < end; ++t) {
       if (pass.is_padding(t)) continue;
       if (sum_lanes<T>(logits.cols(), zero, &logits.coeffRef(t, 0)) != T(0)) finite = false;

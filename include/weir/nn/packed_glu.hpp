@@ -82,8 +82,8 @@ void packed_glu_forward(Index rows, FunctionRef<const T*(Index)> row_of,
     const Index d_hidden = one.rows();
     const Index x_row = kernels::row_length<Arithmetic>(one.cols());
     const Index hidden_row = kernels::row_length<Arithmetic>(d_hidden);
-    Left* x;
-    Left* hidden;
+    Left* x = nullptr;
+    Left* hidden = nullptr;
     if constexpr (std::is_same_v<Left, T>) {
       x = cache.x.reserve(rows * x_row);
       hidden = cache.hidden.reserve(rows * hidden_row);

@@ -41,7 +41,7 @@ inline DeepSeekMoEConfig deepseek_moe_16b() {
               .experts = 64,
               .k = 6,
               .d_hidden = 1408,
-              .shared_hidden = 2 * 1408,
+              .shared_hidden = 2 * Index(1408),
               .dense_hidden = 10944,
           }};
 }

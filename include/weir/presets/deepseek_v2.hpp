@@ -54,7 +54,7 @@ inline DeepSeekV2Config deepseek_v2() {
                   .experts = 160,
                   .k = 6,
                   .d_hidden = 1536,
-                  .shared_hidden = 2 * 1536,
+                  .shared_hidden = 2 * Index(1536),
                   .dense_hidden = 12288,
               },
           .scale = 16.0,

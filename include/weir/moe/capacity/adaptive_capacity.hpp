@@ -148,7 +148,7 @@ void AdaptiveCapacity<T>::update_self() {
 
 template <std::floating_point T>
 double AdaptiveCapacity<T>::needed_factor(Index open) {
-  std::sort(load_.data(), load_.data() + load_.size(), std::greater<double>());
+  std::sort(load_.data(), load_.data() + load_.size(), std::greater<>());
   const double total = load_.sum();
   const double tolerated = config_.tolerated * total;
   double sum = 0.0;

@@ -30,13 +30,13 @@ namespace detail {
 /// What decoding keeps for a layer: its own State, or nothing.
 template <class L>
 struct StateOf {
-  struct type {
+  struct Type {
     void truncate(Index /*length*/) {}
   };
 };
 template <DecodingLayer L>
 struct StateOf<L> {
-  using type = typename L::State;
+  using Type = typename L::State;
 };
 
 }  // namespace detail
@@ -75,7 +75,7 @@ class MixtureOfDepths {
 
   /// What `decode` keeps of one sequence.
   struct State {
-    using OfInner = typename detail::StateOf<Inner>::type;
+    using OfInner = typename detail::StateOf<Inner>::Type;
 
     List<std::uint8_t> chosen;  ///< One for each token so far, 1 if it was chosen.
     OfInner inner;              ///< What the inner layer keeps of the chosen.

@@ -74,8 +74,9 @@ HashRouter<T>::HashRouter(Index d_model, Index experts, std::span<const Index> t
     : d_model_(d_model), experts_(experts) {
   expect_at_least<Index>("HashRouter", "d_model", d_model, 1);
   expect_at_least<Index>("HashRouter", "experts", experts, 1);
-  if (table.empty())
+  if (table.empty()) {
     throw_error<ConfigError>("HashRouter: the table is empty, expected one per id");
+  }
   set_shape(table_.value, 1, static_cast<Index>(table.size()));
   for (Index id = 0; id < vocab(); ++id) {
     const Index expert = table[static_cast<std::size_t>(id)];

@@ -85,8 +85,8 @@ class SoftmaxTopK : public SelectorBase<T> {
   /// Of the renormalised weights u_i of a token, divided by the scale, number i: p relative to the
   /// largest p that was chosen, divided by the norm of those.
   struct Renormalised {
-    const T* z;
-    const Index* chosen;
+    const T* z = nullptr;
+    const Index* chosen = nullptr;
     T largest = T(0);  // Of the logits chosen.
     T norm = T(1);
 
