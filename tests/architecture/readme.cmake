@@ -4,7 +4,7 @@
 # - each command of a ```cmake block of the main README.md has to be in
 #   tests/consumer/CMakeLists.txt, apart from the place that weir is taken from;
 # - each `cmake --workflow --preset NAME` needs that preset; in the main README.md `demo` and `test`
-#   must be there, and .ci/run has to run `test`;
+#   must be there, and .ci/run has to run them and to install all that the README's commands install;
 # - a link to a place in this repository needs a file or a folder there, and the heading it names;
 # - include/weir/README.md has to have a link to each header that users compose models of.
 # The ```sh blocks are run by readme_commands.cmake.
@@ -119,9 +119,26 @@ foreach(name demo test)
   endif()
 endforeach()
 file(READ "${SOURCE_DIR}/.ci/run" ci)
-if(NOT ci MATCHES "cmake --workflow --preset test")
-  message(SEND_ERROR ".ci/run: should run cmake --workflow --preset test")
+foreach(name demo test)
+  if(NOT ci MATCHES "cmake --workflow --preset ${name}[^A-Za-z_-]")
+    message(SEND_ERROR ".ci/run: should run cmake --workflow --preset ${name}")
+  endif()
+endforeach()
+string(REGEX REPLACE "[^a-z0-9+.-]+" " " ci " ${ci} ")
+string(REGEX MATCHALL "apt-get install -y [a-z0-9+. -]+" installed "${readme}")
+if(NOT installed)
+  message(SEND_ERROR "README.md: should say what to install, by apt-get install -y")
 endif()
+foreach(packages IN LISTS installed)
+  string(REPLACE "apt-get install -y " "" packages "${packages}")
+  separate_arguments(packages UNIX_COMMAND "${packages}")
+  foreach(package IN LISTS packages)
+    string(FIND "${ci}" " ${package} " place)
+    if(place EQUAL -1)
+      message(SEND_ERROR ".ci/run: should install ${package}, as README.md does")
+    endif()
+  endforeach()
+endforeach()
 
 # --- Links --------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Runs what the section "Installing" of README.md tells users to type, in a copy of the sources in
-# WORK_DIR that is also the home directory. Optimised less, so that it takes less time.
+# WORK_DIR that is also the home directory. Optimised less, so that it takes less time, and with
+# GENERATOR, since there may be no make.
 cmake_minimum_required(VERSION 3.25)
 
 find_program(GPP g++)
@@ -24,7 +25,8 @@ file(COPY "${SOURCE_DIR}/include" "${SOURCE_DIR}/examples" "${SOURCE_DIR}/CMakeL
 foreach(block IN LISTS blocks)
   string(REGEX REPLACE "^\n```sh\n" "" block "${block}")
   string(REPLACE "-O3 -march=native" "-O1" block "${block}")
-  execute_process(COMMAND ${CMAKE_COMMAND} -E env "HOME=${WORK_DIR}" sh -e -c "${block}"
+  execute_process(COMMAND ${CMAKE_COMMAND} -E env "HOME=${WORK_DIR}" "CMAKE_GENERATOR=${GENERATOR}"
+                          sh -e -c "${block}"
                   WORKING_DIRECTORY "${WORK_DIR}/weir" RESULT_VARIABLE result)
   if(NOT result EQUAL 0)
     message(FATAL_ERROR "README.md: does not work:\n${block}")
