@@ -39,7 +39,8 @@ template <class Config>
 Config config_of(std::string_view text) {
   const Folder folder;
   write_text(folder.path() / "config.json", text);
-  return std::get<0>(io::read_config_of<Config>((folder.path() / "config.json").string()));
+  return std::get<0>(
+      io::parse_config_of<Config>(io::ConfigFile::read((folder.path() / "config.json").string())));
 }
 
 /// What is wrong with this text after `change`, without the path.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -186,8 +187,23 @@ TEST_CASE("A folder without a model is refused", "[io][pretrained]") {
         "io/model_config.hpp");
   Decoder<float> model = make_small(small());
   save_pretrained(folder.path(), model, small());
+  nlohmann::json config = nlohmann::json::parse(std::ifstream(folder.path() / "config.json"));
+  const auto with = [&](const char* setting, std::int64_t value) {
+    nlohmann::json changed = config;
+    changed[setting] = value;
+    return config_is(changed.dump());
+  };
+  // Absurd sizes are refused before memory is asked for.
+  CHECK(with("num_hidden_layers", std::int64_t{1} << 40) ==
+        "/config.json: asks for 1099511627776 layers, " + dir + " has 41 tensors");
+  for (const char* const setting : {"hidden_size", "vocab_size", "num_local_experts",
+                                    "intermediate_size", "num_attention_heads"}) {
+    INFO(setting);
+    CHECK(with(setting, std::int64_t{1} << 60).starts_with("/config.json: asks for at least "));
+  }
   fs::remove(folder.path() / "model.safetensors");
-  CHECK(said() == ": has neither model.safetensors nor model.safetensors.index.json");
+  CHECK(config_is(config.dump()) ==
+        ": has neither model.safetensors nor model.safetensors.index.json");
   CHECK_THROWS_WITH(save_pretrained(folder.path(), model, small(), {.shard_bytes = 0}),
                     "save_pretrained: shard_bytes = 0, expected >= 1");
 }

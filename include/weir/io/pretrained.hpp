@@ -80,6 +80,7 @@ Pretrained<T> load_as(const std::filesystem::path& dir, const Config& config,
   if constexpr (requires { Own::kIgnored; }) {
     ignored.insert(ignored.end(), Own::kIgnored.begin(), Own::kIgnored.end());
   }
+  expect_room((dir / "config.json").string(), config.shape, *source);
   Pretrained<T> loaded = make_unset<T>(config);
   read_model<T>(source, Own::names(config, source.get()), head_sizes(config.shape), config.shape.k,
                 ignored, how, loaded);
@@ -189,7 +190,7 @@ void write_model(const std::filesystem::path& dir, const std::vector<PublishedTe
 /// \throws ConfigError  if a size is out of range.
 template <std::floating_point T = float>
 Pretrained<T> load_pretrained(const std::filesystem::path& dir, const LoadConfig& config = {}) {
-  const ModelConfig model_config = read_config((dir / "config.json").string());
+  const ModelConfig model_config = parse_config(ConfigFile::read((dir / "config.json").string()));
   return std::visit([&](const auto& own) { return detail::load_as<T>(dir, own, config); },
                     model_config);
 }
@@ -198,7 +199,7 @@ Pretrained<T> load_pretrained(const std::filesystem::path& dir, const LoadConfig
 /// does not contain the code of all the others.
 template <class Config, std::floating_point T = float>
 Pretrained<T> load_family(const std::filesystem::path& dir, const LoadConfig& config = {}) {
-  const auto own = read_config_of<Config>((dir / "config.json").string());
+  const auto own = parse_config_of<Config>(ConfigFile::read((dir / "config.json").string()));
   return detail::load_as<T>(dir, std::get<0>(own), config);
 }
 

@@ -3,6 +3,7 @@
 /// Reads the weights of a model from the tensors of a checkpoint.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <memory>
@@ -21,6 +22,7 @@
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
 #include <weir/io/expert_store.hpp>
+#include <weir/io/file_error.hpp>
 #include <weir/io/model_config.hpp>
 #include <weir/io/published_tensors.hpp>
 #include <weir/io/streamed_experts.hpp>
@@ -29,6 +31,7 @@
 #include <weir/io/weights.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/multi_token.hpp>
+#include <weir/presets/model_shape.hpp>
 #include <weir/presets/tensor_names.hpp>
 
 namespace weir::io {
@@ -93,6 +96,59 @@ ModelTensors<T> all_tensors(std::string_view who, Decoder<T>& model, MultiToken<
                      matrix);
   }
   return all;
+}
+
+/// At least how many numbers a model of that shape has; sizes may be absurd, which is why they are
+/// no integers.
+inline double least_numbers(const presets::ModelShape& shape) {
+  const auto real = [](Index size) { return static_cast<double>(size); };
+  const double d = real(shape.d_model);
+  const auto attention_numbers = [&](const presets::AttentionShape& shape_of) {
+    return std::visit(
+        [&](const auto& a) {
+          if constexpr (std::is_same_v<std::remove_cvref_t<decltype(a)>, LatentConfig>) {
+            const double heads = real(a.heads);
+            return d * (real(a.kv_rank) + real(a.rope_dim) + heads * real(a.value_dim)) +
+                   heads * real(a.kv_rank) * (real(a.nope_dim) + real(a.value_dim)) +
+                   heads * (real(a.nope_dim) + real(a.rope_dim)) *
+                       (a.q_rank > 0 ? real(a.q_rank) : d);
+          } else {
+            return 2.0 * real(a.head_dim) * (real(a.heads) + real(a.kv_heads)) * d;
+          }
+        },
+        shape_of);
+  };
+  double attention = attention_numbers(shape.attention);
+  if (shape.other_attention) {
+    attention = std::min(attention, attention_numbers(*shape.other_attention));
+  }
+  const double matrices = real(presets::matrices_of(shape.network));
+  const double sparse = shape.experts > 0 ? 1.0 : 0.0;  // At least one layer.
+  return d * real(shape.vocab) + real(shape.layers) * attention +
+         sparse * matrices * d *
+             (real(shape.experts) * real(shape.d_hidden) + real(shape.shared_hidden));
+}
+
+/// Refuses a configuration that asks for much more than the files hold, before memory is.
+/// \throws FileError  naming `path`, where the configuration is from.
+inline void expect_room(const std::string& path, const presets::ModelShape& shape,
+                        const TensorSource& source) {
+  double stored = 0.0;
+  Index tensors = 0;
+  for (const std::string& name : source.names()) {
+    double numbers = 1.0;
+    for (const Index length : source.find(name)->shape()) numbers *= static_cast<double>(length);
+    stored += numbers;
+    ++tensors;
+  }
+  if (shape.layers > tensors) {
+    throw_error<FileError>(path, ": asks for ", shape.layers, " layers, ", source.path(), " has ",
+                           tensors, " tensors");
+  }
+  if (const double wanted = least_numbers(shape); wanted > stored) {
+    throw_error<FileError>(path, ": asks for at least ", wanted, " numbers, ", source.path(),
+                           " has ", stored);
+  }
 }
 
 template <class T, class Config>
