@@ -111,8 +111,8 @@ void read_q6_k(const std::uint8_t* block, T* to) {
   const std::uint8_t* const s = block + 192;
   const T d = half_at<T>(block + 208);
   for (int part = 0; part < 8; ++part) {
-    const int h = part / 4;
-    const int p = part % 4;
+    const Index h = part / 4;
+    const Index p = part % 4;
     const std::uint8_t* const pairs = block + 64 * h + 32 * (p % 2);
     const std::uint8_t* const tops = block + 128 + 32 * h;
     for (int l = 0; l < 32; ++l) {

@@ -56,8 +56,9 @@ inline SentencePieceTokenizer::SentencePieceTokenizer(const std::string& path,
     : Tokenizer(table_of(path, *model), strip_of(*model)), model_(std::move(model)) {
   std::vector<AddedToken> special;
   for (Index id = 0; id < vocab_size(); ++id) {
-    if (find(id)->is_special)
+    if (find(id)->is_special) {
       special.push_back({.id = id, .text = token_of(id), .is_special = true});
+    }
   }
   special_ = AddedTokens(std::move(special));
   if (model_->eos_id() >= 0) set_eos(model_->eos_id());

@@ -36,7 +36,7 @@ inline std::vector<ConfigFile> objects_at(ConfigFile& json, const std::string& k
 
 /// A text that is neither empty nor has a NUL.
 inline std::string letters_at(ConfigFile& json, const std::string& key) {
-  const std::string text = json.text(key);
+  std::string text = json.text(key);
   if (text.empty() || text.find('\0') != std::string::npos) {
     json.bad(key, "at least one character, none of them NUL");
   }

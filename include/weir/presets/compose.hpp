@@ -101,8 +101,9 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
   std::vector<Block<T>> layers;
   for (Index l = 0; l < shape.layers; ++l) layers.push_back(make_layer(shape, l, parts, rng));
   std::optional<Linear<T>> head;
-  if (!shape.tied)
+  if (!shape.tied) {
     head.emplace(shape.d_model, shape.vocab, rng, LinearConfig{.bias = parts.head_bias});
+  }
   return {std::move(embedding), std::move(layers), parts.norm(), std::move(head), config};
 }
 

@@ -176,7 +176,8 @@ class DSelectKRouter : public RouterBase<T> {
   /// r_ie, or what it is without the factor of one bit.
   T chance(const Cache& cache, Index t, Index i, Index e, Index without = kNone) const;
 
-  Index experts_, bits_;
+  Index experts_ = 0;
+  Index bits_ = 0;
   DSelectKRouterConfig config_;
   Linear<T> selectors_, mixture_;
 };
