@@ -161,6 +161,7 @@
 #include <weir/moe/selector/around/sampled_choice.hpp>
 #include <weir/moe/selector/around/selector_wrapper.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
+#include <weir/moe/selector/biased_probability_top_k.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/group_limit.hpp>
@@ -223,7 +224,10 @@
 #include <weir/presets/deepseek_v2_lite.hpp>
 #include <weir/presets/deepseek_v3.hpp>
 #include <weir/presets/dense.hpp>
+#include <weir/presets/ernie_4_5.hpp>
+#include <weir/presets/glm_4_5.hpp>
 #include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/granite_moe.hpp>
 #include <weir/presets/grok_1.hpp>
 #include <weir/presets/llama_4_scout.hpp>
 #include <weir/presets/mixtral.hpp>
@@ -236,6 +240,7 @@
 #include <weir/presets/openmoe_8b.hpp>
 #include <weir/presets/openmoe_base.hpp>
 #include <weir/presets/openmoe_network.hpp>
+#include <weir/presets/prediction.hpp>
 #include <weir/presets/qwen2_moe.hpp>
 #include <weir/presets/qwen3_30b_a3b.hpp>
 #include <weir/presets/scaled.hpp>

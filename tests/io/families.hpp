@@ -55,7 +55,7 @@ std::string config_fault(std::string_view text,
   return at == std::string::npos ? message : message.substr(at + name.size());
 }
 
-/// A model whose parameters and buffers are all drawn at random, norms and biases too.
+/// A model whose parameters and biases of selection are all drawn at random, norms and biases too.
 template <class Config>
 Decoder<float> random_model(const Config& config, std::uint64_t seed = 7) {
   Rng rng(seed);
@@ -66,7 +66,9 @@ Decoder<float> random_model(const Config& config, std::uint64_t seed = 7) {
     }
   };
   for (auto& [name, parameter] : parameters(model)) change(parameter->value);
-  for (auto& [name, buffer] : buffers(model)) change(buffer->value);
+  if (config.shape.selection_bias) {
+    for (auto& [name, buffer] : buffers(model)) change(buffer->value);
+  }
   return model;
 }
 

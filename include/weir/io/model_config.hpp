@@ -13,8 +13,13 @@
 #include <weir/io/families/dbrx.hpp>
 #include <weir/io/families/deepseek.hpp>
 #include <weir/io/families/dense.hpp>
+#include <weir/io/families/ernie.hpp>
 #include <weir/io/families/family.hpp>
+#include <weir/io/families/glm4_moe.hpp>
 #include <weir/io/families/gpt_oss.hpp>
+#include <weir/io/families/granite_moe.hpp>
+#include <weir/io/families/grok.hpp>
+#include <weir/io/families/llama4.hpp>
 #include <weir/io/families/mixtral.hpp>
 #include <weir/io/families/olmoe.hpp>
 #include <weir/io/families/qwen_moe.hpp>
@@ -24,9 +29,10 @@ namespace weir::io {
 /// The config of a preset of any family that has published checkpoints.
 using ModelConfig =
     std::variant<presets::DbrxConfig, presets::DeepSeekMoEConfig, presets::DeepSeekV2Config,
-                 presets::DeepSeekV3Config, presets::DenseConfig, presets::GptOssConfig,
-                 presets::MixtralConfig, presets::OlmoeConfig, presets::Qwen2MoeConfig,
-                 presets::Qwen3Config>;
+                 presets::DeepSeekV3Config, presets::DenseConfig, presets::ErnieMoeConfig,
+                 presets::Glm4MoeConfig, presets::GptOssConfig, presets::GraniteMoeConfig,
+                 presets::GrokConfig, presets::Llama4Config, presets::MixtralConfig,
+                 presets::OlmoeConfig, presets::Qwen2MoeConfig, presets::Qwen3Config>;
 
 namespace detail {
 
@@ -45,13 +51,12 @@ bool with_family(std::string_view type, std::variant<Configs...>* /*families*/, 
 
 }  // namespace detail
 
-/// Reads config.json of one of several families.
-/// \throws FileError  if there is no such file, it is of another family, a setting is missing or of
-///                    another kind, or a setting is there that weir does not know.
+/// Reads the configuration of one of several families.
+/// \throws FileError  if it is of another family, a setting is missing or of another kind, or a
+///                    setting is there that weir does not know.
 template <class... Configs>
-std::variant<Configs...> read_config_of(const std::string& path) {
+std::variant<Configs...> parse_config_of(ConfigFile json) {
   using Read = std::variant<Configs...>;
-  ConfigFile json = ConfigFile::read(path);
   const std::string type = json.text("model_type");
   Read config;
   const auto read = [&]<class Config>() { config = Family<Config>::read(json); };
@@ -67,15 +72,15 @@ std::variant<Configs...> read_config_of(const std::string& path) {
 namespace detail {
 
 template <class... Configs>
-std::variant<Configs...> read_config(const std::string& path, std::variant<Configs...>* /*all*/) {
-  return read_config_of<Configs...>(path);
+std::variant<Configs...> parse_config(ConfigFile json, std::variant<Configs...>* /*all*/) {
+  return parse_config_of<Configs...>(std::move(json));
 }
 
 }  // namespace detail
 
-/// Reads config.json of any family, see `read_config_of`.
-inline ModelConfig read_config(const std::string& path) {
-  return detail::read_config(path, static_cast<ModelConfig*>(nullptr));
+/// Reads the configuration of any family, see `parse_config_of`.
+inline ModelConfig parse_config(ConfigFile json) {
+  return detail::parse_config(std::move(json), static_cast<ModelConfig*>(nullptr));
 }
 
 }  // namespace weir::io

@@ -107,6 +107,20 @@ nlohmann::json config_json(const Config& config, Dtype dtype) {
   return json;
 }
 
+/// \throws ConfigError  if a matrix that the layout has no place for is not zero.
+template <class T>
+void expect_no_loss(const ModelTensors<T>& tensors, const std::vector<PublishedTensor>& layout) {
+  std::vector<bool> has_place(tensors.size());
+  for (const PublishedTensor& published : layout) {
+    for (const TensorPiece& piece : published.pieces) has_place[piece.matrix] = true;
+  }
+  for (std::size_t m = 0; m < tensors.size(); ++m) {
+    if (has_place[m] || tensors[m].second->isZero(T(0))) continue;
+    throw_error<ConfigError>("save_pretrained: '", tensors[m].first,
+                             "' is not zero, and the family's files have no place for it");
+  }
+}
+
 /// Divides tensors into files of at most `most` bytes; a larger tensor has a file of its own.
 /// \return         The number of the first tensor of each file, and behind them how many there are.
 inline std::vector<std::size_t> divide(const std::vector<PublishedTensor>& layout, Dtype dtype,
@@ -222,6 +236,7 @@ void save_pretrained(const std::filesystem::path& dir, Decoder<T>& model,
   const auto tensors = detail::all_tensors("save_pretrained", model, prediction);
   const auto layout = published_layout(Own::names(model_config, nullptr), shapes_of(tensors),
                                        detail::head_sizes(model_config.shape));
+  detail::expect_no_loss(tensors, layout);
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   if (error) throw_error<FileError>(dir.string(), ": cannot be created: ", error.message());

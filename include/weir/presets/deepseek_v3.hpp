@@ -79,9 +79,10 @@ inline DeepSeekV3Config kimi_k2() {
 
 namespace detail {
 
-/// `config` and `rng` have to live as long as the parts.
-template <std::floating_point T>
-Parts<T> deepseek_v3_parts(const DeepSeekV3Config& config, Rng& rng) {
+/// The norms and networks of DeepSeek-V3, and of what took over its mixture. `config` and `rng`
+/// have to live as long as the parts.
+template <std::floating_point T, class Config>
+Parts<T> deepseek_v3_parts(const Config& config, Rng& rng) {
   const ModelShape& shape = config.shape;
   Parts<T> parts = usual_parts<T>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {

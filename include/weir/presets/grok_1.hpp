@@ -3,6 +3,7 @@
 /// Grok-1 (xAI 2024).
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <concepts>
 
@@ -18,6 +19,7 @@
 #include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
 #include <weir/presets/scaled.hpp>
+#include <weir/presets/tensor_names.hpp>
 
 namespace weir::presets {
 
@@ -74,6 +76,27 @@ Decoder<T> make(const GrokConfig& config, Rng& rng) {
                     {.embedding_multiplier = config.embedding_multiplier,
                      .logit_multiplier = config.logit_multiplier});
 }
+
+/// Grok-1 as hpcai-tech/grok-1 has ported it to PyTorch.
+inline constexpr auto kGrokNames = std::to_array<TensorName>({
+    {"embedding.weight", "model.embed_tokens.weight"},
+    {"norm.weight", "model.norm.scale", {.vector = true}},
+    {"head.weight", "lm_head.weight"},
+    {"layers.{l}.attention_norm.weight", "model.layers.{l}.pre_attn_norm.scale", {.vector = true}},
+    {"layers.{l}.attention_post_norm.weight",
+     "model.layers.{l}.post_attn_norm.scale",
+     {.vector = true}},
+    {"layers.{l}.moe_norm.weight", "model.layers.{l}.pre_moe_norm.scale", {.vector = true}},
+    {"layers.{l}.moe_post_norm.weight", "model.layers.{l}.post_moe_norm.scale", {.vector = true}},
+    {"layers.{l}.attention.query", "model.layers.{l}.attn.q_proj.weight"},
+    {"layers.{l}.attention.key", "model.layers.{l}.attn.k_proj.weight"},
+    {"layers.{l}.attention.value", "model.layers.{l}.attn.v_proj.weight"},
+    {"layers.{l}.attention.output", "model.layers.{l}.attn.o_proj.weight"},
+    {"layers.{l}.moe.router.weight", "model.layers.{l}.moe_block.gate.weight"},
+    {"layers.{l}.moe.experts.{e}.gate", "model.layers.{l}.moe_block.experts.{e}.linear.weight"},
+    {"layers.{l}.moe.experts.{e}.up", "model.layers.{l}.moe_block.experts.{e}.linear_v.weight"},
+    {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.moe_block.experts.{e}.linear_1.weight"},
+});
 
 }  // namespace weir::presets
 

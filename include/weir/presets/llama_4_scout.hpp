@@ -3,6 +3,7 @@
 /// Llama 4 Scout, the text model (Meta 2025).
 #pragma once
 
+#include <array>
 #include <concepts>
 
 #include <weir/attention/grouped_query.hpp>
@@ -19,6 +20,7 @@
 #include <weir/ops/rope.hpp>
 #include <weir/presets/compose.hpp>
 #include <weir/presets/model_shape.hpp>
+#include <weir/presets/tensor_names.hpp>
 
 namespace weir::presets {
 
@@ -86,6 +88,27 @@ Decoder<T> make(const Llama4Config& config, Rng& rng) {
   };
   return compose<T>(shape, parts, rng);
 }
+
+/// The networks of Llama 4's checkpoints. To be looked at before kHuggingFaceNames.
+inline constexpr auto kLlama4Names = std::to_array<TensorName>({
+    {"layers.{l}.moe.router.weight", "model.layers.{l}.feed_forward.router.weight"},
+    {"layers.{l}.moe.selector.bias", ""},  // Zero: nothing moves it.
+    {"layers.{l}.moe.experts.{e}.gate",
+     "model.layers.{l}.feed_forward.experts.gate_up_proj",
+     {.transposed = true}},
+    {"layers.{l}.moe.experts.{e}.up",
+     "model.layers.{l}.feed_forward.experts.gate_up_proj",
+     {.transposed = true}},
+    {"layers.{l}.moe.experts.{e}.down",
+     "model.layers.{l}.feed_forward.experts.down_proj",
+     {.transposed = true}},
+    {"layers.{l}.moe.shared.gate", "model.layers.{l}.feed_forward.shared_expert.gate_proj.weight"},
+    {"layers.{l}.moe.shared.up", "model.layers.{l}.feed_forward.shared_expert.up_proj.weight"},
+    {"layers.{l}.moe.shared.down", "model.layers.{l}.feed_forward.shared_expert.down_proj.weight"},
+    {"layers.{l}.mlp.gate", "model.layers.{l}.feed_forward.gate_proj.weight"},
+    {"layers.{l}.mlp.up", "model.layers.{l}.feed_forward.up_proj.weight"},
+    {"layers.{l}.mlp.down", "model.layers.{l}.feed_forward.down_proj.weight"},
+});
 
 }  // namespace weir::presets
 

@@ -129,6 +129,7 @@ inline void settle(GroupedQueryConfig& a, Index d_model) {
   a.d_model = d_model;
   a = a.checked();
   a.init_scale = defaults.init_scale;
+  a.scale = a.shape().scale;
   if (a.rotary_dim == a.head_dim) a.rotary_dim = 0;
   if (a.temperature_scale == 0.0) a.temperature_floor = defaults.temperature_floor;
   if (a.qk_norm == QkNorm::kNone) a.qk_norm_epsilon = defaults.qk_norm_epsilon;

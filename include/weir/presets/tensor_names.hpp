@@ -29,6 +29,10 @@ struct Arrangement {
   /// tensor: it is meant for the rotation of neighbours, RopeLayout::kInterleaved, where weir's
   /// parameter is meant for RopeLayout::kHalfSplit.
   bool pairs = false;
+
+  /// The rows of each head are a matrix of their own: the tensor has an axis of heads before the
+  /// others.
+  bool heads = false;
 };
 
 /// One kind of parameter, under its name in weir and its name in a published layout. In both,
@@ -115,6 +119,44 @@ inline constexpr auto kPredictionNames = std::to_array<TensorName>({
     {"modules.{l}.hidden_norm.weight", "model.layers.{l}.hnorm.weight", {.vector = true}},
     {"modules.{l}.projection.weight", "model.layers.{l}.eh_proj.weight"},
     {"modules.{l}.norm.weight", "model.layers.{l}.shared_head.norm.weight", {.vector = true}},
+});
+
+/// What GGUF files call the parts of a model; all architectures have these in common. Entries for
+/// which a model has no parameter do no harm.
+inline constexpr auto kGgufNames = std::to_array<TensorName>({
+    {"embedding.weight", "token_embd.weight"},
+    {"norm.weight", "output_norm.weight", {.vector = true}},
+    {"head.weight", "output.weight"},
+    {"layers.{l}.attention_norm.weight", "blk.{l}.attn_norm.weight", {.vector = true}},
+    {"layers.{l}.moe_norm.weight", "blk.{l}.ffn_norm.weight", {.vector = true}},
+    {"layers.{l}.mlp_norm.weight", "blk.{l}.ffn_norm.weight", {.vector = true}},
+    {"layers.{l}.attention.query", "blk.{l}.attn_q.weight"},
+    {"layers.{l}.attention.key", "blk.{l}.attn_k.weight"},
+    {"layers.{l}.attention.value", "blk.{l}.attn_v.weight"},
+    {"layers.{l}.attention.output", "blk.{l}.attn_output.weight"},
+    {"layers.{l}.attention.query_bias", "blk.{l}.attn_q.bias", {.vector = true}},
+    {"layers.{l}.attention.key_bias", "blk.{l}.attn_k.bias", {.vector = true}},
+    {"layers.{l}.attention.value_bias", "blk.{l}.attn_v.bias", {.vector = true}},
+    {"layers.{l}.attention.output_bias", "blk.{l}.attn_output.bias", {.vector = true}},
+    {"layers.{l}.attention.query_norm", "blk.{l}.attn_q_norm.weight", {.vector = true}},
+    {"layers.{l}.attention.key_norm", "blk.{l}.attn_k_norm.weight", {.vector = true}},
+    {"layers.{l}.mlp.gate", "blk.{l}.ffn_gate.weight"},
+    {"layers.{l}.mlp.up", "blk.{l}.ffn_up.weight"},
+    {"layers.{l}.mlp.down", "blk.{l}.ffn_down.weight"},
+    {"layers.{l}.moe.router.weight", "blk.{l}.ffn_gate_inp.weight"},
+    {"layers.{l}.moe.experts.{e}.gate", "blk.{l}.ffn_gate_exps.weight"},
+    {"layers.{l}.moe.experts.{e}.up", "blk.{l}.ffn_up_exps.weight"},
+    {"layers.{l}.moe.experts.{e}.down", "blk.{l}.ffn_down_exps.weight"},
+    {"layers.{l}.moe.shared.gate", "blk.{l}.ffn_gate_shexp.weight"},
+    {"layers.{l}.moe.shared.up", "blk.{l}.ffn_up_shexp.weight"},
+    {"layers.{l}.moe.shared.down", "blk.{l}.ffn_down_shexp.weight"},
+    {"layers.{l}.moe.shared_gate.weight", "blk.{l}.ffn_gate_inp_shexp.weight", {.vector = true}},
+});
+
+/// Queries and keys of the architecture "llama". To be looked at before kGgufNames.
+inline constexpr auto kGgufPairedNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.query", "blk.{l}.attn_q.weight", {.pairs = true}},
+    {"layers.{l}.attention.key", "blk.{l}.attn_k.weight", {.pairs = true}},
 });
 
 /// One table of several.
