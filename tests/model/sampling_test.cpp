@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include <weir/model/sampling.hpp>
@@ -186,11 +187,12 @@ TEST_CASE("Sampler stops where the running sum passes the random number", "[mode
     const double u = peek.uniform();
     const Index in_order = u < 0.1 ? 0 : u < 0.5 ? 1 : u < 0.7 ? 2 : 3;
     const Index best_first = u < 4.0 / 9.0 ? 1 : u < 7.0 / 9.0 ? 3 : 2;
+    const Index nucleus = u < 4.0 / 9.0 ? 1 : u < 6.0 / 9.0 ? 2 : 3;
     Rng same = rng;
     Rng again = rng;
     CHECK(sampler.sample(logits, {}, rng) == in_order);
     CHECK(sampler.sample(logits, {.top_k = 3}, same) == best_first);
-    CHECK(sampler.sample(logits, {.top_p = 0.85}, again) == best_first);
+    CHECK(sampler.sample(logits, {.top_p = 0.85}, again) == nucleus);
   }
 }
 
@@ -227,6 +229,42 @@ TEST_CASE("Sampler agrees with sorting the whole vocabulary", "[model][sampling]
     sum += expected[token];
   }
   check_close(probabilities(logits, {.top_k = k, .top_p = top_p}), expected / sum, 1e-14);
+}
+
+TEST_CASE("Sampler finds the nucleus of flat, steep and tied logits", "[model][sampling]") {
+  constexpr Index kVocabulary = 3000;
+  const Matrix<float> draws = test::random_matrix<float>(1, kVocabulary, 4);
+  for (const float steepness : {0.0F, 1e-6F, 0.01F, 1.0F, 30.0F, 1e4F}) {
+    // Every third logit is the same as its neighbour's.
+    Matrix<float> logits = steepness * draws;
+    for (Index i = 1; i < kVocabulary; i += 3) logits(0, i) = logits(0, i - 1);
+    std::vector<Index> order(kVocabulary);
+    std::iota(order.begin(), order.end(), Index{0});
+    std::stable_sort(order.begin(), order.end(),
+                     [&](Index a, Index b) { return logits(a) > logits(b); });
+    std::vector<double> weights;
+    double total = 0.0;
+    for (const Index token : order) {
+      weights.push_back(
+          std::exp(static_cast<double>(logits(token)) - static_cast<double>(logits(order[0]))));
+      total += weights.back();
+    }
+    for (const double top_p : {0.0, 0.001, 0.3, 0.9, 0.999}) {
+      Sampler<float> sampler;
+      const RowVector<float> p = sampler.distribution(logits, {.top_p = top_p});
+      const auto kept = static_cast<std::size_t>((p.array() > 0.0F).count());
+      INFO("steepness " << steepness << " top_p " << top_p << " kept " << kept);
+      REQUIRE(kept >= 1);
+      // The most probable ones, as few as reach the share, to rounding.
+      double sum = 0.0;
+      for (std::size_t i = 0; i < kept; ++i) {
+        CHECK(p[order[i]] > 0.0F);
+        sum += weights[i];
+      }
+      CHECK(sum >= top_p * total * (1.0 - 1e-12));
+      if (kept > 1) CHECK(sum - weights[kept - 1] < top_p * total * (1.0 + 1e-12));
+    }
+  }
 }
 
 TEST_CASE("Sampler refuses logits that are not numbers", "[model][sampling]") {

@@ -4,8 +4,10 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <concepts>
+#include <cstdint>
 #include <limits>
 #include <numeric>
 #include <string_view>
@@ -16,7 +18,9 @@
 #include <weir/core/random.hpp>
 #include <weir/core/token_ids.hpp>
 #include <weir/core/types.hpp>
+#include <weir/ops/exp.hpp>
 #include <weir/ops/top_k.hpp>
+#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -61,7 +65,7 @@ class Sampler {
  public:
   /// Draws one token. This takes exactly one number `rng.uniform()`, which says where to stop in
   /// the running sum of the probabilities; greedy sampling takes none. The sum runs over the tokens
-  /// in the order of their indices; if top_k or top_p left some out, the most probable come first.
+  /// in the order of their indices; if top_k left some out, the most probable come first.
   ///
   /// \param before   The tokens that the repetition penalty is about; not looked at without one.
   /// \throws ShapeError       if logits is not one row of at least one token.
@@ -87,30 +91,42 @@ class Sampler {
   // Fills `kept_` with every token that is not forbidden, in order.
   void keep_allowed(std::string_view where, MatrixIn<T> logits);
 
-  // Reduces `kept_` to its nucleus, the most probable token first. A heap gives up the tokens one
-  // by one: a nucleus is mostly small, and sorting a whole vocabulary for it takes long.
-  template <class Weight>
-  void keep_nucleus(const T* z, double top_p, const Weight& weight) {
-    double total = 0.0;
-    for (const Index token : kept_) total += weight(token);
-    const auto less_probable = [z](Index a, Index b) {
-      return z[a] < z[b] || (z[a] == z[b] && a > b);
-    };
-    std::make_heap(kept_.begin(), kept_.end(), less_probable);
-    auto first = kept_.end();  // Tokens given up gather from here on, the best one last.
-    double sum = 0.0;
-    do {
-      std::pop_heap(kept_.begin(), first, less_probable);
-      sum += weight(*--first);
-    } while (sum < top_p * total && first != kept_.begin());
-    std::reverse(first, kept_.end());
-    kept_.erase(kept_.begin(), first);
+  // Sets `weights_` of `kept_`.
+  void weigh(MatrixIn<T> logits, double temperature);
+
+  // Reduces `kept_` and `weights_` to the nucleus, in the order in which they are.
+  void keep_nucleus(const T* z, double top_p);
+
+  // Leaves only the places i with `keeps(i)`.
+  template <class Keeps>
+  void filter(Keeps&& keeps) {
+    Index count = 0;
+    for (Index i = 0; i < kept_.count(); ++i) {
+      if (!keeps(i)) continue;
+      kept_[count] = kept_[i];
+      weights_[count++] = weights_[i];
+    }
+    kept_.resize(count);
+    weights_.resize(count);
   }
+
+  // Which of `kBuckets` a weight in [0, 1] belongs to: the first has the largest. Each is 1/64 of
+  // an octave wide; the last has all that are smaller.
+  static Index bucket_of(double weight) {
+    constexpr int kShift = 52 - 6;
+    const auto steps =
+        (std::bit_cast<std::uint64_t>(1.0) - std::bit_cast<std::uint64_t>(std::min(weight, 1.0))) >>
+        static_cast<unsigned>(kShift);
+    return static_cast<Index>(std::min<std::uint64_t>(steps, kBuckets - 1));
+  }
+  static constexpr std::uint64_t kBuckets = 4096;
 
   double total_weight() const { return std::accumulate(weights_.begin(), weights_.end(), 0.0); }
 
   List<Index> kept_;
   List<double> weights_;
+  List<double> sums_;       // Of the weights in each bucket, in `keep_nucleus`.
+  List<Index> candidates_;  // The places of those in one bucket.
   RowVector<T> distribution_, penalised_;
 };
 
@@ -154,7 +170,6 @@ void Sampler<T>::choose(std::string_view where, MatrixIn<T> logits, const Sampli
     return choose(where, penalised_, rest, {});
   }
   keep_allowed(where, logits);
-  const T* z = logits.data();
   const bool greedy = sampling.temperature == 0.0;
   const Index wanted = greedy ? 1 : sampling.top_k;
   if (wanted > 0 && wanted < kept_.count()) {
@@ -162,20 +177,70 @@ void Sampler<T>::choose(std::string_view where, MatrixIn<T> logits, const Sampli
     top_k<T>(row_span(logits, 0), kept_);
   }
 
-  // Weights are exponentials of differences to the largest logit: no temperature is too low.
-  Index best = 0;
-  top_k<T>(row_span(logits, 0), {&best, 1});
-  const auto weight = [&](Index token) {
-    if (greedy) return 1.0;
-    const double difference = static_cast<double>(z[token]) - static_cast<double>(z[best]);
-    return std::exp(difference / sampling.temperature);
-  };
-  if (sampling.top_p < 1.0) keep_nucleus(z, sampling.top_p, weight);
-  weights_.clear();
-  if (sampling.min_p > 0.0) {
-    std::erase_if(kept_, [&](Index token) { return weight(token) < sampling.min_p; });
+  weigh(logits, sampling.temperature);
+  if (sampling.top_p < 1.0) keep_nucleus(logits.data(), sampling.top_p);
+  if (sampling.min_p > 0.0) filter([&](Index i) { return weights_[i] >= sampling.min_p; });
+}
+
+template <std::floating_point T>
+void Sampler<T>::weigh(MatrixIn<T> logits, double temperature) {
+  // Exponentials of differences to the largest logit: no temperature is too low.
+  weights_.resize(kept_.count());
+  const T* const z = logits.data();
+  const auto best = static_cast<double>(loops::max(logits.cols(), z));
+  if (temperature == 0.0) {
+    std::fill(weights_.begin(), weights_.end(), 1.0);
+    return;
   }
-  for (const Index token : kept_) weights_.push_back(weight(token));
+  for (Index i = 0; i < kept_.count(); ++i) {
+    weights_[i] = (static_cast<double>(z[kept_[i]]) - best) / temperature;
+  }
+  loops::exp_shifted<double>(weights_.count(), weights_.data(), 0.0, weights_.data());
+}
+
+template <std::floating_point T>
+void Sampler<T>::keep_nucleus(const T* z, double top_p) {
+  // The bucket in which the sum of the most probable reaches the target is found by the sums of all
+  // buckets, and the tokens of that one alone are compared with each other.
+  sums_.assign(static_cast<Index>(kBuckets), 0.0);
+  for (const double weight : weights_) sums_[bucket_of(weight)] += weight;
+  const double target = top_p * std::accumulate(sums_.begin(), sums_.end(), 0.0);
+  double sum = 0.0;
+  Index last = 0;
+  while (last + 1 < sums_.count() && sum + sums_[last] < target) sum += sums_[last++];
+  while (last > 0 && sums_[last] == 0.0) sum -= sums_[--last];  // Rounding went past the end.
+
+  candidates_.clear();
+  for (Index i = 0; i < kept_.count(); ++i) {
+    if (bucket_of(weights_[i]) == last) candidates_.push_back(i);
+  }
+  const auto more_probable = [&](Index a, Index b) {
+    const T of_a = z[kept_[a]];
+    const T of_b = z[kept_[b]];
+    return of_a > of_b || (of_a == of_b && kept_[a] < kept_[b]);
+  };
+  // The first `least` are in the nucleus, none behind the first `most` is.
+  auto least = candidates_.begin();
+  auto most = candidates_.end();
+  while (most - least > 1) {
+    const auto middle = least + (most - least) / 2;
+    std::nth_element(least, middle, most, more_probable);
+    double half = 0.0;
+    for (auto i = least; i != middle; ++i) half += weights_[*i];
+    if (sum + half < target) {
+      sum += half;
+      least = middle;
+    } else {
+      most = middle;
+    }
+  }
+  const Index worst = kept_[*least];
+  filter([&](Index i) {
+    const Index bucket = bucket_of(weights_[i]);
+    const T logit = z[kept_[i]];
+    return bucket < last ||
+           (bucket == last && (logit > z[worst] || (logit == z[worst] && kept_[i] <= worst)));
+  });
 }
 
 template <std::floating_point T>
@@ -196,15 +261,21 @@ void Sampler<T>::penalise(std::string_view where, MatrixIn<T> logits, double pen
 template <std::floating_point T>
 void Sampler<T>::keep_allowed(std::string_view where, MatrixIn<T> logits) {
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  kept_.clear();
+  const T* const z = logits.data();
+  kept_.resize(logits.cols());
+  Index count = 0;
+  bool is_sound = true;
   for (Index token = 0; token < logits.cols(); ++token) {
-    const T logit = logits(0, token);
-    if (std::isnan(logit) || logit == kInfinity) {
-      throw_error<NonFiniteError>(where, ": logits[", token,
-                                  "] = ", std::isnan(logit) ? "nan" : "inf",
-                                  ", expected finite or -inf");
-    }
-    if (logit != -kInfinity) kept_.push_back(token);
+    kept_[count] = token;
+    count += z[token] != -kInfinity ? 1 : 0;
+    is_sound = is_sound && z[token] < kInfinity;
+  }
+  kept_.resize(count);
+  for (Index token = 0; !is_sound && token < logits.cols(); ++token) {
+    if (z[token] < kInfinity) continue;
+    throw_error<NonFiniteError>(where, ": logits[", token,
+                                "] = ", std::isnan(z[token]) ? "nan" : "inf",
+                                ", expected finite or -inf");
   }
   if (kept_.empty()) {
     throw_error<NonFiniteError>(where, ": all ", logits.cols(),
