@@ -38,6 +38,7 @@
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/llama3_scaling.hpp>
 #include <weir/ops/logsumexp.hpp>
+#include <weir/ops/long_rope.hpp>
 #include <weir/ops/normal.hpp>
 #include <weir/ops/padding.hpp>
 #include <weir/ops/rope.hpp>
@@ -240,6 +241,7 @@
 #include <weir/presets/openmoe_8b.hpp>
 #include <weir/presets/openmoe_base.hpp>
 #include <weir/presets/openmoe_network.hpp>
+#include <weir/presets/phi_3_5_moe.hpp>
 #include <weir/presets/prediction.hpp>
 #include <weir/presets/qwen2_moe.hpp>
 #include <weir/presets/qwen3_30b_a3b.hpp>

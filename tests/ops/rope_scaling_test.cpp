@@ -53,6 +53,51 @@ TEST_CASE("DynamicNtkScaling changes nothing up to the original context", "[ops]
   }
 }
 
+TEST_CASE("LongRopeScaling divides each frequency by a factor of its own", "[ops][rope]") {
+  LongRopeScaling scaling{.short_factors = {1.0, 2.0, 4.0, 5.0},
+                          .long_factors = {1.5, 3.0, 10.0, 20.0},
+                          .short_mscale = 1.25,
+                          .long_mscale = 1.5,
+                          .original_context = 16,
+                          .length = 16};
+  const List<double> plain = Rope(8).frequencies();  // 1, 0.1, 0.01 and 0.001
+  const Rope near = rope_with(scaling);
+  CHECK(near.frequencies()[1] == Approx(0.05));
+  CHECK(near.frequencies()[3] == Approx(0.0002));
+  CHECK(near.scale() == 1.25);
+  scaling.length = 17;
+  const Rope far = rope_with(scaling);
+  for (Index i = 0; i < 4; ++i) {
+    CHECK(far.frequencies()[i] ==
+          Approx(plain[i] / scaling.long_factors[static_cast<std::size_t>(i)]));
+  }
+  CHECK(far.scale() == 1.5);
+  CHECK(score_scale(scaling) == 1.0);
+
+  // A rotation by an angle and a factor: the norm grows by the factor.
+  const Matrix<double> x = test::random_matrix(1, 8, 3);
+  CHECK(rotated(far, x, {5}).norm() == Approx(1.5 * x.norm()));
+}
+
+TEST_CASE("LongRopeScaling says what is wrong", "[ops][rope]") {
+  const auto message = [](auto change) {
+    LongRopeScaling scaling{.short_factors = {1.0, 1.0, 1.0, 1.0},
+                            .long_factors = {1.0, 1.0, 1.0, 1.0}};
+    change(scaling);
+    return test::message_of<ConfigError>([&] { rope_with(scaling); });
+  };
+  CHECK(message([](LongRopeScaling& s) { s.short_factors.pop_back(); }) ==
+        "Rope: long_rope.short_factors has 3 entries, expected 4, one for each pair");
+  CHECK(message([](LongRopeScaling& s) { s.long_factors[2] = 0.0; }) ==
+        "Rope: long_rope.long_factors = 0, expected a finite number > 0");
+  CHECK(message([](LongRopeScaling& s) { s.long_mscale = -1.0; }) ==
+        "Rope: long_rope.long_mscale = -1, expected a finite number > 0");
+  CHECK(message([](LongRopeScaling& s) { s.original_context = 0; }) ==
+        "Rope: long_rope.original_context = 0, expected >= 1");
+  CHECK(message([](LongRopeScaling& s) { s.length = -1; }) ==
+        "Rope: long_rope.length = -1, expected >= 0");
+}
+
 TEST_CASE("Scalings with factor 1 change nothing", "[ops][rope]") {
   CHECK(rope_with(LinearScaling{}).frequencies() == Rope(8).frequencies());
   CHECK(rope_with(Llama3Scaling{.factor = 1.0}).frequencies()[3] ==

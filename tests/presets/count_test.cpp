@@ -271,6 +271,17 @@ TEST_CASE("The gate of a shared expert is counted", "[presets]") {
   CHECK(count(shape).multiplications == without.multiplications + 6);
 }
 
+TEST_CASE("Biases of norms and head are counted", "[presets]") {
+  ModelShape shape = small_shape();
+  const ModelCount without = count(shape);
+  shape.norm_bias = shape.head_bias = true;
+  CHECK(without.norms == 3 * 6);
+  CHECK(count(shape).norms == 2 * without.norms);
+  CHECK(count(shape).head == without.head + 10);
+  shape.tied = true;
+  CHECK(count(shape).head == 0);
+}
+
 TEST_CASE("A dense model is counted by its layers", "[presets]") {
   ModelShape shape = small_shape();
   shape.experts = shape.k = shape.d_hidden = 0;

@@ -22,6 +22,7 @@
 #include <weir/io/families/llama4.hpp>
 #include <weir/io/families/mixtral.hpp>
 #include <weir/io/families/olmoe.hpp>
+#include <weir/io/families/phi_moe.hpp>
 #include <weir/io/families/qwen_moe.hpp>
 
 namespace weir::io {
@@ -32,7 +33,8 @@ using ModelConfig =
                  presets::DeepSeekV3Config, presets::DenseConfig, presets::ErnieMoeConfig,
                  presets::Glm4MoeConfig, presets::GptOssConfig, presets::GraniteMoeConfig,
                  presets::GrokConfig, presets::Llama4Config, presets::MixtralConfig,
-                 presets::OlmoeConfig, presets::Qwen2MoeConfig, presets::Qwen3Config>;
+                 presets::OlmoeConfig, presets::PhiMoeConfig, presets::Qwen2MoeConfig,
+                 presets::Qwen3Config>;
 
 namespace detail {
 

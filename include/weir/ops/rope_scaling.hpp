@@ -11,6 +11,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/llama3_scaling.hpp>
+#include <weir/ops/long_rope.hpp>
 #include <weir/ops/yarn.hpp>
 
 namespace weir {
@@ -89,7 +90,8 @@ struct DynamicNtkScaling {
 ///     rotation_scale()                     the factor of cosines and sines
 ///     score_scale()                        the factor of query times key, beside the usual one
 ///     check(where, rotary_dim, theta)      throws ConfigError if a setting is not sound
-using RopeScaling = std::variant<NoScaling, LinearScaling, DynamicNtkScaling, Llama3Scaling, Yarn>;
+using RopeScaling =
+    std::variant<NoScaling, LinearScaling, DynamicNtkScaling, Llama3Scaling, Yarn, LongRopeScaling>;
 
 /// `score_scale()` of whichever kind `scaling` is.
 inline double score_scale(const RopeScaling& scaling) {

@@ -46,7 +46,6 @@ struct Parts {
   bool parallel = false;  ///< Whether the dense network is beside its mixture, not behind it.
   EmbeddingConfig embedding = {};
   double residual_multiplier = 1.0;  ///< Of what each branch adds.
-  bool head_bias = false;
 };
 
 /// The attention of layer `layer`.
@@ -102,7 +101,7 @@ Decoder<T> compose(const ModelShape& shape, const Parts<T>& parts, Rng& rng,
   for (Index l = 0; l < shape.layers; ++l) layers.push_back(make_layer(shape, l, parts, rng));
   std::optional<Linear<T>> head;
   if (!shape.tied) {
-    head.emplace(shape.d_model, shape.vocab, rng, LinearConfig{.bias = parts.head_bias});
+    head.emplace(shape.d_model, shape.vocab, rng, LinearConfig{.bias = shape.head_bias});
   }
   return {std::move(embedding), std::move(layers), parts.norm(), std::move(head), config};
 }

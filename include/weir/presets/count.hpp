@@ -149,12 +149,12 @@ class StackCounter {
     const Count sparse = shape_.count_sparse(layers);
     const Count norms_of_branch = shape_.post_norms ? 2 : 1;
     for (Index layer = 0; layer < layers; ++layer) add_attention(layer, attentions);
-    to_.norms += layers * d_ * norms_of_branch * (attentions + 1) + d_;
+    to_.norms += layers * norm() * norms_of_branch * (attentions + 1) + norm();
     to_.position_tables += Count{shape_.position_buckets} * heads();
     add_mixtures(sparse);
     add_dense((layers - sparse) * network(shape_.dense_hidden));
     if (shape_.extra_hidden > 0) {
-      to_.norms += sparse * d_ * norms_of_branch;
+      to_.norms += sparse * norm() * norms_of_branch;
       add_dense(sparse * network(shape_.extra_hidden));
     }
   }
@@ -178,6 +178,8 @@ class StackCounter {
         attentions * attention.per_position;
     to_.window = std::max(to_.window, attention.window);
   }
+
+  Count norm() const { return shape_.norm_bias ? 2 * d_ : d_; }
 
   Count network(Count d_hidden) const { return matrices_of(shape_.network) * d_ * d_hidden; }
 
@@ -217,7 +219,7 @@ inline Count count_prediction(ModelShape shape) {
   shape.interleave = {};
   ModelCount module;
   StackCounter(shape, module).add(1, 1);  // Its final norm is one of the three.
-  return module.total() + 2 * d * d + 2 * d;
+  return module.total() + 2 * d * d + (shape.norm_bias ? 4 : 2) * d;
 }
 
 }  // namespace detail
@@ -230,7 +232,7 @@ inline ModelCount count(const ModelShape& shape) {
   ModelCount count;
   const Count table = Count{shape.vocab} * shape.d_model;
   count.embedding = table;
-  count.head = shape.tied ? 0 : table;
+  count.head = shape.tied ? 0 : table + (shape.head_bias ? shape.vocab : 0);
   count.multiplications = table;
   detail::StackCounter stack(shape, count);
   stack.add(shape.layers, shape.encoder_layers > 0 ? 2 : 1);

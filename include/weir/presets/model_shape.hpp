@@ -43,6 +43,8 @@ struct ModelShape {
   std::optional<AttentionShape> other_attention = {};  ///< If set, some layers have this instead.
   Interleave others = {};   ///< The layers that it calls sparse have `other_attention`.
   bool post_norms = false;  ///< Whether each branch has a norm behind it, and not only before it.
+  bool norm_bias = false;   ///< Whether norms have a bias.
+  bool head_bias = false;   ///< Whether the output head has a bias, where it is one of its own.
 
   Interleave interleave = {};  ///< Which layers are mixtures of experts, if there are experts.
   Index experts = 0;           ///< 0: the model is dense.

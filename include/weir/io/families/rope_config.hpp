@@ -9,6 +9,7 @@
 #include <string>
 #include <type_traits>
 #include <variant>
+#include <vector>
 
 #include <weir/core/types.hpp>
 #include <weir/io/config_file.hpp>
@@ -44,6 +45,25 @@ inline RopeScaling read_yarn(ConfigFile& json, Index context, bool scores) {
   return yarn;
 }
 
+/// The context that the configuration says decides which factors are taken.
+inline RopeScaling read_long_rope(ConfigFile& json, Index context) {
+  const auto factors = [&](const char* key) {
+    std::vector<double> all;
+    const nlohmann::json& list = json.at(key);
+    for (const nlohmann::json& value : list) {
+      if (!list.is_array() || !value.is_number()) json.bad(key, "a list of numbers");
+      all.push_back(value.get<double>());
+    }
+    return all;
+  };
+  return LongRopeScaling{.short_factors = factors("short_factor"),
+                         .long_factors = factors("long_factor"),
+                         .short_mscale = json.number("short_mscale"),
+                         .long_mscale = json.number("long_mscale"),
+                         .original_context = json.count("original_max_position_embeddings"),
+                         .length = context};
+}
+
 inline RopeScaling read_scaling(ConfigFile& json, Index context, bool scores) {
   const std::string kind = json.text("rope_type", json.text("type", "default"));
   if (kind == "default") return NoScaling{};
@@ -58,7 +78,11 @@ inline RopeScaling read_scaling(ConfigFile& json, Index context, bool scores) {
                          .high_freq_factor = json.number("high_freq_factor"),
                          .original_context = json.count("original_max_position_embeddings")};
   }
-  if (kind != "yarn") json.bad("rope_type", "default, linear, dynamic, llama3 or yarn");
+  if (kind == "longrope") return read_long_rope(json, context);
+  if (kind != "yarn") {
+    json.bad(json.has("rope_type") ? "rope_type" : "type",
+             "default, linear, dynamic, llama3, yarn or longrope");
+  }
   return read_yarn(json, context, scores);
 }
 
@@ -111,6 +135,14 @@ inline void write_rope(const RopeSettings& rope, bool scores, nlohmann::json& js
                      {"low_freq_factor", kind.low_freq_factor},
                      {"high_freq_factor", kind.high_freq_factor},
                      {"original_max_position_embeddings", kind.original_context}};
+        } else if constexpr (std::is_same_v<Kind, LongRopeScaling>) {
+          scaling = {{"type", "longrope"},
+                     {"short_factor", kind.short_factors},
+                     {"long_factor", kind.long_factors},
+                     {"short_mscale", kind.short_mscale},
+                     {"long_mscale", kind.long_mscale},
+                     {"original_max_position_embeddings", kind.original_context}};
+          json["max_position_embeddings"] = kind.length;
         } else if constexpr (std::is_same_v<Kind, Yarn>) {
           scaling = {{"rope_type", "yarn"},
                      {"factor", kind.factor},
