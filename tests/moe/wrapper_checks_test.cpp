@@ -93,7 +93,8 @@ TEST_CASE("A selector that is changed inside of another one is refused in the ne
 }
 
 TEST_CASE("A capacity around another one refuses what it refuses", "[moe][capacity][wrapper]") {
-  const Strict strict{.most = 0};
+  Strict strict;
+  strict.most = 0;
   const std::string expected = "Strict: most = 0, expected >= 1";
   CHECK(refused(SoftmaxTopK<double>(), strict) == expected);
   CHECK(refused(SoftmaxTopK<double>(), RenormaliseKept(strict)) == expected);
