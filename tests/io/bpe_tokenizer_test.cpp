@@ -225,6 +225,15 @@ TEST_CASE("Decoding leaves out ids without a token, and refuses negative ones", 
         }) == "decode: id = -1, expected >= 0");
 }
 
+TEST_CASE("Decoding removes one space where encoding adds one", "[io][tokenizer]") {
+  const BpeTokenizer tokenizer = tokenizer_of(test::character_json());
+  CHECK(tokenizer.decode(Ids{259}).empty());
+  CHECK(tokenizer.decode(Ids{1, 259, 259}) == " ");
+  CHECK(tokenizer.decode(Ids{273}) == " ");
+  CHECK(tokenizer.decode(Ids{263, 259}) == "a ");
+  CHECK(tokenizer.decode(Ids{1, 259}, Specials::kKeep) == "<s> ");
+}
+
 TEST_CASE("A tokenizer on bytes gives each text back, and U+FFFD for what is none",
           "[io][tokenizer]") {
   const BpeTokenizer bytes = tokenizer_of(test::byte_level_json());

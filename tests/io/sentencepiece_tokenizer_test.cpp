@@ -94,6 +94,30 @@ TEST_CASE("SentencePieceTokenizer gives the tokens and texts of the library", "[
   }
 }
 
+TEST_CASE("SentencePieceTokenizer decodes any tokens as the library does", "[io][tokenizer]") {
+  const auto settings = GENERATE(as<std::string>{}, kLlama, "--model_type=unigram --vocab_size=120",
+                                 "--model_type=unigram --vocab_size=120 --add_dummy_prefix=false",
+                                 "--model_type=unigram --vocab_size=120 --add_dummy_prefix=false "
+                                 "--remove_extra_whitespaces=false");
+  const test::Folder folder;
+  const std::string path = (folder.path() / "tokenizer.model").string();
+  train(path, settings);
+  const SentencePieceTokenizer tokenizer = SentencePieceTokenizer::read(path);
+  sentencepiece::SentencePieceProcessor library;
+  REQUIRE(library.Load(path).ok());
+
+  std::mt19937 random(9);
+  const int space = library.PieceToId("▁");
+  for (int round = 0; round < 300; ++round) {
+    std::vector<int> ids;
+    for (auto left = random() % 8; left > 0; --left) {
+      const int id = static_cast<int>(random() % static_cast<unsigned int>(tokenizer.vocab_size()));
+      ids.push_back(random() % 3 == 0 || library.IsByte(id) ? space : id);
+    }
+    CHECK(tokenizer.decode(Ids(ids.begin(), ids.end())) == library.DecodeIds(ids));
+  }
+}
+
 TEST_CASE("SentencePieceTokenizer reads special tokens only where it is asked to",
           "[io][tokenizer]") {
   const test::Folder folder;

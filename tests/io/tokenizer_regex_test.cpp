@@ -39,6 +39,8 @@ TEST_CASE("Regex divides text as the expressions of published models want it", "
         Words{"I", "'VE", " ", "123", "45", " ", " words", ".\n\n", " x"});
   CHECK(words(patterns::kO200k, "camelCase HTTPServer's \xC3\x89t\xC3\xA9/\n") ==
         Words{"camel", "Case", " HTTPServer's", " \xC3\x89t\xC3\xA9", "/\n"});
+  CHECK(words(patterns::kKimiK2, "ab\xE6\xBC\xA2\xE5\xAD\x97 C\xE3\x81\x82") ==
+        Words{"ab", "\xE6\xBC\xA2\xE5\xAD\x97", " C\xE3\x81\x82"});
 }
 
 TEST_CASE("Regex has Unicode's classes, and Oniguruma's meaning of them", "[io][tokenizer]") {
@@ -57,6 +59,7 @@ TEST_CASE("Regex has Unicode's classes, and Oniguruma's meaning of them", "[io][
   // "^" and "$" are those of lines, "." is not the end of one.
   CHECK(words(R"(\s+$)", "a  \nb \n ") == Words{"  ", " \n "});
   CHECK(words("^.+", "ab\ncd\r") == Words{"ab", "cd\r"});
+  CHECK(words("[a-e&&[^bd]]+", "abcde") == Words{"a", "c", "e"});
   CHECK(words("(?<=a)b|(?>a+)c|[\\]\\\\]", "ab aac]\\") == Words{"b", "aac", "]", "\\"});
 }
 
@@ -67,7 +70,13 @@ TEST_CASE("Regex refuses what PCRE2 and Oniguruma read differently", "[io][token
   CHECK(complaint(R"((a)\1)") == R"(uses \1, which weir does not know)");
   CHECK(complaint(R"(\pL)") == "has a property without braces at byte 0");
   CHECK(complaint(R"(\p{^L})") == "uses the property '^L', which weir does not know");
-  CHECK(complaint("[a-z&&[^b]]") == "combines sets at byte 4, which weir does not know");
+  CHECK(complaint("[a-z&&[bc]]") == "combines sets at byte 4, which weir does not know");
+  CHECK(complaint("[a-z&&b]") == "combines sets at byte 4, which weir does not know");
+  CHECK(complaint("[^a&&[^b]]") == "combines sets at byte 3, which weir does not know");
+  CHECK(complaint("[a&&[^b]c]") == "combines sets at byte 7, which weir does not know");
+  CHECK(complaint("[a&&[^b&&c]]") == "combines sets at byte 7, which weir does not know");
+  CHECK(complaint("[&&[^b]]") == "has an empty set at byte 1");
+  CHECK(complaint("[a&&[^b]") == "combines sets at byte 7, which weir does not know");
   CHECK(complaint("[[:alpha:]]") == "combines sets at byte 1, which weir does not know");
   CHECK(complaint("[]a]") == "has an empty set at byte 1");
   CHECK(complaint("[a") == "has a set without an end");

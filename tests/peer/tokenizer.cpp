@@ -2,8 +2,9 @@
 // What weir makes of texts, for tokenizer.mjs to compare with what other libraries make of them.
 //
 //     peer_tokenizer json FILE < TEXTS                    a tokenizer.json
-//     peer_tokenizer ranks FILE PATTERN SPECIAL < TEXTS   a file of ranks, see RanksConfig;
-//                                                         SPECIAL is {"name": id, ...}
+//     peer_tokenizer ranks FILE MODEL SPECIAL < TEXTS     a file of ranks, with the pattern of
+//                                                         MODEL; SPECIAL is {"name": id, ...}
+//     peer_tokenizer pattern MODEL                        that pattern
 //     peer_tokenizer unassigned                           the characters that its Unicode does not
 //                                                         have, in one text
 //
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <exception>
 #include <iostream>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
@@ -18,22 +20,31 @@
 
 #include <weir/io/bpe_tokenizer.hpp>
 #include <weir/io/regex.hpp>
+#include <weir/io/token_ranks.hpp>
 
 namespace {
+
+std::string pattern_of(const std::string& model) {
+  const std::map<std::string, std::string> patterns = {{"gpt2", weir::io::patterns::kGpt2},
+                                                       {"cl100k_base", weir::io::patterns::kCl100k},
+                                                       {"o200k_base", weir::io::patterns::kO200k},
+                                                       {"kimi_k2", weir::io::patterns::kKimiK2}};
+  return patterns.at(model);
+}
 
 weir::io::BpeTokenizer tokenizer_of(const std::vector<std::string>& arguments) {
   if (arguments.size() == 2 && arguments[0] == "json") {
     return weir::io::BpeTokenizer::read(arguments[1]);
   }
   if (arguments.size() == 4 && arguments[0] == "ranks") {
-    weir::io::RanksConfig config{.pattern = arguments[2]};
+    weir::io::RanksConfig config{.pattern = pattern_of(arguments[2])};
     const auto special = nlohmann::json::parse(arguments[3]);
     for (const auto& [name, id] : special.items()) {
       config.special.emplace_back(name, id.get<weir::Index>());
     }
     return weir::io::BpeTokenizer::from_ranks(arguments[1], config);
   }
-  throw std::invalid_argument("peer_tokenizer: expected json FILE or ranks FILE PATTERN SPECIAL");
+  throw std::invalid_argument("peer_tokenizer: expected json FILE or ranks FILE MODEL SPECIAL");
 }
 
 std::string unassigned_characters() {
@@ -64,6 +75,10 @@ int main(int argc, char** argv) {
   try {
     if (argc == 2 && std::string(argv[1]) == "unassigned") {
       std::cout << unassigned_characters();
+      return 0;
+    }
+    if (argc == 3 && std::string(argv[1]) == "pattern") {
+      std::cout << pattern_of(argv[2]);
       return 0;
     }
     const auto tokenizer = tokenizer_of({argv + 1, argv + argc});

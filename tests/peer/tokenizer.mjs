@@ -3,10 +3,10 @@
 //
 //     node tokenizer.mjs PROGRAM MODULES [TEXTS]
 //
-// PROGRAM is peer_tokenizer, MODULES a node_modules with the packages named in tokenizer.cmake: the
-// libraries `tokenizers` (Hugging Face's, in Rust) and `tiktoken` (OpenAI's, in Rust), and
-// vocabularies of published models. TEXTS is how many random texts there are for each vocabulary.
-// Ends with 77 where the packages are missing.
+// PROGRAM is peer_tokenizer, MODULES a node_modules with what .ci/run installs: the libraries
+// `tokenizers` (Hugging Face's, in Rust) and `tiktoken` (OpenAI's, in Rust), and vocabularies of
+// published models. TEXTS is how many random texts there are for each vocabulary. Ends with 77
+// where the packages are missing.
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { createRequire } from 'node:module';
@@ -20,7 +20,7 @@ if (!existsSync(join(modules, 'tokenizers')) || !existsSync(join(modules, 'tikto
   process.exit(77);
 }
 const require = createRequire(join(modules, 'none.js'));
-const { Tokenizer } = require('tokenizers');
+const { Tokenizer, nfcNormalizer } = require('tokenizers');
 const { Tiktoken } = require('tiktoken/lite');
 
 // --- Texts ------------------------------------------------------------------------------------
@@ -59,8 +59,10 @@ const parts = [
   'HTTPServer', 'camelCase', 'snake_case', 'ÀÉÎ', 'straße', 'ǅ', 'ŉ', 'ﬁ', 'İ', 'e\u0301', 'é',
   'a\u0308\u0323', '\u1100\u1161\u11a8', '각', '\u0958', '\u212b', '\u2126', '漢字', '你好，世界。',
   'ひらがな', 'カタカナ', '한국어', 'العربية', 'עִבְרִית', 'हिन्दी', 'ไทย', 'ქართული', 'ᏣᎳᎩ', 'ߒߞߏ',
-  '0', '7', '42', '123', '1234', '1234567890', '3.14159', '1,000,000', '½', '²', 'Ⅷ', '٣٤', '५', '一二三',
-  '𝟘', '👍', '👩‍👩‍👧‍👦', '🇩🇪', '❤️', '🏳️‍🌈', '#include <x>', 'int main() {', '    return 0;\n}', '/**/', '://',
+  '0', '7', '42', '123', '1234', '1234567890', '3.14159', '1,000,000', '½', '²', 'Ⅷ', '٣٤', '५',
+  '一二三',
+  '𝟘', '👍', '👩‍👩‍👧‍👦', '🇩🇪', '❤️', '🏳️‍🌈', '#include <x>', 'int main() {', '    return 0;\n}',
+  '/**/', '://',
   '<|endoftext|>', '<|im_start|>', '<|begin_of_text|>', '<s>', '</s>', '<unk>', '<0x0A>',
   '<｜begin▁of▁sentence｜>', '▁', '▁▁the', 'Ġ', 'Ċ', '\ufffd', '\u{10fffd}', '\u{e0001}'];
 
@@ -80,7 +82,9 @@ function texts() {
     for (let j = 0; j < length; ++j) text += below(100) < share ? anyCharacter() : oneOf(parts);
     all.push(text);
   }
-  return all;
+  // The library's normal form is that of an older Unicode.
+  const form = nfcNormalizer();
+  return all.filter((text) => form.normalizeString(text) === text.normalize('NFC'));
 }
 
 // --- Comparison -------------------------------------------------------------------------------
@@ -101,9 +105,11 @@ async function compare(name, args, peer) {
   for (let i = 0; i < all.length && i < lines.length; ++i) {
     const ours = JSON.parse(lines[i]);
     const theirs = await peer(all[i]);
-    if (ours.ids.join() === theirs.ids.join() && (theirs.text === null || ours.text === theirs.text)) continue;
+    const sameText = theirs.text === null || ours.text === theirs.text;
+    if (sameText && ours.ids.join() === theirs.ids.join()) continue;
     if (++different <= 5) {
-      console.log(`${name}: ${JSON.stringify(all[i])}\n  weir ${ours.ids} ${JSON.stringify(ours.text)}\n` +
+      console.log(`${name}: ${JSON.stringify(all[i])}\n` +
+                  `  weir ${ours.ids} ${JSON.stringify(ours.text)}\n` +
                   `  peer ${theirs.ids} ${JSON.stringify(theirs.text)}`);
     }
   }
@@ -115,7 +121,8 @@ async function compare(name, args, peer) {
 const added = (id, content, settings) => ({
   id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special: false,
   ...settings });
-const byteLevel = { type: 'ByteLevel', add_prefix_space: false, trim_offsets: true, use_regex: true };
+const byteLevel = { type: 'ByteLevel',
+  add_prefix_space: false, trim_offsets: true, use_regex: true };
 const split = (regex, behavior, invert) =>
   ({ type: 'Split', pattern: { Regex: regex }, behavior, invert });
 const metaspace = (prepend_scheme) => (json) => {
@@ -131,7 +138,8 @@ const variants = {
     published: () => {},
     'digits and a template': (json) => {
       json.pre_tokenizer = { type: 'Sequence',
-                             pretokenizers: [{ type: 'Digits', individual_digits: true }, byteLevel] };
+                             pretokenizers: [{ type: 'Digits', individual_digits: true },
+                               byteLevel] };
       const token = (id) => ({ SpecialToken: { id, type_id: 0 } });
       json.post_processor = { type: 'Sequence', processors: [byteLevel, {
         type: 'TemplateProcessing', pair: [],
@@ -144,13 +152,24 @@ const variants = {
         { type: 'NFC' }, { type: 'Replace', pattern: { String: 'a' }, content: 'the ' },
         { type: 'Prepend', prepend: '-' }] };
       json.pre_tokenizer = { ...byteLevel, add_prefix_space: true };
-      json.added_tokens.push(added(128815, 'int main', { lstrip: true, rstrip: true, normalized: true }),
+      json.added_tokens.push(added(128815, 'int main',
+        { lstrip: true, rstrip: true, normalized: true }),
                              added(128816, '漢字', { rstrip: true, special: true }),
                              added(128817, '你好', { lstrip: true, special: true }),
                              added(128818, '漢', { special: true }));
     },
+    // DeepSeek-V2's steps, and one of Kimi K2's.
+    'many splits': (json) => {
+      json.pre_tokenizer.pretokenizers = [
+        split('[\\r\\n]', 'Isolated', false), split('\\s?\\p{L}+', 'Isolated', false),
+        split('\\s?\\p{P}+', 'Isolated', false), split('[一-龥ࠀ-一가-퟿]+', 'Isolated', false),
+        split('\\s+$', 'Isolated', false), split('[\\p{L}\\p{M}&&[^\\p{Han}]]+', 'Isolated', false),
+        { type: 'Digits', individual_digits: true },
+        { ...byteLevel, use_regex: false }];
+    },
     'words that are left out': (json) => {
-      json.pre_tokenizer.pretokenizers.unshift(split('\\d{2,}|[\\p{Han}]+(?=\\S)|(?<=a)b', 'Removed', false),
+      json.pre_tokenizer.pretokenizers.unshift(split('\\d{2,}|[\\p{Han}]+(?=\\S)|(?<=a)b',
+        'Removed', false),
                                                { type: 'Digits', individual_digits: false });
       json.model.ignore_merges = true;
     },
@@ -180,25 +199,35 @@ try {
       writeFileSync(file, JSON.stringify(json));
       const tokenizer = Tokenizer.fromFile(file);
       // That library decodes added tokens as normalising left them, weir as they are written.
-      const decodes = !json.added_tokens.some((token) => token.normalized && json.normalizer?.normalizers?.length);
+      const normalises = json.normalizer?.normalizers?.length > 0;
+      const decodes = !(normalises && json.added_tokens.some((token) => token.normalized));
       await compare(`tokenizers, ${model}, ${name}`, ['json', file], async (text) => {
         const ids = (await tokenizer.encode(text)).getIds();
         return { ids, text: decodes ? await tokenizer.decode(ids, true) : null };
       });
     }
   }
-  for (const model of ['gpt2', 'cl100k_base', 'o200k_base']) {
-    const { bpe_ranks, special_tokens, pat_str } = require(`tiktoken/encoders/${model}.json`);
+  // The vocabulary of Kimi K2 is in no package: its pattern is compared with another.
+  const vocabularies = { gpt2: 'gpt2', cl100k_base: 'cl100k_base', o200k_base: 'o200k_base',
+                         kimi_k2: 'o200k_base' };
+  for (const [model, vocabulary] of Object.entries(vocabularies)) {
+    const { bpe_ranks, special_tokens, pat_str } =
+      require(`tiktoken/encoders/${vocabulary}.json`);
     const file = join(folder, model);
     // Lines of "! first-rank token token ...".
     const lines = [];
     for (const line of bpe_ranks.split('\n')) {
       const [, first, ...tokens] = line.split(' ');
-      tokens.forEach((token, i) => { lines[Number(first) + i] = `${token} ${Number(first) + i}`; });
+      tokens.forEach((token, i) => {
+        lines[Number(first) + i] = `${token} ${Number(first) + i}`;
+      });
     }
     writeFileSync(file, lines.join('\n') + '\n');
-    const encoder = new Tiktoken(bpe_ranks, special_tokens, pat_str);
-    await compare(`tiktoken, ${model}`, ['ranks', file, pat_str, JSON.stringify(special_tokens)], (text) => {
+    const pattern = model === vocabulary ?
+      pat_str : spawnSync(program, ['pattern', model]).stdout.toString();
+    const encoder = new Tiktoken(bpe_ranks, special_tokens, pattern);
+    const args = ['ranks', file, model, JSON.stringify(special_tokens)];
+    await compare(`tiktoken, ${model}`, args, (text) => {
       return { ids: encoder.encode(text, 'all'), text: null };
     });
   }

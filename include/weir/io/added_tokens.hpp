@@ -90,9 +90,7 @@ inline std::vector<AddedTokens::Piece> AddedTokens::split(std::string_view text,
     std::size_t end = at + token->text.size();
     at = end;
     if (token->is_special && !read_special) continue;
-    if (token->strips_left) {
-      begin = std::max(done, begin - spaces_at_end(text.substr(0, begin)));
-    }
+    if (token->strips_left) begin -= spaces_at_end(text.substr(0, begin));
     if (token->strips_right) end += spaces_at_start(text.substr(end));
     if (begin > done) pieces.push_back({nullptr, done, text.substr(done, begin - done)});
     pieces.push_back({token, begin, text.substr(begin, end - begin)});

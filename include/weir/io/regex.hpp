@@ -25,9 +25,9 @@ namespace weir::io {
 
 /// A regular expression in the syntax of Oniguruma, the library for which those of tokenizer.json
 /// are written, matched by PCRE2. Taken is what means the same to both: characters, `.`, `^`, `$`
-/// (at lines), sets of characters and ranges, \s \S \d \D, \p{..} with a general category or a
-/// script, (?:..), (?i:..), (?>..), look-around, `|` and the quantifiers. Everything else is
-/// refused with the reason, and so is what can match nothing. White space is Unicode's.
+/// (at lines), sets of characters and ranges, also [A&&[^B]], \s \S \d \D, \p{..} with a general
+/// category or a script, (?:..), (?i:..), (?>..), look-around, `|` and the quantifiers. Everything
+/// else is refused with the reason, and so is what can match nothing. White space is Unicode's.
 class Regex {
  public:
   /// Where a match begins, and where it ends.
@@ -68,6 +68,7 @@ class Regex {
   std::size_t read_escape(std::size_t at, std::string& result) const;
   std::size_t read_property(std::size_t at, std::string& result) const;
   std::size_t read_set(std::size_t at, std::string& result) const;
+  std::size_t read_list(std::size_t at, std::string& result) const;
   std::size_t read_group(std::size_t at, std::string& result) const;
   std::size_t read_count(std::size_t at, std::string& result) const;
 
@@ -195,24 +196,45 @@ inline std::size_t Regex::read_property(std::size_t at, std::string& result) con
   return end + 1;
 }
 
-/// A set of characters. Oniguruma reads "&&" and a bracket within it as operations.
+/// A set of characters. "[A&&[^B]]" is those of A that are not in B; other brackets and "&&" within
+/// a set, which Oniguruma knows and PCRE2 does not, are refused.
 inline std::size_t Regex::read_set(std::size_t at, std::string& result) const {
+  std::string set;
+  const std::size_t begin = at;
+  at = read_list(at, set);
+  if (!rest(at).starts_with("&&")) {
+    result += set + "]";
+    return at + 1;
+  }
+  std::string without;
+  if (!rest(at).starts_with("&&[^") || rest(begin).starts_with("[^")) {
+    reject("combines sets at byte ", at, ", which weir does not know");
+  }
+  at = read_list(at + 2, without);
+  if (!rest(at).starts_with("]]")) {
+    reject("combines sets at byte ", at, ", which weir does not know");
+  }
+  result += "(?:(?![" + without.substr(2) + "])" + set + "])";
+  return at + 2;
+}
+
+/// A set up to its end or to "&&", neither of which is read.
+inline std::size_t Regex::read_list(std::size_t at, std::string& result) const {
   result += pattern_[at++];
   if (rest(at).starts_with('^')) result += pattern_[at++];
-  if (rest(at).starts_with(']')) reject("has an empty set at byte ", at);
-  while (at < pattern_.size() && pattern_[at] != ']') {
+  if (rest(at).starts_with(']') || rest(at).starts_with("&&")) {
+    reject("has an empty set at byte ", at);
+  }
+  while (at < pattern_.size() && pattern_[at] != ']' && !rest(at).starts_with("&&")) {
     if (pattern_[at] == '\\') {
       at = read_escape(at, result);
       continue;
     }
-    if (pattern_[at] == '[' || rest(at).starts_with("&&")) {
-      reject("combines sets at byte ", at, ", which weir does not know");
-    }
+    if (pattern_[at] == '[') reject("combines sets at byte ", at, ", which weir does not know");
     result += pattern_[at++];
   }
   if (at == pattern_.size()) reject("has a set without an end");
-  result += pattern_[at];
-  return at + 1;
+  return at;
 }
 
 /// The beginning of a group.
