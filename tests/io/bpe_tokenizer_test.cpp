@@ -190,6 +190,14 @@ TEST_CASE("BpeTokenizer reads and writes special tokens only where it is asked t
   CHECK(tokenizer.decode(ids, Specials::kKeep) == "<|begin|>the<|end|>word");
 }
 
+TEST_CASE("BpeTokenizer puts the tokens of its template before and behind a text",
+          "[io][tokenizer]") {
+  json file = test::byte_level_json();
+  json& single = file["post_processor"]["single"];
+  single.push_back(single[0]);
+  CHECK(tokenizer_of(file).encode("the") == Ids{281, 260, 281});
+}
+
 TEST_CASE("A tokenizer names its tokens", "[io][tokenizer]") {
   BpeTokenizer tokenizer = tokenizer_of(test::byte_level_json());
   CHECK(tokenizer.vocab_size() == 284);
