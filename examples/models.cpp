@@ -27,7 +27,10 @@
 #include <weir/presets/deepseek_v2.hpp>
 #include <weir/presets/deepseek_v2_lite.hpp>
 #include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/ernie_4_5.hpp>
+#include <weir/presets/glm_4_5.hpp>
 #include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/granite_moe.hpp>
 #include <weir/presets/grok_1.hpp>
 #include <weir/presets/llama_4_scout.hpp>
 #include <weir/presets/mixtral_8x22b.hpp>
@@ -36,6 +39,8 @@
 #include <weir/presets/openmoe_34b.hpp>
 #include <weir/presets/openmoe_8b.hpp>
 #include <weir/presets/openmoe_base.hpp>
+#include <weir/presets/phi_3_5_moe.hpp>
+#include <weir/presets/qwen2_moe.hpp>
 #include <weir/presets/qwen3_30b_a3b.hpp>
 #include <weir/presets/scaled.hpp>
 #include <weir/presets/st_moe_32b.hpp>
@@ -178,6 +183,14 @@ std::vector<Model> all_models() {
       model("gpt-oss-20b", gpt_oss_20b(), "20.9B", "3.6B", "active without the embedding"),
       model("Llama-4-Scout", llama_4_scout(), "109B", "17B",
             "the language model alone; 109B with the one for pictures"),
+      model("Kimi-K2", kimi_k2(), "1.04T", "32.6B", "1.04T as its paper counts"),
+      model("GLM-4.5-Air", glm_4_5_air(), "106B", "12B", "active without the embedding"),
+      model("GLM-4.5", glm_4_5(), "355B", "32B",
+            "355B with the module of multi-token prediction; active without the embedding"),
+      model("ERNIE-4.5-21B-A3B", ernie_4_5_21b_a3b(), "21B", "3B"),
+      model("Qwen1.5-MoE-A2.7B", qwen1_5_moe_a2_7b(), "14.3B", "2.7B"),
+      model("Granite-3.1-1B-A400M", granite_3_1_1b_a400m(), "1.3B", "400M"),
+      model("Phi-3.5-MoE", phi_3_5_moe(), "42B", "6.6B"),
   };
 }
 

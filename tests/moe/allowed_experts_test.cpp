@@ -18,6 +18,7 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
+#include <weir/moe/selector/biased_probability_top_k.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/relaxed_top_k.hpp>
@@ -86,6 +87,7 @@ void for_each_selector(Body&& body) {
     biased("sigmoid", SigmoidTopK<double>(6, config), SigmoidTopK<double>(4, config));
   }
   biased("biased softmax", BiasedSoftmaxTopK<double>(6), BiasedSoftmaxTopK<double>(4));
+  biased("biased probability", BiasedProbabilityTopK<double>(6), BiasedProbabilityTopK<double>(4));
   same("straight-through", StraightThrough<double>({.k = 3}));
   same("relaxed", RelaxedTopK<double>({.k = 3, .descent = {.epsilon = 0.4}}));
 }
@@ -206,6 +208,7 @@ TEST_CASE("A forbidden expert does not win where allowed ones lost all to underf
         expected);
   CHECK(test::route(SigmoidTopK<double>(4), logits, pass).expert == expected);
   CHECK(test::route(BiasedSoftmaxTopK<double>(4), logits, pass).expert == expected);
+  CHECK(test::route(BiasedProbabilityTopK<double>(4), logits, pass).expert == expected);
   CHECK(
       test::route(SoftmaxTopK<double>({.k = 2, .groups = {.count = 2, .allowed = 2}}), logits, pass)
           .expert == expected);
@@ -384,6 +387,8 @@ TEST_CASE("Forbidding too much is an error that names the token", "[moe][allowed
         "SigmoidTopK: token 1 is allowed 2 of 4 experts, expected at least k = 3");
   CHECK(message(BiasedSoftmaxTopK<double>(4), last) ==
         "BiasedSoftmaxTopK: token 2 is allowed 1 of 4 experts, expected at least k = 2");
+  CHECK(message(BiasedProbabilityTopK<double>(4), last) ==
+        "BiasedProbabilityTopK: token 2 is allowed 1 of 4 experts, expected at least k = 2");
   CHECK(message(Threshold<double>({.k = 2}), last) ==
         "Threshold: token 2 is allowed 1 of 4 experts, expected at least k = 2");
   CHECK(message(Sinkhorn<double>({.k = 2}), last) ==

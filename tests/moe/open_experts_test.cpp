@@ -30,6 +30,7 @@
 #include <weir/moe/capacity/renormalise_kept.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
+#include <weir/moe/selector/biased_probability_top_k.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
@@ -115,6 +116,7 @@ void for_each_selector(Body&& body) {
   }
   body("sigmoid", SigmoidTopK<double>(6), SigmoidTopK<double>(4));
   body("biased softmax", BiasedSoftmaxTopK<double>(6), BiasedSoftmaxTopK<double>(4));
+  body("biased probability", BiasedProbabilityTopK<double>(6), BiasedProbabilityTopK<double>(4));
 }
 
 template <class Body>
@@ -283,4 +285,6 @@ TEST_CASE("Every rule moves the bias as in a layer without the experts that are 
   check(SigmoidTopK<double>(6), SigmoidTopK<double>(4),
         BiasBalance<double>({.rate = 0.1, .rule = BiasRule::kProportional, .recentre = true}));
   check(BiasedSoftmaxTopK<double>(6), BiasedSoftmaxTopK<double>(4), QuantileBalance<double>());
+  check(BiasedProbabilityTopK<double>(6), BiasedProbabilityTopK<double>(4),
+        BiasBalance<double>({.rate = 0.1}));
 }

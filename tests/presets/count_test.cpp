@@ -10,7 +10,11 @@
 #include <weir/presets/deepseek_v2.hpp>
 #include <weir/presets/deepseek_v2_lite.hpp>
 #include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/dense.hpp>
+#include <weir/presets/ernie_4_5.hpp>
+#include <weir/presets/glm_4_5.hpp>
 #include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/granite_moe.hpp>
 #include <weir/presets/grok_1.hpp>
 #include <weir/presets/llama_4_scout.hpp>
 #include <weir/presets/mixtral_8x22b.hpp>
@@ -19,6 +23,8 @@
 #include <weir/presets/openmoe_34b.hpp>
 #include <weir/presets/openmoe_8b.hpp>
 #include <weir/presets/openmoe_base.hpp>
+#include <weir/presets/phi_3_5_moe.hpp>
+#include <weir/presets/qwen2_moe.hpp>
 #include <weir/presets/qwen3_30b_a3b.hpp>
 #include <weir/presets/st_moe_32b.hpp>
 #include <weir/presets/switch_base_128.hpp>
@@ -66,6 +72,16 @@ TEST_CASE("The counts of published models are right to the last digit", "[preset
       {"DBRX", dbrx().shape, 131'596'523'520, 36'469'708'800},
       {"OLMoE-1B-7B", olmoe_1b_7b().shape, 6'919'161'856, 1'282'017'280},
       {"Qwen3-30B-A3B", qwen3_30b_a3b().shape, 30'532'122'624, 3'353'032'704},
+      {"Qwen1.5-MoE-A2.7B", qwen1_5_moe_a2_7b().shape, 14'315'784'192, 2'689'173'504},
+      {"Kimi K2", kimi_k2().shape, 1'026'408'232'448, 32'861'500'928},
+      {"GLM-4.5-Air", glm_4_5_air().shape, 106'852'251'264, 13'424'129'664},
+      {"GLM-4.5", glm_4_5().shape, 352'797'829'024, 33'632'266'144},
+      {"ERNIE-4.5-21B-A3B", ernie_4_5_21b_a3b().shape, 21'825'437'888, 3'352'150'208},
+      {"Granite-3.1-1B-A400M", granite_3_1_1b_a400m().shape, 1'334'628'352, 428'658'688},
+      {"Phi-3.5-MoE", phi_3_5_moe().shape, 41'873'153'344, 6'640'999'744},
+      {"Llama 3.1 8B", llama_3_1_8b().shape, 8'030'261'248, 8'030'261'248},
+      {"Mistral 7B", mistral_7b().shape, 7'241'732'096, 7'241'732'096},
+      {"Qwen3-8B", qwen3_8b().shape, 8'190'735'360, 8'190'735'360},
       {"gpt-oss-20b", gpt_oss_20b().shape, 20'914'757'184, 4'187'440'704},
       {"Llama-4-Scout", llama_4_scout().shape, 107'769'861'120, 17'172'894'720},
       {"DeepSeekMoE-16B", deepseek_moe_16b().shape, 16'375'728'128, 2'828'650'496},
@@ -123,6 +139,9 @@ TEST_CASE("DeepSeek-V3's module of multi-token prediction is counted apart", "[p
   // With its own copy of embedding and head, as the files have it: 685 billion.
   CHECK(c.total() + c.prediction + c.embedding + c.head == 684'489'845'504);
   CHECK(count(deepseek_v2()).prediction == 0);
+  // GLM-4.5-Air's files, which have such copies too, are said to hold 110 billion.
+  const ModelCount air = count(glm_4_5_air());
+  CHECK(air.total() + air.prediction + air.embedding + air.head == 110'468'824'832);
 }
 
 TEST_CASE("Latent attention keeps 576 values of a token in each layer", "[presets][golden]") {

@@ -24,7 +24,11 @@
 #include <weir/presets/deepseek_v2.hpp>
 #include <weir/presets/deepseek_v2_lite.hpp>
 #include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/dense.hpp>
+#include <weir/presets/ernie_4_5.hpp>
+#include <weir/presets/glm_4_5.hpp>
 #include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/granite_moe.hpp>
 #include <weir/presets/grok_1.hpp>
 #include <weir/presets/llama_4_scout.hpp>
 #include <weir/presets/mixtral_8x22b.hpp>
@@ -32,6 +36,8 @@
 #include <weir/presets/olmoe_1b_7b.hpp>
 #include <weir/presets/openmoe_8b.hpp>
 #include <weir/presets/openmoe_base.hpp>
+#include <weir/presets/phi_3_5_moe.hpp>
+#include <weir/presets/qwen2_moe.hpp>
 #include <weir/presets/qwen3_30b_a3b.hpp>
 #include <weir/presets/scaled.hpp>
 #include <weir/presets/st_moe_32b.hpp>
@@ -97,6 +103,12 @@ std::vector<Small> all_presets(const Scale& to = {.d_model = 16, .vocab = 128}) 
       small("Qwen3-30B-A3B", qwen3_30b_a3b(), to),
       small("gpt-oss-20b", gpt_oss_20b(), to),
       small("Llama-4-Scout", llama_4_scout(), to),
+      small("Qwen1.5-MoE-A2.7B", qwen1_5_moe_a2_7b(), to),
+      small("GLM-4.5", glm_4_5(), to),
+      small("ERNIE-4.5-21B-A3B", ernie_4_5_21b_a3b(), to),
+      small("Granite-3.1-1B-A400M", granite_3_1_1b_a400m(), to),
+      small("Phi-3.5-MoE", phi_3_5_moe(), to),
+      small("Llama 3.1 8B", llama_3_1_8b(), to),
       small("DeepSeekMoE-16B", deepseek_moe_16b(), to),
       small("DeepSeek-V2-Lite", deepseek_v2_lite(), to),
       small("DeepSeek-V2", deepseek_v2(), to),
@@ -254,6 +266,7 @@ TEST_CASE("The gradients of each preset agree with finite differences", "[preset
   const std::vector<Index> ids = text(30, 14);
   for (const Small& preset : all_presets()) {
     INFO(preset.name);
+    if (preset.name == "Phi-3.5-MoE") continue;  // SparseMixer's is another one, see there.
     Decoder<double> model = preset.make_large(3);
     Objective objective;
     objective(model, ids);

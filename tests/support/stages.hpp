@@ -46,6 +46,7 @@
 #include <weir/moe/selector/around/rank_policy.hpp>
 #include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/around/sampled_choice.hpp>
+#include <weir/moe/selector/biased_probability_top_k.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
@@ -153,6 +154,8 @@ std::vector<Named<AnySelector<T>>> selectors() {
       {"sigmoid_top_k", [=](Rng& r) -> S { return sigmoid(r); }},
       {"biased_softmax_top_k",
        [](Rng& r) -> S { return with_bias(BiasedSoftmaxTopK<T>(kExperts, {.k = 2}), r); }},
+      {"biased_probability_top_k",
+       [](Rng& r) -> S { return with_bias(BiasedProbabilityTopK<T>(kExperts, {.k = 2}), r); }},
       {"threshold", [](Rng&) -> S { return Threshold<T>({.k = 3, .threshold = 0.1}); }},
       {"top_p", [](Rng&) -> S { return TopP<T>({.threshold = 0.7}); }},
       {"relu", [](Rng&) -> S { return ReluRouting<T>(); }},

@@ -19,7 +19,7 @@ struct Scale {
   Index d_model = 32;
   Index vocab = 256;
   Index layers = 0;   ///< 0: one period of everything that alternates, at least 2.
-  Index experts = 0;  ///< 0: twice as many as a token visits, at least 4.
+  Index experts = 0;  ///< 0: twice as many as a token visits, at least 4. A dense model has none.
   Index window = 8;   ///< The window or chunk of attention that has one.
 };
 
@@ -102,8 +102,10 @@ inline ModelShape scaled(ModelShape shape, const Scale& to = {}) {
   shape.layers = to.layers == 0 ? std::max<Index>(2, period) : to.layers;
   if (shape.encoder_layers > 0) shape.encoder_layers = shape.layers;
 
-  shape.experts =
-      to.experts == 0 ? std::min(shape.experts, std::max<Index>(4, 2 * shape.k)) : to.experts;
+  if (shape.experts > 0) {
+    shape.experts =
+        to.experts == 0 ? std::min(shape.experts, std::max<Index>(4, 2 * shape.k)) : to.experts;
+  }
   // Shared experts that are as wide as others stay that many.
   const bool whole = shape.d_hidden > 0 && shape.shared_hidden % shape.d_hidden == 0;
   const Index shared = whole ? shape.shared_hidden / shape.d_hidden : 0;

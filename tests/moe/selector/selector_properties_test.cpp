@@ -6,6 +6,7 @@
 #include <vector>
 
 #include <weir/core/init.hpp>
+#include <weir/moe/selector/biased_probability_top_k.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
@@ -130,6 +131,13 @@ TEST_CASE("Token-choice selectors keep their conventions in any setting", "[moe]
         return selector;
       },
       Sum::kAtMostOne, true);
+  check_selector(
+      [](Setting& s) {
+        BiasedProbabilityTopK<double> selector(s.experts, {.k = s.k});
+        selector.selection_bias().value = normal_init<double>(1, s.experts, 0.3, s.rng);
+        return selector;
+      },
+      Sum::kOne, true);
 }
 
 TEST_CASE("Selectors of variable k keep their conventions in any setting", "[moe][selector]") {
@@ -163,6 +171,7 @@ TEST_CASE("With k = experts the choice is the dense mixture", "[moe][selector]")
     REQUIRE(error(SoftmaxTopK<double>({.k = s.experts})) <= 1e-14);
     REQUIRE(error(SoftmaxTopK<double>({.k = s.experts, .renormalise = true})) <= 1e-14);
     REQUIRE(error(BiasedSoftmaxTopK<double>(s.experts, {.k = s.experts})) <= 1e-14);
+    REQUIRE(error(BiasedProbabilityTopK<double>(s.experts, {.k = s.experts})) <= 1e-14);
     REQUIRE(error(TopP<double>({.threshold = 1.0})) <= 1e-12);
   }
 }
