@@ -57,7 +57,12 @@ using weir::Index;
 constexpr double kGiga = 1e-9;
 
 presets::OlmoeConfig config_of(const std::string& shape) {
-  if (shape == "olmoe") return presets::olmoe_1b_7b();
+  presets::OlmoeConfig config = presets::olmoe_1b_7b();
+  if (shape == "olmoe") return config;
+  if (shape == "layers") {
+    config.shape.layers = 3;
+    return config;
+  }
   return presets::scaled(presets::olmoe_1b_7b(), {.d_model = 64, .layers = 2});
 }
 
@@ -234,7 +239,7 @@ void add_decode_row(const std::string& shape, const std::string& name, double sh
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const std::string shape : {"small", "olmoe"}) {
+  for (const std::string shape : {"small", "layers", "olmoe"}) {
     for (const int threads : bench::thread_counts()) {
       add_load_row(shape, threads);
       add_prefill_row(shape, threads);

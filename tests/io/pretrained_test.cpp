@@ -129,7 +129,7 @@ std::size_t peak_memory() {
   return 0;
 }
 
-TEST_CASE("Loading takes the memory of the model and of one layer", "[io][pretrained]") {
+TEST_CASE("Loading takes the memory of the model alone", "[io][pretrained]") {
   if (!test::allocations_are_counted() || peak_memory() == 0) return;  // Not with a sanitizer.
   const test::Folder folder;
   const presets::MixtralConfig config =
@@ -157,8 +157,9 @@ TEST_CASE("Loading takes the memory of the model and of one layer", "[io][pretra
           const auto loaded =
               load_pretrained<float>(folder.path(), {.storage = Storage::kBfloat16});
           const std::size_t grown = peak_memory() - before;
-          // A layer as floats is a third of the six as bfloat16.
-          const auto most = static_cast<double>(stored) * (1.0 + 1.0 / 3.0) + 6e6;
+          // Of one layer of the six, the pages of the file are there too; as floats it would be a
+          // third of the six.
+          const auto most = (1.0 + 1.0 / 6.0 + 0.1) * static_cast<double>(stored);
           return static_cast<double>(grown) < most ? 0 : static_cast<int>(grown >> 20U);
         }) == 0);
 }

@@ -9,13 +9,31 @@
 
 namespace weir {
 
+/// The rows of a matrix that are read from elsewhere, some at a time.
+template <class T>
+class RowReader {
+ public:
+  RowReader() = default;
+  RowReader(const RowReader&) = delete;
+  RowReader& operator=(const RowReader&) = delete;
+  virtual ~RowReader() = default;
+
+  /// Writes the rows [first, first + count) to `to`, one behind the other. May be called by several
+  /// threads at once.
+  virtual void read(Index first, Index count, T* to) const = 0;
+};
+
 /// A trainable matrix and the gradient of the loss with respect to it.
 template <class T>
 struct Parameter {
   Matrix<T> value;
   Matrix<T> grad = {};  ///< Empty until the first backward pass; accumulates.
   bool frozen = false;  ///< A frozen parameter keeps its value; optimizers skip it.
-  bool fresh = false;   ///< The gradient was empty before this step, see `discard`.
+
+  /// Not null only while a model is being loaded: then `value` has its shape and no numbers yet.
+  /// They are still elsewhere, from where `set_storage` fetches them, or else `settle`.
+  const RowReader<T>* rows = nullptr;
+  bool fresh = false;  ///< The gradient was empty before this step, see `discard`.
 
   /// Whether an optimizer moves it.
   bool learns() const { return !frozen && grad.size() > 0; }

@@ -10,6 +10,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/name_pattern.hpp>
+#include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -75,6 +76,18 @@ struct FindStored final : Walk<T> {
     return all_trainable;
   }
   bool all_trainable = true;
+};
+
+template <class T>
+struct Settle final : Walk<T> {
+  void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
+    if (parameter.rows == nullptr) return;
+    Matrix<T>& value = parameter.value;
+    parallel_rows(value.rows(), value.cols(), [&](Index begin, Index end) {
+      parameter.rows->read(begin, end - begin, &value(begin, 0));
+    });
+    parameter.rows = nullptr;
+  }
 };
 
 template <class T>
@@ -156,6 +169,13 @@ void discard(Layer& layer) {
 template <class Layer>
 void set_storage(Layer& layer, Storage storage) {
   detail::SetStorage<typename Layer::Scalar> walk(storage);
+  walk("", layer);
+}
+
+/// Fetches the value of each parameter of `layer` that is still elsewhere, see Parameter::rows.
+template <class Layer>
+void settle(Layer& layer) {
+  detail::Settle<typename Layer::Scalar> walk;
   walk("", layer);
 }
 

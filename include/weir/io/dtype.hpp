@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include <weir/core/types.hpp>
+#include <weir/ops/lanes.hpp>
 
 namespace weir::io {
 
@@ -117,6 +118,20 @@ void convert_as(const std::byte* from, Index count, T* to) {
   }
 }
 
+/// The bits of a bfloat16 are the upper half of those of a float.
+inline void convert_bfloat16(const std::byte* from, Index count, float* to) {
+  typedef std::uint32_t Bits __attribute__((vector_size(sizeof(Lanes<float>))));        // NOLINT
+  typedef std::uint16_t Halves __attribute__((vector_size(sizeof(Lanes<float>) / 2)));  // NOLINT
+  Index i = 0;
+  for (; i + kLanes<float> <= count; i += kLanes<float>) {
+    Halves halves;
+    std::memcpy(&halves, from + 2 * static_cast<std::size_t>(i), sizeof halves);
+    const Bits bits = __builtin_convertvector(halves, Bits) << 16U;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+  convert_as<Eigen::bfloat16>(from + 2 * static_cast<std::size_t>(i), count - i, to + i);
+}
+
 template <class T>
 void convert_float8(const std::byte* from, Index count, int mantissa, T* to) {
   std::array<float, 256> values{};
@@ -145,6 +160,7 @@ void convert(Dtype dtype, const std::byte* from, Index count, T* to) {
     case Dtype::kF16:
       return detail::convert_as<Eigen::half>(from, count, to);
     case Dtype::kBF16:
+      if constexpr (std::is_same_v<T, float>) return detail::convert_bfloat16(from, count, to);
       return detail::convert_as<Eigen::bfloat16>(from, count, to);
     case Dtype::kF8E4M3:
       return detail::convert_float8(from, count, 3, to);

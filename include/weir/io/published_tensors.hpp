@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <span>
@@ -17,6 +18,7 @@
 
 #include <weir/core/name_pattern.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/io/atomic_file.hpp>
 #include <weir/io/dtype.hpp>
@@ -67,6 +69,24 @@ class PublishedReader {
   /// From now on, the matrix is only read by `read_deferred`; the model's own may go.
   void defer(std::size_t matrix) { deferred_[matrix] = true; }
 
+  /// Rows of a matrix, for `Parameter::rows`; nothing if it does not lie in the source row by row.
+  /// They live as long as the reader.
+  const RowReader<T>* rows_of(std::size_t matrix) {
+    const bool by_rows = std::all_of(parts_[matrix].begin(), parts_[matrix].end(),
+                                     [](const Part& part) { return part.piece.col_step == 1; });
+    if (!by_rows) return nullptr;
+    return rows_.emplace_back(std::make_unique<Rows>(parts_[matrix])).get();
+  }
+
+  /// Tells the system that the matrices whose names begin with `prefix` will not be read again
+  /// soon.
+  void release(std::string_view prefix) const {
+    for (std::size_t m = 0; m < tensors_.size(); ++m) {
+      if (!tensors_[m].first.starts_with(prefix)) continue;
+      for (const Part& part : parts_[m]) part.tensor->release(part.piece.begin, extent(part.piece));
+    }
+  }
+
   /// Reads a matrix to another place, as often as wanted, from any thread.
   /// \param to       Has its shape.
   void read_deferred(std::size_t matrix, Matrix<T>& to) const {
@@ -86,6 +106,8 @@ class PublishedReader {
     TensorPiece piece;
   };
 
+  class Rows;
+
   static void read_part(const Part& part, Matrix<T>& to);
 
   /// How many numbers of the tensor lie between the first and the last of a piece, both included.
@@ -97,6 +119,28 @@ class PublishedReader {
   std::vector<std::vector<Part>> parts_;  // Of each matrix; none once it has been read.
   std::vector<bool> deferred_;
   std::map<std::string, std::size_t> numbers_;
+  std::vector<std::unique_ptr<const RowReader<T>>> rows_;
+};
+
+/// The rows of a matrix whose parts lie row by row.
+template <class T>
+class PublishedReader<T>::Rows final : public RowReader<T> {
+ public:
+  explicit Rows(std::vector<Part> parts) : parts_(std::move(parts)) {}
+
+  void read(Index first, Index count, T* to) const override {
+    for (const auto& [tensor, piece] : parts_) {
+      const Index begin = std::max(first, piece.first_row);
+      const Index end = std::min(first + count, piece.first_row + piece.rows);
+      for (Index row = begin; row < end; ++row) {
+        tensor->read(piece.begin + (row - piece.first_row) * piece.row_step, piece.cols,
+                     to + (row - first) * piece.cols);
+      }
+    }
+  }
+
+ private:
+  std::vector<Part> parts_;
 };
 
 template <class T>

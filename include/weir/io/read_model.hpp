@@ -164,10 +164,11 @@ Pretrained<T> make_unset(const Config& config) {
   return loaded;
 }
 
-/// Reads all weights of a model that has been made with a generator that leaves them unset. Each
-/// layer gets its storage before the next is read.
-/// \param ignored  Patterns of tensors that the model does not need.
+/// Reads all weights of a model that has been made with a generator that leaves them unset. Weights
+/// that are stored for inference go there panel by panel; each layer has its storage before the
+/// next is read.
 /// \param k        How many experts a token visits.
+/// \param ignored  Patterns of tensors that the model does not need.
 template <class T>
 void read_model(const std::shared_ptr<const TensorSource>& source,
                 const std::vector<presets::TensorName>& names, const HeadSizes& sizes, Index k,
@@ -188,13 +189,29 @@ void read_model(const std::shared_ptr<const TensorSource>& source,
     stream.emplace(source, reader, into.experts, how.storage);
     (*stream)("", into.model);
   }
+  // Lets the weights of a part be fetched when they are stored.
+  const auto postpone = [&](const std::string& prefix, auto& part) {
+    if (how.storage == Storage::kTrainable) return;
+    for (auto& [name, parameter] : parameters(part)) {
+      const auto matrix = reader->find(prefix + name);
+      if (!matrix || (prefix.empty() && !name.starts_with("head."))) continue;
+      parameter->rows = reader->rows_of(*matrix);
+      if (parameter->rows != nullptr) reader->defer(*matrix);
+    }
+  };
   auto& layers = into.model.layers();
   for (std::size_t l = 0; l < layers.size(); ++l) {
-    reader->read("layers." + std::to_string(l) + ".");
+    const std::string prefix = "layers." + std::to_string(l) + ".";
+    postpone(prefix, layers[l]);
+    reader->read(prefix);
     set_storage(layers[l], how.storage);
+    settle(layers[l]);  // What is no large weight.
+    reader->release(prefix);
   }
+  postpone("", into.model);
   reader->read("");
   set_storage(into.model, how.storage);
+  settle(into.model);
   if (prediction != nullptr) set_storage(*prediction, how.storage);
   if (stream) stream->link(into.model, k);
 }

@@ -12,7 +12,9 @@
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/parallel.hpp>
+#include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/pack.hpp>
@@ -37,13 +39,20 @@ class PackedWeight {
   /// \param memory   Where the numbers go, with room for `bytes`. If null, they get memory of their
   ///                 own.
   PackedWeight(MatrixIn<T> weight, Storage storage, SharedMemory* memory = nullptr)
-      : PackedWeight(weight, weight, kCols, storage, memory) {}
+      : PackedWeight({weight}, {weight}, kCols, storage, memory) {}
+  /// The value of `weight` may still be elsewhere: its rows are then fetched panel by panel.
+  PackedWeight(const Parameter<T>& weight, Storage storage, SharedMemory* memory = nullptr)
+      : PackedWeight({weight.value, weight.rows}, {weight.value}, kCols, storage, memory) {}
 
   /// Two weights of the same shape. Half of each panel belongs to `first`, half to `second`, so
   /// that outputs that belong together are in one panel.
   PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Storage storage,
                SharedMemory* memory = nullptr)
-      : PackedWeight(first, second, kCols / 2, storage, memory) {}
+      : PackedWeight({first}, {second}, kCols / 2, storage, memory) {}
+  PackedWeight(const Parameter<T>& first, const Parameter<T>& second, Storage storage,
+               SharedMemory* memory = nullptr)
+      : PackedWeight({first.value, first.rows}, {second.value, second.rows}, kCols / 2, storage,
+                     memory) {}
 
   /// How many bytes a weight [rows, cols], or a pair of them, takes.
   static std::size_t bytes(Index rows, Index cols, Storage storage, bool pair = false) {
@@ -95,13 +104,19 @@ class PackedWeight {
         steps_((cols + depth_ - 1) / depth_),
         rounded_(storage == Storage::kBfloat16) {}
 
-  PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Index width, Storage storage,
+  /// A matrix, whose numbers may be elsewhere.
+  struct From {
+    MatrixIn<T> value;
+    const RowReader<T>* rows = nullptr;
+  };
+
+  PackedWeight(const From& first, const From& second, Index width, Storage storage,
                SharedMemory* memory);
 
   Index panel_numbers() const { return steps_ * depth_ * kCols; }
   std::size_t numbers() const { return static_cast<std::size_t>(panels() * panel_numbers()); }
 
-  void fill(MatrixIn<T> first, MatrixIn<T> second, SharedMemory& memory) {
+  void fill(const From& first, const From& second, SharedMemory& memory) {
     if constexpr (std::is_same_v<T, float>) {
       if (rounded_) {
         halves_ = packed<BFloat16>(first, second, memory);
@@ -113,19 +128,31 @@ class PackedWeight {
 
   /// A copy of all numbers in their places, rounded where the storage asks for it.
   template <class Number>
-  std::shared_ptr<Number[]> packed(MatrixIn<T> first, MatrixIn<T> second,  // NOLINT: as below.
+  std::shared_ptr<Number[]> packed(const From& first, const From& second,  // NOLINT: as below.
                                    SharedMemory& memory) const {
     auto to = memory.take<Number>(numbers());
     parallel_for(panels(), [&](Index j) {
-      const Index row = j * width_;
-      const Index count = std::min(width_, rows_ - row);
       Number* const panel = to.get() + j * panel_numbers();
-      pack_rows(first.data() + row * first.outerStride(), first.outerStride(), count, panel);
-      if (width_ == kCols) return;
-      pack_rows(second.data() + row * second.outerStride(), second.outerStride(), count,
-                panel + width_ * depth_);
+      pack_panel(first, j, panel);
+      if (width_ != kCols) pack_panel(second, j, panel + width_ * depth_);
     });
     return to;
+  }
+
+  /// Copies the rows of panel j to their columns.
+  template <class Number>
+  void pack_panel(const From& from, Index j, Number* to) const {
+    const Index row = j * width_;
+    const Index count = std::min(width_, rows_ - row);
+    if (from.rows == nullptr) {
+      const Index stride = from.value.outerStride();
+      return pack_rows(from.value.data() + row * stride, stride, count, to);
+    }
+    auto& space = ThreadSpace<T, PackedWeight>::of_this_thread();
+    space.reserve(kCols * cols_);
+    T* const rows = space.take(count * cols_);
+    from.rows->read(row, count, rows);
+    pack_rows(rows, cols_, count, to);
   }
 
   /// Copies `count` rows to their columns of a panel of `width_` of them; further ones are zero.
@@ -230,9 +257,9 @@ void PackedWeight<T>::unpack(Matrix<T>& first, Matrix<T>* second) const {
 }
 
 template <class T>
-PackedWeight<T>::PackedWeight(MatrixIn<T> first, MatrixIn<T> second, Index width, Storage storage,
+PackedWeight<T>::PackedWeight(const From& first, const From& second, Index width, Storage storage,
                               SharedMemory* memory)
-    : PackedWeight(first.rows(), first.cols(), width, storage) {
+    : PackedWeight(first.value.rows(), first.value.cols(), width, storage) {
   if (memory != nullptr) {
     fill(first, second, *memory);
   } else {

@@ -64,7 +64,7 @@ Weight<T> Weight<T>::stored(Storage storage, SharedMemory* memory) const {
   if (storage_ != Storage::kTrainable) packed_.unpack(result.parameter_.value);
   if (storage != Storage::kTrainable) {
     const bool unpacked = storage_ != Storage::kTrainable;
-    const Matrix<T>& value = unpacked ? result.parameter_.value : parameter_.value;
+    const Parameter<T>& value = unpacked ? result.parameter_ : parameter_;
     result.packed_ = {value, storage, memory};
     result.parameter_ = {};
   }

@@ -210,9 +210,9 @@ void Glu<T, Act>::set_storage(Storage storage) {
   if (storage != Storage::kTrainable) {
     SharedMemory memory(PackedGlu<T>::bytes(d_model(), d_hidden(), d_model(), storage));
     if (packed_) {
-      packed.emplace(gate.value, up.value, down.value, storage, memory);
+      packed.emplace(gate, up, down, storage, memory);
     } else {
-      packed.emplace(gate_.value, up_.value, down_.value, storage, memory);
+      packed.emplace(gate_, up_, down_, storage, memory);
     }
     gate = up = down = {};
   }

@@ -10,6 +10,7 @@
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/function_ref.hpp>
+#include <weir/core/parameter.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/thread_space.hpp>
@@ -31,6 +32,9 @@ struct PackedGlu {
   /// \param memory   With room for `bytes`.
   PackedGlu(const Matrix<T>& gate, const Matrix<T>& up, const Matrix<T>& out, Storage storage,
             SharedMemory& memory)
+      : gate_up(gate, up, storage, &memory), down(out, storage, &memory) {}
+  PackedGlu(const Parameter<T>& gate, const Parameter<T>& up, const Parameter<T>& out,
+            Storage storage, SharedMemory& memory)
       : gate_up(gate, up, storage, &memory), down(out, storage, &memory) {}
 
   /// What the weights of one network take of a memory.

@@ -251,7 +251,7 @@ void GluBank<T, Act>::set_storage(Storage storage) {
     packed.reserve(gate_.size());
     for (std::size_t e = 0; e < gate_.size(); ++e) {
       trainable(e);
-      packed.emplace_back(gate_[e].value, up_[e].value, down_[e].value, storage, memory);
+      packed.emplace_back(gate_[e], up_[e], down_[e], storage, memory);
       gate_[e] = up_[e] = down_[e] = {};
     }
     packed_ = std::move(packed);
