@@ -99,6 +99,20 @@ TEST_CASE("Parameters take turns head by head", "[io][layout]") {
   CHECK(is_one_to_one(layout, matrices));
 }
 
+TEST_CASE("Each head may be a matrix of its own", "[io][layout]") {
+  const std::vector<NamedShape> matrices = {{"a", 6, 5}, {"b", 4, 5}};  // 3 and 2 rows a head.
+  const std::vector<TensorName> names = {{"a", "A", {.transposed = true, .heads = true}},
+                                         {"b", "B", {.heads = true}}};
+  const auto layout = published_layout(names, matrices, {.heads = 2});
+  CHECK(layout[0].shape == std::vector<Index>{2, 5, 3});
+  CHECK(layout[1].shape == std::vector<Index>{2, 2, 5});
+  CHECK(place_of(layout, 0, 4, 2).second == 1 * 15 + 2 * 3 + 1);
+  CHECK(place_of(layout, 1, 3, 2).second == 1 * 10 + 1 * 5 + 2);
+  CHECK(is_one_to_one(layout, matrices));
+  CHECK_THROWS_WITH(published_layout(names, matrices, {.heads = 5}),
+                    "published_layout: the parts of 'A' do not fit each other");
+}
+
 TEST_CASE("All experts are in one tensor", "[io][layout]") {
   const auto matrices_of = [](Index gate_rows) {
     std::vector<NamedShape> matrices;

@@ -224,6 +224,10 @@ inline LlamaCpp::LlamaCpp() {
     why_not_ = "WEIR_LLAMA_CPP_DIR does not name the folder of llama.cpp's libraries";
     return;
   }
+  if (!std::filesystem::is_directory(path)) {
+    why_not_ = path.string() + ": there is no such folder";
+    return;
+  }
   try {
     load(path);
     expect_known_layout();

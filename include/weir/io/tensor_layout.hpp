@@ -44,7 +44,7 @@ struct PublishedTensor {
 
 /// How the rows of queries, keys and values divide into heads.
 struct HeadSizes {
-  Index heads = 1;     ///< For Turns::kHeads.
+  Index heads = 1;     ///< For Turns::kHeads and Arrangement::heads.
   Index head_dim = 2;  ///< For Arrangement::pairs.
 };
 
@@ -202,7 +202,14 @@ inline PublishedTensor TensorPlacing::place(std::string name, std::vector<Tensor
     base_ = i / count * out_ * in_;
     Index before = 0;
     for (Index p = first; p < i; ++p) before += extent(part_at(p)).out;
-    if (how_.turns == presets::Turns::kOnce) {
+    if (how_.heads) {
+      expect(parts.size() == 1 && experts == 0 && own.out % sizes_.heads == 0);
+      out_ = own.out / sizes_.heads;  // Of one head.
+      for (Index h = 0; h < sizes_.heads; ++h) {
+        base_ = h * out_ * in_;
+        add(part, h * out_, out_, 0, 1);
+      }
+    } else if (how_.turns == presets::Turns::kOnce) {
       add_rows(part, 0, own.out, before);
     } else if (how_.turns == presets::Turns::kRows) {
       expect(own.out * count == out_);
@@ -217,6 +224,7 @@ inline PublishedTensor TensorPlacing::place(std::string name, std::vector<Tensor
   }
   tensor_.name = std::move(name);
   if (experts > 0 && !how_.flat) tensor_.shape.push_back(experts);
+  if (how_.heads) tensor_.shape.push_back(sizes_.heads);
   const Index flat = how_.flat ? std::max<Index>(1, experts) : 1;
   if (how_.vector) {
     tensor_.shape.push_back(flat * out_);

@@ -94,6 +94,11 @@ inline constexpr auto kDbrxNames = std::to_array<TensorName>({
      {.transposed = true, .flat = true}},
 });
 
+/// DBRX in GGUF files. To be looked at before kGgufNames.
+inline constexpr auto kDbrxGgufNames = std::to_array<TensorName>({
+    {"layers.{l}.moe_norm.weight", "blk.{l}.attn_output_norm.weight", {.vector = true}},
+});
+
 }  // namespace weir::presets
 
 #ifdef WEIR_COMPILED

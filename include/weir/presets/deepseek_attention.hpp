@@ -57,4 +57,30 @@ inline constexpr auto kLatentQueryNames = std::to_array<TensorName>({
     {"layers.{l}.attention.query", "model.layers.{l}.self_attn.q_b_proj.weight"},
 });
 
+/// Latent attention in GGUF files. To be looked at before kGgufNames.
+inline constexpr auto kLatentGgufNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.query_down", "blk.{l}.attn_q_a.weight"},
+    {"layers.{l}.attention.query_norm.weight", "blk.{l}.attn_q_a_norm.weight", {.vector = true}},
+    {"layers.{l}.attention.kv_down", "blk.{l}.attn_kv_a_mqa.weight"},
+    {"layers.{l}.attention.kv_norm.weight", "blk.{l}.attn_kv_a_norm.weight", {.vector = true}},
+    {"layers.{l}.moe.selector.bias", "blk.{l}.exp_probs_b.bias", {.vector = true}},
+});
+
+/// Keys and values from the latent, each head's apart.
+inline constexpr auto kLatentGgufUpNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.key_up", "blk.{l}.attn_k_b.weight", {.transposed = true, .heads = true}},
+    {"layers.{l}.attention.value_up", "blk.{l}.attn_v_b.weight", {.heads = true}},
+});
+
+/// The same in older files, as in the checkpoints.
+inline constexpr auto kLatentOldGgufUpNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.key_up", "blk.{l}.attn_kv_b.weight", {.turns = Turns::kHeads}},
+    {"layers.{l}.attention.value_up", "blk.{l}.attn_kv_b.weight", {.turns = Turns::kHeads}},
+});
+
+/// Queries that are made from a latent.
+inline constexpr auto kLatentGgufQueryNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.query", "blk.{l}.attn_q_b.weight"},
+});
+
 }  // namespace weir::presets

@@ -120,6 +120,16 @@ inline constexpr auto kGptOssBlockNames = std::to_array<TensorName>({
     {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.mlp.experts.down_proj_blocks"},
 });
 
+/// gpt-oss in GGUF files. To be looked at before kGgufNames.
+inline constexpr auto kGptOssGgufNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.sinks", "blk.{l}.attn_sinks.weight", {.vector = true}},
+    {"layers.{l}.moe_norm.weight", "blk.{l}.post_attention_norm.weight", {.vector = true}},
+    {"layers.{l}.moe.router.bias", "blk.{l}.ffn_gate_inp.bias", {.vector = true}},
+    {"layers.{l}.moe.experts.{e}.gate_bias", "blk.{l}.ffn_gate_exps.bias", {.vector = true}},
+    {"layers.{l}.moe.experts.{e}.up_bias", "blk.{l}.ffn_up_exps.bias", {.vector = true}},
+    {"layers.{l}.moe.experts.{e}.down_bias", "blk.{l}.ffn_down_exps.bias", {.vector = true}},
+});
+
 }  // namespace weir::presets
 
 #ifdef WEIR_COMPILED

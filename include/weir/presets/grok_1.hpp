@@ -32,7 +32,8 @@ struct GrokConfig {
   double norm_epsilon = 1e-5;
   double embedding_multiplier = 78.38367176906169;  ///< The root of d_model = 6144.
   double logit_multiplier = 0.5773502691896257;     ///< 1 / sqrt(3).
-  double balance = 0.0;                             ///< Not published.
+  bool renormalise = false;  ///< Whether the probabilities are divided by their sum.
+  double balance = 0.0;      ///< Not published.
 
   bool operator==(const GrokConfig&) const = default;
 };
@@ -68,7 +69,7 @@ Decoder<T> make(const GrokConfig& config, Rng& rng) {
   Parts<T> parts = usual_parts<T, GeluTanh>(shape, config.norm_epsilon, rng);
   parts.mixture = [&] {
     return MoELayer{LinearRouter<T>(shape.d_model, shape.experts, rng),
-                    SoftmaxTopK<T>({.k = shape.k}), Dropless(),
+                    SoftmaxTopK<T>({.k = shape.k, .renormalise = config.renormalise}), Dropless(),
                     gated_experts<T, GeluTanh>(shape, rng),
                     SwitchLoss<T>({.coefficient = config.balance})};
   };
@@ -96,6 +97,12 @@ inline constexpr auto kGrokNames = std::to_array<TensorName>({
     {"layers.{l}.moe.experts.{e}.gate", "model.layers.{l}.moe_block.experts.{e}.linear.weight"},
     {"layers.{l}.moe.experts.{e}.up", "model.layers.{l}.moe_block.experts.{e}.linear_v.weight"},
     {"layers.{l}.moe.experts.{e}.down", "model.layers.{l}.moe_block.experts.{e}.linear_1.weight"},
+});
+
+/// Grok-1 in GGUF files. To be looked at before kGgufNames.
+inline constexpr auto kGrokGgufNames = std::to_array<TensorName>({
+    {"layers.{l}.attention_post_norm.weight", "blk.{l}.attn_output_norm.weight", {.vector = true}},
+    {"layers.{l}.moe_post_norm.weight", "blk.{l}.layer_output_norm.weight", {.vector = true}},
 });
 
 }  // namespace weir::presets

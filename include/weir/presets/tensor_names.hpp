@@ -159,6 +159,16 @@ inline constexpr auto kGgufPairedNames = std::to_array<TensorName>({
     {"layers.{l}.attention.key", "blk.{l}.attn_k.weight", {.pairs = true}},
 });
 
+/// Queries, keys and values in one tensor, as DBRX has them in GGUF files, and others may.
+inline constexpr auto kGgufJoinedQkvNames = std::to_array<TensorName>({
+    {"layers.{l}.attention.query", "blk.{l}.attn_qkv.weight"},
+    {"layers.{l}.attention.key", "blk.{l}.attn_qkv.weight"},
+    {"layers.{l}.attention.value", "blk.{l}.attn_qkv.weight"},
+    {"layers.{l}.attention.query_bias", "blk.{l}.attn_qkv.bias", {.vector = true}},
+    {"layers.{l}.attention.key_bias", "blk.{l}.attn_qkv.bias", {.vector = true}},
+    {"layers.{l}.attention.value_bias", "blk.{l}.attn_qkv.bias", {.vector = true}},
+});
+
 /// One table of several.
 inline std::vector<TensorName> join_names(
     std::initializer_list<std::span<const TensorName>> tables) {

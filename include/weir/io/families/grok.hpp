@@ -30,6 +30,7 @@ struct Family<presets::GrokConfig> {
 
   static presets::GrokConfig read(ConfigFile& json) {
     presets::GrokConfig config{
+        .shape = {},
         .norm_epsilon = json.number("rms_norm_eps", 1e-5),
         .embedding_multiplier = json.number("embedding_multiplier_scale", 1.0),
         .logit_multiplier = json.number("output_multiplier_scale", 1.0)};
@@ -58,6 +59,10 @@ struct Family<presets::GrokConfig> {
   }
 
   static void write(const presets::GrokConfig& config, nlohmann::json& json) {
+    if (config.renormalise) {
+      throw_error<ConfigError>(
+          "save_pretrained: renormalise = true, expected false in this family");
+    }
     const presets::ModelShape shape = presets::settled(config.shape);
     const GroupedQueryConfig& attention = grouped_query_of(shape);
     json["num_hidden_layers"] = shape.layers;

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <functional>
+#include <map>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <weir/core/storage.hpp>
+#include <weir/io/gguf_model.hpp>
+
+#include "io/folder.hpp"
+#include "io/gguf_models.hpp"
+#include "support/catch.hpp"
+#include "support/matrices.hpp"
+
+namespace weir::io {
+namespace {
+
+const std::vector<Index> kIds = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8};
+
+/// All numbers of a model.
+std::map<std::string, Matrix<float>> numbers_of(Decoder<float>& model) {
+  std::map<std::string, Matrix<float>> numbers;
+  for (const auto& [name, matrix] : tensors_of("test", model)) numbers[name] = *matrix;
+  return numbers;
+}
+
+TEST_CASE("Models of all architectures come back from GGUF files to the bit", "[io][gguf]") {
+  const test::Folder folder;
+  const auto path = folder.path() / "a.gguf";
+  test::for_each_gguf_model([&](const char* name, const auto& config) {
+    INFO(name);
+    using Config = std::decay_t<decltype(config)>;
+    Decoder<float> model = test::random_gguf_model(config);
+    save_gguf(path, model, config);
+    auto loaded = load_gguf(path);
+    REQUIRE(std::holds_alternative<Config>(loaded.config));
+    const Config& own = std::get<Config>(loaded.config);
+    CHECK(detail::are_same(own.shape, config.shape));
+    CHECK(own.norm_epsilon == config.norm_epsilon);
+    CHECK((numbers_of(loaded.model) == numbers_of(model)));
+    CHECK((infer(loaded.model, kIds) == infer(model, kIds)));
+  });
+}
+
+/// Kinds of tensors by name, of a file with a model of `config`.
+template <class Config>
+std::map<std::string, std::pair<std::string, std::vector<Index>>> saved(
+    const Config& config, const SaveGgufConfig& how = {}) {
+  const test::Folder folder;
+  Decoder<float> model = test::random_gguf_model(config);
+  save_gguf(folder.path() / "a.gguf", model, config, how);
+  std::map<std::string, std::pair<std::string, std::vector<Index>>> kinds;
+  const Gguf file = Gguf::read((folder.path() / "a.gguf").string());
+  for (const auto& [name, tensor] : file.tensors()) {
+    kinds[std::string(name)] = {std::string(name_of(tensor.type)), tensor.shape};
+  }
+  return kinds;
+}
+
+TEST_CASE("Weights are stored in the kind asked for, small tensors in F32", "[io][gguf]") {
+  presets::MixtralConfig config = presets::scaled(presets::mixtral_8x7b(), {.d_model = 64});
+  config.shape.d_hidden = 40;  // No multiple of Q8_0's blocks.
+  const auto kinds = saved(config, {.dtype = GgufType::kQ8_0});
+  using Kind = std::pair<std::string, std::vector<Index>>;
+  CHECK(kinds.at("token_embd.weight") == Kind("Q8_0", {256, 64}));
+  CHECK(kinds.at("output.weight") == Kind("Q8_0", {256, 64}));
+  CHECK(kinds.at("output_norm.weight") == Kind("F32", {64}));
+  CHECK(kinds.at("blk.1.attn_norm.weight") == Kind("F32", {64}));
+  CHECK(kinds.at("blk.1.attn_q.weight") == Kind("Q8_0", {64, 64}));
+  CHECK(kinds.at("blk.1.attn_k.weight") == Kind("Q8_0", {16, 64}));
+  CHECK(kinds.at("blk.1.ffn_gate_inp.weight") == Kind("F32", {4, 64}));
+  CHECK(kinds.at("blk.1.ffn_gate_exps.weight") == Kind("Q8_0", {4, 40, 64}));
+  CHECK(kinds.at("blk.1.ffn_up_exps.weight") == Kind("Q8_0", {4, 40, 64}));
+  CHECK(kinds.at("blk.1.ffn_down_exps.weight") == Kind("F16", {4, 64, 40}));
+  CHECK(kinds.size() == 3 + 2 * 10);
+}
+
+TEST_CASE("Latent attention stands in GGUF files head by head", "[io][gguf]") {
+  const presets::DeepSeekV3Config config =
+      presets::scaled(test::gguf_deepseek_v3(), test::kGgufScale);
+  const auto& latent = std::get<LatentConfig>(config.shape.attention);
+  const auto kinds = saved(config, {.dtype = GgufType::kBF16});
+  CHECK(kinds.at("blk.0.attn_k_b.weight").second ==
+        std::vector<Index>{latent.heads, latent.kv_rank, latent.nope_dim});
+  CHECK(kinds.at("blk.0.attn_v_b.weight").second ==
+        std::vector<Index>{latent.heads, latent.value_dim, latent.kv_rank});
+  CHECK(kinds.at("blk.1.exp_probs_b.bias").first == "F32");
+  CHECK(kinds.at("blk.1.ffn_down_shexp.weight").first == "BF16");
+  CHECK(kinds.contains("blk.0.ffn_down.weight"));
+}
+
+TEST_CASE("Loading rounds as the file does, and stores as asked for", "[io][gguf]") {
+  const test::Folder folder;
+  const auto path = folder.path() / "a.gguf";
+  const presets::Qwen3Config config = presets::scaled(presets::qwen3_30b_a3b(), {.d_model = 64});
+  Decoder<float> model = test::random_gguf_model(config);
+  const Matrix<float> exact = infer(model, kIds);
+  const auto error_with = [&](GgufType dtype) {
+    save_gguf(path, model, config, {.dtype = dtype});
+    return test::relative_error(infer(load_gguf_family<presets::Qwen3Config>(path).model, kIds),
+                                exact);
+  };
+  CHECK(error_with(GgufType::kF16) < 0.005);
+  CHECK(error_with(GgufType::kBF16) < 0.04);
+  CHECK(error_with(GgufType::kQ8_0) < 0.04);
+  save_gguf(path, model, config);
+  set_storage(model, Storage::kBfloat16);
+  const Matrix<float> rounded = infer(model, kIds);
+  CHECK(infer(load_gguf_family<presets::Qwen3Config>(path, {.storage = Storage::kBfloat16}).model,
+              kIds) == rounded);
+  CHECK_THROWS_WITH(save_gguf(path, model, config),
+                    "save_gguf: weights are stored for inference, expected set_storage(model, "
+                    "Storage::kTrainable) before");
+  // Experts that stay in the file, two of them in memory.
+  const auto streamed = load_gguf_family<presets::Qwen3Config>(
+      path, {.storage = Storage::kBfloat16, .expert_bytes = 40'000});
+  CHECK(infer(streamed.model, kIds) == rounded);
+  CHECK(streamed.experts->statistics().misses > 0);
+}
+
+TEST_CASE("A tokenizer goes from file to file", "[io][gguf]") {
+  const test::Folder folder;
+  GgufMetadata metadata;
+  metadata.add_text("general.architecture", "none");
+  metadata.add_text("tokenizer.ggml.model", "gpt2");
+  metadata.add_texts("tokenizer.ggml.tokens", {"a", "b", "ab"});
+  metadata.add_u32("tokenizer.ggml.eos_token_id", 2);
+  write_gguf<float>(folder.path() / "t.gguf", metadata, {});
+  const Gguf tokenizer = Gguf::read((folder.path() / "t.gguf").string());
+  presets::MixtralConfig config = presets::scaled(presets::mixtral_8x7b(), {.vocab = 3});
+  Decoder<float> model = test::random_gguf_model(config);
+  const auto path = folder.path() / "a.gguf";
+  save_gguf(path, model, config, {.tokenizer = &tokenizer});
+  const Gguf file = Gguf::read(path.string());
+  CHECK(file.text("tokenizer.ggml.model") == "gpt2");
+  CHECK(file.texts("tokenizer.ggml.tokens").size() == 3);
+  CHECK(file.integer("tokenizer.ggml.eos_token_id") == 2);
+  const std::vector<Index> ids = {0, 1, 2};
+  CHECK(infer(load_gguf_family<presets::MixtralConfig>(path).model, ids) == infer(model, ids));
+  config.shape.vocab = 4;
+  CHECK_THROWS_WITH(
+      save_gguf(path, model, config, {.tokenizer = &tokenizer}),
+      "save_gguf: the tokenizer of " + tokenizer.path() + " has 3 tokens, expected vocab = 4");
+}
+
+TEST_CASE("Families without an architecture of GGUF are named", "[io][gguf]") {
+  const presets::DeepSeekMoEConfig config = presets::scaled(presets::deepseek_moe_16b());
+  Rng rng(1);
+  Decoder<float> model = presets::make<float>(config, rng);
+  CHECK_THROWS_WITH(save_gguf("a.gguf", model, ModelConfig(config)),
+                    "save_gguf: weir knows no architecture of GGUF for deepseek");
+}
+
+TEST_CASE("Tensors that are missing, unknown or of another shape are named", "[io][gguf]") {
+  const test::Folder folder;
+  const std::string path = (folder.path() / "a.gguf").string();
+  const presets::MixtralConfig config = presets::scaled(presets::mixtral_8x7b());
+  Decoder<float> model = test::random_gguf_model(config);
+  // `change` has the sources of a good file.
+  const auto fault_after = [&](const std::function<void(std::vector<GgufSource<float>>&)>& change) {
+    std::vector<GgufSource<float>> sources;
+    const auto tensors = tensors_of("test", model);
+    const auto layout = published_layout(GgufFamily<presets::MixtralConfig>::names(config, nullptr),
+                                         shapes_of(tensors), detail::head_sizes(config.shape));
+    for (const PublishedTensor& tensor : layout) {
+      const Index cols = tensor.shape.back();
+      sources.push_back(
+          {tensor.name, tensor.shape, GgufType::kF32,
+           [cols](Index, Index count, float* to) { std::fill_n(to, count * cols, 0.0F); }});
+    }
+    change(sources);
+    write_gguf<float>(path, gguf_metadata(config, {}), sources);
+    return test::message_of<FileError>([&] { load_gguf_family<presets::MixtralConfig>(path); });
+  };
+  const auto find = [](std::vector<GgufSource<float>>& all, const std::string& name) {
+    return std::find_if(all.begin(), all.end(), [&](const auto& own) { return own.name == name; });
+  };
+  CHECK(fault_after([](auto&) {}) == "no exception");
+  CHECK(fault_after([&](auto& all) { all.erase(find(all, "blk.1.attn_k.weight")); }) ==
+        path + ": 'blk.1.attn_k.weight' is missing");
+  CHECK(fault_after([&](auto& all) { find(all, "blk.1.ffn_norm.weight")->shape = {64}; }) ==
+        path + ": 'blk.1.ffn_norm.weight' is [64], expected [32]");
+  CHECK(fault_after([&](auto& all) { find(all, "blk.1.ffn_norm.weight")->name = "x"; }) ==
+        path + ": 'blk.1.ffn_norm.weight' is missing; 'x' is not in the model");
+  CHECK(fault_after([&](auto& all) { all.erase(find(all, "token_embd.weight")); }) ==
+        path + ": tensor 'token_embd.weight' is missing");
+}
+
+}  // namespace
+}  // namespace weir::io
