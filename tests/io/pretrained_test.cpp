@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <map>
 #include <set>
 #include <string>
 #include <sys/wait.h>
@@ -67,6 +68,11 @@ TEST_CASE("A saved model is loaded again, in one file or several", "[io][pretrai
   save_pretrained(folder.path(), model, small());
   CHECK_FALSE(files_in(folder.path()).contains("model.safetensors.index.json"));
   CHECK(infer(load_pretrained<float>(folder.path()).model, kIds) == expected);
+
+  // Texts in the headers are kept.
+  save_pretrained(folder.path(), model, small(), {.metadata = {{"licence", "MIT"}}});
+  CHECK(load_pretrained<float>(folder.path()).metadata ==
+        std::map<std::string, std::string>{{"format", "pt"}, {"licence", "MIT"}});
 
   // A file for each tensor.
   save_pretrained(folder.path(), model, small(), {.shard_bytes = 1});

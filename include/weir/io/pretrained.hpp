@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -46,6 +47,7 @@ namespace weir::io {
 struct SavePretrainedConfig {
   Dtype dtype = Dtype::kF32;                 ///< How numbers are stored.
   std::int64_t shard_bytes = 5'000'000'000;  ///< A larger model is divided into files of this size.
+  std::map<std::string, std::string> metadata = {};  ///< Texts for the headers of the files.
 };
 
 namespace detail {
@@ -84,6 +86,7 @@ Pretrained<T> load_as(const std::filesystem::path& dir, const Config& config,
   Pretrained<T> loaded = make_unset<T>(config);
   read_model<T>(source, Own::names(config, source.get()), head_sizes(config.shape), config.shape.k,
                 ignored, how, loaded);
+  loaded.metadata = source->metadata();
   return loaded;
 }
 
@@ -158,6 +161,8 @@ void write_model(const std::filesystem::path& dir, const std::vector<PublishedTe
                  FunctionRef<void(const PublishedTensor&, std::vector<T>&)> numbers_of) {
   const std::vector<std::size_t> first = divide(layout, config.dtype, config.shard_bytes);
   const std::size_t files = first.size() - 1;
+  std::map<std::string, std::string> metadata = config.metadata;
+  metadata.emplace("format", "pt");  // Without which Hugging Face's code does not read them.
   nlohmann::json places = nlohmann::json::object();
   std::int64_t total = 0;
   std::vector<T> numbers;
@@ -168,7 +173,7 @@ void write_model(const std::filesystem::path& dir, const std::vector<PublishedTe
       shapes.push_back({layout[t].name, layout[t].shape});
       places[layout[t].name] = name;
     }
-    SafetensorsWriter writer(dir / name, shapes, config.dtype, {{"format", "pt"}});
+    SafetensorsWriter writer(dir / name, shapes, config.dtype, metadata);
     for (std::size_t t = first[f]; t < first[f + 1]; ++t) {
       numbers_of(layout[t], numbers);
       writer.append(numbers.data(), static_cast<Index>(numbers.size()));
@@ -193,8 +198,7 @@ void write_model(const std::filesystem::path& dir, const std::vector<PublishedTe
 /// model.safetensors or in the files of model.safetensors.index.json. ModelConfig lists the
 /// families.
 ///
-///     auto [config, model, prediction] = io::load_pretrained("OLMoE-1B-7B", {.storage =
-///     kBfloat16});
+///     auto loaded = io::load_pretrained("OLMoE-1B-7B", {.storage = Storage::kBfloat16});
 ///
 /// Weights are converted from whatever kind of numbers the files hold. They go layer by layer into
 /// the storage asked for, so that memory never holds more than that and one layer.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -43,6 +44,7 @@ struct Pretrained {
   Decoder<T> model;
   std::optional<MultiToken<T>> prediction;  ///< The modules of multi-token prediction, if any.
   std::shared_ptr<ExpertStore<T>> experts;  ///< If experts stay in the files, those in memory.
+  std::map<std::string, std::string> metadata = {};  ///< The texts in the headers of the files.
 };
 
 /// Settings of `load_pretrained`.
