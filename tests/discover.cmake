@@ -5,6 +5,9 @@
 #     weir_tests    the program
 #     list_flags    makes it print the names of its test cases, one a line
 #     run_flags     for running one test case
+#     no_case_flags for running cases of which there may be none
+#     by_file       the names of the files with test cases, if those of a file are to be one test:
+#                   faster where a program takes long to start, as with sanitizers
 cmake_minimum_required(VERSION 3.25)
 
 function(list_cases spec result)
@@ -27,6 +30,14 @@ list_cases("[peer]" peer)
 if(NOT all)
   add_test(weir_tests_not_built "${weir_tests}" --not-built)
   set_tests_properties(weir_tests_not_built PROPERTIES LABELS unit)
+endif()
+
+if(all AND by_file)
+  foreach(file IN LISTS by_file)
+    add_test("${file}" "${weir_tests}" "-#" "[#${file}]~[slow]~[peer]" ${no_case_flags})
+    set_tests_properties("${file}" PROPERTIES LABELS unit)
+  endforeach()
+  set(all "")
 endif()
 
 foreach(case IN LISTS all)
