@@ -191,17 +191,19 @@ void check_family(const Config& config, const std::string& tensor) {
     std::filesystem::copy_file(kept, file, std::filesystem::copy_options::overwrite_existing);
   };
   std::vector<Index> shape;
-  CHECK(saved.fault_after([&](Tensors& all) {
+  const std::string missing = saved.fault_after([&](Tensors& all) {
     REQUIRE(all.contains(tensor));
     shape = all.at(tensor).first;
     all.erase(tensor);
-  }) == ": '" + tensor + "' is missing");
+  });
+  CHECK(missing == ": '" + tensor + "' is missing");
   restore();
-  const std::string expected = io::shape_text(shape);
-  CHECK(saved.fault_after([&](Tensors& all) {
-    shape.push_back(1);
-    all.at(tensor).first = shape;
-  }) == ": '" + tensor + "' is " + io::shape_text(shape) + ", expected " + expected);
+  std::vector<Index> other = shape;
+  other.push_back(1);
+  const std::string misshapen =
+      saved.fault_after([&](Tensors& all) { all.at(tensor).first = other; });
+  CHECK(misshapen ==
+        ": '" + tensor + "' is " + io::shape_text(other) + ", expected " + io::shape_text(shape));
   restore();
   CHECK(saved.fault_after([&](Tensors& all) {
     all["model.more"] = {{1}, {1.0F}};
