@@ -128,6 +128,8 @@ TEST_CASE("Settings of DeepSeek's models that change the result are refused by n
         "'rope_interleave' is false, expected true");
   CHECK(v3([](auto& json) { json["num_key_value_heads"] = 8; }) ==
         "'num_key_value_heads' is 8, expected 128");
+  CHECK(v3([](auto& json) { json["qk_nope_head_dim"] = 1'000'001; }) ==
+        "'qk_nope_head_dim' is 1000001, expected at most 1000000");
   CHECK(v3([](auto& json) { json["index_topk"] = 2048; }) ==
         "'index_topk' is 2048, expected it not to be there: weir does not know what it changes");
   const auto v2 = [](auto change) { return test::config_fault<DeepSeekV2Config>(kV2, change); };

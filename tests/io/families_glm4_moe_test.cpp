@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
+#include <cstdint>
 
 #include <weir/io/families/glm4_moe.hpp>
 #include <weir/presets/glm_4_5.hpp>
@@ -53,6 +54,12 @@ TEST_CASE("Settings of GLM-4.5 that change the result are refused by name", "[io
   const auto fault = [](auto change) { return test::config_fault<Glm4MoeConfig>(kAir, change); };
   CHECK(fault([](auto& json) { json["scoring_func"] = "softmax"; }) ==
         "'scoring_func' is \"softmax\", expected \"sigmoid\"");
+  CHECK(fault([](auto& json) { json["partial_rotary_factor"] = 1e300; }) ==
+        "'partial_rotary_factor' is 1e+300, expected a number from 0 to 1, without 0");
+  CHECK(fault([](auto& json) { json["num_hidden_layers"] = std::int64_t{1} << 40; }) ==
+        "'num_hidden_layers' is 1099511627776, expected at most 100000");
+  CHECK(fault([](auto& json) { json["n_shared_experts"] = std::int64_t{1} << 60; }) ==
+        "'n_shared_experts' is 1152921504606846976, expected a number of parts that exist");
   CHECK(fault([](auto& json) { json["index_topk"] = 8; }) ==
         "'index_topk' is 8, expected it not to be there: weir does not know what it changes");
 }

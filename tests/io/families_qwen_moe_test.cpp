@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT
+#include <cstdint>
+
 #include <weir/io/families/qwen_moe.hpp>
 #include <weir/presets/qwen2_moe.hpp>
 #include <weir/presets/qwen3_30b_a3b.hpp>
@@ -64,6 +66,8 @@ TEST_CASE("Qwen's configurations say which layers are dense", "[io][pretrained]"
 TEST_CASE("Settings of Qwen's mixtures that change the result are refused by name",
           "[io][pretrained]") {
   const auto fault = [](auto change) { return test::config_fault<Qwen3Config>(kQwen3, change); };
+  CHECK(fault([](auto& json) { json["num_hidden_layers"] = std::int64_t{1} << 60; }) ==
+        "'num_hidden_layers' is 1152921504606846976, expected at most 100000");
   CHECK(fault([](auto& json) { json["mlp_only_layers"] = {1}; }) ==
         "'mlp_only_layers' is [1], expected the first layers, such as [0, 1]");
   CHECK(fault([](auto& json) { json["decoder_sparse_step"] = 0; }) ==

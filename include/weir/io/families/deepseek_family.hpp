@@ -12,6 +12,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 #include <weir/io/config_file.hpp>
+#include <weir/io/families/layer_lists.hpp>
 #include <weir/io/families/rope_config.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/presets/model_shape.hpp>
@@ -21,6 +22,7 @@ namespace weir::io {
 /// Reads which layers are sparse, and the sizes of the networks.
 /// \throws FileError  if a setting is missing or of another kind.
 inline void read_deepseek_mixture(ConfigFile& json, presets::ModelShape& shape) {
+  expect_few_layers(json, shape.layers);
   shape.interleave = {.stride = json.count("moe_layer_freq", 1),
                       .first_dense = json.count("first_k_dense_replace", 0)};
   if (shape.interleave.stride < 1) json.bad("moe_layer_freq", "at least 1");
@@ -28,7 +30,7 @@ inline void read_deepseek_mixture(ConfigFile& json, presets::ModelShape& shape) 
   shape.experts = json.count("n_routed_experts");
   shape.k = json.count("num_experts_per_tok");
   shape.d_hidden = json.count("moe_intermediate_size");
-  shape.shared_hidden = json.count("n_shared_experts", 0) * shape.d_hidden;
+  shape.shared_hidden = read_multiple(json, "n_shared_experts", 0, shape.d_hidden);
   if (shape.count_sparse(shape.layers) < shape.layers) {
     shape.dense_hidden = json.count("intermediate_size");
   }
@@ -63,6 +65,9 @@ inline presets::ModelShape read_latent_shape(ConfigFile& json) {
                          .value_dim = json.count("v_head_dim"),
                          .rope_theta = rope.theta,
                          .rope_scaling = rope.scaling};
+  for (const auto* const key : {"qk_nope_head_dim", "qk_rope_head_dim"}) {
+    if (json.count(key) > 1'000'000) json.bad(key, "at most 1000000");
+  }
   json.expect("num_key_value_heads", attention.heads);
   json.expect("qk_head_dim", attention.query_dim());
   json.expect("head_dim", attention.rope_dim);

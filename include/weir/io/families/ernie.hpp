@@ -38,6 +38,7 @@ struct Family<presets::ErnieMoeConfig> {
         .norm_epsilon = json.number("rms_norm_eps", 1e-5),
         .balance = json.number("router_aux_loss_coef", 0.001)};
     presets::ModelShape& shape = config.shape;
+    expect_few_layers(json, shape.layers);
     std::get<GroupedQueryConfig>(shape.attention).rope_layout = RopeLayout::kInterleaved;
     shape.interleave = {.stride = json.count("moe_layer_interval", 1),
                         .first_dense = json.count("moe_layer_start_index", 1)};
@@ -46,7 +47,7 @@ struct Family<presets::ErnieMoeConfig> {
     shape.k = json.count("moe_k", 6);
     shape.d_hidden = json.count("moe_intermediate_size", 1536);
     shape.selection_bias = true;
-    shape.shared_hidden = json.count("moe_num_shared_experts", 2) * shape.d_hidden;
+    shape.shared_hidden = read_multiple(json, "moe_num_shared_experts", 2, shape.d_hidden);
     if (shape.count_sparse(shape.layers) < shape.layers) {
       shape.dense_hidden = json.count("intermediate_size");
     }

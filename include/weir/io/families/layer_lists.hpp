@@ -3,7 +3,7 @@
 /// What configurations say of each layer.
 #pragma once
 
-#include <algorithm>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <span>
 #include <string>
@@ -19,6 +19,23 @@
 #include <weir/presets/tensor_names.hpp>
 
 namespace weir::io {
+
+/// Makes sure that what follows may look at each layer.
+/// \throws FileError  if there are more of them than any model has.
+inline void expect_few_layers(ConfigFile& json, Index layers) {
+  constexpr Index kMost = 100'000;
+  if (layers > kMost) json.bad("num_hidden_layers", "at most 100000");
+}
+
+/// The setting `key`, a number of parts of the size `each`, times this size.
+/// \throws FileError  if the product is beyond all sizes.
+inline Index read_multiple(ConfigFile& json, const char* key, Index missing, Index each) {
+  const Index count = json.count(key, missing);
+  if (each > 0 && count > std::numeric_limits<Index>::max() / each) {
+    json.bad(key, "a number of parts that exist");
+  }
+  return count * each;
+}
 
 /// What Hugging Face's configurations call the attention of each layer.
 inline std::vector<std::string> layer_types(const presets::ModelShape& shape) {
@@ -36,6 +53,8 @@ inline std::vector<std::string> layer_types(const presets::ModelShape& shape) {
 
 /// \throws FileError  if `layer_types` is there and is not that of `shape`.
 inline void expect_layer_types(ConfigFile& json, const presets::ModelShape& shape) {
+  if (!json.has("layer_types")) return;
+  expect_few_layers(json, shape.layers);
   json.expect("layer_types", layer_types(shape));
 }
 

@@ -114,6 +114,7 @@ inline presets::Llama4Config Family<presets::Llama4Config>::read_text(ConfigFile
       .shape = read_grouped_query_shape(json, {.rope_theta = 5e5, .output_bias = true}),
       .norm_epsilon = json.number("rms_norm_eps", 1e-5)};
   presets::ModelShape& shape = config.shape;
+  expect_few_layers(json, shape.layers);
   auto& local = std::get<GroupedQueryConfig>(shape.attention);
   if (!json.has("head_dim")) local.head_dim = 128;
   shape.others = {.stride = json.count("no_rope_layer_interval", 4)};

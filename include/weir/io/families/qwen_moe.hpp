@@ -26,6 +26,7 @@ namespace detail {
 
 /// What both families' configurations say of layers and experts.
 inline void read_qwen_mixture(ConfigFile& json, presets::ModelShape& shape) {
+  expect_few_layers(json, shape.layers);
   shape.interleave = read_sparse_step(json);
   shape.experts = read_experts(json);
   shape.k = json.count("num_experts_per_tok");

@@ -98,7 +98,11 @@ inline RopeSettings read_rope(ConfigFile& json, double missing, bool scores = fa
                               std::optional<double> partial = {}) {
   const auto read_partial = [&](ConfigFile& from) {
     constexpr auto kKey = "partial_rotary_factor";
-    if (partial) return from.number(kKey, *partial);
+    if (partial) {
+      const double share = from.number(kKey, *partial);
+      if (!(share > 0.0 && share <= 1.0)) from.bad(kKey, "a number from 0 to 1, without 0");
+      return share;
+    }
     from.expect(kKey, 1.0);
     return 1.0;
   };
