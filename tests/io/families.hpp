@@ -154,6 +154,27 @@ struct SavedModel {
     return tensors_in(folder.path(), prefix);
   }
 
+  /// All numbers of a tensor in the folder.
+  std::vector<float> numbers(const std::string& name) const {
+    const io::CheckpointFolder source(folder.path());
+    const io::StoredTensor* const tensor = source.find(name);
+    REQUIRE(tensor != nullptr);
+    Index size = 1;
+    for (const Index length : tensor->shape()) size *= length;
+    std::vector<float> all(static_cast<std::size_t>(size));
+    tensor->read(0, size, all.data());
+    return all;
+  }
+
+  /// The value of a parameter of the model.
+  Matrix<float> value(const std::string& name) {
+    for (const auto& [own, parameter] : parameters(model)) {
+      if (own == name) return parameter->value;
+    }
+    FAIL("no parameter " << name);
+    return {};
+  }
+
   /// Whether it does so with the experts of each layer in one tensor.
   bool comes_back_fused() const {
     change_tensors(folder.path(), [&](Tensors& all) {

@@ -68,6 +68,17 @@ TEST_CASE("A layer of Granite is saved under its published names", "[io][pretrai
   CHECK(saved.tensors("lm_head").empty());
 }
 
+TEST_CASE("Granite keeps the rows of gate above those of up", "[io][pretrained]") {
+  test::SavedModel saved(presets::scaled(presets::granite_3_1_1b_a400m()));
+  const std::vector<float> both =
+      saved.numbers("model.layers.1.block_sparse_moe.input_linear.weight");  // [16, 32, 32]
+  const auto at = [&](Index e, Index row, Index in) {
+    return both[static_cast<std::size_t>((e * 32 + row) * 32 + in)];
+  };
+  CHECK(at(3, 5, 7) == saved.value("layers.1.moe.experts.3.gate")(5, 7));
+  CHECK(at(3, 16 + 5, 7) == saved.value("layers.1.moe.experts.3.up")(5, 7));
+}
+
 TEST_CASE("Granite's multipliers are those of its equations", "[presets]") {
   GraniteMoeConfig config = presets::scaled(presets::granite_3_1_1b_a400m());
   Decoder<float> model = test::random_model(config);

@@ -52,6 +52,17 @@ TEST_CASE("Grok-1 comes back from its folder", "[io][pretrained]") {
   CHECK(test::SavedModel(config).comes_back());
 }
 
+TEST_CASE("Grok-1's port calls gate, up and down by other names", "[io][pretrained]") {
+  test::SavedModel saved(presets::scaled(presets::grok_1(), {.d_model = 48}));
+  const std::string expert = "model.layers.0.moe_block.experts.2.";
+  CHECK(saved.numbers(expert + "linear.weight")[49] ==
+        saved.value("layers.0.moe.experts.2.gate")(1, 1));
+  CHECK(saved.numbers(expert + "linear_v.weight")[49] ==
+        saved.value("layers.0.moe.experts.2.up")(1, 1));
+  CHECK(saved.numbers(expert + "linear_1.weight")[257] ==
+        saved.value("layers.0.moe.experts.2.down")(1, 1));
+}
+
 TEST_CASE("A layer of Grok-1 is saved under the names of its port", "[io][pretrained]") {
   GrokConfig config = presets::scaled(presets::grok_1(), {.d_model = 48});
   config.shape.experts = config.shape.k = 1;

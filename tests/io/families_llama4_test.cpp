@@ -129,6 +129,17 @@ TEST_CASE("A layer of Llama 4 is saved under its published names", "[io][pretrai
                                  "model.layers.0.feed_forward.up_proj.weight [40, 32]"});
 }
 
+TEST_CASE("Llama 4 keeps the columns of gate left of those of up", "[io][pretrained]") {
+  test::SavedModel saved(presets::scaled(presets::llama_4_scout()));
+  const std::vector<float> both =
+      saved.numbers("model.layers.1.feed_forward.experts.gate_up_proj");  // [4, 32, 104]
+  const auto at = [&](Index e, Index in, Index column) {
+    return both[static_cast<std::size_t>((e * 32 + in) * 104 + column)];
+  };
+  CHECK(at(3, 7, 5) == saved.value("layers.1.moe.experts.3.gate")(5, 7));
+  CHECK(at(3, 7, 52 + 5) == saved.value("layers.1.moe.experts.3.up")(5, 7));
+}
+
 TEST_CASE("Llama 4's text model is found within one that also sees", "[io][pretrained]") {
   const test::SavedModel saved(presets::scaled(presets::llama_4_scout()));
   test::change_tensors(saved.folder.path(), [](test::Tensors& all) {
