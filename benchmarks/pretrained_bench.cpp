@@ -12,6 +12,10 @@
 //     pretrained/SHAPE/decode/quarter/threads:N  the same with a quarter of the experts in memory
 //         tokens/s
 //         hits             the share of wanted experts that were in memory
+//         llama tokens/s   of llama.cpp, with the same weights in bfloat16 and as many threads, in
+//                          the same row, where the environment variable WEIR_LLAMA_CPP_DIR or
+//                          CMake names the folder of its libraries (see .ci/run)
+//         llama:weir       the time of llama.cpp over that of weir
 //
 // SHAPE is olmoe, OLMoE-1B-7B as published (14 GB of files, and as much memory), or small. Files
 // are made in the folder that WEIR_BENCH_FOLDER names, by default ./pretrained_bench, and stay
@@ -36,12 +40,15 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/io/families/olmoe.hpp>
+#include <weir/io/gguf_families/olmoe.hpp>
+#include <weir/io/gguf_model_writer.hpp>
 #include <weir/io/pretrained.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/nn/packed_glu.hpp>
 #include <weir/presets/olmoe_1b_7b.hpp>
 #include <weir/presets/scaled.hpp>
 
+#include "peer/llama_cpp.hpp"
 #include "support/clock.hpp"
 #include "support/program.hpp"
 #include "support/rows.hpp"
@@ -106,6 +113,39 @@ fs::path folder_of(const std::string& shape) {
       });
   io::write_file(folder / "config.json", io::detail::config_json(config, io::Dtype::kBF16).dump(2));
   return folder;
+}
+
+/// The same model as a GGUF file in bfloat16, made if it is not there, tensor by tensor from the
+/// files of the checkpoint.
+fs::path gguf_of(const std::string& shape) {
+  using Config = presets::OlmoeConfig;
+  const fs::path folder = folder_of(shape);
+  const fs::path path = folder / "model.gguf";
+  if (fs::exists(path)) return path;
+  const Config config = config_of(shape);
+  const io::CheckpointFolder source(folder);
+  weir::Rng unset = weir::Rng::unset();
+  auto model = presets::make<float>(config, unset);
+  const auto tensors = io::tensors_of("pretrained_bench", model);
+  const auto shapes = io::shapes_of(tensors);
+  const io::HeadSizes heads = io::detail::head_sizes(config.shape);
+  const io::PublishedReader<float> reader(
+      source, tensors,
+      io::published_layout(io::Family<Config>::names(config, &source), shapes, heads));
+  const auto numbers_of = [&](const io::PublishedTensor& tensor, std::vector<float>& numbers) {
+    for (const io::TensorPiece& piece : tensor.pieces) {
+      weir::Matrix<float>& matrix = *tensors[piece.matrix].second;
+      reader.read_deferred(piece.matrix, matrix);
+    }
+    io::gather_tensor(tensors, tensor, numbers);
+    for (const io::TensorPiece& piece : tensor.pieces) tensors[piece.matrix].second->resize(0, 0);
+  };
+  const io::SaveGgufConfig how{.dtype = io::GgufType::kBF16};
+  io::write_gguf_model<float>(
+      path, io::gguf_metadata(config, how),
+      io::published_layout(io::GgufFamily<Config>::names(config, nullptr), shapes, heads), {},
+      how.dtype, numbers_of);
+  return path;
 }
 
 double bytes_in(const fs::path& folder) {
@@ -176,61 +216,105 @@ std::vector<Index> random_ids(Index count, Index vocab) {
   return ids;
 }
 
+std::vector<std::int32_t> to_llama(std::span<const Index> ids) {
+  return {ids.begin(), ids.end()};
+}
+
+/// Adds llama.cpp's figures to those of weir, if it is there. weir's model should be gone by now,
+/// since large ones do not have room beside each other.
+/// \param ids      A prompt, and tokens that are read one by one behind it. If there are none of
+///                 these, it is the prompt that is timed.
+void add_llama_figures(const std::string& shape, int threads, const std::vector<Index>& ids,
+                       std::size_t prompt, bench::Figures& figures) {
+  namespace peer = weir::test;
+  const peer::LlamaCpp* const library = peer::LlamaCpp::find();
+  if (library == nullptr) return;
+  peer::LlamaCpp::Model model(*library, gguf_of(shape), static_cast<Index>(ids.size()),
+                              {.threads = threads, .is_exact = false});
+  const std::vector<std::int32_t> start = to_llama(std::span(ids).first(prompt));
+  const auto rest = to_llama(std::span(ids).subspan(prompt));
+  model.last_logits(start);
+  bench::repeat_rounds([&] {
+    model.truncate(rest.empty() ? 0 : static_cast<Index>(prompt));
+    const double seconds = bench::seconds_of([&] {
+      if (rest.empty()) model.last_logits(start);
+      for (const std::int32_t id : rest) model.last_logits({id});
+    });
+    const std::size_t tokens = rest.empty() ? prompt : rest.size();
+    figures.add("llama tokens/s", static_cast<double>(tokens) / seconds);
+  });
+  figures.add("llama:weir", figures.median("tokens/s") / figures.median("llama tokens/s"));
+}
+
 void add_prefill_row(const std::string& shape, int threads) {
   bench::add_row("pretrained/" + shape + "/prefill/bf16", threads, [=](benchmark::State& state) {
     constexpr Index kPrompt = 512;
-    const auto loaded = load(shape);
-    const std::vector<Index> ids = random_ids(kPrompt, loaded.model.vocab());
-    weir::Decoder<float>::Cache cache;
-    const auto round = [&] {
-      weir::Decoder<float>::State sequence;
-      return bench::seconds_of([&] { weir::decode(loaded.model, ids, sequence, cache, true); });
-    };
-    round();  // Caches grow.
+    const std::vector<Index> ids = random_ids(kPrompt, config_of(shape).shape.vocab);
     bench::Figures figures;
     std::vector<double> times;
-    bench::repeat_rounds([&] {
-      times.push_back(round());
-      figures.add("tokens/s", kPrompt / times.back());
-    });
+    {
+      const auto loaded = load(shape);
+      weir::Decoder<float>::Cache cache;
+      const auto round = [&] {
+        weir::Decoder<float>::State sequence;
+        return bench::seconds_of([&] { weir::decode(loaded.model, ids, sequence, cache, true); });
+      };
+      round();  // Caches grow.
+      bench::repeat_rounds([&] {
+        times.push_back(round());
+        figures.add("tokens/s", kPrompt / times.back());
+      });
+    }
+    add_llama_figures(shape, threads, ids, kPrompt, figures);
     figures.report(state);
     return bench::median(times);
   });
 }
 
+constexpr Index kStart = 128;  // Tokens before those that are decoded one by one.
+constexpr Index kTokens = 32;
+
+/// Times weir's decoding.
 /// \param share    How many of the experts are in memory; 1: they are loaded before.
+/// \return         The seconds of the rounds.
+std::vector<double> time_decoding(const std::string& shape, double share,
+                                  const std::vector<Index>& ids, bench::Figures& figures) {
+  const presets::ModelShape sizes = config_of(shape).shape;
+  const auto expert = static_cast<double>(weir::PackedGlu<float>::bytes(
+      sizes.d_model, sizes.d_hidden, sizes.d_model, weir::Storage::kBfloat16));
+  const double all = expert * static_cast<double>(sizes.layers * sizes.experts);
+  const auto loaded = load(shape, share < 1.0 ? static_cast<std::size_t>(share * all) : 0);
+  weir::Decoder<float>::Cache cache;
+  weir::Decoder<float>::State prompt;
+  weir::decode(loaded.model, std::span(ids).first(kStart), prompt, cache, true);
+  std::vector<double> times;
+  bench::repeat_rounds([&] {
+    weir::Decoder<float>::State sequence = prompt;
+    const io::ExpertStatistics before =
+        loaded.experts == nullptr ? io::ExpertStatistics() : loaded.experts->statistics();
+    times.push_back(bench::seconds_of([&] {
+      for (Index i = 0; i < kTokens; ++i) {
+        const Index id = ids[static_cast<std::size_t>(kStart + i)];
+        weir::decode(loaded.model, std::span(&id, 1), sequence, cache);
+      }
+    }));
+    figures.add("tokens/s", kTokens / times.back());
+    if (loaded.experts == nullptr) return;
+    const io::ExpertStatistics after = loaded.experts->statistics();
+    const auto hits = static_cast<double>(after.hits - before.hits);
+    const auto misses = static_cast<double>(after.misses - before.misses);
+    figures.add("hits", hits / (hits + misses));
+  });
+  return times;
+}
+
+/// \param share    See `time_decoding`.
 void add_decode_row(const std::string& shape, const std::string& name, double share, int threads) {
   bench::add_row("pretrained/" + shape + "/decode/" + name, threads, [=](benchmark::State& state) {
-    constexpr Index kPrompt = 128;
-    constexpr Index kTokens = 32;
-    const auto& sizes = config_of(shape).shape;
-    const auto expert = static_cast<double>(weir::PackedGlu<float>::bytes(
-        sizes.d_model, sizes.d_hidden, sizes.d_model, weir::Storage::kBfloat16));
-    const double all = expert * static_cast<double>(sizes.layers * sizes.experts);
-    const auto loaded = load(shape, share < 1.0 ? static_cast<std::size_t>(share * all) : 0);
-    const std::vector<Index> ids = random_ids(kPrompt + kTokens, loaded.model.vocab());
-    weir::Decoder<float>::Cache cache;
-    weir::Decoder<float>::State prompt;
-    weir::decode(loaded.model, std::span(ids).first(kPrompt), prompt, cache, true);
+    const std::vector<Index> ids = random_ids(kStart + kTokens, config_of(shape).shape.vocab);
     bench::Figures figures;
-    std::vector<double> times;
-    bench::repeat_rounds([&] {
-      weir::Decoder<float>::State sequence = prompt;
-      const io::ExpertStatistics before =
-          loaded.experts == nullptr ? io::ExpertStatistics() : loaded.experts->statistics();
-      times.push_back(bench::seconds_of([&] {
-        for (Index i = 0; i < kTokens; ++i) {
-          const Index id = ids[static_cast<std::size_t>(kPrompt + i)];
-          weir::decode(loaded.model, std::span(&id, 1), sequence, cache);
-        }
-      }));
-      figures.add("tokens/s", kTokens / times.back());
-      if (loaded.experts == nullptr) return;
-      const io::ExpertStatistics after = loaded.experts->statistics();
-      const auto hits = static_cast<double>(after.hits - before.hits);
-      const auto misses = static_cast<double>(after.misses - before.misses);
-      figures.add("hits", hits / (hits + misses));
-    });
+    const std::vector<double> times = time_decoding(shape, share, ids, figures);
+    if (share == 1.0) add_llama_figures(shape, threads, ids, kStart, figures);
     figures.report(state);
     return bench::median(times);
   });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Lets a model from disk write: one that train_lm saved, or one in a folder as Hugging Face has
-// them. It continues one prompt as it is written, several at once, or what you type line by line.
+// Lets a model from disk write: one that train_lm saved, one in a folder as Hugging Face has them,
+// or a GGUF file as llama.cpp has them. It continues one prompt as it is written, several at once,
+// or what you type line by line.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +19,8 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/io/checkpoint.hpp>
+#include <weir/io/gguf.hpp>
+#include <weir/io/gguf_model.hpp>
 #include <weir/io/json_object.hpp>
 #include <weir/io/pretrained.hpp>
 #if defined(WEIR_TEXT)
@@ -146,18 +149,33 @@ std::vector<Index> ends_of(const fs::path& folder) {
   return {};
 }
 
+/// The tokens that end a text, as a GGUF file names them.
+std::vector<Index> ends_in(const io::Gguf& file) {
+  std::vector<Index> ends;
+  for (const char* const key : {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"}) {
+    if (file.has(key)) ends.push_back(static_cast<Index>(file.integer(key)));
+  }
+  return ends;
+}
+
+/// A model of others: a folder, or a GGUF file. The tokenizer is that of the folder. The one within
+/// a GGUF file is not used, since such files name the rules by which they divide text into words
+/// without saying them.
 Writer load_published(const Options& options, weir::Storage storage) {
   constexpr double kMega = 1e6;
-  auto loaded = io::load_pretrained<float>(
-      options.model, {.storage = storage,
-                      .expert_bytes = static_cast<std::size_t>(kMega * options.expert_memory)});
+  const fs::path path = options.model;
+  const bool is_gguf = path.extension() == ".gguf";
+  const io::LoadConfig how = {
+      .storage = storage, .expert_bytes = static_cast<std::size_t>(kMega * options.expert_memory)};
+  auto loaded = is_gguf ? io::load_gguf<float>(path, how) : io::load_pretrained<float>(path, how);
   Writer writer{std::move(loaded.model), [] { return std::make_unique<Numbers>(); },
-                ends_of(options.model), loaded.experts};
-  const bool has_tokenizer = fs::exists(fs::path(options.model) / "tokenizer.json") ||
-                             fs::exists(fs::path(options.model) / "tokenizer.model");
+                is_gguf ? ends_in(io::Gguf::read(path.string())) : ends_of(path), loaded.experts};
+  const fs::path folder = is_gguf ? path.parent_path() : path;
+  const bool has_tokenizer =
+      fs::exists(folder / "tokenizer.json") || fs::exists(folder / "tokenizer.model");
   if (!options.ids.empty() || !has_tokenizer) return writer;
 #if defined(WEIR_TEXT)
-  const std::shared_ptr<const io::Tokenizer> tokenizer = io::load_tokenizer(options.model);
+  const std::shared_ptr<const io::Tokenizer> tokenizer = io::load_tokenizer(folder);
   if (writer.ends.empty() && tokenizer->eos()) writer.ends = {*tokenizer->eos()};
   writer.make_text = [tokenizer] { return std::make_unique<Tokens>(tokenizer); };
 #endif
@@ -168,7 +186,10 @@ Writer load(const Options& options) {
   const weir::Storage storage = options.storage == "bf16"    ? weir::Storage::kBfloat16
                                 : options.storage == "plain" ? weir::Storage::kTrainable
                                                              : weir::Storage::kPacked;
-  if (fs::exists(fs::path(options.model) / "config.json")) return load_published(options, storage);
+  const fs::path path = options.model;
+  if (path.extension() == ".gguf" || fs::exists(path / "config.json")) {
+    return load_published(options, storage);
+  }
   const auto checkpoint = io::latest_checkpoint(options.model);
   if (!checkpoint) {
     throw std::runtime_error(options.model + ": there is neither config.json nor a checkpoint");
@@ -265,7 +286,8 @@ void chat(const Writer& writer, const Options& options) {
 std::optional<int> parse(int argc, char** argv, Options& options) {
   CommandLine line("Lets a model from disk write.");
   line.group("Model");
-  line.add("model", options.model, "A folder: of checkpoints of train_lm, or of a published model")
+  line.add("model", options.model,
+           "A folder of checkpoints of train_lm or of a published model, or a .gguf file")
       ->required();
   line.add("--storage", options.storage, "How weights are kept; bf16 is half as large")
       ->check(CLI::IsMember({"packed", "bf16", "plain"}));
@@ -296,6 +318,7 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
       "  generate run --prompt \"int main(\"             a model that train_lm --save run has "
       "saved\n"
       "  generate OLMoE-1B-7B --storage bf16 --chat    a published one\n"
+      "  generate qwen3.gguf --ids \"9707 11\"          tokens of a GGUF file by their numbers\n"
       "  generate Mixtral-8x7B --storage bf16 --expert-memory 8000 --prompt Once\n");
   return line.parse(argc, argv);
 }

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
+#include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -120,6 +123,80 @@ TEST_CASE("Loading rounds as the file does, and stores as asked for", "[io][gguf
       path, {.storage = Storage::kBfloat16, .expert_bytes = 40'000});
   CHECK(infer(streamed.model, kIds) == rounded);
   CHECK(streamed.experts->statistics().misses > 0);
+}
+
+TEST_CASE("Blocks of codes are read into every storage", "[io][gguf]") {
+  const test::Folder folder;
+  const auto path = folder.path() / "a.gguf";
+  const presets::MixtralConfig config = presets::scaled(presets::mixtral_8x7b(), {.d_model = 64});
+  Decoder<float> model = test::random_gguf_model(config);
+  save_gguf(path, model, config, {.dtype = GgufType::kQ8_0});
+  for (const Storage storage : {Storage::kPacked, Storage::kBfloat16}) {
+    auto stored = load_gguf_family<presets::MixtralConfig>(path).model;
+    set_storage(stored, storage);
+    const Matrix<float> expected = infer(stored, kIds);
+    const auto loaded = load_gguf_family<presets::MixtralConfig>(path, {.storage = storage});
+    CHECK((infer(loaded.model, kIds) == expected));
+    const auto streamed = load_gguf_family<presets::MixtralConfig>(
+        path, {.storage = storage, .expert_bytes = 200'000});
+    CHECK((infer(streamed.model, kIds) == expected));
+  }
+}
+
+/// Writes a file of these names and settings.
+template <class Config>
+void write_as(const std::filesystem::path& path, Decoder<float>& model, const Config& config,
+              const std::vector<presets::TensorName>& names, const GgufMetadata& metadata) {
+  const auto tensors = tensors_of("test", model);
+  write_gguf_model<float>(
+      path, metadata, published_layout(names, shapes_of(tensors), detail::head_sizes(config.shape)),
+      {}, GgufType::kF32, [&](const PublishedTensor& tensor, std::vector<float>& numbers) {
+        gather_tensor(tensors, tensor, numbers);
+      });
+}
+
+TEST_CASE("Queries, keys and values may be one tensor", "[io][gguf]") {
+  const test::Folder folder;
+  const auto path = folder.path() / "a.gguf";
+  const auto config = presets::scaled(presets::qwen1_5_moe_a2_7b(), test::kGgufScale);
+  Decoder<float> model = test::random_gguf_model(config);
+  write_as(path, model, config,
+           presets::join_names({presets::kGgufJoinedQkvNames, presets::kGgufNames}),
+           gguf_metadata(config, {}));
+  CHECK(Gguf::read(path.string()).has_tensor("blk.1.attn_qkv.bias"));
+  CHECK((infer(load_gguf_family<presets::Qwen2MoeConfig>(path).model, kIds) == infer(model, kIds)));
+}
+
+TEST_CASE("Older files of latent attention are read", "[io][gguf]") {
+  const test::Folder folder;
+  const auto path = folder.path() / "a.gguf";
+  const auto config = presets::scaled(test::gguf_deepseek_v2(), test::kGgufScale);
+  const auto& latent = std::get<LatentConfig>(config.shape.attention);
+  Decoder<float> model = test::random_gguf_model(config);
+  const Matrix<float> expected = infer(model, kIds);
+  save_gguf(path, model, config);
+  GgufMetadata metadata;
+  {
+    const Gguf file = Gguf::read(path.string());
+    for (const auto& [key, value] : file.metadata()) {
+      const bool has_changed = key.find("_length_mla") != std::string_view::npos ||
+                               key == "deepseek2.attention.key_length" ||
+                               key == "deepseek2.attention.value_length" ||
+                               key == "deepseek2.attention.head_count_kv";
+      if (!has_changed) metadata.add_copy(key, value);
+    }
+  }
+  const auto as_u32 = [](Index size) { return static_cast<std::uint32_t>(size); };
+  metadata.add_u32("deepseek2.attention.key_length", as_u32(latent.query_dim()));
+  metadata.add_u32("deepseek2.attention.value_length", as_u32(latent.value_dim));
+  metadata.add_u32("deepseek2.attention.head_count_kv", as_u32(latent.heads));
+  write_as(path, model, config,
+           presets::join_names({presets::kLatentGgufNames, presets::kLatentGgufQueryNames,
+                                presets::kLatentOldGgufUpNames, detail::kGgufJoinedExpertNames,
+                                presets::kGgufNames}),
+           metadata);
+  CHECK(Gguf::read(path.string()).has_tensor("blk.1.ffn_gate_up_exps.weight"));
+  CHECK((infer(load_gguf_family<presets::DeepSeekV2Config>(path).model, kIds) == expected));
 }
 
 TEST_CASE("A tokenizer goes from file to file", "[io][gguf]") {

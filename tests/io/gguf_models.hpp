@@ -28,7 +28,7 @@
 namespace weir::test {
 
 /// A width at which all of them have the shapes that their architectures want.
-inline constexpr presets::Scale kGgufScale{.d_model = 96};
+inline constexpr presets::Scale kGgufScale{.d_model = 96, .vocab = 80};
 
 /// gpt-oss as llama.cpp computes it.
 inline presets::GptOssConfig gguf_gpt_oss() {

@@ -14,6 +14,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <weir/core/types.hpp>
@@ -169,6 +170,7 @@ class LlamaCpp {
   float* (*logits_)(void*) = nullptr;
   void* (*memory_)(const void*) = nullptr;
   void (*clear_)(void*, bool) = nullptr;
+  bool (*truncate_)(void*, std::int32_t, std::int32_t, std::int32_t) = nullptr;
   std::uint32_t (*quantise_)(const char*, const char*, const QuantiseParams*) = nullptr;
   std::size_t (*quantise_chunk_)(std::uint32_t, const float*, void*, std::int64_t, std::int64_t,
                                  std::int64_t, const float*) = nullptr;
@@ -176,24 +178,42 @@ class LlamaCpp {
   const Traits* (*traits_)(std::uint32_t) = nullptr;
 };
 
-/// A model of a GGUF file with one conversation. Its attention keeps keys and values of 32 bits and
-/// is not fused, on the processor, with one thread.
+/// How llama.cpp computes.
+struct LlamaCppConfig {
+  int threads = 1;
+  bool is_exact = true;  ///< Keys and values have 32 bits, and attention is not fused; otherwise it
+                         ///< is as llama.cpp has it by default.
+};
+
+/// A model of a GGUF file with one conversation, on the processor.
 class LlamaCpp::Model {
  public:
   /// \param most_tokens  The longest conversation.
   /// \throws std::runtime_error  with what llama.cpp says, if it does not take the file.
-  Model(const LlamaCpp& library, const std::filesystem::path& path, Index most_tokens);
+  Model(const LlamaCpp& library, const std::filesystem::path& path, Index most_tokens,
+        const LlamaCppConfig& config = {});
 
   Index vocabulary() const { return library_.vocabulary_size_(library_.vocabulary_(model_.get())); }
 
   /// Goes on with `tokens` behind those of earlier calls.
   /// \return  [tokens, vocabulary], the logits behind each of them.
-  Matrix<float> logits(std::vector<std::int32_t> tokens);
+  Matrix<float> logits(std::vector<std::int32_t> tokens) { return run(std::move(tokens), false); }
+
+  /// The same, behind the last of them alone.
+  Matrix<float> last_logits(std::vector<std::int32_t> tokens) {
+    return run(std::move(tokens), true);
+  }
 
   /// Forgets the conversation.
   void clear() {
     library_.clear_(library_.memory_(context_.get()), true);
     position_ = 0;
+  }
+
+  /// Forgets what follows the first `count` tokens.
+  void truncate(Index count) {
+    position_ = static_cast<std::int32_t>(count);
+    library_.truncate_(library_.memory_(context_.get()), 0, position_, -1);
   }
 
   /// The next `count` tokens, each the most probable one behind those before.
@@ -211,6 +231,8 @@ class LlamaCpp::Model {
 
  private:
   using Owned = std::unique_ptr<void, void (*)(void*)>;
+
+  Matrix<float> run(std::vector<std::int32_t> tokens, bool last_only);
 
   const LlamaCpp& library_;
   Owned model_;
@@ -261,6 +283,7 @@ inline void LlamaCpp::load(const std::filesystem::path& folder) {
   find_function(library, "llama_get_logits", logits_);
   find_function(library, "llama_get_memory", memory_);
   find_function(library, "llama_memory_clear", clear_);
+  find_function(library, "llama_memory_seq_rm", truncate_);
   find_function(library, "llama_model_quantize", quantise_);
   find_function(library, "ggml_quantize_chunk", quantise_chunk_);
   find_function(library, "ggml_row_size", row_size_);
@@ -285,7 +308,7 @@ inline void LlamaCpp::expect_known_layout() const {
 }
 
 inline LlamaCpp::Model::Model(const LlamaCpp& library, const std::filesystem::path& path,
-                              Index most_tokens)
+                              Index most_tokens, const LlamaCppConfig& config)
     : library_(library),
       model_(nullptr, library.free_model_),
       context_(nullptr, library.free_context_) {
@@ -297,20 +320,23 @@ inline LlamaCpp::Model::Model(const LlamaCpp& library, const std::filesystem::pa
   ContextParams context = library.context_defaults_();
   context.n_ctx = context.n_batch = context.n_ubatch = static_cast<std::uint32_t>(most_tokens);
   context.n_outputs_per_seq = 0;
-  context.threads = context.threads_batch = 1;
-  context.flash_attention = 0;
-  context.type_k = context.type_v = 0;  // F32
+  context.threads = context.threads_batch = config.threads;
+  if (config.is_exact) {
+    context.flash_attention = 0;
+    context.type_k = context.type_v = 0;  // F32
+  }
   context_.reset(library.make_context_(model_.get(), context));
   if (context_ == nullptr) fail("llama_init_from_model", path);
 }
 
-inline Matrix<float> LlamaCpp::Model::logits(std::vector<std::int32_t> tokens) {
+inline Matrix<float> LlamaCpp::Model::run(std::vector<std::int32_t> tokens, bool last_only) {
   const std::size_t count = tokens.size();
   std::vector<std::int32_t> positions(count);
   std::vector<std::int32_t> sequence_counts(count, 1);
   std::int32_t sequence = 0;
   std::vector<std::int32_t*> sequences(count, &sequence);
-  std::vector<std::int8_t> has_logits(count, 1);
+  std::vector<std::int8_t> has_logits(count, last_only ? 0 : 1);
+  if (count > 0) has_logits.back() = 1;
   for (std::int32_t& position : positions) position = position_++;
   complaints().clear();
   const std::int32_t status = library_.decode_(
@@ -318,7 +344,7 @@ inline Matrix<float> LlamaCpp::Model::logits(std::vector<std::int32_t> tokens) {
                        sequence_counts.data(), sequences.data(), has_logits.data()});
   if (status != 0) fail("llama_decode", std::to_string(status));
   return Eigen::Map<const Matrix<float>>(library_.logits_(context_.get()),
-                                         static_cast<Index>(count), vocabulary());
+                                         last_only ? 1 : static_cast<Index>(count), vocabulary());
 }
 
 }  // namespace weir::test

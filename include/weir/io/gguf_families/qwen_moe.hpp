@@ -87,7 +87,8 @@ struct GgufFamily<presets::Qwen2MoeConfig> {
     if (shape.shared_hidden == 0) shape.shared_hidden = settings.count("feed_forward_length");
     shape.shared_gate = true;
     std::get<GroupedQueryConfig>(shape.attention).qkv_bias =
-        settings.file().has_tensor("blk.0.attn_q.bias");
+        settings.file().has_tensor("blk.0.attn_q.bias") ||
+        settings.file().has_tensor("blk.0.attn_qkv.bias");
     return config;
   }
 
