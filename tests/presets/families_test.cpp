@@ -28,12 +28,15 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/jitter_router.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/biased_probability_top_k.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/moe/selector/sparse_mixer.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/nn/glu.hpp>
 #include <weir/nn/layer_norm.hpp>
 #include <weir/ops/activation.hpp>
+#include <weir/ops/llama3_scaling.hpp>
 #include <weir/ops/rope.hpp>
 #include <weir/ops/rope_scaling.hpp>
 #include <weir/presets/dbrx.hpp>
@@ -41,7 +44,11 @@
 #include <weir/presets/deepseek_v2.hpp>
 #include <weir/presets/deepseek_v2_lite.hpp>
 #include <weir/presets/deepseek_v3.hpp>
+#include <weir/presets/dense.hpp>
+#include <weir/presets/ernie_4_5.hpp>
+#include <weir/presets/glm_4_5.hpp>
 #include <weir/presets/gpt_oss_20b.hpp>
+#include <weir/presets/granite_moe.hpp>
 #include <weir/presets/grok_1.hpp>
 #include <weir/presets/llama_4_scout.hpp>
 #include <weir/presets/mixtral_8x7b.hpp>
@@ -49,6 +56,8 @@
 #include <weir/presets/openmoe_8b.hpp>
 #include <weir/presets/openmoe_base.hpp>
 #include <weir/presets/openmoe_network.hpp>
+#include <weir/presets/phi_3_5_moe.hpp>
+#include <weir/presets/qwen2_moe.hpp>
 #include <weir/presets/qwen3_30b_a3b.hpp>
 #include <weir/presets/scaled.hpp>
 #include <weir/presets/st_moe_32b.hpp>
@@ -131,6 +140,64 @@ TEST_CASE("DBRX has layer norms without bias, clamps, and four renormalised expe
   CHECK(layer_of<Moe>(model, 0, 1).selector().config().norm == 1.0);
   CHECK(layer_of<Moe>(model, 0, 1).selector().config().k == 4);
   CHECK(attention(model, 0).clip_qkv == 8.0);
+}
+
+TEST_CASE("Qwen2-MoE has a gate of its own for the shared expert", "[presets]") {
+  using Moe =
+      SharedExperts<MoELayer<Projection, SoftmaxTopK<T>, Dropless, GluBank<T>, SwitchLoss<T>>,
+                    Glu<T>>;
+  Decoder<T> model = small(qwen1_5_moe_a2_7b());
+  CHECK(!layer_of<Moe>(model, 1, 1).moe().selector().config().renormalise);
+  CHECK(attention(model, 0).qkv_bias);
+  CHECK(!attention(model, 0).output_bias);
+  Index gates = 0;
+  for (const auto& [name, parameter] : parameters(model)) {
+    if (name == "layers.1.moe.shared_gate.weight") gates += parameter->value.rows();
+  }
+  CHECK(gates == 1);
+}
+
+TEST_CASE("GLM-4.5 has DeepSeek-V3's mixture behind partly rotated heads", "[presets]") {
+  using Moe = SharedExperts<
+      MoELayer<Projection, SigmoidTopK<T>, Dropless, GluBank<T>, BiasBalance<T>, SwitchLoss<T>>,
+      Glu<T>>;
+  const Decoder<T> model = small(glm_4_5());
+  CHECK(branches(model, 0) == "attention mlp");
+  CHECK(layer_of<Moe>(model, 1, 1).moe().selector().config().scale == 2.5);
+  CHECK(2 * attention(model, 0).rotary_dim == attention(model, 0).head_dim);
+  CHECK(attention(model, 0).qk_norm == QkNorm::kPerHead);
+}
+
+TEST_CASE("ERNIE 4.5 chooses by biased probabilities and rotates neighbours", "[presets]") {
+  using Moe = SharedExperts<MoELayer<Projection, BiasedProbabilityTopK<T>, Dropless, GluBank<T>,
+                                     BiasBalance<T>, SwitchLoss<T>>,
+                            Glu<T>>;
+  const Decoder<T> model = small(ernie_4_5_21b_a3b());
+  CHECK(branches(model, 0) == "attention mlp");
+  CHECK(layer_of<Moe>(model, 1, 1).moe().selector().config().renormalise);
+  CHECK(attention(model, 0).rope_layout == RopeLayout::kInterleaved);
+  CHECK(model.tied());
+}
+
+TEST_CASE("Granite multiplies what a branch adds, and Phi-3.5-MoE has layer norms", "[presets]") {
+  using Granite = MoELayer<Projection, TopKSoftmax<T>, Dropless, GluBank<T>, SwitchLoss<T>>;
+  const Decoder<T> granite = small(granite_3_1_1b_a400m());
+  CHECK(layer_of<Granite>(granite, 0, 1).selector().config().k == 8);
+  CHECK(granite.layers()[1].branches()[0].multiplier == 0.22);
+  CHECK(attention(granite, 0).scale == 0.015625);
+  using Phi = MoELayer<Projection, SparseMixer<T>, Dropless, GluBank<T>, SwitchLoss<T>>;
+  const Decoder<T> phi = small(phi_3_5_moe());
+  CHECK(layer_of<Phi>(phi, 0, 1).selector().config().epsilon == 0.01);
+  CHECK(phi.layers()[0].branches()[0].norm.get<LayerNorm<T>>() != nullptr);
+  CHECK(attention(phi, 0).output_bias);
+}
+
+TEST_CASE("Dense presets have no mixture", "[presets]") {
+  const Decoder<T> model = small(qwen3_8b());
+  CHECK(branches(model, 0) == "attention mlp");
+  CHECK(branches(model, 1) == "attention mlp");
+  CHECK(attention(small(mistral_7b()), 1).window == 8);
+  CHECK(std::holds_alternative<Llama3Scaling>(attention(small(llama_3_1_8b()), 0).rope_scaling));
 }
 
 TEST_CASE("OLMoE keeps raw probabilities and Qwen3 divides them by their sum", "[presets]") {
