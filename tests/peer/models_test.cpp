@@ -104,9 +104,8 @@ presets::MixtralConfig wide_mixtral() {
 }
 
 constexpr std::string_view kText =
-    "A weir is a low dam across a river: it raises the water behind it a little and lets the rest "
-    "go over its crest. Many streams come to it, each of them is sent where it is needed, and no "
-    "more water goes over one sluice than over the others. ";
+    "A weir is a low dam across a river: many streams come to it, and each of them is sent where "
+    "it is needed.";
 
 /// A model that has learned `kText`, byte by byte.
 Decoder<float> trained(const presets::MixtralConfig& config) {
@@ -116,11 +115,11 @@ Decoder<float> trained(const presets::MixtralConfig& config) {
   for (const char byte : kText) ids.push_back(static_cast<unsigned char>(byte));
   const std::vector<Index> inputs(ids.begin(), ids.end() - 1);
   const std::vector<Index> targets(ids.begin() + 1, ids.end());
-  AdamW<float> optimizer({.learning_rate = 3e-3});
+  AdamW<float> optimizer({.learning_rate = 5e-3});
   const CrossEntropy<float> loss;
   CrossEntropy<float>::Cache loss_cache;
   Decoder<float>::Cache cache;
-  for (int step = 0; step < 150; ++step) {
+  for (int step = 0; step < 200; ++step) {
     loss.forward(model.forward(inputs, Pass{.training = true}, cache), targets, loss_cache);
     model.backward(loss.backward(loss_cache), cache);
     optimizer.step(model);
@@ -162,17 +161,18 @@ WEIR_PEER_CASE("grok with a head", untied(test::gguf_grok()), 2e-3)
 TEST_CASE("llama.cpp writes what weir has learned", "[io][gguf][peer]") {
   const test::LlamaCpp* const peer = llama_cpp();
   if (peer == nullptr) return;
-  const presets::MixtralConfig config = presets::scaled(presets::mixtral_8x7b(), {.d_model = 64});
+  const presets::MixtralConfig config = presets::scaled(presets::mixtral_8x7b(), {.vocab = 128});
   Decoder<float> model = trained(config);
   const test::Folder folder;
   save_gguf(folder.path() / "a.gguf", model, config);
-  const auto start = static_cast<std::ptrdiff_t>(30);
+  constexpr std::size_t kStart = 30;
   test::LlamaCpp::Model theirs(*peer, folder.path() / "a.gguf", kContext);
   std::vector<std::int32_t> prompt;
-  for (const char byte : kText.substr(0, start)) prompt.push_back(static_cast<unsigned char>(byte));
+  for (const char byte : kText.substr(0, kStart))
+    prompt.push_back(static_cast<unsigned char>(byte));
   std::string written;
   for (const std::int32_t id : theirs.greedy(prompt, kTokens)) written += static_cast<char>(id);
-  CHECK(written == kText.substr(start, kTokens));
+  CHECK(written == kText.substr(kStart, kTokens));
   check_same(*peer, folder.path() / "a.gguf", model, 1e-5);
 }
 
@@ -240,7 +240,11 @@ TEST_CASE("weir computes what llama.cpp does with a deepseek2 in eight bits", "[
   const test::Folder folder;
   const auto original = folder.path() / "a.gguf";
   const auto converted = folder.path() / "b.gguf";
-  const auto config = presets::scaled(test::gguf_deepseek_v3(), {.d_model = 448});
+  auto config = presets::scaled(test::gguf_deepseek_v3(), {.d_model = 128});
+  auto& latent = std::get<LatentConfig>(config.shape.attention);
+  latent.q_rank = latent.nope_dim = latent.rope_dim = latent.value_dim = 32;  // A block.
+  latent.kv_rank = 64;
+  config.shape.d_hidden = config.shape.shared_hidden = config.shape.dense_hidden = 64;
   Decoder<float> model = test::random_gguf_model(config);
   save_gguf(original, model, config);
   peer->quantise(original, converted, FileKind::kQ8_0);
