@@ -82,6 +82,41 @@ TEST_CASE("Weights are stored in the kind asked for, small tensors in F32", "[io
   CHECK(kinds.size() == 3 + 2 * 10);
 }
 
+TEST_CASE("The numbers of a file are where llama.cpp looks for them", "[io][gguf]") {
+  const test::Folder folder;
+  const std::string path = (folder.path() / "a.gguf").string();
+  const auto check = [&](const auto& config, bool has_pairs) {
+    Decoder<float> model = test::random_gguf_model(config);
+    const auto numbers = numbers_of(model);
+    save_gguf(path, model, config);
+    const Gguf file = Gguf::read(path);
+    const auto row_of = [&](const std::string& tensor, Index row) {
+      const std::vector<double> all = file.numbers(tensor);
+      return Eigen::Map<const Matrix<double>>(all.data(), static_cast<Index>(all.size()) / 32, 32)
+          .row(row)
+          .template cast<float>()
+          .eval();
+    };
+    const Index half = std::get<GroupedQueryConfig>(config.shape.attention).head_dim / 2;
+    REQUIRE(half > 1);
+    for (const auto& [ours, theirs] :
+         {std::pair("layers.0.attention.query", "blk.0.attn_q.weight"),
+          std::pair("layers.0.attention.key", "blk.0.attn_k.weight")}) {
+      const Matrix<float>& matrix = numbers.at(ours);
+      CHECK(row_of(theirs, 1) == matrix.row(has_pairs ? half : 1));
+      CHECK(row_of(theirs, 2 * half) == matrix.row(2 * half));  // The second head's first.
+    }
+    CHECK(row_of("blk.0.attn_v.weight", 1) == numbers.at("layers.0.attention.value").row(1));
+    const Index hidden = config.shape.d_hidden;
+    for (const std::string part : {"gate", "up"}) {
+      CHECK(row_of("blk.1.ffn_" + part + "_exps.weight", hidden + 2) ==
+            numbers.at("layers.1.moe.experts.1." + part).row(2));
+    }
+  };
+  check(presets::scaled(presets::mixtral_8x7b()), true);
+  check(presets::scaled(presets::qwen3_30b_a3b()), false);
+}
+
 TEST_CASE("Latent attention stands in GGUF files head by head", "[io][gguf]") {
   const presets::DeepSeekV3Config config =
       presets::scaled(test::gguf_deepseek_v3(), test::kGgufScale);
