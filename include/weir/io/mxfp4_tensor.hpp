@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 #include <weir/io/dtype.hpp>
 #include <weir/io/file_error.hpp>

@@ -6,6 +6,7 @@
 #include <concepts>
 #include <variant>
 
+#include <weir/attention/latent.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/decoder.hpp>
@@ -17,6 +18,7 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/sigmoid_top_k.hpp>
+#include <weir/ops/yarn.hpp>
 #include <weir/presets/compose.hpp>
 #include <weir/presets/deepseek_attention.hpp>
 #include <weir/presets/model_shape.hpp>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <concepts>
+#include <variant>
 
 #include <weir/attention/grouped_query.hpp>
 #include <weir/core/random.hpp>

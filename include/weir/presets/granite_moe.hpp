@@ -6,6 +6,8 @@
 #include <array>
 #include <concepts>
 
+#include <weir/attention/grouped_query.hpp>
+#include <weir/core/error.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/decoder.hpp>

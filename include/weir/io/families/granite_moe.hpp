@@ -4,7 +4,6 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <nlohmann/json.hpp>
 #include <string_view>
 #include <variant>
