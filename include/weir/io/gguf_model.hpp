@@ -69,7 +69,7 @@ Pretrained<T> load_gguf_of(const std::string& path, const LoadConfig& how,
 
 /// Loads a model from a GGUF file of any of GgufConfig's families.
 ///
-///     auto [config, model, prediction, experts] = io::load_gguf("model.gguf", {.storage = ...});
+///     auto loaded = io::load_gguf("model.gguf", {.storage = ...});
 ///
 /// Weights may be of any kind that Gguf reads, four-bit blocks as well; they are converted layer by
 /// layer into the storage asked for, as in `load_pretrained`. The model computes what llama.cpp
