@@ -98,13 +98,37 @@ class CaseFile {
     return value == "True";
   }
 
-  /// \throws UnknownCase  unless the first word of cfg.activation is `name`.
-  void expect_activation(std::string_view name) {
-    const std::string value = text("activation");
-    if (value.substr(0, value.find_first_of(" ,(")) != name) {
-      throw_error<UnknownCase>(path(), ": cfg.activation = ", value, ", only ", name,
-                               " is known here");
-    }
+  // The same for entries that a file may lack, or have as "None".
+
+  std::string text_or(const std::string& key, const std::string& otherwise) {
+    if (!has_config(key)) return otherwise;
+    const std::string value = text(key);
+    return value == "None" ? otherwise : value;
+  }
+
+  Index size_or(const std::string& key, Index otherwise) {
+    return text_or(key, "") == "" ? otherwise : size(key);
+  }
+
+  double number_or(const std::string& key, double otherwise) {
+    return text_or(key, "") == "" ? otherwise : number(key);
+  }
+
+  bool flag_or(const std::string& key, bool otherwise) {
+    return text_or(key, "") == "" ? otherwise : flag(key);
+  }
+
+  /// Whether the reference was in training: cfg.mode or cfg.training, and yes without both.
+  bool training() {
+    const std::string mode = text_or("mode", flag_or("training", true) ? "train" : "eval");
+    if (mode != "train" && mode != "eval") reject("cfg.mode = ", mode, ", expected train or eval");
+    return mode == "train";
+  }
+
+  /// The first word of cfg.activation.
+  std::string activation(const std::string& otherwise) {
+    const std::string value = text_or("activation", otherwise);
+    return value.substr(0, value.find_first_of(" ,(:;"));
   }
 
   // --- Tensors --------------------------------------------------------------------------------
@@ -114,6 +138,14 @@ class CaseFile {
   const Tensor& tensor(const std::string& name) {
     used_tensors_.insert(name);
     return file_.tensor(name);
+  }
+
+  /// Says that the tensors whose names begin with `prefix` are known, though nothing is compared
+  /// with them.
+  void leave(const std::string& prefix) {
+    for (const auto& [name, tensor] : file_.tensors()) {
+      if (name.starts_with(prefix)) used_tensors_.insert(name);
+    }
   }
 
   /// The elements of a floating-point tensor, all axes but the last one joined to rows.

@@ -3,6 +3,7 @@
 /// Compares what weir computes with a golden file, one line of output for each tensor.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <iomanip>
@@ -28,10 +29,19 @@ class Checker {
   /// Says what the lines that follow were computed with.
   void section(const std::string& title) { out_ << "  " << title << ":\n"; }
 
+  /// Says that nothing is compared with the tensors whose names begin with `prefix`, because `why`.
+  void leave(const std::string& prefix, const std::string& why) {
+    file_.leave(prefix);
+    left_.push_back(prefix);
+    out_ << "  " << prefix << "* is not compared: " << why << '\n';
+  }
+
+  // What the file does not have is not compared.
+
   /// Passes if the tensor `name` differs by at most `tolerance` times its largest entry. All its
   /// axes but the last make up the rows of `ours`; a scalar is [1, 1].
   void reals(const std::string& name, const Matrix<double>& ours) {
-    if (!begin(name)) return;
+    if (!compares(name)) return;
     const Matrix<double> reference = file_.matrix(name);
     if (ours.rows() != reference.rows() || ours.cols() != reference.cols()) {
       return line(name, false, "weir has " + shape_text({ours.rows(), ours.cols()}));
@@ -56,7 +66,7 @@ class Checker {
 
   /// Passes if all elements are equal.
   void integers(const std::string& name, const std::vector<std::int64_t>& ours) {
-    if (!begin(name)) return;
+    if (!compares(name)) return;
     const std::vector<std::int64_t> reference = file_.integers(name);
     if (ours.size() != reference.size()) {
       return line(name, false, "weir has " + std::to_string(ours.size()) + " elements");
@@ -70,8 +80,10 @@ class Checker {
   /// Records a failure about `name`.
   void failure(const std::string& name, const std::string& why) { line(name, false, why); }
 
-  /// Fails for each tensor of the file that was neither compared nor used as an input.
+  /// Fails for each tensor of the file that was neither compared nor used as an input, and if there
+  /// was nothing to compare at all.
   void finish() {
+    if (checks_ == 0) failure("out.*", "the file has no results");
     for (const std::string& name : file_.unused_tensors()) {
       const bool given = name.starts_with("in.") || name.starts_with("w.");
       line(name, false, given ? "not used" : "not checked");
@@ -88,9 +100,9 @@ class Checker {
   /// The larger of two, NaN being the largest.
   static double worst(double a, double b) { return a > b || std::isnan(a) ? a : b; }
 
-  bool begin(const std::string& name) {
-    if (!file_.has(name)) line(name, false, "not in the file");
-    return file_.has(name);
+  bool compares(const std::string& name) const {
+    const auto begins_name = [&](const std::string& prefix) { return name.starts_with(prefix); };
+    return file_.has(name) && std::none_of(left_.begin(), left_.end(), begins_name);
   }
 
   void line(const std::string& name, bool pass, const std::string& finding) {
@@ -104,12 +116,13 @@ class Checker {
   CaseFile& file_;
   double tolerance_;
   std::ostream& out_;
+  std::vector<std::string> left_;
   int checks_ = 0;
   int failures_ = 0;
 };
 
-/// The gradients of a layer's parameters after its backward pass, each to be compared with one of
-/// the file.
+/// The gradients of a layer's parameters after its backward pass, each to be compared with that of
+/// the file, if it has one.
 class Gradients {
  public:
   template <class Layer>
@@ -131,7 +144,7 @@ class Gradients {
   /// Fails for each parameter that was compared with nothing.
   void finish(Checker& checker) const {
     for (const auto& [name, gradient] : gradients_) {
-      checker.failure(name, "has no gradient in the file");
+      checker.failure(name, "has a gradient that is compared with nothing");
     }
   }
 

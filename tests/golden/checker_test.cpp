@@ -68,7 +68,7 @@ TEST_CASE("Checker compares numbers relative to the largest one", "[golden][chec
   CHECK(failures_of([](Checker& checker) {
           checker.reals("out.y", Matrix<double>(reference().transpose().reshaped(1, 4)));
         }) == 1);
-  CHECK(failures_of([](Checker& checker) { checker.scalar("out.gone", 1.0); }) == 1);
+  CHECK(failures_of([](Checker& checker) { checker.scalar("out.gone", 1.0); }) == 0);
 }
 
 TEST_CASE("Checker compares with zero absolutely", "[golden][checker]") {
@@ -100,6 +100,32 @@ TEST_CASE("Checker fails for what nobody looked at", "[golden][checker]") {
   CHECK(out.str().find("note: cfg.c = 0.5 is not used") != std::string::npos);
 }
 
+TEST_CASE("Checker leaves out what it is told to, and wants some result", "[golden][checker]") {
+  CaseFile file = small_case();
+  std::ostringstream out;
+  Checker checker(file, 1e-9, out);
+  checker.leave("out.", "of no interest");
+  checker.reals("out.y", 2.0 * reference());
+  checker.integers("out.n", {1});
+  CHECK(checker.checks() == 0);
+  checker.finish();
+  CHECK(checker.failures() == 3);  // w.a, g.a, and no results.
+  CHECK(out.str().find("out.* is not compared: of no interest") != std::string::npos);
+  CHECK(out.str().find("the file has no results") != std::string::npos);
+}
+
+TEST_CASE("A case is of training, unless it says otherwise", "[golden][case_file]") {
+  const auto training = [](const std::string& metadata) {
+    return CaseFile(Safetensors("f", file_of(R"({"__metadata__":{)" + metadata + "}}"))).training();
+  };
+  CHECK(training(""));
+  CHECK(training(R"("cfg.mode":"train")"));
+  CHECK_FALSE(training(R"("cfg.mode":"eval")"));
+  CHECK_FALSE(training(R"("cfg.training":"False")"));
+  CHECK(test::message_of<FileError>([&] { training(R"("cfg.mode":"both")"); }) ==
+        "f: cfg.mode = both, expected train or eval");
+}
+
 TEST_CASE("CaseFile reads the configuration strictly", "[golden][case_file]") {
   CaseFile file = small_case();
   CHECK(file.family() == 12);
@@ -108,10 +134,16 @@ TEST_CASE("CaseFile reads the configuration strictly", "[golden][case_file]") {
   CHECK(file.flag("f"));
   CHECK(!file.optional_number("p"));
   CHECK(*file.optional_number("c") == 0.5);
-  file.expect_activation("silu");
+  CHECK(file.activation("relu") == "silu");
 
-  CHECK(test::message_of<UnknownCase>([&] { file.expect_activation("relu"); }) ==
-        "07_file.safetensors: cfg.activation = silu, no bias, only relu is known here");
+  CHECK(file.size_or("k", 7) == 2);
+  CHECK(file.size_or("p", 7) == 7);  // "None"
+  CHECK(file.size_or("gone", 7) == 7);
+  CHECK(file.number_or("c", 1.0) == 0.5);
+  CHECK(file.number_or("gone", 1.5) == 1.5);
+  CHECK(!file.flag_or("gone", false));
+  CHECK(file.text_or("gone", "x") == "x");
+  CHECK(file.training());
   CHECK(test::message_of<FileError>([&] { file.size("gone"); }) ==
         "07_file.safetensors: the metadata have no cfg.gone");
   CHECK(test::message_of<FileError>([&] { file.size("bad"); }) ==

@@ -71,12 +71,10 @@ Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coe
                              const Loads& loads) {
   Rng rng(0);
   const LayerNorm<double> norm(in.d_model,
-                               {.epsilon = file.number("layernorm_eps"), .bias = false});
-  SoftmaxTopKConfig selection{.k = in.k};
-  if (const auto norm_of_weights = file.optional_number("moe_normalize_expert_weights")) {
-    selection.renormalise = true;
-    selection.norm = *norm_of_weights;
-  }
+                               {.epsilon = file.number_or("layernorm_eps", 1e-5), .bias = false});
+  const double weight_norm = file.number_or("moe_normalize_expert_weights", 0.0);
+  const SoftmaxTopKConfig selection{
+      .k = in.k, .renormalise = weight_norm > 0.0, .norm = weight_norm > 0.0 ? weight_norm : 1.0};
   std::vector<Block<double>> layers;
   for (Index l = 0; l < in.layers; ++l) {
     // As in Mixtral's: f_e that sum to k, and the mean over the layers.
@@ -86,20 +84,20 @@ Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coe
     if (elsewhere.size() > 0) balance.add_load(elsewhere);
     layers.push_back(pre_norm_block<double>(
         norm,
-        GroupedQueryAttention<double>(rng,
-                                      {.d_model = in.d_model,
-                                       .heads = in.heads,
-                                       .kv_heads = in.kv_heads,
-                                       .rope_theta = file.number("rope_theta"),
-                                       .clip_qkv = file.optional_number("clip_qkv").value_or(0.0)}),
+        GroupedQueryAttention<double>(rng, {.d_model = in.d_model,
+                                            .heads = in.heads,
+                                            .kv_heads = in.kv_heads,
+                                            .rope_theta = file.number_or("rope_theta", 1e4),
+                                            .clip_qkv = file.number_or("clip_qkv", 0.0)}),
         norm,
         Moe(LinearRouter<double>(in.d_model, in.experts, rng), SoftmaxTopK<double>(selection),
             Dropless(), GluBank<double>(in.d_model, in.experts, in.d_ff, rng),
             DoubleSoftmaxLoss(balance)),
         "moe"));
   }
-  Decoder<double> decoder(Embedding<double>(in.vocab, in.d_model, rng), std::move(layers), norm,
-                          Linear<double>(in.d_model, in.vocab, rng));
+  Decoder<double> decoder(
+      Embedding<double>(in.vocab, in.d_model, rng), std::move(layers), norm,
+      in.tied ? std::nullopt : std::optional(Linear<double>(in.d_model, in.vocab, rng)));
   for (auto& [name, parameter] : parameters(decoder)) {
     const Place place = place_of(name, in);
     Matrix<double>& value = parameter->value;
@@ -115,10 +113,14 @@ Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coe
 
 void check_dbrx_decoder(CaseFile& file, Checker& checker) {
   const DecoderInputs in(file);
-  const double coefficient = file.number("effective_aux_coef");
+  const bool balances = file.flag_or("output_router_logits", true);
+  const double coefficient =
+      balances ? file.number_or("effective_aux_coef", file.number_or("router_aux_loss_coef", 0.0))
+               : 0.0;
   Decoder<double> decoder = check_decoder<Moe>(
       file, checker, in, coefficient,
-      [&](const Loads& loads) { return read_decoder(file, in, coefficient, loads); });
+      [&](double scale, const Loads& loads) { return read_decoder(file, in, scale, loads); });
+  if (in.tied) check_tied(checker, "lm_head.weight", decoder);
 
   std::map<std::string, Matrix<double>> gradients;
   for (const auto& [name, parameter] : parameters(decoder)) {
@@ -131,7 +133,7 @@ void check_dbrx_decoder(CaseFile& file, Checker& checker) {
     all.middleRows(place.begin, own.rows()) = own;
   }
   for (const auto& [name, gradient] : gradients) checker.reals("g." + name, gradient);
-  check_decoding(checker, decoder, in);
+  check_decoding(file, checker, decoder, in);
 }
 
 }  // namespace weir::golden

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 // The MoE layer of DBRX as Hugging Face's transformers have it.
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -10,6 +9,7 @@
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 
 #include "golden/double_softmax_loss.hpp"
@@ -54,31 +54,27 @@ Matrix<double> join(Gradients& gradients, const std::string& member, bool transp
 
 /// DBRX divides by a norm of at least 1 of the chosen probabilities, or by none.
 SoftmaxTopK<double> selector_of(CaseFile& file) {
-  SoftmaxTopKConfig config{.k = file.size("top_k")};
-  const std::optional<double> norm = file.optional_number("moe_normalize_expert_weights");
-  if (norm) {
-    config.renormalise = true;
-    config.norm = *norm;
-  }
-  return SoftmaxTopK<double>(config);
+  const double norm = file.number_or("moe_normalize_expert_weights", 0.0);
+  return SoftmaxTopK<double>(
+      {.k = file.size("top_k"), .renormalise = norm > 0.0, .norm = norm > 0.0 ? norm : 1.0});
 }
 
-}  // namespace
-
-void check_dbrx_ffn(CaseFile& file, Checker& checker) {
-  file.expect_activation("silu");
+template <Activation Act>
+void check_with(CaseFile& file, Checker& checker) {
   const MoeInputs in(file);
   const Index rows = in.experts * in.d_ff;
   const SwitchLoss<double> balance(
-      {.coefficient = file.number("aux_coef"), .fraction = LoadFraction::kOfTokens});
-  MoELayer moe(LinearRouter<double>(weight(file, kRouter, in.experts, in.d_model)),
-               selector_of(file), Dropless(),
-               GluBank<double>(split(weight(file, kGate, rows, in.d_model), in.experts),
-                               split(weight(file, kUp, rows, in.d_model), in.experts),
-                               split_transposed(weight(file, kDown, rows, in.d_model), in.experts)),
-               DoubleSoftmaxLoss(balance));
+      {.coefficient = file.number_or("aux_coef", 0.0), .fraction = LoadFraction::kOfTokens});
+  MoELayer moe(
+      LinearRouter<double>(weight(file, kRouter, in.experts, in.d_model)),
+      Replay(selector_of(file)), Dropless(),
+      GluBank<double, Act>(split(weight(file, kGate, rows, in.d_model), in.experts),
+                           split(weight(file, kUp, rows, in.d_model), in.experts),
+                           split_transposed(weight(file, kDown, rows, in.d_model), in.experts)),
+      DoubleSoftmaxLoss(balance));
 
-  decltype(moe)::Cache cache;
+  settle_ties(checker, file, moe, in, logit_of);
+  typename decltype(moe)::Cache cache;
   check_layer(checker, moe, in, cache);
   check_routing(checker, file, cache.routing);
   // The file has these losses unscaled.
@@ -92,6 +88,12 @@ void check_dbrx_ffn(CaseFile& file, Checker& checker) {
   checker.reals("g." + kUp, join(gradients, "up", false, in));
   checker.reals("g." + kDown, join(gradients, "down", true, in));
   gradients.finish(checker);
+}
+
+}  // namespace
+
+void check_dbrx_ffn(CaseFile& file, Checker& checker) {
+  with_activation(file, "silu", [&]<Activation Act>() { check_with<Act>(file, checker); });
 }
 
 }  // namespace weir::golden

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
@@ -23,7 +25,12 @@
 
 namespace weir::golden {
 
-/// Tokens and labels, and the sizes.
+/// Tokens, labels and padding, and the sizes.
+///
+/// Padding is where in.attention_mask is zero or, in a file with cfg.left_padding and without a
+/// mask, in front of the first label of a sequence. The token before the first real one has that as
+/// its target; what the reference predicts from a row of padding, which sees nothing, is its own
+/// affair. A file whose loss counts such targets has a loss and gradients that cannot be compared.
 struct DecoderInputs {
   explicit DecoderInputs(CaseFile& file)
       : batch(file.size("batch")),
@@ -37,25 +44,64 @@ struct DecoderInputs {
         experts(file.size("n_experts")),
         k(file.size("top_k")),
         sequences(Sequences::uniform(batch, seq)) {
-    if (file.flag("tied_embedding")) {
-      throw_error<UnknownCase>(file.path(), ": only a head of its own is known here");
-    }
+    tied = file.flag_or("tied_embedding", false);
+    ignore_index = static_cast<Index>(file.number_or("ignore_index", -100.0));
     const std::vector<std::int64_t> tokens = file.integers("in.tokens", {batch, seq});
-    const std::vector<std::int64_t> labels = file.integers("in.labels", {batch, seq});
+    const std::vector<std::int64_t> labels =
+        file.has("in.labels") ? file.integers("in.labels", {batch, seq}) : tokens;
     ids.assign(tokens.begin(), tokens.end());
+    read_mask(file, labels);
     // The target of a token is the label of the next.
     targets.assign(labels.begin() + 1, labels.end());
     targets.push_back(0);
-    for (std::size_t t = 0; t < targets.size(); ++t) {
-      if ((static_cast<Index>(t) + 1) % seq == 0) targets[t] = CrossEntropyConfig{}.ignore_index;
+    for (Index t = 0; t < batch * seq; ++t) {
+      Index& target = targets[static_cast<std::size_t>(t)];
+      if ((t + 1) % seq == 0) target = ignore_index;
+      if (!pass().is_padding(t) || target == ignore_index) continue;
+      target = ignore_index;
+      predicts_from_padding = true;
     }
   }
 
-  Pass pass() const { return {.training = true, .sequences = &sequences}; }
+  Pass pass() const { return {.training = true, .sequences = &sequences, .mask = mask}; }
+
+  /// `ours` with the rows of padding as the tensor `name` has them.
+  Matrix<double> with_padding_of(CaseFile& file, const std::string& name,
+                                 Matrix<double> ours) const {
+    if (mask.empty() || !file.has(name)) return ours;
+    const Matrix<double> theirs = file.matrix(name);
+    for (Index t = 0; t < ours.rows() && theirs.rows() == ours.rows(); ++t) {
+      if (pass().is_padding(t)) ours.row(t) = theirs.row(t);
+    }
+    return ours;
+  }
 
   Index batch, seq, vocab, d_model, d_ff, layers, heads, kv_heads, experts, k;
+  bool tied = false;
+  bool predicts_from_padding = false;
+  Index ignore_index = -100;
   std::vector<Index> ids, targets;
+  std::vector<std::uint8_t> mask;  ///< Empty without padding.
   Sequences sequences;
+
+ private:
+  void read_mask(CaseFile& file, const std::vector<std::int64_t>& labels) {
+    const bool left = file.flag_or("left_padding", false);
+    std::vector<std::uint8_t> real(ids.size(), 1);
+    if (file.has("in.attention_mask")) {
+      const std::vector<std::int64_t> ones = file.integers("in.attention_mask", {batch, seq});
+      for (std::size_t t = 0; t < real.size(); ++t) real[t] = ones[t] != 0 ? 1 : 0;
+    } else if (left) {
+      for (Index b = 0; b < batch; ++b) {
+        for (auto t = static_cast<std::size_t>(b * seq);
+             t < static_cast<std::size_t>((b + 1) * seq); ++t) {
+          if (labels[t] != ignore_index) break;
+          real[t] = 0;
+        }
+      }
+    }
+    if (std::find(real.begin(), real.end(), 0) != real.end()) mask = std::move(real);
+  }
 };
 
 /// The assignments to each expert in each layer.
@@ -72,20 +118,6 @@ inline RowVector<double> load_elsewhere(const Loads& loads, Index l) {
   return sum;
 }
 
-/// Compares `name`, [tokens, k]: which experts were chosen, in the reference's order.
-inline void check_choice(Checker& checker, CaseFile& file, const Routing<double>& routing,
-                         const std::string& name) {
-  std::vector<std::int64_t> choice = file.integers(name);
-  const Index k = static_cast<Index>(choice.size()) / std::max<Index>(1, routing.tokens());
-  for (std::size_t i = 0; i < choice.size(); ++i) {
-    const Index t = static_cast<Index>(i) / k;
-    const auto begin = routing.expert.begin() + routing.first(t);
-    const auto end = routing.expert.begin() + routing.last(t);
-    if (std::find(begin, end, choice[i]) == end || end - begin != k) choice[i] = -1;
-  }
-  checker.integers(name, choice);
-}
-
 /// Runs the decoder forward and backward, and compares logits, losses and what the routers decide.
 ///
 /// The reference's balancing loss is one for all layers: it counts choices and averages
@@ -93,8 +125,10 @@ inline void check_choice(Checker& checker, CaseFile& file, const Routing<double>
 /// that each layer has to know the loads of the others before it can tell its share of the loss: a
 /// first pass counts them.
 ///
-/// \param make      Makes a Decoder<double>; its argument are `Loads`, or none for the first pass.
-/// \param coefficient  Of the balancing loss, which the file has unscaled.
+/// \param make      Makes a Decoder<double> from a coefficient of the balancing loss and `Loads`,
+/// or
+///                  none for the first pass.
+/// \param coefficient  That of the file, which has the balancing loss unscaled.
 /// \return          The decoder, with its gradients.
 template <class Moe, class Make>
 Decoder<double> check_decoder(CaseFile& file, Checker& checker, const DecoderInputs& in,
@@ -102,7 +136,7 @@ Decoder<double> check_decoder(CaseFile& file, Checker& checker, const DecoderInp
   Decoder<double>::Cache cache;
   Loads loads;
   {
-    const Decoder<double> first = make(loads);
+    const Decoder<double> first = make(1.0, loads);
     PassRecord record(PassRecord::Collects::kLossesAndReports);
     Pass pass = in.pass();
     pass.record = &record;
@@ -112,18 +146,28 @@ Decoder<double> check_decoder(CaseFile& file, Checker& checker, const DecoderInp
       loads.push_back(Eigen::Map<const RowVector<Index>>(load.data(), in.experts).cast<double>());
     }
   }
-  Decoder<double> decoder = make(loads);
-  const CrossEntropy<double> objective;
+  const auto with_record = [&](PassRecord& record) {
+    Pass pass = in.pass();
+    pass.record = &record;
+    return pass;
+  };
+  PassRecord unscaled, record;
+  make(1.0, loads).forward(in.ids, with_record(unscaled), cache);
+  Decoder<double> decoder = make(coefficient, loads);
+  const CrossEntropy<double> objective({.ignore_index = in.ignore_index});
   CrossEntropy<double>::Cache loss_cache;
-  PassRecord record;
-  Pass pass = in.pass();
-  pass.record = &record;
-  const Matrix<double> logits = decoder.forward(in.ids, pass, cache);
+  const Matrix<double> logits = decoder.forward(in.ids, with_record(record), cache);
   const double loss = objective.forward(logits, in.targets, loss_cache);
-  checker.reals("out.logits", logits);
-  checker.scalar("out.ce_loss", loss);
-  checker.scalar("out.aux_loss", record.aux_loss() / coefficient);
-  checker.scalar("out.loss", loss + record.aux_loss());
+  checker.reals("out.logits", in.with_padding_of(file, "out.logits", logits));
+  checker.scalar("out.aux_loss", unscaled.aux_loss());
+  if (in.predicts_from_padding || loss_cache.tokens == 0) {
+    const std::string why = in.predicts_from_padding ? "it counts what padding predicts"
+                                                     : "there is nothing to predict";
+    for (const char* name : {"out.ce_loss", "out.loss", "g."}) checker.leave(name, why);
+  } else {
+    checker.scalar("out.ce_loss", loss);
+    checker.scalar("out.loss", loss + record.aux_loss());
+  }
 
   for (Index l = 0; l < in.layers; ++l) {
     const std::string prefix = "out.layers." + std::to_string(l) + ".";
@@ -132,23 +176,49 @@ Decoder<double> check_decoder(CaseFile& file, Checker& checker, const DecoderInp
     const Matrix<double> x = infer(branch.norm, cache.layers[i].branches[0].out);
     typename Moe::Cache moe;
     branch.layer.get<Moe>()->forward(x, in.pass(), moe);
-    if (file.has(prefix + "router_logits")) {
-      checker.reals(prefix + "router_logits", moe.routing.logits);
-    }
-    if (file.has(prefix + "router_probs")) {
-      checker.reals(prefix + "router_probs", moe.routing.probabilities);
-    }
-    check_choice(checker, file, moe.routing, prefix + "topk_idx");
-    checker.reals(prefix + "combine_dense", dense_weights(moe.routing));
+    const auto check = [&](const std::string& name, const Matrix<double>& ours) {
+      checker.reals(prefix + name, in.with_padding_of(file, prefix + name, ours));
+    };
+    check("router_logits", moe.routing.logits);
+    check("router_probs", moe.routing.probabilities);
+    check_choice(checker, file, moe.routing, prefix + "topk_idx", in.pass());
+    check("combine_dense", dense_weights(moe.routing));
   }
 
   decoder.backward(objective.backward(loss_cache), cache);
   return decoder;
 }
 
+/// A head that is the embedding may be in the file under its own name, too.
+inline void check_tied(Checker& checker, const std::string& head, Decoder<double>& decoder) {
+  const Parameter<double>& embedding = *parameters(decoder).front().parameter;
+  checker.reals("w." + head, embedding.value);
+  if (embedding.grad.size() > 0) checker.reals("g." + head, embedding.grad);
+}
+
+/// Compares the logits of each sequence, which may have padding, decoded by itself.
+inline void check_decoding_without_padding(CaseFile& file, Checker& checker,
+                                           const Decoder<double>& decoder,
+                                           const DecoderInputs& in) {
+  Matrix<double> logits = Matrix<double>::Zero(in.batch * in.seq, in.vocab);
+  Decoder<double>::Cache cache;
+  for (Index b = 0; b < in.batch; ++b) {
+    Decoder<double>::State state;
+    for (Index t = b * in.seq; t < (b + 1) * in.seq; ++t) {
+      if (in.pass().is_padding(t)) continue;
+      const std::span<const Index> id(&in.ids[static_cast<std::size_t>(t)], 1);
+      logits.row(t) = decode(decoder, id, state, cache);
+    }
+  }
+  checker.section("Decoding each sequence without its padding, token by token");
+  checker.reals("out.logits", in.with_padding_of(file, "out.logits", logits));
+}
+
 /// Compares the logits of each sequence decoded token by token, and of all of them together.
-inline void check_decoding(Checker& checker, const Decoder<double>& decoder,
+inline void check_decoding(CaseFile& file, Checker& checker, const Decoder<double>& decoder,
                            const DecoderInputs& in) {
+  if (!file.has("out.logits")) return;
+  if (!in.mask.empty()) return check_decoding_without_padding(file, checker, decoder, in);
   const Sequences one_each = Sequences::uniform(in.batch, 1);
   const auto batch = static_cast<std::size_t>(in.batch);
   std::vector<Decoder<double>::State> states(batch);

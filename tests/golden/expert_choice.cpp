@@ -19,6 +19,49 @@
 namespace weir::golden {
 namespace {
 
+/// ExpertChoice by the sigmoid of each logit, which has no softmax to share a token's weight.
+class SigmoidExpertChoice : public SelectorBase<double> {
+ public:
+  using Cache = ExpertChoice<double>::Cache;
+
+  /// \param config  Its scores over the tokens have the order of the logits.
+  explicit SigmoidExpertChoice(ExpertChoiceConfig config) : inner_(over_tokens(config)) {}
+
+  void check(Index experts) const { inner_.check(experts); }
+
+  void forward(MatrixIn<double> logits, const Pass& pass, Routing<double>& routing,
+               Cache& cache) const {
+    inner_.forward(logits, pass, routing, cache);
+    routing.probabilities = 1.0 / (1.0 + (-routing.logits.array()).exp());
+    for_each(routing, [&](Index t, Index a) {
+      routing.weight[a] = routing.probabilities(t, routing.expert[a]);
+    });
+  }
+
+  void backward(const Routing<double>& routing, RoutingGradient<double>& gradient,
+                Cache& /*cache*/) const {
+    for_each(routing, [&](Index t, Index a) {
+      const double s = routing.weight[a];
+      gradient.logits(t, routing.expert[a]) += gradient.weights[a] * s * (1.0 - s);
+    });
+  }
+
+ private:
+  static ExpertChoiceConfig over_tokens(ExpertChoiceConfig config) {
+    config.over = ScoresOver::kTokens;
+    return config;
+  }
+
+  template <class Body>
+  static void for_each(const Routing<double>& routing, Body&& body) {
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      for (Index a = routing.first(t); a < routing.last(t); ++a) body(t, a);
+    }
+  }
+
+  ExpertChoice<double> inner_;
+};
+
 const std::string kRouter = "router.gate.weight";
 const std::string kMembers[] = {"gate", "up", "down"};
 
@@ -54,7 +97,7 @@ void check_decision(Checker& checker, CaseFile& file, const Routing<double>& rou
 
   // The file has the tokens of each expert by score, the largest first.
   const Matrix<double> weights = dense_weights(routing);
-  const Index count = file.size("tokens_per_expert");
+  const Index count = file.size_or("tokens_per_expert", routing.assignments() / routing.experts());
   std::vector<std::int64_t> tokens;
   Matrix<double> scores = Matrix<double>::Zero(routing.experts(), count);
   for (Index e = 0; e < routing.experts(); ++e) {
@@ -96,15 +139,8 @@ void check_layer_of(Checker& checker, CaseFile& file, const MoeInputs& in, Moe& 
   gradients.finish(checker);
 }
 
-}  // namespace
-
-void check_expert_choice(CaseFile& file, Checker& checker) {
-  if (const std::string score = file.text("score"); score != "softmax over experts") {
-    throw UnknownCase("score = " + score);
-  }
-  const MoeInputs in(file);
-  const ExpertChoice<double> selector(
-      {.factor = file.number("capacity_factor"), .rounding = Rounding::kDown, .multiple = 8});
+template <class S>
+void check_with(CaseFile& file, Checker& checker, const MoeInputs& in, const S& selector) {
   const auto gate = read_experts(file, "gate_proj", in.experts, in.d_model, in.d_ff);
   const auto up = read_experts(file, "up_proj", in.experts, in.d_model, in.d_ff);
   const auto down = read_experts(file, "down_proj", in.experts, in.d_ff, in.d_model);
@@ -117,6 +153,24 @@ void check_expert_choice(CaseFile& file, Checker& checker) {
   checker.section("the reference: inputs are weighted");
   MoELayer of_reference(router, selector, Dropless(), InputWeighted(bank));
   check_layer_of(checker, file, in, of_reference, "", "g.");
+}
+
+}  // namespace
+
+void check_expert_choice(CaseFile& file, Checker& checker) {
+  const MoeInputs in(file);
+  ExpertChoiceConfig config{
+      .factor = file.number("capacity_factor"), .rounding = Rounding::kDown, .multiple = 8};
+  const std::string score = file.text_or("score", "softmax over experts");
+  if (score.starts_with("sigmoid")) {
+    return check_with(file, checker, in, SigmoidExpertChoice(config));
+  }
+  if (score == "softmax over tokens") config.over = ScoresOver::kTokens;
+  if (config.over == ScoresOver::kExperts && score != "softmax over experts") {
+    throw_error<UnknownCase>(file.path(), ": cfg.score = ", score, ", expected sigmoid, softmax ",
+                             "over experts or softmax over tokens");
+  }
+  check_with(file, checker, in, ExpertChoice<double>(config));
 }
 
 }  // namespace weir::golden

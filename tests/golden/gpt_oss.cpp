@@ -8,6 +8,7 @@
 #include <weir/moe/experts/clamped_glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 
 #include "golden/families.hpp"
@@ -84,7 +85,9 @@ void check_gpt_oss(CaseFile& file, Checker& checker) {
   const MoeInputs in(file);
   Matrix<double> bias = file.matrix("w.router.bias", {in.experts});
   MoELayer moe(LinearRouter<double>(weight(file, "router.weight", in.experts, in.d_model), bias),
-               TopKSoftmax<double>({.k = file.size("top_k")}), Dropless(), read_bank(file, in));
+               Replay(TopKSoftmax<double>({.k = file.size("top_k")})), Dropless(),
+               read_bank(file, in));
+  settle_ties(checker, file, moe, in, logit_of);
   decltype(moe)::Cache cache;
   check_layer(checker, moe, in, cache);
   checker.reals("out.router_logits", cache.routing.logits);

@@ -77,10 +77,10 @@ void check_grok1_layer(CaseFile& file, Checker& checker) {
                                      .heads = file.size("n_heads"),
                                      .kv_heads = file.size("n_kv_heads"),
                                      .head_dim = file.size("head_dim"),
-                                     .rope_theta = file.number("rope_theta"),
-                                     .scale = file.number("attn_output_multiplier"),
-                                     .softcap = file.number("max_attn_val")};
-  const RmsNorm<double> norm(in.d_model, {.epsilon = file.number("rms_eps")});
+                                     .rope_theta = file.number_or("rope_theta", 1e4),
+                                     .scale = file.number_or("attn_output_multiplier", 0.0),
+                                     .softcap = file.number_or("max_attn_val", 0.0)};
+  const RmsNorm<double> norm(in.d_model, {.epsilon = file.number_or("rms_eps", 1e-5)});
   Block<double> block({{"attention", norm, GroupedQueryAttention<double>(rng, config), norm},
                        {"moe", norm,
                         Moe(LinearRouter<double>(in.d_model, in.experts, rng),

@@ -18,13 +18,33 @@ namespace weir::golden {
 inline LatentConfig read_latent_config(CaseFile& file) {
   return {.d_model = file.size("d_model"),
           .heads = file.size("n_heads"),
-          .q_rank = static_cast<Index>(file.number("q_lora_rank")),
+          .q_rank = static_cast<Index>(file.number_or("q_lora_rank", 0.0)),
           .kv_rank = file.size("kv_lora_rank"),
           .nope_dim = file.size("qk_nope_head_dim"),
           .rope_dim = file.size("qk_rope_head_dim"),
           .value_dim = file.size("v_head_dim"),
-          .rope_theta = file.number("rope_theta"),
-          .norm_epsilon = file.number("rms_eps")};
+          .rope_theta = file.number_or("rope_theta", 1e4),
+          .norm_epsilon = file.number_or("rms_eps", 1e-6)};
+}
+
+/// Sets the YaRN of DeepSeek's inference code, which has it if cfg.max_seq_len is above
+/// cfg.original_seq_len; without these, cfg.yarn says so.
+/// \throws FileError  if they contradict each other.
+inline void read_yarn(CaseFile& file, LatentConfig& config) {
+  const Index original = file.size_or("original_seq_len", 4096);
+  const bool wanted = file.flag_or("yarn", false);
+  const Index most = file.size_or("max_seq_len", wanted ? original + 1 : original);
+  if (file.flag_or("yarn", most > original) != (most > original)) {
+    throw_error<FileError>(file.path(), ": cfg.yarn contradicts cfg.max_seq_len");
+  }
+  const double mscale = file.number_or("mscale", 1.0);
+  const Yarn yarn{.factor = file.number_or("rope_factor", 40.0),
+                  .original_context = original,
+                  .beta_fast = file.number_or("beta_fast", 32.0),
+                  .beta_slow = file.number_or("beta_slow", 1.0),
+                  .mscale = mscale,
+                  .mscale_all_dim = mscale};
+  if (most > original) config.rope_scaling = yarn;
 }
 
 /// What the file calls a parameter.

@@ -48,7 +48,7 @@ void check_scores(CaseFile& file, Checker& checker, const S& selector, const std
   checker.integers("out." + name + ".tokens_per_expert", {report.load.begin(), report.load.end()});
 
   const auto check_loss = [&](const std::string& kind, Scope scope) {
-    const SwitchLoss<double> loss({.coefficient = file.number("aux_coef"), .scope = scope});
+    const SwitchLoss<double> loss({.coefficient = file.number_or("aux_coef", 0.0), .scope = scope});
     checker.scalar("out." + name + "." + kind + "_loss", test::loss_of(loss, routing));
     checker.reals("g_" + name + "_" + kind + ".logits",
                   transposed(test::logit_gradient(selector, loss, logits, pass), batch, seq));
@@ -69,11 +69,12 @@ void check_megatron_losses(CaseFile& file, Checker& checker) {
       SigmoidTopK<double>(file.size("n_experts"), {.k = k, .score = ScoreFunction::kSqrtSoftplus}),
       "sqrtsoftplus");
 
-  const ZLoss<double> z_loss({.coefficient = file.number("z_coef")});
+  const ZLoss<double> z_loss({.coefficient = file.number_or("z_coef", 0.0)});
   const Matrix<double> logits = file.matrix("in.logits");
   checker.scalar("out.z_loss", test::loss_of(z_loss, test::route(softmax, logits)));
   checker.reals("g_z.logits", test::logit_gradient(softmax, z_loss, logits, kTraining));
 
+  if (!file.has("in.padding_mask")) return;
   std::vector<std::uint8_t> mask;  // In the file, 1 is padding.
   for (const std::int64_t padding : file.integers("in.padding_mask", {logits.rows()})) {
     mask.push_back(padding != 0 ? 0 : 1);

@@ -2,6 +2,7 @@
 // The MoE layers of Mixtral, OLMoE and Qwen2-MoE as Hugging Face's transformers have them: they
 // differ in the names of the weights, in whether weights are renormalised, and in the shared
 // expert.
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,6 +13,8 @@
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/routing_trace.hpp>
+#include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
 #include <weir/nn/glu.hpp>
@@ -41,7 +44,8 @@ std::string expert_prefix(Index expert) {
   return "experts." + std::to_string(expert) + ".";
 }
 
-GluBank<double> read_bank(CaseFile& file, const MoeInputs& in) {
+template <Activation Act>
+GluBank<double, Act> read_bank(CaseFile& file, const MoeInputs& in) {
   const GluNames names = expert_names(file);
   std::vector<Matrix<double>> gate, up, down;
   for (Index e = 0; e < in.experts; ++e) {
@@ -56,22 +60,35 @@ GluBank<double> read_bank(CaseFile& file, const MoeInputs& in) {
 /// The loss of `routing` without the tokens that in.attention_mask makes padding. They are routed
 /// all the same.
 template <class S>
-double masked_loss(CaseFile& file, const MoeInputs& in, const S& selector,
+double masked_loss(CaseFile& file, const MoeInputs& in, const Replay<S>& selector,
                    const SwitchLoss<double>& loss, const Routing<double>& routing) {
   std::vector<std::uint8_t> mask;
   for (const std::int64_t real : file.integers("in.attention_mask", {in.batch, in.seq})) {
     mask.push_back(real != 0 ? 1 : 0);
   }
-  return test::loss_of(loss, test::route(selector, routing.logits, {.mask = mask}));
+  Replay<S> masked = selector;
+  if (masked.imposing()) {  // On real tokens alone.
+    List<Index> offsets = {0}, experts;
+    for (Index t = 0; t < routing.tokens(); ++t) {
+      for (const Index e : routing.experts_of(t)) {
+        if (mask[static_cast<std::size_t>(t)] != 0) experts.push_back(e);
+      }
+      offsets.push_back(experts.count());
+    }
+    masked.impose(RoutingTrace(routing.experts(), std::move(offsets), std::move(experts)));
+  }
+  return test::loss_of(loss, test::route(masked, routing.logits, {.mask = mask}));
 }
 
-template <class S>
+template <Activation Act, class S>
 void check_with(CaseFile& file, Checker& checker, const S& selector) {
   const MoeInputs in(file);
   const SwitchLoss<double> balance(
-      {.coefficient = file.number("aux_coef"), .fraction = LoadFraction::kOfTokens});
-  MoELayer moe(LinearRouter<double>(weight(file, "gate.weight", in.experts, in.d_model)), selector,
-               Dropless(), read_bank(file, in), balance);
+      {.coefficient = file.number_or("aux_coef", 0.0), .fraction = LoadFraction::kOfTokens});
+  MoELayer moe(LinearRouter<double>(weight(file, "gate.weight", in.experts, in.d_model)),
+               Replay(selector), Dropless(), read_bank<Act>(file, in), balance);
+  settle_ties(checker, file, moe, in, logit_of);
+  const Replay<S> settled = moe.selector();
   const bool shared = file.has_config("shared_d_ff");
 
   const auto check = [&](auto& layer, auto& cache, const Routing<double>& routing) {
@@ -81,7 +98,7 @@ void check_with(CaseFile& file, Checker& checker, const S& selector) {
     const SwitchLoss<double> unscaled({.coefficient = 1.0, .fraction = LoadFraction::kOfTokens});
     checker.scalar("out.aux_loss", test::loss_of(unscaled, routing));
     if (file.has("in.attention_mask")) {
-      checker.scalar("out.aux_loss_masked", masked_loss(file, in, selector, unscaled, routing));
+      checker.scalar("out.aux_loss_masked", masked_loss(file, in, settled, unscaled, routing));
     }
 
     Gradients gradients(layer);
@@ -104,9 +121,9 @@ void check_with(CaseFile& file, Checker& checker, const S& selector) {
 
   if (shared) {
     const Index d_ff = file.size("shared_d_ff");
-    Glu<double> expert(weight(file, kSharedExpert + kProjections.gate, d_ff, in.d_model),
-                       weight(file, kSharedExpert + kProjections.up, d_ff, in.d_model),
-                       weight(file, kSharedExpert + kProjections.down, in.d_model, d_ff));
+    Glu<double, Act> expert(weight(file, kSharedExpert + kProjections.gate, d_ff, in.d_model),
+                            weight(file, kSharedExpert + kProjections.up, d_ff, in.d_model),
+                            weight(file, kSharedExpert + kProjections.down, in.d_model, d_ff));
     Linear<double> gate(weight(file, "shared_expert_gate.weight", 1, in.d_model));
     SharedExperts layer(std::move(moe), std::move(expert), std::move(gate));
     typename decltype(layer)::Cache cache;
@@ -120,16 +137,15 @@ void check_with(CaseFile& file, Checker& checker, const S& selector) {
 }  // namespace
 
 void check_mixtral_block(CaseFile& file, Checker& checker) {
-  file.expect_activation("silu");
   const Index k = file.size("top_k");
-  if (file.flag("norm_topk_prob")) {
+  const bool renormalise = file.flag("norm_topk_prob");
+  with_activation(file, "silu", [&]<Activation Act>() {
+    if (!renormalise) return check_with<Act>(file, checker, SoftmaxTopK<double>({.k = k}));
     checker.section("TopKSoftmax");
-    check_with(file, checker, TopKSoftmax<double>({.k = k}));
+    check_with<Act>(file, checker, TopKSoftmax<double>({.k = k}));
     checker.section("SoftmaxTopK, renormalised, which is the same");
-    check_with(file, checker, SoftmaxTopK<double>({.k = k, .renormalise = true}));
-  } else {
-    check_with(file, checker, SoftmaxTopK<double>({.k = k}));
-  }
+    check_with<Act>(file, checker, SoftmaxTopK<double>({.k = k, .renormalise = true}));
+  });
 }
 
 }  // namespace weir::golden

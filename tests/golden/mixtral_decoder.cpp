@@ -13,6 +13,7 @@
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/nn/rms_norm.hpp>
+#include <weir/ops/activation.hpp>
 
 #include "golden/decoder_case.hpp"
 #include "golden/families.hpp"
@@ -20,7 +21,8 @@
 namespace weir::golden {
 namespace {
 
-using Moe = MoELayer<LinearRouter<double>, SoftmaxTopK<double>, Dropless, GluBank<double>,
+template <Activation Act>
+using Moe = MoELayer<LinearRouter<double>, SoftmaxTopK<double>, Dropless, GluBank<double, Act>,
                      GlobalBatchLoss<double>>;
 
 /// What the file calls a parameter of the decoder.
@@ -52,10 +54,11 @@ std::string name_of(const std::string& ours) {
                                                   : "w2.weight");
 }
 
+template <class Moe, class Bank>
 Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coefficient,
                              const Loads& loads) {
   Rng rng(0);
-  const RmsNorm<double> norm(in.d_model, {.epsilon = file.number("rms_eps")});
+  const RmsNorm<double> norm(in.d_model, {.epsilon = file.number_or("rms_eps", 1e-5)});
   std::vector<Block<double>> layers;
   for (Index l = 0; l < in.layers; ++l) {
     // f_e that sum to k instead of 1, and the mean over the layers instead of the sum.
@@ -66,20 +69,20 @@ Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coe
     layers.push_back(pre_norm_block<double>(
         norm,
         GroupedQueryAttention<double>(
-            rng,
-            {.d_model = in.d_model,
-             .heads = in.heads,
-             .kv_heads = in.kv_heads,
-             .rope_theta = file.number("rope_theta"),
-             .window = static_cast<Index>(file.optional_number("sliding_window").value_or(0.0))}),
+            rng, {.d_model = in.d_model,
+                  .heads = in.heads,
+                  .kv_heads = in.kv_heads,
+                  .rope_theta = file.number_or("rope_theta", 1e4),
+                  .window = static_cast<Index>(file.number_or("sliding_window", 0.0))}),
         norm,
         Moe(LinearRouter<double>(in.d_model, in.experts, rng),
             SoftmaxTopK<double>({.k = in.k, .renormalise = true}), Dropless(),
-            GluBank<double>(in.d_model, in.experts, in.d_ff, rng), balance),
+            Bank(in.d_model, in.experts, in.d_ff, rng), balance),
         "moe"));
   }
-  Decoder<double> decoder(Embedding<double>(in.vocab, in.d_model, rng), std::move(layers), norm,
-                          Linear<double>(in.d_model, in.vocab, rng));
+  Decoder<double> decoder(
+      Embedding<double>(in.vocab, in.d_model, rng), std::move(layers), norm,
+      in.tied ? std::nullopt : std::optional(Linear<double>(in.d_model, in.vocab, rng)));
   for (auto& [name, parameter] : parameters(decoder)) {
     Matrix<double>& value = parameter->value;
     const bool is_norm = name.find("norm.") != std::string::npos;
@@ -90,23 +93,30 @@ Decoder<double> read_decoder(CaseFile& file, const DecoderInputs& in, double coe
   return decoder;
 }
 
-}  // namespace
-
-void check_mixtral_decoder(CaseFile& file, Checker& checker) {
+template <Activation Act>
+void check_with(CaseFile& file, Checker& checker) {
   const DecoderInputs in(file);
-  if (file.flag("left_padding") || file.number("ignore_index") != -100.0) {
-    throw_error<UnknownCase>(file.path(), ": only cases without padding are known here");
-  }
-  const double coefficient = file.number("router_aux_loss_coef");
-  Decoder<double> decoder = check_decoder<Moe>(
-      file, checker, in, coefficient,
-      [&](const Loads& loads) { return read_decoder(file, in, coefficient, loads); });
+  // Without router logits in its output, the reference has no balancing loss.
+  const double coefficient = file.flag_or("output_router_logits", true)
+                                 ? file.number_or("router_aux_loss_coef", 0.0)
+                                 : 0.0;
+  Decoder<double> decoder = check_decoder<Moe<Act>>(
+      file, checker, in, coefficient, [&](double scale, const Loads& loads) {
+        return read_decoder<Moe<Act>, GluBank<double, Act>>(file, in, scale, loads);
+      });
+  if (in.tied) check_tied(checker, "lm_head.weight", decoder);
   Gradients gradients(decoder);
   for (const auto& [name, parameter] : parameters(decoder)) {
     gradients.check(checker, name, name_of(name));
   }
   gradients.finish(checker);
-  check_decoding(checker, decoder, in);
+  check_decoding(file, checker, decoder, in);
+}
+
+}  // namespace
+
+void check_mixtral_decoder(CaseFile& file, Checker& checker) {
+  with_activation(file, "silu", [&]<Activation Act>() { check_with<Act>(file, checker); });
 }
 
 }  // namespace weir::golden

@@ -10,23 +10,14 @@
 
 #include "golden/families.hpp"
 #include "golden/latent_case.hpp"
+#include "golden/moe_case.hpp"
 
 namespace weir::golden {
 namespace {
 
 LatentConfig read_config(CaseFile& file) {
   LatentConfig config = read_latent_config(file);
-  const Yarn yarn{.factor = file.number("rope_factor"),
-                  .original_context = file.size("original_seq_len"),
-                  .beta_fast = file.number("beta_fast"),
-                  .beta_slow = file.number("beta_slow"),
-                  .mscale = file.number("mscale"),
-                  .mscale_all_dim = file.number("mscale")};
-  const bool extended = file.size("max_seq_len") > yarn.original_context;
-  if (extended != file.flag("yarn")) {
-    throw_error<FileError>(file.path(), ": cfg.yarn contradicts cfg.max_seq_len");
-  }
-  if (extended) config.rope_scaling = yarn;
+  read_yarn(file, config);
   return config;
 }
 
@@ -106,7 +97,7 @@ void check_mla(CaseFile& file, Checker& checker) {
   const LatentConfig config = read_config(file);
   const std::vector<Index> shape = {file.size("batch"), file.size("seq"), config.d_model};
   const Matrix<double> x = file.matrix("in.x", shape);
-  const Matrix<double> cotangent = file.matrix("in.cotangent", shape);
+  const Matrix<double> cotangent = matrix_or_zero(file, "in.cotangent", shape);
   const Sequences sequences = Sequences::uniform(shape[0], shape[1]);
   check_angles(file, checker, config);
 

@@ -36,35 +36,35 @@ struct Inputs {
         out(file.size("out")),
         experts(file.size("n_experts")),
         k(file.size("top_k")),
-        coefficient(file.number("loss_coef")),
+        coefficient(file.number_or("loss_coef", 0.0)),
         x(file.matrix("in.x", {tokens, d_model})),
-        cotangent(file.matrix("in.cotangent", {tokens, out})) {
-    const std::string mode = file.text("mode");
-    if (mode != "train" && mode != "eval")
-      throw_error<UnknownCase>(file.path(), ": cfg.mode = ", mode);
-    training = mode == "train";
-    if (training) noise.values = file.matrix("in.noise", {tokens, experts});
+        cotangent(matrix_or_zero(file, "in.cotangent", {tokens, out})) {
+    is_noisy = file.training() && file.flag_or("noisy_gating", true);
+    if (is_noisy) noise.values = file.matrix("in.noise", {tokens, experts});
   }
 
   Index tokens, d_model, hidden, out, experts, k;
   double coefficient;
   Matrix<double> x, cotangent;
-  bool training = false;
+  bool is_noisy = false;   ///< In training, unless it is switched off.
   test::FixedNoise noise;  ///< That of the reference.
 };
 
 NoisyRouter<double, test::FixedNoise> read_router(CaseFile& file, const Inputs& in) {
   const Matrix<double> gate = weight(file, "w_gate", in.d_model, in.experts);
-  const Matrix<double> noise = weight(file, "w_noise", in.d_model, in.experts);
+  const Matrix<double> noise = in.is_noisy || file.has("w.w_noise")
+                                   ? weight(file, "w_noise", in.d_model, in.experts)
+                                   : Matrix<double>::Zero(in.d_model, in.experts);
   return {gate.transpose(), noise.transpose(),
-          NoisyRouterConfig{.min_std = file.number("noise_epsilon")}, in.noise};
+          NoisyRouterConfig{.min_std = file.number_or("noise_epsilon", 1e-2)}, in.noise};
 }
 
 std::string expert_weight(Index expert, const std::string& member) {
   return "experts." + std::to_string(expert) + "." + member;
 }
 
-MlpBank<double> read_bank(CaseFile& file, const Inputs& in) {
+template <Activation Act>
+MlpBank<double, Act> read_bank(CaseFile& file, const Inputs& in) {
   std::vector<Matrix<double>> first, second, first_bias, second_bias;
   for (Index e = 0; e < in.experts; ++e) {
     const auto bias = [&](const std::string& name, Index size) {
@@ -139,7 +139,7 @@ class LaterLoad : public BalancerBase {
 
   double forward(const Routing<double>& routing, Cache& cache) const {
     cache.load.setZero(routing.experts());
-    if (routing.noise.empty()) {
+    if (routing.noise.empty() || chooses_all(routing)) {
       routing.add_load(0, routing.tokens(), cache.load);
     } else {
       for_each(routing, [&](Index /*t*/, Index e, Index /*rival*/, double z, double /*std*/) {
@@ -151,7 +151,7 @@ class LaterLoad : public BalancerBase {
 
   void backward(const Routing<double>& routing, double scale, RoutingGradient<double>& gradient,
                 Cache& cache) const {
-    if (routing.noise.empty()) return;
+    if (routing.noise.empty() || chooses_all(routing)) return;
     RowVector<double> d_load;
     squared_variation<double>(cache.load, Variance::kSample, &d_load);
     for_each(routing, [&](Index t, Index e, Index rival, double z, double std) {
@@ -165,6 +165,10 @@ class LaterLoad : public BalancerBase {
   }
 
  private:
+  static bool chooses_all(const Routing<double>& routing) {
+    return routing.assignments() == routing.tokens() * routing.experts();
+  }
+
   template <class Body>
   static void for_each(const Routing<double>& routing, Body&& body) {
     std::vector<Index> order(static_cast<std::size_t>(routing.experts()));
@@ -198,7 +202,7 @@ void check_gradients(Checker& checker, const Inputs& in, Moe& layer, typename Mo
   checker.reals("g.x", layer.backward(in.cotangent, cache));
   Gradients gradients(layer);
   checker.reals("g.w_gate", gradients.take("router.weight").transpose());
-  checker.reals("g.w_noise", in.training
+  checker.reals("g.w_noise", in.is_noisy
                                  ? Matrix<double>(gradients.take("router.noise_weight").transpose())
                                  : Matrix<double>::Zero(in.d_model, in.experts));
   for (Index e = 0; e < in.experts; ++e) {
@@ -211,19 +215,19 @@ void check_gradients(Checker& checker, const Inputs& in, Moe& layer, typename Mo
   gradients.finish(checker);
 }
 
-template <class Selector, class Load>
+template <Activation Act, class Selector, class Load>
 void check(CaseFile& file, Checker& checker, const Inputs& in, const Selector& selector,
            const Load& balancer) {
   const ImportanceLoss<double> importance(
       {.coefficient = in.coefficient, .variance = Variance::kSample});
   const auto layer_with = [&](auto router) {
-    return MoELayer(std::move(router), selector, Dropless(), read_bank(file, in), importance,
+    return MoELayer(std::move(router), selector, Dropless(), read_bank<Act>(file, in), importance,
                     balancer);
   };
   auto layer = layer_with(read_router(file, in));
   typename decltype(layer)::Cache cache;
   PassRecord record;
-  const Matrix<double> y = layer.forward(in.x, {.training = in.training, .record = &record}, cache);
+  const Matrix<double> y = layer.forward(in.x, {.training = in.is_noisy, .record = &record}, cache);
   checker.reals("out.y", y);
   checker.scalar("out.loss", y.cwiseProduct(in.cotangent).sum() + record.aux_loss());
   checker.scalar("out.aux_loss", record.aux_loss());
@@ -239,13 +243,15 @@ void check(CaseFile& file, Checker& checker, const Inputs& in, const Selector& s
                  squared_variation<double>(of_importance.importance, Variance::kSample));
   checker.scalar("out.cv2_load", squared_variation<double>(load, Variance::kSample));
   checker.reals("out.clean_logits", infer(layer.router(), in.x));
-  if (in.training) {
+  if (in.is_noisy) {
     checker.reals("out.noise_stddev", routing.noise.back().deviation);
     checker.reals("out.noisy_logits", routing.logits);
-    checker.reals("out.load_paper", load_of(LoadLoss<double>(), routing));
+    if (in.k < in.experts) {  // It is not defined for all experts.
+      checker.reals("out.load_paper", load_of(LoadLoss<double>(), routing));
+    }
     return check_gradients(checker, in, layer, cache);
   }
-  // The reference differentiates an evaluation, too. weir trains without noise instead.
+  // The reference differentiates a pass without noise, too, as of an evaluation.
   auto quiet = layer_with(LinearRouter<double>(layer.router().weight().value));
   typename decltype(quiet)::Cache quiet_cache;
   checker.reals("out.y", quiet.forward(in.x, kTraining, quiet_cache));
@@ -255,16 +261,19 @@ void check(CaseFile& file, Checker& checker, const Inputs& in, const Selector& s
 }  // namespace
 
 void check_noisy_top_k(CaseFile& file, Checker& checker) {
-  file.expect_activation("relu");
   const Inputs in(file);
-  if (file.text("version") != "head") {
-    return check(file, checker, in, TopKSoftmax<double>({.k = in.k}),
-                 LoadLoss<double>({.coefficient = in.coefficient, .variance = Variance::kSample}));
-  }
-  checker.section(
-      "with this version's weights, softmax over all and 1e-6 in the divisor, and its load, "
-      "whose thresholds are probabilities; out.load_paper with weir's LoadLoss");
-  check(file, checker, in, LaterGate(in.k), LaterLoad(in.coefficient));
+  const bool later = file.text_or("version", "7d8489a") == "head";
+  with_activation(file, "relu", [&]<Activation Act>() {
+    if (!later) {
+      return check<Act>(
+          file, checker, in, TopKSoftmax<double>({.k = in.k}),
+          LoadLoss<double>({.coefficient = in.coefficient, .variance = Variance::kSample}));
+    }
+    checker.section(
+        "with this version's weights, softmax over all and 1e-6 in the divisor, and its load, "
+        "whose thresholds are probabilities; out.load_paper with weir's LoadLoss");
+    check<Act>(file, checker, in, LaterGate(in.k), LaterLoad(in.coefficient));
+  });
 }
 
 }  // namespace weir::golden

@@ -12,6 +12,7 @@
 #include <weir/moe/experts/pass_dropped.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
+#include <weir/moe/selector/around/replay.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 
 #include "golden/families.hpp"
@@ -27,7 +28,8 @@ std::string expert_weight(Index expert, const std::string& member) {
   return "experts.expert_" + std::to_string(expert) + "." + member + ".weight";
 }
 
-MlpBank<double> read_bank(CaseFile& file, const MoeInputs& in) {
+template <Activation Act>
+MlpBank<double, Act> read_bank(CaseFile& file, const MoeInputs& in) {
   std::vector<Matrix<double>> wi, wo;
   for (Index e = 0; e < in.experts; ++e) {
     wi.push_back(weight(file, expert_weight(e, "wi"), in.d_ff, in.d_model));
@@ -41,13 +43,13 @@ template <class Bank>
 auto read_layer(CaseFile& file, const MoeInputs& in, Bank bank) {
   return MoELayer(
       LinearRouter<double>(weight(file, kRouter, in.experts, in.d_model)),
-      SoftmaxTopK<double>({.k = 1}),
+      Replay(SoftmaxTopK<double>({.k = 1})),
       FixedCapacity({.capacity = file.size("expert_capacity"), .scope = Scope::kSequence}),
       std::move(bank),
-      SwitchLoss<double>({.coefficient = file.number("aux_coef"),
+      SwitchLoss<double>({.coefficient = file.number_or("aux_coef", 0.0),
                           .fraction = LoadFraction::kOfTokens,
                           .scope = Scope::kSequence}),
-      ZLoss<double>({.coefficient = file.number("z_coef")}));
+      ZLoss<double>({.coefficient = file.number_or("z_coef", 0.0)}));
 }
 
 /// The routing that this code's model takes its loss from: it looks for the expert in the mask
@@ -59,16 +61,16 @@ Routing<double> as_seen_after_capacity(Routing<double> routing) {
   return routing;
 }
 
-}  // namespace
-
-void check_switch_top1(CaseFile& file, Checker& checker) {
-  file.expect_activation("relu");
+template <Activation Act>
+void check_with(CaseFile& file, Checker& checker) {
   const MoeInputs in(file);
-  auto layer = read_layer(file, in, PassDropped(read_bank(file, in)));
-  decltype(layer)::Cache cache;
+  auto layer = read_layer(file, in, PassDropped(read_bank<Act>(file, in)));
+  settle_ties(checker, file, layer, in, logit_of, "out.argmax");
+  typename decltype(layer)::Cache cache;
   const double aux_loss = check_layer(checker, layer, in, cache);
-  checker.reals("out.y_dropped_zero",
-                infer(read_layer(file, in, read_bank(file, in)), in.x, in.pass()));
+  auto dropping = read_layer(file, in, read_bank<Act>(file, in));
+  dropping.selector() = layer.selector();
+  checker.reals("out.y_dropped_zero", infer(dropping, in.x, in.pass()));
 
   const Routing<double>& routing = cache.routing;
   const Routing<double> seen = as_seen_after_capacity(routing);
@@ -104,6 +106,12 @@ void check_switch_top1(CaseFile& file, Checker& checker) {
     gradients.check(checker, prefix + "out", expert_weight(e, "wo"));
   }
   gradients.finish(checker);
+}
+
+}  // namespace
+
+void check_switch_top1(CaseFile& file, Checker& checker) {
+  with_activation(file, "relu", [&]<Activation Act>() { check_with<Act>(file, checker); });
 }
 
 }  // namespace weir::golden
