@@ -107,6 +107,25 @@ void check_resumes(const Optimizer& fresh) {
   CHECK(buffers(resumed)[0].buffer->value == buffers(model)[0].buffer->value);
 }
 
+/// Steps without a batch: parameters that were reached before go on by their moments and decay.
+template <class Optimizer>
+void check_drifts_on(const Optimizer& fresh) {
+  const test::Folder folder;
+  Decoder<float> model = make_decoder(1);
+  Optimizer optimizer = fresh;
+  io::TrainingState state{.rng = Rng(5)};
+  train(model, optimizer, state);
+  io::save(folder.path(), model, optimizer, state);
+  Decoder<float> resumed = make_decoder(2);
+  Optimizer resumed_optimizer = fresh;
+  io::load(folder.path(), resumed, resumed_optimizer);
+  const Matrix<float> before = infer(model, Ids{1, 2, 3});
+  optimizer.step(model);
+  resumed_optimizer.step(resumed);
+  CHECK(infer(model, Ids{1, 2, 3}) != before);
+  CHECK(infer(resumed, Ids{1, 2, 3}) == infer(model, Ids{1, 2, 3}));
+}
+
 std::string complaint_of_loading(const fs::path& path, Decoder<float>& model) {
   AdamW<float> optimizer;
   return test::message_of<io::FileError>([&] { io::load(path, model, optimizer); });
@@ -127,6 +146,9 @@ TEST_CASE("A resumed run is the uninterrupted one, bit for bit", "[io][checkpoin
   check_resumes(AdamW<float>({.learning_rate = 0.01}));
   check_resumes(Sgd<float>({.learning_rate = 0.1, .momentum = 0.9}));
   check_resumes(Muon<float>({.learning_rate = 0.01}));
+  check_drifts_on(AdamW<float>({.learning_rate = 0.01}));
+  check_drifts_on(Sgd<float>({.learning_rate = 0.1, .momentum = 0.9}));
+  check_drifts_on(Muon<float>({.learning_rate = 0.01}));
 }
 
 TEST_CASE("Weights are saved and loaded by themselves", "[io][weights]") {

@@ -152,7 +152,13 @@ std::filesystem::path save(const std::filesystem::path& dir, Model& model, Optim
     if (saved.steps != nullptr) steps[saved.parameter] = *saved.steps;
   }
   write_safetensors<T>(partial / "optimizer.safetensors", memory);
+  // A parameter that some batch has reached moves in every step, by its moments if nothing else.
+  nlohmann::json reached = nlohmann::json::array();
+  for (const auto& [name, parameter] : parameters(model)) {
+    if (parameter->grad.size() > 0) reached.push_back(name);
+  }
   const nlohmann::json json = {{"version", detail::kCheckpointVersion},
+                               {"reached", std::move(reached)},
                                {"steps", optimizer.steps()},
                                {"parameter_steps", std::move(steps)},
                                {"rng_stream", state.rng.stream()},
@@ -214,6 +220,8 @@ TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimize
                       .notes = detail::texts_in(json.object("notes"))};
   const Index steps = json.count("steps");
   const auto parameter_steps = detail::counts_in(json.object("parameter_steps"));
+  const std::vector<std::string> named = json.texts("reached");
+  const std::set<std::string> reached(named.begin(), named.end());
   const Safetensors weights = Safetensors::read((path / "model.safetensors").string());
   detail::expect_same_tensors<T>(weights, into);
   const Safetensors memory = Safetensors::read((path / "optimizer.safetensors").string());
@@ -252,6 +260,11 @@ TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimize
   loaded.set_steps(steps);
   optimizer = std::move(loaded);
   detail::copy_tensors<T>(weights, into);
+  for (const auto& [name, parameter] : parameters(model)) {
+    parameter->grad.resize(0, 0);
+    if (reached.contains(name))
+      parameter->grad.setZero(parameter->value.rows(), parameter->value.cols());
+  }
   return state;
 }
 
