@@ -82,8 +82,8 @@ struct Yarn {
   }
 
   /// \throws ConfigError  unless factor and original_context are at least 1, mscale and
-  ///                      mscale_all_dim at least 0, 0 < beta_slow <= beta_fast, all are finite, and
-  ///                      theta is above 1.
+  ///                      mscale_all_dim at least 0, 0 < beta_slow <= beta_fast, all are finite,
+  ///                      and theta is above 1.
   void check(std::string_view where, Index /*head_dim*/, double theta) const {
     expect_at_least(where, "yarn.factor", factor, 1.0);
     expect_at_least<Index>(where, "yarn.original_context", original_context, 1);
