@@ -19,5 +19,6 @@ class SingleValueGenerator<T&>;
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/generators/catch_generators_adapters.hpp>
 #include <catch2/generators/catch_generators_range.hpp>
+#include <catch2/matchers/catch_matchers.hpp>
 using Catch::Approx;  // v2 already does this
 #endif
