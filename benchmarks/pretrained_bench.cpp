@@ -17,9 +17,9 @@
 //                          CMake names the folder of its libraries (see .ci/run)
 //         llama:weir       the time of llama.cpp over that of weir
 //
-// SHAPE is olmoe, OLMoE-1B-7B as published (14 GB of files, and as much memory), or small. Files
-// are made in the folder that WEIR_BENCH_FOLDER names, by default ./pretrained_bench, and stay
-// there.
+// SHAPE is olmoe, OLMoE-1B-7B as published (14 GB of files, and as much memory), layers, three of
+// its layers (2.8 GB), or small. Files are made in the folder that WEIR_BENCH_FOLDER names, by
+// default weir_pretrained among the temporary files, and stay there.
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>

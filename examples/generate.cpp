@@ -27,7 +27,6 @@
 #include <weir/io/load_tokenizer.hpp>
 #endif
 #include <weir/model/generate.hpp>
-#include <weir/optim/adamw.hpp>
 
 #include "byte_decoder.hpp"
 #include "bytes.hpp"
@@ -127,7 +126,7 @@ struct Writer {
   std::shared_ptr<io::ExpertStore<float>> experts = {};
 };
 
-/// Filling in the last checkpoint that train_lm has saved.
+/// A checkpoint that train_lm has saved.
 Writer load_trained(const fs::path& checkpoint, weir::Storage storage) {
   weir::Rng rng = weir::Rng::unset();
   Decoder model = make_byte_decoder(config_of(io::read_notes(checkpoint)), rng);

@@ -162,6 +162,7 @@
 #include <weir/moe/selector/around/sampled_choice.hpp>
 #include <weir/moe/selector/around/selector_wrapper.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
+#include <weir/moe/selector/biased_choice.hpp>
 #include <weir/moe/selector/biased_probability_top_k.hpp>
 #include <weir/moe/selector/biased_softmax_top_k.hpp>
 #include <weir/moe/selector/expert_choice.hpp>

@@ -4,17 +4,12 @@
 #pragma once
 
 #include <concepts>
+#include <span>
+#include <string_view>
 
-#include <weir/core/error.hpp>
-#include <weir/core/index_span.hpp>
-#include <weir/core/parameter.hpp>
-#include <weir/moe/concepts.hpp>
-#include <weir/moe/routing.hpp>
-#include <weir/moe/selector/k_best.hpp>
-#include <weir/moe/selector/selection_bias.hpp>
-#include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/core/types.hpp>
+#include <weir/moe/selector/biased_choice.hpp>
 #include <weir/ops/softmax.hpp>
-#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -37,82 +32,16 @@ struct BiasedProbabilityTopKConfig {
 /// (Baidu 2025, "ERNIE 4.5 Technical Report"; `Ernie4_5_MoeSparseMoeBlock` of Hugging Face's
 /// transformers, which keeps the sum from falling below 1e-12.)
 template <std::floating_point T>
-class BiasedProbabilityTopK : public SelectorBase<T> {
+class BiasedProbabilityTopK
+    : public BiasedChoice<T, BiasedProbabilityTopKConfig, BiasedProbabilityTopK<T>> {
  public:
-  using typename SelectorBase<T>::Cache;
+  static constexpr std::string_view kName = "BiasedProbabilityTopK";
+  static constexpr Index kCost = 32;
 
-  /// A bias of zeros.
-  /// \throws ConfigError  unless 1 <= k <= experts and scale > 0.
-  explicit BiasedProbabilityTopK(Index experts, BiasedProbabilityTopKConfig config = {})
-      : config_(config),
-        soft_({.k = config.k, .renormalise = config.renormalise, .scale = config.scale}) {
-    expect_at_least<Index>("BiasedProbabilityTopK", "experts", experts, 1);
-    bias_.value.setZero(1, experts);
-    check(experts);
-  }
+  using BiasedChoice<T, BiasedProbabilityTopKConfig, BiasedProbabilityTopK>::BiasedChoice;
 
-  /// \throws ConfigError     unless 1 <= k <= experts, scale > 0 and the bias is [1, experts].
-  /// \throws NonFiniteError  if the bias is not finite.
-  void check(Index experts) const {
-    expect_k("BiasedProbabilityTopK", config_.k, experts);
-    expect_positive("BiasedProbabilityTopK", "scale", config_.scale);
-    expect_selection_bias("BiasedProbabilityTopK", bias_, experts);
-  }
-
-  /// \param logits   [tokens, experts]
-  /// \throws NonFiniteError  if a logit of a real token, or the bias, is not finite.
-  void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& /*cache*/) const {
-    route(logits, pass, nullptr, routing);
-  }
-
-  /// `forward` with an imposed choice, see Replay.
-  void forward_imposed(MatrixIn<T> logits, const Pass& pass, const RoutingTrace& imposed,
-                       Routing<T>& routing, Cache& /*cache*/) const {
-    route(logits, pass, &imposed, routing);
-  }
-
-  void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& cache) const {
-    soft_.backward(routing, gradient, cache);
-  }
-
-  /// Buffer `bias`.
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    visit("bias", self.bias_);
-  }
-
-  /// b, [1, experts].
-  Buffer<T>& selection_bias() { return bias_; }
-  const Buffer<T>& selection_bias() const { return bias_; }
-  const BiasedProbabilityTopKConfig& config() const { return config_; }
-
- private:
-  void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
-             Routing<T>& routing) const;
-
-  BiasedProbabilityTopKConfig config_;
-  SoftmaxTopK<T> soft_;  // Has the same weights, as functions of the logits.
-  Buffer<T> bias_;
+  static void score(std::span<const T> z, std::span<T> s) { softmax_row<T>(z, s); }
 };
-
-template <std::floating_point T>
-void BiasedProbabilityTopK<T>::route(MatrixIn<T> logits, const Pass& pass,
-                                     const RoutingTrace* imposed, Routing<T>& routing) const {
-  check(logits.cols());
-  const Index experts = logits.cols();
-  route_k_best(
-      {.who = "BiasedProbabilityTopK", .k = config_.k, .imposed = imposed, .cost = 32}, logits,
-      pass, routing,
-      [&](Index t, T* p) -> const T* {
-        softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-        loops::add<T>(experts, p, bias_.value.data(), p);
-        return p;
-      },
-      [&](Index t, const Index* chosen, T* weight, T* p) {
-        softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
-        soft_.weigh(&routing.logits(t, 0), p, chosen, weight);
-      });
-}
 
 }  // namespace weir
 
