@@ -94,21 +94,21 @@ TEST_CASE("A file appears when it is whole", "[io]") {
 
 TEST_CASE("Small floating-point kinds have the values of their tables", "[io][dtype][golden]") {
   // Table 1 of Micikevicius et al. 2022.
-  CHECK(io::float8_value(0x7E, 3) == 448.0F);
-  CHECK(io::float8_value(0x08, 3) == 0x1p-6F);
-  CHECK(io::float8_value(0x07, 3) == 0.875F * 0x1p-6F);
-  CHECK(io::float8_value(0x01, 3) == 0x1p-9F);
-  CHECK(std::isnan(io::float8_value(0x7F, 3)));
-  CHECK(std::isnan(io::float8_value(0xFF, 3)));
-  CHECK(io::float8_value(0x7B, 2) == 57344.0F);
-  CHECK(io::float8_value(0x04, 2) == 0x1p-14F);
-  CHECK(io::float8_value(0x03, 2) == 0.75F * 0x1p-14F);
-  CHECK(io::float8_value(0x01, 2) == 0x1p-16F);
-  CHECK(io::float8_value(0x7C, 2) == std::numeric_limits<float>::infinity());
-  CHECK(io::float8_value(0xFC, 2) == -std::numeric_limits<float>::infinity());
-  CHECK(std::isnan(io::float8_value(0x7D, 2)));
-  CHECK(io::float8_value(0x80, 3) == 0.0F);
-  CHECK(io::float8_value(0xB8, 3) == -1.0F);
+  CHECK(kernels::E4M3::value(0x7E) == 448.0F);
+  CHECK(kernels::E4M3::value(0x08) == 0x1p-6F);
+  CHECK(kernels::E4M3::value(0x07) == 0.875F * 0x1p-6F);
+  CHECK(kernels::E4M3::value(0x01) == 0x1p-9F);
+  CHECK(std::isnan(kernels::E4M3::value(0x7F)));
+  CHECK(std::isnan(kernels::E4M3::value(0xFF)));
+  CHECK(kernels::E5M2::value(0x7B) == 57344.0F);
+  CHECK(kernels::E5M2::value(0x04) == 0x1p-14F);
+  CHECK(kernels::E5M2::value(0x03) == 0.75F * 0x1p-14F);
+  CHECK(kernels::E5M2::value(0x01) == 0x1p-16F);
+  CHECK(kernels::E5M2::value(0x7C) == std::numeric_limits<float>::infinity());
+  CHECK(kernels::E5M2::value(0xFC) == -std::numeric_limits<float>::infinity());
+  CHECK(std::isnan(kernels::E5M2::value(0x7D)));
+  CHECK(kernels::E4M3::value(0x80) == 0.0F);
+  CHECK(kernels::E4M3::value(0xB8) == -1.0F);
 
   const io::Safetensors file(
       "f", test::file_of(R"({"h":{"dtype":"F16","shape":[2],"data_offsets":[0,4]},)"

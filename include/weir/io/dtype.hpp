@@ -4,17 +4,15 @@
 #pragma once
 
 #include <array>
-#include <bit>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <optional>
 #include <string_view>
 #include <type_traits>
 
 #include <weir/core/types.hpp>
+#include <weir/kernels/small_float.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir::io {
@@ -79,29 +77,6 @@ constexpr Dtype dtype_of() {
   return std::is_same_v<T, double> ? Dtype::kF64 : Dtype::kF32;
 }
 
-/// The value of eight bits with `mantissa` bits of significand: E4M3 (3), which has no infinity and
-/// one NaN, or E5M2 (2), which has both as IEEE numbers do.
-/// (Micikevicius et al. 2022, arXiv:2209.05433, table 1.)
-inline float float8_value(std::uint8_t bits, int mantissa) {
-  const int exponent_bits = 7 - mantissa;
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const int exponent = (bits & 0x7F) >> mantissa;
-  const int fraction = bits & ((1 << mantissa) - 1);
-  const bool is_ieee = mantissa == 2;
-  float value = 0.0F;
-  if (is_ieee && exponent == (1 << exponent_bits) - 1) {
-    value = fraction == 0 ? std::numeric_limits<float>::infinity()
-                          : std::numeric_limits<float>::quiet_NaN();
-  } else if (!is_ieee && (bits & 0x7F) == 0x7F) {
-    value = std::numeric_limits<float>::quiet_NaN();
-  } else if (exponent == 0) {
-    value = std::ldexp(static_cast<float>(fraction), 1 - bias - mantissa);
-  } else {
-    value = std::ldexp(static_cast<float>(fraction + (1 << mantissa)), exponent - bias - mantissa);
-  }
-  return (bits & 0x80) != 0 ? -value : value;
-}
-
 namespace detail {
 
 template <class Stored, class T>
@@ -132,13 +107,9 @@ inline void convert_bfloat16(const std::byte* from, Index count, float* to) {
   convert_as<Eigen::bfloat16>(from + 2 * static_cast<std::size_t>(i), count - i, to + i);
 }
 
-template <class T>
-void convert_float8(const std::byte* from, Index count, int mantissa, T* to) {
-  std::array<float, 256> values{};
-  for (int bits = 0; bits < 256; ++bits) {
-    values[static_cast<std::size_t>(bits)] =
-        float8_value(static_cast<std::uint8_t>(bits), mantissa);
-  }
+template <class Format, class T>
+void convert_float8(const std::byte* from, Index count, T* to) {
+  const auto& values = Format::values();
   for (Index i = 0; i < count; ++i) {
     to[i] = static_cast<T>(values[std::to_integer<std::size_t>(from[i])]);
   }
@@ -163,9 +134,9 @@ void convert(Dtype dtype, const std::byte* from, Index count, T* to) {
       if constexpr (std::is_same_v<T, float>) return detail::convert_bfloat16(from, count, to);
       return detail::convert_as<Eigen::bfloat16>(from, count, to);
     case Dtype::kF8E4M3:
-      return detail::convert_float8(from, count, 3, to);
+      return detail::convert_float8<kernels::E4M3>(from, count, to);
     case Dtype::kF8E5M2:
-      return detail::convert_float8(from, count, 2, to);
+      return detail::convert_float8<kernels::E5M2>(from, count, to);
     case Dtype::kI64:
       return detail::convert_as<std::int64_t>(from, count, to);
     case Dtype::kI32:

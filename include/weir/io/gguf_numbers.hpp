@@ -15,6 +15,7 @@
 #include <weir/core/types.hpp>
 #include <weir/io/dtype.hpp>
 #include <weir/io/gguf_type.hpp>
+#include <weir/kernels/small_float.hpp>
 
 namespace weir::io {
 
@@ -123,11 +124,6 @@ void read_q6_k(const std::uint8_t* block, T* to) {
   }
 }
 
-/// Twice the values of the four-bit numbers E2M1 of the Open Compute Project's "Microscaling
-/// Formats (MX)", version 1.0, table 5.
-inline constexpr std::array<std::int8_t, 16> kTwiceE2M1 = {0, 1,  2,  3,  4,  6,  8,  12,
-                                                           0, -1, -2, -3, -4, -6, -8, -12};
-
 /// 32 numbers in 17 bytes, an exponent e and four-bit numbers, v their values:
 ///
 ///     x_j = 2^(e - 127) v(low(q_j)),   x_{j+16} = 2^(e - 127) v(high(q_j))     0 <= j < 16
@@ -136,10 +132,11 @@ inline constexpr std::array<std::int8_t, 16> kTwiceE2M1 = {0, 1,  2,  3,  4,  6,
 template <class T>
 void read_mxfp4(const std::uint8_t* block, T* to) {
   const T half_scale = std::ldexp(T(1), block[0] - 128);
+  const auto& values = kernels::E2M1::values();
   const std::uint8_t* const q = block + 1;
   for (int j = 0; j < 16; ++j) {
-    to[j] = half_scale * static_cast<T>(kTwiceE2M1[static_cast<std::size_t>(low(q[j]))]);
-    to[j + 16] = half_scale * static_cast<T>(kTwiceE2M1[static_cast<std::size_t>(high(q[j]))]);
+    to[j] = half_scale * static_cast<T>(2.0F * values[static_cast<std::size_t>(low(q[j]))]);
+    to[j + 16] = half_scale * static_cast<T>(2.0F * values[static_cast<std::size_t>(high(q[j]))]);
   }
 }
 

@@ -14,10 +14,10 @@
 #include <weir/core/types.hpp>
 #include <weir/io/dtype.hpp>
 #include <weir/io/file_error.hpp>
-#include <weir/io/gguf_numbers.hpp>
 #include <weir/io/mapped_file.hpp>
 #include <weir/io/safetensors.hpp>
 #include <weir/io/tensor_source.hpp>
+#include <weir/kernels/small_float.hpp>
 
 namespace weir::io::detail {
 
@@ -64,12 +64,11 @@ class Mxfp4Tensor final : public StoredTensor {
     for (Index done = 0; done < count;) {
       const Index at = begin + done;
       const Index length = std::min(kBlock - at % kBlock, count - done);
-      // The table has the values twice as large.
-      const T scale = std::ldexp(T(1), byte(scales_, at / kBlock) - 128);
+      const T half_scale = std::ldexp(T(1), byte(scales_, at / kBlock) - 128);
       for (Index i = at; i < at + length; ++i) {
         const std::uint8_t pair = byte(blocks_, i / 2);
         const auto code = static_cast<std::size_t>(i % 2 == 0 ? pair & 15 : pair >> 4);
-        to[i - begin] = scale * static_cast<T>(kTwiceE2M1[code]);
+        to[i - begin] = half_scale * static_cast<T>(2.0F * kernels::E2M1::values()[code]);
       }
       done += length;
     }
