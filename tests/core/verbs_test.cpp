@@ -40,6 +40,18 @@ struct Actor {
   }
 };
 
+// Stores its weights in one way only.
+struct Stubborn {
+  using Scalar = double;
+
+  void expect_storable(Storage wanted) const {
+    if (wanted != Storage::kPacked) throw_error<StateError>("Stubborn: expected kPacked");
+  }
+
+  template <class Self, class Visit>
+  static void visit(Self& /*self*/, Visit& /*visit*/) {}
+};
+
 // Shows an inner part under its own names.
 template <class Inner>
 struct Around {
@@ -49,6 +61,35 @@ struct Around {
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("", self.inner);
+  }
+};
+
+// Stores all its members at once, as layers may; one of them is stubborn.
+struct Both {
+  using Scalar = double;
+  Actor first;
+  Around<Stubborn> second;
+  Actor third;
+
+  void set_storage(Storage wanted) { first.storage = third.storage = wanted; }
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("first", self.first);
+    visit("second", self.second);
+    visit("third", self.third);
+  }
+};
+
+struct Tall {
+  using Scalar = double;
+  Actor before;
+  std::vector<Both> both = std::vector<Both>(1);
+
+  template <class Self, class Visit>
+  static void visit(Self& self, Visit& visit) {
+    visit("before", self.before);
+    visit("both", self.both);
   }
 };
 
@@ -138,6 +179,17 @@ TEST_CASE("set_storage reaches what wrappers wrap, and goes no further where it 
   set_storage(several, Storage::kPacked);
   CHECK(several.inner[0].storage == Storage::kPacked);
   CHECK(several.inner[1].storage == Storage::kPacked);
+}
+
+TEST_CASE("set_storage changes nothing where a part cannot be stored like that", "[core][verbs]") {
+  Tall tall;
+  CHECK_THROWS_WITH(set_storage(tall, Storage::kBfloat16), "Stubborn: expected kPacked");
+  CHECK(tall.before.storage == Storage::kTrainable);
+  CHECK(tall.both[0].first.storage == Storage::kTrainable);
+  CHECK_THROWS_WITH(expect_storable(tall, Storage::kBfloat16), "Stubborn: expected kPacked");
+  set_storage(tall, Storage::kPacked);
+  CHECK(tall.before.storage == Storage::kPacked);
+  CHECK(tall.both[0].third.storage == Storage::kPacked);
 }
 
 TEST_CASE("An empty name adds nothing to the path", "[core][verbs]") {

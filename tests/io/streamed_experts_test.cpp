@@ -167,6 +167,66 @@ TEST_CASE("Threads share streamed experts", "[io][experts]") {
   for (const Matrix<float>& result : results) CHECK(result == expected);
 }
 
+/// A model whose layers leave their tokens as they are, so that all layers get the same, but for
+/// the sign that `signs` gives the input of each layer's mixture.
+Decoder<float> constant_model(const presets::MixtralConfig& config,
+                              const std::vector<float>& signs) {
+  Rng rng(5);
+  Decoder<float> model = presets::make<float>(config, rng);
+  for (auto& [name, parameter] : parameters(model)) {
+    if (name.ends_with("attention.output") || name.ends_with(".down")) parameter->value.setZero();
+    for (std::size_t l = 0; l < signs.size(); ++l) {
+      if (name == "layers." + std::to_string(l) + ".moe_norm.weight") {
+        parameter->value.setConstant(signs[l]);
+      }
+    }
+  }
+  return model;
+}
+
+TEST_CASE("Predictions are counted, and those that come true", "[io][experts]") {
+  const test::Folder folder;
+  const presets::MixtralConfig config = small_config();  // 2 of 8 experts in each of 3 layers.
+  const auto counts = [&](const std::vector<float>& signs) {
+    Decoder<float> trained = constant_model(config, signs);
+    save_pretrained(folder.path(), trained, config);
+    // With room for a single expert, those that are predicted are never there.
+    const auto streamed =
+        load_pretrained<float>(folder.path(), {.storage = Storage::kPacked, .expert_bytes = 1});
+    Decoder<float>::State state;
+    Decoder<float>::Cache cache;
+    for (const Index id : ids(10)) decode(streamed.model, std::vector<Index>{id}, state, cache);
+    const ExpertStatistics s = streamed.experts->statistics();
+    CHECK(s.misses == 10 * 3 * 2);
+    CHECK(s.predicted == 10 * 2 * 2);
+    return s.confirmed;
+  };
+  // The router of the next layer sees now what it will see then,
+  CHECK(counts({1.0F, 1.0F, 1.0F}) == 10 * 2 * 2);
+  // or the opposite, of which the best two of eight are others; so in one layer or in both.
+  CHECK(counts({1.0F, 1.0F, -1.0F}) == 10 * 2);
+  CHECK(counts({1.0F, -1.0F, -1.0F}) == 10 * 2);
+  CHECK(counts({1.0F, -1.0F, 1.0F}) == 0);
+}
+
+TEST_CASE("Experts in memory and passes of many tokens are not predicted", "[io][experts]") {
+  const test::Folder folder;
+  const presets::MixtralConfig config = small_config();
+  Decoder<float> trained = constant_model(config, {});
+  save_pretrained(folder.path(), trained, config);
+  const LoadConfig roomy{.storage = Storage::kPacked, .expert_bytes = 10'000'000};
+  const auto streamed = load_pretrained<float>(folder.path(), roomy);
+  infer(streamed.model, ids(9));
+  CHECK(streamed.experts->statistics().predicted == 0);
+  const auto others = load_pretrained<float>(folder.path(), roomy);
+  infer(others.model, ids(1));
+  const ExpertStatistics first = others.experts->statistics();
+  CHECK(first.predicted == 2 * 2);
+  CHECK(first.confirmed == 2 * 2);
+  infer(others.model, ids(1));
+  CHECK(others.experts->statistics().predicted == first.predicted);
+}
+
 TEST_CASE("Streamed experts do not train", "[io][experts]") {
   const test::Folder folder;
   Rng rng(3);
@@ -180,9 +240,17 @@ TEST_CASE("Streamed experts do not train", "[io][experts]") {
   auto streamed =
       load_pretrained<float>(folder.path(), {.storage = Storage::kPacked, .expert_bytes = 1000});
   CHECK_FALSE(is_trainable(streamed.model));
-  CHECK_THROWS_WITH(
-      set_storage(streamed.model, Storage::kTrainable),
-      "GluBank::set_storage: the weights are fetched from a source, expected weights in memory");
+  // What cannot be stored otherwise as a whole stays as it is.
+  const Matrix<float> expected = infer(streamed.model, ids(10));
+  const std::size_t count = parameters(streamed.model).size();
+  constexpr auto kRefusal =
+      "GluBank::set_storage: the weights are fetched from a source, expected weights in memory";
+  CHECK_THROWS_WITH(set_storage(streamed.model, Storage::kTrainable), kRefusal);
+  CHECK_THROWS_WITH(set_storage(streamed.model, Storage::kBfloat16), kRefusal);
+  CHECK_THROWS_WITH(streamed.model.set_storage(Storage::kTrainable), kRefusal);
+  CHECK(parameters(streamed.model).size() == count);
+  CHECK((infer(streamed.model, ids(10)) == expected));
+  set_storage(streamed.model, Storage::kPacked);
   GluBank<float> bank(4, 2, 3, rng);
   CHECK_THROWS_WITH(bank.set_source(nullptr, Storage::kPacked),
                     "GluBank::set_source: source is null or storage kTrainable, expected a source "

@@ -63,6 +63,16 @@ struct DiscardStep final : Walk<T> {
 };
 
 template <class T>
+struct ExpectStorable final : Walk<T> {
+  explicit ExpectStorable(Storage wanted) : storage(wanted) {}
+  bool at_node(const Node& node) override {
+    node.expect_storable(storage);
+    return true;
+  }
+  Storage storage;
+};
+
+template <class T>
 struct SetStorage final : Walk<T> {
   explicit SetStorage(Storage wanted) : storage(wanted) {}
   bool at_node(const Node& node) override { return !node.set_storage(storage); }
@@ -157,6 +167,15 @@ void discard(Layer& layer) {
   walk("", layer);
 }
 
+/// Makes sure that `set_storage` can store all weights of `layer` as `storage` says.
+/// \throws StateError   if the weights of a layer in `layer` cannot be stored like that: see
+///                      GluBank::set_source.
+template <class Layer>
+void expect_storable(Layer& layer, Storage storage) {
+  detail::ExpectStorable<typename Layer::Scalar> walk(storage);
+  walk("", layer);
+}
+
 /// Stores the weights of `layer` and of all layers in it as `storage` says; layers that have no
 /// large weights stay as they are. From `kPacked` and back, every bit is kept; from `kBfloat16` the
 /// rounded values come back. With `kTrainable` the parameters return, without gradients until the
@@ -166,8 +185,10 @@ void discard(Layer& layer) {
 ///
 /// Pointers to parameters are no longer valid afterwards. If memory runs out, each layer is stored
 /// either way and can be used; another call goes on with the others.
+/// \throws StateError   as `expect_storable`; nothing has changed then.
 template <class Layer>
 void set_storage(Layer& layer, Storage storage) {
+  expect_storable(layer, storage);
   detail::SetStorage<typename Layer::Scalar> walk(storage);
   walk("", layer);
 }

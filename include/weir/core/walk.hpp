@@ -20,6 +20,8 @@ namespace weir {
 ///
 ///     void update_self()                   acts after an optimizer's step, for itself alone
 ///     void discard_self()                  forgets what it counted since the last one
+///     void expect_storable(Storage storage) const
+///                                          throws StateError if it cannot store its own weights so
 ///     void set_storage(Storage storage)    stores its weights, and those of all its members
 ///     Storage storage() const              how it stores its own weights
 class Node {
@@ -31,6 +33,11 @@ class Node {
     }
     if constexpr (requires { member.discard_self(); }) {
       discard_ = [](void* self) { static_cast<Member*>(self)->discard_self(); };
+    }
+    if constexpr (requires { member.expect_storable(Storage::kTrainable); }) {
+      expect_storable_ = [](const void* self, Storage storage) {
+        static_cast<const Member*>(self)->expect_storable(storage);
+      };
     }
     if constexpr (requires { member.set_storage(Storage::kTrainable); }) {
       set_storage_ = [](void* self, Storage storage) {
@@ -48,6 +55,11 @@ class Node {
   /// Does nothing where the type offers nothing.
   void discard() const {
     if (discard_ != nullptr) discard_(self_);
+  }
+
+  /// Does nothing where the type can store its own weights in every way.
+  void expect_storable(Storage storage) const {
+    if (expect_storable_ != nullptr) expect_storable_(self_, storage);
   }
 
   /// \return         Whether the type stored its own weights and those of all its members.
@@ -77,6 +89,7 @@ class Node {
   const void* type_;
   void (*update_)(void*) = nullptr;
   void (*discard_)(void*) = nullptr;
+  void (*expect_storable_)(const void*, Storage) = nullptr;
   void (*set_storage_)(void*, Storage) = nullptr;
   Storage storage_ = Storage::kTrainable;
 };

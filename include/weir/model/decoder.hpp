@@ -192,6 +192,7 @@ class Decoder {
   /// See `weir::set_storage`. A tied head is stored beside the embedding, which is then no
   /// parameter any more.
   void set_storage(Storage storage) {
+    expect_storable(*this, storage);
     for (Block<T>& layer : layers_) weir::set_storage(layer, storage);
     weir::set_storage(norm_, storage);
     head_.set_storage(storage, embedding_);

@@ -95,6 +95,7 @@ class ResidualMoE {
 
   /// Stores the weights of the mixture and the dense network; the mix keeps full precision.
   void set_storage(Storage storage) {
+    expect_storable(*this, storage);
     weir::set_storage(moe_, storage);
     weir::set_storage(dense_, storage);
   }

@@ -129,6 +129,7 @@ class SharedExperts {
 
   /// Stores the weights of both networks; the gate keeps full precision.
   void set_storage(Storage storage) {
+    expect_storable(*this, storage);
     weir::set_storage(moe_, storage);
     weir::set_storage(shared_, storage);
   }

@@ -82,8 +82,15 @@ class GluBank {
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache);
 
+  /// \throws StateError   if the weights are fetched from a source, which stores them otherwise.
+  void expect_storable(Storage storage) const {
+    if (storage == storage_ || source_ == nullptr) return;
+    throw_error<StateError>(
+        "GluBank::set_storage: the weights are fetched from a source, expected weights in memory");
+  }
+
   /// See `weir::set_storage`. If memory runs out, nothing has changed.
-  /// \throws StateError   if the weights are fetched from a source.
+  /// \throws StateError   as `expect_storable`.
   void set_storage(Storage storage);
 
   /// Forgets the weights and fetches those of the experts that have tokens from `source`, pass by
@@ -232,10 +239,7 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
 template <std::floating_point T, Activation Act>
 void GluBank<T, Act>::set_storage(Storage storage) {
   if (storage == storage_) return;
-  if (source_ != nullptr) {
-    throw_error<StateError>(
-        "GluBank::set_storage: the weights are fetched from a source, expected weights in memory");
-  }
+  expect_storable(storage);
   const auto trainable = [&](std::size_t e) {
     if (storage_ != Storage::kTrainable) {
       packed_[e].unpack(gate_[e].value, up_[e].value, down_[e].value);
