@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT
+#include <algorithm>
 #include <array>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
+#include <weir/kernels/arranged_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
 #include <weir/kernels/packed_weight.hpp>
@@ -32,15 +35,38 @@ Matrix<T> product(const Matrix<T>& x, const PackedWeight<T>& weight) {
   return out;
 }
 
-/// What a product in storage `kBfloat16` is up to the rounding of sums: tokens are rounded where
-/// the processor multiplies bfloat16 numbers.
+/// The rows of x as a product with the weight sees them: tokens are rounded where the processor
+/// multiplies bfloat16 numbers, and where the storage says so.
 template <class T>
-Matrix<double> rounded_product(const Matrix<T>& x, const Matrix<T>& weight) {
-  using Arithmetic = typename PackedWeight<T>::Rounded;
-  const bool tokens_too = !std::is_same_v<typename Arithmetic::Left, T>;
-  const Matrix<double> left = (tokens_too ? rounded<T>(x) : x).template cast<double>();
-  return left * rounded<T>(weight).template cast<double>().transpose();
+Matrix<double> seen_rows(const Matrix<T>& x, const PackedWeight<T>& weight) {
+  const kernels::RowKind kind = weight.row_format().kind;
+  if (kind == kernels::RowKind::kExact) return x.template cast<double>();
+  if (kind == kernels::RowKind::kBfloat16) return rounded<T>(x).template cast<double>();
+  Matrix<double> seen(x.rows(), x.cols());
+  for (Index i = 0; i < x.rows(); ++i) {
+    for (Index begin = 0; begin < x.cols(); begin += 32) {
+      const Index count = std::min<Index>(32, x.cols() - begin);
+      const Matrix<float> part = x.row(i).segment(begin, count).template cast<float>();
+      const kernels::Int8Inputs inputs = kernels::round_inputs(part.data(), count);
+      for (Index p = 0; p < count; ++p) {
+        seen(i, begin + p) = static_cast<double>(inputs.scale) * inputs.codes[p];
+      }
+    }
+  }
+  return seen;
 }
+
+/// What a product with a packed weight is up to the rounding of sums.
+template <class T>
+Matrix<double> stored_product(const Matrix<T>& x, const PackedWeight<T>& weight) {
+  Matrix<T> w;
+  weight.unpack(w);
+  return seen_rows(x, weight) * w.template cast<double>().transpose();
+}
+
+constexpr Storage kStorages[] = {Storage::kPacked,  Storage::kBfloat16, Storage::kInt8,
+                                 Storage::kInt4,    Storage::kFp8,      Storage::kMxFp4,
+                                 Storage::kInt8Dot, Storage::kInt4Dot};
 
 }  // namespace
 
@@ -63,6 +89,53 @@ TEMPLATE_TEST_CASE("A packed weight comes back as it was", "[kernels][packed]", 
   CHECK(b == rounded<T>(second));
 }
 
+TEMPLATE_TEST_CASE("A weight that is stored as codes comes back rounded", "[kernels][packed]",
+                   float, double) {
+  using T = TestType;
+  const test::Threads threads(2);
+  const auto check = [](Storage storage, double tolerance) {
+    for (const Index rows : {1, 70, 300}) {
+      for (const Index cols : {1, 33, 256}) {
+        Matrix<T> first = test::random_matrix<T>(rows, cols, 1);
+        first.row(0) *= T(1e4);
+        first.row(rows - 1).setZero();
+        const Matrix<T> second = test::random_matrix<T>(rows, cols, 2);
+        Matrix<T> a, b, again, once;
+        const PackedWeight<T> pair(first, second, storage);
+        pair.unpack(a, &b);
+        CHECK(a.row(rows - 1).isZero(0));
+        CHECK(test::relative_error(a.topRows(rows - 1), first.topRows(rows - 1)) <= tolerance);
+        CHECK(test::relative_error(b, second) <= tolerance);
+        PackedWeight<T>(second, storage).unpack(once);
+        CHECK(once == b);
+        PackedWeight<T>(once, storage).unpack(again);  // What is rounded stays.
+        CHECK(test::relative_error(again, once) <= 1e-6);
+      }
+    }
+  };
+  check(Storage::kInt8, 0.01);
+  check(Storage::kInt4, 0.1);
+  check(Storage::kFp8, 0.04);
+  check(Storage::kMxFp4, 0.14);
+  check(Storage::kInt8Dot, 0.01);
+  check(Storage::kInt4Dot, 0.1);
+}
+
+TEST_CASE("A stored weight takes the bytes of its format", "[kernels][packed]") {
+  const auto bits = [](Storage storage) {
+    return 8.0 * static_cast<double>(PackedWeight<float>::bytes(1024, 2048, storage)) /
+           (1024 * 2048);
+  };
+  CHECK(bits(Storage::kPacked) == 32.0);
+  CHECK(bits(Storage::kBfloat16) == 16.0);
+  CHECK(bits(Storage::kInt8) == 8.5);
+  CHECK(bits(Storage::kInt4) == 5.0);
+  CHECK(bits(Storage::kFp8) == Approx(8.25).epsilon(1e-3));  // The scales of tiles as well.
+  CHECK(bits(Storage::kMxFp4) == 4.25);
+  CHECK(bits(Storage::kInt8Dot) == 8.5);
+  CHECK(bits(Storage::kInt4Dot) == 5.0);
+}
+
 TEMPLATE_TEST_CASE("Products with packed weights agree with Eigen's", "[kernels][packed]", float,
                    double) {
   using T = TestType;
@@ -76,12 +149,72 @@ TEMPLATE_TEST_CASE("Products with packed weights agree with Eigen's", "[kernels]
 
   const double tolerance = std::is_same_v<T, float> ? 2e-6 : 1e-14;
   const Matrix<double> exact = x.template cast<double>() * w.template cast<double>().transpose();
-  CHECK(test::relative_error(
-            product(x, PackedWeight<T>(w, Storage::kPacked)).template cast<double>(), exact) <=
-        tolerance);
-  CHECK(test::relative_error(
-            product(x, PackedWeight<T>(w, Storage::kBfloat16)).template cast<double>(),
-            rounded_product(x, w)) <= tolerance);
+  const PackedWeight<T> packed(w, Storage::kPacked);
+  CHECK(test::relative_error(product(x, packed).template cast<double>(), exact) <= tolerance);
+  for (const Storage storage : kStorages) {
+    const PackedWeight<T> weight(w, storage);
+    INFO("storage " << static_cast<int>(storage));
+    CHECK(test::relative_error(product(x, weight).template cast<double>(),
+                               stored_product(x, weight)) <= 3.0 * tolerance);
+  }
+}
+
+TEST_CASE("Products with codes stay within the bounds of their formats", "[kernels][packed]") {
+  // Outliers, zeros, numbers below the normal range, and blocks of equal numbers.
+  Matrix<float> w = test::random_matrix<float>(40, 256, 1);
+  w.row(0).setZero();
+  w.row(1).setConstant(0.37F);
+  w.row(2) *= 1e-39F;
+  w.row(3) *= 1e-6F;
+  w(4, 7) = 1e4F;
+  w(5, 200) = -1e4F;
+  w.row(6).tail(100).setZero();
+  for (const Storage storage : kStorages) {
+    INFO("storage " << static_cast<int>(storage));
+    const PackedWeight<float> weight(w, storage);
+    for (const Index tokens : {1, 2, 3, 4, 9}) {
+      Matrix<float> x = test::random_matrix<float>(tokens, 256, 2);
+      x(0, 130) = 1e4F;
+      const Matrix<double> seen = seen_rows(x, weight);
+      const Matrix<double> exact = seen * w.cast<double>().transpose();
+      const Matrix<double> off = (product(x, weight).cast<double>() - exact).cwiseAbs();
+      CHECK(off.allFinite());
+      int beyond = 0;
+      for (Index t = 0; t < tokens; ++t) {
+        for (Index o = 0; o < w.rows(); ++o) {
+          double bound = 1e-9;
+          for (Index begin = 0; begin < 256; begin += 32) {
+            const auto block = w.row(o).segment(begin, 32);
+            const double largest = block.cwiseAbs().maxCoeff();
+            const double range = static_cast<double>(block.maxCoeff()) - block.minCoeff();
+            const double step = storage == Storage::kPacked     ? 1e-6 * largest
+                                : storage == Storage::kBfloat16 ? largest / 256.0
+                                : storage == Storage::kInt8 || storage == Storage::kInt8Dot
+                                    ? largest / 253.0 + 0x1p-25
+                                : storage == Storage::kInt4 || storage == Storage::kInt4Dot
+                                    ? range / 29.9 + 1e-3 * largest + 0x1p-24
+                                : storage == Storage::kFp8 ? largest / 16.0 + 1e4 / 448.0 * 0x1p-10
+                                                           : largest / 4.0;
+            bound += step * seen.row(t).segment(begin, 32).cwiseAbs().sum();
+          }
+          beyond += off(t, o) <= bound ? 0 : 1;
+        }
+      }
+      CHECK(beyond == 0);
+    }
+  }
+}
+
+TEST_CASE("A weight with a NaN gives NaN in every storage", "[kernels][packed]") {
+  const Matrix<float> x = test::random_matrix<float>(5, 64, 1);
+  for (const Storage storage : kStorages) {
+    INFO("storage " << static_cast<int>(storage));
+    Matrix<float> w = test::random_matrix<float>(3, 64, 2);
+    w(1, 40) = std::numeric_limits<float>::quiet_NaN();
+    const Matrix<float> y = product(x, PackedWeight<float>(w, storage));
+    CHECK(y.col(1).array().isNaN().all());
+    if (storage != Storage::kFp8) CHECK(y.col(0).allFinite());  // They share a scale there.
+  }
 }
 
 TEST_CASE("Packing a weight changes no bit of a product of many rows", "[kernels][packed]") {
@@ -94,25 +227,29 @@ TEST_CASE("Packing a weight changes no bit of a product of many rows", "[kernels
 
 TEST_CASE("A row of a product with a packed weight does not depend on the others",
           "[kernels][packed]") {
-  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
-  const Matrix<float> x = test::random_matrix<float>(600, 90, 1);
-  const PackedWeight<float> w(test::random_matrix<float>(200, 90, 2), storage);
-  const Matrix<float> all = product(x, w);
-  for (const Index rows : {1, 2, 5, 8, 40}) {
-    CHECK(product<float>(x.middleRows(77, rows), w) == all.middleRows(77, rows));
+  for (const Storage storage : kStorages) {
+    INFO("storage " << static_cast<int>(storage));
+    const Matrix<float> x = test::random_matrix<float>(130, 700, 1);
+    const PackedWeight<float> w(test::random_matrix<float>(70, 700, 2), storage);
+    const Matrix<float> all = product(x, w);
+    for (const Index rows : {1, 2, 3, 4, 5, 8, 40}) {
+      CHECK(product<float>(x.middleRows(77, rows), w) == all.middleRows(77, rows));
+    }
   }
 }
 
 TEST_CASE("Products with packed weights have the same bits for any number of threads",
           "[kernels][packed][parallel]") {
-  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
-  const auto m = GENERATE(as<Index>{}, 1, 2, 3, 4, 700);
-  const Matrix<float> x = test::random_matrix<float>(m, 500, 1);
-  const PackedWeight<float> w(test::random_matrix<float>(1200, 500, 2), storage);
-  const Matrix<float> one = product(x, w);
-  for (const int count : {2, 3}) {
-    const test::Threads team(count);
-    CHECK(product(x, w) == one);
+  const auto m = GENERATE(as<Index>{}, 1, 2, 3, 4, 300);
+  const Matrix<float> x = test::random_matrix<float>(m, 140, 1);
+  for (const Storage storage : kStorages) {
+    INFO("storage " << static_cast<int>(storage));
+    const PackedWeight<float> w(test::random_matrix<float>(600, 140, 2), storage);
+    const Matrix<float> one = product(x, w);
+    for (const int count : {2, 3}) {
+      const test::Threads team(count);
+      CHECK(product(x, w) == one);
+    }
   }
 }
 

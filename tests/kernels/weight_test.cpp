@@ -18,8 +18,7 @@ namespace {
 /// Where the numbers of a weight begin that is stored as kPacked.
 template <class T>
 const char* address(const Weight<T>& weight) {
-  return reinterpret_cast<const char*>(
-      weight.packed().template panel<kernels::Native<T>>(0, false).panel);
+  return static_cast<const char*>(weight.packed().data());
 }
 
 template <class T>

@@ -51,6 +51,10 @@ auto mixture(Bank bank, std::uint64_t seed) {
   return MoELayer(std::move(router), TopKSoftmax<T>({.k = 2}), Dropless(), std::move(bank));
 }
 
+/// Weights that become codes.
+constexpr Storage kCodes[] = {Storage::kInt8,  Storage::kInt4,    Storage::kFp8,
+                              Storage::kMxFp4, Storage::kInt8Dot, Storage::kInt4Dot};
+
 /// \param weights  How many of the parameters are kept elsewhere when stored for inference.
 /// \param message  What backward says then.
 template <class L>
@@ -112,6 +116,26 @@ void check_storage(L layer, const Matrix<typename L::Scalar>& x, std::size_t wei
     CHECK(test::relative_error(infer(layer, x), rounded) <= kSame);
   }
 
+  for (const Storage storage : kCodes) {
+    INFO("storage " << static_cast<int>(storage));
+    L coded = copy;
+    set_storage(coded, storage);
+    CHECK(parameters(coded).size() == before.size() - weights);
+    const auto run_coded = [&]() -> const Matrix<T>& { return coded.forward(x, Pass{}, cache); };
+    const double coded_error = test::relative_error(run_coded(), plain);
+    const bool is_int8 = storage == Storage::kInt8 || storage == Storage::kInt8Dot;
+    CHECK(coded_error > 1e-4);
+    CHECK(coded_error < (is_int8 ? 0.03 : 0.4));
+    CHECK(test::count_allocations(run_coded) == 0);
+    const Matrix<T> one = infer(coded, x);
+    const test::Threads threads(3);
+    CHECK(infer(coded, x) == one);
+    set_storage(coded, Storage::kTrainable);
+    if (storage != Storage::kInt8Dot && storage != Storage::kInt4Dot) {
+      CHECK(test::relative_error(infer(coded, x), one) <= 10.0 * kSame);
+    }
+  }
+
   // Copies share what is packed, and keep it whatever becomes of the original.
   CHECK(infer(rounded_copy, x) == rounded);
   CHECK(infer(copy, x) == packed);
@@ -163,7 +187,8 @@ TEMPLATE_TEST_CASE("Mixtures compute the same in every storage", "[moe][storage]
 
 TEST_CASE("Banks stored for inference have the same bits for any number of threads",
           "[moe][storage][parallel]") {
-  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
+  const auto storage =
+      GENERATE(Storage::kPacked, Storage::kBfloat16, Storage::kInt4, Storage::kInt8Dot);
   // Experts with one to three tokens among them, and many panels.
   const auto tokens = GENERATE(as<Index>{}, 1, 2, 3, 40);
   const Matrix<float> x = test::random_matrix<float>(tokens, 160, 1);

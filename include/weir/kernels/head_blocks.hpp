@@ -11,6 +11,7 @@
 #include <weir/core/list.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/arranged_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
 #include <weir/kernels/packed_weight.hpp>
@@ -95,20 +96,17 @@ void HeadBlocks<T>::multiply(MatrixIn<T> x, const Matrix<T>& weight, MatrixOut<T
 template <class T>
 void HeadBlocks<T>::multiply_packed(MatrixIn<T> x, Index tokens, FunctionRef<T*(Index)> out_of,
                                     Index out_row) const {
-  packed_[0].with_arithmetic([&](auto arithmetic) {
-    using Arithmetic = decltype(arithmetic);
-    const Index length = row_length<Arithmetic>(x.cols());
-    const auto* const left = arranged_rows<Arithmetic, HeadBlocks>(x);
-    kernels::multiply_packed<Arithmetic>(
-        heads_,
-        [&](Index h) -> PackedProduct<Arithmetic> {
-          return {left + h * tokens * length, tokens, &packed_[h]};
-        },
-        [&](Index h, Index row, Index rows, Index j, Compute<T> compute) {
-          const ToMatrix<T> to = {out_of(h), out_row, packed_[h].rows()};
-          to(row, rows, j, compute);
-        });
-  });
+  const RowFormat<T> format = packed_[0].row_format();
+  const std::byte* const left = arranged_rows<HeadBlocks>(format, x);
+  kernels::multiply_packed<T>(
+      heads_,
+      [&](Index h) -> PackedProduct<T> {
+        return {left + h * tokens * format.bytes(), tokens, &packed_[h]};
+      },
+      [&](Index h, Index row, Index rows, Index j, Compute<T> compute) {
+        const ToMatrix<T> to = {out_of(h), out_row, packed_[h].rows()};
+        to(row, rows, j, compute);
+      });
 }
 
 }  // namespace weir::kernels

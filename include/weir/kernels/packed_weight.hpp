@@ -8,17 +8,22 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <type_traits>
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
-#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/arranged_rows.hpp>
 #include <weir/kernels/bfloat16.hpp>
+#include <weir/kernels/coded_column.hpp>
+#include <weir/kernels/coded_panel.hpp>
+#include <weir/kernels/coded_values.hpp>
 #include <weir/kernels/pack.hpp>
 #include <weir/kernels/panel.hpp>
+#include <weir/kernels/weight_rows.hpp>
 
 namespace weir::kernels {
 
@@ -30,12 +35,9 @@ class PackedWeight {
  public:
   static constexpr Index kCols = Block<T>::kCols;
 
-  /// How the numbers are multiplied in storage `kBfloat16`.
-  using Rounded = std::conditional_t<std::is_same_v<T, float>, BFloat16Arithmetic, Native<T>>;
-
   PackedWeight() = default;
 
-  /// \param storage  kPacked or kBfloat16.
+  /// \param storage  Any but kTrainable.
   /// \param memory   Where the numbers go, with room for `bytes`. If null, they get memory of their
   ///                 own.
   PackedWeight(MatrixIn<T> weight, Storage storage, SharedMemory* memory = nullptr)
@@ -56,53 +58,59 @@ class PackedWeight {
 
   /// How many bytes a weight [rows, cols], or a pair of them, takes.
   static std::size_t bytes(Index rows, Index cols, Storage storage, bool pair = false) {
-    const std::size_t count = PackedWeight(rows, cols, pair ? kCols / 2 : kCols, storage).numbers();
-    return stores_halves(storage) ? SharedMemory::bytes_of<BFloat16>(count)
-                                  : SharedMemory::bytes_of<T>(count);
+    return PackedWeight(rows, cols, pair ? kCols / 2 : kCols, storage).memory_bytes();
   }
 
   bool empty() const { return steps_ == 0; }
   Index rows() const { return rows_; }  ///< Outputs, of one weight.
   Index cols() const { return cols_; }  ///< Inputs.
   Index panels() const { return (rows_ + width_ - 1) / width_; }
-  Index steps() const { return steps_; }
 
-  /// Calls `body` with the arithmetic that the weight is stored for, an empty object.
-  template <class Body>
-  decltype(auto) with_arithmetic(Body&& body) const {
-    return rounded_ ? body(Rounded{}) : body(Native<T>{});
+  /// Where the numbers begin, in whatever form.
+  const void* data() const {
+    return coded_    ? static_cast<const void*>(coded_.get())
+           : halves_ ? static_cast<const void*>(halves_.get())
+                     : static_cast<const void*>(exact_.get());
   }
 
-  /// Panel j; `followed` tells whether panel j + 1 will be multiplied after it.
-  template <class Arithmetic>
-  PackedPanel<Arithmetic> panel(Index j, bool followed) const {
-    const typename Arithmetic::Right* all = nullptr;
-    if constexpr (std::is_same_v<typename Arithmetic::Right, T>) {
-      all = exact_.get();
-    } else {
-      all = halves_.get();
-    }
-    const Index size = steps_ * PackedPanel<Arithmetic>::kRow;
-    const auto* const at = all + j * size;
-    return {at, followed ? at + size : nullptr, steps_};
+  /// How many multiplications a row and a panel take.
+  Index panel_cost() const { return steps_ * depth_ * kCols; }
+
+  /// The form in which `multiply` takes rows.
+  RowFormat<T> row_format() const {
+    const RowKind kind = rounds_rows(storage_) && is_coded() ? RowKind::kInt8
+                         : has_halves() && kRoundsRows       ? RowKind::kBfloat16
+                                                             : RowKind::kExact;
+    return {kind, cols_, steps_ * depth_};
   }
+
+  /// Pieces `begin` to `end` of the product of rows, one behind the other, with the weight. A row's
+  /// result depends neither on the other rows nor on the pieces.
+  void multiply(const Cut& cut, const std::byte* left, Index begin, Index end,
+                Store<T> store) const;
 
   /// Writes the weights as they were given, or rounded as they are stored. `second` is for a pair.
   void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const;
 
  private:
-  static bool stores_halves(Storage storage) {
-    return storage == Storage::kBfloat16 && std::is_same_v<T, float>;
-  }
+  /// How the numbers are multiplied in storage `kBfloat16`.
+  using Rounded = std::conditional_t<std::is_same_v<T, float>, BFloat16Arithmetic, Native<T>>;
+  static constexpr bool kRoundsRows = !std::is_same_v<typename Rounded::Left, T>;
+
+  /// Whether the numbers are codes, or those of 16 bits. In double they are never.
+  bool is_coded() const { return std::is_same_v<T, float> && code_of(storage_).has_value(); }
+  bool has_halves() const { return std::is_same_v<T, float> && storage_ == Storage::kBfloat16; }
+
+  /// Only where `is_coded`.
+  CodedLayout layout() const { return {code_of(storage_).value_or(Code::kInt8)}; }
 
   /// Knows the sizes; `fill` sets the numbers.
   PackedWeight(Index rows, Index cols, Index width, Storage storage)
-      : rows_(rows),
-        cols_(cols),
-        width_(width),
-        depth_(stores_halves(storage) ? Rounded::kDepth : 1),
-        steps_((cols + depth_ - 1) / depth_),
-        rounded_(storage == Storage::kBfloat16) {}
+      : rows_(rows), cols_(cols), width_(width), storage_(storage) {
+    if (has_halves()) depth_ = Rounded::kDepth;
+    if (is_coded()) depth_ = layout().block();
+    steps_ = (cols + depth_ - 1) / depth_;
+  }
 
   /// A matrix, whose numbers may be elsewhere.
   struct From {
@@ -113,98 +121,157 @@ class PackedWeight {
   PackedWeight(const From& first, const From& second, Index width, Storage storage,
                SharedMemory* memory);
 
-  Index panel_numbers() const { return steps_ * depth_ * kCols; }
-  std::size_t numbers() const { return static_cast<std::size_t>(panels() * panel_numbers()); }
-
-  void fill(const From& first, const From& second, SharedMemory& memory) {
-    if constexpr (std::is_same_v<T, float>) {
-      if (rounded_) {
-        halves_ = packed<BFloat16>(first, second, memory);
-        return;
-      }
-    }
-    exact_ = packed<T>(first, second, memory);
+  std::size_t memory_bytes() const {
+    const auto numbers = static_cast<std::size_t>(panels() * panel_cost());
+    if (has_halves()) return SharedMemory::bytes_of<BFloat16>(numbers);
+    const Index scales = WeightRows<T>::scale_count(rows_, cols_, storage_);
+    const auto count = static_cast<std::size_t>(width_ == kCols ? scales : 2 * scales);
+    return SharedMemory::bytes_of<float>(count) +
+           (is_coded() ? SharedMemory::bytes_of<std::byte>(coded_bytes())
+                       : SharedMemory::bytes_of<T>(numbers));
+  }
+  std::size_t coded_bytes() const {
+    return static_cast<std::size_t>(panels() * steps_ * layout().bytes());
   }
 
-  /// A copy of all numbers in their places, rounded where the storage asks for it.
-  template <class Number>
-  std::shared_ptr<Number[]> packed(const From& first, const From& second,  // NOLINT: as below.
-                                   SharedMemory& memory) const {
-    auto to = memory.take<Number>(numbers());
-    parallel_for(panels(), [&](Index j) {
-      Number* const panel = to.get() + j * panel_numbers();
-      pack_panel(first, j, panel);
-      if (width_ != kCols) pack_panel(second, j, panel + width_ * depth_);
-    });
-    return to;
-  }
+  void fill(const From& first, const From& second, SharedMemory& memory);
 
   /// Copies the rows of panel j to their columns.
-  template <class Number>
-  void pack_panel(const From& from, Index j, Number* to) const {
-    const Index row = j * width_;
-    const Index count = std::min(width_, rows_ - row);
-    if (from.rows == nullptr) {
-      const Index stride = from.value.outerStride();
-      return pack_rows(from.value.data() + row * stride, stride, count, to);
-    }
-    auto& space = ThreadSpace<T, PackedWeight>::of_this_thread();
-    space.reserve(kCols * cols_);
-    T* const rows = space.take(count * cols_);
-    from.rows->read(row, count, rows);
-    pack_rows(rows, cols_, count, to);
-  }
+  void pack_panel(const WeightRows<T>& from, Index j, bool of_second);
 
   /// Copies `count` rows to their columns of a panel of `width_` of them; further ones are zero.
-  template <class Number>
-  void pack_rows(const T* from, Index stride, Index count, Number* to) const {
-    if (width_ == kCols) {
-      pack_columns<kCols>(from, stride, count, to);
-    } else {
-      pack_columns<kCols / 2>(from, stride, count, to);
-    }
-  }
-
   template <Index width>
-  void pack_columns(const T* from, Index stride, Index count, T* to) const;
+  void pack_numbers(const WeightRows<T>& of, const T* from, Index stride, Index row, Index count,
+                    T* to) const;
   template <Index width>
-  void pack_columns(const T* from, Index stride, Index count, BFloat16* to) const;
+  void pack_halves(const T* from, Index stride, Index count, BFloat16* to) const;
+  void pack_codes(const WeightRows<T>& of, const T* from, Index stride, Index row, Index count,
+                  Index column, std::byte* to) const;
 
-  /// Calls `body(of_second, row, col, place)` for each number of the weights, on all threads.
+  /// Calls `body(of_second, row, column, panel)` for each row of the weights, on all threads.
   template <class Body>
-  void for_each_number(Body&& body) const;
+  void for_each_row(Body&& body) const;
 
   Index rows_ = 0, cols_ = 0;
   Index width_ = kCols;  ///< Outputs of one weight in a panel.
   Index depth_ = 1;      ///< Inputs of a step.
   Index steps_ = 0;
-  bool rounded_ = false;
-  // Copies share the numbers.
-  std::shared_ptr<const T[]> exact_;          // NOLINT(modernize-avoid-c-arrays)
-  std::shared_ptr<const BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays)
+  Storage storage_ = Storage::kPacked;
+  // Copies share the numbers, one of these.
+  std::shared_ptr<T[]> exact_;          // NOLINT(modernize-avoid-c-arrays)
+  std::shared_ptr<BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays)
+  std::shared_ptr<std::byte[]> coded_;  // NOLINT(modernize-avoid-c-arrays)
 };
 
 template <class T>
+void PackedWeight<T>::multiply(const Cut& cut, const std::byte* left, Index begin, Index end,
+                               Store<T> store) const {
+  const RowFormat<T> format = row_format();
+  const auto multiply_as = [&]<class Arithmetic>(Arithmetic,
+                                                 const typename Arithmetic::Right* numbers) {
+    using Left = typename Arithmetic::Left;
+    const Index row = format.bytes() / static_cast<Index>(sizeof(Left));
+    const LeftRows<Arithmetic> rows = {reinterpret_cast<const Left*>(left), row,
+                                       Arithmetic::kDepth};
+    const Index size = steps_ * PackedPanel<Arithmetic>::kRow;
+    multiply_pieces<Arithmetic>(
+        cut, rows, steps_, begin, end,
+        [&](Index j, bool followed) -> PackedPanel<Arithmetic> {
+          const auto* const at = numbers + j * size;
+          return {at, followed ? at + size : nullptr, steps_};
+        },
+        store);
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_coded()) {
+      const CodedPanels all = {layout(), coded_.get(), steps_};
+      return all.multiply(cut, format.kind, left, format.bytes(), begin, end, store);
+    }
+    if (has_halves()) return multiply_as(Rounded{}, halves_.get());
+  }
+  multiply_as(Native<T>{}, exact_.get());
+}
+
+template <class T>
+void PackedWeight<T>::pack_panel(const WeightRows<T>& from, Index j, bool of_second) {
+  const Index row = j * width_;
+  const Index count = std::min(width_, rows_ - row);
+  const Index column = of_second ? width_ : 0;
+  const Index place = j * panel_cost() + column * depth_;
+  from.read(row, count, [&](const T* rows, Index stride) {
+    if (is_coded()) {
+      std::byte* const panel = coded_.get() + j * steps_ * layout().bytes();
+      return pack_codes(from, rows, stride, row, count, column, panel);
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      if (has_halves()) {
+        return width_ == kCols ? pack_halves<kCols>(rows, stride, count, halves_.get() + place)
+                               : pack_halves<kCols / 2>(rows, stride, count, halves_.get() + place);
+      }
+    }
+    T* const to = exact_.get() + place;
+    return width_ == kCols ? pack_numbers<kCols>(from, rows, stride, row, count, to)
+                           : pack_numbers<kCols / 2>(from, rows, stride, row, count, to);
+  });
+}
+
+template <class T>
 template <Index width>
-void PackedWeight<T>::pack_columns(const T* from, Index stride, Index count, T* to) const {
-  if (!rounded_) return pack_strip<width>(from, stride, 1, count, cols_, to, kCols);
-  constexpr Index kPart = 64;  // Rounded at a time, so that they stay in L1.
+void PackedWeight<T>::pack_numbers(const WeightRows<T>& of, const T* from, Index stride, Index row,
+                                   Index count, T* to) const {
+  if (storage_ == Storage::kPacked) {
+    return pack_strip<width>(from, stride, 1, count, cols_, to, kCols);
+  }
+  constexpr Index kPart = WeightRows<T>::kTile;  // Rounded at a time, so that they stay in L1.
   T part[width * kPart];
   for (Index done = 0; done < cols_; done += kPart) {
     const Index length = std::min(kPart, cols_ - done);
     for (Index i = 0; i < count; ++i) {
-      for (Index p = 0; p < length; ++p) {
-        const BFloat16 rounded(static_cast<float>(from[i * stride + done + p]));
-        part[i * kPart + p] = static_cast<T>(static_cast<float>(rounded));
-      }
+      of.round(from + i * stride, row + i, done, length, part + i * kPart);
     }
     pack_strip<width>(part, kPart, 1, count, length, to + done * kCols, kCols);
   }
 }
 
 template <class T>
+void PackedWeight<T>::fill(const From& first, const From& second, SharedMemory& memory) {
+  const auto numbers = static_cast<std::size_t>(panels() * panel_cost());
+  if (is_coded()) {
+    coded_ = memory.take<std::byte>(coded_bytes());
+  } else if (has_halves()) {
+    halves_ = memory.take<BFloat16>(numbers);
+  } else {
+    exact_ = memory.take<T>(numbers);
+  }
+  const bool pair = width_ != kCols;
+  WeightRows<T> one(first.value, first.rows, storage_);
+  WeightRows<T> other(second.value, second.rows, storage_);
+  const Index scales = WeightRows<T>::scale_count(rows_, cols_, storage_);
+  const auto scale = memory.take<float>(static_cast<std::size_t>(pair ? 2 * scales : scales));
+  one.find_scales(scale.get());
+  if (pair) other.find_scales(scale.get() + scales);
+  parallel_for(panels(), [&](Index j) {
+    pack_panel(one, j, false);
+    if (pair) pack_panel(other, j, true);
+  });
+}
+
+template <class T>
+void PackedWeight<T>::pack_codes(const WeightRows<T>& of, const T* from, Index stride, Index row,
+                                 Index count, Index column, std::byte* to) const {
+  const CodedLayout form = layout();
+  for (Index i = 0; i < width_; ++i) {
+    CodedBlock block;
+    for (Index b = 0; b < steps_; ++b) {
+      if (i < count) of.round_block(from + i * stride, row + i, b, block);
+      write_block(form, block, column + i, to + b * form.bytes());
+    }
+  }
+}
+
+template <class T>
 template <Index width>
-void PackedWeight<T>::pack_columns(const T* from, Index stride, Index count, BFloat16* to) const {
+void PackedWeight<T>::pack_halves(const T* from, Index stride, Index count, BFloat16* to) const {
   // Two numbers of a row lie side by side and are moved as one.
   constexpr Index kPart = 64;
   std::int32_t pairs[width * kPart];
@@ -228,19 +295,13 @@ void PackedWeight<T>::pack_columns(const T* from, Index stride, Index count, BFl
 
 template <class T>
 template <class Body>
-void PackedWeight<T>::for_each_number(Body&& body) const {
+void PackedWeight<T>::for_each_row(Body&& body) const {
   const bool pair = width_ != kCols;
   parallel_for(panels(), [&](Index j) {
     const Index first = j * width_;
     const Index count = std::min(width_, rows_ - first);
     for (int half = 0; half < (pair ? 2 : 1); ++half) {
-      for (Index i = 0; i < count; ++i) {
-        const Index column = half * width_ + i;
-        for (Index p = 0; p < cols_; ++p) {
-          const Index step = j * steps_ + p / depth_;
-          body(half == 1, first + i, p, (step * kCols + column) * depth_ + p % depth_);
-        }
-      }
+      for (Index i = 0; i < count; ++i) body(half == 1, first + i, half * width_ + i, j);
     }
   });
 }
@@ -249,10 +310,26 @@ template <class T>
 void PackedWeight<T>::unpack(Matrix<T>& first, Matrix<T>* second) const {
   set_shape(first, rows_, cols_);
   if (second != nullptr) second->resize(rows_, cols_);
-  for_each_number([&](bool of_second, Index row, Index col, Index place) {
-    Matrix<T>& to = of_second ? *second : first;
-    to(row, col) =
-        exact_ == nullptr ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
+  for_each_row([&](bool of_second, Index row, Index column, Index j) {
+    T* const to = (of_second ? *second : first).data() + row * cols_;
+    if (is_coded()) {
+      const CodedLayout of = layout();
+      for (Index b = 0; b < steps_; ++b) {
+        const CodedBlock block =
+            read_block(of, column, coded_.get() + (j * steps_ + b) * of.bytes());
+        const Index begin = b * of.block();
+        for (Index p = begin; p < std::min(cols_, begin + of.block()); ++p) {
+          to[p] = static_cast<T>(coded_value(of.code, block, p - begin));
+        }
+      }
+      return;
+    }
+    for (Index p = 0; p < cols_; ++p) {
+      const Index step = j * steps_ + p / depth_;
+      const Index place = (step * kCols + column) * depth_ + p % depth_;
+      to[p] =
+          exact_ == nullptr ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
+    }
   });
 }
 

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <span>
-#include <type_traits>
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/function_ref.hpp>
@@ -15,6 +14,7 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/arranged_rows.hpp>
 #include <weir/kernels/packed_product.hpp>
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/ops/activation.hpp>
@@ -28,7 +28,7 @@ template <class T>
 struct PackedGlu {
   kernels::PackedWeight<T> gate_up, down;
 
-  /// \param storage  kPacked or kBfloat16.
+  /// \param storage  Any but kTrainable.
   /// \param memory   With room for `bytes`.
   PackedGlu(const Matrix<T>& gate, const Matrix<T>& up, const Matrix<T>& out, Storage storage,
             SharedMemory& memory)
@@ -59,8 +59,8 @@ struct PackedGluGroup {
 /// Workspace of `packed_glu_forward`.
 template <class T>
 struct PackedGluCache {
-  Scratch<T> x, hidden;
-  Scratch<kernels::BFloat16> rounded_x, rounded_hidden;
+  Scratch<std::byte> x, hidden;  ///< As the weights take them.
+  Scratch<T> exact_hidden;       ///< Where `hidden` takes whole rows.
 };
 
 namespace detail {
@@ -72,72 +72,61 @@ void packed_glu_forward(Index rows, FunctionRef<const T*(Index)> row_of,
                         void (*activation)(Index, const T*, T*), PackedGluCache<T>& cache,
                         MatrixOut<T> out) {
   if (groups.empty()) return;
-  const kernels::PackedWeight<T>& one = groups[0].glu->gate_up;
   const auto count = static_cast<Index>(groups.size());
   const auto group_of = [&](Index g) -> const PackedGluGroup<T>& {
     return groups[static_cast<std::size_t>(g)];
   };
-  one.with_arithmetic([&](auto arithmetic) {
-    using Arithmetic = decltype(arithmetic);
-    using Left = typename Arithmetic::Left;
-    using Products = kernels::PackedProduct<Arithmetic>;
-    constexpr Index kCols = kernels::Block<T>::kCols;
-    constexpr Index kHalf = kCols / 2;
-    const Index d_hidden = one.rows();
-    const Index x_row = kernels::row_length<Arithmetic>(one.cols());
-    const Index hidden_row = kernels::row_length<Arithmetic>(d_hidden);
-    Left* x = nullptr;
-    Left* hidden = nullptr;
-    if constexpr (std::is_same_v<Left, T>) {
-      x = cache.x.reserve(rows * x_row);
-      hidden = cache.hidden.reserve(rows * hidden_row);
-    } else {
-      x = cache.rounded_x.reserve(rows * x_row);
-      hidden = cache.rounded_hidden.reserve(rows * hidden_row);
+  constexpr Index kCols = kernels::Block<T>::kCols;
+  constexpr Index kHalf = kCols / 2;
+  const kernels::RowFormat<T> of_x = groups[0].glu->gate_up.row_format();
+  const kernels::RowFormat<T> of_hidden = groups[0].glu->down.row_format();
+  const Index d_hidden = of_hidden.cols;
+  const bool by_rows = of_hidden.kind == kernels::RowKind::kInt8;
+  std::byte* const x = cache.x.reserve(rows * of_x.bytes());
+  std::byte* const hidden = cache.hidden.reserve(rows * of_hidden.bytes());
+  T* const exact = cache.exact_hidden.reserve(by_rows ? rows * d_hidden : 0);
+  kernels::arrange_rows<T>(of_x, rows, row_of, x);
+
+  const auto activate = [&](Index g, Index row, Index height, Index j,
+                            kernels::Compute<T> compute) {
+    auto& space = ThreadSpace<T, PackedGlu<T>>::of_this_thread();
+    space.reserve((kernels::Cut::kMostRows + 1) * kCols);
+    T* const sums = space.take(kernels::Cut::kMostRows * kCols);
+    T* const activated = space.take(kCols);
+    compute(sums, kCols, false);
+    const Index first = j * kHalf;
+    const Index width = std::min(kHalf, d_hidden - first);
+    for (Index i = 0; i < height; ++i) {
+      const Index at = group_of(g).first + row + i;
+      const T* const gate = sums + i * kCols;
+      activation(width, gate, activated);
+      T* const product = by_rows ? exact + at * d_hidden + first : activated;
+      loops::multiply<T>(width, activated, gate + kHalf, product);
+      if (!by_rows) of_hidden.write_part(product, first, width, hidden + at * of_hidden.bytes());
     }
-    kernels::arrange_rows<Arithmetic>(rows, one.cols(), row_of, x);
+  };
+  kernels::multiply_packed<T>(
+      count,
+      [&](Index g) -> kernels::PackedProduct<T> {
+        const PackedGluGroup<T>& group = group_of(g);
+        return {x + group.first * of_x.bytes(), group.rows, &group.glu->gate_up};
+      },
+      activate);
+  if (by_rows) {
+    kernels::arrange_rows<T>(
+        of_hidden, rows, [&](Index i) { return exact + i * d_hidden; }, hidden);
+  }
 
-    const auto activate = [&](Index g, Index row, Index height, Index j,
-                              kernels::Compute<T> compute) {
-      auto& space = ThreadSpace<T, PackedGlu<T>>::of_this_thread();
-      space.reserve((kernels::Cut::kMostRows + 1) * kCols);
-      T* const sums = space.take(kernels::Cut::kMostRows * kCols);
-      T* const activated = space.take(kCols);
-      compute(sums, kCols, false);
-      const Index width = std::min(kHalf, d_hidden - j * kHalf);
-      const bool last = j * kHalf + width == d_hidden;
-      Left* h = hidden + (group_of(g).first + row) * hidden_row + j * kHalf;
-      for (Index i = 0; i < height; ++i, h += hidden_row) {
-        const T* const gate = sums + i * kCols;
-        activation(width, gate, activated);
-        if constexpr (std::is_same_v<Left, T>) {
-          loops::multiply(width, activated, gate + kHalf, h);
-        } else {
-          loops::multiply<T>(width, activated, gate + kHalf, activated);
-          kernels::round_to_bfloat16(width, activated, h);
-        }
-        if (last) std::fill(h + width, h + width + hidden_row - d_hidden, Left());
-      }
-    };
-    kernels::multiply_packed<Arithmetic>(
-        count,
-        [&](Index g) -> Products {
-          const PackedGluGroup<T>& group = group_of(g);
-          return {x + group.first * x_row, group.rows, &group.glu->gate_up};
-        },
-        activate);
-
-    const kernels::ToMatrix<T> to = {out.data(), out.outerStride(), out.cols()};
-    kernels::multiply_packed<Arithmetic>(
-        count,
-        [&](Index g) -> Products {
-          const PackedGluGroup<T>& group = group_of(g);
-          return {hidden + group.first * hidden_row, group.rows, &group.glu->down};
-        },
-        [&](Index g, Index row, Index height, Index j, kernels::Compute<T> compute) {
-          to(group_of(g).first + row, height, j, compute);
-        });
-  });
+  const kernels::ToMatrix<T> to = {out.data(), out.outerStride(), out.cols()};
+  kernels::multiply_packed<T>(
+      count,
+      [&](Index g) -> kernels::PackedProduct<T> {
+        const PackedGluGroup<T>& group = group_of(g);
+        return {hidden + group.first * of_hidden.bytes(), group.rows, &group.glu->down};
+      },
+      [&](Index g, Index row, Index height, Index j, kernels::Compute<T> compute) {
+        to(group_of(g).first + row, height, j, compute);
+      });
 }
 
 }  // namespace detail
