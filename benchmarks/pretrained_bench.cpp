@@ -5,7 +5,8 @@
 //                                                for inference; the files are in the page cache if
 //                                                they have room there
 //         GB/s             of the files
-//         copies           that rate over the one at which memory is copied to new memory
+//         copies           that rate over the one at which as much memory, or 4 GB, is copied to
+//                          new memory
 //         memory           the most memory that loading takes, over the size of the files
 //     pretrained/SHAPE/prefill/bf16/threads:N    a prompt of 512 tokens, up to its last logits
 //     pretrained/SHAPE/decode/bf16/threads:N     one token at a time behind a prompt of 128
@@ -20,6 +21,7 @@
 // SHAPE is olmoe, OLMoE-1B-7B as published (14 GB of files, and as much memory), layers, three of
 // its layers (2.8 GB), or small. Files are made in the folder that WEIR_BENCH_FOLDER names, by
 // default weir_pretrained among the temporary files, and stay there.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdlib>
@@ -73,7 +75,8 @@ presets::OlmoeConfig config_of(const std::string& shape) {
   return presets::scaled(presets::olmoe_1b_7b(), {.d_model = 64, .layers = 2});
 }
 
-/// Random numbers of variance 1 / in; ones for norms.
+/// Random numbers of variance 1 / in; ones for norms; of variance 1 for the embedding, so that
+/// tokens differ enough to choose different experts.
 void fill_random(const io::PublishedTensor& tensor, weir::Rng& rng, std::vector<float>& numbers) {
   Index count = 1;
   for (const Index length : tensor.shape) count *= length;
@@ -82,7 +85,9 @@ void fill_random(const io::PublishedTensor& tensor, weir::Rng& rng, std::vector<
     std::fill(numbers.begin(), numbers.end(), 1.0F);
     return;
   }
-  const auto bound = static_cast<float>(std::sqrt(3.0 / static_cast<double>(tensor.shape.back())));
+  const bool is_embedding = tensor.name.find("embed") != std::string::npos;
+  const double variance = is_embedding ? 1.0 : 1.0 / static_cast<double>(tensor.shape.back());
+  const auto bound = static_cast<float>(std::sqrt(3.0 * variance));
   const weir::Rng own = rng.split();
   weir::parallel_rows(count, 1, [&](Index begin, Index end) {
     for (Index i = begin; i < end; ++i) {
@@ -132,9 +137,12 @@ fs::path gguf_of(const std::string& shape) {
   const io::PublishedReader<float> reader(
       source, tensors,
       io::published_layout(io::Family<Config>::names(config, &source), shapes, heads));
+  // Of the model's own memory, which it does not need, the C library would keep what was touched.
+  for (const auto& [name, matrix] : tensors) matrix->resize(0, 0);
   const auto numbers_of = [&](const io::PublishedTensor& tensor, std::vector<float>& numbers) {
     for (const io::TensorPiece& piece : tensor.pieces) {
       weir::Matrix<float>& matrix = *tensors[piece.matrix].second;
+      matrix.resize(shapes[piece.matrix].rows, shapes[piece.matrix].cols);
       reader.read_deferred(piece.matrix, matrix);
     }
     io::gather_tensor(tensors, tensor, numbers);
@@ -168,21 +176,24 @@ double memory(const std::string& name) {
   return 0.0;
 }
 
-/// Bytes per second, read and written, at which weir's threads copy to new memory.
-double copy_rate() {
+/// Bytes per second, read and written, at which weir's threads copy to `bytes` of new memory. What
+/// is read are the same 256 MiB again and again, which no cache holds.
+double copy_rate(double bytes) {
   constexpr Index kPieces = 256;
   constexpr std::size_t kPiece = std::size_t{1} << 20U;
   const std::vector<std::byte> from(kPieces * kPiece, std::byte{1});
+  const auto pieces = static_cast<Index>(bytes / static_cast<double>(kPiece)) + 1;
+  const std::size_t size = static_cast<std::size_t>(pieces) * kPiece;
   const double seconds = bench::seconds_of([&] {
-    weir::SharedMemory memory(from.size());
-    const auto to = memory.take<std::byte>(from.size());
-    weir::parallel_for(kPieces, [&](Index i) {
-      const std::size_t at = static_cast<std::size_t>(i) * kPiece;
-      std::memcpy(to.get() + at, from.data() + at, kPiece);
+    weir::SharedMemory memory(size);
+    const auto to = memory.take<std::byte>(size);
+    weir::parallel_for(pieces, [&](Index i) {
+      std::memcpy(to.get() + static_cast<std::size_t>(i) * kPiece,
+                  from.data() + static_cast<std::size_t>(i % kPieces) * kPiece, kPiece);
     });
     benchmark::DoNotOptimize(to.get());
   });
-  return 2.0 * static_cast<double>(from.size()) / seconds;
+  return 2.0 * static_cast<double>(size) / seconds;
 }
 
 io::Pretrained<float> load(const std::string& shape, std::size_t expert_bytes = 0) {
@@ -202,7 +213,7 @@ void add_load_row(const std::string& shape, int threads) {
       times.push_back(bench::seconds_of([&] { load(shape); }));
       figures.add("memory", (memory("VmHWM:") - before) / bytes);
       figures.add("GB/s", kGiga * bytes / times.back());
-      figures.add("copies", 2.0 * bytes / times.back() / copy_rate());
+      figures.add("copies", 2.0 * bytes / times.back() / copy_rate(std::min(bytes, 4e9)));
     });
     figures.report(state);
     return bench::median(times);

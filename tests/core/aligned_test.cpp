@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: MIT
 #include <cstddef>
 #include <cstdint>
+#include <fstream>
 #include <memory>
+#include <unistd.h>
+#include <vector>
 
 #include <weir/core/aligned.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 
 using namespace weir;
@@ -54,6 +58,26 @@ TEST_CASE("Memory that was given back and taken again can be written to the end"
     CHECK(memory[memory.size() - 2] == round);
     CHECK(memory.back() == 7);
   }
+}
+
+TEST_CASE("Large memory goes back to the system once it is let go", "[core][aligned]") {
+  if (!test::allocations_are_counted()) return;  // A sanitizer keeps memory for a while.
+  constexpr std::size_t kCount = 32;
+  const auto resident = [] {
+    std::ifstream statistics("/proc/self/statm");
+    std::size_t pages = 0;
+    statistics >> pages >> pages;
+    return pages * static_cast<std::size_t>(getpagesize());
+  };
+  // The first piece teaches the C library to take such sizes from its heap, and what stays behind
+  // the pieces keeps it from handing back the heap.
+  AlignedVector<char>(2 * kHugePage, 'a');
+  std::vector<AlignedVector<char>> pieces;
+  for (std::size_t i = 0; i < kCount; ++i) pieces.emplace_back(2 * kHugePage, 'a');
+  const AlignedVector<char> behind(1000, 'a');
+  const std::size_t before = resident();
+  pieces.clear();
+  CHECK(before - resident() > kCount * 2 * kHugePage * 9 / 10);
 }
 
 TEST_CASE("Arrays of a shared memory lie one behind the other", "[core][aligned]") {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -38,18 +39,20 @@ struct CacheLineAllocator {
     if (count > kMostBytes / sizeof(T)) throw std::bad_array_new_length();
     const std::size_t bytes = bytes_of(count);
     void* const memory = ::operator new(bytes, alignment(bytes));
+    // Memory that was in use before has small pages. Once they are given up, huge pages can take
+    // their place. If that fails, memory is merely slower.
+    give_up_pages(memory, bytes);
 #if defined(__linux__)
     if (bytes >= kHugePage) {
-      // Memory that was in use before has small pages. Once they are given up, with contents that
-      // nobody needs, huge pages can take their place. If that fails, memory is merely slower.
-      const std::size_t whole_pages = bytes / kHugePage * kHugePage;
-      static_cast<void>(madvise(memory, whole_pages, MADV_DONTNEED));
-      static_cast<void>(madvise(memory, whole_pages, MADV_HUGEPAGE));
+      static_cast<void>(madvise(memory, bytes / kHugePage * kHugePage, MADV_HUGEPAGE));
     }
 #endif
     return static_cast<T*>(memory);
   }
+  /// Large memory goes back to the system at once. The C library would keep most of it: a program
+  /// that lets go of one model of 14 GB would not have room for another.
   void deallocate(T* memory, std::size_t count) {
+    give_up_pages(memory, bytes_of(count));
     ::operator delete(memory, alignment(bytes_of(count)));
   }
 
@@ -70,6 +73,14 @@ struct CacheLineAllocator {
  private:
   static std::align_val_t alignment(std::size_t bytes) {
     return std::align_val_t{bytes >= kHugePage ? kHugePage : kLine};
+  }
+
+  /// Gives whole huge pages back to the system, with contents that nobody needs.
+  static void give_up_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__)
+    if (bytes < kHugePage) return;
+    static_cast<void>(madvise(memory, bytes / kHugePage * kHugePage, MADV_DONTNEED));
+#endif
   }
 };
 
@@ -94,6 +105,10 @@ class SharedMemory {
                   CacheLineAllocator<std::byte>().deallocate(memory, bytes);
                 }),
         bytes_(bytes) {}
+
+  /// Memory that is somebody else's, `bytes` from `memory` on, which begins at a cache line.
+  SharedMemory(std::shared_ptr<std::byte> memory, std::size_t bytes)
+      : memory_(std::move(memory)), bytes_(bytes) {}
 
   /// An array that begins at a cache line, contents unspecified. There has to be room for it.
   template <class T>

@@ -9,9 +9,11 @@
 #include <iterator>
 #include <list>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <utility>
 
+#include <weir/core/aligned.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/function_ref.hpp>
 #include <weir/core/types.hpp>
@@ -40,6 +42,48 @@ struct ExpertStatistics {
     return hits + misses == 0 ? 0.0
                               : static_cast<double>(hits) / static_cast<double>(hits + misses);
   }
+};
+
+/// Memory for experts. That of the last one that was let go is kept for the next one of its size:
+/// to fetch new pages from the system, which clears them, takes a quarter of the time of reading
+/// an expert from the page cache. Must be in a shared pointer.
+class ExpertMemory : public std::enable_shared_from_this<ExpertMemory> {
+ public:
+  ExpertMemory() = default;
+  ExpertMemory(const ExpertMemory&) = delete;
+  ExpertMemory& operator=(const ExpertMemory&) = delete;
+  ~ExpertMemory() { free(spare_); }
+
+  /// Contents unspecified. May be called from several threads, as may be the end of the memory.
+  SharedMemory take(std::size_t bytes) {
+    Block block = exchange({});
+    if (block.bytes != bytes) {
+      free(block);
+      block = {Allocator().allocate(bytes), bytes};
+    }
+    const auto let_go = [self = this->shared_from_this(), block](std::byte* /*begin*/) {
+      free(self->exchange(block));
+    };
+    return {std::shared_ptr<std::byte>(block.begin, let_go), bytes};
+  }
+
+ private:
+  using Allocator = CacheLineAllocator<std::byte>;
+  struct Block {
+    std::byte* begin = nullptr;
+    std::size_t bytes = 0;
+  };
+
+  static void free(const Block& block) {
+    if (block.begin != nullptr) Allocator().deallocate(block.begin, block.bytes);
+  }
+  Block exchange(const Block& block) {
+    const std::scoped_lock lock(mutex_);
+    return std::exchange(spare_, block);
+  }
+
+  std::mutex mutex_;
+  Block spare_;
 };
 
 /// Packed experts in memory, up to a number of bytes, for all layers of a model. Where there is no
@@ -71,6 +115,9 @@ class ExpertStore {
 
   std::size_t capacity() const { return capacity_; }
 
+  /// Where experts are to be stored.
+  SharedMemory memory(std::size_t bytes) { return memory_->take(bytes); }
+
   ExpertStatistics statistics() const {
     const std::scoped_lock lock(mutex_);
     return statistics_;
@@ -100,6 +147,7 @@ class ExpertStore {
   void make_room(std::size_t bytes);
 
   mutable std::mutex mutex_;
+  std::shared_ptr<ExpertMemory> memory_ = std::make_shared<ExpertMemory>();
   std::size_t capacity_;
   Entries once_, hot_;
   std::size_t hot_bytes_ = 0;

@@ -75,7 +75,8 @@ class PublishedReader {
     const bool by_rows = std::all_of(parts_[matrix].begin(), parts_[matrix].end(),
                                      [](const Part& part) { return part.piece.col_step == 1; });
     if (!by_rows) return nullptr;
-    return rows_.emplace_back(std::make_unique<Rows>(parts_[matrix])).get();
+    if (rows_[matrix] == nullptr) rows_[matrix] = std::make_unique<Rows>(parts_[matrix]);
+    return rows_[matrix].get();
   }
 
   /// Tells the system that the matrices whose names begin with `prefix` will not be read again
@@ -119,7 +120,7 @@ class PublishedReader {
   std::vector<std::vector<Part>> parts_;  // Of each matrix; none once it has been read.
   std::vector<bool> deferred_;
   std::map<std::string, std::size_t> numbers_;
-  std::vector<std::unique_ptr<const RowReader<T>>> rows_;
+  std::vector<std::unique_ptr<const RowReader<T>>> rows_;  // Of each matrix, once it is asked for.
 };
 
 /// The rows of a matrix whose parts lie row by row.
@@ -147,7 +148,10 @@ template <class T>
 PublishedReader<T>::PublishedReader(const TensorSource& source, ModelTensors<T> tensors,
                                     const std::vector<PublishedTensor>& layout,
                                     std::span<const std::string_view> ignored)
-    : tensors_(std::move(tensors)), parts_(tensors_.size()), deferred_(tensors_.size()) {
+    : tensors_(std::move(tensors)),
+      parts_(tensors_.size()),
+      deferred_(tensors_.size()),
+      rows_(tensors_.size()) {
   for (std::size_t m = 0; m < tensors_.size(); ++m) numbers_[tensors_[m].first] = m;
   std::vector<std::string> faults;
   std::map<std::string_view, bool> known;

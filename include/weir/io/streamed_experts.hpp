@@ -18,6 +18,7 @@
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/index_span.hpp>
+#include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
@@ -55,10 +56,11 @@ class StreamedExperts final : public ExpertSource<T> {
         store_(std::move(store)),
         layer_(layer),
         experts_(std::move(experts)),
-        gate_(d_hidden, d_model),
-        up_(d_hidden, d_model),
-        down_(d_model, d_hidden),
-        storage_(storage) {}
+        storage_(storage) {
+    gate_.value.resize(d_hidden, d_model);
+    up_.value.resize(d_hidden, d_model);
+    down_.value.resize(d_model, d_hidden);
+  }
 
   void fetch(std::span<const Index> wanted, std::vector<PackedGlu<T>>& to) override;
   void announce(MatrixIn<T> x) override;
@@ -75,12 +77,14 @@ class StreamedExperts final : public ExpertSource<T> {
   static constexpr Index kMostAnnounced = 8;
 
   std::size_t bytes() const {
-    return PackedGlu<T>::bytes(gate_.cols(), gate_.rows(), down_.rows(), storage_);
+    return PackedGlu<T>::bytes(gate_.value.cols(), gate_.value.rows(), down_.value.rows(),
+                               storage_);
   }
   const Matrices& matrices(Index expert) const {
     return experts_[static_cast<std::size_t>(expert)];
   }
   PackedGlu<T> read(Index expert);
+  void read(std::size_t matrix, Parameter<T>& to);
   void predict(Index expert);
   void confirm(std::span<const Index> wanted);
 
@@ -89,7 +93,10 @@ class StreamedExperts final : public ExpertSource<T> {
   std::shared_ptr<ExpertStore<T>> store_;
   Index layer_;
   std::vector<Matrices> experts_;
-  Matrix<T> gate_, up_, down_;  // Where an expert is read to; under the lock of the store.
+
+  // Where an expert is read to, under the lock of the store. Rows that lie one by one in the files
+  // go straight from there to their storage, and the memory here is never touched.
+  Parameter<T> gate_, up_, down_;
   Storage storage_;
 
   std::shared_ptr<StreamedExperts> next_;  // Layers point forwards only.
@@ -111,11 +118,17 @@ void StreamedExperts<T>::fetch(std::span<const Index> wanted, std::vector<Packed
 template <class T>
 PackedGlu<T> StreamedExperts<T>::read(Index expert) {
   const Matrices& m = matrices(expert);
-  reader_->read_deferred(m.gate, gate_);
-  reader_->read_deferred(m.up, up_);
-  reader_->read_deferred(m.down, down_);
-  SharedMemory memory(bytes());
+  read(m.gate, gate_);
+  read(m.up, up_);
+  read(m.down, down_);
+  SharedMemory memory = store_->memory(bytes());
   return {gate_, up_, down_, storage_, memory};
+}
+
+template <class T>
+void StreamedExperts<T>::read(std::size_t matrix, Parameter<T>& to) {
+  to.rows = reader_->rows_of(matrix);
+  if (to.rows == nullptr) reader_->read_deferred(matrix, to.value);
 }
 
 template <class T>
