@@ -41,6 +41,8 @@ int main(int argc, char** argv) {
     add_limit("bf16", "GFLOP/s", threads, [](double seconds) {
       return bench::peak_flops(bench::Precision::kBfloat16, seconds);
     });
+    add_limit("int8", "GOP/s", threads,
+              [](double seconds) { return bench::peak_flops(bench::Precision::kInt8, seconds); });
     add_limit("read/streams:1", "GB/s", threads, bench::read_one_stream);
     add_limit("read/streams:4", "GB/s", threads, bench::read_four_streams);
   }

@@ -50,6 +50,14 @@ constexpr Setting kTrainable = {"fp32-trainable/forward", Storage::kTrainable, M
 constexpr Setting kPacked = {"fp32/forward", Storage::kPacked, Mode::kForward};
 constexpr Setting kBfloat16 = {"bf16/forward", Storage::kBfloat16, Mode::kForward};
 
+/// Weights as codes; "dot" where tokens become codes, too.
+constexpr Setting kCodes[] = {{"int8/forward", Storage::kInt8, Mode::kForward},
+                              {"int8-dot/forward", Storage::kInt8Dot, Mode::kForward},
+                              {"int4/forward", Storage::kInt4, Mode::kForward},
+                              {"int4-dot/forward", Storage::kInt4Dot, Mode::kForward},
+                              {"fp8/forward", Storage::kFp8, Mode::kForward},
+                              {"mxfp4/forward", Storage::kMxFp4, Mode::kForward}};
+
 std::string row_name(std::string_view family, const Shape& shape, const Setting& setting) {
   return std::string(family) + '/' + std::string(shape.name) + '/' + std::string(setting.name);
 }
@@ -187,6 +195,13 @@ int main(int argc, char** argv) {
       }
       if (setting.name != kTrainable.name && shape.shared == 0) {
         add_skew_row(shape, setting, weir::hardware_threads());
+      }
+    }
+    for (const Setting& setting : kCodes) {
+      for (const int threads : bench::thread_counts()) {
+        for (const Index tokens : {1, 64, 2048}) {
+          add_moe_row(shape, setting, tokens, Load::kUniform, threads);
+        }
       }
     }
   }

@@ -21,6 +21,7 @@
 #include <weir/core/aligned.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/dot_block.hpp>
 #include <weir/kernels/register_block.hpp>
 #include <weir/ops/lanes.hpp>
 
@@ -29,7 +30,7 @@
 namespace weir::bench {
 
 /// The numbers that weights are stored as, and that the processor then multiplies.
-enum class Precision { kFloat32, kBfloat16 };
+enum class Precision { kFloat32, kBfloat16, kInt8 };
 
 namespace detail {
 
@@ -83,6 +84,28 @@ inline double multiply_add(Index /*thread*/) {
   for (int i = 1; i < kSums; ++i) sum[0] += sum[i];
   benchmark::DoNotOptimize(sum[0]);
   return 2.0 * kSums * kRepeats * static_cast<double>(kLanes<float>);
+}
+
+/// The same with bytes, four of them in each lane, whose products are summed up in 32 bits.
+inline double multiply_add_bytes(Index /*thread*/) {
+  using kernels::detail::Words;
+  Words factor = Words{} + 0x01010101;
+  Words term = Words{} + 0x02010201;
+  benchmark::DoNotOptimize(factor);
+  benchmark::DoNotOptimize(term);
+  Words sum[kSums];
+#pragma GCC unroll 32
+  for (int i = 0; i < kSums; ++i) sum[i] = Words{} + i;
+#pragma GCC unroll 1
+  for (int step = 0; step < kRepeats; ++step) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kSums; ++i) sum[i] = kernels::detail::dot_of_bytes(sum[i], factor, term);
+    benchmark::DoNotOptimize(term);  // The products are not to be kept for the next step.
+  }
+#pragma GCC unroll 32
+  for (int i = 1; i < kSums; ++i) sum[0] += sum[i];
+  benchmark::DoNotOptimize(sum[0]);
+  return 2.0 * 4.0 * kSums * kRepeats * static_cast<double>(kLanes<float>);
 }
 
 #if defined(__AVX512BF16__)
@@ -175,8 +198,12 @@ inline Stream& stream() {
 
 /// FLOP/s of multiply-adds of numbers of `precision` in registers, on as many threads as weir uses
 /// at the moment, at the vector width this program is compiled for. Bfloat16 counts as float32
-/// where the processor does not multiply it. Takes about `seconds`.
-inline double peak_flops([[maybe_unused]] Precision precision, double seconds) {
+/// where the processor does not multiply it; for kInt8 operations are on integers, as weir does
+/// them. Takes about `seconds`.
+inline double peak_flops(Precision precision, double seconds) {
+  if (precision == Precision::kInt8) {
+    return detail::total_rate(seconds, detail::multiply_add_bytes);
+  }
 #if defined(__AVX512BF16__)
   if (precision == Precision::kBfloat16) {
     return detail::total_rate(seconds, detail::multiply_add_bfloat16);

@@ -18,6 +18,7 @@
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/packed_weight.hpp>
 #include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
@@ -132,7 +133,7 @@ class Mixture {
 
   const Shape& shape() const { return shape_; }
 
-  /// See weir::set_storage.
+  /// See weir::set_storage. What one storage has rounded away is missing in the next.
   void set_storage(Storage storage) {
     if (storage == storage_) return;
     std::visit([&](auto& own) { weir::set_storage(own.layer, storage); }, own_);
@@ -170,14 +171,19 @@ class Mixture {
            std::count(report.kept.begin(), report.kept.end(), Index(0));
   }
 
-  /// What multiplies: float, or bfloat16 where that is the storage.
+  /// What multiplies.
   Precision precision() const {
+    if (kernels::rounds_rows(storage_)) return Precision::kInt8;
     return storage_ == Storage::kBfloat16 ? Precision::kBfloat16 : Precision::kFloat32;
   }
 
   /// Of a forward pass like the last one: reads the weights of the experts that were hit, once.
   Cost forward_cost() const {
-    const double bytes_of_weight = storage_ == Storage::kBfloat16 ? 2.0 : 4.0;
+    constexpr Index kBlock = 1024;
+    const auto bytes_of_block = storage_ == Storage::kTrainable
+                                    ? sizeof(float) * kBlock * kBlock
+                                    : kernels::PackedWeight<float>::bytes(kBlock, kBlock, storage_);
+    const double bytes_of_weight = static_cast<double>(bytes_of_block) / (kBlock * kBlock);
     return {static_cast<double>(routing().tokens()), shape_.flops(routing().tokens()),
             bytes_of_weight * shape_.weights() * static_cast<double>(experts_hit())};
   }

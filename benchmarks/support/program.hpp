@@ -52,6 +52,7 @@ inline void add_machine_context() {
     set_threads(count);
     add("fp32", "GFLOP/s", [] { return peak_flops(Precision::kFloat32, kSeconds); });
     add("bf16", "GFLOP/s", [] { return peak_flops(Precision::kBfloat16, kSeconds); });
+    add("int8", "GOP/s", [] { return peak_flops(Precision::kInt8, kSeconds); });
     add("read", "GB/s", [] { return read_bandwidth(kSeconds); });
   }
 }

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -67,16 +67,21 @@ inline Words words_of(const std::byte* from) {
 
 /// The values of kLanes numbers of 16 bits.
 inline Lanes<float> halves_at(const std::byte* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(load_vector<__m256i>(from));
+#elif defined(__F16C__) && defined(__AVX__)
+  return _mm256_cvtph_ps(load_vector<__m128i>(from));
+#else
   const auto bits = __builtin_convertvector(load_vector<HalfWords>(from), UnsignedWords);
   const UnsignedWords sign = (bits & 0x8000U) << 16U;
   const UnsignedWords magnitude = (bits & 0x7FFFU) << 13U;
   // The exponents of floats begin 112 lower.
   const Lanes<float> value = std::bit_cast<Lanes<float>>(magnitude) * 0x1p112F;
-  const UnsignedWords special = UnsignedWords{} + 0x7F800000U;
-  const auto is_special = magnitude >= (0x7C00U << 13U);
-  const UnsignedWords exact = std::bit_cast<UnsignedWords>(value);
-  const UnsignedWords known = is_special ? (magnitude | special) : exact;
+  const UnsignedWords special = magnitude | 0x7F800000U;
+  const auto exact = std::bit_cast<UnsignedWords>(value);
+  const UnsignedWords known = magnitude >= (0x7C00U << 13U) ? special : exact;
   return std::bit_cast<Lanes<float>>(known | sign);
+#endif
 }
 
 /// The values of kLanes scales E8M0 from 1 on.

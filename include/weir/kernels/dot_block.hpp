@@ -98,7 +98,18 @@ void multiply_bytes(const std::byte* a, Index a_row, const std::byte* const* pan
   constexpr Index kLane = kLanes<float>;
   static_assert(kLayout.block() == Int8Inputs::kCount);
   for (Index block = 0; block < blocks; ++block, a += sizeof(Int8Inputs)) {
-    detail::Words sum[streams][rows][kVectors] = {};
+    detail::Words sum[streams][rows][kVectors];
+#pragma GCC unroll 8
+    for (Index i = 0; i < rows; ++i) {
+      std::int32_t of_codes = 0;
+      std::memcpy(&of_codes, a + i * a_row + offsetof(Int8Inputs, sum), sizeof of_codes);
+      const detail::Words begin = detail::Words{} - Codes::kOffset * of_codes;
+#pragma GCC unroll 8
+      for (Index s = 0; s < streams; ++s) {
+#pragma GCC unroll 8
+        for (Index j = 0; j < kVectors; ++j) sum[s][i][j] = begin;
+      }
+    }
     for (Index k = 0; k < kLayout.block(); k += 4 * Codes::kGroups) {
       const Index offset = block * kLayout.bytes() + kLayout.word(k, 0);
 #pragma GCC unroll 8
@@ -138,9 +149,9 @@ void multiply_bytes(const std::byte* a, Index a_row, const std::byte* const* pan
 #pragma GCC unroll 8
         for (Index j = 0; j < kVectors; ++j) {
           float* const to = c.at + s * c.panel + i * c.row + j * kLane;
-          const detail::Words exact = sum[s][i][j] - Codes::kOffset * inputs.sum;
           Lanes<float> total = adds ? load_lanes<float>(to) : Lanes<float>{};
-          const Lanes<float> scaled = inputs.scale * __builtin_convertvector(exact, Lanes<float>);
+          const Lanes<float> scaled =
+              inputs.scale * __builtin_convertvector(sum[s][i][j], Lanes<float>);
           total += Codes::scale(at, j * kLane) * scaled;
           if constexpr (Codes::kHasMinimum) {
             total += Codes::minimum(at, j * kLane) * of_codes;
