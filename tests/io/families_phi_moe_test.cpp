@@ -66,6 +66,35 @@ TEST_CASE("Settings of Phi-3.5-MoE that change the result are refused by name",
         }) == "rope_scaling: has no 'long_factor'");
 }
 
+TEST_CASE("How long texts are decides on the frequencies of Phi-3.5-MoE", "[io][pretrained]") {
+  PhiMoeConfig config = presets::scaled(presets::phi_3_5_moe());
+  auto& scaling = std::get<GroupedQueryConfig>(config.shape.attention).rope_scaling;
+  scaling = LongRopeScaling{.short_factors = {1.0, 2.0},
+                            .long_factors = {3.0, 4.0},
+                            .short_mscale = 1.5,
+                            .long_mscale = 2.0,
+                            .original_context = 5,
+                            .length = 8};
+  Rng rng(3);
+  Decoder<float> model = presets::make<float>(config, rng);
+  const test::Folder folder;
+  io::save_pretrained(folder.path(), model, config);
+  const std::vector<Index> ids = {3, 1, 4, 1, 5};
+  const auto logits = [&](Index longest) {
+    const auto loaded = io::load_family<PhiMoeConfig>(folder.path(), {.longest_text = longest});
+    return infer(loaded.model, ids);
+  };
+  const Matrix<float> far = infer(model, ids);
+  std::get<LongRopeScaling>(scaling).length = 5;
+  Rng again(3);
+  const Matrix<float> near = infer(presets::make<float>(config, again), ids);
+  CHECK(near != far);
+  CHECK((logits(0) == far));
+  CHECK((logits(6) == far));
+  CHECK((logits(5) == near));
+  CHECK_THROWS_WITH(logits(-1), "LoadConfig: longest_text = -1, expected >= 0");
+}
+
 TEST_CASE("Phi-3.5-MoE comes back from its folder", "[io][pretrained]") {
   PhiMoeConfig config = presets::scaled(presets::phi_3_5_moe());
   auto& attention = std::get<GroupedQueryConfig>(config.shape.attention);

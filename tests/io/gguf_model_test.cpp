@@ -234,6 +234,77 @@ TEST_CASE("Older files of latent attention are read", "[io][gguf]") {
   CHECK((infer(load_gguf_family<presets::DeepSeekV2Config>(path).model, kIds) == expected));
 }
 
+TEST_CASE("GLM-4.5's module of multi-token prediction is the last layer of a file", "[io][gguf]") {
+  const test::Folder folder;
+  const auto path = folder.path() / "a.gguf";
+  presets::Glm4MoeConfig config = test::gguf_glm(presets::glm_4_5());
+  Decoder<float> model = test::random_gguf_model(config);
+  GgufMetadata metadata;
+  save_gguf(path, model, config);
+  {
+    const Gguf file = Gguf::read(path.string());
+    for (const auto& [key, value] : file.metadata()) {
+      if (key != "glm4moe.block_count") metadata.add_copy(key, value);
+    }
+  }
+  metadata.add_u32("glm4moe.block_count", static_cast<std::uint32_t>(config.shape.layers + 1));
+  metadata.add_u32("glm4moe.nextn_predict_layers", 1);
+  config.shape.prediction_modules = 1;
+  Rng rng(9);
+  MultiToken<float> module = presets::make_prediction<float>(config, rng);
+  const auto tensors = detail::all_tensors("test", model, &module);
+  write_gguf_model<float>(
+      path, metadata,
+      published_layout(GgufFamily<presets::Glm4MoeConfig>::names(config, nullptr),
+                       shapes_of(tensors), detail::head_sizes(config.shape)),
+      {}, GgufType::kF32, [&](const PublishedTensor& tensor, std::vector<float>& numbers) {
+        gather_tensor(tensors, tensor, numbers);
+      });
+  CHECK(Gguf::read(path.string()).has_tensor("blk.2.nextn.eh_proj.weight"));
+  auto loaded = load_gguf_family<presets::Glm4MoeConfig>(path);
+  CHECK(std::get<presets::Glm4MoeConfig>(loaded.config).shape.layers == config.shape.layers);
+  REQUIRE(loaded.prediction);
+  CHECK((infer(loaded.model, kIds) == infer(model, kIds)));
+  for (const auto& [name, matrix] : tensors_of("test", *loaded.prediction)) {
+    INFO(name);
+    bool found = false;
+    for (const auto& [own, numbers] : tensors_of("test", module)) {
+      found = found || (own == name && *numbers == *matrix);
+    }
+    CHECK(found);
+  }
+}
+
+TEST_CASE("A file of Phi-3.5-MoE is read as the published model", "[io][gguf]") {
+  const test::Folder folder;
+  const auto path = folder.path() / "a.gguf";
+  const presets::PhiMoeConfig config = test::gguf_phi(8, 16);
+  Decoder<float> model = test::random_gguf_model(config);
+  test::write_gguf_phi(path, model, config);
+  auto loaded = load_gguf(path);
+  const auto& own = std::get<presets::PhiMoeConfig>(loaded.config);
+  CHECK(presets::settled(own.shape) == presets::settled(config.shape));
+  CHECK((numbers_of(loaded.model) == numbers_of(model)));
+  CHECK((infer(loaded.model, kIds) == infer(model, kIds)));
+  // For texts that are no longer than the training's.
+  const auto near = load_gguf_family<presets::PhiMoeConfig>(path, {.longest_text = 8});
+  const auto& scaling = std::get<LongRopeScaling>(
+      std::get<GroupedQueryConfig>(std::get<presets::PhiMoeConfig>(near.config).shape.attention)
+          .rope_scaling);
+  CHECK(scaling.length == 8);
+  CHECK(infer(near.model, kIds) != infer(model, kIds));
+}
+
+TEST_CASE("What a file has no place for is not left out", "[io][gguf]") {
+  const test::Folder folder;
+  const presets::Llama4Config config = test::gguf_llama4();
+  Decoder<float> model = test::random_gguf_model(config);
+  buffers(model)[0].buffer->value.setOnes();
+  CHECK_THROWS_WITH(save_gguf(folder.path() / "a.gguf", model, config),
+                    "save_gguf: 'layers.0.moe.selector.bias' is not zero, and the family's files "
+                    "have no place for it");
+}
+
 TEST_CASE("A tokenizer goes from file to file", "[io][gguf]") {
   const test::Folder folder;
   GgufMetadata metadata;

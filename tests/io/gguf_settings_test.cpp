@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -172,6 +173,20 @@ TEST_CASE("The divisors of Llama 3 are known by their values", "[io][gguf]") {
   CHECK(message_of<FileError>([&] { read(std::vector<float>(6, 0.5F)); }) == expected);
 }
 
+TEST_CASE("The divisors of Llama 4 have no pairs between", "[io][gguf]") {
+  presets::Llama4Config config = test::gguf_llama4();
+  GroupedQueryConfig& own = attention_of(config.shape);
+  own.head_dim = std::get<GroupedQueryConfig>(*config.shape.other_attention).head_dim = 32;
+  const std::vector<float> divisors = rope_divisors_of(config.shape);
+  // Of 16 pairs with theta = 500000, those up to the eighth turn more than once in 8192 tokens.
+  REQUIRE(divisors.size() == 16);
+  CHECK(std::count(divisors.begin(), divisors.end(), 1.0F) == 9);
+  CHECK(std::count(divisors.begin(), divisors.end(), 16.0F) == 7);
+  const Gguf file = file_of(gguf_metadata(config, {}), divisors);
+  auto read = detail::read_gguf_config<presets::Llama4Config>(file);
+  CHECK(attention_of(read.shape).rope_scaling == own.rope_scaling);
+}
+
 TEST_CASE("Each architecture refuses what llama.cpp does not compute", "[io][gguf]") {
   const auto olmoe = small(presets::olmoe_1b_7b());
   CHECK(fault(olmoe, "olmoe.attention.head_count_kv",
@@ -210,6 +225,68 @@ TEST_CASE("Each architecture refuses what llama.cpp does not compute", "[io][ggu
   const auto grok = small(test::gguf_grok());
   CHECK(fault(grok, "", [](auto& m) { m.add_f32("grok.final_logit_softcapping", 30.0F); }) ==
         "f: key 'grok.final_logit_softcapping' is 30, expected 0");
+}
+
+TEST_CASE("The architectures of younger models refuse what they do not know", "[io][gguf]") {
+  const auto with = [](const auto& config, const std::string& key, std::uint32_t value) {
+    return fault(config, key, [&](auto& m) { m.add_u32(key, value); });
+  };
+  const auto glm = test::gguf_glm(presets::glm_4_5_air());
+  CHECK(fault(glm, "") == "no exception");
+  CHECK(with(glm, "glm4moe.expert_gating_func", 1) ==
+        "f: key 'glm4moe.expert_gating_func' is 1, expected 2");
+  CHECK(with(glm, "glm4moe.nextn_predict_layers", 2) ==
+        "f: key 'glm4moe.nextn_predict_layers' is 2, expected less than block_count = 2");
+  CHECK(with(glm, "glm4moe.rope.dimension_count", 0) ==
+        "f: key 'glm4moe.rope.dimension_count' is 0, expected at least 2");
+  const auto ernie = small(presets::ernie_4_5_21b_a3b());
+  CHECK(fault(ernie, "") == "no exception");
+  CHECK(with(ernie, "ernie4_5-moe.interleave_moe_layer_step", 0) ==
+        "f: key 'ernie4_5-moe.interleave_moe_layer_step' is 0, expected at least 1");
+  const auto granite = small(presets::granite_3_1_1b_a400m());
+  CHECK(fault(granite, "") == "no exception");
+  CHECK(fault(granite, "", [](auto& m) {
+          m.add_bool("granitemoe.rope.scaling.finetuned", false);
+        }) == "f: key 'granitemoe.rope.scaling.finetuned' is false, expected true");
+  CHECK(with(granite, "granitemoe.expert_shared_feed_forward_length", 8) ==
+        "f: key 'granitemoe.expert_shared_feed_forward_length' is 8, expected 0");
+  const auto llama = test::gguf_llama4(128);
+  CHECK(fault(llama, "") == "no exception");
+  CHECK(with(llama, "llama4.attention.sliding_window", 0) ==
+        "f: key 'llama4.attention.sliding_window' is 0, expected above 0");
+  CHECK(with(llama, "llama4.attention.sliding_window", 8192) == "no exception");
+  CHECK(with(llama, "llama4.attention.sliding_window_pattern", 2) ==
+        "f: key 'llama4.attention.sliding_window_pattern' is 2, expected 4");
+  CHECK(with(llama, "llama4.interleave_moe_layer_step", 0) ==
+        "f: key 'llama4.interleave_moe_layer_step' is 0, expected at least 1");
+}
+
+TEST_CASE("Multipliers of Granite that a file does not have are 1", "[io][gguf]") {
+  const auto granite = small(presets::granite_3_1_1b_a400m());
+  const auto read = [&](std::string_view without) {
+    return detail::read_gguf_config<presets::GraniteMoeConfig>(changed_file(granite, without, {}));
+  };
+  CHECK(read("").embedding_multiplier == 12.0);
+  CHECK(read("").residual_multiplier == 0.22);
+  CHECK(read("").logits_scaling == 6.0);
+  CHECK(read("granitemoe.embedding_scale").embedding_multiplier == 1.0);
+  CHECK(read("granitemoe.residual_scale").residual_multiplier == 1.0);
+  const auto without_scale = read("granitemoe.attention.scale");
+  CHECK(std::get<GroupedQueryConfig>(without_scale.shape.attention).scale == 0.0);
+  CHECK(fault(granite, "granitemoe.logit_scale") == "f: key 'granitemoe.logit_scale' is missing");
+}
+
+TEST_CASE("A share of each head is rotated in GLM-4.5", "[io][gguf]") {
+  const auto glm = test::gguf_glm(presets::glm_4_5_air());
+  const Index own = std::get<GroupedQueryConfig>(glm.shape.attention).rotary_dim;
+  REQUIRE(own > 0);
+  const auto rotated = [&](std::string_view without) {
+    auto read = detail::read_gguf_config<presets::Glm4MoeConfig>(changed_file(glm, without, {}));
+    return attention_of(read.shape).rotary_dim;
+  };
+  CHECK(rotated("") == own);
+  CHECK(rotated("glm4moe.rope.dimension_count") ==
+        std::get<GroupedQueryConfig>(glm.shape.attention).head_dim);
 }
 
 TEST_CASE("What GGUF files cannot say is not saved", "[io][gguf]") {
@@ -267,6 +344,30 @@ TEST_CASE("What GGUF files cannot say is not saved", "[io][gguf]") {
                             "DeepSeek-V2-Lite"));
   CHECK(refusal(small(presets::grok_1())) ==
         "save_gguf: renormalise = false, expected true, as llama.cpp has it in this family");
+  auto glm = test::gguf_glm(presets::glm_4_5());
+  CHECK(refusal(glm) == "no exception");
+  glm.groups = {.count = 4, .allowed = 2, .summed = 2};
+  CHECK(refusal(glm) ==
+        "save_gguf: groups.allowed = 2 of groups.count = 4, expected all, as llama.cpp has it in "
+        "this family");
+  // With chunks of another size.
+  CHECK(refusal(small(presets::llama_4_scout())) ==
+        "save_gguf: the model has sizes or options that the architecture 'llama4' does not have");
+  auto llama = test::gguf_llama4();
+  CHECK(refusal(llama) == "no exception");
+  llama.shape.shared_hidden = 2 * llama.shape.d_hidden;
+  CHECK(refusal(llama).starts_with("save_gguf: shared_hidden = "));
+  llama = test::gguf_llama4(128);  // Which has no such norms.
+  attention_of(llama.shape).qk_norm = QkNorm::kL2;
+  CHECK(refusal(llama) ==
+        "save_gguf: the model has sizes or options that the architecture 'llama4' does not have");
+  CHECK(refusal(small(presets::phi_3_5_moe())) ==
+        "save_gguf: llama.cpp has neither the layer norms nor the SparseMixer of this family");
+  mixtral = small(presets::mixtral_8x7b());
+  attention_of(mixtral.shape).rope_scaling = LongRopeScaling{
+      .short_factors = std::vector<double>(6, 1.0), .long_factors = std::vector<double>(6, 2.0)};
+  CHECK(refusal(mixtral) ==
+        "save_gguf: rope_scaling is a LongRopeScaling, which files of this family cannot say");
 }
 
 }  // namespace

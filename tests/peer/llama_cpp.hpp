@@ -183,6 +183,7 @@ struct LlamaCppConfig {
   int threads = 1;
   bool is_exact = true;  ///< Keys and values have 32 bits, and attention is not fused; otherwise it
                          ///< is as llama.cpp has it by default.
+  Index at_once = 0;     ///< Tokens of the longest pass; 0: as many as of the longest conversation.
 };
 
 /// A model of a GGUF file with one conversation, on the processor.
@@ -318,7 +319,9 @@ inline LlamaCpp::Model::Model(const LlamaCpp& library, const std::filesystem::pa
   model_.reset(library.load_model_(path.c_str(), settings));
   if (model_ == nullptr) fail("llama_model_load_from_file", path);
   ContextParams context = library.context_defaults_();
-  context.n_ctx = context.n_batch = context.n_ubatch = static_cast<std::uint32_t>(most_tokens);
+  const Index at_once = config.at_once > 0 ? config.at_once : most_tokens;
+  context.n_ctx = static_cast<std::uint32_t>(most_tokens);
+  context.n_batch = context.n_ubatch = static_cast<std::uint32_t>(at_once);
   context.n_outputs_per_seq = 0;
   context.threads = context.threads_batch = config.threads;
   if (config.is_exact) {

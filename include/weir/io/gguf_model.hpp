@@ -35,13 +35,14 @@ template <class T, class Config>
 Pretrained<T> load_gguf_as(const std::shared_ptr<const GgufTensorSource>& source,
                            const LoadConfig& how) {
   const Gguf& file = source->file();
-  const Config config = read_gguf_config<Config>(file);
+  const Config config = for_texts(read_gguf_config<Config>(file), how.longest_text);
+  using Own = GgufFamily<Config>;
   std::vector<std::string_view> ignored;
-  if (file.text("general.architecture") == "llama") ignored.emplace_back(kGgufRopeDivisors);
+  if constexpr (requires { Own::ignored(file); }) ignored = Own::ignored(file);
   expect_room(file.path(), config.shape, *source);
   Pretrained<T> loaded = make_unset<T>(config);
-  read_model<T>(source, GgufFamily<Config>::names(config, &file), head_sizes(config.shape),
-                config.shape.k, ignored, how, loaded);
+  read_model<T>(source, Own::names(config, &file), head_sizes(config.shape), config.shape.k,
+                ignored, how, loaded);
   return loaded;
 }
 
@@ -108,6 +109,7 @@ void save_gguf(const std::filesystem::path& path, Decoder<T>& model, const Confi
   const auto tensors = tensors_of("save_gguf", model);
   const auto layout = published_layout(GgufFamily<Config>::names(model_config, nullptr),
                                        shapes_of(tensors), detail::head_sizes(model_config.shape));
+  expect_no_loss("save_gguf", tensors, layout);
   write_gguf_model<T>(path, metadata, layout, rope_divisors_of(model_config.shape), config.dtype,
                       [&](const PublishedTensor& tensor, std::vector<T>& numbers) {
                         gather_tensor(tensors, tensor, numbers);

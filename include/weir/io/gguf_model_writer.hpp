@@ -46,6 +46,18 @@ struct SaveGgufConfig {
   Index context_length = 4096;
 };
 
+/// The divisors of frequencies that the tensor rope_freqs.weight holds; none without Llama 3's
+/// scaling.
+inline std::vector<float> rope_divisors_of(const presets::ModelShape& shape) {
+  const auto* const attention = std::get_if<GroupedQueryConfig>(&shape.attention);
+  if (attention == nullptr) return {};
+  const auto* const scaling = std::get_if<Llama3Scaling>(&attention->rope_scaling);
+  if (scaling == nullptr) return {};
+  const Index head_dim =
+      attention->head_dim > 0 ? attention->head_dim : shape.d_model / attention->heads;
+  return rope_divisors(*scaling, head_dim, attention->rope_theta);
+}
+
 namespace detail {
 
 /// `file` is meant to be read as a `Config`.
@@ -110,6 +122,12 @@ inline bool are_same(presets::ModelShape a, presets::ModelShape b) {
   b = presets::settled(b);
   adopt(a.attention, b.attention);
   if (a.other_attention && b.other_attention) adopt(*a.other_attention, *b.other_attention);
+  // Of Llama 3's scaling, files have what it does to the pairs that there are.
+  const std::vector<float> divisors = rope_divisors_of(b);
+  if (!divisors.empty() && rope_divisors_of(a) == divisors) {
+    std::get<GroupedQueryConfig>(a.attention).rope_scaling =
+        std::get<GroupedQueryConfig>(b.attention).rope_scaling;
+  }
   return a == b;
 }
 
@@ -147,22 +165,6 @@ inline GgufType stored_type(const PublishedTensor& tensor, GgufType type) {
   return tensor.shape.back() % block_length(type) == 0 ? type : GgufType::kF16;
 }
 
-}  // namespace detail
-
-/// The divisors of frequencies that the tensor rope_freqs.weight holds; none without Llama 3's
-/// scaling.
-inline std::vector<float> rope_divisors_of(const presets::ModelShape& shape) {
-  const auto* const attention = std::get_if<GroupedQueryConfig>(&shape.attention);
-  if (attention == nullptr) return {};
-  const auto* const scaling = std::get_if<Llama3Scaling>(&attention->rope_scaling);
-  if (scaling == nullptr) return {};
-  const Index head_dim =
-      attention->head_dim > 0 ? attention->head_dim : shape.d_model / attention->heads;
-  return rope_divisors(*scaling, head_dim, attention->rope_theta);
-}
-
-namespace detail {
-
 /// A vector of numbers, which have to stay until it is written.
 template <class T>
 GgufSource<T> vector_source(std::string name, const std::vector<float>& numbers) {
@@ -182,8 +184,13 @@ void expect_read_back(const GgufMetadata& metadata, const Config& config) {
   std::vector<GgufSource<float>> sources;
   if (!divisors.empty()) sources.push_back(vector_source<float>(kGgufRopeDivisors, divisors));
   const auto* const attention = std::get_if<GroupedQueryConfig>(&config.shape.attention);
-  if (attention != nullptr && attention->qkv_bias) {
-    sources.push_back(vector_source<float>("blk.0.attn_q.bias", one));
+  const auto add_mark = [&](bool is_there, const char* name) {
+    if (is_there) sources.push_back(vector_source<float>(name, one));
+  };
+  if (attention != nullptr) {
+    add_mark(attention->qkv_bias, "blk.0.attn_q.bias");
+    add_mark(attention->output_bias, "blk.0.attn_output.bias");
+    add_mark(attention->qk_norm != QkNorm::kNone, "blk.0.attn_q_norm.weight");
   }
   std::string bytes = gguf_start(metadata, sources);
   for (const GgufSource<float>& source : sources) {

@@ -73,9 +73,9 @@ inline std::string_view torch_name(Dtype dtype) {
 }
 
 template <class T, class Config>
-Pretrained<T> load_as(const std::filesystem::path& dir, const Config& config,
-                      const LoadConfig& how) {
+Pretrained<T> load_as(const std::filesystem::path& dir, const Config& read, const LoadConfig& how) {
   using Own = Family<Config>;
+  const Config config = for_texts(read, how.longest_text);
   const auto source = std::make_shared<const CheckpointFolder>(dir);
   std::vector<std::string_view> ignored(kNeedless.begin(), kNeedless.end());
   if (config.shape.tied) ignored.emplace_back("lm_head.weight");  // The embedding once more.
@@ -108,20 +108,6 @@ nlohmann::json config_json(const Config& config, Dtype dtype) {
   }
   written.finish();
   return json;
-}
-
-/// \throws ConfigError  if a matrix that the layout has no place for is not zero.
-template <class T>
-void expect_no_loss(const ModelTensors<T>& tensors, const std::vector<PublishedTensor>& layout) {
-  std::vector<bool> has_place(tensors.size());
-  for (const PublishedTensor& published : layout) {
-    for (const TensorPiece& piece : published.pieces) has_place[piece.matrix] = true;
-  }
-  for (std::size_t m = 0; m < tensors.size(); ++m) {
-    if (has_place[m] || tensors[m].second->isZero(T(0))) continue;
-    throw_error<ConfigError>("save_pretrained: '", tensors[m].first,
-                             "' is not zero, and the family's files have no place for it");
-  }
 }
 
 /// Divides tensors into files of at most `most` bytes; a larger tensor has a file of its own.
@@ -240,7 +226,7 @@ void save_pretrained(const std::filesystem::path& dir, Decoder<T>& model,
   const auto tensors = detail::all_tensors("save_pretrained", model, prediction);
   const auto layout = published_layout(Own::names(model_config, nullptr), shapes_of(tensors),
                                        detail::head_sizes(model_config.shape));
-  detail::expect_no_loss(tensors, layout);
+  expect_no_loss("save_pretrained", tensors, layout);
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   if (error) throw_error<FileError>(dir.string(), ": cannot be created: ", error.message());

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/error.hpp>
 #include <weir/core/name_pattern.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
@@ -248,6 +249,22 @@ void gather_tensor(const ModelTensors<T>& tensors, const PublishedTensor& publis
         }
       }
     });
+  }
+}
+
+/// Makes sure that saving in this layout leaves nothing out.
+/// \throws ConfigError  if a matrix that the layout has no place for is not zero.
+template <class T>
+void expect_no_loss(std::string_view who, const ModelTensors<T>& tensors,
+                    const std::vector<PublishedTensor>& layout) {
+  std::vector<bool> has_place(tensors.size());
+  for (const PublishedTensor& published : layout) {
+    for (const TensorPiece& piece : published.pieces) has_place[piece.matrix] = true;
+  }
+  for (std::size_t m = 0; m < tensors.size(); ++m) {
+    if (has_place[m] || tensors[m].second->isZero(T(0))) continue;
+    throw_error<ConfigError>(who, ": '", tensors[m].first,
+                             "' is not zero, and the family's files have no place for it");
   }
 }
 

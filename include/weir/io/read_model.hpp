@@ -32,6 +32,7 @@
 #include <weir/io/weights.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/multi_token.hpp>
+#include <weir/ops/rope_scaling.hpp>
 #include <weir/presets/model_shape.hpp>
 #include <weir/presets/tensor_names.hpp>
 
@@ -55,6 +56,13 @@ struct LoadConfig {
   /// have room in this many bytes are in memory, see ExpertStore and StreamedExperts. Outputs are
   /// the same to the bit. The files have to stay; not with Storage::kTrainable.
   std::size_t expert_bytes = 0;
+
+  /// How many tokens the longest text will have, where rotary frequencies depend on that: `length`
+  /// of LongRopeScaling and DynamicNtkScaling. 0 stands for as many as the files say that the model
+  /// can read: Phi-3.5-MoE then has the frequencies of long texts. Hugging Face's code chooses by
+  /// each text, so that those of up to `original_max_position_embeddings` tokens have its results
+  /// if that number is given here.
+  Index longest_text = 0;
 };
 
 namespace detail {
@@ -151,6 +159,27 @@ inline void expect_room(const std::string& path, const presets::ModelShape& shap
     throw_error<FileError>(path, ": asks for at least ", wanted, " numbers, ", source.path(),
                            " has ", stored);
   }
+}
+
+/// `config` for texts of at most `longest` tokens, see LoadConfig.
+template <class Config>
+Config for_texts(Config config, Index longest) {
+  expect_at_least<Index>("LoadConfig", "longest_text", longest, 0);
+  if (longest == 0) return config;
+  const auto set_length = [&](presets::AttentionShape& attention) {
+    std::visit(
+        [&](auto& own) {
+          if (auto* const rope = std::get_if<LongRopeScaling>(&own.rope_scaling)) {
+            rope->length = longest;
+          } else if (auto* const ntk = std::get_if<DynamicNtkScaling>(&own.rope_scaling)) {
+            ntk->length = longest;
+          }
+        },
+        attention);
+  };
+  set_length(config.shape.attention);
+  if (config.shape.other_attention) set_length(*config.shape.other_attention);
+  return config;
 }
 
 template <class T, class Config>

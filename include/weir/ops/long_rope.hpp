@@ -20,10 +20,12 @@ namespace weir {
 ///     frequency_i = theta^(-2i / rotary_dim) / factor_i
 ///
 /// There are two sets of them, one for sequences up to the original context and one for longer
-/// ones. Published code chooses by the number of tokens so far. Frequencies then change while a
-/// text grows, and keys that are kept from before would not fit those that follow. Here `length` is
-/// a setting, as in DynamicNtkScaling. (`PhimoeRotaryEmbedding` of Hugging Face's transformers,
-/// rope_type "longrope".)
+/// ones. Published code chooses by the number of tokens so far, and when a text grows beyond the
+/// original context, it forgets the keys that it has kept and computes the whole text anew. Here
+/// `length` is a setting, as in DynamicNtkScaling: a text has the published results where both
+/// numbers of tokens are on the same side of `original_context`. (`PhimoeRotaryEmbedding` and
+/// `prepare_inputs_for_generation` of Hugging Face's transformers, rope_type "longrope"; llama.cpp
+/// chooses by the context that it is started with.)
 struct LongRopeScaling {
   std::vector<double> short_factors, long_factors;  ///< One for each pair.
   double short_mscale = 1.0, long_mscale = 1.0;

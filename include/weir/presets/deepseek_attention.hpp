@@ -63,7 +63,6 @@ inline constexpr auto kLatentGgufNames = std::to_array<TensorName>({
     {"layers.{l}.attention.query_norm.weight", "blk.{l}.attn_q_a_norm.weight", {.vector = true}},
     {"layers.{l}.attention.kv_down", "blk.{l}.attn_kv_a_mqa.weight"},
     {"layers.{l}.attention.kv_norm.weight", "blk.{l}.attn_kv_a_norm.weight", {.vector = true}},
-    {"layers.{l}.moe.selector.bias", "blk.{l}.exp_probs_b.bias", {.vector = true}},
 });
 
 /// Keys and values from the latent, each head's apart.

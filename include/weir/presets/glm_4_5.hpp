@@ -3,6 +3,7 @@
 /// GLM-4.5 (GLM-4.5 Team 2025, arXiv:2508.06471).
 #pragma once
 
+#include <array>
 #include <concepts>
 #include <variant>
 
@@ -16,6 +17,7 @@
 #include <weir/presets/deepseek_v3.hpp>
 #include <weir/presets/model_shape.hpp>
 #include <weir/presets/prediction.hpp>
+#include <weir/presets/tensor_names.hpp>
 
 namespace weir::presets {
 
@@ -91,6 +93,16 @@ MultiToken<T> make_prediction(const Glm4MoeConfig& config, Rng& rng) {
   return compose_prediction<T>(config.shape, detail::deepseek_v3_parts<T>(config, rng),
                                config.prediction_weight, rng);
 }
+
+/// What GGUF files call otherwise in GLM-4.5. To be looked at before kGgufNames.
+inline constexpr auto kGlm4MoeGgufNames = std::to_array<TensorName>({
+    {"layers.{l}.moe_norm.weight", "blk.{l}.post_attention_norm.weight", {.vector = true}},
+    {"layers.{l}.mlp_norm.weight", "blk.{l}.post_attention_norm.weight", {.vector = true}},
+    {"modules.{l}.embedding_norm.weight", "blk.{l}.nextn.enorm.weight", {.vector = true}},
+    {"modules.{l}.hidden_norm.weight", "blk.{l}.nextn.hnorm.weight", {.vector = true}},
+    {"modules.{l}.projection.weight", "blk.{l}.nextn.eh_proj.weight"},
+    {"modules.{l}.norm.weight", "blk.{l}.nextn.shared_head_norm.weight", {.vector = true}},
+});
 
 }  // namespace weir::presets
 

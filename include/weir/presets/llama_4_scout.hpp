@@ -110,6 +110,11 @@ inline constexpr auto kLlama4Names = std::to_array<TensorName>({
     {"layers.{l}.mlp.down", "model.layers.{l}.feed_forward.down_proj.weight"},
 });
 
+/// The same in GGUF files. To be looked at before kGgufNames.
+inline constexpr auto kLlama4GgufNames = std::to_array<TensorName>({
+    {"layers.{l}.moe.selector.bias", ""},  // Zero: nothing moves it.
+});
+
 }  // namespace weir::presets
 
 #ifdef WEIR_COMPILED

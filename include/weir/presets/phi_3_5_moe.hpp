@@ -85,6 +85,14 @@ inline constexpr auto kPhiMoeBiasNames = std::to_array<TensorName>({
      {.vector = true}},
 });
 
+/// The same in GGUF files. To be looked at before kGgufNames.
+inline constexpr auto kPhiMoeGgufNames = std::to_array<TensorName>({
+    {"norm.bias", "output_norm.bias", {.vector = true}},
+    {"head.bias", "output.bias", {.vector = true}},
+    {"layers.{l}.attention_norm.bias", "blk.{l}.attn_norm.bias", {.vector = true}},
+    {"layers.{l}.moe_norm.bias", "blk.{l}.ffn_norm.bias", {.vector = true}},
+});
+
 }  // namespace weir::presets
 
 #ifdef WEIR_COMPILED

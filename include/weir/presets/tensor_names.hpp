@@ -144,6 +144,7 @@ inline constexpr auto kGgufNames = std::to_array<TensorName>({
     {"layers.{l}.mlp.up", "blk.{l}.ffn_up.weight"},
     {"layers.{l}.mlp.down", "blk.{l}.ffn_down.weight"},
     {"layers.{l}.moe.router.weight", "blk.{l}.ffn_gate_inp.weight"},
+    {"layers.{l}.moe.selector.bias", "blk.{l}.exp_probs_b.bias", {.vector = true}},
     {"layers.{l}.moe.experts.{e}.gate", "blk.{l}.ffn_gate_exps.weight"},
     {"layers.{l}.moe.experts.{e}.up", "blk.{l}.ffn_up_exps.weight"},
     {"layers.{l}.moe.experts.{e}.down", "blk.{l}.ffn_down_exps.weight"},

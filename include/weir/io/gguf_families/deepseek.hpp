@@ -28,11 +28,6 @@ namespace weir::io {
 
 namespace detail {
 
-/// Values of "expert_gating_func".
-enum class GgufGate { kSoftmax = 1, kSigmoid = 2 };
-
-constexpr auto kGgufGate = "expert_gating_func";
-
 inline bool is_gguf_deepseek(const Gguf& file, GgufGate gate) {
   if (file.text("general.architecture") != "deepseek2") return false;
   constexpr auto kKey = "deepseek2.expert_gating_func";
@@ -93,11 +88,6 @@ inline presets::ModelShape read_gguf_deepseek(GgufSettings& settings) {
   return shape;
 }
 
-inline double read_weights_scale(GgufSettings& settings) {
-  const double scale = settings.number("expert_weights_scale", 0.0);
-  return scale == 0.0 ? 1.0 : scale;
-}
-
 inline GroupLimit read_gguf_groups(GgufSettings& settings) {
   const Index count = settings.count("expert_group_count", 0);
   const Index allowed = settings.count("expert_group_used_count", 0);
@@ -150,10 +140,7 @@ inline void write_gguf_deepseek(const presets::ModelShape& shape, double norm_ep
     throw_error<ConfigError>("save_gguf: q_rank = ", attention->q_rank, ", expected 0 with ",
                              shape.layers, " layers, which llama.cpp takes for DeepSeek-V2-Lite");
   }
-  if (shape.shared_hidden < 1 || shape.shared_hidden % shape.d_hidden != 0) {
-    throw_error<ConfigError>("save_gguf: shared_hidden = ", shape.shared_hidden,
-                             ", expected a multiple of d_hidden = ", shape.d_hidden);
-  }
+  const Index shared = gguf_shared_count(shape);
   write_gguf_sizes(shape, to);
   write_gguf_latent(*attention, norm_epsilon, to);
   write_gguf_experts(shape, to);
@@ -161,7 +148,7 @@ inline void write_gguf_deepseek(const presets::ModelShape& shape, double norm_ep
   to.count("leading_dense_block_count", shape.interleave.first_dense);
   to.count("feed_forward_length", shape.dense_hidden > 0 ? shape.dense_hidden : shape.d_hidden);
   to.count("expert_feed_forward_length", shape.d_hidden);
-  to.count("expert_shared_count", shape.shared_hidden / shape.d_hidden);
+  to.count("expert_shared_count", shared);
   to.number("expert_weights_scale", scale);
 }
 
@@ -200,17 +187,15 @@ template <>
 struct GgufFamily<presets::DeepSeekV2Config> {
   static constexpr bool kMayBeTied = true;
 
-  static bool reads(const Gguf& file) {
-    return detail::is_gguf_deepseek(file, detail::GgufGate::kSoftmax);
-  }
+  static bool reads(const Gguf& file) { return detail::is_gguf_deepseek(file, GgufGate::kSoftmax); }
 
   static presets::DeepSeekV2Config read(GgufSettings& settings) {
     presets::DeepSeekV2Config config{.shape = detail::read_gguf_deepseek(settings),
                                      .norm_epsilon = settings.number(kGgufRmsEpsilon),
-                                     .scale = detail::read_weights_scale(settings),
+                                     .scale = read_weights_scale(settings),
                                      .groups = detail::read_gguf_groups(settings)};
     settings.expect_flag("expert_weights_norm", false);
-    settings.expect_count(detail::kGgufGate, Index(detail::GgufGate::kSoftmax));
+    settings.expect_count(kGgufGate, Index(GgufGate::kSoftmax));
     return config;
   }
 
@@ -222,7 +207,7 @@ struct GgufFamily<presets::DeepSeekV2Config> {
     detail::write_gguf_deepseek(config.shape, config.norm_epsilon, config.scale, to);
     detail::write_gguf_groups(config.groups, to);
     to.flag("expert_weights_norm", false);
-    to.count(detail::kGgufGate, Index(detail::GgufGate::kSoftmax));
+    to.count(kGgufGate, Index(GgufGate::kSoftmax));
   }
 
   static std::vector<presets::TensorName> names(const presets::DeepSeekV2Config& config,
@@ -236,18 +221,16 @@ template <>
 struct GgufFamily<presets::DeepSeekV3Config> {
   static constexpr bool kMayBeTied = true;
 
-  static bool reads(const Gguf& file) {
-    return detail::is_gguf_deepseek(file, detail::GgufGate::kSigmoid);
-  }
+  static bool reads(const Gguf& file) { return detail::is_gguf_deepseek(file, GgufGate::kSigmoid); }
 
   static presets::DeepSeekV3Config read(GgufSettings& settings) {
     presets::DeepSeekV3Config config{.shape = detail::read_gguf_deepseek(settings),
                                      .norm_epsilon = settings.number(kGgufRmsEpsilon),
                                      .renormalise = settings.flag("expert_weights_norm", false),
-                                     .scale = detail::read_weights_scale(settings),
+                                     .scale = read_weights_scale(settings),
                                      .groups = detail::read_gguf_groups(settings)};
     config.shape.selection_bias = true;
-    settings.ignore(detail::kGgufGate);
+    settings.ignore(kGgufGate);
     return config;
   }
 
@@ -259,7 +242,7 @@ struct GgufFamily<presets::DeepSeekV3Config> {
     detail::write_gguf_deepseek(config.shape, config.norm_epsilon, config.scale, to);
     detail::write_gguf_groups(config.groups, to);
     to.flag("expert_weights_norm", config.renormalise);
-    to.count(detail::kGgufGate, Index(detail::GgufGate::kSigmoid));
+    to.count(kGgufGate, Index(GgufGate::kSigmoid));
   }
 
   static std::vector<presets::TensorName> names(const presets::DeepSeekV3Config& config,

@@ -16,7 +16,10 @@ namespace weir::io {
 ///
 /// `read` uses each setting that it knows and leaves it to the caller to refuse the rest; `write`
 /// throws ConfigError for what such a file cannot say. `names` looks at the file, if there is one,
-/// to see in which of several layouts it was written.
+/// to see in which of several layouts it was written. Where files have tensors that a model does
+/// not need, there is also
+///
+///     static std::vector<std::string_view> ignored(const Gguf& file);   // patterns of their names
 template <class Config>
 struct GgufFamily;
 

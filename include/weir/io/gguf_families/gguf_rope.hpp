@@ -17,6 +17,7 @@
 #include <weir/io/gguf.hpp>
 #include <weir/io/gguf_settings.hpp>
 #include <weir/ops/llama3_scaling.hpp>
+#include <weir/ops/long_rope.hpp>
 #include <weir/ops/rope_scaling.hpp>
 #include <weir/ops/yarn.hpp>
 
@@ -24,6 +25,10 @@ namespace weir::io {
 
 /// The tensor with the divisors of the frequencies of Llama 3.
 inline constexpr auto kGgufRopeDivisors = "rope_freqs.weight";
+
+/// The tensors with the factors of LongRoPE.
+inline constexpr auto kGgufShortFactors = "rope_factors_short.weight";
+inline constexpr auto kGgufLongFactors = "rope_factors_long.weight";
 
 namespace detail {
 
@@ -60,6 +65,27 @@ inline RopeScaling read_gguf_scaling(GgufSettings& settings) {
   return factor == 1.0 ? RopeScaling(NoScaling{}) : LinearScaling{.factor = factor};
 }
 
+/// Reads how an architecture stretches frequencies that may have the factors of LongRoPE. The
+/// context that the file gives decides which of them are taken. \throws FileError  as
+/// `read_gguf_scaling`.
+inline RopeScaling read_gguf_long_rope(GgufSettings& settings) {
+  const Gguf& file = settings.file();
+  if (!file.has_tensor(kGgufLongFactors)) return read_gguf_scaling(settings);
+  constexpr auto kType = "rope.scaling.type";
+  const std::string type = settings.text(kType, "longrope");
+  if (type != "longrope" && type != "none") settings.bad(kType, "none or longrope");
+  settings.expect_number("rope.scaling.factor", 1.0);
+  const double scale = settings.number("rope.scaling.attn_factor", 1.0);
+  const Index context = settings.count("context_length");
+  return LongRopeScaling{
+      .short_factors = file.numbers(kGgufShortFactors),
+      .long_factors = file.numbers(kGgufLongFactors),
+      .short_mscale = scale,
+      .long_mscale = scale,
+      .original_context = settings.count("rope.scaling.original_context_length", context),
+      .length = context};
+}
+
 /// The opposite of `read_gguf_scaling`. Llama 3's scaling has no settings, see `rope_divisors`.
 /// \throws ConfigError  if llama.cpp computes something else.
 inline void write_gguf_scaling(const RopeScaling& scaling, GgufSettingsWriter& to) {
@@ -73,6 +99,9 @@ inline void write_gguf_scaling(const RopeScaling& scaling, GgufSettingsWriter& t
   } else if (std::holds_alternative<DynamicNtkScaling>(scaling)) {
     throw_error<ConfigError>(
         "save_gguf: rope_scaling is a DynamicNtkScaling, which GGUF files cannot say");
+  } else if (std::holds_alternative<LongRopeScaling>(scaling)) {
+    throw_error<ConfigError>(
+        "save_gguf: rope_scaling is a LongRopeScaling, which files of this family cannot say");
   } else if (const auto* const yarn = std::get_if<Yarn>(&scaling)) {
     const Yarn usual;
     if (yarn->beta_fast != usual.beta_fast) refuse("beta_fast", yarn->beta_fast, "32");
@@ -95,26 +124,38 @@ inline std::vector<float> rope_divisors(const Llama3Scaling& scaling, Index head
   return divisors;
 }
 
+namespace detail {
+
+/// Whether both lists have the same numbers, to their rounding.
+inline bool are_near(const std::vector<double>& own, const std::vector<float>& wanted) {
+  constexpr double kRounding = 1e-5;
+  for (std::size_t i = 0; i < wanted.size(); ++i) {
+    const auto expected = static_cast<double>(wanted[i]);
+    if (!(std::abs(own[i] - expected) <= kRounding * expected)) return false;
+  }
+  return true;
+}
+
+}  // namespace detail
+
 /// Reads the scaling of Llama 3, of which a file has the divisors alone. Those of all published
-/// models come from a factor and Llama3Scaling's other defaults; others are refused.
+/// models come from a factor, Llama3Scaling's other defaults or, in Llama 4, a high_freq_factor of
+/// 1; others are refused.
 /// \throws FileError  if the divisors are no such.
 inline RopeScaling read_rope_divisors(const Gguf& file, Index head_dim, double theta) {
-  const auto refuse = [&] {
-    throw_error<FileError>(file.path(), ": tensor '", kGgufRopeDivisors,
-                           "' does not hold the divisors of Llama 3 for ", head_dim / 2,
-                           " pairs and theta = ", theta);
-  };
-  if (file.tensor(kGgufRopeDivisors).size() != head_dim / 2) refuse();
-  const std::vector<double> divisors = file.numbers(kGgufRopeDivisors);
-  const Llama3Scaling scaling{.factor = *std::max_element(divisors.begin(), divisors.end())};
-  if (!(scaling.factor >= 1.0) || !std::isfinite(scaling.factor) || !(theta > 0.0)) refuse();
-  const std::vector<float> expected = rope_divisors(scaling, head_dim, theta);
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    constexpr double kRounding = 1e-5;
-    const auto wanted = static_cast<double>(expected[i]);
-    if (!(std::abs(divisors[i] - wanted) <= kRounding * wanted)) refuse();
+  if (head_dim >= 2 && file.tensor(kGgufRopeDivisors).size() == head_dim / 2 && theta > 0.0) {
+    const std::vector<double> divisors = file.numbers(kGgufRopeDivisors);
+    const double factor = *std::max_element(divisors.begin(), divisors.end());
+    for (const double high : {Llama3Scaling{}.high_freq_factor, 1.0}) {
+      const Llama3Scaling scaling{.factor = factor, .high_freq_factor = high};
+      if (!(factor >= 1.0) || !std::isfinite(factor)) break;
+      if (!detail::are_near(divisors, rope_divisors(scaling, head_dim, theta))) continue;
+      return factor == 1.0 ? RopeScaling(NoScaling{}) : scaling;
+    }
   }
-  return scaling.factor == 1.0 ? RopeScaling(NoScaling{}) : scaling;
+  throw_error<FileError>(file.path(), ": tensor '", kGgufRopeDivisors,
+                         "' does not hold the divisors of Llama 3 for ", head_dim / 2,
+                         " pairs and theta = ", theta);
 }
 
 }  // namespace weir::io

@@ -20,10 +20,15 @@ namespace weir::io {
 
 inline constexpr auto kGgufRmsEpsilon = "attention.layer_norm_rms_epsilon";
 
+/// How an architecture rotates heads: as a whole, a part of each, or as a whole with what factors
+/// of LongRoPE do.
+enum class GgufRotation { kWhole, kPart, kFactors };
+
 /// Reads the sizes of a decoder with grouped-query attention. Mixture, norms and biases are left to
 /// the family.
 /// \throws FileError  if a setting is missing or of another kind, or says what weir does not do.
-inline presets::ModelShape read_gguf_shape(GgufSettings& settings) {
+inline presets::ModelShape read_gguf_shape(GgufSettings& settings,
+                                           GgufRotation rotation = GgufRotation::kWhole) {
   const Index d_model = settings.count("embedding_length");
   const Index heads = settings.count("attention.head_count");
   if (heads < 1) settings.bad("attention.head_count", "at least 1");
@@ -31,9 +36,17 @@ inline presets::ModelShape read_gguf_shape(GgufSettings& settings) {
                                .kv_heads = settings.count("attention.head_count_kv", heads),
                                .head_dim = settings.count("attention.key_length", d_model / heads),
                                .rope_theta = settings.number("rope.freq_base", 1e4),
-                               .rope_scaling = read_gguf_scaling(settings)};
+                               .rope_scaling = rotation == GgufRotation::kFactors
+                                                   ? read_gguf_long_rope(settings)
+                                                   : read_gguf_scaling(settings)};
   settings.expect_count("attention.value_length", attention.head_dim);
-  settings.expect_count("rope.dimension_count", attention.head_dim);
+  constexpr auto kRotated = "rope.dimension_count";
+  if (rotation != GgufRotation::kPart) {
+    settings.expect_count(kRotated, attention.head_dim);
+  } else {
+    attention.rotary_dim = settings.count(kRotated, attention.head_dim);
+    if (attention.rotary_dim < 2) settings.bad(kRotated, "at least 2");
+  }
   settings.expect_flag("attention.causal", true);
   return {.layers = settings.count("block_count"), .d_model = d_model, .attention = attention};
 }
@@ -59,7 +72,8 @@ inline void write_gguf_sizes(const presets::ModelShape& shape, GgufSettingsWrite
 /// The opposite of `read_gguf_shape`.
 /// \throws ConfigError  if the attention is another one, or llama.cpp stretches frequencies
 ///                      otherwise.
-inline void write_gguf_shape(const presets::ModelShape& shape, GgufSettingsWriter& to) {
+inline void write_gguf_shape(const presets::ModelShape& shape, GgufSettingsWriter& to,
+                             GgufRotation rotation = GgufRotation::kWhole) {
   const GroupedQueryConfig& attention = gguf_grouped_query(shape);
   const Index head_dim =
       attention.head_dim > 0 ? attention.head_dim : shape.d_model / attention.heads;
@@ -68,7 +82,8 @@ inline void write_gguf_shape(const presets::ModelShape& shape, GgufSettingsWrite
   to.count("attention.head_count_kv", attention.kv_heads);
   to.count("attention.key_length", head_dim);
   to.count("attention.value_length", head_dim);
-  to.count("rope.dimension_count", head_dim);
+  const bool is_part = rotation == GgufRotation::kPart && attention.rotary_dim > 0;
+  to.count("rope.dimension_count", is_part ? attention.rotary_dim : head_dim);
   to.number("rope.freq_base", attention.rope_theta);
   write_gguf_scaling(attention.rope_scaling, to);
   const auto* const yarn = std::get_if<Yarn>(&attention.rope_scaling);
@@ -88,6 +103,32 @@ inline void read_gguf_experts(GgufSettings& settings, presets::ModelShape& shape
 inline void write_gguf_experts(const presets::ModelShape& shape, GgufSettingsWriter& to) {
   to.count("expert_count", shape.experts);
   to.count("expert_used_count", shape.k);
+}
+
+/// Values of "expert_gating_func".
+enum class GgufGate { kSoftmax = 1, kSigmoid = 2 };
+
+inline constexpr auto kGgufGate = "expert_gating_func";
+
+/// The factor of the weights of the experts, of which 0 stands for none.
+inline double read_weights_scale(GgufSettings& settings) {
+  const double scale = settings.number("expert_weights_scale", 0.0);
+  return scale == 0.0 ? 1.0 : scale;
+}
+
+/// How many experts of the width d_hidden the shared one is as wide as.
+/// \throws ConfigError  unless it is as wide as some.
+inline Index gguf_shared_count(const presets::ModelShape& shape) {
+  if (shape.shared_hidden < 1 || shape.shared_hidden % shape.d_hidden != 0) {
+    throw_error<ConfigError>("save_gguf: shared_hidden = ", shape.shared_hidden,
+                             ", expected a multiple of d_hidden = ", shape.d_hidden);
+  }
+  return shape.shared_hidden / shape.d_hidden;
+}
+
+/// Whether queries, keys and values have biases in `file`.
+inline bool has_gguf_qkv_bias(const Gguf& file) {
+  return file.has_tensor("blk.0.attn_q.bias") || file.has_tensor("blk.0.attn_qkv.bias");
 }
 
 /// `special` and the names that all architectures have in common, for `file` if there is one.

@@ -31,7 +31,7 @@ inline bool is_gguf_llama(const Gguf& file, bool with_experts) {
   return (file.has(kExperts) && file.integer(kExperts) > 0) == with_experts;
 }
 
-/// Reads what both kinds have in common.
+/// Reads the sizes of an architecture that may have Llama 3's scaling.
 inline presets::ModelShape read_gguf_llama(GgufSettings& settings) {
   presets::ModelShape shape = read_gguf_shape(settings);
   auto& attention = std::get<GroupedQueryConfig>(shape.attention);
@@ -69,6 +69,8 @@ struct GgufFamily<presets::MixtralConfig> {
     config.shape.d_hidden = settings.count("feed_forward_length");
     return config;
   }
+
+  static std::vector<std::string_view> ignored(const Gguf& /*file*/) { return {kGgufRopeDivisors}; }
 
   static std::string_view architecture(const presets::MixtralConfig& /*config*/) { return "llama"; }
 
@@ -110,6 +112,11 @@ struct GgufFamily<presets::DenseConfig> {
       attention.qk_norm_epsilon = config.norm_epsilon;
     }
     return config;
+  }
+
+  static std::vector<std::string_view> ignored(const Gguf& file) {
+    if (file.text("general.architecture") == "qwen3") return {};
+    return {kGgufRopeDivisors};
   }
 
   static std::string_view architecture(const presets::DenseConfig& config) {

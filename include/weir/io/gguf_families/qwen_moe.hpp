@@ -86,9 +86,7 @@ struct GgufFamily<presets::Qwen2MoeConfig> {
     shape.shared_hidden = settings.count("expert_shared_feed_forward_length", 0);
     if (shape.shared_hidden == 0) shape.shared_hidden = settings.count("feed_forward_length");
     shape.shared_gate = true;
-    std::get<GroupedQueryConfig>(shape.attention).qkv_bias =
-        settings.file().has_tensor("blk.0.attn_q.bias") ||
-        settings.file().has_tensor("blk.0.attn_qkv.bias");
+    std::get<GroupedQueryConfig>(shape.attention).qkv_bias = has_gguf_qkv_bias(settings.file());
     return config;
   }
 
