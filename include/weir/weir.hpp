@@ -11,6 +11,7 @@
 #include <weir/core/function_ref.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/kept_pass.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/name_pattern.hpp>
@@ -30,6 +31,7 @@
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
 #include <weir/core/walk.hpp>
+#include <weir/core/workspace.hpp>
 
 #include <weir/ops/activation.hpp>
 #include <weir/ops/clamp.hpp>
@@ -53,7 +55,14 @@
 #include <weir/ops/vector_loops.hpp>
 #include <weir/ops/yarn.hpp>
 
+#include <weir/kernels/arranged_rows.hpp>
 #include <weir/kernels/bfloat16.hpp>
+#include <weir/kernels/block_codes.hpp>
+#include <weir/kernels/coded_block.hpp>
+#include <weir/kernels/coded_column.hpp>
+#include <weir/kernels/coded_panel.hpp>
+#include <weir/kernels/coded_values.hpp>
+#include <weir/kernels/dot_block.hpp>
 #include <weir/kernels/head_blocks.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/pack.hpp>
@@ -62,8 +71,10 @@
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/register_block.hpp>
 #include <weir/kernels/schedule.hpp>
+#include <weir/kernels/small_float.hpp>
 #include <weir/kernels/transpose.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/kernels/weight_rows.hpp>
 
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/nn/dropout.hpp>
@@ -189,7 +200,6 @@
 #include <weir/attention/few_queries.hpp>
 #include <weir/attention/grouped_query.hpp>
 #include <weir/attention/grouped_query_config.hpp>
-#include <weir/attention/growing_rows.hpp>
 #include <weir/attention/heads.hpp>
 #include <weir/attention/kv_cache.hpp>
 #include <weir/attention/latent.hpp>
@@ -198,6 +208,7 @@
 #include <weir/attention/latent_config.hpp>
 #include <weir/attention/latent_expanded.hpp>
 #include <weir/attention/operands.hpp>
+#include <weir/attention/paged_rows.hpp>
 #include <weir/attention/qk_norm.hpp>
 #include <weir/attention/qkv_stages.hpp>
 #include <weir/attention/query_blocks.hpp>
@@ -208,12 +219,16 @@
 #include <weir/model/any_layer.hpp>
 #include <weir/model/batches.hpp>
 #include <weir/model/block.hpp>
+#include <weir/model/block_stack.hpp>
 #include <weir/model/decoder.hpp>
+#include <weir/model/decoder_parts.hpp>
 #include <weir/model/generate.hpp>
 #include <weir/model/interleave.hpp>
 #include <weir/model/language_head.hpp>
+#include <weir/model/language_loss.hpp>
 #include <weir/model/logit_scale.hpp>
 #include <weir/model/multi_token.hpp>
+#include <weir/model/multi_token_module.hpp>
 #include <weir/model/sampling.hpp>
 #include <weir/model/speculative.hpp>
 
@@ -257,6 +272,7 @@
 #include <weir/presets/tensor_names.hpp>
 
 #include <weir/optim/adamw.hpp>
+#include <weir/optim/adamw_state.hpp>
 #include <weir/optim/clip.hpp>
 #include <weir/optim/muon.hpp>
 #include <weir/optim/newton_schulz.hpp>

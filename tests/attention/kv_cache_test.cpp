@@ -3,10 +3,15 @@
 
 #include <weir/attention/kv_cache.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
 using namespace weir;
+
+namespace {
+constexpr Index kPage = PagedRows<double>::kPage;
+}  // namespace
 
 TEST_CASE("KvCache holds the rows it was given, in order", "[attention][kv_cache]") {
   const Matrix<double> keys = test::random_matrix(11, 4, 1);
@@ -32,22 +37,23 @@ TEST_CASE("KvCache takes columns out of a wider matrix", "[attention][kv_cache]"
   CHECK(kv.values() == both.rightCols(6));
 }
 
-TEST_CASE("KvCache seldom moves what it holds", "[attention][kv_cache]") {
+TEST_CASE("KvCache never moves what it holds, and takes memory page by page",
+          "[attention][kv_cache]") {
   const Matrix<float> row = test::random_matrix<float>(1, 8, 4);
   KvCache<float> kv;
-  Index moves = 0;
-  const float* place = nullptr;
-  for (Index t = 0; t < 1000; ++t) {
+  kv.append(row, row);
+  const float* const place = kv.key_rows().pages()[0].get();
+  for (Index t = 1; t < 1000; ++t) {
     kv.append(row, row);
-    if (kv.keys().data() != place) ++moves;
-    place = kv.keys().data();
+    REQUIRE(kv.capacity() - kv.length() < kPage);
   }
-  CHECK(moves <= 11);  // 1 + log2(1000)
+  CHECK(kv.key_rows().pages()[0].get() == place);
 
   kv.reserve(4000);
-  place = kv.values().data();
-  for (Index t = 0; t < 3000; ++t) kv.append(row, row);
-  CHECK(kv.values().data() == place);
+  CHECK(kv.capacity() >= 4000);
+  CHECK(test::count_allocations([&] {
+          for (Index t = 0; t < 3000; ++t) kv.append(row, row);
+        }) == 0);
 }
 
 TEST_CASE("KvCache copies are independent", "[attention][kv_cache]") {
@@ -69,12 +75,12 @@ TEST_CASE("KvCache forgets from the end", "[attention][kv_cache]") {
   const Matrix<double> rows = test::random_matrix(5, 4, 7);
   KvCache<double> kv;
   kv.append(rows, rows);
-  const double* place = kv.keys().data();
+  const double* const place = kv.key_rows().pages()[0].get();
   kv.truncate(2);
   CHECK(kv.keys() == rows.topRows(2));
   kv.append(rows.bottomRows(3), rows.bottomRows(3));
   CHECK(kv.values() == rows);
-  CHECK(kv.keys().data() == place);
+  CHECK(kv.key_rows().pages()[0].get() == place);
 
   kv.clear();
   CHECK(kv.empty());
@@ -83,24 +89,22 @@ TEST_CASE("KvCache forgets from the end", "[attention][kv_cache]") {
   CHECK(kv.keys() == wider);
 }
 
-TEST_CASE("KvCache lets go of what is not needed, now and then", "[attention][kv_cache]") {
-  // 100 rows needed: up to a quarter as many more are held, and rows move at most every 25 tokens.
+TEST_CASE("KvCache lets go of pages that are not needed", "[attention][kv_cache]") {
+  // 100 rows needed: up to a page more is held.
   const Matrix<double> rows = test::random_matrix(1000, 3, 10);
   KvCache<double> kv;
-  Index moved = 0;
   for (Index t = 0; t < 1000; ++t) {
-    const Index before = kv.first();
     const Index from = std::max<Index>(0, t - 10);
     kv.forget(std::max<Index>(0, from - 90), from);
-    if (kv.first() > before) moved += kv.held();
-    kv.append(rows.row(t), rows.row(t));
+    const auto append = [&] { kv.append(rows.row(t), rows.row(t)); };
+    const long allocations = test::count_allocations(append);
+    REQUIRE((t < 3 * kPage || allocations == 0));
     REQUIRE(kv.length() == t + 1);
     REQUIRE(kv.first() <= std::max<Index>(0, t - 100));
-    REQUIRE(kv.held() <= 126);
-    REQUIRE(kv.capacity() <= 126);
+    REQUIRE(kv.held() <= 101 + kPage);
+    REQUIRE(kv.capacity() <= 4 * kPage);
     REQUIRE(kv.keys() == rows.middleRows(kv.first(), kv.held()));
   }
-  CHECK(moved <= 4 * 1000);
   CHECK(kv.values() == rows.middleRows(kv.first(), kv.held()));
 }
 
@@ -109,37 +113,37 @@ TEST_CASE("KvCache gives up the room of a long prompt", "[attention][kv_cache]")
   KvCache<double> kv;
   kv.append(rows, rows);
   kv.forget(2900, 2950);
-  CHECK(kv.held() == 100);
-  CHECK(kv.capacity() <= 125);
-  CHECK(kv.keys() == rows.bottomRows(100));
-  CHECK(kv.values() == rows.bottomRows(100));
+  CHECK(kv.first() == 30 * kPage);
+  CHECK(kv.capacity() <= 3 * kPage);
+  CHECK(kv.keys() == rows.bottomRows(kv.held()));
+  CHECK(kv.values() == rows.bottomRows(kv.held()));
 }
 
 TEST_CASE("KvCache takes back what it still can", "[attention][kv_cache]") {
-  const Matrix<double> rows = test::random_matrix(40, 3, 11);
+  const Matrix<double> rows = test::random_matrix(4 * kPage, 3, 11);
   KvCache<double> kv;
-  kv.append(rows.topRows(20), rows.topRows(20));
-  kv.forget(12, 16);  // gone are the tokens before position 12
-  REQUIRE(kv.first() == 12);
+  kv.append(rows.topRows(2 * kPage), rows.topRows(2 * kPage));
+  kv.forget(kPage + 12, kPage + 16);  // gone is the first page
+  REQUIRE(kv.first() == kPage);
   const KvCache<double> copy = kv;
-  kv.truncate(17);
-  CHECK(kv.length() == 17);
-  CHECK(kv.keys() == rows.middleRows(12, 5));
-  kv.append(rows.middleRows(17, 4), rows.middleRows(17, 4));
-  CHECK(kv.values() == rows.middleRows(12, 9));
-  CHECK(test::message_of<StateError>([&] { kv.truncate(15); }) ==
-        "KvCache::truncate: length = 15, expected 0 or at least 16: the tokens before position 12 "
-        "have been forgotten");
-  CHECK(kv.length() == 21);
-  kv.truncate(16);
-  CHECK(kv.held() == 4);
+  kv.truncate(kPage + 17);
+  CHECK(kv.length() == kPage + 17);
+  CHECK(kv.keys() == rows.middleRows(kPage, 17));
+  kv.append(rows.middleRows(kPage + 17, 4), rows.middleRows(kPage + 17, 4));
+  CHECK(kv.values() == rows.middleRows(kPage, 21));
+  CHECK(test::message_of<StateError>([&] { kv.truncate(kPage + 15); }) ==
+        "KvCache::truncate: length = 111, expected 0 or at least 112: the tokens before position "
+        "96 have been forgotten");
+  CHECK(kv.length() == kPage + 21);
+  kv.truncate(kPage + 16);
+  CHECK(kv.held() == 16);
   kv.clear();
   CHECK(kv.empty());
   CHECK(kv.first() == 0);
   kv.append(rows.topRows(3), rows.topRows(3));
   kv.truncate(1);
   CHECK(kv.keys() == rows.topRows(1));
-  CHECK(copy.keys() == rows.middleRows(12, 8));
+  CHECK(copy.keys() == rows.middleRows(kPage, kPage));
 
   CHECK(test::message_of<ConfigError>([&] { kv.forget(0, 2); }) ==
         "KvCache::forget: position = 0 and from = 2, expected position <= from <= 1");

@@ -309,7 +309,7 @@ TEST_CASE("LatentAttention remembers kv_rank + rope_dim numbers per token, for a
   Latent::Cache cache;
   decode(layer, x, state, cache);
 
-  CHECK(state.rows().size() == 20 * (7 + 4));
+  CHECK(state.rows().matrix().size() == 20 * (7 + 4));
   CHECK(state.kv_rank() == 7);
   CHECK(state.rope_dim() == 4);
   // What it remembers is the latent after its norm, and the key rotated to its position.
@@ -713,7 +713,7 @@ TEST_CASE("LatentCache holds what it is given", "[attention][latent]") {
   CHECK(cache.length() == 5);
   CHECK(cache.latents() == latents);
   CHECK(cache.rope_keys() == keys);
-  CHECK(cache.rows().leftCols(3) == latents);
+  CHECK(cache.rows().matrix().leftCols(3) == latents);
 
   CHECK(test::message_of<ShapeError>([&] { cache.append(keys, keys); }) ==
         "LatentCache::append: latents is [5, 2], expected [tokens, 3]");

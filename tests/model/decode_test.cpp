@@ -192,7 +192,7 @@ TEST_CASE("Decoding needs one workspace, whatever the number of layers", "[model
   const Ids ids = test::random_ids(6, kVocab, 6);
   const Matrix<double>& logits = decode(model, ids, state, cache);
   CHECK(test::relative_error(logits, infer(model, ids)) <= 1e-12);
-  CHECK(cache.layers.empty());
+  CHECK(cache.layers.layers.empty());
   CHECK(state.layers.size() == 8);
 }
 

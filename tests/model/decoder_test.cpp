@@ -477,13 +477,13 @@ TEST_CASE("An inference pass needs one workspace, whatever the number of layers"
       Decoder<double>::Cache fresh;
       model.forward(ids, pass, fresh);
     });
-    CHECK(cache.layers.empty());
+    CHECK(cache.layers.layers.empty());
     CHECK(test::count_allocations([&] { model.forward(ids, pass, cache); }) == 0);
 
     Decoder<double>::Cache training;
     const Matrix<double> logits =
         model.forward(ids, {.training = true, .sequences = &sequences}, training);
-    CHECK(training.layers.size() == model.layers().size());
+    CHECK(training.layers.layers.size() == model.layers().size());
     CHECK(model.forward(ids, pass, cache) == logits);
     CHECK(model.hidden(cache) == model.hidden(training));
     return allocations;

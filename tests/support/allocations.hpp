@@ -24,6 +24,21 @@ long count_allocations(F&& f) {
   return allocations_so_far() - before;
 }
 
+/// How many bytes of blocks are in use; 0 where they are not counted.
+long bytes_in_use();
+
+/// The most bytes that were in use at once since the last call, which begins anew.
+long most_bytes_in_use();
+
+/// How many bytes more than before are in use while `f()` runs, at most.
+template <class F>
+long most_bytes_of(F&& f) {
+  const long before = bytes_in_use();
+  most_bytes_in_use();
+  std::forward<F>(f)();
+  return most_bytes_in_use() - before;
+}
+
 /// Lets one allocation fail, the `nth` from now on; 0: none. Nothing fails where allocations are
 /// not counted.
 void fail_allocation(long nth);

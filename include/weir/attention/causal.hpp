@@ -19,6 +19,7 @@
 #include <weir/core/parallel.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/vector_loops.hpp>
@@ -66,7 +67,7 @@ class CausalAttention {
     List<FewTask> few_tasks;
     List<Index> few_queries;  ///< Where each query begins in few_tasks, and the end.
     List<Index> apart;        ///< The row of v that holds each span's first value.
-    Scratch<T> partial;       ///< The sums of each of few_tasks over its keys.
+    Workspace workspace;
   };
 
   /// \param mask   One byte per row of k, 0 for padding; or empty.
@@ -113,7 +114,7 @@ class CausalAttention {
   void cut(Cache& cache) const;
 
   /// Copies the values that blocks of queries need.
-  void set_values_apart(Cache& cache) const;
+  void set_values_apart(Workspace::Frame& frame, Cache& cache) const;
 
   /// The sink's share of a query's softmax is p = exp(sink - logsumexp). The gradient of its score
   /// is p (0 - d_out . out).
@@ -135,7 +136,8 @@ template <class T>
 void CausalAttention<T>::forward(MatrixOut<T> out, Cache& cache) const {
   cache.logsumexp.reshape(in_.shape.heads, in_.q.rows());
   cut(cache);
-  if (!cache.tasks.empty()) set_values_apart(cache);
+  Workspace::Frame frame(cache.workspace);
+  if (!cache.tasks.empty()) set_values_apart(frame, cache);
   const Blocks blocks = {in_, cache};
   run(cache.tasks, in_.shape.heads, [&](const Task& task, Index head) {
     blocks.forward(task.span, task.first, head, cache.apart[task.span], out);
@@ -143,7 +145,7 @@ void CausalAttention<T>::forward(MatrixOut<T> out, Cache& cache) const {
 
   const FewQueries<T> few = {in_};
   const Index count = cache.few_tasks.count();
-  auto partial = cache.partial.reshape(count, few.partial_width());
+  auto partial = frame.matrix<T>(count, few.partial_width());  // The sums of each task.
   run(count, [&](Index i) {
     const auto& task = cache.few_tasks[i];
     few.attend(task.span, task.query, task.begin, task.end, partial.row(i).data());
@@ -161,9 +163,10 @@ void CausalAttention<T>::backward(MatrixIn<T> out, MatrixIn<T> d_out, MatrixOut<
                                   MatrixOut<T> dk, MatrixOut<T> dv, Cache& cache,
                                   std::span<T> d_sinks) const {
   const AttentionHeads& shape = in_.shape;
-  cache.q.set(in_.q, shape.heads, shape.head_dim);
-  cache.k.set(in_.k, shape.kv_heads, shape.head_dim);
-  cache.d_out.set(d_out, shape.heads, shape.value_dim);
+  Workspace::Frame frame(cache.workspace);
+  cache.q.set(frame, in_.q, shape.heads, shape.head_dim);
+  cache.k.set(frame, in_.k, shape.kv_heads, shape.head_dim);
+  cache.d_out.set(frame, d_out, shape.heads, shape.value_dim);
 
   auto dots = cache.dot.reshape(shape.heads, in_.q.rows());
   const Index width = shape.value_dim;
@@ -214,8 +217,11 @@ void CausalAttention<T>::cut(Cache& cache) const {
     }
     for (Index i = 0; i < span.queries; ++i) {
       const Index end = span.prefix() + i + 1;
-      for (Index begin = in_.first_key(span, end - 1); begin < end; begin += kRun) {
-        cache.few_tasks.push_back({s, i, begin, std::min(begin + kRun, end)});
+      Index begin = in_.first_key(span, end - 1);
+      while (begin < end) {
+        const Index run = std::min(in_.together(span, begin, kRun), end - begin);
+        cache.few_tasks.push_back({s, i, begin, begin + run});
+        begin += run;
       }
       cache.few_queries.push_back(cache.few_tasks.count());
     }
@@ -223,23 +229,23 @@ void CausalAttention<T>::cut(Cache& cache) const {
 }
 
 template <class T>
-void CausalAttention<T>::set_values_apart(Cache& cache) const {
+void CausalAttention<T>::set_values_apart(Workspace::Frame& frame, Cache& cache) const {
   const AttentionHeads& shape = in_.shape;
   cache.apart.clear();
   if (in_.rows.empty()) {
     for (const AttentionSpan& s : in_.spans) cache.apart.push_back(s.key_begin);
-    return cache.v.set(in_.v, shape.kv_heads, shape.value_dim);
+    return cache.v.set(frame, in_.v, shape.kv_heads, shape.value_dim);
   }
   Index total = 0;
   for (const AttentionSpan& s : in_.spans) {
     cache.apart.push_back(total);
     if (!is_few(s)) total += s.keys;
   }
-  cache.v.reshape(shape.kv_heads, total, shape.value_dim);
+  cache.v.reshape(frame, shape.kv_heads, total, shape.value_dim);
   for (Index s = 0; s < in_.span_count(); ++s) {
     if (is_few(in_.span(s))) continue;
     const KeyValueRows<T> rows = in_.rows_of(s);
-    cache.v.copy(rows.values, rows.value_stride, in_.span(s).keys, cache.apart[s]);
+    cache.v.copy([&](Index i) { return rows.value(i); }, in_.span(s).keys, cache.apart[s]);
   }
 }
 

@@ -41,7 +41,7 @@ struct FewQueries {
  private:
   /// For this many keys the scores of all heads are held at once, in L1.
   static constexpr Index kRows = 32;
-  static_assert(kRows % kLanes<T> == 0);
+  static_assert(kRows % kLanes<T> == 0 && PagedRows<T>::kPage % kRows == 0);
 
   /// Applies the softcap to the scores [heads, kRows], of which the first `rows` columns count.
   void cap(Index rows, T* scores) const {
@@ -129,12 +129,12 @@ void FewQueries<T>::attend(Index s, Index query, Index begin, Index end, T* part
   space.reserve(shape.heads * kRows);
   T* const scores = space.take(shape.heads * kRows);
   const T* const of_query = in.q.data() + (span.query_begin + query) * in.q.outerStride();
-  for (Index row = begin; row < end; row += kRows) {
-    const Index rows = std::min(kRows, end - row);
+  for (Index row = begin, rows = 0; row < end; row += rows) {
+    rows = std::min(in.together(span, row, kRows), end - row);
     const bool padding = in.any_padding(span, row, row + rows);
     // Keys for all heads come first, then values for all: a group's share of both exceeds L1.
     for (Index head = 0; head < shape.heads; ++head) {
-      const T* const of_head = rows_of.keys + row * rows_of.key_stride + head / shape.group() * dim;
+      const T* const of_head = rows_of.key(row) + head / shape.group() * dim;
       for (Index r = 0; r < rows; r += kLanes<T>) {
         const Index count = std::min(kLanes<T>, rows - r);
         const Lanes<T> products =
@@ -162,8 +162,7 @@ void FewQueries<T>::attend(Index s, Index query, Index begin, Index end, T* part
       total[head] += loops::sum<T>(kRows, p);
     }
     for (Index head = 0; head < shape.heads; ++head) {
-      const T* const values =
-          rows_of.values + row * rows_of.value_stride + head / shape.group() * value_dim;
+      const T* const values = rows_of.value(row) + head / shape.group() * value_dim;
       add_values(scores + head * kRows, values, rows_of.value_stride, rows,
                  sums + head * value_dim);
     }

@@ -26,6 +26,7 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/ops/padding.hpp>
@@ -62,7 +63,8 @@ class GroupedQueryAttention {
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * head_dim].
     Matrix<T> y;
     Matrix<T> dy;  ///< Only used if there is padding.
-    Matrix<T> d_context, dq, dk, dv, dx;
+    Matrix<T> dx;
+    Workspace workspace;  ///< For gradients between dy and dx.
     TokenRows rows;
     List<AttentionSpan> spans;
     List<Index> positions;
@@ -222,35 +224,34 @@ const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache
   expect_trainable("GroupedQueryAttention::backward", query_.storage());
   cache.state.begin_backward("GroupedQueryAttention::backward", *this, dy);
   const Index tokens = dy.rows();
-  set_shape(cache.d_context, tokens, query_width());
-  set_shape(cache.dq, tokens, query_width());
-  set_shape(cache.dk, tokens, kv_width());
-  set_shape(cache.dv, tokens, kv_width());
+  Workspace::Frame frame(cache.workspace);
+  auto d_context = frame.matrix<T>(tokens, query_width());
+  auto dq = frame.matrix<T>(tokens, query_width());
+  auto dk = frame.matrix<T>(tokens, kv_width());
+  auto dv = frame.matrix<T>(tokens, kv_width());
   set_shape(cache.dx, tokens, config_.d_model);
 
   const auto mask = cache.rows.mask();
   const Eigen::Ref<const Matrix<T>> d = without_padding<T>(dy, mask, cache.dy);
-  multiply_nn<T>(d, output().value, cache.d_context);
+  multiply_nn<T>(d, output().value, d_context);
   multiply_tn<T>(d, cache.context, output().gradient(), true);
-  core(cache).backward(cache.context, cache.d_context, cache.dq, cache.dk, cache.dv,
-                       cache.attention, d_sinks());
-  for (Matrix<T>* gradient : {&cache.dq, &cache.dk, &cache.dv}) clear_padding<T>(mask, *gradient);
-  stages_.backward(cache.positions, cache.q, cache.k, cache.dq, cache.dk, cache.dv, cache.stages);
+  core(cache).backward(cache.context, d_context, dq, dk, dv, cache.attention, d_sinks());
+  for (auto* gradient : {&dq, &dk, &dv}) clear_padding<T>(mask, *gradient);
+  stages_.backward(cache.positions, cache.q, cache.k, dq, dk, dv, cache.stages);
 
-  const std::array<Product<T>, 3> weights = {
-      product_tn<T>(cache.dq, cache.x, query().gradient(), true),
-      product_tn<T>(cache.dk, cache.x, key().gradient(), true),
-      product_tn<T>(cache.dv, cache.x, value().gradient(), true)};
+  const std::array<Product<T>, 3> weights = {product_tn<T>(dq, cache.x, query().gradient(), true),
+                                             product_tn<T>(dk, cache.x, key().gradient(), true),
+                                             product_tn<T>(dv, cache.x, value().gradient(), true)};
   multiply<T>(weights);
   if (config_.qkv_bias) {
-    add_rows_to<T>(cache.dq, query_bias_.gradient().data());
-    add_rows_to<T>(cache.dk, key_bias_.gradient().data());
-    add_rows_to<T>(cache.dv, value_bias_.gradient().data());
+    add_rows_to<T>(dq, query_bias_.gradient().data());
+    add_rows_to<T>(dk, key_bias_.gradient().data());
+    add_rows_to<T>(dv, value_bias_.gradient().data());
   }
   if (config_.output_bias) add_rows_to<T>(d, output_bias_.gradient().data());
-  multiply_nn<T>(cache.dq, query().value, cache.dx);
-  multiply_nn<T>(cache.dk, key().value, cache.dx, true);
-  multiply_nn<T>(cache.dv, value().value, cache.dx, true);
+  multiply_nn<T>(dq, query().value, cache.dx);
+  multiply_nn<T>(dk, key().value, cache.dx, true);
+  multiply_nn<T>(dv, value().value, cache.dx, true);
   return cache.dx;
 }
 
@@ -270,7 +271,7 @@ const Matrix<T>& GroupedQueryAttention<T>::decode(MatrixIn<T> x, const Pass& pas
     State& kv = *states[s];
     kv.append(cache.k.middleRows(span.query_begin, span.queries),
               cache.v.middleRows(span.query_begin, span.queries));
-    cache.kept.push_back({kv.keys().data(), kv_width(), kv.values().data(), kv_width()});
+    cache.kept.push_back(KeyValueRows<T>::of(kv.key_rows(), kv.value_rows()));
   }
   set_shape(cache.context, x.rows(), query_width());
   CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.kept, sinks())
@@ -288,8 +289,8 @@ void GroupedQueryAttention<T>::check_decode(MatrixIn<T> x, const Pass& pass,
   expect_states<State>(kWhere, pass, states);
   for (const State* kv : states) {
     if (kv->empty()) continue;
-    expect_shape(kWhere, "kv.keys", kv->keys(), kv->held(), kv_width());
-    expect_shape(kWhere, "kv.values", kv->values(), kv->held(), kv_width());
+    expect_shape(kWhere, "kv.keys", kv->key_rows(), kv->held(), kv_width());
+    expect_shape(kWhere, "kv.values", kv->value_rows(), kv->held(), kv_width());
     const Index needed = config_.shape().first_visible(kv->length());
     if (kv->first() > needed) {
       throw_error<StateError>(kWhere, ": kv begins at position ", kv->first(), ", expected ",

@@ -5,25 +5,21 @@
 
 #include <algorithm>
 
-#include <weir/attention/growing_rows.hpp>
+#include <weir/attention/paged_rows.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
 
 /// Keys (already rotated to their positions) and values of one sequence in one layer, a row per
-/// token. Memory grows geometrically, so that a token costs the same however long the sequence is.
-/// A copy is independent: several continuations can start from one prompt.
+/// token, in pages of PagedRows::kPage tokens. A copy is independent, and shares the pages that
+/// neither of the two writes to: several continuations can start from one prompt and hold it once.
 ///
-/// If attention only looks back a limited way, `forget` drops the rows behind that. The other rows
-/// stay in one piece: they move to the front once there are a quarter as many useless ones before
-/// them. So a token moves four rows on average, and memory is bounded. Room for a prompt far longer
-/// than attention looks back is given up afterwards.
+/// If attention only looks back a limited way, `forget` drops the pages behind that, so that memory
+/// is bounded. Room for a prompt far longer than attention looks back is given up afterwards.
 template <class T>
 class KvCache {
  public:
-  using View = typename GrowingRows<T>::View;
-
   /// How many tokens attention with a window should be able to take back, see `forget`.
   static constexpr Index kSlack = 64;
 
@@ -38,10 +34,13 @@ class KvCache {
   /// How many tokens can be held before memory is allocated; unspecified while there is none.
   Index capacity() const { return keys_.capacity(); }
 
-  /// [held, key width]. Valid until the next change.
-  View keys() const { return keys_.view(); }
-  /// [held, value width]. Valid until the next change.
-  View values() const { return values_.view(); }
+  /// [held, key width]
+  const PagedRows<T>& key_rows() const { return keys_; }
+  /// [held, value width]
+  const PagedRows<T>& value_rows() const { return values_; }
+  /// Copies of them.
+  Matrix<T> keys() const { return keys_.matrix(); }
+  Matrix<T> values() const { return values_.matrix(); }
 
   /// Adds the keys and values of the next tokens. The first call after construction or `clear`
   /// decides how wide they are.
@@ -52,8 +51,13 @@ class KvCache {
     expect_shape("KvCache::append", "values", values, keys.rows(),
                  empty() ? values.cols() : values_.width());
     if (!empty()) expect_columns("KvCache::append", "keys", keys, keys_.width());
-    keys_.append(keys, most_);
-    values_.append(values, most_);
+    keys_.append(keys);
+    try {
+      values_.append(values);
+    } catch (...) {
+      keys_.truncate(held() - keys.rows());
+      throw;
+    }
   }
 
   /// Makes room for `length` tokens in all, so that appending up to there allocates nothing. Has no
@@ -64,7 +68,7 @@ class KvCache {
     values_.reserve(length - first_);
   }
 
-  /// Allows the cache to drop the tokens before `position`, at once or later. No token from
+  /// Allows the cache to drop the tokens before `position`, in whole pages. No token from
   /// position `from` on may see them. Once they are gone, the sequence can only be cut to `from`
   /// tokens or more, or to none.
   /// \throws ConfigError  unless position <= from <= length().
@@ -79,10 +83,9 @@ class KvCache {
   void clear() { truncate(0); }
 
  private:
-  GrowingRows<T> keys_, values_;
-  Index first_ = 0;
+  PagedRows<T> keys_, values_;
+  Index first_ = 0;     // The first of a page.
   Index shortest_ = 0;  // The least length above 0 that the sequence can be cut to.
-  Index most_ = GrowingRows<T>::kUnlimited;  // The most rows that `forget` leaves.
 };
 
 template <class T>
@@ -91,13 +94,11 @@ void KvCache<T>::forget(Index position, Index from) {
     throw_error<ConfigError>("KvCache::forget: position = ", position, " and from = ", from,
                              ", expected position <= from <= ", length());
   }
-  const Index gone = std::max<Index>(0, position - first_);
-  const Index kept = held() - gone;
-  most_ = kept + kept / 4;
-  if (gone == 0 || gone < kept / 4) return;
-  keys_.drop_front(gone, most_);
-  values_.drop_front(gone, most_);
-  first_ = position;
+  const Index pages = std::max<Index>(0, position - first_) / PagedRows<T>::kPage;
+  if (pages == 0) return;
+  keys_.drop_front(pages);
+  values_.drop_front(pages);
+  first_ += pages * PagedRows<T>::kPage;
   shortest_ = from;
 }
 
@@ -109,10 +110,7 @@ void KvCache<T>::truncate(Index length) {
                             shortest_, ": the tokens before position ", first_,
                             " have been forgotten");
   }
-  if (length == 0) {
-    first_ = shortest_ = 0;
-    most_ = GrowingRows<T>::kUnlimited;
-  }
+  if (length == 0) first_ = shortest_ = 0;
   keys_.truncate(length - first_);
   values_.truncate(length - first_);
 }

@@ -25,6 +25,7 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/nn/rms_norm.hpp>
@@ -67,7 +68,8 @@ class LatentAttention {
     Matrix<T> q;        ///< The queries, rotated.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * value_dim].
     Matrix<T> y;
-    Matrix<T> dy, d_context, dq, d_query_latent, d_latent, d_kv, dx;
+    Matrix<T> dy, dx;
+    Workspace workspace;  ///< For gradients between dy and dx.
     Scratch<T> angles;
     TokenRows rows;
     List<AttentionSpan> spans;
@@ -228,37 +230,38 @@ const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
   expect_trainable("LatentAttention::backward", output_.storage());
   cache.state.begin_backward("LatentAttention::backward", *this, dy);
   const Index tokens = dy.rows();
-  set_shape(cache.d_context, tokens, cache.context.cols());
-  set_shape(cache.dq, tokens, cache.q.cols());
-  set_shape(cache.d_latent, tokens, config_.kv_rank);
-  set_shape(cache.d_kv, tokens, cache.kv.cols());
+  Workspace::Frame frame(cache.workspace);
+  auto d_context = frame.matrix<T>(tokens, cache.context.cols());
+  auto dq = frame.matrix<T>(tokens, cache.q.cols());
+  auto d_latent = frame.matrix<T>(tokens, config_.kv_rank);
+  auto d_kv = frame.matrix<T>(tokens, cache.kv.cols());
   set_shape(cache.dx, tokens, config_.d_model);
-  auto d_rope_keys = cache.d_kv.rightCols(config_.rope_dim);
+  auto d_rope_keys = d_kv.rightCols(config_.rope_dim);
 
   const auto mask = cache.rows.mask();
   const Eigen::Ref<const Matrix<T>> d = without_padding<T>(dy, mask, cache.dy);
-  multiply_nn<T>(d, value_of(output_), cache.d_context);
+  multiply_nn<T>(d, value_of(output_), d_context);
   multiply_tn<T>(d, cache.context, gradient_of(output_), true);
-  expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, mask, cache.context, cache.d_context,
-                     cache.dq, cache.d_latent, d_rope_keys, cache.expanded);
-  clear_padding<T>(mask, cache.dq);
-  rope_.template rotate_back<T>(cache.dq, cache.angles, rotated_part());
+  expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, mask, cache.context, d_context, dq,
+                     d_latent, d_rope_keys, cache.expanded);
+  clear_padding<T>(mask, dq);
+  rope_.template rotate_back<T>(dq, cache.angles, rotated_part());
   rope_.template rotate_back<T>(d_rope_keys, cache.angles);
 
-  cache.d_kv.leftCols(config_.kv_rank) = kv_norm_.backward(cache.d_latent, cache.kv_norm);
-  multiply_tn<T>(cache.d_kv, cache.x, gradient_of(kv_down_), true);
-  multiply_nn<T>(cache.d_kv, value_of(kv_down_), cache.dx);
+  d_kv.leftCols(config_.kv_rank) = kv_norm_.backward(d_latent, cache.kv_norm);
+  multiply_tn<T>(d_kv, cache.x, gradient_of(kv_down_), true);
+  multiply_nn<T>(d_kv, value_of(kv_down_), cache.dx);
 
   if (is_low_rank()) {
-    set_shape(cache.d_query_latent, tokens, config_.q_rank);
-    multiply_tn<T>(cache.dq, cache.query_norm.y, gradient_of(query_), true);
-    multiply_nn<T>(cache.dq, value_of(query_), cache.d_query_latent);
-    const Matrix<T>& d_down = query_norm_->backward(cache.d_query_latent, cache.query_norm);
+    auto d_query_latent = frame.matrix<T>(tokens, config_.q_rank);
+    multiply_tn<T>(dq, cache.query_norm.y, gradient_of(query_), true);
+    multiply_nn<T>(dq, value_of(query_), d_query_latent);
+    const Matrix<T>& d_down = query_norm_->backward(d_query_latent, cache.query_norm);
     multiply_tn<T>(d_down, cache.x, gradient_of(query_down_), true);
     multiply_nn<T>(d_down, value_of(query_down_), cache.dx, true);
   } else {
-    multiply_tn<T>(cache.dq, cache.x, gradient_of(query_), true);
-    multiply_nn<T>(cache.dq, value_of(query_), cache.dx, true);
+    multiply_tn<T>(dq, cache.x, gradient_of(query_), true);
+    multiply_nn<T>(dq, value_of(query_), cache.dx, true);
   }
   return cache.dx;
 }
@@ -286,8 +289,7 @@ const Matrix<T>& LatentAttention<T>::decode(MatrixIn<T> x, const Pass& pass,
     if (is_absorbed(span)) {
       cache.absorbed.add(span, state);
     } else {
-      expanded_.forward(cache.q, state.latents(), state.rope_keys(), {&span, 1}, {}, cache.context,
-                        cache.expanded);
+      expanded_.forward(cache.q, state, span, cache.context, cache.expanded);
     }
   }
   absorbed_.attend(cache.q, expanded_.key_up(), expanded_.value_up(), cache.context,
@@ -304,9 +306,7 @@ void LatentAttention<T>::check_decode(MatrixIn<T> x, const Pass& pass,
   pass.check(kWhere, x.rows());
   expect_states(kWhere, pass, states);
   for (const State* held : states) {
-    if (held->empty()) continue;
-    expect_shape(kWhere, "latents", held->latents(), held->length(), config_.kv_rank);
-    expect_shape(kWhere, "rope_keys", held->rope_keys(), held->length(), config_.rope_dim);
+    held->expect_widths(kWhere, config_.kv_rank, config_.rope_dim);
   }
 }
 

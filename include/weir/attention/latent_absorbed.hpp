@@ -52,9 +52,8 @@ class LatentAbsorbed {
     /// \param state  The tokens that it has seen, the new ones included.
     void add(const AttentionSpan& span, const LatentCache<T>& state) {
       spans.push_back({rows.count(), span.queries, 0, span.keys});
-      const T* const first = state.rows().data();
-      const Index stride = state.rows().outerStride();
-      kept.push_back({first, stride, first, stride});  // A row begins with the latent, the value.
+      // A row begins with the latent, the value.
+      kept.push_back(KeyValueRows<T>::of(state.rows(), state.rows()));
       for (Index i = 0; i < span.queries; ++i) rows.push_back(span.query_begin + i);
     }
   };

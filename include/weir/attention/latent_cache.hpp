@@ -4,7 +4,9 @@
 /// (DeepSeek-AI 2024, arXiv:2405.04434).
 #pragma once
 
-#include <weir/attention/growing_rows.hpp>
+#include <string_view>
+
+#include <weir/attention/paged_rows.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 
@@ -12,13 +14,10 @@ namespace weir {
 
 /// The latents (after their norm) and the keys of positions (already rotated) of one sequence in
 /// one layer, side by side in a row per token: kv_rank + rope_dim numbers, whatever the number of
-/// heads. Memory grows geometrically, so that a token costs the same however long the sequence is.
-/// A copy is independent: several continuations can start from one prompt.
+/// heads. Rows lie in pages, which copies share as those of a KvCache do.
 template <class T>
 class LatentCache {
  public:
-  using View = typename GrowingRows<T>::View;
-
   /// How many tokens are held, which is the position of the next one.
   Index length() const { return rows_.count(); }
   bool empty() const { return rows_.empty(); }
@@ -26,12 +25,22 @@ class LatentCache {
   Index kv_rank() const { return kv_rank_; }
   Index rope_dim() const { return rows_.width() - kv_rank_; }
 
-  /// [length, kv_rank + rope_dim]. Valid until the next change, as are parts of it.
-  View rows() const { return rows_.view(); }
-  /// [length, kv_rank]
-  auto latents() const { return rows().leftCols(kv_rank_); }
-  /// [length, rope_dim]
-  auto rope_keys() const { return rows().rightCols(rope_dim()); }
+  /// [length, kv_rank + rope_dim]
+  const PagedRows<T>& rows() const { return rows_; }
+  /// A copy of the latents, [length, kv_rank].
+  Matrix<T> latents() const { return rows_.matrix().leftCols(kv_rank_); }
+  /// A copy of the keys, [length, rope_dim].
+  Matrix<T> rope_keys() const { return rows_.matrix().rightCols(rope_dim()); }
+
+  /// \throws ShapeError   if there are rows, and not of these widths.
+  void expect_widths(std::string_view where, Index kv_rank, Index rope_dim) const {
+    const auto expect_width = [&](std::string_view name, Index width, Index expected) {
+      if (empty() || width == expected) return;
+      detail::fail_shape(where, name, length(), width, detail::shape_text(length(), expected));
+    };
+    expect_width("latents", this->kv_rank(), kv_rank);
+    expect_width("rope_keys", this->rope_dim(), rope_dim);
+  }
 
   /// Adds the rows of the next tokens. The first call after construction or `clear` decides how
   /// wide they are.
@@ -61,7 +70,7 @@ class LatentCache {
   void clear() { truncate(0); }
 
  private:
-  GrowingRows<T> rows_;
+  PagedRows<T> rows_;
   Index kv_rank_ = 0;
 };
 

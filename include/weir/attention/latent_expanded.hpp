@@ -11,6 +11,7 @@
 #include <span>
 
 #include <weir/attention/causal.hpp>
+#include <weir/attention/latent_cache.hpp>
 #include <weir/attention/latent_config.hpp>
 #include <weir/attention/spans.hpp>
 #include <weir/core/init.hpp>
@@ -20,6 +21,7 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/ops/padding.hpp>
@@ -38,7 +40,7 @@ class LatentExpanded {
 
   struct Cache {
     Scratch<T> key_nope, k, v;  ///< Keys and values of all tokens that queries see.
-    Matrix<T> dk, d_key_nope, dv;
+    Workspace workspace;        ///< For their gradients.
     typename CausalAttention<T>::Cache attention;
   };
 
@@ -73,6 +75,16 @@ class LatentExpanded {
     core(q, spans, mask, cache).forward(context, cache.attention);
   }
 
+  /// The same for the queries of one sequence and all tokens that it has seen.
+  void forward(MatrixIn<T> q, const LatentCache<T>& seen, const AttentionSpan& span,
+               MatrixOut<T> context, Cache& cache) const {
+    Workspace::Frame frame(cache.workspace);
+    auto rows = frame.matrix<T>(seen.length(), config_.kv_rank + config_.rope_dim);
+    seen.rows().copy_to(rows.data());
+    forward(q, rows.leftCols(config_.kv_rank), rows.rightCols(config_.rope_dim), {&span, 1}, {},
+            context, cache);
+  }
+
   /// Adds to the gradients of the weights and sets those of the inputs of the last `forward`.
   /// \param context    The result of `forward`.
   void backward(MatrixIn<T> q, MatrixIn<T> latents, std::span<const AttentionSpan> spans,
@@ -90,9 +102,9 @@ class LatentExpanded {
   /// Computes the keys and values of all heads.
   void expand(MatrixIn<T> latents, MatrixIn<T> rope_keys, Cache& cache) const;
 
-  /// The reverse of `expand` for gradients: splits cache.dk into d_key_nope and, summed over heads,
+  /// The reverse of `expand` for gradients: splits dk into d_key_nope and, summed over heads,
   /// d_rope_keys.
-  void take_apart(Cache& cache, MatrixOut<T>& d_rope_keys) const;
+  void take_apart(MatrixIn<T> dk, MatrixOut<T> d_key_nope, MatrixOut<T>& d_rope_keys) const;
 
   CausalAttention<T> core(MatrixIn<T> q, std::span<const AttentionSpan> spans,
                           std::span<const std::uint8_t> mask, const Cache& cache) const;
@@ -107,19 +119,20 @@ void LatentExpanded<T>::backward(MatrixIn<T> q, MatrixIn<T> latents,
                                  std::span<const std::uint8_t> mask, MatrixIn<T> context,
                                  MatrixIn<T> d_context, MatrixOut<T> dq, MatrixOut<T> d_latents,
                                  MatrixOut<T> d_rope_keys, Cache& cache) {
-  set_shape(cache.dk, cache.k.rows(), cache.k.cols());
-  set_shape(cache.dv, cache.v.rows(), cache.v.cols());
-  set_shape(cache.d_key_nope, cache.key_nope.rows(), cache.key_nope.cols());
-  core(q, spans, mask, cache).backward(context, d_context, dq, cache.dk, cache.dv, cache.attention);
-  clear_padding<T>(mask, cache.dk);
-  clear_padding<T>(mask, cache.dv);
-  take_apart(cache, d_rope_keys);
+  Workspace::Frame frame(cache.workspace);
+  auto dk = frame.matrix<T>(cache.k.rows(), cache.k.cols());
+  auto dv = frame.matrix<T>(cache.v.rows(), cache.v.cols());
+  auto d_key_nope = frame.matrix<T>(cache.key_nope.rows(), cache.key_nope.cols());
+  core(q, spans, mask, cache).backward(context, d_context, dq, dk, dv, cache.attention);
+  clear_padding<T>(mask, dk);
+  clear_padding<T>(mask, dv);
+  take_apart(dk, d_key_nope, d_rope_keys);
   const std::array<Product<T>, 2> weights = {
-      product_tn<T>(cache.d_key_nope, latents, key_up_.parameter().gradient(), true),
-      product_tn<T>(cache.dv, latents, value_up_.parameter().gradient(), true)};
+      product_tn<T>(d_key_nope, latents, key_up_.parameter().gradient(), true),
+      product_tn<T>(dv, latents, value_up_.parameter().gradient(), true)};
   multiply<T>(weights);
-  multiply_nn<T>(cache.d_key_nope, key_up(), d_latents);
-  multiply_nn<T>(cache.dv, value_up(), d_latents, true);
+  multiply_nn<T>(d_key_nope, key_up(), d_latents);
+  multiply_nn<T>(dv, value_up(), d_latents, true);
 }
 
 template <std::floating_point T>
@@ -142,14 +155,15 @@ void LatentExpanded<T>::expand(MatrixIn<T> latents, MatrixIn<T> rope_keys, Cache
 }
 
 template <std::floating_point T>
-void LatentExpanded<T>::take_apart(Cache& cache, MatrixOut<T>& d_rope_keys) const {
+void LatentExpanded<T>::take_apart(MatrixIn<T> dk, MatrixOut<T> d_key_nope,
+                                   MatrixOut<T>& d_rope_keys) const {
   const Index nope = config_.nope_dim;
-  parallel_rows(cache.dk.rows(), cache.dk.cols(), [&](Index begin, Index end) {
+  parallel_rows(dk.rows(), dk.cols(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       d_rope_keys.row(t).setZero();
       for (Index h = 0; h < config_.heads; ++h) {
-        const T* const from = &cache.dk(t, h * config_.query_dim());
-        std::copy_n(from, nope, &cache.d_key_nope(t, h * nope));
+        const T* const from = &dk.coeffRef(t, h * config_.query_dim());
+        std::copy_n(from, nope, &d_key_nope(t, h * nope));
         for (Index i = 0; i < config_.rope_dim; ++i) d_rope_keys(t, i) += from[nope + i];
       }
     }

@@ -9,19 +9,40 @@
 #include <span>
 
 #include <weir/attention/heads.hpp>
+#include <weir/attention/paged_rows.hpp>
 #include <weir/attention/spans.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
 
-/// Where the keys and values of one sequence lie, a row of all heads for each token.
+/// Where the keys and values of one sequence lie, a row of all heads for each token: in one piece,
+/// or in pages.
 template <class T>
 struct KeyValueRows {
   const T* keys = nullptr;
   Index key_stride = 0;
   const T* values = nullptr;
   Index value_stride = 0;
+  std::span<const RowPage<T>> key_pages = {};  ///< Instead of `keys`; or empty.
+  std::span<const RowPage<T>> value_pages = {};
+
+  /// Rows of which the pages begin at multiples of kPage. The keys are as wide as a row of `k`, and
+  /// values as a row of `v`, of which a part may be meant.
+  static KeyValueRows of(const PagedRows<T>& k, const PagedRows<T>& v) {
+    return {nullptr, k.width(), nullptr, v.width(), k.pages(), v.pages()};
+  }
+
+  /// The row of key i, from which on the rows of its page follow, `key_stride` apart.
+  const T* key(Index i) const { return row(keys, key_pages, key_stride, i); }
+  const T* value(Index i) const { return row(values, value_pages, value_stride, i); }
+
+ private:
+  static const T* row(const T* rows, std::span<const RowPage<T>> pages, Index stride, Index i) {
+    constexpr Index kPage = PagedRows<T>::kPage;
+    if (pages.empty()) return rows + i * stride;
+    return element(pages, i / kPage).get() + i % kPage * stride;
+  }
 };
 
 /// The inputs of attention. Members count the keys of a span from 0.
@@ -35,6 +56,13 @@ struct AttentionOperands {
   Eigen::Ref<const Matrix<T>> v;          ///< [keys, kv_heads * value_dim]
   std::span<const T> sinks;               ///< One for each query head; or empty.
   std::span<const KeyValueRows<T>> rows;  ///< One for each span, instead of k and v; or empty.
+
+  /// How many of the keys from `key` of span s on, at most `size` of them, are read at a time: up
+  /// to the next position that is a multiple of `size`. So what is read together does not depend on
+  /// where a query's keys begin, and lies in one page.
+  static Index together(const AttentionSpan& s, Index key, Index size) {
+    return size - (s.first_key + key) % size;
+  }
 
   Index span_count() const { return static_cast<Index>(spans.size()); }
   const AttentionSpan& span(Index s) const { return element(spans, s); }

@@ -48,14 +48,15 @@ class HeadNorm {
   }
 
   /// Turns the gradient of the output of `forward` into that of its input.
-  void backward(Matrix<T>& d, Cache& cache) { copy(norm_.backward(parts(d), cache), d); }
+  void backward(MatrixOut<T> d, Cache& cache) { copy(norm_.backward(parts(d), cache), d); }
 
  private:
-  Eigen::Map<const Matrix<T>> parts(const Matrix<T>& x) const {
+  /// \param x  Without gaps between its rows.
+  Eigen::Map<const Matrix<T>> parts(MatrixIn<T> x) const {
     return {x.data(), x.size() / norm_.d_model(), norm_.d_model()};
   }
 
-  static void copy(const Matrix<T>& from, Matrix<T>& to) {
+  static void copy(const Matrix<T>& from, MatrixOut<T> to) {
     parallel_pieces(1, to.size(), 1, [&](Index, Index begin, Index count) {
       std::copy_n(from.data() + begin, count, to.data() + begin);
     });
@@ -84,7 +85,7 @@ class HeadL2Norm {
 
   /// \param y  The output of `forward`.
   /// \param d  The gradient of y, which becomes that of x.
-  void backward(const Matrix<T>& y, Matrix<T>& d, const Cache& cache) const;
+  void backward(const Matrix<T>& y, MatrixOut<T> d, const Cache& cache) const;
 
  private:
   Index dim_;
@@ -109,7 +110,7 @@ void HeadL2Norm<T>::forward(Matrix<T>& x, const Pass& pass, Cache& cache) const 
 }
 
 template <class T>
-void HeadL2Norm<T>::backward(const Matrix<T>& y, Matrix<T>& d, const Cache& cache) const {
+void HeadL2Norm<T>::backward(const Matrix<T>& y, MatrixOut<T> d, const Cache& cache) const {
   const auto r = cache.inverse.view();
   parallel_rows(y.rows(), 4 * y.cols(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {

@@ -49,7 +49,7 @@ class QkvStages {
   /// \param q  The queries that `forward` left.
   /// \param k  The keys that `forward` left.
   void backward(std::span<const Index> positions, const Matrix<T>& q, const Matrix<T>& k,
-                Matrix<T>& dq, Matrix<T>& dk, Matrix<T>& dv, Cache& cache);
+                MatrixOut<T> dq, MatrixOut<T> dk, MatrixOut<T> dv, Cache& cache);
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -63,7 +63,7 @@ class QkvStages {
   Rope::Part rotated_part() const { return {config_.head_dim, 0}; }
 
   /// Multiplies each row by the temperature of its position.
-  void temper(std::span<const Index> positions, Matrix<T>& rows) const {
+  void temper(std::span<const Index> positions, MatrixOut<T> rows) const {
     for (Index t = 0; t < rows.rows(); ++t) {
       rows.row(t) *= static_cast<T>(config_.temperature(element(positions, t)));
     }
@@ -123,7 +123,7 @@ void QkvStages<T>::forward(std::span<const Index> positions, const Pass& pass, M
 
 template <std::floating_point T>
 void QkvStages<T>::backward(std::span<const Index> positions, const Matrix<T>& q,
-                            const Matrix<T>& k, Matrix<T>& dq, Matrix<T>& dk, Matrix<T>& dv,
+                            const Matrix<T>& k, MatrixOut<T> dq, MatrixOut<T> dk, MatrixOut<T> dv,
                             Cache& cache) {
   if (config_.temperature_scale > 0.0) temper(positions, dq);
   if (l2_norm_) {

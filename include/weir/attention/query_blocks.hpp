@@ -36,8 +36,8 @@ struct QueryBlocks {
   struct Cache {
     /// [heads, queries]; +infinity for a query that sees no key, so that all its p are zero.
     Scratch<T> logsumexp;
-    Scratch<T> dot;  ///< d_out . out, [heads, queries].
-    RowsApart<T> q, k, v, d_out;
+    Scratch<T> dot;               ///< d_out . out, [heads, queries].
+    RowsApart<T> q, k, v, d_out;  ///< Copies that live as long as the pass that needs them.
   };
 
   const AttentionOperands<T>& in;
@@ -62,7 +62,7 @@ struct QueryBlocks {
 
  private:
   static constexpr Index kRowBlock = 96;
-  static_assert(kBlock % kStrip == 0);
+  static_assert(kBlock % kStrip == 0 && PagedRows<T>::kPage % kRowBlock == 0);
 
   /// The numbers of a head that belong to the queries of a span, which may have none.
   static const T* of_queries(const Scratch<T>& numbers, Index head, const AttentionSpan& span) {
@@ -88,8 +88,9 @@ struct QueryBlocks {
   /// \param own  The key of the block's first query.
   template <class Body>
   void for_each_strip(const AttentionSpan& span, Index own, Index queries, Body&& body) const {
-    for (Index row = in.first_key(span, own); row < own + queries; row += kRowBlock) {
-      const Index capacity = std::min(kRowBlock, span.keys - row);
+    Index capacity = 0;
+    for (Index row = in.first_key(span, own); row < own + queries; row += capacity) {
+      capacity = std::min(in.together(span, row, kRowBlock), span.keys - row);
       const bool padding = in.any_padding(span, row, row + capacity);
       for (Index column = 0; column < queries; column += kStrip) {
         VisibleKeys keys = visible_keys(span, own + column, row, capacity);
@@ -138,8 +139,8 @@ void QueryBlocks<T>::forward(Index s, Index first, Index head, Index apart,
                right);
 
   for_each_strip(span, own, queries, [&](Index column, const VisibleKeys& keys) {
-    const typename Strips::Left left = {
-        rows_of.keys + keys.begin * rows_of.key_stride + kv_head * dim, rows_of.key_stride, 1};
+    const typename Strips::Left left = {rows_of.key(keys.begin) + kv_head * dim, rows_of.key_stride,
+                                        1};
     Strips::multiply(left, keys.count, right + column * dim, dim, scores, false);
     if (softcap > 0) Strips::cap(softcap, keys.count, scores);
     if (keys.partly_hidden) {

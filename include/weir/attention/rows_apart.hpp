@@ -5,9 +5,10 @@
 
 #include <algorithm>
 
+#include <weir/core/function_ref.hpp>
 #include <weir/core/parallel.hpp>
-#include <weir/core/scratch.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
 
 namespace weir {
 
@@ -16,36 +17,37 @@ namespace weir {
 template <class T>
 class RowsApart {
  public:
-  /// Makes room for `rows` rows of `heads` heads, each `dim` wide.
-  void reshape(Index heads, Index rows, Index dim) {
+  /// Takes memory for `rows` rows of `heads` heads, each `dim` wide. It lasts as long as the frame.
+  void reshape(Workspace::Frame& frame, Index heads, Index rows, Index dim) {
+    heads_ = heads;
     height_ = rows;
-    storage_.reshape(heads * rows, dim);
+    dim_ = dim;
+    storage_ = frame.take<T>(heads * rows * dim);
   }
 
-  /// Copies the heads of `rows` rows, which lie `stride` apart, to the rows from `to` on.
-  void copy(const T* from, Index stride, Index rows, Index to);
+  /// Copies the heads of `rows` rows, of which row i lies at `row_of(i)`, to the rows from `to` on.
+  void copy(FunctionRef<const T*(Index)> row_of, Index rows, Index to);
 
-  void set(MatrixIn<T> from, Index heads, Index dim) {
-    reshape(heads, from.rows(), dim);
-    copy(from.data(), from.outerStride(), from.rows(), 0);
+  void set(Workspace::Frame& frame, MatrixIn<T> from, Index heads, Index dim) {
+    reshape(frame, heads, from.rows(), dim);
+    copy([&](Index i) { return from.data() + i * from.outerStride(); }, from.rows(), 0);
   }
 
-  T* at(Index head, Index row) { return storage_.data() + (head * height_ + row) * row_size(); }
-  Index row_size() const { return storage_.cols(); }
+  T* at(Index head, Index row) { return storage_ + (head * height_ + row) * dim_; }
+  Index row_size() const { return dim_; }
 
  private:
-  Scratch<T> storage_;
-  Index height_ = 0;
+  T* storage_ = nullptr;
+  Index heads_ = 0, height_ = 0, dim_ = 0;
 };
 
 template <class T>
-void RowsApart<T>::copy(const T* from, Index stride, Index rows, Index to) {
-  const Index dim = storage_.cols();
-  const Index heads = height_ == 0 ? 0 : storage_.rows() / height_;
-  parallel_rows(rows, heads * dim, [&](Index begin, Index end) {
-    for (Index head = 0; head < heads; ++head) {
-      for (Index row = begin; row < end; ++row) {
-        std::copy_n(from + row * stride + head * dim, dim, at(head, to + row));
+void RowsApart<T>::copy(FunctionRef<const T*(Index)> row_of, Index rows, Index to) {
+  parallel_rows(rows, heads_ * dim_, [&](Index begin, Index end) {
+    for (Index row = begin; row < end; ++row) {
+      const T* const from = row_of(row);
+      for (Index head = 0; head < heads_; ++head) {
+        std::copy_n(from + head * dim_, dim_, at(head, to + row));
       }
     }
   });

@@ -33,13 +33,15 @@ struct Parameter {
   /// Not null only while a model is being loaded: then `value` has its shape and no numbers yet.
   /// They are still elsewhere, from where `set_storage` fetches them, or else `settle`.
   const RowReader<T>* rows = nullptr;
-  bool fresh = false;  ///< The gradient was empty before this step, see `discard`.
+  bool fresh = false;    ///< The gradient was empty before this step, see `discard`.
+  bool reached = false;  ///< Whether `gradient` was called since the last step.
 
   /// Whether an optimizer moves it.
   bool learns() const { return !frozen && grad.size() > 0; }
 
-  /// The gradient, zeroed and sized like `value` on first use.
+  /// The gradient, zeroed and sized like `value` on first use, to be added to.
   Matrix<T>& gradient() {
+    reached = true;
     if (grad.size() == 0) {
       grad.setZero(value.rows(), value.cols());
       fresh = true;
@@ -51,6 +53,7 @@ struct Parameter {
   void discard_gradient() {
     if (fresh) grad.resize(0, 0);
     grad.setZero();
+    reached = false;
   }
 };
 

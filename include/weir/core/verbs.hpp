@@ -37,13 +37,14 @@ template <class T>
 struct ZeroGradients final : Walk<T> {
   void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
     parameter.grad.setZero();
+    parameter.reached = false;
   }
 };
 
 template <class T>
 struct UpdateNodes final : Walk<T> {
   void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
-    parameter.fresh = false;
+    parameter.fresh = parameter.reached = false;
   }
   bool at_node(const Node& node) override {
     node.update();

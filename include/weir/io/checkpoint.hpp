@@ -262,6 +262,7 @@ TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimize
   detail::copy_tensors<T>(weights, into);
   for (const auto& [name, parameter] : parameters(model)) {
     parameter->grad.resize(0, 0);
+    parameter->reached = false;
     if (reached.contains(name))
       parameter->grad.setZero(parameter->value.rows(), parameter->value.cols());
   }

@@ -95,6 +95,13 @@ class Block {
     return cache.branches[branches_.size() - 1].out;
   }
 
+  /// Exchanges the result of the last pass with `cache` for memory that the next pass may have.
+  void swap_output(Cache& cache, Matrix<T>& with) const {
+    Matrix<T>& out = cache.branches[branches_.size() - 1].out;
+    set_shape(with, out.rows(), out.cols());
+    out.swap(with);
+  }
+
   /// Parameters `name_norm.*`, `name.*` and `name_post_norm.*` of each branch.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {

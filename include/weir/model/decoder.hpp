@@ -3,12 +3,10 @@
 /// A decoder-only language model: embedding, blocks, norm, head.
 #pragma once
 
-#include <algorithm>
-#include <array>
 #include <concepts>
 #include <optional>
 #include <span>
-#include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -21,20 +19,14 @@
 #include <weir/core/types.hpp>
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
+#include <weir/model/block_stack.hpp>
+#include <weir/model/decoder_parts.hpp>
 #include <weir/model/language_head.hpp>
-#include <weir/model/logit_scale.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/rows.hpp>
 
 namespace weir {
-
-/// Settings of `Decoder`.
-struct DecoderConfig {
-  double embedding_multiplier = 1.0;  ///< e; Grok-1: sqrt(d_model).
-  double logit_multiplier = 1.0;      ///< m of LogitScale.
-  double logit_softcap = 0.0;         ///< c of LogitScale; 0 stands for none.
-};
 
 /// Maps token ids to the logits of the token that follows each:
 ///
@@ -52,6 +44,8 @@ class Decoder {
  public:
   using Scalar = T;
   using HeadCache = typename LanguageHead<T>::Cache;
+  using State = DecoderState<T>;
+  using HiddenGradient = weir::HiddenGradient<T>;
 
   struct EmbedCache {
     typename Embedding<T>::Cache table;
@@ -61,38 +55,13 @@ class Decoder {
   struct Cache {
     CacheState state;
     EmbedCache embedding;
-    std::vector<typename Block<T>::Cache> layers;       ///< One for each layer, in training.
-    std::array<typename Block<T>::Cache, 2> workspace;  ///< In inference, layers take turns.
+    typename BlockStack<T>::Cache layers;
     typename AnyLayer<T>::Cache norm;
     HeadCache head;
-    Matrix<T> normed;  ///< The head's input.
-    Matrix<T> d_normed, d_hidden;
-    List<Index> last;  ///< The rows of the last new tokens, in decoding.
-    Matrix<T> x_last;  ///< Those rows, if they are not all.
-    std::vector<typename Block<T>::State*> states;  ///< The states of one layer.
-    bool training = false;                          ///< Whether the last pass trained.
-  };
-
-  /// What decoding remembers about one sequence. A copy continues on its own.
-  struct State {
-    std::vector<typename Block<T>::State> layers;
-    Index length = 0;  ///< Tokens so far.
-
-    /// Forgets all tokens but the first `to`, as after a draft that was not accepted.
-    /// \throws ConfigError  unless 0 <= to <= length.
-    /// \throws StateError   if a layer has already forgotten what would then be needed, such as
-    ///                      keys that had left a window. The state cannot be continued then.
-    void truncate(Index to) {
-      expect_in<Index>("Decoder::State::truncate", "length", to, 0, length);
-      for (auto& layer : layers) layer.truncate(to);
-      length = to;
-    }
-  };
-
-  /// The gradient that h gets from elsewhere than the logits; null, or alive while `backward` runs.
-  struct HiddenGradient {
-    const Matrix<T>* hidden = nullptr;  ///< The gradient of `hidden`, [tokens, d_model].
-    const Matrix<T>* normed = nullptr;  ///< The gradient of `normed`, [tokens, d_model].
+    Matrix<T> normed, d_normed, d_hidden;  ///< The head's input, gradients of it and of h.
+    List<Index> last;                      ///< The rows of the last new tokens, in decoding.
+    Matrix<T> x_last;                      ///< Those rows, if they are not all.
+    bool has_logits = false;               ///< Whether the last pass went through the head.
   };
 
   /// \param head     Empty for tied weights.
@@ -106,14 +75,16 @@ class Decoder {
   /// \throws ConfigError  if an id is out of range, that of padding included.
   /// \throws ShapeError   if pass.mask or pass.sequences do not fit.
   const Matrix<T>& forward(TokenIds ids, const Pass& pass, Cache& cache) const {
-    cache.state.begin();
-    pass.check("Decoder::forward", ids.count());
-    const Matrix<T>& logits =
-        run(ids, pass, false, cache,
-            [&](std::size_t l, MatrixIn<T> x, const Pass& own) -> const Matrix<T>& {
-              return layers_[l].forward(x, own, layer_cache(l, own, cache));
-            });
-    return cache.state.finish(*this, pass, logits);
+    const Matrix<T>& x = run_to_head("Decoder::forward", ids, pass, cache);
+    cache.has_logits = true;
+    return cache.state.finish(*this, pass, head(x, pass, cache.head));
+  }
+
+  /// The same up to the head: norm(h), [tokens, d_model]. For LanguageLoss.
+  const Matrix<T>& forward_to_head(TokenIds ids, const Pass& pass, Cache& cache) const {
+    const Matrix<T>& x = run_to_head("Decoder::forward_to_head", ids, pass, cache);
+    cache.has_logits = false;
+    return cache.state.finish(*this, pass, x);
   }
 
   /// Adds to all gradients; the layers' auxiliary losses are part of the objective.
@@ -122,7 +93,17 @@ class Decoder {
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if d_logits does not have the shape of the logits, or a gradient in
   ///                      `also` that of h.
-  void backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradient& also = {});
+  void backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradient& also = {}) {
+    begin_backward(d_logits, true, cache, also);
+    backward_layers(head_backward(d_logits, cache.head), cache, also);
+  }
+
+  /// The same behind `forward_to_head`.
+  /// \param d_normed  [tokens, d_model], the gradient of what it returned.
+  void backward_from_head(MatrixIn<T> d_normed, Cache& cache, const HiddenGradient& also = {}) {
+    begin_backward(d_normed, false, cache, also);
+    backward_layers(d_normed, cache, also);
+  }
 
   /// Continues several sequences at once, each by any number of tokens, for inference. However a
   /// sequence is cut into calls, and whatever others are beside it, its logits are to rounding
@@ -148,9 +129,7 @@ class Decoder {
   /// h behind the blocks, [tokens, d_model], and norm(h), [rows of the logits, d_model], of the
   /// last pass with `cache`. Both live in the cache until its next pass.
   const Matrix<T>& hidden(const Cache& cache) const {
-    if (layers_.empty()) return embedded(cache.embedding);
-    const std::size_t last = layers_.size() - 1;
-    return layers_[last].output(cache.training ? cache.layers[last] : cache.workspace[last % 2]);
+    return layers_.output(embedded(cache.embedding), cache.layers);
   }
   const Matrix<T>& normed(const Cache& cache) const { return cache.normed; }
 
@@ -193,7 +172,7 @@ class Decoder {
   /// parameter any more.
   void set_storage(Storage storage) {
     expect_storable(*this, storage);
-    for (Block<T>& layer : layers_) weir::set_storage(layer, storage);
+    for (Block<T>& layer : layers()) weir::set_storage(layer, storage);
     weir::set_storage(norm_, storage);
     head_.set_storage(storage, embedding_);
   }
@@ -202,7 +181,7 @@ class Decoder {
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     if (!self.head_.is_tied_and_stored()) visit("embedding", self.embedding_);
-    visit("layers", self.layers_);
+    visit("", self.layers_);
     visit("norm", self.norm_);
     visit("head", self.head_);
   }
@@ -211,45 +190,50 @@ class Decoder {
   Index d_model() const { return embedding_.d_model(); }
   bool tied() const { return head_.is_tied(); }
   const DecoderConfig& config() const { return config_; }
-  std::vector<Block<T>>& layers() { return layers_; }
-  const std::vector<Block<T>>& layers() const { return layers_; }
+  /// Whether training computes the layers' forward passes again for less memory, see BlockStack.
+  bool recompute() const { return layers_.recompute(); }
+  void set_recompute(bool recompute) { layers_.set_recompute(recompute); }
+  const LanguageHead<T>& language_head() const { return head_; }
+  std::vector<Block<T>>& layers() { return layers_.layers(); }
+  const std::vector<Block<T>>& layers() const { return layers_.layers(); }
 
  private:
-  /// The common part of `forward` and `decode`; `layer(l, x, pass)` runs layer l.
+  /// h behind the layers, which `layers(x, pass)` runs.
   template <class Run>
-  const Matrix<T>& run(TokenIds ids, const Pass& pass, bool last_only, Cache& cache,
-                       Run&& layer) const {
-    const Matrix<T>* x = &embed(ids, pass, cache.embedding);
-    cache.training = pass.training;
+  const Matrix<T>& run(TokenIds ids, const Pass& pass, Cache& cache, Run&& layers) const {
+    const Matrix<T>& x = embed(ids, pass, cache.embedding);
     Pass own = pass;
     if (own.token_ids.empty()) own.token_ids = cache.embedding.table.ids;
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
-      const PassRecord::Scope scope(pass.record, "layers", static_cast<Index>(l));
-      x = &layer(l, *x, own);
-    }
-    if (last_only && cache.last.count() < x->rows()) {
-      set_shape(cache.x_last, cache.last.count(), d_model());
-      for (Index i = 0; i < cache.last.count(); ++i) cache.x_last.row(i) = x->row(cache.last[i]);
-      x = &cache.x_last;
-    }
-    copy_rows<T>(norm_.forward(*x, pass, cache.norm), cache.normed);
-    return head(cache.normed, pass, cache.head);
+    return layers(x, own);
   }
+
+  const Matrix<T>& set_normed(const Matrix<T>& h, const Pass& pass, Cache& cache) const {
+    copy_rows<T>(norm_.forward(h, pass, cache.norm), cache.normed);
+    return cache.normed;
+  }
+
+  const Matrix<T>& run_to_head(std::string_view where, TokenIds ids, const Pass& pass,
+                               Cache& cache) const {
+    cache.state.begin();
+    pass.check(where, ids.count());
+    const Matrix<T>& h =
+        run(ids, pass, cache, [&](const Matrix<T>& x, const Pass& own) -> const Matrix<T>& {
+          return layers_.forward(x, own, cache.layers);
+        });
+    return set_normed(h, pass, cache);
+  }
+
+  void begin_backward(MatrixIn<T> d, bool of_logits, Cache& cache,
+                      const HiddenGradient& also) const;
+
+  void backward_layers(MatrixIn<T> d_normed, Cache& cache, const HiddenGradient& also);
 
   const Matrix<T>& embedded(const EmbedCache& cache) const {
     return config_.embedding_multiplier == 1.0 ? cache.table.y : cache.x;
   }
 
-  /// Each layer has a cache of its own if `backward` may follow. Otherwise all share two, so that a
-  /// layer does not write to where its input is.
-  typename Block<T>::Cache& layer_cache(std::size_t l, const Pass& pass, Cache& cache) const {
-    if (!pass.training) return cache.workspace[l % 2];
-    cache.layers.resize(layers_.size());
-    return cache.layers[l];
-  }
-
   Embedding<T> embedding_;
-  std::vector<Block<T>> layers_;
+  BlockStack<T> layers_;
   AnyLayer<T> norm_;
   LanguageHead<T> head_;
   DecoderConfig config_;
@@ -259,7 +243,7 @@ template <std::floating_point T>
 Decoder<T>::Decoder(Embedding<T> embedding, std::vector<Block<T>> layers, AnyLayer<T> norm,
                     std::optional<Linear<T>> head, const DecoderConfig& config)
     : embedding_(std::move(embedding)),
-      layers_(std::move(layers)),
+      layers_(std::move(layers), config.recompute),
       norm_(std::move(norm)),
       head_("Decoder", std::move(head),
             {.multiplier = config.logit_multiplier, .softcap = config.logit_softcap}),
@@ -273,26 +257,36 @@ Decoder<T>::Decoder(Embedding<T> embedding, std::vector<Block<T>> layers, AnyLay
 }
 
 template <std::floating_point T>
-void Decoder<T>::backward(MatrixIn<T> d_logits, Cache& cache, const HiddenGradient& also) {
-  const auto expect_like_h = [&](std::string_view name, const Matrix<T>* d) {
-    if (d == nullptr) return;
-    expect_shape("Decoder::backward", name, *d, hidden(cache).rows(), d_model());
+void Decoder<T>::begin_backward(MatrixIn<T> d, bool of_logits, Cache& cache,
+                                const HiddenGradient& also) const {
+  const auto where = of_logits ? "Decoder::backward" : "Decoder::backward_from_head";
+  const auto expect_like_h = [&](std::string_view what, const Matrix<T>* gradient) {
+    if (gradient != nullptr) expect_shape(where, what, *gradient, hidden(cache).rows(), d_model());
   };
   if (cache.state.is_filled()) {
     expect_like_h("also.hidden", also.hidden);
     expect_like_h("also.normed", also.normed);
+    if (cache.has_logits != of_logits) {
+      throw_error<StateError>(
+          where, ": the cache was filled by Decoder::", of_logits ? "forward_to_head" : "forward",
+          ", expected Decoder::", of_logits ? "forward" : "forward_to_head");
+    }
   }
-  cache.state.begin_backward("Decoder::backward", *this, d_logits, "d_logits");
-  const auto sum = [](const Matrix<T>& a, const Matrix<T>* b, Matrix<T>& place) {
-    if (b == nullptr) return &a;
+  cache.state.begin_backward(where, *this, d, of_logits ? "d_logits" : "d_normed");
+}
+
+template <std::floating_point T>
+void Decoder<T>::backward_layers(MatrixIn<T> d_normed, Cache& cache, const HiddenGradient& also) {
+  using In = Eigen::Ref<const Matrix<T>>;
+  const auto sum = [](const In& a, const Matrix<T>* b, Matrix<T>& place) -> In {
+    if (b == nullptr) return a;
     set_shape(place, a.rows(), a.cols());
     add_rows<T>(a, *b, place);
-    return static_cast<const Matrix<T>*>(&place);
+    return place;
   };
-  const Matrix<T>* d = sum(head_backward(d_logits, cache.head), also.normed, cache.d_normed);
-  d = sum(norm_.backward(*d, cache.norm), also.hidden, cache.d_hidden);
-  for (std::size_t l = layers_.size(); l-- > 0;) d = &layers_[l].backward(*d, cache.layers[l]);
-  embed_backward(*d, cache.embedding);
+  const In behind = sum(d_normed, also.normed, cache.d_normed);
+  const In d = sum(norm_.backward(behind, cache.norm), also.hidden, cache.d_hidden);
+  embed_backward(layers_.backward(d, embedded(cache.embedding), cache.layers), cache.embedding);
 }
 
 template <std::floating_point T>
@@ -305,24 +299,29 @@ const Matrix<T>& Decoder<T>::decode(TokenIds ids, const Pass& pass, std::span<St
   own.training = false;
   own.aux_scale = 0.0;
   own.mask = {};  // It has no padding, and may not fit the rows of last_only.
-  for (State* state : states) state->layers.resize(layers_.size());
-  const auto end_of = [&](std::size_t s) {
-    return pass.sequences == nullptr ? ids.count() : pass.sequences->end(static_cast<Index>(s));
+  for (State* state : states) state->layers.resize(layers().size());
+  const auto count_of = [&](std::size_t s) {
+    return pass.sequences == nullptr ? ids.count() : pass.sequences->length(static_cast<Index>(s));
   };
   cache.last.clear();
-  for (std::size_t s = 0; s < states.size(); ++s) {
-    if (end_of(s) > (s == 0 ? 0 : end_of(s - 1))) cache.last.push_back(end_of(s) - 1);
+  for (std::size_t s = 0, end = 0; s < states.size(); ++s) {
+    end += static_cast<std::size_t>(count_of(s));
+    if (count_of(s) > 0) cache.last.push_back(static_cast<Index>(end) - 1);
   }
-  const Matrix<T>& logits =
-      run(ids, own, last_only, cache,
-          [&](std::size_t l, MatrixIn<T> x, const Pass& with_ids) -> const Matrix<T>& {
-            cache.states.clear();
-            for (State* state : states) cache.states.push_back(&state->layers[l]);
-            return layers_[l].decode(x, with_ids, cache.states, layer_cache(l, with_ids, cache));
-          });
-  for (std::size_t s = 0; s < states.size(); ++s) {
-    states[s]->length += end_of(s) - (s == 0 ? 0 : end_of(s - 1));
+  const Matrix<T>* h =
+      &run(ids, own, cache, [&](const Matrix<T>& x, const Pass& with_ids) -> const Matrix<T>& {
+        const auto state_of = [&](std::size_t s, std::size_t l) -> auto& {
+          return states[s]->layers[l];
+        };
+        return layers_.decode(x, with_ids, states.size(), state_of, cache.layers);
+      });
+  if (last_only && cache.last.count() < h->rows()) {
+    set_shape(cache.x_last, cache.last.count(), d_model());
+    for (Index i = 0; i < cache.last.count(); ++i) cache.x_last.row(i) = h->row(cache.last[i]);
+    h = &cache.x_last;
   }
+  const Matrix<T>& logits = head(set_normed(*h, own, cache), own, cache.head);
+  for (std::size_t s = 0; s < states.size(); ++s) states[s]->length += count_of(s);
   return logits;
 }
 

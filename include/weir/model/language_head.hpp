@@ -58,6 +58,19 @@ class LanguageHead {
   /// \throws ShapeError   if d_logits does not have the shape of the logits.
   const Matrix<T>& backward(MatrixIn<T> d_logits, Embedding<T>& embedding, Cache& cache);
 
+  /// The logits of the last forward pass with `cache`.
+  const Matrix<T>& logits(const Cache& cache) const {
+    return linear_ && scale_.is_identity() ? cache.linear.y : cache.logits;
+  }
+
+  /// Where the gradient of these logits may be written before `backward`: in their own place, if
+  /// `backward` does not need them.
+  Matrix<T>& gradient_place(Cache& cache) const {
+    if (scale_.is_identity()) return linear_ ? cache.linear.y : cache.logits;
+    set_shape(cache.d_z, cache.logits.rows(), cache.logits.cols());
+    return cache.d_z;
+  }
+
   /// Stores a tied head beside the embedding.
   void set_storage(Storage storage, const Embedding<T>& embedding) {
     if (linear_) return linear_->set_storage(storage);

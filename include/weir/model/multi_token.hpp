@@ -20,32 +20,15 @@
 #include <weir/core/token_ids.hpp>
 #include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/model/any_layer.hpp>
 #include <weir/model/block.hpp>
 #include <weir/model/decoder.hpp>
-#include <weir/nn/cross_entropy.hpp>
+#include <weir/model/language_loss.hpp>
+#include <weir/model/multi_token_module.hpp>
 #include <weir/nn/linear.hpp>
 
 namespace weir {
-
-/// One module of `MultiToken`, without what it shares with the main model.
-template <std::floating_point T>
-struct MultiTokenModule {
-  AnyLayer<T> embedding_norm;
-  AnyLayer<T> hidden_norm;
-  Linear<T> projection;  ///< [d_model, 2 d_model]; its first d_model columns are the embedding's.
-  Block<T> layer;
-  AnyLayer<T> norm;  ///< The norm in front of the shared head.
-
-  template <class Self, class Visit>
-  static void visit(Self& self, Visit& visit) {
-    visit("embedding_norm", self.embedding_norm);
-    visit("hidden_norm", self.hidden_norm);
-    visit("projection", self.projection);
-    visit("layer", self.layer);
-    visit("norm", self.norm);
-  }
-};
 
 /// What the main model gives to the first module: its h behind the last block, either before or
 /// after the norm in front of the head.
@@ -110,8 +93,8 @@ class MultiToken {
     typename AnyLayer<T>::Cache embedding_norm, hidden_norm, norm;
     typename Linear<T>::Cache projection;
     typename Block<T>::Cache layer;
-    typename Decoder<T>::HeadCache head;
-    typename CrossEntropy<T>::Cache loss;
+    typename Decoder<T>::HeadCache head;  ///< In decoding.
+    typename LanguageLoss<T>::Cache loss;
     Matrix<T> d_h;  ///< The gradient of h^k.
   };
 
@@ -120,6 +103,7 @@ class MultiToken {
     std::vector<ModuleCache> modules;
     std::vector<T> losses;  ///< L_k, without lambda / D.
     Matrix<T> d_source;     ///< The gradient of h^0.
+    Workspace workspace;    ///< What modules need while they run.
   };
 
   /// \param modules  The D modules.
@@ -208,12 +192,14 @@ class MultiToken {
 
   std::vector<MultiTokenModule<T>> modules_;
   MultiTokenConfig config_;
-  CrossEntropy<T> loss_;
+  LanguageLoss<T> loss_;
 };
 
 template <std::floating_point T>
 MultiToken<T>::MultiToken(std::vector<MultiTokenModule<T>> modules, const MultiTokenConfig& config)
-    : modules_(std::move(modules)), config_(config), loss_({.ignore_index = config.ignore_index}) {
+    : modules_(std::move(modules)),
+      config_(config),
+      loss_({.cross_entropy = {.ignore_index = config.ignore_index}}) {
   expect_at_least<std::size_t>("MultiToken", "modules", modules_.size(), 1);
   for (std::size_t k = 0; k < modules_.size(); ++k) {
     const Linear<T>& projection = modules_[k].projection;
@@ -230,6 +216,7 @@ T MultiToken<T>::forward(const Decoder<T>& model, const typename Decoder<T>::Cac
                          TokenIds ids, TokenIds targets, const Pass& pass, Cache& cache,
                          Index tokens) const {
   cache.state.begin();
+  const Workspace::Lend lend(&cache.workspace);
   const Matrix<T>& source =
       config_.source == HiddenSource::kHidden ? model.hidden(main) : model.normed(main);
   check(source, ids, targets, pass);
@@ -256,9 +243,8 @@ T MultiToken<T>::forward(const Decoder<T>& model, const typename Decoder<T>::Cac
     const PassRecord::Scope module_scope(pass.record, "modules", static_cast<Index>(k));
     const PassRecord::Scope layer_scope(pass.record, "layer");
     h = &modules_[k].layer.forward(join(k, model, own.ids, own.h, inner, own), inner, own.layer);
-    const Matrix<T>& logits =
-        model.head(modules_[k].norm.forward(*h, inner, own.norm), inner, own.head);
-    cache.losses[k] = loss_.forward(logits, own.targets, own.loss, tokens);
+    const Matrix<T>& normed = modules_[k].norm.forward(*h, inner, own.norm);
+    cache.losses[k] = loss_.forward(model, normed, own.targets, inner, own.loss, tokens);
   }
   T sum = T(0);
   for (const T loss : cache.losses) sum += loss;
@@ -270,12 +256,12 @@ template <std::floating_point T>
 typename Decoder<T>::HiddenGradient MultiToken<T>::backward(Decoder<T>& model, Cache& cache) {
   cache.state.begin_backward("MultiToken::backward", *this, cache.d_source);
   const Index d = d_model();
+  const Workspace::Lend lend(&cache.workspace);
   for (std::size_t k = modules_.size(); k-- > 0;) {
     ModuleCache& own = cache.modules[k];
     MultiTokenModule<T>& module = modules_[k];
-    const Matrix<T>& d_logits = loss_.backward(own.loss, scale());
     const Matrix<T>& d_head =
-        module.norm.backward(model.head_backward(d_logits, own.head), own.norm);
+        module.norm.backward(loss_.backward(model, own.loss, scale()), own.norm);
     const Matrix<T>* dh = &d_head;
     if (k + 1 < modules_.size()) {
       own.d_h += d_head;  // The next module has put its part there.

@@ -51,6 +51,7 @@ class CrossEntropy {
     Matrix<T> logits, d_logits;
     List<T> log_normaliser;  ///< Z, one per token.
     List<Index> targets;
+    double nll_sum = 0.0, square_sum = 0.0;  ///< The sums over the rows so far.
   };
 
   /// \throws ConfigError  if `z_loss` is negative or not finite.
@@ -79,9 +80,26 @@ class CrossEntropy {
   /// \throws StateError   if the cache is empty or its last forward pass failed.
   const Matrix<T>& backward(Cache& cache, T scale = T(1)) const;
 
+  /// The same for logits that are there a few rows at a time: `begin`, `add_rows` for all rows in
+  /// their order, `end`. See LanguageLoss.
+  /// \param rows     How many tokens there are in all.
+  void begin(Index rows, Index vocab, TokenIds targets, Cache& cache, Index tokens = 0,
+             std::span<const std::uint8_t> mask = {}) const;
+
+  /// \param logits   The rows from `first` on, [rows, vocab].
+  void add_rows(MatrixIn<T> logits, Index first, Cache& cache) const;
+
+  /// Returns the loss.
+  T end(Cache& cache) const;
+
+  /// Sets d_logits, which may be `logits`, to what `backward` returns for these rows.
+  /// \param logits   As given to `add_rows`.
+  void backward_rows(MatrixIn<T> logits, Index first, const Cache& cache, T scale,
+                     MatrixOut<T> d_logits) const;
+
  private:
   /// Returns N.
-  Index check(MatrixIn<T> logits, TokenIds targets, Index tokens) const;
+  Index check(Index rows, Index vocab, TokenIds targets, Index tokens) const;
 
   CrossEntropyConfig config_;
 };
@@ -90,45 +108,18 @@ template <class T>
 T CrossEntropy<T>::forward(MatrixIn<T> logits, TokenIds targets, Cache& cache, Index tokens,
                            std::span<const std::uint8_t> mask) const {
   cache.state.begin();
-  targets.copy_to(cache.targets);
-  if (!mask.empty() && static_cast<Index>(mask.size()) != logits.rows()) {
-    throw_error<ShapeError>("CrossEntropy::forward: mask has ", mask.size(), " entries, expected ",
-                            logits.rows(), " (one per token)");
-  }
-  const Index targeted = mask.empty() ? 0 : std::min(cache.targets.count(), logits.rows());
-  for (Index t = 0; t < targeted; ++t) {
-    if (element(mask, t) == 0) cache.targets[t] = config_.ignore_index;
-  }
-  cache.tokens = check(logits, cache.targets, tokens);
+  begin(logits.rows(), logits.cols(), targets, cache, tokens, mask);
   set_shape(cache.logits, logits.rows(), logits.cols());
-  cache.log_normaliser.resize(targets.count());
-  parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
+  parallel_rows(logits.rows(), logits.cols(), [&](Index begin, Index end) {
     for (Index t = begin; t < end; ++t) {
       if (cache.targets[t] == config_.ignore_index) continue;  // Nobody reads the row.
       std::copy_n(&logits.coeffRef(t, 0), logits.cols(), &cache.logits(t, 0));
-      cache.log_normaliser[t] = logsumexp<T>(row_span(cache.logits, t));
     }
   });
-
-  double nll = 0.0;
-  double squares = 0.0;
-  for (Index t = 0; t < logits.rows(); ++t) {
-    const Index target = cache.targets[t];
-    if (target == config_.ignore_index) continue;
-    const auto z = static_cast<double>(cache.log_normaliser[t]);
-    const double loss = z - static_cast<double>(logits(t, target));
-    if (!std::isfinite(loss)) {
-      throw_error<NonFiniteError>("CrossEntropy::forward: row ", t, " of logits has log sum exp ",
-                                  z, " and target logit ", logits(t, target), ", expected finite");
-    }
-    nll += loss;
-    squares += z * z;
-  }
-  const auto divisor = static_cast<double>(std::max<Index>(1, cache.tokens));
-  cache.nll = static_cast<T>(nll / divisor);
-  cache.z_loss = static_cast<T>(config_.z_loss * squares / divisor);
+  add_rows(logits, 0, cache);
+  const T loss = end(cache);
   cache.state.finish(*this, kTraining, cache.logits);
-  return static_cast<T>((nll + config_.z_loss * squares) / divisor);
+  return loss;
 }
 
 template <class T>
@@ -137,42 +128,95 @@ const Matrix<T>& CrossEntropy<T>::backward(Cache& cache, T scale) const {
     throw_error<StateError>(
         "CrossEntropy::backward: the cache is empty, expected a forward pass that succeeded");
   }
-  const Matrix<T>& logits = cache.logits;
-  const T share = scale / static_cast<T>(std::max<Index>(1, cache.tokens));
-  set_shape(cache.d_logits, logits.rows(), logits.cols());
-  parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
-    for (Index t = begin; t < end; ++t) {
-      const Index target = cache.targets[t];
-      if (target == config_.ignore_index) {
-        cache.d_logits.row(t).setZero();
-        continue;
-      }
-      const T z = cache.log_normaliser[t];
-      const T factor = share * (T(1) + T(2) * static_cast<T>(config_.z_loss) * z);
-      const auto f = [=](const Lanes<T>& logit) -> Lanes<T> {
-        return factor * exp_lanes<T>(logit - z);
-      };
-      map_lanes<T>(logits.cols(), f, &cache.d_logits(t, 0), &logits.coeffRef(t, 0));
-      cache.d_logits(t, target) -= share;
-    }
-  });
+  set_shape(cache.d_logits, cache.logits.rows(), cache.logits.cols());
+  backward_rows(cache.logits, 0, cache, scale, cache.d_logits);
   return cache.d_logits;
 }
 
 template <class T>
-Index CrossEntropy<T>::check(MatrixIn<T> logits, TokenIds targets, Index tokens) const {
+void CrossEntropy<T>::begin(Index rows, Index vocab, TokenIds targets, Cache& cache, Index tokens,
+                            std::span<const std::uint8_t> mask) const {
+  targets.copy_to(cache.targets);
+  if (!mask.empty() && static_cast<Index>(mask.size()) != rows) {
+    throw_error<ShapeError>("CrossEntropy::forward: mask has ", mask.size(), " entries, expected ",
+                            rows, " (one per token)");
+  }
+  const Index targeted = mask.empty() ? 0 : std::min(cache.targets.count(), rows);
+  for (Index t = 0; t < targeted; ++t) {
+    if (element(mask, t) == 0) cache.targets[t] = config_.ignore_index;
+  }
+  cache.tokens = check(rows, vocab, cache.targets, tokens);
+  cache.log_normaliser.resize(rows);
+  cache.nll_sum = cache.square_sum = 0.0;
+}
+
+template <class T>
+void CrossEntropy<T>::add_rows(MatrixIn<T> logits, Index first, Cache& cache) const {
+  parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      if (cache.targets[first + t] == config_.ignore_index) continue;
+      const T* const row = &logits.coeffRef(t, 0);
+      cache.log_normaliser[first + t] = logsumexp<T>(span_of(row, logits.cols()));
+    }
+  });
+  for (Index t = 0; t < logits.rows(); ++t) {
+    const Index target = cache.targets[first + t];
+    if (target == config_.ignore_index) continue;
+    const auto z = static_cast<double>(cache.log_normaliser[first + t]);
+    const double loss = z - static_cast<double>(logits(t, target));
+    if (!std::isfinite(loss)) {
+      throw_error<NonFiniteError>("CrossEntropy::forward: row ", first + t,
+                                  " of logits has log sum exp ", z, " and target logit ",
+                                  logits(t, target), ", expected finite");
+    }
+    cache.nll_sum += loss;
+    cache.square_sum += z * z;
+  }
+}
+
+template <class T>
+T CrossEntropy<T>::end(Cache& cache) const {
+  const auto divisor = static_cast<double>(std::max<Index>(1, cache.tokens));
+  cache.nll = static_cast<T>(cache.nll_sum / divisor);
+  cache.z_loss = static_cast<T>(config_.z_loss * cache.square_sum / divisor);
+  return static_cast<T>((cache.nll_sum + config_.z_loss * cache.square_sum) / divisor);
+}
+
+template <class T>
+void CrossEntropy<T>::backward_rows(MatrixIn<T> logits, Index first, const Cache& cache, T scale,
+                                    MatrixOut<T> d_logits) const {
+  const T share = scale / static_cast<T>(std::max<Index>(1, cache.tokens));
+  parallel_rows(logits.rows(), 4 * logits.cols(), [&](Index begin, Index end) {
+    for (Index t = begin; t < end; ++t) {
+      const Index target = cache.targets[first + t];
+      if (target == config_.ignore_index) {
+        d_logits.row(t).setZero();
+        continue;
+      }
+      const T z = cache.log_normaliser[first + t];
+      const T factor = share * (T(1) + T(2) * static_cast<T>(config_.z_loss) * z);
+      const auto f = [=](const Lanes<T>& logit) -> Lanes<T> {
+        return factor * exp_lanes<T>(logit - z);
+      };
+      map_lanes<T>(logits.cols(), f, &d_logits(t, 0), &logits.coeffRef(t, 0));
+      d_logits(t, target) -= share;
+    }
+  });
+}
+
+template <class T>
+Index CrossEntropy<T>::check(Index rows, Index vocab, TokenIds targets, Index tokens) const {
   expect_at_least<Index>("CrossEntropy::forward", "tokens", tokens, 0);
-  if (targets.count() != logits.rows()) {
+  if (targets.count() != rows) {
     throw_error<ShapeError>("CrossEntropy::forward: targets has ", targets.count(),
-                            " entries, expected ", logits.rows(), " (one per token)");
+                            " entries, expected ", rows, " (one per token)");
   }
   Index counted = 0;
   for (Index t = 0; t < targets.count(); ++t) {
     if (targets[t] == config_.ignore_index) continue;
-    if (targets[t] < 0 || targets[t] >= logits.cols()) {
+    if (targets[t] < 0 || targets[t] >= vocab) {
       throw_error<ConfigError>("CrossEntropy::forward: targets[", t, "] = ", targets[t],
-                               ", expected 0 <= target < ", logits.cols(), " or ",
-                               config_.ignore_index);
+                               ", expected 0 <= target < ", vocab, " or ", config_.ignore_index);
     }
     ++counted;
   }

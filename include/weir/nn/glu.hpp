@@ -13,6 +13,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
@@ -73,7 +74,8 @@ class Glu {
   struct Cache {
     CacheState state;
     Matrix<T> x, gate, up, h, y;
-    Matrix<T> dy, dh, d_gate, d_up, dx;
+    Matrix<T> dy, dx;
+    Workspace workspace;  ///< For the gradients of hidden numbers.
     PaddingRows padding;
     PackedGluCache<T> packed;
   };
@@ -183,21 +185,22 @@ template <std::floating_point T, Activation Act>
 const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   expect_trainable("Glu::backward", storage_);
   cache.state.begin_backward("Glu::backward", *this, dy);
-  set_shape(cache.dh, dy.rows(), d_hidden());
-  set_shape(cache.d_gate, dy.rows(), d_hidden());
-  set_shape(cache.d_up, dy.rows(), d_hidden());
+  Workspace::Frame frame(cache.workspace);
+  auto dh = frame.matrix<T>(dy.rows(), d_hidden());
+  auto d_gate = frame.matrix<T>(dy.rows(), d_hidden());
+  auto d_up = frame.matrix<T>(dy.rows(), d_hidden());
   set_shape(cache.dx, dy.rows(), d_model());
 
   const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dy, cache.dy);
-  const Product<T> behind[] = {product_nn<T>(d, down_.value, cache.dh),
+  const Product<T> behind[] = {product_nn<T>(d, down_.value, dh),
                                product_tn<T>(d, cache.h, down_.gradient(), true)};
   multiply<T>(behind);
-  glu_backward<Act, T>(cache.gate, cache.up, cache.dh, cache.d_gate, cache.d_up);
-  const Product<T> before[] = {product_nn<T>(cache.d_gate, gate_.value, cache.dx),
-                               product_tn<T>(cache.d_gate, cache.x, gate_.gradient(), true),
-                               product_tn<T>(cache.d_up, cache.x, up_.gradient(), true)};
+  glu_backward<Act, T>(cache.gate, cache.up, dh, d_gate, d_up);
+  const Product<T> before[] = {product_nn<T>(d_gate, gate_.value, cache.dx),
+                               product_tn<T>(d_gate, cache.x, gate_.gradient(), true),
+                               product_tn<T>(d_up, cache.x, up_.gradient(), true)};
   multiply<T>(before);
-  multiply_nn<T>(cache.d_up, up_.value, cache.dx, true);
+  multiply_nn<T>(d_up, up_.value, cache.dx, true);
   return cache.dx;
 }
 

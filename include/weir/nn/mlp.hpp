@@ -13,6 +13,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/activation.hpp>
 #include <weir/ops/padding.hpp>
@@ -60,7 +61,8 @@ class Mlp {
   struct Cache {
     CacheState state;
     Matrix<T> x, z, h, y;
-    Matrix<T> dy, dh, dz, dx;
+    Matrix<T> dy, dx;
+    Workspace workspace;  ///< For the gradients of hidden numbers.
     PaddingRows padding;
   };
 
@@ -172,13 +174,13 @@ template <std::floating_point T, Activation Act>
 const Matrix<T>& Mlp<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   expect_trainable("Mlp::backward", in_.storage());
   cache.state.begin_backward("Mlp::backward", *this, dy);
-  set_shape(cache.dh, dy.rows(), d_hidden());
-  set_shape(cache.dz, dy.rows(), d_hidden());
+  Workspace::Frame frame(cache.workspace);
+  auto dh = frame.matrix<T>(dy.rows(), d_hidden());
+  auto dz = frame.matrix<T>(dy.rows(), d_hidden());
   set_shape(cache.dx, dy.rows(), d_model());
-  linear_backward<T>(cache.padding.template cleared<T>(dy, cache.dy), cache.h, out_, out_bias_,
-                     cache.dh);
-  activation_backward<Act, T>(cache.z, cache.dh, cache.dz);
-  linear_backward<T>(cache.dz, cache.x, in_, in_bias_, cache.dx);
+  linear_backward<T>(cache.padding.template cleared<T>(dy, cache.dy), cache.h, out_, out_bias_, dh);
+  activation_backward<Act, T>(cache.z, dh, dz);
+  linear_backward<T>(dz, cache.x, in_, in_bias_, cache.dx);
   return cache.dx;
 }
 

@@ -32,11 +32,11 @@ void clamp_forward(double bound, Matrix<T>& x, List<std::uint8_t>* outside) {
 
 /// The gradient is zero where x was outside.
 /// \param d  The gradient of what `clamp_forward` wrote, which becomes that of what it read.
-template <class T>
-void clamp_backward(const List<std::uint8_t>& outside, Matrix<T>& d) {
+template <class Rows>
+void clamp_backward(const List<std::uint8_t>& outside, Rows& d) {
   parallel_pieces(1, d.size(), 1, [&](Index, Index begin, Index count) {
     for (Index i = begin; i < begin + count; ++i) {
-      if (outside[i] != 0) d.data()[i] = T(0);
+      if (outside[i] != 0) d.data()[i] = 0;
     }
   });
 }

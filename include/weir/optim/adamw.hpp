@@ -18,33 +18,11 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
+#include <weir/optim/adamw_state.hpp>
 #include <weir/optim/parameter_group.hpp>
 #include <weir/optim/parameter_states.hpp>
 
 namespace weir {
-
-/// What AdamW remembers about one parameter.
-template <class T>
-struct Moments {
-  Matrix<T> first;   ///< m, shaped like the parameter; empty until its first update.
-  Matrix<T> second;  ///< v, shaped like the parameter; empty until its first update.
-  Index steps = 0;   ///< t: how many updates the parameter has had.
-};
-
-/// The state of AdamW for one parameter: the moments, and what its group set.
-template <class T>
-struct AdamWState {
-  Moments<T> moments = {};
-  double learning_rate_factor = 1.0;
-  std::optional<double> weight_decay = {};
-};
-
-/// The moments of the parameter called `name`.
-template <class T>
-struct NamedMoments {
-  std::string name;
-  Moments<T>* moments;
-};
 
 /// Settings of AdamW. The defaults are those of language models, not those of PyTorch.
 struct AdamWConfig {
@@ -54,6 +32,9 @@ struct AdamWConfig {
   double epsilon = 1e-8;
   double weight_decay = 0.1;
   bool decay_vectors = false;  ///< Whether one-row parameters (norm weights, biases) decay too.
+  /// Whether parameters that no backward pass reached since the last step, such as experts without
+  /// tokens, miss the step until a later one catches up on it.
+  bool lazy = false;
   std::vector<ParameterGroup> groups = {};  ///< The first that matches a name applies to it.
 };
 
@@ -77,6 +58,12 @@ struct AdamWConfig {
 ///   got a token), is left alone, also by weight decay.
 /// - One whose gradient is zero, because no backward pass reached it since the last step, is
 ///   updated like others. Its moments fade, and with them its movement; weight decay goes on.
+///   With `lazy`, it is not touched, so that a step costs what the experts with tokens cost. The
+///   next step after a backward pass has reached it catches up on what it missed (see MissedSteps),
+///   as does `catch_up`. Until then the model computes with the value it had: a token that comes to
+///   the expert first sees it as it was when its last token left. This, and the little that
+///   MissedSteps tells of epsilon, is all that differs from a step without `lazy`. Which parameters
+///   were reached is known from `Parameter::gradient`, through which gradients have to be added.
 ///
 /// A NaN in a gradient goes through to the value; `clip_global_norm` before each step refuses it.
 template <std::floating_point T>
@@ -98,6 +85,14 @@ class AdamW {
     const auto make = [&](std::string_view name) { return new_state(name); };
     update_all(states_.find("AdamW::step", model, make));
     update(model);
+  }
+
+  /// Catches up on the steps that parameters of `model` have missed, as before it is saved or
+  /// evaluated. Steps without `lazy` miss none.
+  template <class Model>
+  void catch_up(Model& model) {
+    const auto make = [&](std::string_view name) { return new_state(name); };
+    run(states_.find("AdamW::catch_up", model, make), false);
   }
 
   const AdamWConfig& config() const { return config_; }
@@ -145,7 +140,9 @@ class AdamW {
 
  private:
   static SavedState<T> saved(std::string_view name, Moments<T>& m) {
-    return {std::string(name), {{"first", &m.first}, {"second", &m.second}}, &m.steps};
+    return {std::string(name),
+            {{"first", &m.first}, {"second", &m.second}, {"missed", &m.missed}},
+            &m.steps};
   }
 
   using State = AdamWState<T>;
@@ -158,35 +155,38 @@ class AdamW {
   static constexpr Index kBlock = 512;
   static constexpr Index kTaskBlocks = 32;
 
-  // The update of one step: w <- keep * w - rate * m / (root * sqrt(v) + epsilon).
-  struct Coefficients {
-    T keep = T(1);
-    T rate = T(0);
-    T root = T(1);
-  };
-
   // A parameter of the model during a step.
   struct Active {
     Parameter<T>* parameter = nullptr;
     const std::string* name = nullptr;
     State* state = nullptr;
     Index begin = 0, end = 0;  // The range of its blocks.
-    Coefficients coefficients = {};
+    bool steps = false;        // Whether it takes the step.
+    bool behind = false;       // Whether it has missed some before it.
+    AdamWCoefficients<T> coefficients = {};
   };
 
   State new_state(std::string_view name) const;
 
   // What a step does with the parameters found.
-  void update_all(const List<typename ParameterStates<T, State>::Found>& found);
+  void update_all(const List<typename ParameterStates<T, State>::Found>& found) {
+    run(found, true);
+    ++steps_;
+  }
+
+  // Lets the parameters that have been reached take a step, if `stepping`, and those that move
+  // catch up on what they missed.
+  void run(const List<typename ParameterStates<T, State>::Found>& found, bool stepping);
 
   static void check(const Active& active);
 
   static void allocate(const Active& active);
 
-  void prepare(Active& active) const;
+  // The coefficients of the parameter's next step.
+  AdamWCoefficients<T> next(const Active& active) const;
 
   // Updates one block of a parameter, from element `begin` on.
-  void update_block(const Active& active, Index begin) const;
+  void update_block(const Active& active, Index begin, bool stepping) const;
 
   AdamWConfig config_;
   ParameterStates<T, State> states_;
@@ -208,7 +208,9 @@ template <std::floating_point T>
 std::vector<SavedState<T>> AdamW<T>::saved_states() {
   std::vector<SavedState<T>> all;
   for (auto& [name, state] : states_.all()) {
-    if (state.moments.first.size() > 0) all.push_back(saved(name, state.moments));
+    SavedState<T> of_parameter = saved(name, state.moments);
+    std::erase_if(of_parameter.matrices, [](const auto& m) { return m.second->size() == 0; });
+    if (!of_parameter.matrices.empty()) all.push_back(std::move(of_parameter));
   }
   return all;
 }
@@ -224,21 +226,35 @@ AdamWState<T> AdamW<T>::new_state(std::string_view name) const {
 }
 
 template <std::floating_point T>
-void AdamW<T>::update_all(const List<typename ParameterStates<T, State>::Found>& found) {
+void AdamW<T>::run(const List<typename ParameterStates<T, State>::Found>& found, bool stepping) {
   active_.clear();
   for (const auto& [parameter, named] : found) {
-    active_.push_back({parameter, &named->name, &named->state});
+    Active active = {parameter, &named->name, &named->state};
+    const bool learns = parameter->learns();
+    active.steps = stepping && learns && (parameter->reached || !config_.lazy);
+    active.behind = !parameter->frozen && MissedSteps<T>(named->state.moments.missed).any();
+    active_.push_back(active);
   }
   for (const Active& active : active_) check(active);
   for (const Active& active : active_) {
-    if (active.parameter->learns()) allocate(active);
+    if (active.steps) allocate(active);
   }
   Index blocks = 0;
   for (Active& active : active_) {
+    Moments<T>& moments = active.state->moments;
+    const bool misses = stepping && active.parameter->learns() && !active.steps;
+    if (stepping && (active.steps || misses)) {
+      ++moments.steps;
+      active.coefficients = next(active);
+    }
+    if (misses) {
+      MissedSteps<T>(moments.missed).add(active.coefficients, config_.beta1, config_.beta2);
+    }
+    // A gradient that is not used is cleared all the same.
+    const bool touched = stepping ? !misses : active.behind;
     active.begin = blocks;
-    blocks += (active.parameter->value.size() + kBlock - 1) / kBlock;
+    if (touched) blocks += (active.parameter->value.size() + kBlock - 1) / kBlock;
     active.end = blocks;
-    if (active.parameter->learns()) prepare(active);
   }
   parallel_for((blocks + kTaskBlocks - 1) / kTaskBlocks, [&](Index task) {
     const Index begin = task * kTaskBlocks;
@@ -247,10 +263,13 @@ void AdamW<T>::update_all(const List<typename ParameterStates<T, State>::Found>&
                                        [&](const Active& a) { return a.end <= begin; });
     for (Index block = begin; block < end; ++block) {
       while (active->end <= block) ++active;
-      update_block(*active, (block - active->begin) * kBlock);
+      update_block(*active, (block - active->begin) * kBlock, stepping);
     }
   });
-  ++steps_;
+  for (Active& active : active_) {
+    const bool caught_up = active.behind && active.begin < active.end;
+    if (caught_up) MissedSteps<T>(active.state->moments.missed).clear();
+  }
 }
 
 template <std::floating_point T>
@@ -272,34 +291,44 @@ void AdamW<T>::allocate(const Active& active) {
 }
 
 template <std::floating_point T>
-void AdamW<T>::prepare(Active& active) const {
-  const Matrix<T>& value = active.parameter->value;
-  Moments<T>& moments = active.state->moments;
-  ++moments.steps;
-  const auto t = static_cast<double>(moments.steps);
-  const bool decays = value.rows() != 1 || config_.decay_vectors;
+AdamWCoefficients<T> AdamW<T>::next(const Active& active) const {
+  const auto t = static_cast<double>(active.state->moments.steps);
+  const bool decays = active.parameter->value.rows() != 1 || config_.decay_vectors;
   const double weight_decay =
       active.state->weight_decay.value_or(decays ? config_.weight_decay : 0.0);
   const double rate = config_.learning_rate * active.state->learning_rate_factor;
-  active.coefficients = {.keep = static_cast<T>(1.0 - rate * weight_decay),
-                         .rate = static_cast<T>(rate / (1.0 - std::pow(config_.beta1, t))),
-                         .root = static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(config_.beta2, t)))};
+  return {.keep = static_cast<T>(1.0 - rate * weight_decay),
+          .rate = static_cast<T>(rate / (1.0 - std::pow(config_.beta1, t))),
+          .root = static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(config_.beta2, t)))};
 }
 
 template <std::floating_point T>
-void AdamW<T>::update_block(const Active& active, Index begin) const {
+void AdamW<T>::update_block(const Active& active, Index begin, bool stepping) const {
   Parameter<T>& parameter = *active.parameter;
-  if (parameter.grad.size() == 0) return;
   const Index size = std::min(kBlock, parameter.value.size() - begin);
+  Values w(parameter.value.data() + begin, size);
+  Moments<T>& moments = active.state->moments;
+  const T epsilon = static_cast<T>(config_.epsilon);
+  if (active.behind) {
+    const MissedSteps<T> missed(moments.missed);
+    w *= missed.keep();
+    if (moments.first.size() > 0) {  // Else it had no step before those it missed.
+      Values m(moments.first.data() + begin, size);
+      Values v(moments.second.data() + begin, size);
+      w -= missed.move() * m / (v.sqrt() + epsilon);
+      m *= missed.first();
+      v *= missed.second();
+    }
+  }
+  if (!stepping || parameter.grad.size() == 0) return;
   Values g(parameter.grad.data() + begin, size);
-  if (active.parameter->learns()) {
-    Values w(parameter.value.data() + begin, size);
-    Values m(active.state->moments.first.data() + begin, size);
-    Values v(active.state->moments.second.data() + begin, size);
+  if (active.steps) {
+    Values m(moments.first.data() + begin, size);
+    Values v(moments.second.data() + begin, size);
     const auto [keep, rate, root] = active.coefficients;
     m = static_cast<T>(config_.beta1) * m + static_cast<T>(1.0 - config_.beta1) * g;
     v = static_cast<T>(config_.beta2) * v + static_cast<T>(1.0 - config_.beta2) * g.square();
-    w = keep * w - rate * m / (root * v.sqrt() + static_cast<T>(config_.epsilon));
+    w = keep * w - rate * m / (root * v.sqrt() + epsilon);
   }
   g.setZero();
 }

@@ -17,6 +17,7 @@
 #include <weir/core/pass_record.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/experts/gathered_pass.hpp>
 
@@ -44,11 +45,12 @@ class AnyBank {
 
   struct Cache {
     std::vector<typename Expert::Cache> experts;
-    List<Rng> rngs;                      ///< One per expert.
-    std::vector<PassRecord> records;     ///< One per expert.
-    List<Index> token_ids;               ///< [slots], where the pass has ids.
-    Scratch<T> x, out, d_out, d_packed;  ///< [slots, .]
-    Matrix<T> y, dx;                     ///< [tokens, .]
+    List<Rng> rngs;                   ///< One per expert.
+    std::vector<PassRecord> records;  ///< One per expert.
+    List<Index> token_ids;            ///< [slots], where the pass has ids.
+    Scratch<T> x, out;                ///< [slots, .]
+    Matrix<T> y, dx;                  ///< [tokens, .]
+    Workspace workspace;              ///< For gradients of slots.
   };
 
   /// \param d_in, d_out  The widths of every expert.
@@ -86,8 +88,9 @@ class AnyBank {
   /// \throws StateError   if an expert does.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache) {
-    auto d_out = cache.d_out.reshape(dispatch.slots(), d_out_);
-    auto d_packed = cache.d_packed.reshape(dispatch.slots(), d_in_);
+    Workspace::Frame frame(cache.workspace);
+    auto d_out = frame.matrix<T>(dispatch.slots(), d_out_);
+    auto d_packed = frame.matrix<T>(dispatch.slots(), d_in_);
     combine_backward<T>(dy, cache.out.view(), dispatch, d_out, d_weight);
     run(dispatch, [&](std::size_t e, Index begin, Index rows) {
       const Matrix<T>& dx = experts_[e].backward(d_out.middleRows(begin, rows), cache.experts[e]);
@@ -150,6 +153,7 @@ class AnyBank {
       dispatch.for_each_expert(body);
     } else {
       parallel_for(dispatch.experts(), [&](Index e) {
+        const Workspace::Lend none(nullptr);  // Which thread runs an expert is left to chance.
         if (dispatch.rows(e) > 0) {
           body(static_cast<std::size_t>(e), dispatch.begin(e), dispatch.rows(e));
         }

@@ -56,10 +56,10 @@ class ClampedGluBank {
   using Scalar = T;
 
   struct Cache {
-    Scratch<T> x, gate, up, hidden, out;                 ///< [slots, .], from forward
-    Scratch<T> d_out, d_hidden, d_gate, d_up, d_packed;  ///< [slots, .], from backward
-    Matrix<T> y, dx;                                     ///< [tokens, .]
-    typename ExpertLinear<T>::Workspace workspace;
+    Scratch<T> x, gate, up, hidden, out;  ///< [slots, .], from forward
+    Matrix<T> y, dx;                      ///< [tokens, .]
+    Workspace workspace;                  ///< For gradients of slots.
+    typename ExpertLinear<T>::Products products;
   };
 
   /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
@@ -184,10 +184,10 @@ const Matrix<T>& ClampedGluBank<T>::forward(MatrixIn<T> x, const Dispatch<T>& di
   auto hidden = cache.hidden.reshape(slots, d_hidden());
   auto out = cache.out.reshape(slots, d_out());
   gather<T>(x, dispatch, packed);
-  gate_.forward(packed, dispatch, gate, cache.workspace);
-  up_.forward(packed, dispatch, up, cache.workspace);
+  gate_.forward(packed, dispatch, gate, cache.products);
+  up_.forward(packed, dispatch, up, cache.products);
   activate(gate, up, hidden);
-  down_.forward(hidden, dispatch, out, cache.workspace);
+  down_.forward(hidden, dispatch, out, cache.products);
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);
   return cache.y;
@@ -198,17 +198,18 @@ const Matrix<T>& ClampedGluBank<T>::backward(MatrixIn<T> dy, const Dispatch<T>& 
                                              std::span<T> d_weight, Cache& cache) {
   expect_trainable("ClampedGluBank::backward", storage());
   const Index slots = dispatch.slots();
-  auto d_out_packed = cache.d_out.reshape(slots, d_out());
-  auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
-  auto d_gate = cache.d_gate.reshape(slots, d_hidden());
-  auto d_up = cache.d_up.reshape(slots, d_hidden());
-  auto d_packed = cache.d_packed.reshape(slots, d_in());
+  Workspace::Frame frame(cache.workspace);
+  auto d_out_packed = frame.matrix<T>(slots, d_out());
+  auto d_hidden_packed = frame.matrix<T>(slots, d_hidden());
+  auto d_gate = frame.matrix<T>(slots, d_hidden());
+  auto d_up = frame.matrix<T>(slots, d_hidden());
+  auto d_packed = frame.matrix<T>(slots, d_in());
   combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
   down_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
-                 cache.workspace);
+                 cache.products);
   activate_backward(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
-  gate_.backward(d_gate, cache.x.view(), dispatch, d_packed, false, cache.workspace);
-  up_.backward(d_up, cache.x.view(), dispatch, d_packed, true, cache.workspace);
+  gate_.backward(d_gate, cache.x.view(), dispatch, d_packed, false, cache.products);
+  up_.backward(d_up, cache.x.view(), dispatch, d_packed, true, cache.products);
   set_shape(cache.dx, dy.rows(), d_in());
   gather_backward<T>(d_packed, dispatch, cache.dx);
   return cache.dx;

@@ -27,8 +27,9 @@ namespace weir {
 template <class T>
 class ExpertLinear {
  public:
-  struct Workspace {
-    std::vector<Product<T>> products;
+  /// The products of one pass.
+  struct Products {
+    std::vector<Product<T>> plain;
     std::vector<kernels::PackedTo<T>> packed;
   };
 
@@ -45,7 +46,7 @@ class ExpertLinear {
   /// \param x        [slots, d_in]
   /// \param y        [slots, d_out]
   void forward(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> y,
-               Workspace& workspace) const;
+               Products& products) const;
 
   /// dx = dy W, or is increased by it; adds to the gradients of W and b. The gradients of experts
   /// without slots are left alone.
@@ -53,7 +54,7 @@ class ExpertLinear {
   /// \param x        [slots, d_in], as given to `forward`.
   /// \param dx       [slots, d_in]
   void backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> dx,
-                bool accumulate, Workspace& workspace);
+                bool accumulate, Products& products);
 
   /// Stores the weights of all `linears` of a bank; biases stay parameters. If memory runs out,
   /// nothing has changed.
@@ -86,20 +87,20 @@ class ExpertLinear {
 
 template <class T>
 void ExpertLinear<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> y,
-                              Workspace& workspace) const {
-  workspace.products.clear();
-  workspace.packed.clear();
+                              Products& products) const {
+  products.plain.clear();
+  products.packed.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     auto y_e = y.middleRows(begin, rows);
     if (weight_[e].storage() == Storage::kTrainable) {
-      workspace.products.push_back(
+      products.plain.push_back(
           product_nt<T>(x.middleRows(begin, rows), weight_[e].parameter().value, y_e));
     } else {
-      workspace.packed.push_back({&weight_[e].packed(), begin, rows, y_e.data(), y.outerStride()});
+      products.packed.push_back({&weight_[e].packed(), begin, rows, y_e.data(), y.outerStride()});
     }
   });
-  multiply<T>(workspace.products);
-  kernels::multiply_packed<T>(x, workspace.packed);
+  multiply<T>(products.plain);
+  kernels::multiply_packed<T>(x, products.packed);
   if (bias_.empty()) return;
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     add_to_each_row<T>(bias_[e].value.data(), y.middleRows(begin, rows));
@@ -108,18 +109,18 @@ void ExpertLinear<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Matrix
 
 template <class T>
 void ExpertLinear<T>::backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>& dispatch,
-                               MatrixOut<T> dx, bool accumulate, Workspace& workspace) {
-  workspace.products.clear();
+                               MatrixOut<T> dx, bool accumulate, Products& products) {
+  products.plain.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     const auto dy_e = dy.middleRows(begin, rows);
     Parameter<T>& weight = weight_[e].parameter();
-    workspace.products.push_back(
+    products.plain.push_back(
         product_nn<T>(dy_e, weight.value, dx.middleRows(begin, rows), accumulate));
-    workspace.products.push_back(
+    products.plain.push_back(
         product_tn<T>(dy_e, x.middleRows(begin, rows), weight.gradient(), true));
     if (!bias_.empty()) add_rows_to<T>(dy_e, bias_[e].gradient().data());
   });
-  multiply<T>(workspace.products);
+  multiply<T>(products.plain);
 }
 
 template <class T>

@@ -16,6 +16,7 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/experts/expert_source.hpp>
@@ -54,8 +55,8 @@ class GluBank {
   struct Cache {
     Scratch<T> x, gate, up, hidden, out;  ///< [slots, .], from forward
     Scratch<T> factor;                    ///< [slots, d_hidden], of dropout, or empty
-    Scratch<T> d_out, d_hidden, d_gate, d_up, d_packed;  ///< [slots, .], from backward
-    Matrix<T> y, dx;                                     ///< [tokens, d_model]
+    Matrix<T> y, dx;                      ///< [tokens, d_model]
+    Workspace workspace;                  ///< For gradients of slots.
     PackedGluCache<T> packed;
     std::vector<PackedGluGroup<T>> groups;
     std::vector<Index> wanted;  ///< Experts with tokens, where they are fetched.
@@ -192,11 +193,12 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
                                            std::span<T> d_weight, Cache& cache) {
   expect_trainable("GluBank::backward", storage_);
   const Index slots = dispatch.slots();
-  auto d_out_packed = cache.d_out.reshape(slots, d_out());
-  auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
-  auto d_gate = cache.d_gate.reshape(slots, d_hidden());
-  auto d_up = cache.d_up.reshape(slots, d_hidden());
-  auto d_packed = cache.d_packed.reshape(slots, d_in());
+  Workspace::Frame frame(cache.workspace);
+  auto d_out_packed = frame.matrix<T>(slots, d_out());
+  auto d_hidden_packed = frame.matrix<T>(slots, d_hidden());
+  auto d_gate = frame.matrix<T>(slots, d_hidden());
+  auto d_up = frame.matrix<T>(slots, d_hidden());
+  auto d_packed = frame.matrix<T>(slots, d_in());
   combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
 
   cache.products.clear();

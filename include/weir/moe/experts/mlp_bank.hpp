@@ -47,11 +47,11 @@ class MlpBank {
   using Scalar = T;
 
   struct Cache {
-    Scratch<T> x, inner, hidden, out;               ///< [slots, .], from forward
-    Scratch<T> factor;                              ///< [slots, d_hidden], of dropout, or empty
-    Scratch<T> d_out, d_hidden, d_inner, d_packed;  ///< [slots, .], from backward
-    Matrix<T> y, dx;                                ///< [tokens, .]
-    typename ExpertLinear<T>::Workspace workspace;
+    Scratch<T> x, inner, hidden, out;  ///< [slots, .], from forward
+    Scratch<T> factor;                 ///< [slots, d_hidden], of dropout, or empty
+    Matrix<T> y, dx;                   ///< [tokens, .]
+    Workspace workspace;               ///< For gradients of slots.
+    typename ExpertLinear<T>::Products products;
   };
 
   /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
@@ -152,11 +152,11 @@ const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
   auto hidden = cache.hidden.reshape(slots, d_hidden());
   auto out = cache.out.reshape(slots, d_out());
 
-  in_.forward(cache.x.view(), dispatch, inner, cache.workspace);
+  in_.forward(cache.x.view(), dispatch, inner, cache.products);
   activation_forward<Act, T>(inner, hidden);
   const double rate = storage() == Storage::kTrainable ? dropout_ : 0.0;
   drop_hidden<T>("MlpBank::forward", rate, pass, hidden, cache.factor);
-  out_.forward(hidden, dispatch, out, cache.workspace);
+  out_.forward(hidden, dispatch, out, cache.products);
 
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);
@@ -168,17 +168,18 @@ const Matrix<T>& MlpBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
                                            std::span<T> d_weight, Cache& cache) {
   expect_trainable("MlpBank::backward", storage());
   const Index slots = dispatch.slots();
-  auto d_out_packed = cache.d_out.reshape(slots, d_out());
-  auto d_hidden_packed = cache.d_hidden.reshape(slots, d_hidden());
-  auto d_inner = cache.d_inner.reshape(slots, d_hidden());
-  auto d_packed = cache.d_packed.reshape(slots, d_in());
+  Workspace::Frame frame(cache.workspace);
+  auto d_out_packed = frame.matrix<T>(slots, d_out());
+  auto d_hidden_packed = frame.matrix<T>(slots, d_hidden());
+  auto d_inner = frame.matrix<T>(slots, d_hidden());
+  auto d_packed = frame.matrix<T>(slots, d_in());
 
   combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
   out_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
-                cache.workspace);
+                cache.products);
   apply_dropout<T>(cache.factor, d_hidden_packed);
   activation_backward<Act, T>(cache.inner.view(), d_hidden_packed, d_inner);
-  in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.workspace);
+  in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.products);
 
   set_shape(cache.dx, dy.rows(), d_in());
   gather_backward<T>(d_packed, dispatch, cache.dx);
