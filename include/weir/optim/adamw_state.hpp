@@ -68,8 +68,7 @@ class MissedSteps {
 
   /// Adds a step.
   void add(const AdamWCoefficients<T>& step, double beta1, double beta2) {
-    if (numbers_.size() == 0) numbers_.setZero(1, 4);
-    if (!any()) clear();
+    if (numbers_.size() == 0) numbers_ = none();
     numbers_(0, 2) *= static_cast<T>(beta1);
     numbers_(0, 3) *= static_cast<T>(beta2);
     numbers_(0, 0) *= step.keep;
@@ -80,10 +79,12 @@ class MissedSteps {
 
   /// Forgets them. Keeps the memory.
   void clear() {
-    if (numbers_.size() > 0) numbers_ << T(1), T(0), T(1), T(1);
+    if (numbers_.size() > 0) numbers_ = none();
   }
 
  private:
+  static Eigen::Matrix<T, 1, 4> none() { return {T(1), T(0), T(1), T(1)}; }
+
   Matrix<T>& numbers_;
 };
 
