@@ -52,6 +52,7 @@ struct Options {
   std::uint64_t seed = 1;
   std::string storage = "packed";
   double expert_memory = 0.0;
+  Index longest_text = 0;
   int threads = weir::hardware_threads();
 };
 
@@ -165,7 +166,9 @@ Writer load_published(const Options& options, weir::Storage storage) {
   const fs::path path = options.model;
   const bool is_gguf = path.extension() == ".gguf";
   const io::LoadConfig how = {
-      .storage = storage, .expert_bytes = static_cast<std::size_t>(kMega * options.expert_memory)};
+      .storage = storage,
+      .expert_bytes = static_cast<std::size_t>(kMega * options.expert_memory),
+      .longest_text = options.longest_text};
   auto loaded = is_gguf ? io::load_gguf<float>(path, how) : io::load_pretrained<float>(path, how);
   Writer writer{std::move(loaded.model), [] { return std::make_unique<Numbers>(); },
                 is_gguf ? ends_in(io::Gguf::read(path.string())) : ends_of(path), loaded.experts};
@@ -292,6 +295,9 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
       ->check(CLI::IsMember({"packed", "bf16", "plain"}));
   line.add("--expert-memory", options.expert_memory,
            "Megabytes for experts, the others stay in the files (0: all in memory)")
+      ->check(limits::at_least(0));
+  line.add("--longest-text", options.longest_text,
+           "Tokens of a text at most, where positions depend on it (0: as the model says)")
       ->check(limits::at_least(0));
   line.add("--threads", options.threads, "How many cores to use")->check(limits::at_least(1));
   line.group("Writing");

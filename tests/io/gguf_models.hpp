@@ -137,15 +137,18 @@ inline presets::PhiMoeConfig gguf_phi(Index original, Index length) {
   presets::PhiMoeConfig config = presets::scaled(presets::phi_3_5_moe(), kGgufScale);
   auto& attention = std::get<GroupedQueryConfig>(config.shape.attention);
   attention.window = 0;
-  LongRopeScaling scaling{.short_mscale = 1.1875,
-                          .long_mscale = 1.1875,
-                          .original_context = original,
-                          .length = length};
+  std::vector<double> near;
+  std::vector<double> far;
   for (Index pair = 0; pair < attention.head_dim / 2; ++pair) {
-    scaling.short_factors.push_back(1.0 + 0.0625 * static_cast<double>(pair));
-    scaling.long_factors.push_back(1.0 + 0.75 * static_cast<double>(pair));
+    near.push_back(1.0 + 0.0625 * static_cast<double>(pair));
+    far.push_back(1.0 + 0.75 * static_cast<double>(pair));
   }
-  attention.rope_scaling = scaling;
+  attention.rope_scaling = LongRopeScaling{.short_factors = near,
+                                           .long_factors = far,
+                                           .short_mscale = 1.1875,
+                                           .long_mscale = 1.1875,
+                                           .original_context = original,
+                                           .length = length};
   return config;
 }
 

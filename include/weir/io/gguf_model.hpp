@@ -76,8 +76,8 @@ Pretrained<T> load_gguf_of(const std::string& path, const LoadConfig& how,
 /// layer into the storage asked for, as in `load_pretrained`. The model computes what llama.cpp
 /// computes with the file, in the numbers of T: llama.cpp itself also rounds activations to 8 or 16
 /// bits where it multiplies them with weights that are stored like that. Where llama.cpp's idea of
-/// an architecture differs from the published one, the config says what llama.cpp does; the files
-/// in io/gguf_families/ tell where that is.
+/// an architecture differs from the published one, the config says what llama.cpp does, except that
+/// a Phi-3.5-MoE is the published one; the files in io/gguf_families/ tell where that is.
 /// \tparam T         float or double.
 /// \throws FileError    if the file is missing, broken or a part of a model, the architecture or a
 ///                      setting is not known, or a tensor is missing, unknown or of another shape.
