@@ -5,6 +5,7 @@
 #include <vector>
 
 #include <weir/core/random.hpp>
+#include <weir/core/storage_rules.hpp>
 #include <weir/core/verbs.hpp>
 #include <weir/io/expert_store.hpp>
 #include <weir/io/pretrained.hpp>
@@ -110,7 +111,8 @@ TEST_CASE("Streamed experts give the bits of resident ones", "[io][experts]") {
   const presets::MixtralConfig config = small_config();
   Decoder<float> trained = presets::make<float>(config, rng);
   save_pretrained(folder.path(), trained, config);
-  const auto storage = GENERATE(Storage::kPacked, Storage::kBfloat16);
+  const auto storage =
+      GENERATE(Storage::kPacked, Storage::kBfloat16, Storage::kInt4Dot, Storage::kFp8);
   const Decoder<float> resident = load_pretrained<float>(folder.path(), {.storage = storage}).model;
   const Matrix<float> expected = infer(resident, ids(40));
   const std::size_t one = PackedGlu<float>::bytes(config.shape.d_model, config.shape.d_hidden,
@@ -235,8 +237,8 @@ TEST_CASE("Streamed experts do not train", "[io][experts]") {
   save_pretrained(folder.path(), trained, config);
   CHECK_THROWS_WITH(
       load_pretrained<float>(folder.path(), {.expert_bytes = 1000}),
-      "load_pretrained: expert_bytes = 1000 with storage = kTrainable, expected kPacked or "
-      "kBfloat16");
+      "load_pretrained: expert_bytes = 1000 with storage = kTrainable, expected a storage for "
+      "inference");
   auto streamed =
       load_pretrained<float>(folder.path(), {.storage = Storage::kPacked, .expert_bytes = 1000});
   CHECK_FALSE(is_trainable(streamed.model));
@@ -247,14 +249,14 @@ TEST_CASE("Streamed experts do not train", "[io][experts]") {
       "GluBank::set_storage: the weights are fetched from a source, expected weights in memory";
   CHECK_THROWS_WITH(set_storage(streamed.model, Storage::kTrainable), kRefusal);
   CHECK_THROWS_WITH(set_storage(streamed.model, Storage::kBfloat16), kRefusal);
-  CHECK_THROWS_WITH(streamed.model.set_storage(Storage::kTrainable), kRefusal);
+  CHECK_THROWS_WITH(set_storage(streamed.model, {{"*", Storage::kInt8}}), kRefusal);
   CHECK(parameters(streamed.model).size() == count);
   CHECK((infer(streamed.model, ids(10)) == expected));
   set_storage(streamed.model, Storage::kPacked);
   GluBank<float> bank(4, 2, 3, rng);
   CHECK_THROWS_WITH(bank.set_source(nullptr, Storage::kPacked),
                     "GluBank::set_source: source is null or storage kTrainable, expected a source "
-                    "of weights stored as kPacked or kBfloat16");
+                    "of weights stored for inference");
 }
 
 }  // namespace

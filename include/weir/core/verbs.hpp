@@ -76,6 +76,7 @@ struct ExpectStorable final : Walk<T> {
 template <class T>
 struct SetStorage final : Walk<T> {
   explicit SetStorage(Storage wanted) : storage(wanted) {}
+  bool only_stored() const override { return true; }
   bool at_node(const Node& node) override { return !node.set_storage(storage); }
   Storage storage;
 };

@@ -24,6 +24,9 @@ namespace weir {
 ///                                          throws StateError if it cannot store its own weights so
 ///     void set_storage(Storage storage)    stores its weights, and those of all its members
 ///     Storage storage() const              how it stores its own weights
+///
+/// A type without `set_storage`, some of whose members keep full precision in every storage, hands
+/// the others over in a static `visit_stored`, which looks like `visit`.
 class Node {
  public:
   template <class Member>
@@ -44,7 +47,10 @@ class Node {
         static_cast<Member*>(self)->set_storage(storage);
       };
     }
-    if constexpr (requires { member.storage(); }) storage_ = member.storage();
+    if constexpr (requires { member.storage(); }) {
+      storage_ = member.storage();
+      has_storage_ = true;
+    }
   }
 
   /// Does nothing where the type offers nothing.
@@ -67,6 +73,15 @@ class Node {
     if (set_storage_ != nullptr) set_storage_(self_, storage);
     return set_storage_ != nullptr;
   }
+
+  /// Whether `set_storage` does something.
+  bool set_storage_exists() const { return set_storage_ != nullptr; }
+
+  /// Whether the type stores its weights as a whole.
+  bool stores_itself() const { return set_storage_ != nullptr && has_storage_; }
+
+  /// How the type stores its own weights; kTrainable where it has none.
+  Storage storage() const { return storage_; }
 
   /// Whether the type's own weights, if it has any, are parameters.
   bool is_trainable() const { return storage_ == Storage::kTrainable; }
@@ -92,6 +107,7 @@ class Node {
   void (*expect_storable_)(const void*, Storage) = nullptr;
   void (*set_storage_)(void*, Storage) = nullptr;
   Storage storage_ = Storage::kTrainable;
+  bool has_storage_ = false;
 };
 
 /// Walks a tree of layers. A type hands its members over in a static `visit`, one line each:
@@ -141,7 +157,7 @@ class Walk {
   void operator()(std::string_view name, Member& member) {
     const std::size_t parent = path_.size();
     if (!name.empty()) path_.append(name).push_back('.');
-    if (at_node(Node(member))) Member::visit(member, *this);
+    if (at_node(Node(member))) visit_members(member);
     path_.resize(parent);
   }
 
@@ -151,10 +167,21 @@ class Walk {
   /// \return         Whether to go on to the members of the node.
   virtual bool at_node(const Node& /*node*/) { return true; }
 
+  /// Whether only members are visited whose weights are stored, see Node.
+  virtual bool only_stored() const { return false; }
+
   /// The names that lead to the node, with a dot behind each: "layers.3.moe.experts.".
   std::string_view path() const { return path_; }
 
  private:
+  template <class Member>
+  void visit_members(Member& member) {
+    if constexpr (requires { Member::visit_stored(member, *this); }) {
+      if (only_stored()) return Member::visit_stored(member, *this);
+    }
+    Member::visit(member, *this);
+  }
+
   static constexpr std::size_t kPathInside = 400;  // Longer paths are allocated.
 
   std::array<char, kPathInside + 1> memory_{};

@@ -207,7 +207,7 @@ void read_model(const std::shared_ptr<const TensorSource>& source,
                 Pretrained<T>& into) {
   if (how.expert_bytes > 0 && how.storage == Storage::kTrainable) {
     throw_error<ConfigError>("load_pretrained: expert_bytes = ", how.expert_bytes,
-                             " with storage = kTrainable, expected kPacked or kBfloat16");
+                             " with storage = kTrainable, expected a storage for inference");
   }
   MultiToken<T>* const prediction = into.prediction ? &*into.prediction : nullptr;
   ModelTensors<T> tensors = all_tensors("load_pretrained", into.model, prediction);

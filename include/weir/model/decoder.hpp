@@ -168,15 +168,6 @@ class Decoder {
     return head_.backward(d_logits, embedding_, cache);
   }
 
-  /// See `weir::set_storage`. A tied head is stored beside the embedding, which is then no
-  /// parameter any more.
-  void set_storage(Storage storage) {
-    expect_storable(*this, storage);
-    for (Block<T>& layer : layers()) weir::set_storage(layer, storage);
-    weir::set_storage(norm_, storage);
-    head_.set_storage(storage, embedding_);
-  }
-
   /// Parameters `embedding.*`, `layers.N.*`, `norm.*` and, unless tied, `head.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -184,6 +175,14 @@ class Decoder {
     visit("", self.layers_);
     visit("norm", self.norm_);
     visit("head", self.head_);
+  }
+  /// A tied head is stored beside the embedding, which is then no parameter any more.
+  template <class Self, class Visit>
+  static void visit_stored(Self& self, Visit& visit) {
+    visit("layers", self.layers_);
+    visit("norm", self.norm_);
+    typename LanguageHead<T>::Stored head(self.head_, self.embedding_);
+    visit("head", head);
   }
 
   Index vocab() const { return embedding_.vocab(); }

@@ -71,13 +71,24 @@ class LanguageHead {
     return cache.d_z;
   }
 
-  /// Stores a tied head beside the embedding.
-  void set_storage(Storage storage, const Embedding<T>& embedding) {
-    if (linear_) return linear_->set_storage(storage);
-    tied_ = storage == Storage::kTrainable
-                ? kernels::PackedWeight<T>()
-                : kernels::PackedWeight<T>(embedding.weight().value, storage);
-  }
+  /// A head as `weir::set_storage` sees it: a tied one is stored beside the embedding.
+  class Stored {
+   public:
+    Stored(LanguageHead& head, const Embedding<T>& embedding)
+        : head_(head), embedding_(embedding) {}
+
+    void set_storage(Storage storage) { head_.set_storage(storage, embedding_); }
+    Storage storage() const { return head_.storage(); }
+
+    template <class Self, class Visit>
+    static void visit(Self& /*self*/, Visit& /*visit*/) {}
+
+   private:
+    LanguageHead& head_;
+    const Embedding<T>& embedding_;
+  };
+
+  Storage storage() const { return linear_ ? linear_->storage() : tied_storage_; }
 
   /// Whether the weight is the embedding.
   bool is_tied() const { return !linear_; }
@@ -92,8 +103,13 @@ class LanguageHead {
   }
 
  private:
-  Storage storage() const {
-    return tied_.empty() ? Storage::kTrainable : Storage::kPacked;  // Linear checks its own.
+  void set_storage(Storage storage, const Embedding<T>& embedding) {
+    if (linear_) return linear_->set_storage(storage);
+    if (storage == tied_storage_) return;
+    tied_ = storage == Storage::kTrainable
+                ? kernels::PackedWeight<T>()
+                : kernels::PackedWeight<T>(embedding.weight().value, storage);
+    tied_storage_ = storage;
   }
 
   const Matrix<T>& tied_forward(MatrixIn<T> x, const Embedding<T>& embedding, const Pass& pass,
@@ -111,6 +127,7 @@ class LanguageHead {
   std::optional<Linear<T>> linear_;
   LogitScale<T> scale_;
   kernels::PackedWeight<T> tied_;  // Empty unless the head is tied and stored for inference.
+  Storage tied_storage_ = Storage::kTrainable;
 };
 
 template <std::floating_point T>
@@ -128,7 +145,7 @@ const Matrix<T>& LanguageHead<T>::forward(MatrixIn<T> x, const Embedding<T>& emb
 template <std::floating_point T>
 const Matrix<T>& LanguageHead<T>::backward(MatrixIn<T> d_logits, Embedding<T>& embedding,
                                            Cache& cache) {
-  expect_trainable("LanguageHead::backward", storage());
+  expect_trainable("LanguageHead::backward", tied_storage_);  // Linear checks its own.
   cache.state.begin_backward("LanguageHead::backward", *this, d_logits, "d_logits");
   if (scale_.is_identity()) return product_backward(d_logits, embedding, cache);
   set_shape(cache.d_z, d_logits.rows(), d_logits.cols());

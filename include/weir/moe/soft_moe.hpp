@@ -159,10 +159,8 @@ class SoftMoE {
     return cache.dx;
   }
 
-  /// Stores the weights of the experts; Phi, which routes, keeps full precision.
-  void set_storage(Storage storage) { weir::set_storage(bank_, storage); }
-
-  /// Parameters `phi`, `scale` where logits are normalised, and `experts.*`.
+  /// Parameters `phi`, `scale` where logits are normalised, and `experts.*`. Phi, which routes,
+  /// keeps full precision in every storage.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("", self.weights_);

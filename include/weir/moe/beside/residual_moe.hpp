@@ -93,19 +93,18 @@ class ResidualMoE {
     return cache.dx;
   }
 
-  /// Stores the weights of the mixture and the dense network; the mix keeps full precision.
-  void set_storage(Storage storage) {
-    expect_storable(*this, storage);
-    weir::set_storage(moe_, storage);
-    weir::set_storage(dense_, storage);
-  }
-
   /// The mixture's members, `dense.*` and `mix.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("", self.moe_);
     visit("dense", self.dense_);
     visit("mix", self.mix_);
+  }
+  /// The mix keeps full precision in every storage.
+  template <class Self, class Visit>
+  static void visit_stored(Self& self, Visit& visit) {
+    visit("", self.moe_);
+    visit("dense", self.dense_);
   }
 
   Index d_model() const { return moe_.d_model(); }

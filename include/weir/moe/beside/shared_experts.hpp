@@ -127,19 +127,18 @@ class SharedExperts {
     return cache.dx;
   }
 
-  /// Stores the weights of both networks; the gate keeps full precision.
-  void set_storage(Storage storage) {
-    expect_storable(*this, storage);
-    weir::set_storage(moe_, storage);
-    weir::set_storage(shared_, storage);
-  }
-
   /// The mixture's members, `shared.*` and, with a gate, `shared_gate.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("", self.moe_);
     visit("shared", self.shared_);
     if (self.gate_) visit("shared_gate", *self.gate_);
+  }
+  /// The gate keeps full precision in every storage.
+  template <class Self, class Visit>
+  static void visit_stored(Self& self, Visit& visit) {
+    visit("", self.moe_);
+    visit("shared", self.shared_);
   }
 
   Index d_model() const { return moe_.d_model(); }

@@ -16,7 +16,6 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
-#include <weir/core/storage.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/depths/depth_choice.hpp>
 #include <weir/moe/depths/token_part.hpp>
@@ -198,15 +197,17 @@ class MixtureOfDepths {
     return y;
   }
 
-  /// Stores the weights of the inner layer; those of the choice keep full precision.
-  void set_storage(Storage storage) { weir::set_storage(inner_, storage); }
-
   /// Parameters `router`, `inner.*` and, if there is a predictor, `predictor.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     visit("router", self.choice_.weight());
     visit("inner", self.inner_);
     if constexpr (Choice::kHasPredictor) visit("predictor", self.choice_.predictor());
+  }
+  /// The choice keeps full precision in every storage.
+  template <class Self, class Visit>
+  static void visit_stored(Self& self, Visit& visit) {
+    visit("inner", self.inner_);
   }
 
   Index d_model() const { return choice_.d_model(); }

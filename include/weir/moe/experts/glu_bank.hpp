@@ -96,7 +96,7 @@ class GluBank {
 
   /// Forgets the weights and fetches those of the experts that have tokens from `source`, pass by
   /// pass. Outputs are to the bit those of weights in memory in the same storage.
-  /// \param storage  How the source stores them, kPacked or kBfloat16.
+  /// \param storage  How the source stores them, any but kTrainable.
   /// \throws ConfigError  if there is no source, or the storage is another one.
   void set_source(std::shared_ptr<ExpertSource<T>> source, Storage storage);
 
@@ -269,7 +269,7 @@ template <std::floating_point T, Activation Act>
 void GluBank<T, Act>::set_source(std::shared_ptr<ExpertSource<T>> source, Storage storage) {
   if (source == nullptr || storage == Storage::kTrainable) {
     throw_error<ConfigError>("GluBank::set_source: source is null or storage kTrainable, expected ",
-                             "a source of weights stored as kPacked or kBfloat16");
+                             "a source of weights stored for inference");
   }
   source_ = std::move(source);
   storage_ = storage;
