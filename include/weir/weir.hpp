@@ -24,6 +24,7 @@
 #include <weir/core/scratch.hpp>
 #include <weir/core/sequences.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/storage_rules.hpp>
 #include <weir/core/thread_pool.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/token_ids.hpp>

@@ -107,8 +107,9 @@ TEST_CASE("A model is loaded into its storage", "[io][pretrained]") {
   const test::Folder folder;
   Decoder<float> model = make_small(small());
   save_pretrained(folder.path(), model, small());
-  for (const Storage storage : {Storage::kPacked, Storage::kBfloat16, Storage::kInt8, Storage::kInt4,
-                                Storage::kFp8, Storage::kMxFp4, Storage::kInt8Dot}) {
+  for (const Storage storage :
+       {Storage::kPacked, Storage::kBfloat16, Storage::kInt8, Storage::kInt4, Storage::kFp8,
+        Storage::kMxFp4, Storage::kInt8Dot}) {
     auto loaded = load_pretrained<float>(folder.path(), {.storage = storage});
     CHECK_FALSE(is_trainable(loaded.model));
     Decoder<float> stored = model;

@@ -179,7 +179,7 @@ class Decoder {
   /// A tied head is stored beside the embedding, which is then no parameter any more.
   template <class Self, class Visit>
   static void visit_stored(Self& self, Visit& visit) {
-    visit("layers", self.layers_);
+    visit("", self.layers_);
     visit("norm", self.norm_);
     typename LanguageHead<T>::Stored head(self.head_, self.embedding_);
     visit("head", head);
