@@ -33,6 +33,7 @@
 #include <weir/core/verbs.hpp>
 #include <weir/core/walk.hpp>
 #include <weir/core/workspace.hpp>
+#include <weir/core/zeros.hpp>
 
 #include <weir/ops/activation.hpp>
 #include <weir/ops/clamp.hpp>

@@ -3,10 +3,14 @@
 #include <cstdint>
 #include <fstream>
 #include <memory>
+#include <sstream>
+#include <string>
 #include <unistd.h>
 #include <vector>
 
 #include <weir/core/aligned.hpp>
+#include <weir/core/types.hpp>
+#include <weir/core/zeros.hpp>
 
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
@@ -78,6 +82,44 @@ TEST_CASE("Large memory goes back to the system once it is let go", "[core][alig
   const std::size_t before = resident();
   pieces.clear();
   CHECK(before - resident() > kCount * 2 * kHugePage * 9 / 10);
+}
+
+TEST_CASE("Large matrices ask for huge pages and keep what they hold", "[core][aligned]") {
+  Matrix<float> matrix;
+  set_shape(matrix, 3, 1024 * 1024);
+  matrix.setConstant(2.0F);
+  prefer_huge_pages(matrix.data(), 4 * 3 * 1024 * 1024);
+  CHECK((matrix.array() == 2.0F).all());
+  set_zero_in_parallel(matrix);
+  CHECK(matrix.isZero(0.0F));
+  set_shape(matrix, 2, 7);
+  matrix.setOnes();
+  set_zero_in_parallel(matrix, 5, 1000);
+  CHECK(matrix.rows() == 5);
+  CHECK(matrix.isZero(0.0F));
+  set_zero_in_parallel(matrix, 0, 3);
+  CHECK(matrix.size() == 0);
+
+  // The system says of each mapping whether it was asked for them ("hg").
+  set_shape(matrix, 4, 1024 * 1024);
+  const auto place = reinterpret_cast<std::uintptr_t>(matrix.data()) + 2 * kHugePage;
+  std::ifstream mappings("/proc/self/smaps");
+  std::string line;
+  bool inside = false;
+  std::string flags;
+  while (std::getline(mappings, line)) {
+    std::uintptr_t begin = 0;
+    std::uintptr_t end = 0;
+    char dash = 0;
+    std::istringstream fields(line);
+    if (fields >> std::hex >> begin >> dash >> end && dash == '-') {
+      inside = begin <= place && place < end;
+    }
+    if (inside && line.starts_with("VmFlags:")) flags = line;
+  }
+  INFO(flags);
+  CHECK((flags.empty() || flags.find(" hg") != std::string::npos ||
+         !std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled")));
 }
 
 TEST_CASE("Arrays of a shared memory lie one behind the other", "[core][aligned]") {

@@ -209,7 +209,7 @@ const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pa
   cache.rows.set("GroupedQueryAttention::forward", pass, x.rows());
   fill_spans(cache.rows, cache.spans);
   const auto mask = cache.rows.mask();
-  if (pass.training && mask.empty()) assign(cache.x, x);
+  if (pass.training && mask.empty()) copy_rows<T>(x, cache.x);
   project(without_padding<T>(x, mask, cache.x), pass, cache);
   set_shape(cache.context, x.rows(), query_width());
   core(cache).forward(cache.context, cache.attention);

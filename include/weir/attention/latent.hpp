@@ -215,7 +215,7 @@ const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Ca
   cache.rows.set("LatentAttention::forward", pass, x.rows());
   fill_spans(cache.rows, cache.spans);
   const auto mask = cache.rows.mask();
-  if (pass.training && mask.empty()) assign(cache.x, x);
+  if (pass.training && mask.empty()) copy_rows<T>(x, cache.x);
   project(without_padding<T>(x, mask, cache.x), pass, cache);
   set_shape(cache.context, x.rows(), config_.heads * config_.value_dim);
   expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,

@@ -84,6 +84,21 @@ struct CacheLineAllocator {
   }
 };
 
+/// Asks the system for huge pages where `bytes` from `memory` on cover any, before the memory is
+/// used. For memory that does not come from CacheLineAllocator, such as that of matrices; nothing
+/// happens to what it holds.
+inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::size_t kHugePage = CacheLineAllocator<std::byte>::kHugePage;
+  if (bytes < 2 * kHugePage) return;  // It may cover none.
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory);
+  const std::size_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const std::size_t covered = (begin + bytes - first) / kHugePage * kHugePage;
+  static_cast<void>(
+      madvise(static_cast<std::byte*>(memory) + (first - begin), covered, MADV_HUGEPAGE));
+#endif
+}
+
 /// A vector whose memory begins at a cache line.
 template <class T>
 using AlignedVector = std::vector<T, CacheLineAllocator<T>>;

@@ -17,8 +17,11 @@ namespace detail {
 /// [rows, cols] of `draw()`, unless `rng` leaves weights unset.
 template <class T, class Draw>
 Matrix<T> drawn(Index rows, Index cols, const Rng& rng, Draw&& draw) {
-  if (rng.leaves_unset()) return Matrix<T>(rows, cols);
-  return Matrix<T>::NullaryExpr(rows, cols, [&] { return static_cast<T>(draw()); });
+  Matrix<T> weights;
+  set_shape(weights, rows, cols);
+  if (rng.leaves_unset()) return weights;
+  for (Index i = 0; i < weights.size(); ++i) weights.data()[i] = static_cast<T>(draw());
+  return weights;
 }
 
 }  // namespace detail

@@ -6,6 +6,7 @@
 #include <string>
 
 #include <weir/core/types.hpp>
+#include <weir/core/zeros.hpp>
 
 namespace weir {
 
@@ -43,7 +44,7 @@ struct Parameter {
   Matrix<T>& gradient() {
     reached = true;
     if (grad.size() == 0) {
-      grad.setZero(value.rows(), value.cols());
+      set_zero_in_parallel(grad, value.rows(), value.cols());
       fresh = true;
     }
     return grad;
@@ -52,7 +53,7 @@ struct Parameter {
   /// Makes the gradient what it was after the last step: zero, or empty if there was none.
   void discard_gradient() {
     if (fresh) grad.resize(0, 0);
-    grad.setZero();
+    set_zero_in_parallel(grad);
     reached = false;
   }
 };

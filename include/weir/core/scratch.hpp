@@ -3,6 +3,11 @@
 /// Workspace inside a cache that grows and never shrinks.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+#include <utility>
+
 #include <weir/core/aligned.hpp>
 #include <weir/core/types.hpp>
 
@@ -17,6 +22,29 @@ class Scratch {
   using Map = Eigen::Map<Matrix<T>>;
   using ConstMap = Eigen::Map<const Matrix<T>>;
 
+  Scratch() = default;
+  Scratch(const Scratch& other) { *this = other; }
+  Scratch(Scratch&& other) noexcept { swap(other); }
+  Scratch& operator=(const Scratch& other) {
+    if (this == &other) return *this;
+    reserve(static_cast<Index>(other.storage_.get_deleter().size));
+    std::copy_n(other.data(), other.storage_.get_deleter().size, data());
+    rows_ = other.rows_;
+    cols_ = other.cols_;
+    return *this;
+  }
+  Scratch& operator=(Scratch&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Scratch() = default;
+
+  void swap(Scratch& other) noexcept {
+    storage_.swap(other.storage_);
+    std::swap(rows_, other.rows_);
+    std::swap(cols_, other.cols_);
+  }
+
   /// Makes the matrix [rows, cols], contents unspecified.
   Map reshape(Index rows, Index cols) {
     reserve(rows * cols);
@@ -29,20 +57,35 @@ class Scratch {
   /// themselves.
   T* reserve(Index count) {
     const auto size = static_cast<std::size_t>(count);
-    if (storage_.size() < size) storage_.resize(size);
-    return storage_.data();
+    if (storage_.get_deleter().size < size) {
+      storage_ = Storage();
+      rows_ = cols_ = 0;
+      storage_ = allocate(size);
+    }
+    return data();
   }
 
-  Map view() { return {storage_.data(), rows_, cols_}; }
-  ConstMap view() const { return {storage_.data(), rows_, cols_}; }
+  Map view() { return {data(), rows_, cols_}; }
+  ConstMap view() const { return {data(), rows_, cols_}; }
 
   Index rows() const { return rows_; }
   Index cols() const { return cols_; }
-  T* data() { return storage_.data(); }
-  const T* data() const { return storage_.data(); }
+  T* data() { return storage_.get(); }
+  const T* data() const { return storage_.get(); }
 
  private:
-  AlignedVector<T> storage_;
+  // Frees `size` numbers; of empty storage, it is 0.
+  struct Free {
+    std::size_t size = 0;
+    void operator()(T* memory) const { CacheLineAllocator<T>().deallocate(memory, size); }
+  };
+  using Storage = std::unique_ptr<T, Free>;
+
+  static Storage allocate(std::size_t size) {
+    return Storage(CacheLineAllocator<T>().allocate(size), Free{size});
+  }
+
+  Storage storage_;
   Index rows_ = 0;
   Index cols_ = 0;
 };

@@ -5,6 +5,8 @@
 
 #include <Eigen/Core>
 
+#include <weir/core/aligned.hpp>
+
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "weir does not compile with -ffast-math or -ffinite-math-only: its checks for NaN would go"
 #endif
@@ -21,13 +23,17 @@ using Matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>
 template <class T>
 using RowVector = Eigen::Matrix<T, 1, Eigen::Dynamic>;
 
-/// Makes `m` [rows, cols], contents unspecified. If memory runs out, `m` is empty, and the
-/// exception goes on. (Eigen's own `resize` then leaves a matrix that points to memory it has
-/// freed.)
+/// Makes `m` [rows, cols], contents unspecified, in huge pages where it is large. If memory runs
+/// out, `m` is empty, and the exception goes on. (Eigen's own `resize` then leaves a matrix that
+/// points to memory it has freed.)
 template <class M>
 void set_shape(Eigen::PlainObjectBase<M>& m, Index rows, Index cols) {
-  if (rows * cols != m.size()) M().swap(m.derived());
+  const bool renewed = rows * cols != m.size();
+  if (renewed) M().swap(m.derived());
   m.resize(rows, cols);
+  if (renewed) {
+    prefer_huge_pages(m.data(), static_cast<std::size_t>(m.size()) * sizeof(*m.data()));
+  }
 }
 
 /// Gives the vector `v` the length `size`, as above.

@@ -15,6 +15,7 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/walk.hpp>
+#include <weir/core/zeros.hpp>
 
 namespace weir {
 
@@ -36,7 +37,7 @@ struct CollectTensors final : Walk<T> {
 template <class T>
 struct ZeroGradients final : Walk<T> {
   void at_parameter(std::string_view /*name*/, Parameter<T>& parameter) override {
-    parameter.grad.setZero();
+    set_zero_in_parallel(parameter.grad);
     parameter.reached = false;
   }
 };

@@ -191,13 +191,14 @@ const Matrix<T>& Block<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache
 template <std::floating_point T>
 const Matrix<T>& Block<T>::backward(MatrixIn<T> dy, Cache& cache) {
   cache.state.begin_backward("Block::backward", *this, dy);
-  assign(cache.dx, dy);
+  const bool in_place = dy.size() > 0 && dy.data() == cache.dx.data();
+  if (!in_place) copy_rows<T>(dy, cache.dx);
   for (std::size_t i = branches_.size(); i-- > 0;) {
     // A group of parallel branches shares the gradient of its sum; each adds to that of its x.
     const bool last = i + 1 == branches_.size() || !branches_[i + 1].parallel;
     const bool alone = last && !branches_[i].parallel;
-    if (last && !alone) assign(cache.d_sum, cache.dx);
-    cache.dx += backward_branch(i, alone ? cache.dx : cache.d_sum, cache);
+    if (last && !alone) copy_rows<T>(cache.dx, cache.d_sum);
+    add_rows<T>(cache.dx, backward_branch(i, alone ? cache.dx : cache.d_sum, cache), cache.dx);
   }
   return cache.dx;
 }

@@ -18,6 +18,7 @@
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/ops/padding.hpp>
+#include <weir/ops/rows.hpp>
 
 namespace weir {
 
@@ -158,7 +159,7 @@ const Matrix<T>& LanguageHead<T>::tied_forward(MatrixIn<T> x, const Embedding<T>
                                                const Pass& pass, Cache& cache) const {
   cache.padding.set("LanguageHead::forward", pass, x.rows());
   if (pass.training) {
-    assign(cache.x, x);
+    copy_rows<T>(x, cache.x);
     cache.padding.clear(cache.x);
   }
   set_shape(cache.logits, x.rows(), embedding.vocab());

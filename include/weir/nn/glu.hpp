@@ -170,7 +170,7 @@ const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
   set_shape(cache.gate, x.rows(), d_hidden());
   set_shape(cache.up, x.rows(), d_hidden());
   if (pass.training) {
-    assign(cache.x, x);
+    copy_rows<T>(x, cache.x);
     cache.padding.clear(cache.x);
     set_shape(cache.h, x.rows(), d_hidden());
     run(cache.x, cache.gate, cache.up, cache.h, cache.y);

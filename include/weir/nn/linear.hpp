@@ -125,7 +125,7 @@ const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cach
   expect_columns("Linear::forward", "x", x, d_in());
   cache.padding.set("Linear::forward", pass, x.rows());
   if (pass.training) {
-    assign(cache.x, x);
+    copy_rows<T>(x, cache.x);
     cache.padding.clear(cache.x);
   }
   set_shape(cache.y, x.rows(), d_out());

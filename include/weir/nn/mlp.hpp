@@ -159,7 +159,7 @@ const Matrix<T>& Mlp<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
   set_shape(cache.h, x.rows(), d_hidden());
   set_shape(cache.y, x.rows(), d_model());
   if (pass.training) {
-    assign(cache.x, x);
+    copy_rows<T>(x, cache.x);
     cache.padding.clear(cache.x);
     set_shape(cache.z, x.rows(), d_hidden());
     run(cache.x, cache.z, cache.h, cache.y);

@@ -149,7 +149,7 @@ class NoisyRouter : public RouterBase<T> {
   void forward_noisy(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     set_shape(cache.eps, x.rows(), experts());
     noise_.fill(pass, MatrixOut<T>(cache.eps));
-    assign(cache.x, x);
+    copy_rows<T>(x, cache.x);
     Matrix<T>& clean = cache.level.clean;
     Matrix<T>& deviation = cache.level.deviation;
     for (Matrix<T>* matrix : {&clean, &deviation, &cache.raw}) matrix->resize(x.rows(), experts());
