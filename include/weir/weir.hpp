@@ -11,6 +11,8 @@
 #include <weir/core/function_ref.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/init.hpp>
+#include <weir/core/input_observer.hpp>
+#include <weir/core/input_samples.hpp>
 #include <weir/core/kept_pass.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
@@ -272,6 +274,9 @@
 #include <weir/presets/switch_large.hpp>
 #include <weir/presets/switch_transformer.hpp>
 #include <weir/presets/tensor_names.hpp>
+
+#include <weir/tuning/gptq.hpp>
+#include <weir/tuning/quantisation.hpp>
 
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/adamw_state.hpp>

@@ -214,6 +214,7 @@ const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pa
   set_shape(cache.context, x.rows(), query_width());
   core(cache).forward(cache.context, cache.attention);
   clear_padding<T>(mask, cache.context);
+  pass.show<T>(output(), cache.context);
   project_out(cache);
   clear_padding<T>(mask, cache.y);
   return cache.state.finish(*this, pass, cache.y);
@@ -314,6 +315,7 @@ void GroupedQueryAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& c
   set_shape(cache.q, x.rows(), query_width());
   set_shape(cache.k, x.rows(), kv_width());
   set_shape(cache.v, x.rows(), kv_width());
+  for (const Parameter<T>* weight : {&query(), &key(), &value()}) pass.show<T>(*weight, x);
   kernels::multiply_weights<T, 3>(x, {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
   if (config_.qkv_bias) {
     add_to_each_row<T>(query_bias_.value.data(), cache.q);

@@ -221,6 +221,7 @@ const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Ca
   expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,
                     mask, cache.context, cache.expanded);
   clear_padding<T>(mask, cache.context);
+  pass.show<T>(output_.parameter(), cache.context);
   project_out(cache);
   return cache.state.finish(*this, pass, cache.y);
 }
@@ -315,15 +316,20 @@ void LatentAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& cache) 
   const Index tokens = x.rows();
   set_shape(cache.q, tokens, config_.heads * config_.query_dim());
   set_shape(cache.kv, tokens, config_.kv_rank + config_.rope_dim);
+  pass.show<T>(kv_down_.parameter(), x);
   if (is_low_rank()) {
+    pass.show<T>(query_down_.parameter(), x);
     set_shape(cache.query_down, tokens, config_.q_rank);
     kernels::multiply_weights<T, 2>(x, {{{query_down_, cache.query_down}, {kv_down_, cache.kv}}});
     query_norm_->forward(cache.query_down, pass, cache.query_norm);
+    pass.show<T>(query_.parameter(), cache.query_norm.y);
     kernels::multiply_weights<T, 1>(cache.query_norm.y, {{{query_, cache.q}}});
   } else {
+    pass.show<T>(query_.parameter(), x);
     kernels::multiply_weights<T, 2>(x, {{{query_, cache.q}, {kv_down_, cache.kv}}});
   }
   kv_norm_.forward(cache.kv.leftCols(config_.kv_rank), pass, cache.kv_norm);
+  expanded_.show(pass, cache.kv_norm.y);
   fill_positions(cache.spans, tokens, cache.positions);
   rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
   rope_.template rotate<T>(cache.q, cache.angles, rotated_part());

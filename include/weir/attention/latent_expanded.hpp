@@ -17,6 +17,7 @@
 #include <weir/core/init.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
@@ -90,6 +91,12 @@ class LatentExpanded {
   void backward(MatrixIn<T> q, MatrixIn<T> latents, std::span<const AttentionSpan> spans,
                 std::span<const std::uint8_t> mask, MatrixIn<T> context, MatrixIn<T> d_context,
                 MatrixOut<T> dq, MatrixOut<T> d_latents, MatrixOut<T> d_rope_keys, Cache& cache);
+
+  /// Shows what the weights are multiplied with, see `Pass::show`.
+  void show(const Pass& pass, MatrixIn<T> latents) const {
+    pass.show<T>(key_up_.parameter(), latents);
+    pass.show<T>(value_up_.parameter(), latents);
+  }
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {

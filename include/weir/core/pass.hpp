@@ -9,6 +9,8 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/index_span.hpp>
+#include <weir/core/input_observer.hpp>
+#include <weir/core/parameter.hpp>
 #include <weir/core/pass_record.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
@@ -51,7 +53,18 @@ struct Pass {
   /// are differentiated all the same.
   PassRecord* record = nullptr;
 
+  /// Who sees the rows that weights are multiplied with; null for nobody.
+  InputObserver* inputs = nullptr;
+
   bool is_padding(Index token) const { return !mask.empty() && element(mask, token) == 0; }
+
+  /// Shows the rows that `weight` is multiplied with, if somebody wants to see them.
+  template <class T>
+  void show(const Parameter<T>& weight, MatrixIn<T> x) const {
+    if (inputs == nullptr || weight.value.size() == 0) return;
+    const bool masked = x.rows() == static_cast<Index>(mask.size());
+    inputs->see(weight, x, masked ? mask : std::span<const std::uint8_t>());
+  }
 
   /// Whether auxiliary losses are computed.
   bool has_aux_losses() const { return aux_scale != 0.0 && (training || record != nullptr); }

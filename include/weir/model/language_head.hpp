@@ -75,18 +75,20 @@ class LanguageHead {
   /// A head as `weir::set_storage` sees it: a tied one is stored beside the embedding.
   class Stored {
    public:
-    Stored(LanguageHead& head, const Embedding<T>& embedding)
-        : head_(head), embedding_(embedding) {}
+    Stored(LanguageHead& head, Embedding<T>& embedding) : head_(head), embedding_(embedding) {}
 
     void set_storage(Storage storage) { head_.set_storage(storage, embedding_); }
     Storage storage() const { return head_.storage(); }
 
     template <class Self, class Visit>
-    static void visit(Self& /*self*/, Visit& /*visit*/) {}
+    static void visit(Self& self, Visit& visit) {
+      if (self.head_.linear_) return visit("", *self.head_.linear_);
+      if (self.storage() == Storage::kTrainable) visit("weight", self.embedding_.weight());
+    }
 
    private:
     LanguageHead& head_;
-    const Embedding<T>& embedding_;
+    Embedding<T>& embedding_;
   };
 
   Storage storage() const { return linear_ ? linear_->storage() : tied_storage_; }

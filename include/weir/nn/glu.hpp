@@ -177,6 +177,8 @@ const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
   } else {
     run(x, cache.gate, cache.up, cache.gate, cache.y);
   }
+  for (const Parameter<T>* weight : {&gate_, &up_}) pass.show<T>(*weight, x);
+  pass.show<T>(down_, pass.training ? cache.h : cache.gate);
   cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }

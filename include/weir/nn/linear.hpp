@@ -129,6 +129,7 @@ const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cach
     cache.padding.clear(cache.x);
   }
   set_shape(cache.y, x.rows(), d_out());
+  pass.show<T>(weight_.parameter(), x);
   linear_forward<T>(x, weight_, bias_.value, cache.y);
   cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);

@@ -166,6 +166,8 @@ const Matrix<T>& Mlp<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
   } else {
     run(x, cache.h, cache.h, cache.y);
   }
+  pass.show<T>(in_.parameter(), x);
+  pass.show<T>(out_.parameter(), cache.h);
   cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }

@@ -73,7 +73,7 @@ class ClampedGluBank {
   /// \throws ShapeError   if a weight's shape does not fit the others.
   explicit ClampedGluBank(ClampedGluWeights<T> weights, ClampedGluBankConfig config = {});
 
-  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& /*pass*/,
+  const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
                            Cache& cache) const;
 
   /// The gradients of experts without tokens are left alone.
@@ -176,7 +176,7 @@ ClampedGluBank<T>::ClampedGluBank(ClampedGluWeights<T> weights, ClampedGluBankCo
 
 template <std::floating_point T>
 const Matrix<T>& ClampedGluBank<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch,
-                                            const Pass& /*pass*/, Cache& cache) const {
+                                            const Pass& pass, Cache& cache) const {
   const Index slots = dispatch.slots();
   auto packed = cache.x.reshape(slots, d_in());
   auto gate = cache.gate.reshape(slots, d_hidden());
@@ -184,9 +184,11 @@ const Matrix<T>& ClampedGluBank<T>::forward(MatrixIn<T> x, const Dispatch<T>& di
   auto hidden = cache.hidden.reshape(slots, d_hidden());
   auto out = cache.out.reshape(slots, d_out());
   gather<T>(x, dispatch, packed);
+  for (const ExpertLinear<T>* linear : {&gate_, &up_}) linear->show(pass, packed, dispatch);
   gate_.forward(packed, dispatch, gate, cache.products);
   up_.forward(packed, dispatch, up, cache.products);
   activate(gate, up, hidden);
+  down_.show(pass, hidden, dispatch);
   down_.forward(hidden, dispatch, out, cache.products);
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);

@@ -12,6 +12,7 @@
 #include <weir/core/aligned.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/pass.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
@@ -47,6 +48,15 @@ class ExpertLinear {
   /// \param y        [slots, d_out]
   void forward(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> y,
                Products& products) const;
+
+  /// Shows the rows of each expert, see `Pass::show`.
+  /// \param x        [slots, d_in]
+  void show(const Pass& pass, MatrixIn<T> x, const Dispatch<T>& dispatch) const {
+    if (pass.inputs == nullptr) return;
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      pass.show<T>(weight_[e].parameter(), x.middleRows(begin, rows));
+    });
+  }
 
   /// dx = dy W, or is increased by it; adds to the gradients of W and b. The gradients of experts
   /// without slots are left alone.

@@ -344,6 +344,9 @@ void GluBank<T, Act>::forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispat
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     cache.products.push_back(
         product_nt<T>(hidden.middleRows(begin, rows), down_[e].value, out.middleRows(begin, rows)));
+    pass.show<T>(gate_[e], cache.x.view().middleRows(begin, rows));
+    pass.show<T>(up_[e], cache.x.view().middleRows(begin, rows));
+    pass.show<T>(down_[e], hidden.middleRows(begin, rows));
   });
   multiply<T>(cache.products);
 }

@@ -152,10 +152,12 @@ const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
   auto hidden = cache.hidden.reshape(slots, d_hidden());
   auto out = cache.out.reshape(slots, d_out());
 
+  in_.show(pass, cache.x.view(), dispatch);
   in_.forward(cache.x.view(), dispatch, inner, cache.products);
   activation_forward<Act, T>(inner, hidden);
   const double rate = storage() == Storage::kTrainable ? dropout_ : 0.0;
   drop_hidden<T>("MlpBank::forward", rate, pass, hidden, cache.factor);
+  out_.show(pass, hidden, dispatch);
   out_.forward(hidden, dispatch, out, cache.products);
 
   set_shape(cache.y, x.rows(), d_out());
