@@ -18,6 +18,7 @@
 #include <vector>
 
 #include <weir/core/parallel.hpp>
+#include <weir/core/storage.hpp>
 #include <weir/io/checkpoint.hpp>
 #include <weir/io/gguf.hpp>
 #include <weir/io/gguf_model.hpp>
@@ -185,9 +186,7 @@ Writer load_published(const Options& options, weir::Storage storage) {
 }
 
 Writer load(const Options& options) {
-  const weir::Storage storage = options.storage == "bf16"    ? weir::Storage::kBfloat16
-                                : options.storage == "plain" ? weir::Storage::kTrainable
-                                                             : weir::Storage::kPacked;
+  const weir::Storage storage = weir::storage_named(options.storage).value();
   const fs::path path = options.model;
   if (path.extension() == ".gguf" || fs::exists(path / "config.json")) {
     return load_published(options, storage);
@@ -292,7 +291,8 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
            "A folder of checkpoints of train_lm or of a published model, or a .gguf file")
       ->required();
   line.add("--storage", options.storage, "How weights are kept; bf16 is half as large")
-      ->check(CLI::IsMember({"packed", "bf16", "plain"}));
+      ->check(CLI::IsMember(
+          std::vector<std::string>(weir::kStorageNames.begin(), weir::kStorageNames.end())));
   line.add("--expert-memory", options.expert_memory,
            "Megabytes for experts, the others stay in the files (0: all in memory)")
       ->check(limits::at_least(0));

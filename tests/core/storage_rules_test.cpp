@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
@@ -102,6 +103,14 @@ TEST_CASE("Routers, gates and norms stay exact whatever the rules", "[core][stor
   CHECK(infer(model, kIds) == infer(other, kIds));
   set_storage(model, {{"*", Storage::kTrainable}});
   CHECK(is_trainable(model));
+}
+
+TEST_CASE("Storages have names", "[core][storage]") {
+  CHECK(name_of(Storage::kTrainable) == "plain");
+  CHECK(name_of(Storage::kBfloat16) == "bf16");
+  CHECK(name_of(Storage::kInt4Dot) == "int4-dot");
+  for (const std::string_view name : kStorageNames) CHECK(name_of(*storage_named(name)) == name);
+  CHECK_FALSE(storage_named("int5").has_value());
 }
 
 TEST_CASE("A rule that matches no part is refused", "[core][storage]") {

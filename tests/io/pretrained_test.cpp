@@ -123,6 +123,24 @@ TEST_CASE("A model is loaded into its storage", "[io][pretrained]") {
   }
 }
 
+TEST_CASE("A model is loaded into the storages of its parts", "[io][pretrained]") {
+  const test::Folder folder;
+  Decoder<float> model = make_small(small());
+  save_pretrained(folder.path(), model, small());
+  const StorageRules rules = {{"*.experts", Storage::kInt4},
+                              {"*.attention", Storage::kInt8},
+                              {"head", Storage::kTrainable}};
+  auto loaded =
+      load_pretrained<float>(folder.path(), {.storage = Storage::kBfloat16, .rules = rules});
+  StorageRules all = rules;
+  all.push_back({"*", Storage::kBfloat16});
+  set_storage(model, all);
+  CHECK(infer(loaded.model, kIds) == infer(model, kIds));
+  CHECK(parameters(loaded.model).size() == parameters(model).size());
+  CHECK_THROWS_WITH(load_pretrained<float>(folder.path(), {.rules = {{"experts", Storage::kInt4}}}),
+                    "load_pretrained: no part matches 'experts', expected at least one");
+}
+
 /// The most memory this process has had so far, in bytes.
 std::size_t peak_memory() {
   std::ifstream status("/proc/self/status");

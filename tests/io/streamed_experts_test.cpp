@@ -149,6 +149,19 @@ TEST_CASE("Streamed experts give the bits of resident ones", "[io][experts]") {
   }
 }
 
+TEST_CASE("Streamed experts have the storage of their rule", "[io][experts]") {
+  const test::Folder folder;
+  Rng rng(3);
+  const presets::MixtralConfig config = small_config();
+  Decoder<float> trained = presets::make<float>(config, rng);
+  save_pretrained(folder.path(), trained, config);
+  const StorageRules rules = {{"layers.1.*experts", Storage::kMxFp4}, {"*experts", Storage::kInt8}};
+  const auto resident = load_pretrained<float>(folder.path(), {.rules = rules});
+  const auto streamed =
+      load_pretrained<float>(folder.path(), {.rules = rules, .expert_bytes = 20'000});
+  CHECK(infer(streamed.model, ids(20)) == infer(resident.model, ids(20)));
+}
+
 TEST_CASE("Threads share streamed experts", "[io][experts]") {
   const test::Folder folder;
   Rng rng(3);

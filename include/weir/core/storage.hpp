@@ -3,7 +3,10 @@
 /// How the weights of a layer are stored for multiplication.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string_view>
 
 #include <weir/core/error.hpp>
@@ -52,6 +55,22 @@ enum class Storage : std::uint8_t {
   /// weights.
   kInt4Dot,
 };
+
+/// Short names of the storages, in the order of the enumeration.
+inline constexpr std::array<std::string_view, 9> kStorageNames = {
+    "plain", "packed", "bf16", "int8", "int4", "fp8", "mxfp4", "int8-dot", "int4-dot"};
+
+constexpr std::string_view name_of(Storage storage) {
+  return kStorageNames[static_cast<std::size_t>(storage)];
+}
+
+/// The storage of that name; nothing if there is none.
+constexpr std::optional<Storage> storage_named(std::string_view name) {
+  for (std::size_t i = 0; i < kStorageNames.size(); ++i) {
+    if (kStorageNames[i] == name) return static_cast<Storage>(i);
+  }
+  return std::nullopt;
+}
 
 /// \throws StateError   unless `storage` is kTrainable; `who` is the function that needs that.
 inline void expect_trainable(std::string_view who, Storage storage) {

@@ -63,6 +63,19 @@ struct CheckRules final : WalkParts<T> {
   std::vector<bool> matches;
 };
 
+/// \throws ConfigError  if a rule matches no part; `who` is the function that needs that.
+/// \throws StateError   as `expect_storable`.
+template <class Layer>
+void expect_matches(std::string_view who, Layer& layer, const StorageRules& rules) {
+  CheckRules<typename Layer::Scalar> check(rules);
+  check("", layer);
+  for (std::size_t i = 0; i < rules.size(); ++i) {
+    if (check.matches[i]) continue;
+    throw_error<ConfigError>(who, ": no part matches '", rules[i].pattern,
+                             "', expected at least one");
+  }
+}
+
 template <class T>
 struct StoreByRules final : WalkParts<T> {
   explicit StoreByRules(const StorageRules& all) : rules(all) {}
@@ -100,13 +113,7 @@ struct ListParts final : WalkParts<T> {
 template <class Layer>
 void set_storage(Layer& layer, const StorageRules& rules) {
   using T = typename Layer::Scalar;
-  detail::CheckRules<T> check(rules);
-  check("", layer);
-  for (std::size_t i = 0; i < rules.size(); ++i) {
-    if (check.matches[i]) continue;
-    throw_error<ConfigError>("set_storage: no part matches '", rules[i].pattern,
-                             "', expected at least one");
-  }
+  detail::expect_matches("set_storage", layer, rules);
   detail::StoreByRules<T> store(rules);
   store("", layer);
 }

@@ -20,6 +20,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/storage_rules.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
 #include <weir/io/expert_store.hpp>
@@ -51,6 +52,9 @@ struct Pretrained {
 /// Settings of `load_pretrained`.
 struct LoadConfig {
   Storage storage = Storage::kTrainable;  ///< How the weights are stored from the beginning on.
+
+  /// The same for the parts of the model that these rules match by name, see `set_storage`.
+  StorageRules rules = {};
 
   /// Above zero, the gated experts of mixtures stay in the files, and at most as many of them as
   /// have room in this many bytes are in memory, see ExpertStore and StreamedExperts. Outputs are
@@ -205,10 +209,13 @@ void read_model(const std::shared_ptr<const TensorSource>& source,
                 const std::vector<presets::TensorName>& names, const HeadSizes& sizes, Index k,
                 std::span<const std::string_view> ignored, const LoadConfig& how,
                 Pretrained<T>& into) {
-  if (how.expert_bytes > 0 && how.storage == Storage::kTrainable) {
-    throw_error<ConfigError>("load_pretrained: expert_bytes = ", how.expert_bytes,
-                             " with storage = kTrainable, expected a storage for inference");
-  }
+  weir::detail::expect_matches("load_pretrained", into.model, how.rules);
+  StorageRules rules = how.rules;
+  rules.push_back({"*", how.storage});
+  const bool all_trainable = std::all_of(rules.begin(), rules.end(), [](const StorageRule& rule) {
+    return rule.storage == Storage::kTrainable;
+  });
+  weir::detail::StoreByRules<T> store(rules);
   MultiToken<T>* const prediction = into.prediction ? &*into.prediction : nullptr;
   ModelTensors<T> tensors = all_tensors("load_pretrained", into.model, prediction);
   const auto layout = published_layout(names, shapes_of(tensors), sizes);
@@ -217,12 +224,12 @@ void read_model(const std::shared_ptr<const TensorSource>& source,
   std::optional<StreamBanks<T>> stream;
   if (how.expert_bytes > 0) {
     into.experts = std::make_shared<ExpertStore<T>>(how.expert_bytes);
-    stream.emplace(source, reader, into.experts, how.storage);
+    stream.emplace(source, reader, into.experts, rules);
     (*stream)("", into.model);
   }
   // Lets the weights of a part be fetched when they are stored.
   const auto postpone = [&](const std::string& prefix, auto& part) {
-    if (how.storage == Storage::kTrainable) return;
+    if (all_trainable) return;
     for (auto& [name, parameter] : parameters(part)) {
       const auto matrix = reader->find(prefix + name);
       if (!matrix || (prefix.empty() && !name.starts_with("head."))) continue;
@@ -232,18 +239,19 @@ void read_model(const std::shared_ptr<const TensorSource>& source,
   };
   auto& layers = into.model.layers();
   for (std::size_t l = 0; l < layers.size(); ++l) {
-    const std::string prefix = "layers." + std::to_string(l) + ".";
+    const std::string name = "layers." + std::to_string(l);
+    const std::string prefix = name + ".";
     postpone(prefix, layers[l]);
     reader->read(prefix);
-    set_storage(layers[l], how.storage);
+    store(name, layers[l]);
     settle(layers[l]);  // What is no large weight.
     reader->release(prefix);
   }
   postpone("", into.model);
   reader->read("");
-  set_storage(into.model, how.storage);
+  store("", into.model);
   settle(into.model);
-  if (prediction != nullptr) set_storage(*prediction, how.storage);
+  if (prediction != nullptr) store("", *prediction);
   if (stream) stream->link(into.model, k);
 }
 

@@ -17,9 +17,11 @@
 #include <vector>
 
 #include <weir/core/aligned.hpp>
+#include <weir/core/error.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/storage_rules.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
 #include <weir/core/walk.hpp>
@@ -173,11 +175,11 @@ template <class T>
 class StreamBanks final : public Walk<T> {
  public:
   StreamBanks(std::shared_ptr<const void> keep, std::shared_ptr<PublishedReader<T>> reader,
-              std::shared_ptr<ExpertStore<T>> store, Storage storage)
+              std::shared_ptr<ExpertStore<T>> store, StorageRules rules)
       : keep_(std::move(keep)),
         reader_(std::move(reader)),
         store_(std::move(store)),
-        storage_(storage) {}
+        rules_(std::move(rules)) {}
 
   /// Tells each layer which one comes behind it, once the routers have been read.
   template <class Model>
@@ -201,7 +203,7 @@ class StreamBanks final : public Walk<T> {
   std::shared_ptr<const void> keep_;
   std::shared_ptr<PublishedReader<T>> reader_;
   std::shared_ptr<ExpertStore<T>> store_;
-  Storage storage_;
+  StorageRules rules_;  // Of which one matches each part.
   std::vector<Streamed> streamed_;
 };
 
@@ -218,13 +220,18 @@ void StreamBanks<T>::stream(Bank& bank) {
     if (!gate || !up || !down) return;  // Of another kind of checkpoint: it stays in memory.
     matrices.push_back({*gate, *up, *down});
   }
+  const Storage storage = *storage_of(rules_, std::string_view(path).substr(0, path.size() - 1));
+  if (storage == Storage::kTrainable) {
+    throw_error<ConfigError>("load_pretrained: expert_bytes = ", store_->capacity(),
+                             " with storage = kTrainable, expected a storage for inference");
+  }
   for (const auto& m : matrices) {
     for (const std::size_t matrix : {m.gate, m.up, m.down}) reader_->defer(matrix);
   }
   auto experts = std::make_shared<StreamedExperts<T>>(
       keep_, reader_, store_, static_cast<Index>(streamed_.size()), std::move(matrices),
-      bank.d_in(), bank.d_hidden(), storage_);
-  bank.set_source(experts, storage_);
+      bank.d_in(), bank.d_hidden(), storage);
+  bank.set_source(experts, storage);
   constexpr std::string_view kBank = "experts.";
   const std::string layer =
       path.ends_with(kBank) ? path.substr(0, path.size() - kBank.size()) : path;
