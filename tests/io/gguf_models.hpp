@@ -103,7 +103,7 @@ inline presets::Llama4Config gguf_llama4(Index experts = 0) {
   scale.experts = experts;
   scale.window = own.chunk;
   config = presets::scaled(config, scale);
-  if (experts == 128) config.shape.d_hidden = config.shape.shared_hidden = 8;
+  config.shape.d_hidden = config.shape.shared_hidden = 8;
   return config;
 }
 

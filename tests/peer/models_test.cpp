@@ -231,7 +231,6 @@ TEST_CASE("llama.cpp computes what weir does with llama4 behind the first chunk"
   if (peer == nullptr) return;
   presets::Llama4Config config = test::gguf_llama4();
   config.shape.d_model = 32;
-  config.shape.d_hidden = config.shape.shared_hidden = 16;
   for (presets::AttentionShape* const shape :
        {&config.shape.attention, &*config.shape.other_attention}) {
     auto& attention = std::get<GroupedQueryConfig>(*shape);
