@@ -85,10 +85,9 @@ inline presets::Glm4MoeConfig gguf_glm(presets::Glm4MoeConfig config) {
   return presets::scaled(config, kGgufScale);
 }
 
-/// A small Llama 4, with the chunks that llama.cpp has in any.
-/// \param experts   0: a few. With 128, as in Maverick, they are narrow, there are no norms of
-/// queries
-///                  and keys, and every other layer is dense.
+/// A small Llama 4 with narrow experts, and the chunks that llama.cpp has in any.
+/// \param experts   0: a few. With 128, as in Maverick, there are no norms of queries and keys, and
+///                  every other layer is dense.
 inline presets::Llama4Config gguf_llama4(Index experts = 0) {
   presets::Llama4Config config = presets::llama_4_scout();
   auto& own = std::get<GroupedQueryConfig>(config.shape.attention);
