@@ -77,6 +77,7 @@
 #include <weir/kernels/schedule.hpp>
 #include <weir/kernels/small_float.hpp>
 #include <weir/kernels/transpose.hpp>
+#include <weir/kernels/turned_rows.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/kernels/weight_rows.hpp>
 
@@ -205,6 +206,7 @@
 #include <weir/attention/grouped_query.hpp>
 #include <weir/attention/grouped_query_config.hpp>
 #include <weir/attention/heads.hpp>
+#include <weir/attention/key_runs.hpp>
 #include <weir/attention/kv_cache.hpp>
 #include <weir/attention/latent.hpp>
 #include <weir/attention/latent_absorbed.hpp>

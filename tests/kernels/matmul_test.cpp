@@ -102,7 +102,6 @@ TEST_CASE("Products have the same bits for any number of threads", "[kernels][ma
 
 TEST_CASE("A row of a product does not depend on the other rows of a tall matrix",
           "[kernels][matmul]") {
-  // Holds from 5 rows on; fewer are computed as dot products, with another order of sums.
   const Matrix<float> a = test::random_matrix<float>(300, 100, 1);
   const Matrix<float> b = test::random_matrix<float>(80, 100, 2);
   Matrix<float> all(300, 80);
@@ -110,6 +109,30 @@ TEST_CASE("A row of a product does not depend on the other rows of a tall matrix
   multiply_nt<float>(a, b, all);
   multiply_nt<float>(a.middleRows(50, 7), b, some);
   CHECK(some == all.middleRows(50, 7));
+}
+
+TEMPLATE_TEST_CASE("A row of a product has the same bits alone and among any others",
+                   "[kernels][matmul][invariance]", float, double) {
+  using T = TestType;
+  const auto n = GENERATE(as<Index>{}, 1, 8, 64, 131);
+  const auto k = GENERATE(as<Index>{}, 1, 50, 64, 600);
+  const Matrix<T> a = test::random_matrix<T>(13, k, 1);
+  const Matrix<T> b = test::random_matrix<T>(n, k, 2);
+  const Matrix<T> b_t = b.transpose();
+  const Matrix<T> start = test::random_matrix<T>(13, n, 3);
+  for (const bool accumulate : {false, true}) {
+    Matrix<T> all = start;
+    multiply_nt<T>(a, b, all, accumulate);
+    for (const Index rows : {1, 2, 3, 4, 5, 7}) {
+      INFO(rows << " of 13 x " << n << " x " << k << (accumulate ? ", accumulated" : ""));
+      Matrix<T> some = start.middleRows(4, rows);
+      multiply_nt<T>(a.middleRows(4, rows), b, some, accumulate);
+      CHECK(some == all.middleRows(4, rows));
+      some = start.middleRows(4, rows);
+      multiply_nn<T>(a.middleRows(4, rows), b_t, some, accumulate);
+      CHECK(some == all.middleRows(4, rows));
+    }
+  }
 }
 
 TEST_CASE("Products of shapes that do not fit are refused", "[kernels][matmul]") {

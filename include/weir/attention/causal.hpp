@@ -11,6 +11,7 @@
 #include <span>
 
 #include <weir/attention/few_queries.hpp>
+#include <weir/attention/key_runs.hpp>
 #include <weir/attention/operands.hpp>
 #include <weir/attention/query_blocks.hpp>
 #include <weir/core/function_ref.hpp>
@@ -45,9 +46,9 @@ namespace weir {
 /// enter its computation.
 ///
 /// The cost is queries times the keys they see; memory is linear. Results do not depend on the
-/// number of threads. The backward pass computes probabilities anew, once over blocks of queries
-/// for dq and once over blocks of keys for dk and dv, so that each sum belongs to one task and has
-/// one order.
+/// number of threads, nor those of a query on the queries beside it, see KeyRuns. The backward pass
+/// computes probabilities anew, once over blocks of queries for dq and once over blocks of keys for
+/// dk and dv, so that each sum belongs to one task and has one order.
 template <class T>
 class CausalAttention {
   using Blocks = QueryBlocks<T>;
@@ -98,9 +99,6 @@ class CausalAttention {
 
  private:
   using Task = typename Cache::Task;
-
-  /// Where queries are few, the keys of each are cut into runs of this many, for parallelism.
-  static constexpr Index kRun = 256;
 
   static Index last_block(Index n) {
     return n == 0 ? -1 : (n - 1) / Blocks::kBlock * Blocks::kBlock;
@@ -219,7 +217,7 @@ void CausalAttention<T>::cut(Cache& cache) const {
       const Index end = span.prefix() + i + 1;
       Index begin = in_.first_key(span, end - 1);
       while (begin < end) {
-        const Index run = std::min(in_.together(span, begin, kRun), end - begin);
+        const Index run = std::min(in_.together(span, begin, KeyRuns::kRun), end - begin);
         cache.few_tasks.push_back({s, i, begin, begin + run});
         begin += run;
       }

@@ -7,10 +7,12 @@
 #include <cmath>
 #include <limits>
 
+#include <weir/attention/key_runs.hpp>
 #include <weir/attention/operands.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/turned_rows.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
 #include <weir/ops/tanh.hpp>
@@ -19,8 +21,11 @@
 namespace weir {
 
 /// The part of `CausalAttention` for spans with few queries. The keys of a query are cut into runs,
-/// which may be computed in parallel. The sums of the runs, relative to their largest scores, are
-/// combined afterwards.
+/// see KeyRuns, which may be computed in parallel. The sums of the runs, relative to their largest
+/// scores, are combined afterwards.
+///
+/// Every product and every sum is made in the order of QueryBlocks, where another side of it lies
+/// in the lanes of a register. So it does not matter to a query which of the two computes it.
 template <class T>
 struct FewQueries {
   const AttentionOperands<T>& in;
@@ -39,74 +44,43 @@ struct FewQueries {
   void combine(Index row, MatrixIn<T> partial, MatrixOut<T>& out, Scratch<T>& logsumexp) const;
 
  private:
-  /// For this many keys the scores of all heads are held at once, in L1.
-  static constexpr Index kRows = 32;
-  static_assert(kRows % kLanes<T> == 0 && PagedRows<T>::kPage % kRows == 0);
+  /// For this many keys the scores of all heads are held at once.
+  static constexpr Index kRows = KeyRuns::kBlock;
+  static_assert(kRows % kLanes<T> == 0);
 
-  /// Applies the softcap to the scores [heads, kRows], of which the first `rows` columns count.
-  void cap(Index rows, T* scores) const {
-    const auto softcap = static_cast<T>(in.shape.softcap);
-    for (Index head = 0; head < in.shape.heads; ++head) {
-      loops::scaled_tanh<T>(rows, softcap, scores + head * kRows, scores + head * kRows);
-    }
+  /// Some keys or values of one key head, and the heads that read them: rows of `from`, `stride`
+  /// apart.
+  struct Rows {
+    const T* from;
+    Index stride, count;
+  };
+
+  /// scores [heads, kRows] = q [heads, head_dim] times keys.
+  void score(Rows keys, Index heads, const T* q, T* scores) const {
+    Index h = 0;
+    for (; h + 8 <= heads; h += 8) score_heads<8>(keys, q, scores, h);
+    for (; h + 4 <= heads; h += 4) score_heads<4>(keys, q, scores, h);
+    for (; h < heads; ++h) score_heads<1>(keys, q, scores, h);
   }
+  template <int heads>
+  void score_heads(const Rows& keys, const T* q, T* scores, Index head) const;
 
-  /// The products of one query and `count` <= kLanes keys.
-  static Lanes<T> inner_products(const T* query, const T* key, Index stride, Index count,
-                                 Index dim);
+  /// Turns the scores of one head into their shares, relative to its `top`, and adjusts `total` and
+  /// `sums` to a larger one.
+  void soften(Index rows, T* scores, T& top, T& total, T* sums) const;
 
-  /// The products of one query and `keys` keys, not yet summed over lanes.
-  template <int keys>
-  static void inner_products(const T* query, const T* key, Index stride, Index dim,
-                             Lanes<T>* sums) {
-    Lanes<T> sum[keys] = {};
-    Index d = 0;
-    for (; d + kLanes<T> <= dim; d += kLanes<T>) {
-      const Lanes<T> part = load_lanes<T>(query + d);
-#pragma GCC unroll 4
-      for (Index i = 0; i < keys; ++i) sum[i] += part * load_lanes<T>(key + i * stride + d);
-    }
-    if (d < dim) {
-      const Lanes<T> part = load_lanes<T>(query + d, dim - d);
-#pragma GCC unroll 4
-      for (Index i = 0; i < keys; ++i) {
-        sum[i] += part * load_lanes<T>(key + i * stride + d, dim - d);
-      }
-    }
-#pragma GCC unroll 4
-    for (Index i = 0; i < keys; ++i) sums[i] = sum[i];
+  /// sums [heads, value_dim] += p [heads, kRows] times values.
+  void add_values(Rows values, Index heads, const T* p, T* sums) const {
+    Index h = 0;
+    for (; h + 4 <= heads; h += 4) add_values_of<4>(values, p + h * kRows, sums, h);
+    for (; h < heads; ++h) add_values_of<1>(values, p + h * kRows, sums, h);
   }
+  template <int heads>
+  void add_values_of(const Rows& values, const T* p, T* sums, Index head) const;
 
-  /// sum += p [rows] * values [rows, value_dim].
-  void add_values(const T* p, const T* values, Index stride, Index rows, T* sum) const;
-
-  /// Adds `blocks` blocks of kLanes columns, of which the last one has `lanes` columns.
-  template <int blocks>
-  static void add_values(const T* p, const T* values, Index stride, Index rows, Index lanes,
-                         T* sum) {
-    Lanes<T> even[blocks] = {};  // Neither sum waits for the other.
-    Lanes<T> odd[blocks] = {};
-    Index r = 0;
-    for (; r + 1 < rows; r += 2) {
-      const T* const first = values + r * stride;
-      const T* const second = first + stride;
-#pragma GCC unroll 4
-      for (Index j = 0; j < blocks; ++j) {
-        even[j] += p[r] * load_lanes<T>(first + j * kLanes<T>, lanes);
-        odd[j] += p[r + 1] * load_lanes<T>(second + j * kLanes<T>, lanes);
-      }
-    }
-    if (r < rows) {
-      for (Index j = 0; j < blocks; ++j) {
-        even[j] += p[r] * load_lanes<T>(values + r * stride + j * kLanes<T>, lanes);
-      }
-    }
-#pragma GCC unroll 4
-    for (Index j = 0; j < blocks; ++j) {
-      T* const to = sum + j * kLanes<T>;
-      store_lanes<T>(load_lanes<T>(to, lanes) + (even[j] + odd[j]), to, lanes);
-    }
-  }
+  /// The same for `blocks` blocks of kLanes columns, of which the last one has `lanes` columns.
+  template <int heads, int blocks>
+  static void add_columns(const Rows& values, Index lanes, const T* p, T* sums, Index sums_row);
 };
 
 template <class T>
@@ -117,7 +91,8 @@ void FewQueries<T>::attend(Index s, Index query, Index begin, Index end, T* part
   const KeyValueRows<T> rows_of = in.rows_of(s);
   const Index dim = shape.head_dim;
   const Index value_dim = shape.value_dim;
-  const auto factor = static_cast<T>(in.factor());
+  const Index group = shape.group();
+  const auto softcap = static_cast<T>(shape.softcap);
   T* const total = partial;
   T* const top = total + shape.heads;
   T* const sums = top + shape.heads;
@@ -126,45 +101,33 @@ void FewQueries<T>::attend(Index s, Index query, Index begin, Index end, T* part
   std::fill_n(sums, shape.heads * value_dim, T(0));
 
   auto& space = ThreadSpace<T, FewQueries>::of_this_thread();
-  space.reserve(shape.heads * kRows);
+  space.reserve(shape.heads * (kRows + dim));
   T* const scores = space.take(shape.heads * kRows);
-  const T* const of_query = in.q.data() + (span.query_begin + query) * in.q.outerStride();
+  T* const q = space.take(shape.heads * dim);
+  loops::scale<T>(shape.heads * dim, static_cast<T>(in.factor()),
+                  in.q.data() + (span.query_begin + query) * in.q.outerStride(), q);
   for (Index row = begin, rows = 0; row < end; row += rows) {
     rows = std::min(in.together(span, row, kRows), end - row);
     const bool padding = in.any_padding(span, row, row + rows);
     // Keys for all heads come first, then values for all: a group's share of both exceeds L1.
-    for (Index head = 0; head < shape.heads; ++head) {
-      const T* const of_head = rows_of.key(row) + head / shape.group() * dim;
-      for (Index r = 0; r < rows; r += kLanes<T>) {
-        const Index count = std::min(kLanes<T>, rows - r);
-        const Lanes<T> products =
-            inner_products(of_query + head * dim, of_head + r * rows_of.key_stride,
-                           rows_of.key_stride, count, dim);
-        store_lanes<T>(factor * products, scores + head * kRows + r);
-      }
+    for (Index head = 0; head < shape.heads; head += group) {
+      score({rows_of.key(row) + head / group * dim, rows_of.key_stride, rows}, group,
+            q + head * dim, scores + head * kRows);
     }
-    if (shape.softcap > 0) cap(rows, scores);
     for (Index head = 0; head < shape.heads; ++head) {
       T* const p = scores + head * kRows;
-      // Scores beyond the keys are hidden too, so that softmax works on whole vectors.
-      std::fill(p + rows, p + kRows, -std::numeric_limits<T>::infinity());
+      if (softcap > 0) loops::scaled_tanh<T>(rows, softcap, p, p);
       for (Index r = 0; padding && r < rows; ++r) {
         if (in.is_padding(span, row + r)) p[r] = -std::numeric_limits<T>::infinity();
       }
-      const T old_top = top[head];
-      top[head] = std::max(old_top, loops::max<T>(kRows, p));
-      loops::exp_shifted<T>(kRows, p, top[head], p);
-      if (top[head] != old_top) {
-        const T shrink = std::exp(old_top - top[head]);
-        total[head] *= shrink;
-        loops::scale<T>(value_dim, shrink, sums + head * value_dim, sums + head * value_dim);
-      }
-      total[head] += loops::sum<T>(kRows, p);
+      soften(rows, p, top[head], total[head], sums + head * value_dim);
     }
-    for (Index head = 0; head < shape.heads; ++head) {
-      const T* const values = rows_of.value(row) + head / shape.group() * value_dim;
-      add_values(scores + head * kRows, values, rows_of.value_stride, rows,
-                 sums + head * value_dim);
+    for (Index r = 0; r < rows; ++r) {
+      for (Index head = 0; head < shape.heads; ++head) total[head] += scores[head * kRows + r];
+    }
+    for (Index head = 0; head < shape.heads; head += group) {
+      add_values({rows_of.value(row) + head / group * value_dim, rows_of.value_stride, rows}, group,
+                 scores + head * kRows, sums + head * value_dim);
     }
   }
 }
@@ -172,47 +135,109 @@ void FewQueries<T>::attend(Index s, Index query, Index begin, Index end, T* part
 template <class T>
 void FewQueries<T>::combine(Index row, MatrixIn<T> partial, MatrixOut<T>& out,
                             Scratch<T>& logsumexp) const {
-  const Index count = in.shape.heads;
+  struct Combining {};
+  const Index heads = in.shape.heads;
   const Index dim = in.shape.value_dim;
-  out.row(row).setZero();
-  for (Index head = 0; head < count; ++head) {
-    auto sum = out.row(row).segment(head * dim, dim);
+  auto& space = ThreadSpace<T, Combining>::of_this_thread();
+  space.reserve(4 * heads);
+  T* const top = space.take(heads);
+  T* const total = space.take(heads);
+  T* const keep = space.take(heads);
+  T* const add = space.take(heads);
+  for (Index head = 0; head < heads; ++head) {
     const T sink = in.sink(head);
-    const T top = std::max(partial.col(count + head).maxCoeff(), sink);
-    T total = std::exp(sink - top);
-    for (Index i = 0; i < partial.rows(); ++i) {
-      const T share = std::exp(partial(i, count + head) - top);
-      total += share * partial(i, head);
-      sum += share * partial.row(i).segment(2 * count + head * dim, dim);
+    top[head] = std::max(std::numeric_limits<T>::lowest(), sink);
+    total[head] = std::exp(sink - top[head]);
+  }
+  out.row(row).setZero();
+  for (Index i = 0; i < partial.rows(); ++i) {
+    const T* const run = &partial.coeffRef(i, 0);
+    merge_tops<T>(heads, run + heads, top, keep, add);
+    merge_sums<T>(heads, keep, add, run, total);
+    for (Index head = 0; head < heads; ++head) {
+      T* const sum = &out(row, head * dim);
+      loops::scale<T>(dim, keep[head], sum, sum);
+      loops::add_scaled<T>(dim, add[head], run + 2 * heads + head * dim, sum);
     }
-    logsumexp.view()(head, row) =
-        total == T(0) ? std::numeric_limits<T>::infinity() : top + std::log(total);
-    if (total != T(0)) sum *= T(1) / total;
+  }
+  for (Index head = 0; head < heads; ++head) {
+    T* const sum = &out(row, head * dim);
+    logsumexp.view()(head, row) = total[head] == T(0) ? std::numeric_limits<T>::infinity()
+                                                      : top[head] + std::log(total[head]);
+    if (total[head] != T(0)) loops::scale<T>(dim, T(1) / total[head], sum, sum);
   }
 }
 
 template <class T>
-Lanes<T> FewQueries<T>::inner_products(const T* query, const T* key, Index stride, Index count,
-                                       Index dim) {
-  Lanes<T> sums[kLanes<T>];
-  Index i = 0;
-  for (; i + 4 <= count; i += 4) inner_products<4>(query, key + i * stride, stride, dim, sums + i);
-  for (; i < count; ++i) inner_products<1>(query, key + i * stride, stride, dim, sums + i);
-  for (; i < kLanes<T>; ++i) sums[i] = Lanes<T>{};
-  return sums_of<T>(sums);
+template <int heads>
+void FewQueries<T>::score_heads(const Rows& keys, const T* q, T* scores, Index head) const {
+  const Index dim = in.shape.head_dim;
+  for (Index r = 0; r < keys.count; r += kLanes<T>) {
+    Lanes<T> sums[heads] = {};
+    kernels::multiply_turned<T, heads>(q + head * dim, dim, keys.from + r * keys.stride,
+                                       keys.stride, std::min(kLanes<T>, keys.count - r), dim, sums);
+    for (int h = 0; h < heads; ++h) store_lanes<T>(sums[h], scores + (head + h) * kRows + r);
+  }
 }
 
 template <class T>
-void FewQueries<T>::add_values(const T* p, const T* values, Index stride, Index rows,
-                               T* sum) const {
+void FewQueries<T>::soften(Index rows, T* scores, T& top, T& total, T* sums) const {
+  const T old = top;
+  top = std::max(old, loops::max<T>(rows, scores));
+  if (top != old) {
+    const T shrink = exp_lanes<T>(Lanes<T>{} + (old - top))[0];
+    total *= shrink;
+    loops::scale<T>(in.shape.value_dim, shrink, sums, sums);
+  }
+  loops::exp_shifted<T>(rows, scores, top, scores);
+}
+
+template <class T>
+template <int heads>
+void FewQueries<T>::add_values_of(const Rows& values, const T* p, T* sums, Index head) const {
+  constexpr Index kLane = kLanes<T>;
   const Index dim = in.shape.value_dim;
+  T* const of_heads = sums + head * dim;
   Index d = 0;
-  for (; d + 4 * kLanes<T> <= dim; d += 4 * kLanes<T>) {
-    add_values<4>(p, values + d, stride, rows, kLanes<T>, sum + d);
+  for (; d + 4 * kLane <= dim; d += 4 * kLane) {
+    add_columns<heads, 4>({values.from + d, values.stride, values.count}, kLane, p, of_heads + d,
+                          dim);
   }
-  for (; d < dim; d += kLanes<T>) {
-    const Index lanes = std::min(kLanes<T>, dim - d);
-    add_values<1>(p, values + d, stride, rows, lanes, sum + d);
+  for (; d < dim; d += kLane) {
+    add_columns<heads, 1>({values.from + d, values.stride, values.count}, std::min(kLane, dim - d),
+                          p, of_heads + d, dim);
+  }
+}
+
+template <class T>
+template <int heads, int blocks>
+void FewQueries<T>::add_columns(const Rows& values, Index lanes, const T* p, T* sums,
+                                Index sums_row) {
+  constexpr Index kLane = kLanes<T>;
+  Lanes<T> sum[heads][blocks];
+  for (int h = 0; h < heads; ++h) {
+    for (int j = 0; j < blocks; ++j) {
+      sum[h][j] = load_lanes<T>(sums + h * sums_row + j * kLane, lanes);
+    }
+  }
+  for (Index r = 0; r < values.count; ++r) {
+    Lanes<T> value[blocks];
+#pragma GCC unroll 4
+    for (int j = 0; j < blocks; ++j) {
+      value[j] = load_lanes<T>(values.from + r * values.stride + j * kLane, lanes);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < heads; ++h) {
+#pragma GCC unroll 4
+      for (int j = 0; j < blocks; ++j) {
+        kernels::add_product<T>(sum[h][j], p[h * kRows + r], value[j]);
+      }
+    }
+  }
+  for (int h = 0; h < heads; ++h) {
+    for (int j = 0; j < blocks; ++j) {
+      store_lanes<T>(sum[h][j], sums + h * sums_row + j * kLane, lanes);
+    }
   }
 }
 

@@ -117,7 +117,7 @@ class GroupedQueryAttention {
   /// \param pass    Its sequences say how the rows of x divide; without, there is one.
   /// \param states  The keys and values of each sequence so far; those of x are added.
   /// \param cache   Workspace. It cannot be followed by `backward`.
-  /// \return        [new tokens, d_model], to rounding what `forward` of each whole sequence gives.
+  /// \return        [new tokens, d_model], to the bit what `forward` of each whole sequence gives.
   /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
   ///                      of another layer.
   /// \throws StateError   unless there is one state for each sequence, all different.

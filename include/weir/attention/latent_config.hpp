@@ -13,6 +13,9 @@
 namespace weir {
 
 /// How `LatentAttention::decode` goes from latents to outputs. Results differ in rounding only.
+/// With the first two, those of a token have the same bits in whatever chunks a sequence is
+/// decoded, with kExpanded also those of `forward`; with kCheaper, the size of a chunk decides
+/// between the two.
 enum class LatentDecoding {
   kAbsorbed,  ///< Queries go down to the latents: no key or value is ever computed.
   kExpanded,  ///< Keys and values of all tokens so far are computed, and forgotten again.

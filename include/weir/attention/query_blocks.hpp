@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include <weir/attention/key_runs.hpp>
 #include <weir/attention/operands.hpp>
 #include <weir/attention/rows_apart.hpp>
 #include <weir/attention/score_strips.hpp>
@@ -61,8 +62,8 @@ struct QueryBlocks {
   void backward_keys(Index s, Index first, Index kv_head, MatrixOut<T>& dk, MatrixOut<T>& dv) const;
 
  private:
-  static constexpr Index kRowBlock = 96;
-  static_assert(kBlock % kStrip == 0 && PagedRows<T>::kPage % kRowBlock == 0);
+  static constexpr Index kRowBlock = KeyRuns::kBlock;
+  static_assert(kBlock % kStrip == 0);
 
   /// The numbers of a head that belong to the queries of a span, which may have none.
   static const T* of_queries(const Scratch<T>& numbers, Index head, const AttentionSpan& span) {
@@ -125,20 +126,33 @@ void QueryBlocks<T>::forward(Index s, Index first, Index head, Index apart,
   const auto softcap = static_cast<T>(in.shape.softcap);
 
   auto& space = ThreadSpace<T, QueryBlocks>::of_this_thread();
-  space.reserve(kBlock * (dim + value_dim + 2) + kRowBlock * kStrip);
+  space.reserve(kBlock * (dim + 2 * value_dim + 4) + kRowBlock * kStrip);
   T* const right = space.take(kBlock * dim);
-  T* const sums = space.take_zeros(kBlock * value_dim);
+  T* const sums = space.take_zeros(kBlock * value_dim);  // Over all runs of keys.
+  T* const run_sums = space.take_zeros(kBlock * value_dim);
   T* const scores = space.take(kRowBlock * kStrip);
   T* const top = space.take(kBlock);  // The largest score so far.
   T* const total = space.take(kBlock);
+  T* const run_top = space.take(kBlock);
+  T* const run_total = space.take_zeros(kBlock);
   // The sink is a score like any other, but has no value.
   const T sink = in.sink(head);
   std::fill_n(top, kBlock, std::max(std::numeric_limits<T>::lowest(), sink));
   std::fill_n(total, kBlock, std::exp(sink - top[0]));
+  std::fill_n(run_top, kBlock, std::numeric_limits<T>::lowest());
   Strips::pack(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
                right);
-
+  Index runs[kBlock / kStrip];  // The run of keys that each strip is in.
+  std::fill_n(runs, kBlock / kStrip, Index{-1});
+  const auto end_run = [&](Index column) {
+    Strips::end_run({run_top + column, run_total + column, run_sums + column * value_dim},
+                    {top + column, total + column, sums + column * value_dim}, value_dim);
+  };
   for_each_strip(span, own, queries, [&](Index column, const VisibleKeys& keys) {
+    Index& run = runs[column / kStrip];
+    const Index now = (span.first_key + keys.begin) / KeyRuns::kRun;
+    if (run >= 0 && run != now) end_run(column);
+    run = now;
     const typename Strips::Left left = {rows_of.key(keys.begin) + kv_head * dim, rows_of.key_stride,
                                         1};
     Strips::multiply(left, keys.count, right + column * dim, dim, scores, false);
@@ -146,11 +160,12 @@ void QueryBlocks<T>::forward(Index s, Index first, Index head, Index apart,
     if (keys.partly_hidden) {
       hide(span, keys, own + column, -std::numeric_limits<T>::infinity(), scores);
     }
-    T* const sum = sums + column * value_dim;
-    Strips::soften(keys.count, scores, top + column, total + column, sum, value_dim);
+    T* const sum = run_sums + column * value_dim;
+    Strips::soften(keys.count, scores, run_top + column, run_total + column, sum, value_dim);
     Strips::multiply(Strips::columns_of(cache.v, apart + keys.begin, kv_head), value_dim, scores,
                      keys.count, sum, true);
   });
+  for (Index column = 0; column < queries; column += kStrip) end_run(column);
 
   for (Index i = 0; i < queries; ++i) {
     cache.logsumexp.view()(head, span.query_begin + first + i) =

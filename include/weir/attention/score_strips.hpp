@@ -4,7 +4,9 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
+#include <weir/attention/key_runs.hpp>
 #include <weir/attention/rows_apart.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/pack.hpp>
@@ -79,6 +81,17 @@ struct ScoreStrips {
   /// and in `sum` [value_dim, kStrip], are scaled to the new one.
   static void soften(Index rows, T* scores, T* top, T* total, T* sum, Index value_dim);
 
+  /// The largest scores [kStrip] of a strip's columns, and sums relative to them: of shares
+  /// [kStrip] and of values [value_dim, kStrip].
+  struct Sums {
+    T* top;
+    T* total;
+    T* sum;
+  };
+
+  /// Adds the sums over a run of keys to those over the runs before, and begins the next run.
+  static void end_run(const Sums& run, const Sums& all, Index value_dim);
+
  private:
   static constexpr Index kVectors = kStrip / kLanes<T>;
 };
@@ -137,6 +150,20 @@ void ScoreStrips<T>::soften(Index rows, T* scores, T* top, T* total, T* sum, Ind
     }
     store_lanes<T>(sum_of_column, of_total);
   }
+}
+
+template <class T>
+void ScoreStrips<T>::end_run(const Sums& run, const Sums& all, Index value_dim) {
+  T keep[kStrip];
+  T add[kStrip];
+  merge_tops<T>(kStrip, run.top, all.top, keep, add);
+  merge_sums<T>(kStrip, keep, add, run.total, all.total);
+  for (Index d = 0; d < value_dim; ++d) {
+    merge_sums<T>(kStrip, keep, add, run.sum + d * kStrip, all.sum + d * kStrip);
+  }
+  std::fill_n(run.top, kStrip, std::numeric_limits<T>::lowest());
+  std::fill_n(run.total, kStrip, T(0));
+  std::fill_n(run.sum, kStrip * value_dim, T(0));
 }
 
 }  // namespace weir

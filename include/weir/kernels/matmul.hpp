@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// \file
 /// Matrix products on all threads, one or many at once, whose results do not depend on the number
-/// of threads and which allocate nothing once warm.
+/// of threads, nor those of a row on other rows, and which allocate nothing once warm.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/schedule.hpp>
+#include <weir/kernels/turned_rows.hpp>
 #include <weir/ops/lanes.hpp>
-#include <weir/ops/vector_loops.hpp>
 
 namespace weir {
 
@@ -39,20 +39,36 @@ struct Product {
 namespace kernels {
 
 /// Columns `col` to `col + cols` of a product of few rows whose operands are both contiguous along
-/// k: dot products, each element of b read once.
+/// k. The results are those of panels, to the bit.
 template <class T>
 void multiply_few_rows(const Product<T>& p, Index col, Index cols) {
-  for (Index i = 0; i < p.m; ++i) {
-    for (Index j = col; j < col + cols; ++j) {
-      const T total = loops::dot<T>(p.k, p.a + i * p.a_row, p.b + j * p.b_col);
-      T& target = p.out[i * p.out_row + j];
-      target = p.accumulate ? target + total : total;
+  constexpr Index kFew = 4;
+  constexpr Index kCols = Block<T>::kCols;
+  for (Index j = col; j < col + cols; j += kLanes<T>) {
+    const Index count = std::min(kLanes<T>, col + cols - j);
+    // As with ToMatrix, sums are added to at the end where a panel is not full.
+    const bool full = (j / kCols + 1) * kCols <= p.n;
+    Lanes<T> sums[kFew] = {};
+    T* const out = p.out + j;
+    for (Index i = 0; full && p.accumulate && i < p.m; ++i) {
+      sums[i] = load_lanes<T>(out + i * p.out_row, count);
+    }
+    const T* const b = p.b + j * p.b_col;
+    if (p.m == 1) multiply_turned<T, 1>(p.a, p.a_row, b, p.b_col, count, p.k, sums);
+    if (p.m == 2) multiply_turned<T, 2>(p.a, p.a_row, b, p.b_col, count, p.k, sums);
+    if (p.m == 3) multiply_turned<T, 3>(p.a, p.a_row, b, p.b_col, count, p.k, sums);
+    if (p.m == 4) multiply_turned<T, 4>(p.a, p.a_row, b, p.b_col, count, p.k, sums);
+    for (Index i = 0; i < p.m; ++i) {
+      T* const target = out + i * p.out_row;
+      if (!full) {
+        sums[i] += p.accumulate ? load_lanes<T>(target, count) : Lanes<T>{};
+      }
+      store_lanes<T>(sums[i], target, count);
     }
   }
 }
 
-/// Whether a product is computed as dot products. This depends on its shape alone, since it decides
-/// the order of sums.
+/// Whether packing panels costs more than it saves.
 template <class T>
 bool has_few_rows(const Product<T>& p) {
   constexpr Index kFew = 4;
@@ -63,8 +79,7 @@ bool has_few_rows(const Product<T>& p) {
 /// router's is shared out too.
 template <class T>
 Index piece_cols(const Product<T>& p) {
-  constexpr Index kFew = 8;
-  return has_few_rows(p) ? kFew : Block<T>::kCols;
+  return has_few_rows(p) ? kLanes<T> : Block<T>::kCols;
 }
 
 template <class T>

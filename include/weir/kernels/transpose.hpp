@@ -38,12 +38,18 @@ void exchange_quarters(Lanes<T> (&rows)[kLanes<T>]) {
 
 }  // namespace detail
 
+/// Transposes a square of numbers, one row in each element.
+template <class T>
+[[gnu::always_inline]] inline void transpose(Lanes<T> (&rows)[kLanes<T>]) {
+  detail::exchange_quarters<1, T>(rows);
+}
+
 /// to[j * to_row + i] = from[i * from_row + j] for a square of `kLanes<T>` rows and columns.
 template <class T>
 void transpose(const T* from, Index from_row, T* to, Index to_row) {
   Lanes<T> rows[kLanes<T>];
   for (Index i = 0; i < kLanes<T>; ++i) rows[i] = load_lanes<T>(from + i * from_row);
-  detail::exchange_quarters<1, T>(rows);
+  transpose<T>(rows);
   for (Index i = 0; i < kLanes<T>; ++i) store_lanes<T>(rows[i], to + i * to_row);
 }
 

@@ -106,10 +106,11 @@ class Decoder {
   }
 
   /// Continues several sequences at once, each by any number of tokens, for inference. However a
-  /// sequence is cut into calls, and whatever others are beside it, its logits are to rounding
-  /// those that `forward` gives for the whole, provided that no token's result depends on later
-  /// ones or on other sequences; a capacity can make it depend on them. Mixtures of experts see the
-  /// tokens of all sequences in one pass. For a single sequence, see the free function `decode`.
+  /// sequence is cut into calls, and whatever others are beside it, its logits are to the bit those
+  /// that `forward` gives for the whole (to rounding where LatentDecoding takes another way),
+  /// provided that no token's result depends on later ones or on other sequences, as a capacity can
+  /// make it. Mixtures of experts see the tokens of all sequences in one pass. For one sequence,
+  /// see the free function `decode`.
   ///
   /// \param ids      The new tokens, packed one sequence after the other as pass.sequences says;
   ///                 without, there is one sequence.
