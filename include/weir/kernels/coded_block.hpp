@@ -13,14 +13,6 @@
 
 namespace weir::kernels {
 
-/// Where sums go: row i of panel s to `at + s * panel + i * row`, kCols of them. They are added to
-/// what is there if `accumulate`.
-struct CodedSums {
-  float* at = nullptr;
-  Index row = 0, panel = 0;
-  bool accumulate = false;
-};
-
 /// The sum of `count` numbers, a multiple of kLanes, in an order that depends on nothing else.
 inline float sum_of_inputs(const float* a, Index count) {
   Lanes<float> sum{};
@@ -28,31 +20,25 @@ inline float sum_of_inputs(const float* a, Index count) {
   return sum_of<float>(sum);
 }
 
-/// c (+)= a times the numbers of `streams` panels. Within each block, codes are summed up as they
-/// are, input by input; then
+/// c = a times the numbers of `streams` panels. Within each block, codes are summed up as they are,
+/// input by input; then
 ///
 ///     c += scale * sum,   c += minimum * (sum of the inputs of the block)
 ///
 /// All ways to multiply with a panel do that in this order, and so agree to the bit.
 ///
-/// \param a        Row i at `a + i * a_row`, filled up with zeros to whole blocks.
+/// \param a        Each row, filled up with zeros to whole blocks.
 /// \param panels   Where the blocks of each panel begin.
+/// \param c        Where the kCols sums of row i and panel s go: `c[s * rows + i]`.
 template <class Codes, Index rows, Index streams>
-void multiply_codes(const float* a, Index a_row, const std::byte* const* panels, Index blocks,
-                    CodedSums c) {
+void multiply_codes(const float* const* a, const std::byte* const* panels, Index blocks,
+                    float* const* c) {
   constexpr CodedLayout kLayout = {Codes::kCode};
   constexpr Index kVectors = Block<float>::kVectors;
   constexpr Index kLane = kLanes<float>;
-  Lanes<float> total[streams][rows][kVectors];
-  for (Index s = 0; s < streams; ++s) {
-    for (Index i = 0; i < rows; ++i) {
-      for (Index j = 0; j < kVectors; ++j) {
-        total[s][i][j] = c.accumulate
-                             ? load_lanes<float>(c.at + s * c.panel + i * c.row + j * kLane)
-                             : Lanes<float>{};
-      }
-    }
-  }
+  Lanes<float> total[streams][rows][kVectors] = {};
+  const float* row[rows];
+  for (Index i = 0; i < rows; ++i) row[i] = a[i];
   for (Index block = 0; block < blocks; ++block) {
     Lanes<float> sum[streams][rows][kVectors] = {};
     for (Index k = 0; k < kLayout.block(); k += Codes::kPerWord) {
@@ -71,7 +57,7 @@ void multiply_codes(const float* a, Index a_row, const std::byte* const* panels,
           for (Index j = 0; j < kVectors; ++j) column[j] = Codes::value(words[j], n);
 #pragma GCC unroll 8
           for (Index i = 0; i < rows; ++i) {
-            const float factor = a[i * a_row + k + n];
+            const float factor = row[i][k + n];
 #pragma GCC unroll 8
             for (Index j = 0; j < kVectors; ++j) sum[s][i][j] += factor * column[j];
           }
@@ -80,7 +66,7 @@ void multiply_codes(const float* a, Index a_row, const std::byte* const* panels,
     }
     float inputs[rows] = {};
     if constexpr (Codes::kHasMinimum) {
-      for (Index i = 0; i < rows; ++i) inputs[i] = sum_of_inputs(a + i * a_row, kLayout.block());
+      for (Index i = 0; i < rows; ++i) inputs[i] = sum_of_inputs(row[i], kLayout.block());
     }
 #pragma GCC unroll 8
     for (Index s = 0; s < streams; ++s) {
@@ -97,12 +83,12 @@ void multiply_codes(const float* a, Index a_row, const std::byte* const* panels,
         }
       }
     }
-    a += kLayout.block();
+    for (Index i = 0; i < rows; ++i) row[i] += kLayout.block();
   }
   for (Index s = 0; s < streams; ++s) {
     for (Index i = 0; i < rows; ++i) {
       for (Index j = 0; j < kVectors; ++j) {
-        store_lanes<float>(total[s][i][j], c.at + s * c.panel + i * c.row + j * kLane);
+        store_lanes<float>(total[s][i][j], c[s * rows + i] + j * kLane);
       }
     }
   }
@@ -144,10 +130,11 @@ void unpack_codes(const std::byte* panel, Index blocks, const UnpackedBlocks& to
   }
 }
 
-/// `multiply_codes` with a panel that has been unpacked.
+/// `multiply_codes` with some blocks of a panel that have been unpacked. Row i of a is at
+/// `a + i * a_row`, its sums go to `c + i * c_row`, and are added there if `accumulate`.
 template <Index rows>
-void multiply_unpacked(const float* a, Index a_row, const UnpackedBlocks& b, Index blocks,
-                       CodedSums c) {
+void multiply_unpacked(const float* a, Index a_row, const UnpackedBlocks& b, Index blocks, float* c,
+                       Index c_row, bool accumulate) {
   constexpr Index kVectors = Block<float>::kVectors;
   constexpr Index kLane = kLanes<float>;
   constexpr Index kCols = CodedLayout::kCols;
@@ -166,13 +153,13 @@ void multiply_unpacked(const float* a, Index a_row, const UnpackedBlocks& b, Ind
         for (Index j = 0; j < kVectors; ++j) sum[i][j] += factor * column[j];
       }
     }
-    const bool adds = c.accumulate || block > 0;
+    const bool adds = accumulate || block > 0;
 #pragma GCC unroll 8
     for (Index i = 0; i < rows; ++i) {
       const float inputs = b.minima != nullptr ? sum_of_inputs(a + i * a_row, b.block) : 0.0F;
 #pragma GCC unroll 8
       for (Index j = 0; j < kVectors; ++j) {
-        float* const at = c.at + i * c.row + j * kLane;
+        float* const at = c + i * c_row + j * kLane;
         const Index lane = block * kCols + j * kLane;
         Lanes<float> total = adds ? load_lanes<float>(at) : Lanes<float>{};
         total += load_lanes<float>(b.scales + lane) * sum[i][j];

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
-#include <tuple>
 
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
@@ -18,20 +17,20 @@ namespace weir::kernels {
 
 /// The loops for one kind of codes.
 struct CodedLoops {
-  /// For 1 row and 4 panels, for 2 rows and 2 panels, and for more rows and one panel each.
-  using Few = void (*)(const float*, Index, const std::byte* const*, Index, CodedSums);
-  using FewBytes = void (*)(const std::byte*, Index, const std::byte* const*, Index, CodedSums);
+  template <class Number>
+  using Few = void (*)(const Number* const* a, const std::byte* const* panels, Index blocks,
+                       float* const* c);
 
-  std::array<Few, 4> few = {};
+  /// For 1 row and 4 panels, for 2 rows and 2 panels, and for 4 rows and one panel.
+  std::array<Few<float>, 3> few = {};
+  std::array<Few<std::byte>, 3> bytes = {};  ///< Null where inputs cannot be codes.
   void (*unpack)(const std::byte*, Index, const UnpackedBlocks&) = nullptr;
-  std::array<FewBytes, 5> bytes = {};  ///< Null where inputs cannot be codes.
 };
 
 /// All panels of a weight, whose numbers are codes.
 struct CodedPanels {
   static constexpr Index kCols = CodedLayout::kCols;
   static constexpr Index kMostFew = 4;  ///< Up to this many rows multiply codes in registers.
-  static constexpr Index kMostSideBySide = 4;
 
   CodedLayout layout;
   const std::byte* at = nullptr;
@@ -51,13 +50,14 @@ struct CodedPanels {
   /// How many panels are multiplied side by side with that many rows.
   static Index side_by_side(Index rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
-  /// `rows` <= kMostFew rows times the panels from j on, as many as the loop takes, of which
-  /// `available` exist.
+  /// `rows` <= kMostFew rows times the `count` <= side_by_side(rows) panels from j on. The sums of
+  /// row i and panel s go to `c + (s * rows + i) * c_row`.
   void multiply_few(RowKind kind, const std::byte* left, Index left_row, Index rows, Index j,
-                    Index available, CodedSums c) const;
+                    Index count, float* c, Index c_row) const;
 
-  void multiply_byte_slices(const std::byte* left, Index left_row, Index rows, Index j, float* c,
-                            Index c_row) const;
+  /// More rows than that times panel j.
+  void multiply_many(RowKind kind, const std::byte* left, Index left_row, Index rows, Index j,
+                     float* c, Index c_row) const;
   void multiply_unpacked_slices(const float* left, Index left_row, Index rows, Index j, float* c,
                                 Index c_row) const;
 };
@@ -66,31 +66,32 @@ namespace detail {
 
 template <class Codes>
 constexpr CodedLoops coded_loops() {
-  return {{multiply_codes<Codes, 1, 4>, multiply_codes<Codes, 2, 2>, multiply_codes<Codes, 3, 1>,
-           multiply_codes<Codes, 4, 1>},
-          unpack_codes<Codes>,
-          {}};
+  return {{multiply_codes<Codes, 1, 4>, multiply_codes<Codes, 2, 2>, multiply_codes<Codes, 4, 1>},
+          {},
+          unpack_codes<Codes>};
 }
 
 template <class Codes>
 constexpr CodedLoops coded_loops_with_bytes() {
   CodedLoops loops = coded_loops<Codes>();
   loops.bytes = {multiply_bytes<Codes, 1, 4>, multiply_bytes<Codes, 2, 2>,
-                 multiply_bytes<Codes, 3, 1>, multiply_bytes<Codes, 4, 1>,
-                 multiply_bytes<Codes, 5, 1>};
+                 multiply_bytes<Codes, 4, 1>};
   return loops;
 }
 
+/// Tiles of rows times unpacked blocks have from 3 to this many rows, if there are 5 or more rows.
 inline constexpr Index kUnpackedRows = Block<float>::kRows;
 
 /// `multiply_unpacked` for a number of rows known at run time.
 template <Index rows = kUnpackedRows>
 void multiply_unpacked_rows(Index count, const float* a, Index a_row, const UnpackedBlocks& b,
-                            Index blocks, CodedSums c) {
-  if constexpr (rows > 1) {
-    if (count < rows) return multiply_unpacked_rows<rows - 1>(count, a, a_row, b, blocks, c);
+                            Index blocks, float* c, Index c_row, bool accumulate) {
+  if constexpr (rows > 3) {
+    if (count < rows) {
+      return multiply_unpacked_rows<rows - 1>(count, a, a_row, b, blocks, c, c_row, accumulate);
+    }
   }
-  multiply_unpacked<rows>(a, a_row, b, blocks, c);
+  multiply_unpacked<rows>(a, a_row, b, blocks, c, c_row, accumulate);
 }
 
 }  // namespace detail
@@ -103,17 +104,33 @@ inline const CodedLoops& CodedPanels::loops() const {
 }
 
 inline void CodedPanels::multiply_few(RowKind kind, const std::byte* left, Index left_row,
-                                      Index rows, Index j, Index available, CodedSums c) const {
-  std::array<const std::byte*, kMostSideBySide> panels = {};
-  for (Index s = 0; s < kMostSideBySide; ++s) {
-    panels[static_cast<std::size_t>(s)] = panel(j + std::min(s, available - 1));
+                                      Index rows, Index j, Index count, float* c,
+                                      Index c_row) const {
+  // Loops have fixed numbers of rows and panels. What is missing is done in another's place: the
+  // last row a second time, with the same result, and the last panel for nobody.
+  const Index height = rows == 3 ? 4 : rows;
+  const Index width = side_by_side(rows);
+  std::array<const std::byte*, kMostFew> panels = {};
+  std::array<const std::byte*, kMostFew> a = {};
+  std::array<float*, kMostFew> to = {};
+  float nobody[kMostFew * kCols];
+  for (Index i = 0; i < height; ++i) {
+    a[static_cast<std::size_t>(i)] = left + std::min(i, rows - 1) * left_row;
   }
-  const auto loop = static_cast<std::size_t>(rows - 1);
+  for (Index s = 0; s < width; ++s) {
+    panels[static_cast<std::size_t>(s)] = panel(j + std::min(s, count - 1));
+    for (Index i = 0; i < height; ++i) {
+      to[static_cast<std::size_t>(s * height + i)] =
+          s < count ? c + (s * rows + std::min(i, rows - 1)) * c_row : nobody + i * kCols;
+    }
+  }
+  const auto loop = static_cast<std::size_t>(std::min<Index>(rows, 3) - 1);
   if (kind == RowKind::kInt8) {
-    return loops().bytes[loop](left, left_row, panels.data(), blocks, c);
+    return loops().bytes[loop](a.data(), panels.data(), blocks, to.data());
   }
-  loops().few[loop](reinterpret_cast<const float*>(left),
-                    left_row / static_cast<Index>(sizeof(float)), panels.data(), blocks, c);
+  std::array<const float*, kMostFew> exact = {};
+  for (std::size_t i = 0; i < a.size(); ++i) exact[i] = reinterpret_cast<const float*>(a[i]);
+  loops().few[loop](exact.data(), panels.data(), blocks, to.data());
 }
 
 inline void CodedPanels::multiply_unpacked_slices(const float* left, Index left_row, Index rows,
@@ -133,27 +150,24 @@ inline void CodedPanels::multiply_unpacked_slices(const float* left, Index left_
       const Index row = rows * tile / tiles;
       const Index end = rows * (tile + 1) / tiles;
       detail::multiply_unpacked_rows(end - row, left + row * left_row + first * layout.block(),
-                                     left_row, b, count, {c + row * c_row, c_row, 0, first > 0});
+                                     left_row, b, count, c + row * c_row, c_row, first > 0);
     }
   }
 }
 
-inline void CodedPanels::multiply_byte_slices(const std::byte* left, Index left_row, Index rows,
-                                              Index j, float* c, Index c_row) const {
-  constexpr Index kMost = static_cast<Index>(std::tuple_size_v<decltype(CodedLoops::bytes)>);
-  const Index tiles = (rows + kMost - 1) / kMost;  // Of at least three rows each.
-  const Index slice = kSlice / layout.block();
-  for (Index first = 0; first < blocks; first += slice) {
-    const std::byte* const slice_at = panel(j) + first * layout.bytes();
-    const std::byte* const a = left + first * static_cast<Index>(sizeof(Int8Inputs));
-    const Index count = std::min(slice, blocks - first);
-    for (Index tile = 0; tile < tiles; ++tile) {
-      const Index row = rows * tile / tiles;
-      const Index height = rows * (tile + 1) / tiles - row;
-      loops().bytes[static_cast<std::size_t>(height - 1)](
-          a + row * left_row, left_row, &slice_at, count, {c + row * c_row, c_row, 0, first > 0});
+inline void CodedPanels::multiply_many(RowKind kind, const std::byte* left, Index left_row,
+                                       Index rows, Index j, float* c, Index c_row) const {
+  if (kind == RowKind::kInt8) {
+    // The last tile begins earlier rather than being smaller: some rows are computed twice.
+    for (Index tile = 0; tile < rows; tile += kMostFew) {
+      const Index row = std::min(tile, rows - kMostFew);
+      multiply_few(kind, left + row * left_row, left_row, kMostFew, j, 1, c + row * c_row, c_row);
     }
+    return;
   }
+  constexpr auto kSize = static_cast<Index>(sizeof(float));
+  multiply_unpacked_slices(reinterpret_cast<const float*>(left), left_row / kSize, rows, j, c,
+                           c_row);
 }
 
 inline void CodedPanels::multiply(const Cut& cut, RowKind kind, const std::byte* left,
@@ -167,28 +181,22 @@ inline void CodedPanels::multiply(const Cut& cut, RowKind kind, const std::byte*
     const std::byte* const from = left + row * left_row;
     const Index count = std::min({side_by_side(rows), end - piece, cut.panels - j});
     piece += count;
-    if (side_by_side(rows) > 1) {
-      float sums[kMostSideBySide * kCols];
-      multiply_few(kind, from, left_row, rows, j, count, {sums, kCols, rows * kCols, false});
-      for (Index s = 0; s < count; ++s) {
-        store(row, rows, j + s, [&](float* c, Index c_row, bool /*accumulate*/) {
-          for (Index i = 0; i < rows; ++i) {
-            std::copy_n(sums + (s * rows + i) * kCols, kCols, c + i * c_row);
-          }
-        });
-      }
+    if (side_by_side(rows) == 1) {
+      store(row, rows, j, [&](float* c, Index c_row, bool /*accumulate*/) {
+        if (rows <= kMostFew) return multiply_few(kind, from, left_row, rows, j, 1, c, c_row);
+        multiply_many(kind, from, left_row, rows, j, c, c_row);
+      });
       continue;
     }
-    store(row, rows, j, [&](float* c, Index c_row, bool /*accumulate*/) {
-      if (rows <= kMostFew) {
-        multiply_few(kind, from, left_row, rows, j, 1, {c, c_row, 0, false});
-      } else if (kind == RowKind::kInt8) {
-        multiply_byte_slices(from, left_row, rows, j, c, c_row);
-      } else {
-        multiply_unpacked_slices(reinterpret_cast<const float*>(from),
-                                 left_row / static_cast<Index>(sizeof(float)), rows, j, c, c_row);
-      }
-    });
+    float sums[kMostFew * kCols];
+    multiply_few(kind, from, left_row, rows, j, count, sums, kCols);
+    for (Index s = 0; s < count; ++s) {
+      store(row, rows, j + s, [&](float* c, Index c_row, bool /*accumulate*/) {
+        for (Index i = 0; i < rows; ++i) {
+          std::copy_n(sums + (s * rows + i) * kCols, kCols, c + i * c_row);
+        }
+      });
+    }
   }
 }
 

@@ -85,24 +85,30 @@ struct Int4Bytes : Int4Codes {
   }
 };
 
-/// c (+)= a times the numbers of `streams` panels, where row i of a is the blocks `Int8Inputs` from
-/// `a + i * a_row` on. Within each block, products of codes are summed up in integers; then
+/// c = a times the numbers of `streams` panels, where a row of a consists of blocks `Int8Inputs`.
+/// Within each block, products of codes are summed up in integers; then
 ///
 ///     c += (scale of the weights) * ((scale of the inputs) * sum),
 ///     c += minimum * ((scale of the inputs) * (sum of the inputs' codes))
+///
+/// \param panels   Where the blocks of each panel begin.
+/// \param c        Where the kCols sums of row i and panel s go: `c[s * rows + i]`.
 template <class Codes, Index rows, Index streams>
-void multiply_bytes(const std::byte* a, Index a_row, const std::byte* const* panels, Index blocks,
-                    CodedSums c) {
+void multiply_bytes(const std::byte* const* a, const std::byte* const* panels, Index blocks,
+                    float* const* c) {
   constexpr CodedLayout kLayout = {Codes::kCode};
   constexpr Index kVectors = Block<float>::kVectors;
   constexpr Index kLane = kLanes<float>;
   static_assert(kLayout.block() == Int8Inputs::kCount);
-  for (Index block = 0; block < blocks; ++block, a += sizeof(Int8Inputs)) {
+  Lanes<float> total[streams][rows][kVectors] = {};
+  for (Index block = 0; block < blocks; ++block) {
+    const std::byte* row[rows];
+    for (Index i = 0; i < rows; ++i) row[i] = a[i] + block * Index{sizeof(Int8Inputs)};
     detail::Words sum[streams][rows][kVectors];
 #pragma GCC unroll 8
     for (Index i = 0; i < rows; ++i) {
       std::int32_t of_codes = 0;
-      std::memcpy(&of_codes, a + i * a_row + offsetof(Int8Inputs, sum), sizeof of_codes);
+      std::memcpy(&of_codes, row[i] + offsetof(Int8Inputs, sum), sizeof of_codes);
       const detail::Words begin = detail::Words{} - Codes::kOffset * of_codes;
 #pragma GCC unroll 8
       for (Index s = 0; s < streams; ++s) {
@@ -127,7 +133,7 @@ void multiply_bytes(const std::byte* a, Index a_row, const std::byte* const* pan
 #pragma GCC unroll 8
           for (Index i = 0; i < rows; ++i) {
             std::int32_t four = 0;  // Codes come first in Int8Inputs.
-            std::memcpy(&four, a + i * a_row + k + 4 * n, sizeof four);
+            std::memcpy(&four, row[i] + k + 4 * n, sizeof four);
             const detail::Words inputs = detail::Words{} + four;
 #pragma GCC unroll 8
             for (Index j = 0; j < kVectors; ++j) {
@@ -137,27 +143,30 @@ void multiply_bytes(const std::byte* a, Index a_row, const std::byte* const* pan
         }
       }
     }
-    const bool adds = c.accumulate || block > 0;
 #pragma GCC unroll 8
     for (Index i = 0; i < rows; ++i) {
       Int8Inputs inputs;
-      std::memcpy(&inputs, a + i * a_row, sizeof inputs);
+      std::memcpy(&inputs, row[i], sizeof inputs);
       const float of_codes = inputs.scale * static_cast<float>(inputs.sum);
 #pragma GCC unroll 8
       for (Index s = 0; s < streams; ++s) {
         const std::byte* const at = panels[s] + block * kLayout.bytes();
 #pragma GCC unroll 8
         for (Index j = 0; j < kVectors; ++j) {
-          float* const to = c.at + s * c.panel + i * c.row + j * kLane;
-          Lanes<float> total = adds ? load_lanes<float>(to) : Lanes<float>{};
           const Lanes<float> scaled =
               inputs.scale * __builtin_convertvector(sum[s][i][j], Lanes<float>);
-          total += Codes::scale(at, j * kLane) * scaled;
+          total[s][i][j] += Codes::scale(at, j * kLane) * scaled;
           if constexpr (Codes::kHasMinimum) {
-            total += Codes::minimum(at, j * kLane) * of_codes;
+            total[s][i][j] += Codes::minimum(at, j * kLane) * of_codes;
           }
-          store_lanes<float>(total, to);
         }
+      }
+    }
+  }
+  for (Index s = 0; s < streams; ++s) {
+    for (Index i = 0; i < rows; ++i) {
+      for (Index j = 0; j < kVectors; ++j) {
+        store_lanes<float>(total[s][i][j], c[s * rows + i] + j * kLane);
       }
     }
   }
