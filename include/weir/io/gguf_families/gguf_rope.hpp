@@ -66,8 +66,8 @@ inline RopeScaling read_gguf_scaling(GgufSettings& settings) {
 }
 
 /// Reads how an architecture stretches frequencies that may have the factors of LongRoPE. The
-/// context that the file gives decides which of them are taken. \throws FileError  as
-/// `read_gguf_scaling`.
+/// context that the file gives decides which of them are taken.
+/// \throws FileError  as `read_gguf_scaling`.
 inline RopeScaling read_gguf_long_rope(GgufSettings& settings) {
   const Gguf& file = settings.file();
   if (!file.has_tensor(kGgufLongFactors)) return read_gguf_scaling(settings);
