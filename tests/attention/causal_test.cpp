@@ -13,7 +13,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::causal_test {
 
 namespace {
 
@@ -471,3 +471,5 @@ TEST_CASE("CausalAttention allocates nothing once it has run", "[attention][caus
   step();
   CHECK(test::count_allocations(step) == 0);
 }
+
+}  // namespace weir::causal_test

@@ -15,7 +15,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::grouped_query_options_test {
 
 namespace {
 
@@ -519,3 +519,5 @@ TEST_CASE("GroupedQueryAttention says what is wrong with its options",
   kv.truncate(136);
   CHECK(kv.length() == 136);
 }
+
+}  // namespace weir::grouped_query_options_test

@@ -18,7 +18,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::grouped_query_test {
 
 static_assert(DecodingLayer<GroupedQueryAttention<float>>);
 static_assert(DecodingLayer<GroupedQueryAttention<double>>);
@@ -510,3 +510,5 @@ TEST_CASE("GroupedQueryAttention begins with the asked-for spread", "[attention]
   };
   CHECK(test::relative_error(value(4.0), 2.0 * value(1.0)) <= 1e-15);
 }
+
+}  // namespace weir::grouped_query_test

@@ -14,7 +14,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::key_runs_test {
 
 namespace {
 
@@ -96,3 +96,5 @@ TEST_CASE("Runs of keys add up to the whole, and runs of which nothing is seen c
   CHECK(sums(0, 1) == Approx(2.0 + 5.0 * std::exp(-3.0)).epsilon(1e-14));
   CHECK(sums(0, 2) == 0.1);
 }
+
+}  // namespace weir::key_runs_test

@@ -7,7 +7,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::kv_cache_test {
 
 namespace {
 constexpr Index kPage = PagedRows<double>::kPage;
@@ -178,3 +178,5 @@ TEST_CASE("KvCache says what is wrong and stays as it was", "[attention][kv_cach
   CHECK(kv.keys() == rows);
   CHECK(kv.values() == rows);
 }
+
+}  // namespace weir::kv_cache_test

@@ -21,7 +21,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::latent_test {
 
 static_assert(DecodingLayer<LatentAttention<float>>);
 static_assert(DecodingLayer<LatentAttention<double>>);
@@ -828,3 +828,5 @@ TEST_CASE("LatentAttention says what is wrong with a call", "[attention][latent]
         "LatentAttention::decode: rope_keys is [3, 10], expected [3, 4]");
   CHECK(state.length() == 3);
 }
+
+}  // namespace weir::latent_test

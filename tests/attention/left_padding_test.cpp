@@ -17,7 +17,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::left_padding_test {
 
 namespace {
 
@@ -204,3 +204,5 @@ TEST_CASE("Padding before a sequence changes nothing for a decoder", "[model][de
   Decoder<double>::Cache cache;
   CHECK(test::relative_error(decode(model, ids, state, cache), plain) <= 1e-13);
 }
+
+}  // namespace weir::left_padding_test

@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::paged_rows_test {
 
 namespace {
 
@@ -159,3 +159,5 @@ TEST_CASE("PagedRows whose memory ran out has the rows it had", "[attention][pag
     CHECK(prefix.matrix() == rows);
   }
 }
+
+}  // namespace weir::paged_rows_test

@@ -7,7 +7,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::qk_norm_test {
 
 TEST_CASE("HeadNorm is RmsNorm of each part of a row", "[attention][qk_norm]") {
   HeadNorm<double> norm(3, {.epsilon = 0.1});
@@ -65,3 +65,5 @@ TEST_CASE("HeadL2Norm gradient agrees with finite differences", "[attention][qk_
   const auto objective = [&] { return forward().cwiseProduct(weight).sum(); };
   CHECK(test::relative_error(d, test::numeric_gradient(x, objective)) <= 1e-8);
 }
+
+}  // namespace weir::qk_norm_test

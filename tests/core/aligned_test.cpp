@@ -15,7 +15,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::aligned_test {
 
 namespace {
 
@@ -149,3 +149,5 @@ TEST_CASE("A shared memory lives as long as its arrays", "[core][aligned]") {
   CHECK(last[0] == 2.0);
   CHECK(last[99] == 3.0);
 }
+
+}  // namespace weir::aligned_test

@@ -7,7 +7,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::error_test {
 
 TEST_CASE("Errors are of the standard kinds", "[core][error]") {
   CHECK_THROWS_AS(throw_error<ShapeError>("x"), std::invalid_argument);
@@ -57,3 +57,5 @@ TEST_CASE("An infinite setting is refused", "[core][error]") {
   CHECK_THROWS_AS(expect_positive("F", "scale", HUGE_VAL), ConfigError);
   CHECK_THROWS_AS(expect_at_least("F", "scale", HUGE_VALF, 0.0F), ConfigError);
 }
+
+}  // namespace weir::error_test

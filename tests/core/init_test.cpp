@@ -6,7 +6,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::init_test {
 
 namespace {
 double stddev(const Matrix<double>& m) {
@@ -62,3 +62,5 @@ TEST_CASE("switch_init refuses a scale that is not positive", "[core][init]") {
   CHECK(test::message_of<ConfigError>([&] { switch_init<float>(2, 2, rng, 0.0); }) ==
         "switch_init: scale = 0, expected a finite number > 0");
 }
+
+}  // namespace weir::init_test

@@ -7,7 +7,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::list_test {
 
 TEST_CASE("A list counts with Index and is a vector else", "[core][list]") {
   List<int> list = {3, 1, 2};
@@ -28,3 +28,5 @@ TEST_CASE("A list counts with Index and is a vector else", "[core][list]") {
   list.reserve(Index(100));
   CHECK(list.capacity() >= 100);
 }
+
+}  // namespace weir::list_test

@@ -3,7 +3,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::name_pattern_test {
 
 TEST_CASE("A pattern matches names by its stars", "[core][name_pattern]") {
   CHECK(matches_pattern("*", ""));
@@ -22,3 +22,5 @@ TEST_CASE("A pattern matches names by its stars", "[core][name_pattern]") {
   CHECK(matches_pattern("", ""));
   CHECK(matches_pattern("**", "x"));
 }
+
+}  // namespace weir::name_pattern_test

@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::parallel_test {
 
 TEST_CASE("parallel_for runs each index once on any number of threads", "[core][parallel]") {
   const auto count = GENERATE(as<Index>{}, 0, 1, 2, 7, 1000);
@@ -105,3 +105,5 @@ TEST_CASE("set_threads refuses what makes no sense", "[core][parallel]") {
   set_threads(1);
   CHECK(hardware_threads() >= 1);
 }
+
+}  // namespace weir::parallel_test

@@ -6,7 +6,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::pass_record_test {
 
 namespace {
 
@@ -107,3 +107,5 @@ TEST_CASE("A record that is used again allocates nothing", "[core][pass_record]"
   pass();
   CHECK(test::count_allocations(pass) == 0);
 }
+
+}  // namespace weir::pass_record_test

@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::pass_test {
 
 namespace {
 
@@ -132,3 +132,5 @@ TEST_CASE("A cache knows whose it is and where it stands", "[core][cache_state]"
   CHECK_THROWS_AS(layer.forward(Matrix<double>(2, 0), kTraining, cache), ShapeError);
   CHECK(message(layer) == empty);
 }
+
+}  // namespace weir::pass_test

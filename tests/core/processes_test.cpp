@@ -15,7 +15,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::processes_test {
 
 namespace {
 
@@ -211,3 +211,5 @@ TEST_CASE("set_threads that fails leaves the threads there are", "[core][paralle
           return 3;
         }) == 0);
 }
+
+}  // namespace weir::processes_test

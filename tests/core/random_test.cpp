@@ -6,7 +6,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::random_test {
 
 TEST_CASE("mix_bits is splitmix64", "[core][random]") {
   // The first outputs of the published generator seeded with 0: its state advances by the golden
@@ -114,3 +114,5 @@ TEST_CASE("Rng::truncated_normal stays within its bound", "[core][random]") {
   // 1 - 2 b phi(b) / (2 Phi(b) - 1) for b = 2.
   CHECK(std::abs(squares - 0.7737) < 0.01);
 }
+
+}  // namespace weir::random_test

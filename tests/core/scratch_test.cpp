@@ -6,7 +6,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::scratch_test {
 
 TEST_CASE("Scratch keeps its memory when it shrinks and grows back", "[core][scratch]") {
   Scratch<float> scratch;
@@ -51,3 +51,5 @@ TEST_CASE("Scratch is empty after its memory ran out, and can be used", "[core][
   scratch.reshape(2, 3).setConstant(1.0F);
   CHECK(scratch.view()(1, 2) == 1.0F);
 }
+
+}  // namespace weir::scratch_test

@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::sequences_test {
 
 TEST_CASE("Sequences lie one after the other", "[core][sequences]") {
   const Sequences sequences({3, 0, 2});
@@ -55,3 +55,5 @@ TEST_CASE("A pass has to fit the tokens", "[core][pass]") {
           Pass{.sequences = &sequences, .mask = mask}.check("here", 4);
         }) == "here: pass.mask has 3 entries, expected 4 (one per token)");
 }
+
+}  // namespace weir::sequences_test

@@ -20,7 +20,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::storage_rules_test {
 
 namespace {
 
@@ -124,3 +124,5 @@ TEST_CASE("A rule that matches no part is refused", "[core][storage]") {
   set_storage(alone, {{"*", Storage::kInt8}});
   CHECK(alone.storage() == Storage::kInt8);
 }
+
+}  // namespace weir::storage_rules_test

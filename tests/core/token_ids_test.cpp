@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::token_ids_test {
 
 static_assert(std::is_convertible_v<std::vector<int>, TokenIds>);
 static_assert(std::is_convertible_v<std::vector<Index>, TokenIds>);
@@ -40,3 +40,5 @@ TEST_CASE("TokenIds may be none", "[core][token_ids]") {
   TokenIds().copy_to(ids);
   CHECK(ids.empty());
 }
+
+}  // namespace weir::token_ids_test

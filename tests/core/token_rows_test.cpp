@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::token_rows_test {
 
 namespace {
 
@@ -63,3 +63,5 @@ TEST_CASE("Rows refuse a pass that does not fit", "[core][token_rows]") {
   CHECK(test::message_of<ShapeError>([&] { rows.set("MoELayer", {.mask = mask}, 3); }) ==
         "MoELayer: pass.mask has 2 entries, expected 3 (one per token)");
 }
+
+}  // namespace weir::token_rows_test

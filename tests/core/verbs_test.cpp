@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::verbs_test {
 
 namespace {
 
@@ -227,3 +227,5 @@ TEST_CASE("Paths of any length are whole", "[core][verbs]") {
   walk("short", leaf);
   CHECK(walk.last == "short.weight");
 }
+
+}  // namespace weir::verbs_test

@@ -9,7 +9,7 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::workspace_test {
 
 namespace {
 
@@ -140,3 +140,5 @@ TEST_CASE("KeptPass owns what a pass points to", "[core][workspace]") {
   CHECK(kept.again(nullptr).mask.empty());
   CHECK(kept.again(nullptr).rng == nullptr);
 }
+
+}  // namespace weir::workspace_test

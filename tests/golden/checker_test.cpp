@@ -14,7 +14,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::checker_test {
 using namespace weir::golden;
 using test::bytes_of;
 using test::file_of;
@@ -190,3 +190,5 @@ TEST_CASE("The chosen experts of a token may come in any order", "[golden][check
   check_top_k(checker, file, routing);
   CHECK(checker.failures() == 2);
 }
+
+}  // namespace weir::checker_test

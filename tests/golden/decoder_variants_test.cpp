@@ -11,7 +11,7 @@
 #include "golden/slow_moe.hpp"
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::decoder_variants_test {
 using namespace weir::golden;
 using slow::Real;
 
@@ -356,3 +356,5 @@ TEST_CASE("Positions of padded attention may begin anywhere, and count real toke
   made.erase("out.loss");
   CHECK(made.check(1e-9).failures == 0);
 }
+
+}  // namespace weir::decoder_variants_test

@@ -13,7 +13,7 @@
 #include "golden/slow_moe.hpp"
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::layer_variants_test {
 using namespace weir::golden;
 using slow::Real;
 
@@ -694,3 +694,5 @@ TEST_CASE("Expert choice may have sigmoid scores, scores over tokens, and one to
     }
   }
 }
+
+}  // namespace weir::layer_variants_test

@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::bpe_merges_tokenizer_test {
 using io::BpeMerges;
 
 namespace {
@@ -74,3 +74,5 @@ TEST_CASE("BpeMerges takes long words in its stride", "[io][tokenizer]") {
   merges.apply(ids, 0);
   CHECK(ids == Ids(kLetters / 1024, 10));
 }
+
+}  // namespace weir::bpe_merges_tokenizer_test

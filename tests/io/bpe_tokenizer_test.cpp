@@ -11,7 +11,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::bpe_tokenizer_test {
 using namespace weir::io;
 using nlohmann::json;
 
@@ -297,3 +297,5 @@ TEST_CASE("TextStream holds back the bytes of a character until it is complete",
   CHECK(stream.flush() == "\xEF\xBF\xBD");
   CHECK(stream.flush().empty());
 }
+
+}  // namespace weir::bpe_tokenizer_test

@@ -13,7 +13,7 @@
 #include "io/folder.hpp"
 #include "support/catch.hpp"
 
-namespace weir::io {
+namespace weir::io::checkpoint_folder_test {
 namespace {
 
 void write(const std::filesystem::path& path, const std::string& bytes) {
@@ -251,4 +251,4 @@ TEST_CASE("What is gathered from a model is read back", "[io][safetensors]") {
 }
 
 }  // namespace
-}  // namespace weir::io
+}  // namespace weir::io::checkpoint_folder_test

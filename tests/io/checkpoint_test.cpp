@@ -37,7 +37,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::checkpoint_test {
 namespace fs = std::filesystem;
 
 namespace {
@@ -342,3 +342,5 @@ TEST_CASE("A full disk leaves the last checkpoint", "[io][checkpoint]") {
   }
 }
 #endif
+
+}  // namespace weir::checkpoint_test

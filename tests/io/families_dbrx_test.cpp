@@ -5,7 +5,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_dbrx_test {
 namespace {
 
 using presets::DbrxConfig;
@@ -80,4 +80,4 @@ TEST_CASE("A layer of DBRX is saved under its published names", "[io][pretrained
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_dbrx_test

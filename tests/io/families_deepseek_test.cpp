@@ -9,7 +9,7 @@
 #include "io/families.hpp"
 #include "io/files.hpp"
 
-namespace weir {
+namespace weir::families_deepseek_test {
 namespace {
 
 using presets::DeepSeekMoEConfig;
@@ -258,4 +258,4 @@ TEST_CASE("Weights of DeepSeek-V3 in 8 bits are multiplied by their factors", "[
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_deepseek_test

@@ -7,7 +7,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_dense_test {
 namespace {
 
 using presets::DenseConfig;
@@ -171,4 +171,4 @@ TEST_CASE("A dense preset has no experts", "[presets]") {
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_dense_test

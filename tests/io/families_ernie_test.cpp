@@ -5,7 +5,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_ernie_test {
 namespace {
 
 using presets::ErnieMoeConfig;
@@ -88,4 +88,4 @@ TEST_CASE("A layer of ERNIE 4.5 is saved under its published names", "[io][pretr
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_ernie_test

@@ -8,7 +8,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_glm4_moe_test {
 namespace {
 
 using presets::Glm4MoeConfig;
@@ -119,4 +119,4 @@ TEST_CASE("GLM-4.5's module of prediction comes back", "[io][pretrained]") {
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_glm4_moe_test

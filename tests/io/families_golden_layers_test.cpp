@@ -18,7 +18,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-namespace weir {
+namespace weir::families_golden_layers_test {
 namespace {
 
 using Values = std::pair<std::vector<Index>, std::vector<double>>;
@@ -92,4 +92,4 @@ TEST_CASE("Qwen2-MoE's golden mixture goes through a folder", "[io][pretrained][
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_golden_layers_test

@@ -19,7 +19,7 @@
 #include "io/folder.hpp"
 #include "support/catch.hpp"
 
-namespace weir {
+namespace weir::families_golden_test {
 namespace {
 
 /// A file of tests/golden, of whose decoder only the weights are used.
@@ -187,4 +187,4 @@ TEST_CASE("DeepSeek-V3's golden decoder goes through a folder", "[io][pretrained
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_golden_test

@@ -11,7 +11,7 @@
 #include "io/families.hpp"
 #include "io/files.hpp"
 
-namespace weir {
+namespace weir::families_gpt_oss_test {
 namespace {
 
 using presets::GptOssConfig;
@@ -226,4 +226,4 @@ TEST_CASE("Blocks of four-bit numbers that do not fit are refused", "[io]") {
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_gpt_oss_test

@@ -7,7 +7,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_granite_moe_test {
 namespace {
 
 using presets::GraniteMoeConfig;
@@ -105,4 +105,4 @@ TEST_CASE("Granite's multipliers are those of its equations", "[presets]") {
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_granite_moe_test

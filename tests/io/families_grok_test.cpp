@@ -7,7 +7,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_grok_test {
 namespace {
 
 using presets::GrokConfig;
@@ -97,4 +97,4 @@ TEST_CASE("A layer of Grok-1 is saved under the names of its port", "[io][pretra
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_grok_test

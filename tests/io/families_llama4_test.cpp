@@ -7,7 +7,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_llama4_test {
 namespace {
 
 using presets::Llama4Config;
@@ -153,4 +153,4 @@ TEST_CASE("Llama 4's text model is found within one that also sees", "[io][pretr
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_llama4_test

@@ -7,7 +7,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_olmoe_test {
 namespace {
 
 using presets::OlmoeConfig;
@@ -65,4 +65,4 @@ TEST_CASE("A layer of OLMoE is saved under its published names", "[io][pretraine
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_olmoe_test

@@ -8,7 +8,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_phi_moe_test {
 namespace {
 
 using presets::PhiMoeConfig;
@@ -148,4 +148,4 @@ TEST_CASE("Phi-3.5-MoE has two experts for each token", "[presets]") {
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_phi_moe_test

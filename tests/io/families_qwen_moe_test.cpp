@@ -8,7 +8,7 @@
 
 #include "io/families.hpp"
 
-namespace weir {
+namespace weir::families_qwen_moe_test {
 namespace {
 
 using presets::Qwen2MoeConfig;
@@ -125,4 +125,4 @@ TEST_CASE("A layer of Qwen2-MoE is saved under its published names", "[io][pretr
 }
 
 }  // namespace
-}  // namespace weir
+}  // namespace weir::families_qwen_moe_test

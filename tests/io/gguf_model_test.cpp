@@ -19,7 +19,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-namespace weir::io {
+namespace weir::io::gguf_model_test {
 namespace {
 
 const std::vector<Index> kIds = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8};
@@ -374,4 +374,4 @@ TEST_CASE("Tensors that are missing, unknown or of another shape are named", "[i
 }
 
 }  // namespace
-}  // namespace weir::io
+}  // namespace weir::io::gguf_model_test

@@ -16,7 +16,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::gguf_numbers_test {
 using namespace weir::io;
 using test::bytes_of;
 
@@ -304,3 +304,5 @@ TEST_CASE("Kinds have the format's numbers and names", "[io][gguf]") {
   CHECK(gguf_type_text(36) == "36");
   CHECK(gguf_type_text(43) == "43");
 }
+
+}  // namespace weir::gguf_numbers_test

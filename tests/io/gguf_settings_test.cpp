@@ -14,7 +14,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-namespace weir::io {
+namespace weir::io::gguf_settings_test {
 namespace {
 
 using test::message_of;
@@ -371,4 +371,4 @@ TEST_CASE("What GGUF files cannot say is not saved", "[io][gguf]") {
 }
 
 }  // namespace
-}  // namespace weir::io
+}  // namespace weir::io::gguf_settings_test

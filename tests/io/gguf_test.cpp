@@ -14,7 +14,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::gguf_test {
 using namespace weir::io;
 using test::bytes_of;
 using test::gguf_array;
@@ -289,3 +289,5 @@ TEST_CASE("Gguf rejects data that are not there", "[io][gguf]") {
     CHECK_THROWS_AS(Gguf("f", whole.substr(0, length)), FileError);
   }
 }
+
+}  // namespace weir::gguf_test

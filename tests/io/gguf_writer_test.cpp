@@ -12,7 +12,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::gguf_writer_test {
 using namespace weir::io;
 
 namespace {
@@ -173,3 +173,5 @@ TEST_CASE("write_gguf says what it cannot write, and leaves the old file", "[io]
   }
   CHECK(files == 1);  // No temporary file stays.
 }
+
+}  // namespace weir::gguf_writer_test

@@ -12,7 +12,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::load_tokenizer_test {
 using namespace weir::io;
 using nlohmann::json;
 
@@ -89,3 +89,5 @@ TEST_CASE("load_tokenizer follows the settings of Llama's class rather than a te
           loaded(file, json::object({{"tokenizer_class", "LlamaTokenizer"}}));
         }).ends_with(": add_bos_token = true without such a token"));
 }
+
+}  // namespace weir::load_tokenizer_test

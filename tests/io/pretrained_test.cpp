@@ -20,7 +20,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-namespace weir::io {
+namespace weir::io::pretrained_test {
 namespace {
 
 namespace fs = std::filesystem;
@@ -236,4 +236,4 @@ TEST_CASE("A folder without a model is refused", "[io][pretrained]") {
 }
 
 }  // namespace
-}  // namespace weir::io
+}  // namespace weir::io::pretrained_test

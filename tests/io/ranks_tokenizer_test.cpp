@@ -10,7 +10,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::ranks_tokenizer_test {
 using namespace weir::io;
 
 namespace {
@@ -100,3 +100,5 @@ TEST_CASE("A file of ranks that is broken is refused", "[io][tokenizer]") {
           BpeTokenizer::from_ranks("f", ranks({}), {patterns::kGpt2, {{"<|end|>", -1}}});
         }) == "from_ranks: id of '<|end|>' = -1, expected 0 <= id of '<|end|>' <= 66048");
 }
+
+}  // namespace weir::ranks_tokenizer_test

@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::safetensors_test {
 using namespace weir::io;
 using test::bytes_of;
 using test::file_of;
@@ -170,3 +170,5 @@ TEST_CASE("Safetensors rejects tensors that share bytes, a name, or leave gaps",
   CHECK(two(R"("a":{"dtype":"F64","shape":[2],"data_offsets":[8,24]})") ==
         "f: tensor 'a' is there twice");
 }
+
+}  // namespace weir::safetensors_test

@@ -15,7 +15,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::safetensors_writer_test {
 
 TEST_CASE("What is written is read", "[io][safetensors]") {
   const test::Folder folder;
@@ -122,3 +122,5 @@ TEST_CASE("Small floating-point kinds have the values of their tables", "[io][dt
   CHECK(file.reals("e") == std::vector<double>{1.0, -3.0});
   CHECK(file.reals("f") == std::vector<double>{1.0, -5.0});
 }
+
+}  // namespace weir::safetensors_writer_test

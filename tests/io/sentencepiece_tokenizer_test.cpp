@@ -14,7 +14,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::sentencepiece_tokenizer_test {
 using namespace weir::io;
 
 namespace {
@@ -161,3 +161,5 @@ TEST_CASE("SentencePieceTokenizer says what it cannot read", "[io][tokenizer]") 
           SentencePieceTokenizer::read(path);
         }).starts_with(path + ": "));
 }
+
+}  // namespace weir::sentencepiece_tokenizer_test

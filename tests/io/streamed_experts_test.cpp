@@ -18,7 +18,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-namespace weir::io {
+namespace weir::io::streamed_experts_test {
 namespace {
 
 /// A store of experts that take `kBytes` each, and the numbers of those that had to be loaded.
@@ -273,4 +273,4 @@ TEST_CASE("Streamed experts do not train", "[io][experts]") {
 }
 
 }  // namespace
-}  // namespace weir::io
+}  // namespace weir::io::streamed_experts_test

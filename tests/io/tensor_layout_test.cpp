@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-namespace weir::io {
+namespace weir::io::tensor_layout_test {
 namespace {
 
 using presets::Arrangement;
@@ -198,4 +198,4 @@ TEST_CASE("Each matrix has a name in the layout", "[io][layout]") {
 }
 
 }  // namespace
-}  // namespace weir::io
+}  // namespace weir::io::tensor_layout_test

@@ -10,7 +10,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::tokenizer_json_test {
 using namespace weir::io;
 using nlohmann::json;
 
@@ -234,3 +234,5 @@ TEST_CASE("BpeTokenizer refuses added tokens that contradict its vocabulary", "[
   CHECK(with(token) == "f: added_tokens: 'single_word' is true, expected false");
   CHECK(with(7) == "f: added_tokens: is not a JSON object");
 }
+
+}  // namespace weir::tokenizer_json_test

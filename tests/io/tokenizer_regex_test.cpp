@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir::io;
+namespace weir::io::tokenizer_regex_test {
 
 namespace {
 
@@ -113,3 +113,5 @@ TEST_CASE("Regex gives up on expressions that take for ever", "[io][tokenizer]")
   const std::string run(100'000, 'A');
   CHECK(words(patterns::kO200k, run) == Words{run});
 }
+
+}  // namespace weir::io::tokenizer_regex_test

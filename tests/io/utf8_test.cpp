@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir::io;
+namespace weir::io::utf8_test {
 
 TEST_CASE("utf8_start tells characters, broken bytes and characters that are not complete",
           "[io][utf8]") {
@@ -77,3 +77,5 @@ TEST_CASE("replace_all replaces from left to right, without looking at what it h
   CHECK(replace_all("abc", "d", "e") == "abc");
   CHECK(replace_all("", "d", "e").empty());
 }
+
+}  // namespace weir::io::utf8_test

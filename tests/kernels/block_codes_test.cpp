@@ -18,7 +18,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::block_codes_test {
 using kernels::Code;
 using kernels::CodedBlock;
 using kernels::CodedLayout;
@@ -329,3 +329,5 @@ TEST_CASE("Products of bytes are exact", "[kernels][formats]") {
   }
   CHECK(wrong == 0);
 }
+
+}  // namespace weir::block_codes_test

@@ -9,7 +9,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::head_blocks_test {
 using kernels::HeadBlocks;
 
 namespace {
@@ -122,3 +122,5 @@ TEST_CASE("HeadBlocks gives the same bits on any number of threads, and asks for
   multiply();
   CHECK((test::count_allocations(multiply) == 0 || !test::allocations_are_counted()));
 }
+
+}  // namespace weir::head_blocks_test

@@ -8,7 +8,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::matmul_test {
 
 namespace {
 
@@ -148,3 +148,5 @@ TEST_CASE("Products of shapes that do not fit are refused", "[kernels][matmul]")
   CHECK(test::message_of<ShapeError>([&] { multiply_nt<float>(a, a, out); }) ==
         "multiply_nt: out is [2, 4], expected [2, 2]");
 }
+
+}  // namespace weir::matmul_test

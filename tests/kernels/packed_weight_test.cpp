@@ -14,7 +14,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::packed_weight_test {
 using kernels::PackedWeight;
 
 namespace {
@@ -272,3 +272,5 @@ TEST_CASE("Groups of rows are multiplied with a weight each", "[kernels][packed]
   expected.middleRows(6, 10) = x.middleRows(6, 10) * b.transpose();
   CHECK(test::relative_error(out, expected) <= 1e-15);
 }
+
+}  // namespace weir::packed_weight_test

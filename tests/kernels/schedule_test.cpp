@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::schedule_test {
 using kernels::Pieces;
 
 namespace {
@@ -119,3 +119,5 @@ TEST_CASE("Each shared task is taken once, whoever does the work", "[kernels][sc
     }
   }
 }
+
+}  // namespace weir::schedule_test

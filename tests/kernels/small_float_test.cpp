@@ -11,7 +11,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::small_float_test {
 using kernels::E2M1;
 using kernels::E4M3;
 using kernels::E5M2;
@@ -122,3 +122,5 @@ TEST_CASE("E8M0 scales are powers of two", "[kernels][formats]") {
   }
   CHECK(std::isnan(kernels::e8m0_value(255)));
 }
+
+}  // namespace weir::small_float_test

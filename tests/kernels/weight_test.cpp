@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::weight_test {
 using kernels::PackedWeight;
 using kernels::Weight;
 
@@ -111,3 +111,5 @@ TEST_CASE("A weight that is stored so already, or that is empty, takes no memory
   empty.set_storage(Storage::kPacked, &none);
   CHECK(empty.storage() == Storage::kTrainable);
 }
+
+}  // namespace weir::weight_test

@@ -24,7 +24,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
-using namespace weir;
+namespace weir::any_layer_test {
 
 namespace {
 
@@ -421,3 +421,5 @@ TEST_CASE("AnyLayer takes zero tokens", "[model][any_layer]") {
     CHECK(test::relative_error(layer.backward(none, cache), none) == 0.0);
   }
 }
+
+}  // namespace weir::any_layer_test

@@ -13,7 +13,7 @@
 #include "support/matrices.hpp"
 #include "support/texts.hpp"
 
-using namespace weir;
+namespace weir::batches_test {
 
 namespace {
 
@@ -165,3 +165,5 @@ TEST_CASE("The batches say what does not fit", "[model][batches]") {
           pack_items(Ids{3, 6}, 5);
         }) == "pack_items: lengths[1] = 6, expected 0 <= lengths[1] <= 5");
 }
+
+}  // namespace weir::batches_test

@@ -31,7 +31,7 @@
 #include "support/texts.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::block_stack_test {
 
 namespace {
 
@@ -268,3 +268,5 @@ TEST_CASE("One cache serves a decoder with and without layers that are computed 
   model.backward(d_logits, cache);
   CHECK(parameters(model)[0].parameter->grad == expected);
 }
+
+}  // namespace weir::block_stack_test

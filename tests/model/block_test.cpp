@@ -25,7 +25,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
-using namespace weir;
+namespace weir::block_test {
 
 namespace {
 
@@ -336,3 +336,5 @@ TEST_CASE("Blocks of several kinds take turns with one cache", "[model][block]")
   run();
   CHECK(test::count_allocations(run) == 0);
 }
+
+}  // namespace weir::block_test

@@ -22,7 +22,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
-using namespace weir;
+namespace weir::block_variants_test {
 
 namespace {
 
@@ -194,3 +194,5 @@ TEST_CASE("The first branch of a block is parallel to nothing", "[model][block]"
           infer(Block<double>({narrow}), test::random_matrix(2, kModel, 16));
         }) == "Block::forward: narrow is [2, 3], expected [2, 4]");
 }
+
+}  // namespace weir::block_variants_test

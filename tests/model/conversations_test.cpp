@@ -24,7 +24,7 @@
 #include "support/matrices.hpp"
 #include "support/texts.hpp"
 
-using namespace weir;
+namespace weir::conversations_test {
 
 namespace {
 
@@ -232,3 +232,5 @@ TEST_CASE("A callback that throws ends it for all", "[model][generate]") {
   conversations[1].until.on_token = [](Index) -> bool { throw std::runtime_error("enough"); };
   CHECK(test::message_of<std::runtime_error>([&] { generate(model, conversations); }) == "enough");
 }
+
+}  // namespace weir::conversations_test

@@ -24,7 +24,7 @@
 #include "support/texts.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::decode_test {
 
 namespace {
 
@@ -247,3 +247,5 @@ TEST_CASE("Decoding refuses misuse before it changes anything", "[model][decode]
   CHECK(test::relative_error(decode(model, Ids{3}, a, cache),
                              infer(model, Ids{1, 2, 3}).bottomRows(1)) <= 1e-12);
 }
+
+}  // namespace weir::decode_test

@@ -16,7 +16,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
-using namespace weir;
+namespace weir::decoder_parts_test {
 
 namespace {
 
@@ -246,3 +246,5 @@ TEST_CASE("Decoder checks its settings and the gradients it is given", "[model][
   CHECK(test::message_of<ShapeError>([&] { model.head_backward(narrow, head_cache); }) ==
         "LanguageHead::backward: d_logits is [5, 3], expected [5, 7]");
 }
+
+}  // namespace weir::decoder_parts_test

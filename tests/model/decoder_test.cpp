@@ -34,7 +34,7 @@
 #include "support/gradient.hpp"
 #include "support/texts.hpp"
 
-using namespace weir;
+namespace weir::decoder_test {
 
 namespace {
 
@@ -678,3 +678,5 @@ TEST_CASE("A failed pass leaves model, state and cache usable", "[model][decoder
   weight.value(2, 0) = saved;
   CHECK(model.forward(ids, kTraining, cache) == logits);
 }
+
+}  // namespace weir::decoder_test

@@ -19,7 +19,7 @@
 #include "support/matrices.hpp"
 #include "support/texts.hpp"
 
-using namespace weir;
+namespace weir::generate_test {
 
 namespace {
 
@@ -190,3 +190,5 @@ TEST_CASE("generate does not draw from NaN", "[model][generate]") {
   const Decoder<double> model(Embedding<double>(table), {}, RmsNorm<double>(4));
   CHECK_THROWS_AS(generate(model, Ids{2}, 1, {}, rng), NonFiniteError);
 }
+
+}  // namespace weir::generate_test

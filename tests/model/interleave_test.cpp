@@ -6,7 +6,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::interleave_test {
 
 namespace {
 
@@ -71,3 +71,5 @@ TEST_CASE("Interleave says what is wrong with its settings", "[model][interleave
   CHECK(test::message_of<ConfigError>([] { Interleave{.stride = -1}.count_sparse(3); }) ==
         "Interleave: stride = -1, expected >= 1");
 }
+
+}  // namespace weir::interleave_test

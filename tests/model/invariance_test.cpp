@@ -22,7 +22,7 @@
 #include "support/matrices.hpp"
 #include "support/texts.hpp"
 
-using namespace weir;
+namespace weir::invariance_test {
 
 namespace {
 
@@ -144,3 +144,5 @@ TEST_CASE("A token of a mixture has the same bits alone and in any batch",
     }
   }
 }
+
+}  // namespace weir::invariance_test

@@ -21,7 +21,7 @@
 #include "support/texts.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::language_loss_test {
 
 namespace {
 
@@ -290,3 +290,5 @@ TEST_CASE("Decoder takes the gradient of what it gave", "[model][language_loss]"
         "Decoder::forward_to_head");
   model.backward(logits, cache);
 }
+
+}  // namespace weir::language_loss_test

@@ -7,7 +7,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
-using namespace weir;
+namespace weir::logit_scale_test {
 
 namespace {
 
@@ -72,3 +72,5 @@ TEST_CASE("LogitScale works in place, on nothing, and hands on NaN", "[model][lo
   CHECK(std::isnan(scaled(scale, z)(1, 2)));
   CHECK(std::isfinite(scaled(scale, z)(1, 3)));
 }
+
+}  // namespace weir::logit_scale_test

@@ -28,7 +28,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::multi_token_test {
 
 namespace {
 
@@ -501,3 +501,5 @@ TEST_CASE("MultiToken says what does not fit", "[model][mtp]") {
           modules.decode(0, model, few, Matrix<double>(1, 4), state, module_cache);
         }) == "MultiToken::decode: h is [1, 4], expected [2, 4]");
 }
+
+}  // namespace weir::multi_token_test

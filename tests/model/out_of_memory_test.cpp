@@ -31,7 +31,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::out_of_memory_test {
 
 namespace {
 
@@ -275,3 +275,5 @@ TEST_CASE("generate that runs out of memory can be repeated", "[model][memory][g
   CHECK(failures > 20);
   CHECK(tokens == expected);
 }
+
+}  // namespace weir::out_of_memory_test

@@ -45,7 +45,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::padding_test {
 
 namespace {
 
@@ -381,3 +381,5 @@ TEMPLATE_TEST_CASE("Padding of a decoder reaches no gradient", "[model][padding]
     }
   }
 }
+
+}  // namespace weir::padding_test

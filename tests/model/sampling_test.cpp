@@ -10,7 +10,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::sampling_test {
 
 namespace {
 
@@ -305,3 +305,5 @@ TEST_CASE("Sampler refuses impossible settings and shapes", "[model][sampling]")
   CHECK(test::message_of<ShapeError>([&] { sampler.distribution(Matrix<double>(1, 0), {}); }) ==
         "Sampler::distribution: logits is [1, 0], expected [1, vocabulary]");
 }
+
+}  // namespace weir::sampling_test

@@ -29,7 +29,7 @@
 #include "support/matrices.hpp"
 #include "support/texts.hpp"
 
-using namespace weir;
+namespace weir::speculative_test {
 
 namespace {
 
@@ -423,3 +423,5 @@ TEST_CASE("Speculative decoding refuses misuse before it changes anything",
   const Decoder<double> broken(Embedding<double>(table), {}, RmsNorm<double>(kModel));
   CHECK_THROWS_AS(speculate(broken, modules, Ids{2}, 1, {}, rng, report), NonFiniteError);
 }
+
+}  // namespace weir::speculative_test

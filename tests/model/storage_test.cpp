@@ -28,7 +28,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::storage_test {
 
 namespace {
 
@@ -295,3 +295,5 @@ TEST_CASE("A decoder stores its layers and its head", "[model][storage]") {
   CHECK(error > 1e-4);
   CHECK(error < 5e-2);
 }
+
+}  // namespace weir::storage_test

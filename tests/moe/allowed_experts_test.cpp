@@ -40,7 +40,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::allowed_experts_test {
 
 namespace {
 
@@ -463,3 +463,5 @@ TEST_CASE("Layers that cannot tell experts from tokens refuse a mask", "[moe][al
   CHECK(config_message([&] { soft.forward(x, pass, soft_cache); }) ==
         "SoftMoE::forward: pass.allowed is set, expected none: slots mix tokens");
 }
+
+}  // namespace weir::allowed_experts_test

@@ -47,7 +47,7 @@
 #include "support/gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::allowed_losses_test {
 
 namespace {
 
@@ -290,3 +290,5 @@ TEST_CASE("Every selector keeps to allowed experts in training under a capacity"
   check(RelaxedTopK<double>({.k = 3}), kSame);
   check(Threshold<double>({.k = 3, .threshold = 0.1}), kSame);
 }
+
+}  // namespace weir::allowed_losses_test

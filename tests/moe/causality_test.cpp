@@ -57,7 +57,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::causality_test {
 
 namespace {
 
@@ -365,3 +365,5 @@ TEST_CASE("No token sees another sequence where the scope is the sequence", "[mo
   check(SoftMoE<GluBank<double>>(bank(), rng));
   check(MixtureOfDepths(Linear<double>(kModel, kModel, rng), kModel, rng, {.capacity = 0.5}));
 }
+
+}  // namespace weir::causality_test

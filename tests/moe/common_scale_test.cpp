@@ -28,7 +28,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::common_scale_test {
 
 namespace {
 
@@ -360,3 +360,5 @@ TEST_CASE("RankPolicy draws for weights of any scale", "[moe][selector][rank_pol
   CHECK(keeps(0.49));
   CHECK_FALSE(keeps(0.51));
 }
+
+}  // namespace weir::common_scale_test

@@ -25,7 +25,7 @@
 #include "support/stages.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::compositions_fuzz_test {
 
 namespace {
 
@@ -297,3 +297,5 @@ TEMPLATE_TEST_CASE("Compositions refuse a token that is not finite, and go on",
     CHECK(run(moe, situation, true, cache) == before);
   }
 }
+
+}  // namespace weir::compositions_fuzz_test

@@ -16,7 +16,7 @@
 #include "support/same_draws.hpp"
 #include "support/stages.hpp"
 
-using namespace weir;
+namespace weir::compositions_test {
 
 namespace {
 
@@ -154,3 +154,5 @@ TEST_CASE("Compositions resume from their parameters and buffers", "[moe][compos
     }
   }
 }
+
+}  // namespace weir::compositions_test

@@ -27,7 +27,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::discarded_step_test {
 
 namespace {
 
@@ -210,3 +210,5 @@ TEST_CASE("A step that is given up leaves an expert that it reached first as it 
   check_idle_expert(Sgd<double>({.learning_rate = 0.05, .momentum = 0.9, .weight_decay = 0.1}));
   check_idle_expert(Muon<double>({.learning_rate = 0.05, .weight_decay = 0.1}));
 }
+
+}  // namespace weir::discarded_step_test

@@ -13,7 +13,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::dispatch_test {
 
 namespace {
 
@@ -396,3 +396,5 @@ TEST_CASE("gather, combine and their derivatives refuse matrices that do not fit
   CHECK(message([&] { gather_backward<double>(wrong, dispatch, of_tokens); }) ==
         "gather_backward: d_packed is [5, 2], expected [7, 2]");
 }
+
+}  // namespace weir::dispatch_test

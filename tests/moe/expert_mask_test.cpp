@@ -7,7 +7,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::expert_mask_test {
 
 namespace {
 
@@ -50,3 +50,5 @@ TEST_CASE("Expert masks name what does not fit", "[moe][expert_mask]") {
           modality_mask(Indices{0}, kTable, 3, Mask{1, 1});
         }) == "modality_mask: mask has 2 entries, expected 1 (one per token)");
 }
+
+}  // namespace weir::expert_mask_test

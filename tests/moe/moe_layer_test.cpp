@@ -35,7 +35,7 @@
 #include "support/routing.hpp"
 #include "support/same_draws.hpp"
 
-using namespace weir;
+namespace weir::moe_layer_test {
 
 namespace {
 
@@ -737,3 +737,5 @@ TEST_CASE("MoELayer refuses logits that are not finite and stays usable", "[moe]
   CHECK(moe.forward(x, kTraining, cache) == y);
   moe.backward(x, cache);
 }
+
+}  // namespace weir::moe_layer_test

@@ -45,7 +45,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::open_experts_test {
 
 namespace {
 
@@ -288,3 +288,5 @@ TEST_CASE("Every rule moves the bias as in a layer without the experts that are 
   check(BiasedProbabilityTopK<double>(6), BiasedProbabilityTopK<double>(4),
         BiasBalance<double>({.rate = 0.1}));
 }
+
+}  // namespace weir::open_experts_test

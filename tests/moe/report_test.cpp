@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::report_test {
 
 TEST_CASE("A report counts load, drops and entropy", "[moe][report]") {
   // Choices {0, 1}, {0, 1}, padding, {0, 2}, {0, 1}. With one place an expert, the second and the
@@ -65,3 +65,5 @@ TEST_CASE("A report of nothing is level and undropped", "[moe][report]") {
   check(report_of(routing));
   CHECK(report_of(routing).load == std::vector<Index>{0, 0, 0});
 }
+
+}  // namespace weir::report_test

@@ -25,7 +25,7 @@
 #include "support/gradient.hpp"
 #include "support/same_draws.hpp"
 
-using namespace weir;
+namespace weir::router_loss_test {
 
 namespace {
 
@@ -265,3 +265,5 @@ TEST_CASE("A layer refuses a router loss that does not fit its router", "[moe][r
           layer(LinearRouter<double>(kWeight), OrthogonalityLoss<double>({.groups = 3}));
         }) == "OrthogonalityLoss: groups = 3, expected a divisor of experts = 4");
 }
+
+}  // namespace weir::router_loss_test

@@ -27,7 +27,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::router_storage_test {
 
 namespace {
 
@@ -112,3 +112,5 @@ TEST_CASE("Gates beside a mixture keep full precision", "[moe][storage]") {
   check_kept(ResidualMoE(mixture(rng), Glu<float>(kWidth, 5, rng), Linear<float>(kWidth, 2, rng)),
              {"router.weight", "mix.weight"});
 }
+
+}  // namespace weir::router_storage_test

@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::routing_test {
 
 namespace {
 
@@ -213,3 +213,5 @@ TEST_CASE("RoutingGradient is reset to zeros of the routing's shapes", "[moe][ro
   CHECK(gradient.noise[0].clean == Matrix<double>::Zero(3, 4));
   CHECK(gradient.noise[0].deviation == Matrix<double>::Zero(3, 4));
 }
+
+}  // namespace weir::routing_test

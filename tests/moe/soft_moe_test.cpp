@@ -16,7 +16,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::soft_moe_test {
 
 static_assert(Layer<SoftMoE<GluBank<float>>>);
 static_assert(Layer<SoftMoE<MlpBank<double>>>);
@@ -250,3 +250,5 @@ TEST_CASE("SoftMoE says what is wrong with its arguments", "[moe][soft_moe]") {
   CHECK(test::message_of<NonFiniteError>([&] { layer.forward(x, kTraining, cache); }) ==
         "SoftMoE: logits[2, 0] = nan, expected a finite number");
 }
+
+}  // namespace weir::soft_moe_test

@@ -25,7 +25,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::wrapper_checks_test {
 
 namespace {
 
@@ -128,3 +128,5 @@ TEST_CASE("Banks and routers around another one have its sizes, which a layer ch
   CHECK(message(kRouter, InputWeighted(wide)) == message(kRouter, wide));
   CHECK(message(JitterRouter(kRouter), wide) == message(kRouter, wide));
 }
+
+}  // namespace weir::wrapper_checks_test

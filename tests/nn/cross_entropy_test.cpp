@@ -8,7 +8,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::cross_entropy_test {
 
 using Targets = std::vector<Index>;
 
@@ -194,3 +194,5 @@ TEST_CASE("CrossEntropy says what is wrong", "[nn][cross_entropy]") {
         "CrossEntropy::forward: row 1 of logits has log sum exp 1.09861 and target logit -inf, "
         "expected finite");
 }
+
+}  // namespace weir::cross_entropy_test

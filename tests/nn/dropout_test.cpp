@@ -15,7 +15,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::dropout_test {
 
 static_assert(Layer<Dropout<float>>);
 static_assert(!DecodingLayer<WithDropout<Mlp<float>>>);
@@ -164,3 +164,5 @@ TEST_CASE("Dropout says what is wrong", "[nn][dropout]") {
         "Dropout::forward: pass.rng = null, expected a generator in training");
   CHECK(test::message_of<StateError>([&] { dropout.backward(x, cache); }) != "no exception");
 }
+
+}  // namespace weir::dropout_test

@@ -8,7 +8,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::embedding_test {
 
 TEST_CASE("Embedding looks up one row for each token", "[nn][embedding]") {
   Rng rng(1);
@@ -136,3 +136,5 @@ TEST_CASE("Embedding says what is wrong", "[nn][embedding]") {
   CHECK(test::message_of<ConfigError>([&] { Embedding<float>(4, 4, rng, {.stddev = -1.0}); }) ==
         "Embedding: stddev = -1, expected a finite number >= 0");
 }
+
+}  // namespace weir::embedding_test

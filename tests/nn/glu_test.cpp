@@ -10,7 +10,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::glu_test {
 
 static_assert(Layer<Glu<float>> && Layer<Glu<double, GeluTanh>>);
 
@@ -155,3 +155,5 @@ TEST_CASE("Glu says what is wrong", "[nn][glu]") {
   CHECK(test::message_of<ShapeError>([&] { Glu<double>(m, m.transpose(), m.transpose()); }) ==
         "Glu: up is [4, 6], expected [6, 4]");
 }
+
+}  // namespace weir::glu_test

@@ -9,7 +9,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::layer_norm_test {
 
 static_assert(Layer<LayerNorm<float>> && Layer<LayerNorm<double>>);
 
@@ -113,3 +113,5 @@ TEST_CASE("LayerNorm says what is wrong", "[nn][layer_norm]") {
   CHECK(test::message_of<ConfigError>([] { LayerNorm<double>(4, {.epsilon = -1.0}); }) ==
         "LayerNorm: epsilon = -1, expected a finite number > 0");
 }
+
+}  // namespace weir::layer_norm_test

@@ -9,7 +9,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::linear_test {
 
 static_assert(Layer<Linear<float>> && Layer<Linear<double>>);
 
@@ -136,3 +136,5 @@ TEST_CASE("Linear says what is wrong", "[nn][linear]") {
           Linear<double>(Matrix<double>::Ones(3, 4), Matrix<double>::Ones(1, 4));
         }) == "Linear: bias is [1, 4], expected [1, 3]");
 }
+
+}  // namespace weir::linear_test

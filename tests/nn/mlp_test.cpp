@@ -9,7 +9,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::mlp_test {
 
 static_assert(Layer<Mlp<float>> && Layer<Mlp<double, SquaredRelu>>);
 
@@ -121,3 +121,5 @@ TEST_CASE("Mlp says what is wrong", "[nn][mlp]") {
           Mlp<double>(m, m.transpose(), Matrix<double>::Ones(1, 4));
         }) == "Mlp: in_bias is [1, 4], expected [1, 6]");
 }
+
+}  // namespace weir::mlp_test

@@ -9,7 +9,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::rms_norm_test {
 
 static_assert(Layer<RmsNorm<float>> && Layer<RmsNorm<double>>);
 
@@ -101,3 +101,5 @@ TEST_CASE("RmsNorm says what is wrong", "[nn][rms_norm]") {
   CHECK(test::message_of<ConfigError>([] { RmsNorm<double>(4, {.epsilon = 0.0}); }) ==
         "RmsNorm: epsilon = 0, expected a finite number > 0");
 }
+
+}  // namespace weir::rms_norm_test

@@ -10,7 +10,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::activation_test {
 
 namespace {
 
@@ -129,3 +129,5 @@ TEST_CASE("Activations have names", "[ops][activation]") {
   CHECK(Gelu::kName == "gelu");
   CHECK(GeluTanh::kName == "gelu_tanh");
 }
+
+}  // namespace weir::activation_test

@@ -9,7 +9,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::clamp_test {
 
 TEST_CASE("clamp keeps numbers within bounds, and the gradient of those that were",
           "[ops][clamp][golden]") {
@@ -59,3 +59,5 @@ TEST_CASE("clamp takes no tokens", "[ops][clamp]") {
   clamp_backward(outside, none);
   CHECK(outside.empty());
 }
+
+}  // namespace weir::clamp_test

@@ -13,7 +13,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::coordinate_descent_test {
 
 namespace {
 
@@ -167,3 +167,5 @@ TEST_CASE("The coordinate descent says what is wrong with its settings",
   CHECK(message({.epsilon_decay = 1.5}) ==
         "User: epsilon_decay = 1.5, expected 0 < epsilon_decay <= 1");
 }
+
+}  // namespace weir::coordinate_descent_test

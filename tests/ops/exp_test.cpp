@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::exp_test {
 
 namespace {
 
@@ -94,3 +94,5 @@ TEMPLATE_TEST_CASE("Loops of exponentials over any count are exp_lanes of each n
     CHECK(std::equal(x.begin(), x.end(), out.begin()));
   }
 }
+
+}  // namespace weir::exp_test

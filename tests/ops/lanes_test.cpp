@@ -7,7 +7,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::lanes_test {
 
 namespace {
 
@@ -76,3 +76,5 @@ TEST_CASE("Rectified and larger lanes keep a NaN", "[ops][lanes]") {
   CHECK(max_lanes<float>(Lanes<float>{} + 2.F, nan)[0] == 2.F);
   CHECK(std::isnan(max_lanes<float>(nan, Lanes<float>{} + 2.F)[0]));
 }
+
+}  // namespace weir::lanes_test

@@ -10,7 +10,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::llama3_scaling_test {
 
 namespace {
 
@@ -88,3 +88,5 @@ TEST_CASE("Llama3Scaling says what is wrong", "[ops][rope]") {
         "Rope: llama3.high_freq_factor = 1.5, expected a finite number >= 2");
   CHECK(message({.original_context = 0}) == "Rope: llama3.original_context = 0, expected >= 1");
 }
+
+}  // namespace weir::llama3_scaling_test

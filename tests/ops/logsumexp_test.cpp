@@ -9,7 +9,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::logsumexp_test {
 
 namespace {
 
@@ -56,3 +56,5 @@ TEST_CASE("logsumexp does not hide a NaN", "[ops][logsumexp]") {
   many[7] = nan;
   CHECK(std::isnan(of(many)));
 }
+
+}  // namespace weir::logsumexp_test

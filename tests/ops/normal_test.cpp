@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::normal_test {
 
 namespace {
 
@@ -62,3 +62,5 @@ TEST_CASE("The normal distribution at its ends and its middle", "[ops][normal]")
   CHECK(std::isnan(cdf<double>(std::nan(""))));
   CHECK(std::isnan(density<double>(std::nan(""))));
 }
+
+}  // namespace weir::normal_test

@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::padding_test {
 
 namespace {
 
@@ -58,3 +58,5 @@ TEST_CASE("PaddingRows keeps the mask of a pass", "[ops][padding]") {
   padding.set("Layer::forward", {}, 7);
   CHECK(!padding.contains(1));
 }
+
+}  // namespace weir::padding_test

@@ -11,7 +11,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::rope_scaling_test {
 
 namespace {
 
@@ -152,3 +152,5 @@ TEST_CASE("RopeScaling says what is wrong", "[ops][rope]") {
   CHECK(message(DynamicNtkScaling{}, 2) ==
         "Rope: 2 rotated numbers, expected >= 4 with DynamicNtkScaling");
 }
+
+}  // namespace weir::rope_scaling_test

@@ -10,7 +10,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::rope_test {
 
 namespace {
 
@@ -207,3 +207,5 @@ TEST_CASE("Rope says what is wrong", "[ops][rope]") {
             [&] { rope.rotate_back<double>(x, table, {.width = 6, .first = 3}); }) ==
         "Rope::rotate_back: the part begins at 3 of 6 columns, expected room for head_dim = 4");
 }
+
+}  // namespace weir::rope_test

@@ -7,7 +7,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::rows_test {
 
 TEMPLATE_TEST_CASE("Rows are copied, scaled, added and summed alike by any number of threads",
                    "[ops][rows]", float, double) {
@@ -66,3 +66,5 @@ TEST_CASE("Pieces cover a matrix once", "[ops][rows]") {
   });
   CHECK(seen == Matrix<double>::Ones(3, cols));
 }
+
+}  // namespace weir::rows_test

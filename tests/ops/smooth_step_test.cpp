@@ -3,7 +3,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::smooth_step_test {
 
 TEST_CASE("The smooth step is a cubic between flat ends", "[ops][smooth_step]") {
   CHECK(smooth_step(-0.5, 1.0) == 0.0);
@@ -17,3 +17,5 @@ TEST_CASE("The smooth step is a cubic between flat ends", "[ops][smooth_step]") 
     CHECK(smooth_step(z, 2.0) + smooth_step(-z, 2.0) == Approx(1.0));
   }
 }
+
+}  // namespace weir::smooth_step_test

@@ -11,7 +11,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::softmax_test {
 
 TEMPLATE_TEST_CASE("Softmax rows are positive, sum to one and ignore a shift", "[ops][softmax]",
                    float, double) {
@@ -115,3 +115,5 @@ TEST_CASE("Softmax refuses shapes that differ", "[ops][softmax]") {
   CHECK(test::message_of<ShapeError>([&] { add_softmax_backward<float>(p, p, narrow); }) ==
         "add_softmax_backward: d_logits is [2, 2], expected [2, 3]");
 }
+
+}  // namespace weir::softmax_test

@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::tanh_test {
 
 namespace {
 
@@ -59,3 +59,5 @@ TEMPLATE_TEST_CASE("scaled_tanh over any count is that of each number", "[ops][t
     CHECK(out.back() == T(9));  // Nothing beyond.
   }
 }
+
+}  // namespace weir::tanh_test

@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::top_k_test {
 
 namespace {
 
@@ -68,3 +68,5 @@ TEST_CASE("top_k of nothing touches nothing", "[ops][top_k]") {
   const float one = 1.F;
   top_k<float>({&one, 1}, {});
 }
+
+}  // namespace weir::top_k_test

@@ -8,7 +8,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::trigonometry_test {
 
 TEST_CASE("Sines and cosines are those of the standard library", "[ops][trigonometry]") {
   // From small angles to far beyond where they are reduced by lanes.
@@ -40,3 +40,5 @@ TEST_CASE("Sines and cosines of what is special", "[ops][trigonometry]") {
   CHECK(sine_cosine_lanes(mixed).sine[0] == std::sin(1e12));
   CHECK(sine_cosine_lanes(mixed).sine[1] == sine(0.5));
 }
+
+}  // namespace weir::trigonometry_test

@@ -9,7 +9,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::unit_rows_test {
 
 TEST_CASE("unit_rows scales each row to length one and says how long it was", "[ops][unit_rows]") {
   Matrix<double> rows(4, 2);
@@ -113,3 +113,5 @@ TEST_CASE("safe_norm is the norm of numbers of any scale", "[ops][unit_rows]") {
   const double infinite[] = {1.0, -std::numeric_limits<double>::infinity()};
   CHECK(safe_norm<double>(2, infinite) == std::numeric_limits<double>::infinity());
 }
+
+}  // namespace weir::unit_rows_test

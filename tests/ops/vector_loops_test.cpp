@@ -9,7 +9,7 @@
 
 #include "support/catch.hpp"
 
-using namespace weir;
+namespace weir::vector_loops_test {
 
 namespace {
 
@@ -142,3 +142,5 @@ TEMPLATE_TEST_CASE("An element is mapped to the same bits wherever it lies", "[o
           static_cast<T>(1.0 / (static_cast<double>(i + 1) + 0.1)));
   }
 }
+
+}  // namespace weir::vector_loops_test

@@ -12,7 +12,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::yarn_test {
 
 namespace {
 
@@ -203,3 +203,5 @@ TEST_CASE("Yarn says what is wrong", "[ops][yarn]") {
           Yarn{}.check("Here", 8, std::numeric_limits<double>::quiet_NaN());
         }) == "Here: theta = nan, expected > 1 with a Yarn");
 }
+
+}  // namespace weir::yarn_test

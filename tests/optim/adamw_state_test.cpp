@@ -16,7 +16,7 @@
 #include "support/parameter_set.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::adamw_state_test {
 
 namespace {
 
@@ -238,3 +238,5 @@ TEST_CASE("Lazily trained experts do what others do, a little later", "[optim][a
   CHECK(std::sqrt(distance) / size <= 0.1);
   CHECK(distance > 0.0);
 }
+
+}  // namespace weir::adamw_state_test

@@ -10,7 +10,7 @@
 #include "support/matrices.hpp"
 #include "support/parameter_set.hpp"
 
-using namespace weir;
+namespace weir::adamw_test {
 
 namespace {
 
@@ -415,3 +415,5 @@ TEST_CASE("AdamW refuses shapes that changed, before it changes anything", "[opt
   CHECK(optimizer.moments("first").steps == 0);
   CHECK(optimizer.steps() == 0);
 }
+
+}  // namespace weir::adamw_test

@@ -10,7 +10,7 @@
 #include "support/matrices.hpp"
 #include "support/parameter_set.hpp"
 
-using namespace weir;
+namespace weir::clip_test {
 
 namespace {
 
@@ -175,3 +175,5 @@ TEST_CASE("clip_global_norm refuses a limit that is not positive", "[optim][clip
   CHECK(test::message_of<ConfigError>([&] { clip_global_norm(none, 0.0); }) ==
         "clip_global_norm: max_norm = 0, expected a finite number > 0");
 }
+
+}  // namespace weir::clip_test

@@ -12,7 +12,7 @@
 #include "support/parameter_set.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::muon_test {
 
 namespace {
 
@@ -241,3 +241,5 @@ TEST_CASE("Muon refuses impossible settings and shapes that changed", "[optim][m
   CHECK(v.value == Matrix<float>::Ones(1, 3));
   CHECK(v.grad == Matrix<float>::Ones(1, 3));
 }
+
+}  // namespace weir::muon_test

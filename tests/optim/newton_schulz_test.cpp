@@ -8,7 +8,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::newton_schulz_test {
 
 namespace {
 
@@ -93,3 +93,5 @@ TEST_CASE("newton_schulz refuses a negative number of iterations", "[optim][muon
           orthogonalised<float>(Matrix<float>::Ones(2, 2), -1);
         }) == "newton_schulz: iterations = -1, expected >= 0");
 }
+
+}  // namespace weir::newton_schulz_test

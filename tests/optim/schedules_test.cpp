@@ -7,7 +7,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::schedules_test {
 
 using Decay = WarmupStableDecay::Decay;
 
@@ -84,3 +84,5 @@ TEST_CASE("The schedules refuse impossible settings", "[optim][schedule]") {
   CHECK(stable({.peak = 1.0, .total_steps = 5}, -1) ==
         "WarmupStableDecay::at: step = -1, expected >= 0");
 }
+
+}  // namespace weir::schedules_test

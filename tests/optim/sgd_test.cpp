@@ -11,7 +11,7 @@
 #include "support/parameter_set.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::sgd_test {
 
 namespace {
 
@@ -197,3 +197,5 @@ TEST_CASE("Sgd refuses impossible settings and shapes that changed", "[optim][sg
         "Sgd::step: gradient of w is [2, 2], expected [2, 3]");
   CHECK(v.value == Matrix<float>::Ones(1, 3));
 }
+
+}  // namespace weir::sgd_test

@@ -6,7 +6,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::warmup_cosine_test {
 
 TEST_CASE("WarmupCosine passes through points worked out by hand", "[optim][schedule][golden]") {
   // Rise in 4 steps to 2; 8 steps of decay to 0.4: (2 - 0.4) * (1 + cos(pi x)) / 2 + 0.4 is
@@ -51,3 +51,5 @@ TEST_CASE("WarmupCosine refuses impossible settings", "[optim][schedule]") {
   CHECK(message({.peak = 1.0, .warmup_steps = 0, .total_steps = 1}, -1) ==
         "WarmupCosine::at: step = -1, expected >= 0");
 }
+
+}  // namespace weir::warmup_cosine_test

@@ -21,7 +21,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::gguf_test {
 using namespace weir::io;
 using FileKind = test::LlamaCpp::FileKind;
 
@@ -184,3 +184,5 @@ TEST_CASE("llama.cpp's complaints about a file are passed on", "[io][gguf][peer]
       [&] { const test::LlamaCpp::Model model(*peer, folder.path() / "a.gguf", 32); });
   CHECK(complaint.find("llama.context_length") != std::string::npos);
 }
+
+}  // namespace weir::gguf_test

@@ -30,7 +30,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::models_test {
 using namespace weir::io;
 using FileKind = test::LlamaCpp::FileKind;
 
@@ -369,3 +369,5 @@ TEST_CASE("llama.cpp computes what weir does with files in fewer bits", "[io][gg
           bound);
   }
 }
+
+}  // namespace weir::models_test

@@ -36,7 +36,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::count_test {
 using namespace weir::presets;
 
 namespace {
@@ -341,3 +341,5 @@ TEST_CASE("A shape that makes no model is refused", "[presets]") {
   CHECK(with([](ModelShape& s) { s.interleave = {.first_dense = 1}; }) ==
         "ModelShape: dense_hidden = 0, expected >= 1");
 }
+
+}  // namespace weir::count_test

@@ -67,7 +67,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::families_test {
 using namespace weir::presets;
 
 namespace {
@@ -441,3 +441,5 @@ TEST_CASE("What make cannot build it refuses", "[presets]") {
   CHECK(test::message_of<ConfigError>([&] { presets::make<T>(groups, rng); }) ==
         "SigmoidTopK: groups.count = 8, expected a divisor of experts = 20");
 }
+
+}  // namespace weir::families_test

@@ -12,7 +12,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::openmoe_network_test {
 using weir::presets::OpenMoENetwork;
 
 static_assert(Layer<OpenMoENetwork<float>> && Layer<OpenMoENetwork<double>>);
@@ -75,3 +75,5 @@ TEST_CASE("OpenMoE's network says what is wrong", "[presets]") {
   CHECK(test::message_of<ConfigError>([&] { OpenMoENetwork<double>(0, 4, rng); }) ==
         "Linear: d_in = 0, expected > 0");
 }
+
+}  // namespace weir::openmoe_network_test

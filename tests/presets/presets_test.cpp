@@ -48,7 +48,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::presets_test {
 using namespace weir::presets;
 
 namespace {
@@ -315,3 +315,5 @@ TEST_CASE("200 steps of AdamW on real text lower the loss of each preset", "[pre
     CHECK(mean_loss() < 0.7 * before);
   }
 }
+
+}  // namespace weir::presets_test

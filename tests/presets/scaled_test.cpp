@@ -18,7 +18,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::scaled_test {
 using namespace weir::presets;
 
 namespace {
@@ -148,3 +148,5 @@ TEST_CASE("scaled keeps the share of each head that is rotated", "[presets]") {
   const auto tiny = std::get<GroupedQueryConfig>(scaled(shape, {.d_model = 16}).attention);
   CHECK(tiny.rotary_dim == 2);
 }
+
+}  // namespace weir::scaled_test

@@ -30,7 +30,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::quantisation_test {
 
 namespace {
 
@@ -251,3 +251,5 @@ TEST_CASE("A report says what each weight becomes", "[tuning][quantisation]") {
   }
   CHECK(report.bytes() == bytes);
 }
+
+}  // namespace weir::quantisation_test

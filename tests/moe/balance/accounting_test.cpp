@@ -26,7 +26,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
-using namespace weir;
+namespace weir::accounting_test {
 
 namespace {
 
@@ -159,3 +159,5 @@ TEST_CASE("Losses that are means over tokens or sequences add up over micro-batc
   CHECK(test::relative_error(parts.router().weight().gradient(),
                              whole.router().weight().gradient()) < 1e-13);
 }
+
+}  // namespace weir::accounting_test

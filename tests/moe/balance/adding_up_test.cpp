@@ -27,7 +27,7 @@
 #include "support/noisy_routing.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::adding_up_test {
 
 namespace {
 
@@ -97,3 +97,5 @@ TEST_CASE("Every balancing loss adds to the gradients that are there", "[moe][ba
   check_adds("hierarchical load", HierarchicalLoadLoss<double>(),
              noisy_routing({level(2, 3), level(6, 4)}));
 }
+
+}  // namespace weir::adding_up_test

@@ -18,7 +18,7 @@
 #include "support/gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::bias_balance_test {
 using test::route;
 
 static_assert(BalancingRule<BiasBalance<float>, SigmoidTopK<float>>);
@@ -292,3 +292,5 @@ TEST_CASE("BiasBalance refuses a selector of other experts than it counted",
   CHECK(test::message_of<ConfigError>([&] { balance.update(selector); }) ==
         "BiasBalance::update: the bias is [1, 3], expected [1, 4]");
 }
+
+}  // namespace weir::bias_balance_test

@@ -35,7 +35,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::collapse_test {
 
 namespace {
 
@@ -170,3 +170,5 @@ TEST_CASE("Selectors that balance by themselves cannot collapse", "[moe][balance
   CHECK(train(BalancedAssignment<double>()) == 1.0);
   CHECK(train(Sinkhorn<double>({.k = 1})) < kLevel);
 }
+
+}  // namespace weir::collapse_test

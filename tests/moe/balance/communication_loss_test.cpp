@@ -13,7 +13,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::communication_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -99,3 +99,5 @@ TEST_CASE("CommunicationLoss says what is wrong", "[moe][balance][communication_
                   route(SoftmaxTopK<double>({.k = 1}), Matrix<double>::Ones(2, 6)));
         }) == "CommunicationLoss: the groups are of 4 experts, expected 6 as routed to");
 }
+
+}  // namespace weir::communication_loss_test

@@ -13,7 +13,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::device_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -103,3 +103,5 @@ TEST_CASE("DeviceLoss and ExpertGroups say what is wrong", "[moe][balance][devic
   CHECK(message([] { ExpertGroups(std::vector<Index>{}); }) ==
         "ExpertGroups: experts = 0, expected >= 1");
 }
+
+}  // namespace weir::device_loss_test

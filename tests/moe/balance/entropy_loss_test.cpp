@@ -13,7 +13,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::entropy_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -100,3 +100,5 @@ TEST_CASE("EntropyLoss refuses coefficients that are not finite", "[moe][balance
           EntropyLoss<float>({.token = 0.0, .mean = HUGE_VALF});
         }) == "EntropyLoss: mean = inf, expected a finite number");
 }
+
+}  // namespace weir::entropy_loss_test

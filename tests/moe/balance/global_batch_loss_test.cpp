@@ -17,7 +17,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::global_batch_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -184,3 +184,5 @@ TEST_CASE("GlobalBatchLoss refuses a negative coefficient", "[moe][balance][glob
   CHECK(test::message_of<ConfigError>([] { GlobalBatchLoss<float>({.coefficient = -1.0}); }) ==
         "GlobalBatchLoss: coefficient = -1, expected a finite number >= 0");
 }
+
+}  // namespace weir::global_batch_loss_test

@@ -14,7 +14,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::gshard_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -92,3 +92,5 @@ TEST_CASE("GShardLoss refuses a negative coefficient", "[moe][balance][gshard_lo
   CHECK(test::message_of<ConfigError>([] { GShardLoss<float>({.coefficient = -1.0}); }) ==
         "GShardLoss: coefficient = -1, expected a finite number >= 0");
 }
+
+}  // namespace weir::gshard_loss_test

@@ -26,7 +26,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::hierarchical_load_loss_test {
 using test::gradient_of;
 using test::loss_of;
 using test::route;
@@ -526,3 +526,5 @@ TEST_CASE("HierarchicalLoadLoss and LoadLoss refuse routers of other levels",
   CHECK(refused_plain(TemperatureRouter(two)) == levels);
   CHECK(refused_plain(GumbelRouter(two)) == levels);
 }
+
+}  // namespace weir::hierarchical_load_loss_test

@@ -21,7 +21,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::hierarchical_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -208,3 +208,5 @@ TEST_CASE("HierarchicalLoss refuses misuse", "[moe][balance][hierarchical]") {
               HierarchicalLoss<double>({.groups = 2}));
         }) == "HierarchicalLoss: groups = 2, expected 3 as the router");
 }
+
+}  // namespace weir::hierarchical_loss_test

@@ -13,7 +13,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::importance_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -114,3 +114,5 @@ TEST_CASE("ImportanceLoss refuses a negative coefficient", "[moe][balance][impor
   CHECK(test::message_of<ConfigError>([] { ImportanceLoss<float>({.coefficient = -1.0}); }) ==
         "ImportanceLoss: coefficient = -1, expected a finite number >= 0");
 }
+
+}  // namespace weir::importance_loss_test

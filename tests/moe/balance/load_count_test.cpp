@@ -15,7 +15,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::load_count_test {
 
 namespace {
 
@@ -106,3 +106,5 @@ TEST_CASE("The loss of the k largest probabilities has its exact gradient",
       {.coefficient = 0.7, .count = LoadCount::kTopProbabilities, .scope = Scope::kSequence});
   test::check_logit_gradient(biased(), loss, logits_of_five(), {.sequences = &sequences});
 }
+
+}  // namespace weir::load_count_test

@@ -17,7 +17,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::load_loss_test {
 using test::gradient_of;
 using test::loss_of;
 using test::route;
@@ -238,3 +238,5 @@ TEST_CASE("LoadLoss refuses a negative coefficient", "[moe][balance][load_loss]"
   CHECK(test::message_of<ConfigError>([] { LoadLoss<float>({.coefficient = -1.0}); }) ==
         "LoadLoss: coefficient = -1, expected a finite number >= 0");
 }
+
+}  // namespace weir::load_loss_test

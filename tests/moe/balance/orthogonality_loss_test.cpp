@@ -14,7 +14,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::orthogonality_loss_test {
 
 static_assert(RouterLoss<OrthogonalityLoss<float>, LinearRouter<float>>);
 static_assert(RouterLoss<OrthogonalityLoss<float>, JitterRouter<LinearRouter<float>>>);
@@ -209,3 +209,5 @@ TEST_CASE("OrthogonalityLoss refuses what it cannot serve", "[moe][balance][orth
         "OrthogonalityLoss: the router has no vectors of its experts, expected one such as "
         "LinearRouter");
 }
+
+}  // namespace weir::orthogonality_loss_test

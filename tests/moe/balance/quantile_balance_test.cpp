@@ -14,7 +14,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::quantile_balance_test {
 
 static_assert(BalancingRule<QuantileBalance<float>, BiasedSoftmaxTopK<float>>);
 // Its bias is on scores, not on logits.
@@ -239,3 +239,5 @@ TEST_CASE("QuantileBalance allocates nothing in the steady state",
   step();
   CHECK(test::count_allocations(step) == 0);
 }
+
+}  // namespace weir::quantile_balance_test

@@ -17,7 +17,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::relu_l1_loss_test {
 using test::loss_of;
 
 static_assert(RoutingLoss<ReluL1Loss<float>, float>);
@@ -195,3 +195,5 @@ TEST_CASE("ReluL1Loss names the setting that is out of range", "[moe][balance][r
   CHECK(test::message_of<ConfigError>([] { ReluL1Loss<double>{}.set_coefficient(0.0); }) ==
         "ReluL1Loss: coefficient = 0, expected a finite number > 0");
 }
+
+}  // namespace weir::relu_l1_loss_test

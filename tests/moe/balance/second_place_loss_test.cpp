@@ -12,7 +12,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::second_place_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -82,3 +82,5 @@ TEST_CASE("SecondPlaceLoss refuses a negative coefficient", "[moe][balance][seco
   CHECK(test::message_of<ConfigError>([] { SecondPlaceLoss<float>({.coefficient = -1.0}); }) ==
         "SecondPlaceLoss: coefficient = -1, expected a finite number >= 0");
 }
+
+}  // namespace weir::second_place_loss_test

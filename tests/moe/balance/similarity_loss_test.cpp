@@ -16,7 +16,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::similarity_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -171,3 +171,5 @@ TEST_CASE("SimilarityLoss refuses a negative coefficient", "[moe][balance][simil
   CHECK(test::message_of<ConfigError>([] { SimilarityLoss<float>({.coefficient = NAN}); }) ==
         "SimilarityLoss: coefficient = nan, expected a finite number >= 0");
 }
+
+}  // namespace weir::similarity_loss_test

@@ -13,7 +13,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::switch_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 using test::route;
@@ -156,3 +156,5 @@ TEST_CASE("SwitchLoss refuses a negative coefficient", "[moe][balance][switch_lo
         "SwitchLoss: coefficient = nan, expected a finite number >= 0");
   SwitchLoss<float>({.coefficient = 0.0});
 }
+
+}  // namespace weir::switch_loss_test

@@ -29,7 +29,7 @@
 #include "support/noisy_routing.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::uniform_load_test {
 using test::loss_of;
 using test::route;
 
@@ -179,3 +179,5 @@ TEST_CASE("OrthogonalityLoss is the same at any load", "[moe][balance][uniform_l
   CHECK(loss.forward(apart, cache) == 0.0);
   CHECK(loss.forward(alike, cache) == Approx(kC * 56.0 / 64.0));
 }
+
+}  // namespace weir::uniform_load_test

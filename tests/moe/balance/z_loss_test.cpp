@@ -12,7 +12,7 @@
 #include "support/loss_gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::z_loss_test {
 using test::logit_gradient;
 using test::loss_of;
 
@@ -110,3 +110,5 @@ TEST_CASE("ZLoss refuses a negative coefficient", "[moe][balance][z_loss]") {
   CHECK(test::message_of<ConfigError>([] { ZLoss<float>({.coefficient = -0.5}); }) ==
         "ZLoss: coefficient = -0.5, expected a finite number >= 0");
 }
+
+}  // namespace weir::z_loss_test

@@ -18,7 +18,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
-using namespace weir;
+namespace weir::residual_moe_test {
 
 namespace {
 
@@ -119,3 +119,5 @@ TEST_CASE("ResidualMoE says what is wrong with its arguments", "[moe][residual_m
   CHECK(test::message_of<ShapeError>([&] { layer.backward(x.topRows(2), cache); }) ==
         "ResidualMoE::backward: dy is [2, 4], expected [5, 4]");
 }
+
+}  // namespace weir::residual_moe_test

@@ -17,7 +17,7 @@
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 
-using namespace weir;
+namespace weir::shared_experts_test {
 
 namespace {
 
@@ -199,3 +199,5 @@ TEST_CASE("SharedExperts says what is wrong with its arguments", "[moe][shared_e
   CHECK(test::message_of<ShapeError>([&] { layer.backward(x.topRows(2), cache); }) ==
         "SharedExperts::backward: dy is [2, 4], expected [5, 4]");
 }
+
+}  // namespace weir::shared_experts_test

@@ -18,7 +18,7 @@
 #include "support/gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::adaptive_capacity_test {
 
 static_assert(CapacityPolicy<AdaptiveCapacity<float>, float>);
 
@@ -187,3 +187,5 @@ TEST_CASE("AdaptiveCapacity names the setting that is wrong",
   CHECK(test::message_of<ConfigError>([&] { test::limit(capacity, routing); }) ==
         "AdaptiveCapacity: the factor is [1, 2], expected [1, 1]");
 }
+
+}  // namespace weir::adaptive_capacity_test

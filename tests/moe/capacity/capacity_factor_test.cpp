@@ -14,7 +14,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::capacity_factor_test {
 
 static_assert(CapacityPolicy<CapacityFactor, float>);
 
@@ -250,3 +250,5 @@ TEST_CASE("CapacityFactor names the setting that is out of range", "[moe][capaci
   CHECK(message({.minimum = 0}) == "no exception");
   CHECK(CapacityFactor({.minimum = 3}).config().minimum == 3);
 }
+
+}  // namespace weir::capacity_factor_test

@@ -24,7 +24,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::capacity_properties_test {
 
 namespace {
 
@@ -339,3 +339,5 @@ TEST_CASE("Permuting tokens permutes the routing, unless positions matter",
     REQUIRE(used_weights(moved) == permuted(used_weights(plain), order));
   }
 }
+
+}  // namespace weir::capacity_properties_test

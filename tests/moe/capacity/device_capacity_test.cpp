@@ -15,7 +15,7 @@
 #include "support/gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::device_capacity_test {
 
 static_assert(CapacityPolicy<DeviceCapacity, float>);
 
@@ -189,3 +189,5 @@ TEST_CASE("DeviceCapacity names the setting that is wrong", "[moe][capacity][dev
         "DeviceCapacity: pass.rng = null, expected a generator in training");
   CHECK(routing.kept == Kept(8, 1));
 }
+
+}  // namespace weir::device_capacity_test

@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::dropless_test {
 
 static_assert(CapacityPolicy<Dropless, float>);
 
@@ -26,3 +26,5 @@ TEST_CASE("Dropless keeps every assignment, even all to one expert", "[moe][drop
   CHECK(routing.weight == weight);
   CHECK(routing.applied.empty());
 }
+
+}  // namespace weir::dropless_test

@@ -11,7 +11,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::dynamic_capacity_test {
 
 static_assert(CapacityPolicy<DynamicCapacity, float>);
 
@@ -95,3 +95,5 @@ TEST_CASE("DynamicCapacity names the setting that is wrong", "[moe][capacity][dy
   CHECK(message({.factor = -1.5}) == "no exception");
   CHECK(DynamicCapacity({.alignment = 3}).config().alignment == 3);
 }
+
+}  // namespace weir::dynamic_capacity_test

@@ -11,7 +11,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::fixed_capacity_test {
 
 static_assert(CapacityPolicy<FixedCapacity, float>);
 
@@ -153,3 +153,5 @@ TEST_CASE("FixedCapacity names the setting that is out of range", "[moe][fixed_c
   CHECK(message({.group_size = -1}) == "FixedCapacity: group_size = -1, expected >= 0");
   CHECK(FixedCapacity({.capacity = 3}).config().capacity == 3);
 }
+
+}  // namespace weir::fixed_capacity_test

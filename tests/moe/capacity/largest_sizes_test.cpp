@@ -16,7 +16,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::largest_sizes_test {
 
 namespace {
 
@@ -106,3 +106,5 @@ TEST_CASE("The largest top_k keeps all tokens", "[model][sampling]") {
   const RowVector<double> all = sampler.distribution(logits, {});
   CHECK(sampler.distribution(logits, {.top_k = kLargest}) == all);
 }
+
+}  // namespace weir::largest_sizes_test

@@ -12,7 +12,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::overflow_test {
 
 namespace {
 
@@ -242,3 +242,5 @@ TEST_CASE("drop_overflow keeps exactly as many as an expert can take", "[moe][ov
     }
   }
 }
+
+}  // namespace weir::overflow_test

@@ -27,7 +27,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::renormalise_kept_test {
 
 static_assert(CapacityPolicy<RenormaliseKept<Dropless>, float>);
 static_assert(CapacityPolicy<RenormaliseKept<CapacityFactor>, double>);
@@ -335,3 +335,5 @@ TEST_CASE("RenormaliseKept names the setting that is wrong", "[moe][capacity][re
   CHECK(test::message_of<ConfigError>([&] { policy.check(); }) ==
         "AdaptiveCapacity: factor = 0, expected 1 <= factor <= 4");
 }
+
+}  // namespace weir::renormalise_kept_test

@@ -20,7 +20,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::depths_predictor_test {
 
 namespace {
 
@@ -371,3 +371,5 @@ TEST_CASE("A mixture of depths with a predictor in single precision is that in d
   decltype(rounded)::State state;
   CHECK(decode(rounded, x_rounded, state, other).allFinite());
 }
+
+}  // namespace weir::depths_predictor_test

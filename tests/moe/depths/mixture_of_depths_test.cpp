@@ -24,7 +24,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::mixture_of_depths_test {
 
 static_assert(Layer<MixtureOfDepths<Glu<float>>>);
 
@@ -278,3 +278,5 @@ TEST_CASE("MixtureOfDepths says what is wrong with its arguments", "[moe][mixtur
   CHECK(test::message_of<NonFiniteError>([&] { layer.forward(x, kTraining, cache); }) ==
         "MixtureOfDepths::forward: the score of token 2 is nan, expected a finite number");
 }
+
+}  // namespace weir::mixture_of_depths_test

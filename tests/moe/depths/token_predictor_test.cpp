@@ -11,7 +11,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::token_predictor_test {
 
 static_assert(Layer<TokenPredictor<float>>);
 
@@ -130,3 +130,5 @@ TEST_CASE("TokenPredictor says what does not fit", "[moe][token_predictor]") {
           TokenPredictor<double>(Linear<double>(3, 5, rng), Linear<double>(5, 2, rng));
         }) == "TokenPredictor: out is [2, 5], expected [1, 5]");
 }
+
+}  // namespace weir::token_predictor_test

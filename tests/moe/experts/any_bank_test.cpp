@@ -26,7 +26,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::any_bank_test {
 
 static_assert(ExpertBank<AnyBank<Glu<float>>>);
 static_assert(ExpertBank<AnyBank<Linear<double>>>);
@@ -459,3 +459,5 @@ TEST_CASE("AnyBank says what is wrong with its arguments", "[moe][experts][any_b
           bank.forward(test::random_matrix(3, 4, 1), dispatch, {}, cache);
         }) == "AnyBank::forward: an expert's output is [3, 4], expected [3, 5]");
 }
+
+}  // namespace weir::any_bank_test

@@ -14,7 +14,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::bank_storage_test {
 
 namespace {
 
@@ -67,3 +67,5 @@ TEST_CASE("A bank whose change of storage runs out of memory is as before",
   check_bank(MlpBank<double>(4, 3, 5, rng, {.bias = true}));
   check_bank(ClampedGluBank<double>(4, 3, 5, rng));
 }
+
+}  // namespace weir::bank_storage_test

@@ -21,7 +21,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::clamped_glu_bank_test {
 
 static_assert(ExpertBank<ClampedGluBank<float>>);
 static_assert(ExpertBank<ClampedGluBank<double>>);
@@ -252,3 +252,5 @@ TEST_CASE("ClampedGluBank says what is wrong with its arguments",
   CHECK(test::message_of<ShapeError>([&] { Bank{wrong}; }) ==
         "ClampedGluBank: down[2] is [5, 6], expected [5, 7]");
 }
+
+}  // namespace weir::clamped_glu_bank_test

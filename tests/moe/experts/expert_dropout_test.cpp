@@ -14,7 +14,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::expert_dropout_test {
 
 namespace {
 
@@ -138,3 +138,5 @@ TEMPLATE_TEST_CASE("Banks with dropout allocate nothing once warm, and say what 
           TestType(4, 3, 6, c.rng, config_of<TestType>(1.0));
         }) == name + ": dropout = 1, expected 0 <= dropout < 1");
 }
+
+}  // namespace weir::expert_dropout_test

@@ -14,7 +14,7 @@
 #include "support/gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::glu_bank_test {
 
 static_assert(ExpertBank<GluBank<float>>);
 static_assert(ExpertBank<GluBank<double, GeluTanh>>);
@@ -198,3 +198,5 @@ TEST_CASE("GluBank says what is wrong with its arguments", "[moe][experts][glu_b
           GluBank<double>(in, in, {out[0], in[0]});
         }) == "GluBank: down[1] is [5, 4], expected [4, 5]");
 }
+
+}  // namespace weir::glu_bank_test

@@ -28,7 +28,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::input_weighted_test {
 
 static_assert(ExpertBank<InputWeighted<GluBank<float>>>);
 static_assert(ExpertBank<InputWeighted<InputWeighted<MlpBank<double>>>>);
@@ -309,3 +309,5 @@ TEST_CASE("InputWeighted says what is wrong with its arguments", "[moe][experts]
           InputWeighted(glu_bank()).forward(test::random_matrix(4, 4, 1), dispatch, {}, cache);
         }) == "InputWeighted::forward: x is [4, 4], expected [5, 4]");
 }
+
+}  // namespace weir::input_weighted_test

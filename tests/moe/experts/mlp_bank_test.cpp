@@ -18,7 +18,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::mlp_bank_test {
 
 static_assert(ExpertBank<MlpBank<float>>);
 static_assert(ExpertBank<MlpBank<double, Gelu>>);
@@ -239,3 +239,5 @@ TEST_CASE("MlpBank says what is wrong with its arguments", "[moe][experts][mlp_b
   CHECK(test::message_of<ShapeError>([&] { MlpBank<double>(in, out, in_bias, in_bias); }) ==
         "MlpBank: out_bias[0] is [1, 5], expected [1, 4]");
 }
+
+}  // namespace weir::mlp_bank_test

@@ -33,7 +33,7 @@
 #include "support/same_draws.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::output_masking_test {
 
 static_assert(ExpertBank<OutputMasking<GluBank<float>>>);
 static_assert(ExpertBank<OutputMasking<OutputMasking<InputWeighted<MlpBank<double>>>>>);
@@ -479,3 +479,5 @@ TEST_CASE("OutputMasking names the setting that is wrong", "[moe][experts][outpu
                                         cache);
         }) == "OutputMasking: pass.rng = null, expected a generator in training");
 }
+
+}  // namespace weir::output_masking_test

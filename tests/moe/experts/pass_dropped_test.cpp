@@ -29,7 +29,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::pass_dropped_test {
 
 static_assert(ExpertBank<PassDropped<GluBank<float>>>);
 static_assert(ExpertBank<PassDropped<InputWeighted<MlpBank<double>>>>);
@@ -230,3 +230,5 @@ TEST_CASE("BankWrapper does what the bank inside does", "[moe][experts][bank_wra
   set_storage(bank, Storage::kPacked);
   CHECK(bank.bank().storage() == Storage::kPacked);
 }
+
+}  // namespace weir::pass_dropped_test

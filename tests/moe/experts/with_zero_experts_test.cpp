@@ -22,7 +22,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::with_zero_experts_test {
 
 static_assert(ExpertBank<WithZeroExperts<GluBank<float>>>);
 static_assert(ExpertBank<WithZeroExperts<MlpBank<double>>>);
@@ -275,3 +275,5 @@ TEST_CASE("WithZeroExperts says what is wrong with its arguments",
           with({.zero = 1}).forward(test::random_matrix(4, 4, 1), dispatch, {}, cache);
         }) == "WithZeroExperts::forward: x is [4, 4], expected [5, 4]");
 }
+
+}  // namespace weir::with_zero_experts_test

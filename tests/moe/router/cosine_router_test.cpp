@@ -11,7 +11,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::cosine_router_test {
 
 static_assert(Router<CosineRouter<float>>);
 
@@ -124,3 +124,5 @@ TEST_CASE("CosineRouter says what does not fit", "[moe][router][cosine_router]")
   CHECK(test::message_of<ShapeError>([&] { router.backward(Matrix<double>::Zero(2, 4), cache); }) ==
         "CosineRouter::backward: dy is [2, 4], expected [1, 4]");
 }
+
+}  // namespace weir::cosine_router_test

@@ -22,7 +22,7 @@
 #include "support/same_draws.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::d_select_k_router_test {
 
 static_assert(Router<DSelectKRouter<float>>);
 
@@ -427,3 +427,5 @@ TEST_CASE("DSelectKRouter in single precision is that in double", "[moe][router]
   const Matrix<double> dx = exact.backward(dq, cache);
   CHECK(test::relative_error(router.backward(dq.cast<float>(), other).cast<double>(), dx) <= 1e-5);
 }
+
+}  // namespace weir::d_select_k_router_test

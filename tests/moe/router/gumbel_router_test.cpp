@@ -16,7 +16,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::gumbel_router_test {
 
 static_assert(Router<GumbelRouter<LinearRouter<float>>>);
 
@@ -125,3 +125,5 @@ TEST_CASE("GumbelRouter says what does not fit", "[moe][router][gumbel_router]")
   CHECK(test::message_of<StateError>([&] { router.backward(one, cache); }) ==
         "GumbelRouter::backward: the cache is empty, expected a forward pass that succeeded");
 }
+
+}  // namespace weir::gumbel_router_test

@@ -17,7 +17,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::hash_router_test {
 
 static_assert(Router<HashRouter<float>>);
 
@@ -156,3 +156,5 @@ TEST_CASE("HashRouter says what does not fit", "[moe][router][hash_router]") {
   CHECK(config([&] { HashRouter<float>(4, 3, no_expert); }) ==
         "HashRouter: table[1] = -1, expected 0 <= expert < experts = 3");
 }
+
+}  // namespace weir::hash_router_test

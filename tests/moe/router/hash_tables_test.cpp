@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::hash_tables_test {
 
 TEST_CASE("A random table is balanced, and given by its seed", "[moe][router][hash_tables]") {
   const Index vocab = GENERATE(1, 10, 103);
@@ -48,3 +48,5 @@ TEST_CASE("Hash tables say what does not fit", "[moe][router][hash_tables]") {
   CHECK(config([] { balanced_hash_table(std::vector<double>{-1.0}, 2); }) ==
         "balanced_hash_table: frequency = -1, expected a finite number >= 0");
 }
+
+}  // namespace weir::hash_tables_test

@@ -23,7 +23,7 @@
 #include "support/same_draws.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::hierarchical_router_test {
 
 static_assert(Router<HierarchicalRouter<LinearRouter<float>>>);
 static_assert(Router<HierarchicalRouter<LinearRouter<float>, NoisyRouter<float>>>);
@@ -204,3 +204,5 @@ TEST_CASE("Selectors and losses refuse another number of groups than the router'
   CHECK(refused(router, 2) == "no exception");
   CHECK(refused(linear(6, 3, 2), 3) == "no exception");
 }
+
+}  // namespace weir::hierarchical_router_test

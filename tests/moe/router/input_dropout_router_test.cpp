@@ -13,7 +13,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::input_dropout_router_test {
 
 static_assert(Router<InputDropoutRouter<LinearRouter<float>>>);
 static_assert(Router<InputDropoutRouter<NoisyRouter<float>>>);
@@ -105,3 +105,5 @@ TEST_CASE("InputDropoutRouter says what does not fit", "[moe][router][input_drop
         }) == "InputDropoutRouter::forward: x is [1, 2], expected [tokens, 3]");
   CHECK(rng.position() == 0);
 }
+
+}  // namespace weir::input_dropout_router_test

@@ -18,7 +18,7 @@
 #include "support/matrices.hpp"
 #include "support/same_draws.hpp"
 
-using namespace weir;
+namespace weir::jitter_router_test {
 
 static_assert(Router<JitterRouter<LinearRouter<float>>>);
 static_assert(Router<JitterRouter<NoisyRouter<float>>>);
@@ -195,3 +195,5 @@ TEST_CASE("JitterRouter says what does not fit", "[moe][jitter_router]") {
         }) == "JitterRouter::forward: x is [2, 4], expected [tokens, 3]");
   CHECK(rng.position() == 0);
 }
+
+}  // namespace weir::jitter_router_test

@@ -18,7 +18,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::layer_router_test {
 
 namespace {
 
@@ -140,3 +140,5 @@ TEST_CASE("A LayerRouter says what does not fit", "[moe][router][layer_router]")
   CHECK(test::message_of<ShapeError>([&] { infer(narrow, test::random_matrix(2, 6, 1)); }) ==
         "LayerRouter::forward: x is [2, 6], expected [tokens, 5]");
 }
+
+}  // namespace weir::layer_router_test

@@ -10,7 +10,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::linear_router_test {
 
 static_assert(Router<LinearRouter<float>>);
 
@@ -118,3 +118,5 @@ TEST_CASE("LinearRouter says what does not fit", "[moe][linear_router]") {
   router.forward(Matrix<double>::Zero(5, 3), kTraining, cache);
   CHECK_THROWS_AS(router.backward(Matrix<double>::Zero(4, 2), cache), ShapeError);
 }
+
+}  // namespace weir::linear_router_test

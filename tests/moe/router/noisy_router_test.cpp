@@ -20,7 +20,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::noisy_router_test {
 
 static_assert(Router<NoisyRouter<float>>);
 
@@ -212,3 +212,5 @@ TEST_CASE("NoisyRouter says what does not fit", "[moe][router][noisy_router]") {
   CHECK(test::message_of<ShapeError>([&] { router.backward(Matrix<double>::Zero(2, 2), cache); }) ==
         "NoisyRouter::backward: dy is [2, 2], expected [1, 2]");
 }
+
+}  // namespace weir::noisy_router_test

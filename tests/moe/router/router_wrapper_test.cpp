@@ -31,7 +31,7 @@
 #include "support/matrices.hpp"
 #include "support/same_draws.hpp"
 
-using namespace weir;
+namespace weir::router_wrapper_test {
 
 namespace {
 
@@ -377,3 +377,5 @@ TEST_CASE("HierarchicalLoadLoss has the exact gradient through routers around tw
                             TemperatureRouter(noisy_router(9, 20), {.start = 2.0}))),
                         pass);
 }
+
+}  // namespace weir::router_wrapper_test

@@ -19,7 +19,7 @@
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::temperature_router_test {
 
 static_assert(Router<TemperatureRouter<LinearRouter<float>>>);
 static_assert(Router<TemperatureRouter<NoisyRouter<float>>>);
@@ -142,3 +142,5 @@ TEST_CASE("TemperatureRouter says what does not fit", "[moe][router][temperature
   CHECK(test::message_of<StateError>([&] { router.backward(Matrix<double>::Zero(1, 2), cache); }) ==
         "TemperatureRouter::backward: the cache is empty, expected a forward pass that succeeded");
 }
+
+}  // namespace weir::temperature_router_test

@@ -15,7 +15,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::balanced_assignment_test {
 using test::route;
 
 static_assert(Selector<BalancedAssignment<float>, float>);
@@ -194,3 +194,5 @@ TEST_CASE("BalancedAssignment allocates nothing the second time",
   const Matrix<double> logits = test::random_matrix(37, 5, 31);
   CHECK(test::count_step_allocations(selector, logits) == 0);
 }
+
+}  // namespace weir::balanced_assignment_test

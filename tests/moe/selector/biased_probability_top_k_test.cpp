@@ -13,7 +13,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::biased_probability_top_k_test {
 
 static_assert(Selector<BiasedProbabilityTopK<float>, float>);
 static_assert(BiasedSelector<BiasedProbabilityTopK<float>>);
@@ -130,3 +130,5 @@ TEST_CASE("BiasedProbabilityTopK takes padding and no tokens, and says what is w
   CHECK(test::message_of<NonFiniteError>([&] { selector.check(3); }) ==
         "BiasedProbabilityTopK: bias[1] = inf, expected a finite number");
 }
+
+}  // namespace weir::biased_probability_top_k_test

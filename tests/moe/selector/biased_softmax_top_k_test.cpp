@@ -13,7 +13,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::biased_softmax_top_k_test {
 
 static_assert(Selector<BiasedSoftmaxTopK<float>, float>);
 static_assert(BiasedSelector<BiasedSoftmaxTopK<float>>);
@@ -119,3 +119,5 @@ TEST_CASE("BiasedSoftmaxTopK takes padding and no tokens, and says what is wrong
   CHECK(test::message_of<NonFiniteError>([&] { selector.check(3); }) ==
         "BiasedSoftmaxTopK: bias[1] = inf, expected a finite number");
 }
+
+}  // namespace weir::biased_softmax_top_k_test

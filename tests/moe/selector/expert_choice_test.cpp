@@ -21,7 +21,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::expert_choice_test {
 using test::route;
 
 static_assert(Selector<ExpertChoice<float>, float>);
@@ -265,3 +265,5 @@ TEST_CASE("ExpertChoice allocates nothing the second time", "[moe][selector][exp
   const Matrix<double> logits = test::random_matrix(37, 5, 31);
   CHECK(test::count_step_allocations(selector, logits) == 0);
 }
+
+}  // namespace weir::expert_choice_test

@@ -15,7 +15,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::group_limit_test {
 
 namespace {
 
@@ -169,3 +169,5 @@ TEST_CASE("GroupLimit names the setting that does not fit", "[moe][selector][gro
           const SigmoidTopK<double> made(16, {.groups = {.count = 3}});
         }) == "SigmoidTopK: groups.count = 3, expected a divisor of experts = 16");
 }
+
+}  // namespace weir::group_limit_test

@@ -32,7 +32,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::hierarchical_top_k_test {
 using test::route;
 
 static_assert(Selector<HierarchicalTopK<float>, float>);
@@ -346,3 +346,5 @@ TEST_CASE("HierarchicalTopK refuses misuse", "[moe][selector][hierarchical]") {
               HierarchicalTopK<double>({.groups = 2}), Dropless(), GluBank<double>(4, 6, 2, rng));
         }) == "HierarchicalTopK: groups = 2, expected 3 as the router");
 }
+
+}  // namespace weir::hierarchical_top_k_test

@@ -14,7 +14,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::mesh_hierarchical_test {
 
 namespace {
 
@@ -135,3 +135,5 @@ TEST_CASE("The hierarchical parts are Mesh TensorFlow's top-2 of top-2", "[moe][
     }
   }
 }
+
+}  // namespace weir::mesh_hierarchical_test

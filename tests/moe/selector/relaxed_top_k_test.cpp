@@ -19,7 +19,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::relaxed_top_k_test {
 
 static_assert(Selector<RelaxedTopK<float>, float>);
 
@@ -253,3 +253,5 @@ TEST_CASE("RelaxedTopK keeps multipliers only where something needs them",
         test::select(straight, logits).routing.weight);
   CHECK(test::select(straight, logits).cache.multiplier.rows() == 3);
 }
+
+}  // namespace weir::relaxed_top_k_test

@@ -25,7 +25,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::selector_properties_test {
 
 namespace {
 
@@ -175,3 +175,5 @@ TEST_CASE("With k = experts the choice is the dense mixture", "[moe][selector]")
     REQUIRE(error(TopP<double>({.threshold = 1.0})) <= 1e-12);
   }
 }
+
+}  // namespace weir::selector_properties_test

@@ -19,7 +19,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::selector_test {
 using test::route;
 
 static_assert(Selector<SoftmaxTopK<float>, float>);
@@ -338,3 +338,5 @@ TEST_CASE("Selectors give the same bits on any number of threads", "[moe][select
     CHECK(serial_gradient == parallel_gradient);
   });
 }
+
+}  // namespace weir::selector_test

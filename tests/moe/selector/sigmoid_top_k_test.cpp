@@ -10,7 +10,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::sigmoid_top_k_test {
 using test::route;
 
 namespace {
@@ -173,3 +173,5 @@ TEST_CASE("SigmoidTopK names the setting that is out of range", "[moe][selector]
   CHECK(test::message_of<NonFiniteError>([&] { route(selector, Matrix<double>::Zero(2, 4)); }) ==
         "SigmoidTopK: bias[3] = nan, expected a finite number");
 }
+
+}  // namespace weir::sigmoid_top_k_test

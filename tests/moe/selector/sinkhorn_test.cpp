@@ -15,7 +15,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::sinkhorn_test {
 using test::route;
 
 static_assert(Selector<Sinkhorn<float>, float>);
@@ -127,3 +127,5 @@ TEST_CASE("Sinkhorn allocates nothing the second time", "[moe][selector][sinkhor
   const Matrix<double> logits = test::random_matrix(37, 5, 31);
   CHECK(test::count_step_allocations(selector, logits) == 0);
 }
+
+}  // namespace weir::sinkhorn_test

@@ -12,7 +12,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::softmax_top_k_test {
 
 namespace {
 
@@ -179,3 +179,5 @@ TEST_CASE("SoftmaxTopK names the setting that is out of range", "[moe][selector]
   CHECK(message({.norm = 0.5}) == "SoftmaxTopK: norm = 0.5, expected >= 1");
   CHECK(message({.k = 4}) == "no exception");
 }
+
+}  // namespace weir::softmax_top_k_test

@@ -12,7 +12,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::sparse_mixer_test {
 
 static_assert(Selector<SparseMixer<float>, float>);
 
@@ -172,3 +172,5 @@ TEST_CASE("SparseMixer takes padding and no tokens, and says what is wrong",
           test::route(selector, Matrix<double>::Zero(1, 3), {.training = true});
         }) == "SparseMixer: pass.rng = null, expected a generator in training");
 }
+
+}  // namespace weir::sparse_mixer_test

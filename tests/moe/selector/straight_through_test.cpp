@@ -16,7 +16,7 @@
 #include "support/gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::straight_through_test {
 
 static_assert(Selector<StraightThrough<float>, float>);
 
@@ -134,3 +134,5 @@ TEST_CASE("StraightThrough says what does not fit", "[moe][selector][straight_th
           test::route(Hard(), Matrix<double>::Constant(1, 2, NAN));
         }) == "StraightThrough: logits[0, 0] = nan, expected a finite number");
 }
+
+}  // namespace weir::straight_through_test

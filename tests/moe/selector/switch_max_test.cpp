@@ -12,7 +12,7 @@
 #include "support/matrices.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::switch_max_test {
 
 namespace {
 
@@ -53,3 +53,5 @@ TEST_CASE("Switch-max is not causal: a later token takes an earlier one's place"
   logits.row(1) << 2.0, 0.0;
   CHECK(switch_max(logits).kept[0] == 0);
 }
+
+}  // namespace weir::switch_max_test

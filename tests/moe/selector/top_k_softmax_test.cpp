@@ -8,7 +8,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
-using namespace weir;
+namespace weir::top_k_softmax_test {
 
 TEST_CASE("TopKSoftmax matches weights worked out by hand", "[moe][selector][top_k_softmax]") {
   // exp(z) = (1, 6, 2, 3): experts 1 and 3 with 6/9 and 3/9, out of 12 in all.
@@ -71,3 +71,5 @@ TEST_CASE("TopKSoftmax names the setting that is out of range", "[moe][selector]
   CHECK(message({.scale = -1.0}) == "TopKSoftmax: scale = -1, expected a finite number > 0");
   CHECK(message({.k = 4}) == "no exception");
 }
+
+}  // namespace weir::top_k_softmax_test

@@ -19,7 +19,7 @@
 #include "support/routing.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::variable_k_test {
 
 static_assert(Selector<TopP<float>, float>);
 static_assert(Selector<Threshold<float>, float>);
@@ -217,3 +217,5 @@ TEST_CASE("Selectors of variable k name what is out of range", "[moe][selector]"
   CHECK(test::message_of<NonFiniteError>([&] { test::route(ReluRouting<double>(), bad); }) ==
         "ReluRouting: logits[0, 2] = nan, expected a finite number");
 }
+
+}  // namespace weir::variable_k_test

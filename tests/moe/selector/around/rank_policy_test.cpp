@@ -21,7 +21,7 @@
 #include "support/gradient.hpp"
 #include "support/routing.hpp"
 
-using namespace weir;
+namespace weir::rank_policy_test {
 
 static_assert(Selector<RankPolicy<SoftmaxTopK<float>>, float>);
 static_assert(Selector<RankPolicy<SigmoidTopK<float>>, float>);
@@ -223,3 +223,5 @@ TEST_CASE("RankPolicy names the setting that is wrong", "[moe][selector][rank_po
   CHECK(test::message_of<ConfigError>([] { kept_of({}, three_tokens(), 4); }) ==
         "TopKSoftmax: k = 4, expected 1 <= k <= experts = 3");
 }
+
+}  // namespace weir::rank_policy_test

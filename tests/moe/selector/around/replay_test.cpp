@@ -29,7 +29,7 @@
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::replay_test {
 
 static_assert(Selector<Replay<SoftmaxTopK<float>>, float>);
 static_assert(BiasedSelector<Replay<SigmoidTopK<float>>>);
@@ -356,3 +356,5 @@ TEST_CASE("A trace names what is wrong with it", "[moe][replay]") {
         "RoutingTrace: token 1 has expert 1 twice, expected it once");
   CHECK(message(3, {0, 1, 2}, {1, 1}) == "no exception");
 }
+
+}  // namespace weir::replay_test

@@ -29,7 +29,7 @@
 #include "support/gradient.hpp"
 #include "support/threads.hpp"
 
-using namespace weir;
+namespace weir::sampled_choice_test {
 
 static_assert(Selector<SampledChoice<SoftmaxTopK<float>>, float>);
 static_assert(BiasedSelector<SampledChoice<SigmoidTopK<float>>>);
@@ -330,3 +330,5 @@ TEST_CASE("SampledChoice draws the same in single precision", "[moe][selector][s
   const test::RoutingObjective<float> sum{RowVector<float>::Ones(100), Matrix<float>::Zero(50, 6)};
   CHECK(sum.logit_gradient(selector, selected).allFinite());
 }
+
+}  // namespace weir::sampled_choice_test
