@@ -180,9 +180,9 @@ void expect_storable(Layer& layer, Storage storage) {
 }
 
 /// Stores the weights of `layer` and of all layers in it as `storage` says; layers that have no
-/// large weights stay as they are. From `kPacked` and back, every bit is kept; from `kBfloat16` the
-/// rounded values come back. With `kTrainable` the parameters return, without gradients until the
-/// next backward pass.
+/// large weights stay as they are. From `kPacked` and back, every bit is kept; from the
+/// other storages the rounded values come back. With `kTrainable` the parameters return, without
+/// gradients until the next backward pass.
 ///
 ///     set_storage(decoder, Storage::kBfloat16);   // after loading or training, before inference
 ///
