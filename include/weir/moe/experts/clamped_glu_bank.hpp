@@ -14,6 +14,7 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/workspace.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/experts/expert_linear.hpp>
 #include <weir/ops/exp.hpp>
