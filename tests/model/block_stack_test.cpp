@@ -269,4 +269,40 @@ TEST_CASE("One cache serves a decoder with and without layers that are computed 
   CHECK(parameters(model)[0].parameter->grad == expected);
 }
 
+TEST_CASE("Conversations that begin with one prompt hold it once", "[model][memory][decode]") {
+  if (!test::allocations_are_counted()) return;
+  const Decoder<double> model = uniform(2);
+  const std::vector<Index> prompt = test::random_ids(1000, kVocab, 14);
+  const std::vector<Index> first = test::random_ids(5, kVocab, 15);
+  const std::vector<Index> second = test::random_ids(5, kVocab, 16);
+  Decoder<double>::Cache cache;
+  Decoder<double>::State prefix;
+  decode(model, prompt, prefix, cache);
+  const auto bytes_of_rows = [](Index rows) {
+    return 2 * 2 * rows * kModel / 2 * static_cast<long>(sizeof(double));  // Two layers, one head.
+  };
+
+  std::vector<Decoder<double>::State> states;
+  const long before = test::bytes_in_use();
+  for (int copy = 0; copy < 10; ++copy) states.push_back(prefix);
+  CHECK(test::bytes_in_use() - before <= bytes_of_rows(1000) / 4);
+  const Matrix<double> of_first = decode(model, first, states[0], cache);
+  const Matrix<double> of_second = decode(model, second, states[1], cache);
+  CHECK(test::bytes_in_use() - before <=
+        bytes_of_rows(2 * PagedRows<double>::kPage) + bytes_of_rows(1000) / 3);
+
+  // Each goes on as if it were alone, also after some tokens were taken back.
+  std::vector<Index> whole = prompt;
+  whole.insert(whole.end(), first.begin(), first.end());
+  CHECK(of_first == infer(model, whole).bottomRows(5));
+  CHECK(decode(model, first, prefix, cache) == of_first);
+  states[1].truncate(1000);
+  CHECK(decode(model, first, states[1], cache) == of_first);
+  states[0].truncate(990);
+  const std::vector<Index> again(prompt.begin() + 990, prompt.end());
+  decode(model, again, states[0], cache);
+  CHECK(decode(model, second, states[0], cache) == of_second);
+  CHECK(decode(model, second, states[2], cache) == of_second);
+}
+
 }  // namespace weir::block_stack_test

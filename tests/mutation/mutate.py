@@ -7,7 +7,7 @@ that belong to the header against the changed copy, and runs them. A mutant is k
 fails, crashes or takes too long; one that does not compile does not count. The sample depends on
 the seed alone, so that a figure can be repeated.
 
-    cmake --preset clang && cmake --build --preset clang --target weir_tests
+    cmake --preset clang -DWEIR_TEST_TOGETHER=OFF && cmake --build --preset clang --target weir_tests
     tests/mutation/mutate.py build/clang --count 100 --seed 1
 
 Survivors are printed with their line before and after. Some cannot be told from the original by
