@@ -5,6 +5,7 @@
 #   tests/consumer/CMakeLists.txt, apart from the place that weir is taken from;
 # - each `cmake --workflow --preset NAME` needs that preset; in the main README.md `demo` and `test`
 #   must be there, and .ci/run has to run them and to install all that the README's commands install;
+# - so does each `cmake --preset NAME`, and `build/NAME/FOLDER/PROGRAM` needs FOLDER/PROGRAM.cpp, too;
 # - a link to a place in this repository needs a file or a folder there, and the heading it names;
 # - include/weir/README.md has to have a link to each header that users compose models of.
 # The ```sh blocks are run by readme_commands.cmake.
@@ -113,6 +114,26 @@ foreach(document IN LISTS documents)
     endif()
   endforeach()
 endforeach()
+
+# Commands that configure a preset, or run what one has built: `build/PRESET/FOLDER/NAME`.
+foreach(document IN LISTS documents)
+  file(READ "${SOURCE_DIR}/${document}" text)
+  string(REGEX MATCHALL "cmake --preset [A-Za-z_-]+" shown "${text}")
+  list(TRANSFORM shown REPLACE ".* " "")
+  string(REGEX MATCHALL "build/[a-z]+/(examples|benchmarks)/[a-z_]+" built "${text}")
+  foreach(program IN LISTS built)
+    string(REGEX MATCH "^build/([a-z]+)/(.*)$" program "${program}")
+    list(APPEND shown "${CMAKE_MATCH_1}")
+    if(NOT EXISTS "${SOURCE_DIR}/${CMAKE_MATCH_2}.cpp")
+      message(SEND_ERROR "${document}: ${program} has no source ${CMAKE_MATCH_2}.cpp")
+    endif()
+  endforeach()
+  foreach(name IN LISTS shown)
+    if(NOT name IN_LIST workflows)
+      message(SEND_ERROR "${document}: there is no preset '${name}'")
+    endif()
+  endforeach()
+endforeach()
 foreach(name demo test)
   if(NOT readme MATCHES "cmake --workflow --preset ${name}[^A-Za-z_-]")
     message(SEND_ERROR "README.md: should name cmake --workflow --preset ${name}")
@@ -195,7 +216,7 @@ endforeach()
 # --- The catalogue ------------------------------------------------------------------------------
 
 links_of("${SOURCE_DIR}/include/weir/README.md" links)
-foreach(folder moe attention model nn presets optim)
+foreach(folder moe attention model nn presets optim tuning)
   file(GLOB_RECURSE headers RELATIVE "${SOURCE_DIR}/include/weir"
        "${SOURCE_DIR}/include/weir/${folder}/*.hpp")
   foreach(header IN LISTS headers)
