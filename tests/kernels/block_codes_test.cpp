@@ -202,6 +202,47 @@ TEST_CASE("E4M3 has a scale for each tile", "[kernels][formats]") {
   CHECK_FALSE(std::isnan(kernels::e4m3_tile_scales(x, 128, 128)(0, 1)));
 }
 
+TEST_CASE("Products of E4M3 tiles stay within the bound of the format", "[kernels][formats]") {
+  // Tokens with a scale for 1 x 128, weights with one for 128 x 128; an outlier in either.
+  Matrix<float> x = test::random_matrix<float>(3, 256, 1);
+  Matrix<float> w = test::random_matrix<float>(130, 256, 2);
+  x(1, 200) = 1e4F;
+  w(5, 7) = -1e4F;
+  x.row(2).setZero();
+  const bool power_of_two = GENERATE(false, true);
+  const Matrix<float> of_x = kernels::e4m3_tile_scales(x, 1, 128, power_of_two);
+  const Matrix<float> of_w = kernels::e4m3_tile_scales(w, 128, 128, power_of_two);
+  const auto rounded = [](const Matrix<float>& m, const Matrix<float>& scales, Index height) {
+    Matrix<double> values(m.rows(), m.cols());
+    CodedBlock block;
+    for (Index i = 0; i < m.rows(); ++i) {
+      for (Index j = 0; j < 2; ++j) {
+        kernels::round_to_e4m3(&m(i, 128 * j), 128, scales(i / height, j), block);
+        for (Index p = 0; p < 128; ++p) {
+          values(i, 128 * j + p) = kernels::coded_value(Code::kFp8, block, p);
+        }
+      }
+    }
+    return values;
+  };
+  const Matrix<double> exact = x.cast<double>() * w.cast<double>().transpose();
+  const Matrix<double> coded = rounded(x, of_x, 1) * rounded(w, of_w, 128).transpose();
+  int beyond = 0;
+  for (Index t = 0; t < 3; ++t) {
+    for (Index o = 0; o < 130; ++o) {
+      double bound = 1e-6;
+      for (Index p = 0; p < 256; ++p) {
+        // Half a unit of four bits of significand, or of the numbers below the normal range.
+        const double dx = std::max(std::abs(x(t, p)) / 16.0, of_x(t, p / 128) * 0x1p-10);
+        const double dw = std::max(std::abs(w(o, p)) / 16.0, of_w(o / 128, p / 128) * 0x1p-10);
+        bound += std::abs(x(t, p)) * dw + std::abs(w(o, p)) * dx + dx * dw;
+      }
+      beyond += std::abs(coded(t, o) - exact(t, o)) <= bound ? 0 : 1;
+    }
+  }
+  CHECK(beyond == 0);
+}
+
 namespace {
 
 template <class Codes>

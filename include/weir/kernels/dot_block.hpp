@@ -10,6 +10,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include <weir/core/types.hpp>
@@ -52,6 +54,9 @@ inline Words dot_of_bytes(const Words& sum, const Words& a, const Words& b) {
   const auto y = _mm256_sign_epi8(std::bit_cast<__m256i>(b), x);
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), y);
   return sum + std::bit_cast<Words>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return std::bit_cast<Words>(vdotq_s32(std::bit_cast<int32x4_t>(sum), std::bit_cast<int8x16_t>(a),
+                                        std::bit_cast<int8x16_t>(b)));
 #else
   Words result = sum;
 #pragma GCC unroll 4
