@@ -173,7 +173,7 @@ Decoder<double> check_decoder(CaseFile& file, Checker& checker, const DecoderInp
     const std::string prefix = "out.layers." + std::to_string(l) + ".";
     const auto i = static_cast<std::size_t>(l);
     const Branch<double>& branch = decoder.layers()[i].branches()[1];
-    const Matrix<double> x = infer(branch.norm, cache.layers[i].branches[0].out);
+    const Matrix<double> x = infer(branch.norm, cache.layers.layers[i].branches[0].out);
     typename Moe::Cache moe;
     branch.layer.get<Moe>()->forward(x, in.pass(), moe);
     const auto check = [&](const std::string& name, const Matrix<double>& ours) {

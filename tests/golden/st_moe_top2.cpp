@@ -104,9 +104,12 @@ class StraightThroughBank : public BankWrapper<AnyBank<GegluExpert>> {
   const Real& backward(MatrixIn<double> dy, const Dispatch<double>& dispatch,
                        std::span<double> d_weight, Cache& cache) {
     const Real& dx = bank_.backward(dy, dispatch, d_weight, cache.inner);
-    for (Index slot = 0; straight_through_ && slot < dispatch.slots(); ++slot) {
-      d_weight[static_cast<std::size_t>(dispatch.assignment(slot))] +=
-          cache.inner.d_packed.view().row(slot).dot(cache.inner.x.view().row(slot));
+    for (Index e = 0; straight_through_ && e < experts(); ++e) {
+      const Real& dx_of_expert = cache.inner.experts[static_cast<std::size_t>(e)].in.dx;
+      for (Index slot = dispatch.begin(e); slot < dispatch.end(e); ++slot) {
+        d_weight[static_cast<std::size_t>(dispatch.assignment(slot))] +=
+            dx_of_expert.row(slot - dispatch.begin(e)).dot(cache.inner.x.view().row(slot));
+      }
     }
     return dx;
   }
