@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -91,8 +93,11 @@ class PagedRows {
   }
 
   /// Makes room for `count` rows in all. Has no effect before the width is known.
+  /// \throws std::length_error  if no memory can be that large.
   void reserve(Index count) {
     if (width_ == 0) return;
+    constexpr auto kMostNumbers = PTRDIFF_MAX / static_cast<Index>(sizeof(T));
+    if (count > kMostNumbers / width_) throw std::length_error("PagedRows::reserve: too many rows");
     pages_.reserve(static_cast<std::size_t>(pages_for(count)));
     while (capacity() < count) pages_.push_back(new_page());
   }
@@ -105,7 +110,7 @@ class PagedRows {
   void drop_front(Index count);
 
  private:
-  static Index pages_for(Index rows) { return (rows + kPage - 1) / kPage; }
+  static Index pages_for(Index rows) { return rows / kPage + (rows % kPage > 0 ? 1 : 0); }
 
   RowPage<T> new_page() const {
     const auto numbers = static_cast<std::size_t>(kPage * width_);
