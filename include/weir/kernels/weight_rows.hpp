@@ -125,7 +125,7 @@ void WeightRows<T>::round_block(const T* from, Index row, Index b, CodedBlock& t
   const Code code = code_of(storage_).value_or(Code::kInt8);
   const Index begin = b * block_length(code);
   const Index count = std::min(block_length(code), value_.cols() - begin);
-  float numbers[kMostBlock];
+  float numbers[kMostBlock] = {};  // Or GCC warns at -O3.
   for (Index i = 0; i < count; ++i) numbers[i] = static_cast<float>(from[begin + i]);
   if (code == Code::kFp8) {
     round_to_e4m3(numbers, count, scales_[row / kTile * tiles_across() + b], to);
