@@ -2,11 +2,13 @@
 // How much memory the layers of a decoder need, and what they compute again for less of it.
 #include <algorithm>
 #include <cstdint>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
 #include <weir/attention/latent.hpp>
+#include <weir/core/input_observer.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/moe/balance/bias_balance.hpp>
@@ -224,6 +226,32 @@ TEST_CASE("Layers that are computed again give gradients of the same bits", "[mo
       CHECK(found_buffers[b].buffer->value == expected_buffers[b].buffer->value);
     }
   }
+}
+
+TEST_CASE("Layers that are computed again show their inputs once", "[model][memory]") {
+  // Counts the rows it sees; gone before the layers are computed again.
+  struct Count final : InputObserver {
+    void see(const Parameter<float>& /*weight*/, MatrixIn<float> /*x*/,
+             std::span<const std::uint8_t> /*mask*/) override {}
+    void see(const Parameter<double>& /*weight*/, MatrixIn<double> x,
+             std::span<const std::uint8_t> /*mask*/) override {
+      rows += x.rows();
+    }
+    Index rows = 0;
+  };
+  const std::vector<Index> ids = test::random_ids(kTokens, kVocab, 3);
+  const Matrix<double> d_logits = test::random_matrix(kTokens, kVocab, 4);
+  const auto seen = [&](bool recompute) {
+    Decoder<double> model = uniform(3);
+    model.set_recompute(recompute);
+    Decoder<double>::Cache cache;
+    Count count;
+    model.forward(ids, {.training = true, .inputs = &count}, cache);
+    model.backward(d_logits, cache);
+    return count.rows;
+  };
+  CHECK(seen(false) > 0);
+  CHECK(seen(true) == seen(false));
 }
 
 TEST_CASE("Layers that are computed again allocate nothing once they have run before",

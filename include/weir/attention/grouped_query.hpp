@@ -170,7 +170,8 @@ class GroupedQueryAttention {
   }
 
   /// Projects cache.context to cache.y.
-  void project_out(Cache& cache) const {
+  void project_out(const Pass& pass, Cache& cache) const {
+    pass.show<T>(output(), cache.context);
     set_shape(cache.y, cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
     if (config_.output_bias) add_to_each_row<T>(output_bias_.value.data(), cache.y);
@@ -214,8 +215,7 @@ const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pa
   set_shape(cache.context, x.rows(), query_width());
   core(cache).forward(cache.context, cache.attention);
   clear_padding<T>(mask, cache.context);
-  pass.show<T>(output(), cache.context);
-  project_out(cache);
+  project_out(pass, cache);
   clear_padding<T>(mask, cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }
@@ -277,7 +277,7 @@ const Matrix<T>& GroupedQueryAttention<T>::decode(MatrixIn<T> x, const Pass& pas
   set_shape(cache.context, x.rows(), query_width());
   CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.kept, sinks())
       .forward(cache.context, cache.attention);
-  project_out(cache);
+  project_out(pass, cache);
   return cache.y;
 }
 

@@ -23,8 +23,8 @@ struct KeyRuns {
   static_assert(PagedRows<float>::kPage % kBlock == 0);
 };
 
-/// The factors with which two sums, relative to the scores `top` and `of_run`, are added up. Sets
-/// `top` to the larger one, and each of the factors for `count` <= kLanes numbers. A run of which a
+/// The factors `keep` and `add` with which two sums, relative to the scores `top` and `of_run`, are
+/// added up, for each of `count` pairs of sums. Sets `top` to the larger score. A run of which a
 /// query sees nothing has the lowest score and changes nothing.
 template <class T>
 [[gnu::noinline]] void merge_tops(Index count, const T* of_run, T* top, T* keep, T* add) {

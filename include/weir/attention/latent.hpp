@@ -156,12 +156,9 @@ class LatentAttention {
   /// Projects x to queries, latents and keys of positions, rotated to the positions of the spans.
   void project(MatrixIn<T> x, const Pass& pass, Cache& cache) const;
 
-  /// Whether a sequence takes the absorbed way. Both ways are counted in multiply-adds of one head:
-  /// queries go down to the latents and come up again, or all keys go up.
-  bool is_absorbed(const AttentionSpan& s) const;
-
   /// Projects cache.context to cache.y.
-  void project_out(Cache& cache) const {
+  void project_out(const Pass& pass, Cache& cache) const {
+    pass.show<T>(output_.parameter(), cache.context);
     set_shape(cache.y, cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
   }
@@ -221,8 +218,7 @@ const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Ca
   expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,
                     mask, cache.context, cache.expanded);
   clear_padding<T>(mask, cache.context);
-  pass.show<T>(output_.parameter(), cache.context);
-  project_out(cache);
+  project_out(pass, cache);
   return cache.state.finish(*this, pass, cache.y);
 }
 
@@ -287,7 +283,7 @@ const Matrix<T>& LatentAttention<T>::decode(MatrixIn<T> x, const Pass& pass,
     State& state = *states[s];
     state.append(cache.kv_norm.y.middleRows(span.query_begin, span.queries),
                  rope_keys.middleRows(span.query_begin, span.queries));
-    if (is_absorbed(span)) {
+    if (config_.is_absorbed(span.queries, span.keys)) {
       cache.absorbed.add(span, state);
     } else {
       expanded_.forward(cache.q, state, span, cache.context, cache.expanded);
@@ -295,7 +291,7 @@ const Matrix<T>& LatentAttention<T>::decode(MatrixIn<T> x, const Pass& pass,
   }
   absorbed_.attend(cache.q, expanded_.key_up(), expanded_.value_up(), cache.context,
                    cache.absorbed);
-  project_out(cache);
+  project_out(pass, cache);
   return cache.y;
 }
 
@@ -334,18 +330,6 @@ void LatentAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& cache) 
   rope_.tabulate(std::span<const Index>(cache.positions), cache.angles);
   rope_.template rotate<T>(cache.q, cache.angles, rotated_part());
   rope_.template rotate<T>(cache.kv.rightCols(config_.rope_dim), cache.angles);
-}
-
-template <std::floating_point T>
-bool LatentAttention<T>::is_absorbed(const AttentionSpan& s) const {
-  if (config_.decoding != LatentDecoding::kCheaper) {
-    return config_.decoding == LatentDecoding::kAbsorbed;
-  }
-  const Index up = (config_.nope_dim + config_.value_dim) * config_.kv_rank;
-  const Index pairs = s.queries * (s.keys - s.queries) + s.queries * (s.queries + 1) / 2;
-  const Index absorbed = s.queries * up + pairs * (2 * config_.kv_rank + config_.rope_dim);
-  const Index expanded = s.keys * up + pairs * (config_.query_dim() + config_.value_dim);
-  return absorbed <= expanded;
 }
 
 }  // namespace weir

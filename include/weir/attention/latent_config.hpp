@@ -48,6 +48,18 @@ struct LatentConfig {
     return score_scale(rope_scaling) / std::sqrt(static_cast<double>(query_dim()));
   }
 
+  /// Whether the last `queries` of `keys` tokens are decoded the absorbed way. Both ways are
+  /// counted in multiply-adds of one head: queries go down to the latents and come up again, or all
+  /// keys go up.
+  bool is_absorbed(Index queries, Index keys) const {
+    if (decoding != LatentDecoding::kCheaper) return decoding == LatentDecoding::kAbsorbed;
+    const Index up = (nope_dim + value_dim) * kv_rank;
+    const Index pairs = queries * (keys - queries) + queries * (queries + 1) / 2;
+    const Index absorbed = queries * up + pairs * (2 * kv_rank + rope_dim);
+    const Index expanded = keys * up + pairs * (query_dim() + value_dim);
+    return absorbed <= expanded;
+  }
+
   /// \throws ConfigError  if a size is below 1 (q_rank: 0), rope_dim is odd, rope_theta or
   ///                      norm_epsilon is not above zero, or the scaling is not sound.
   void check(std::string_view where) const {

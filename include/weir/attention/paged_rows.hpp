@@ -113,9 +113,7 @@ class PagedRows {
   static Index pages_for(Index rows) { return rows / kPage + (rows % kPage > 0 ? 1 : 0); }
 
   RowPage<T> new_page() const {
-    const auto numbers = static_cast<std::size_t>(kPage * width_);
-    return {CacheLineAllocator<T>().allocate(numbers),
-            [numbers](T* page) { CacheLineAllocator<T>().deallocate(page, numbers); }};
+    return allocate_aligned<T>(static_cast<std::size_t>(kPage * width_));
   }
 
   T* page(Index i) const { return pages_[static_cast<std::size_t>(i)].get(); }

@@ -99,6 +99,24 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] st
 #endif
 }
 
+/// Gives memory of `size` numbers back to CacheLineAllocator; none if `size` is 0.
+template <class T>
+struct AlignedDeleter {
+  std::size_t size = 0;
+  void operator()(T* memory) const { CacheLineAllocator<T>().deallocate(memory, size); }
+};
+
+/// Memory of CacheLineAllocator that goes with its owner. It knows its size.
+template <class T>
+using AlignedMemory = std::unique_ptr<T, AlignedDeleter<T>>;
+
+/// Memory for `size` numbers, contents unspecified.
+/// \throws std::bad_alloc  if there is no such memory.
+template <class T>
+AlignedMemory<T> allocate_aligned(std::size_t size) {
+  return {CacheLineAllocator<T>().allocate(size), AlignedDeleter<T>{size}};
+}
+
 /// A vector whose memory begins at a cache line.
 template <class T>
 using AlignedVector = std::vector<T, CacheLineAllocator<T>>;
@@ -115,11 +133,7 @@ class SharedMemory {
   }
 
   explicit SharedMemory(std::size_t bytes)
-      : memory_(CacheLineAllocator<std::byte>().allocate(bytes),
-                [bytes](std::byte* memory) {
-                  CacheLineAllocator<std::byte>().deallocate(memory, bytes);
-                }),
-        bytes_(bytes) {}
+      : SharedMemory(allocate_aligned<std::byte>(bytes), bytes) {}
 
   /// Memory that is somebody else's, `bytes` from `memory` on, which begins at a cache line.
   SharedMemory(std::shared_ptr<std::byte> memory, std::size_t bytes)

@@ -13,7 +13,7 @@
 
 namespace weir {
 
-/// Owns what a `Pass` only points to, apart from its generator and its record.
+/// Owns what a `Pass` only points to, apart from its generator, its record and who sees its inputs.
 class KeptPass {
  public:
   void keep(const Pass& pass) {
@@ -24,7 +24,8 @@ class KeptPass {
     allowed_.assign(pass.allowed.begin(), pass.allowed.end());
   }
 
-  /// The pass without a record, since it has been recorded. Valid until the next change.
+  /// The pass without a record and without anybody who sees its inputs, since it has been recorded
+  /// and seen. Valid until the next change.
   /// \param rng      What it draws from; may be null.
   Pass again(Rng* rng) const {
     Pass pass = pass_;
@@ -34,6 +35,7 @@ class KeptPass {
     pass.allowed = allowed_;
     pass.rng = rng;
     pass.record = nullptr;
+    pass.inputs = nullptr;
     return pass;
   }
 

@@ -58,9 +58,9 @@ class Scratch {
   T* reserve(Index count) {
     const auto size = static_cast<std::size_t>(count);
     if (storage_.get_deleter().size < size) {
-      storage_ = Storage();
+      storage_ = AlignedMemory<T>();
       rows_ = cols_ = 0;
-      storage_ = allocate(size);
+      storage_ = allocate_aligned<T>(size);
     }
     return data();
   }
@@ -74,18 +74,7 @@ class Scratch {
   const T* data() const { return storage_.get(); }
 
  private:
-  // Frees `size` numbers; of empty storage, it is 0.
-  struct Free {
-    std::size_t size = 0;
-    void operator()(T* memory) const { CacheLineAllocator<T>().deallocate(memory, size); }
-  };
-  using Storage = std::unique_ptr<T, Free>;
-
-  static Storage allocate(std::size_t size) {
-    return Storage(CacheLineAllocator<T>().allocate(size), Free{size});
-  }
-
-  Storage storage_;
+  AlignedMemory<T> storage_;
   Index rows_ = 0;
   Index cols_ = 0;
 };

@@ -48,18 +48,6 @@ class Workspace {
     return workspace;
   }
 
-  struct Free {
-    std::size_t size = 0;
-    void operator()(std::byte* memory) const {
-      CacheLineAllocator<std::byte>().deallocate(memory, size);
-    }
-  };
-  using Piece = std::unique_ptr<std::byte, Free>;
-
-  static Piece allocate(std::size_t size) {
-    return Piece(CacheLineAllocator<std::byte>().allocate(size), Free{size});
-  }
-
   struct Place {
     std::size_t piece = 0, offset = 0;  // Where the next bytes are.
     std::size_t used = 0;               // How many bytes are in use.
@@ -70,7 +58,7 @@ class Workspace {
   // Puts all pieces together, once nothing is in use.
   void join() noexcept;
 
-  std::vector<Piece> pieces_;
+  std::vector<AlignedMemory<std::byte>> pieces_;
   Place place_;
   std::size_t most_used_ = 0;
 };
@@ -129,7 +117,7 @@ inline std::byte* Workspace::take(std::size_t size) {
   }
   if (place_.piece == pieces_.size()) {
     pieces_.reserve(pieces_.size() + 1);
-    pieces_.push_back(allocate(std::max<std::size_t>(size, 1)));
+    pieces_.push_back(allocate_aligned<std::byte>(std::max<std::size_t>(size, 1)));
   }
   std::byte* const taken = pieces_[place_.piece].get() + place_.offset;
   place_.offset += size;
@@ -141,7 +129,7 @@ inline std::byte* Workspace::take(std::size_t size) {
 inline void Workspace::join() noexcept {
   pieces_.clear();
   try {
-    pieces_.push_back(allocate(most_used_));
+    pieces_.push_back(allocate_aligned<std::byte>(most_used_));
   } catch (const std::bad_alloc&) {
     most_used_ = 0;  // The next pass starts anew.
   }

@@ -49,41 +49,31 @@ struct ExpertStatistics {
 /// an expert from the page cache. Must be in a shared pointer.
 class ExpertMemory : public std::enable_shared_from_this<ExpertMemory> {
  public:
-  ExpertMemory() = default;
-  ExpertMemory(const ExpertMemory&) = delete;
-  ExpertMemory& operator=(const ExpertMemory&) = delete;
-  ~ExpertMemory() { free(spare_); }
-
   /// Contents unspecified. May be called from several threads, as may be the end of the memory.
   SharedMemory take(std::size_t bytes) {
-    Block block = exchange({});
-    if (block.bytes != bytes) {
-      free(block);
-      block = {Allocator().allocate(bytes), bytes};
+    Memory memory = exchange(nullptr);
+    if (memory == nullptr || memory.get_deleter().size != bytes) {
+      memory.reset();
+      memory = allocate_aligned<std::byte>(bytes);
     }
-    const auto let_go = [self = this->shared_from_this(), block](std::byte* /*begin*/) {
-      free(self->exchange(block));
+    const auto let_go = [self = this->shared_from_this(), bytes](std::byte* begin) {
+      self->exchange(Memory(begin, {bytes}));
     };
-    return {std::shared_ptr<std::byte>(block.begin, let_go), bytes};
+    return {std::shared_ptr<std::byte>(memory.release(), let_go), bytes};
   }
 
  private:
-  using Allocator = CacheLineAllocator<std::byte>;
-  struct Block {
-    std::byte* begin = nullptr;
-    std::size_t bytes = 0;
-  };
+  using Memory = AlignedMemory<std::byte>;
 
-  static void free(const Block& block) {
-    if (block.begin != nullptr) Allocator().deallocate(block.begin, block.bytes);
-  }
-  Block exchange(const Block& block) {
+  /// Keeps `memory`, and returns what was kept before.
+  Memory exchange(Memory memory) {
     const std::scoped_lock lock(mutex_);
-    return std::exchange(spare_, block);
+    spare_.swap(memory);
+    return memory;
   }
 
   std::mutex mutex_;
-  Block spare_;
+  Memory spare_;
 };
 
 /// Packed experts in memory, up to a number of bytes, for all layers of a model. Where there is no

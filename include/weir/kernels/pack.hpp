@@ -4,9 +4,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 #include <weir/core/types.hpp>
+#include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/transpose.hpp>
 #include <weir/ops/lanes.hpp>
 
@@ -51,6 +54,34 @@ void pack_strip(const T* from, Index stride, Index depth_stride, Index count, In
       } else {
         for (Index p = done; p < end; ++p) to[p * to_row + i] = T(0);
       }
+    }
+  }
+}
+
+/// Copies [count, depth] as numbers of 16 bits, two neighbours of a row side by side: numbers [i,
+/// p] and [i, p + 1], p even, go to `to[p * to_row + 2 i]` and the place behind it. Places beyond
+/// the numbers are filled with zeros.
+template <Index width>
+void pack_halves(const float* from, Index stride, Index count, Index depth, BFloat16* to,
+                 Index to_row) {
+  // The two are moved as one.
+  constexpr Index kPart = 64;
+  std::int32_t pairs[width * kPart];
+  std::int32_t columns[width * kPart];
+  BFloat16 row[2 * kPart];
+  const Index all = (depth + 1) / 2;
+  for (Index done = 0; done < all; done += kPart) {
+    const Index steps = std::min(kPart, all - done);
+    const Index length = std::min(2 * steps, depth - 2 * done);
+    for (Index i = 0; i < count; ++i) {
+      round_to_bfloat16(length, from + i * stride + 2 * done, row);
+      if (length < 2 * steps) row[length] = BFloat16();
+      std::memcpy(pairs + i * kPart, row, static_cast<std::size_t>(steps) * sizeof *pairs);
+    }
+    pack_strip<width>(pairs, kPart, 1, count, steps, columns);
+    for (Index s = 0; s < steps; ++s) {
+      std::memcpy(static_cast<void*>(to + (done + s) * 2 * to_row), columns + s * width,
+                  width * sizeof *columns);
     }
   }
 }

@@ -143,8 +143,6 @@ class PackedWeight {
   template <Index width>
   void pack_numbers(const WeightRows<T>& of, const T* from, Index stride, Index row, Index count,
                     T* to) const;
-  template <Index width>
-  void pack_halves(const T* from, Index stride, Index count, BFloat16* to) const;
   void pack_codes(const WeightRows<T>& of, const T* from, Index stride, Index row, Index count,
                   Index column, std::byte* to) const;
 
@@ -205,8 +203,9 @@ void PackedWeight<T>::pack_panel(const WeightRows<T>& from, Index j, bool of_sec
     }
     if constexpr (std::is_same_v<T, float>) {
       if (has_halves()) {
-        return width_ == kCols ? pack_halves<kCols>(rows, stride, count, halves_.get() + place)
-                               : pack_halves<kCols / 2>(rows, stride, count, halves_.get() + place);
+        BFloat16* const to = halves_.get() + place;
+        return width_ == kCols ? pack_halves<kCols>(rows, stride, count, cols_, to, kCols)
+                               : pack_halves<kCols / 2>(rows, stride, count, cols_, to, kCols);
       }
     }
     T* const to = exact_.get() + place;
@@ -265,30 +264,6 @@ void PackedWeight<T>::pack_codes(const WeightRows<T>& of, const T* from, Index s
     for (Index b = 0; b < steps_; ++b) {
       if (i < count) of.round_block(from + i * stride, row + i, b, block);
       write_block(form, block, column + i, to + b * form.bytes());
-    }
-  }
-}
-
-template <class T>
-template <Index width>
-void PackedWeight<T>::pack_halves(const T* from, Index stride, Index count, BFloat16* to) const {
-  // Two numbers of a row lie side by side and are moved as one.
-  constexpr Index kPart = 64;
-  std::int32_t pairs[width * kPart];
-  std::int32_t columns[width * kPart];
-  BFloat16 row[2 * kPart];
-  for (Index done = 0; done < steps_; done += kPart) {
-    const Index steps = std::min(kPart, steps_ - done);
-    const Index length = std::min(2 * steps, cols_ - 2 * done);
-    for (Index i = 0; i < count; ++i) {
-      round_to_bfloat16(length, from + i * stride + 2 * done, row);
-      if (length < 2 * steps) row[length] = BFloat16();
-      std::memcpy(pairs + i * kPart, row, static_cast<std::size_t>(steps) * sizeof *pairs);
-    }
-    pack_strip<width>(pairs, kPart, 1, count, steps, columns);
-    for (Index s = 0; s < steps; ++s) {
-      std::memcpy(static_cast<void*>(to + (done + s) * 2 * kCols), columns + s * width,
-                  width * sizeof *columns);
     }
   }
 }

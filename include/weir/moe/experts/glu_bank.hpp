@@ -57,10 +57,7 @@ class GluBank {
     Scratch<T> factor;                    ///< [slots, d_hidden], of dropout, or empty
     Matrix<T> y, dx;                      ///< [tokens, d_model]
     Workspace workspace;                  ///< For gradients of slots.
-    PackedGluCache<T> packed;
-    std::vector<PackedGluGroup<T>> groups;
-    std::vector<Index> wanted;  ///< Experts with tokens, where they are fetched.
-    std::vector<PackedGlu<T>> fetched;
+    FetchedGluCache<T> stored;            ///< Where weights are stored for inference.
     std::vector<Product<T>> products;
   };
 
@@ -125,7 +122,6 @@ class GluBank {
   void forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
                          Cache& cache) const;
   void forward_packed(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const;
-  void forward_fetched(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const;
 
   std::vector<Parameter<T>> gate_, up_, down_;
   std::vector<PackedGlu<T>> packed_;         // One per expert, or none.
@@ -181,7 +177,8 @@ const Matrix<T>& GluBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
   } else if (source_ == nullptr) {
     forward_packed(x, dispatch, cache);
   } else {
-    forward_fetched(x, dispatch, cache);
+    fetched_glu_forward<Act, T>(*source_, x, dispatch, cache.stored,
+                                cache.out.reshape(dispatch.slots(), d_out()));
   }
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(cache.out.view(), dispatch, cache.y);
@@ -282,41 +279,13 @@ void GluBank<T, Act>::set_source(std::shared_ptr<ExpertSource<T>> source, Storag
 template <std::floating_point T, Activation Act>
 void GluBank<T, Act>::forward_packed(MatrixIn<T> x, const Dispatch<T>& dispatch,
                                      Cache& cache) const {
-  cache.groups.clear();
+  cache.stored.groups.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-    cache.groups.push_back({&packed_[e], begin, rows});
+    cache.stored.groups.push_back({&packed_[e], begin, rows});
   });
   packed_glu_forward<Act, T>(
-      dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); }, cache.groups,
-      cache.packed, cache.out.reshape(dispatch.slots(), d_out()));
-}
-
-template <std::floating_point T, Activation Act>
-void GluBank<T, Act>::forward_fetched(MatrixIn<T> x, const Dispatch<T>& dispatch,
-                                      Cache& cache) const {
-  source_->announce(x);
-  cache.wanted.clear();
-  dispatch.for_each_expert(
-      [&](std::size_t e, Index, Index) { cache.wanted.push_back(static_cast<Index>(e)); });
-  auto out = cache.out.reshape(dispatch.slots(), d_out());
-  std::span<const Index> wanted = cache.wanted;
-  while (!wanted.empty()) {
-    cache.fetched.clear();
-    source_->fetch(wanted, cache.fetched);
-    const auto now = wanted.first(cache.fetched.size());
-    const Index first = dispatch.begin(now.front());  // Their slots follow one another.
-    const Index slots = dispatch.end(now.back()) - first;
-    cache.groups.clear();
-    for (std::size_t i = 0; i < now.size(); ++i) {
-      cache.groups.push_back(
-          {&cache.fetched[i], dispatch.begin(now[i]) - first, dispatch.rows(now[i])});
-    }
-    packed_glu_forward<Act, T>(
-        slots, [&](Index s) { return &x.coeffRef(dispatch.token(first + s), 0); }, cache.groups,
-        cache.packed, out.middleRows(first, slots));
-    wanted = wanted.subspan(now.size());
-  }
-  cache.fetched.clear();
+      dispatch.slots(), [&](Index s) { return &x.coeffRef(dispatch.token(s), 0); },
+      cache.stored.groups, cache.stored.packed, cache.out.reshape(dispatch.slots(), d_out()));
 }
 
 template <std::floating_point T, Activation Act>
