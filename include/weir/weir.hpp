@@ -23,6 +23,7 @@
 #include <weir/core/pass_record.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/report.hpp>
+#include <weir/core/routing_observer.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/sequences.hpp>
 #include <weir/core/storage.hpp>
@@ -237,6 +238,10 @@
 #include <weir/model/multi_token_module.hpp>
 #include <weir/model/sampling.hpp>
 #include <weir/model/speculative.hpp>
+
+#include <weir/analysis/trace.hpp>
+#include <weir/analysis/trace_csv.hpp>
+#include <weir/analysis/trace_recorder.hpp>
 
 #include <weir/presets/compose.hpp>
 #include <weir/presets/count.hpp>

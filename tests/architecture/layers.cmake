@@ -13,5 +13,5 @@ set(analysis core ops kernels nn moe attention)
 set(presets core ops kernels nn moe attention model analysis)
 set(tuning core ops kernels nn moe attention model analysis)
 set(optim core ops kernels)
-set(io core ops kernels nn moe attention model presets)  # needs nlohmann_json; not in weir.hpp
+set(io core ops kernels nn moe attention model analysis presets)  # needs nlohmann_json; not in weir.hpp
 set(parallel core)

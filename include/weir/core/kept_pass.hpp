@@ -21,6 +21,7 @@ class KeptPass {
     if (pass.sequences != nullptr) sequences_ = *pass.sequences;
     mask_.assign(pass.mask.begin(), pass.mask.end());
     token_ids_.assign(pass.token_ids.begin(), pass.token_ids.end());
+    places_.assign(pass.places.begin(), pass.places.end());
     allowed_.assign(pass.allowed.begin(), pass.allowed.end());
   }
 
@@ -32,6 +33,7 @@ class KeptPass {
     if (pass.sequences != nullptr) pass.sequences = &sequences_;
     pass.mask = mask_;
     pass.token_ids = token_ids_;
+    pass.places = places_;
     pass.allowed = allowed_;
     pass.rng = rng;
     pass.record = nullptr;
@@ -43,7 +45,7 @@ class KeptPass {
   Pass pass_;
   Sequences sequences_;
   List<std::uint8_t> mask_;
-  List<Index> token_ids_;
+  List<Index> token_ids_, places_;
   List<std::uint8_t> allowed_;
 };
 

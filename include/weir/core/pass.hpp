@@ -36,6 +36,11 @@ struct Pass {
   /// The id of each token, for routers that use it. Empty if unknown; Decoder fills it in.
   std::span<const Index> token_ids = {};
 
+  /// The place of each token in its sequence, where the pass has a part of the sequence's tokens
+  /// only, as inside of a MixtureOfDepths. If empty, the tokens of each sequence have the places 0,
+  /// 1, 2, ...
+  std::span<const Index> places = {};
+
   /// Which experts tokens may go to, one byte each, 0 for a forbidden one: [experts], for all
   /// tokens (experts that failed or are switched off), or [tokens * experts], token by token
   /// (experts of a modality). If empty, all are allowed. See expert_mask.hpp and `Routing::begin`.
@@ -79,10 +84,12 @@ struct Pass {
     return *rng;
   }
 
-  /// \throws ShapeError   if mask, token_ids or sequences do not cover exactly `tokens` rows.
+  /// \throws ShapeError   if mask, token_ids, places or sequences do not cover exactly `tokens`
+  /// rows.
   void check(std::string_view where, Index tokens) const {
     expect_one_each(where, "mask", static_cast<Index>(mask.size()), tokens);
     expect_one_each(where, "token_ids", static_cast<Index>(token_ids.size()), tokens);
+    expect_one_each(where, "places", static_cast<Index>(places.size()), tokens);
     if (sequences != nullptr && sequences->tokens() != tokens) {
       throw_error<ShapeError>(where, ": pass.sequences cover ", sequences->tokens(),
                               " tokens, expected ", tokens);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <weir/core/report.hpp>
+#include <weir/core/routing_observer.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -77,6 +78,10 @@ class PassRecord {
 
   bool wants_reports() const { return collects_ == Collects::kLossesAndReports; }
 
+  /// From now on, `observer` sees the routing of each mixture of experts in passes that point to
+  /// this record, until another one does. It is not owned; null for nobody.
+  void show_routings_to(RoutingObserver* observer) { observer_ = observer; }
+
   /// Adds a loss under the current path. Layers call this.
   void add_loss(std::string_view name, double value) {
     if (losses_in_use_ == losses_.size()) losses_.emplace_back();
@@ -89,6 +94,14 @@ class PassRecord {
   void add_report(LayerReport report) {
     const std::size_t length = path_.empty() ? 0 : path_.size() - 1;
     reports_.push_back({path_.substr(0, length), std::move(report)});
+  }
+
+  /// Shows the routing of the layer at the current path to the observer. Layers call this.
+  template <class T>
+  void show(const Routing<T>& routing, const Pass& pass) const {
+    if (observer_ == nullptr) return;
+    const std::string_view path = path_;
+    observer_->see(path.substr(0, path.empty() ? 0 : path.size() - 1), routing, pass);
   }
 
   /// Clears the record and makes it collect what `whole` collects, or losses if `whole` is null.
@@ -141,6 +154,7 @@ class PassRecord {
 
  private:
   Collects collects_ = Collects::kLosses;
+  RoutingObserver* observer_ = nullptr;
   std::string path_;          // The path of the running layer, with a dot at the end.
   std::vector<Loss> losses_;  // Those in use come first; the others keep their memory.
   std::size_t losses_in_use_ = 0;

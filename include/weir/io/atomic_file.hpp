@@ -64,6 +64,19 @@ class AtomicFile {
   }
   void write(std::string_view text) { write(std::as_bytes(std::span(text))); }
 
+  /// Writes over what is there, from byte `offset` on.
+  /// \throws FileError  as `write`.
+  void write_at(std::size_t offset, std::span<const std::byte> bytes) {
+    while (!bytes.empty()) {
+      const ssize_t written =
+          ::pwrite(file_, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+      if (written < 0 && errno == EINTR) continue;
+      if (written < 0) fail("cannot be written");
+      bytes = bytes.subspan(static_cast<std::size_t>(written));
+      offset += static_cast<std::size_t>(written);
+    }
+  }
+
   /// Gives the file its name.
   /// \throws FileError  if the bytes cannot be brought to the disk; the old file is still there.
   void commit() {

@@ -238,6 +238,7 @@ T MultiToken<T>::forward(const Decoder<T>& model, const typename Decoder<T>::Cac
     inner.sequences = &own.sequences;
     inner.mask = own.mask;
     inner.token_ids = own.token_ids;
+    inner.places = {};  // A module has the first tokens of each sequence.
     own.placed.set("MultiToken::forward", inner, own.rows.count());
     inner.aux_scale *= own.placed.real_sequences() / std::max(1.0, own.main.real_sequences());
     const PassRecord::Scope module_scope(pass.record, "modules", static_cast<Index>(k));

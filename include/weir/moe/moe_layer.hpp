@@ -116,6 +116,7 @@ class MoELayer {
     if (pass.record != nullptr) {
       pass.record->add(cache.record);
       if (pass.record->wants_reports()) pass.record->add_report(report(cache));
+      pass.record->show(cache.routing, pass);
     }
     return cache.state.finish(*this, pass, y);
   }

@@ -201,6 +201,7 @@ class SoftMoE {
     own.sequences = nullptr;
     own.mask = {};
     own.token_ids = {};
+    own.places = {};
     const PassRecord::Scope scope(pass.record, "experts");
     return bank_.forward(cache.slot_x, cache.dispatch, own, cache.bank);
   }

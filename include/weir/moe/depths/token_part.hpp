@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
@@ -25,6 +26,7 @@ struct TokenPart {
   List<Index> token;           ///< The chosen tokens, in order.
   List<std::uint8_t> chosen;   ///< [tokens], 1 for the chosen.
   Sequences sequences;         ///< How the chosen tokens divide into sequences.
+  List<Index> places;          ///< The places of the chosen tokens in their sequences.
   List<Index> token_ids;       ///< The ids of the chosen tokens, where the pass knows ids.
   List<std::uint8_t> allowed;  ///< pass.allowed of the chosen, where it is for each token.
   List<T> candidate;           ///< Workspace of `choose_best`.
@@ -95,6 +97,10 @@ Pass TokenPart<T>::pass_of_part(std::string_view where, const Pass& pass, Index 
   Pass inner = pass;
   inner.sequences = &sequences;
   inner.mask = {};
+  if (!pass.places.empty()) {
+    for (Index i = 0; i < count(); ++i) places[i] = element(pass.places, token[i]);
+  }
+  inner.places = places;
   if (!pass.token_ids.empty()) {
     token_ids.clear();
     for (const Index t : token) token_ids.push_back(pass.token_ids[static_cast<std::size_t>(t)]);
@@ -119,11 +125,14 @@ Pass TokenPart<T>::pass_of_part(std::string_view where, const Pass& pass, Index 
 template <class T>
 void TokenPart<T>::list() {
   token.clear();
+  places.clear();
   sequences.clear();
   rows.for_each_group(Scope::kSequence, [&](Index first, Index last) {
     const Index before = count();
     for (Index t = first; t < last; ++t) {
-      if (chosen[t] != 0) token.push_back(t);
+      if (chosen[t] == 0) continue;
+      token.push_back(t);
+      places.push_back(t - first);
     }
     sequences.append(count() - before);
   });

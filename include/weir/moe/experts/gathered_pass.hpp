@@ -27,6 +27,7 @@ Pass gathered_pass(const Pass& pass, const Dispatch<T>& dispatch, Index rows, Ro
   Pass gathered = pass;
   gathered.sequences = nullptr;
   gathered.mask = {};
+  gathered.places = {};
   gathered.allowed = {};
   gathered.token_ids = token_ids;
   return gathered;
