@@ -239,9 +239,18 @@
 #include <weir/model/sampling.hpp>
 #include <weir/model/speculative.hpp>
 
+#include <weir/analysis/bootstrap.hpp>
+#include <weir/analysis/co_activation.hpp>
+#include <weir/analysis/load_statistics.hpp>
+#include <weir/analysis/mutual_information.hpp>
+#include <weir/analysis/random_routing.hpp>
+#include <weir/analysis/repeat_rate.hpp>
+#include <weir/analysis/routing_overlap.hpp>
+#include <weir/analysis/token_groups.hpp>
 #include <weir/analysis/trace.hpp>
 #include <weir/analysis/trace_csv.hpp>
 #include <weir/analysis/trace_recorder.hpp>
+#include <weir/analysis/traced_tokens.hpp>
 
 #include <weir/presets/compose.hpp>
 #include <weir/presets/count.hpp>

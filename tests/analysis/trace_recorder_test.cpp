@@ -92,7 +92,7 @@ TEST_CASE("A recorder writes down what a routing says", "[analysis][trace]") {
   CHECK(second.choice(0).weight == static_cast<float>(routing.weight[2]));
   CHECK(second.logits() == 4);
   CHECK(second.logit(0) == -20.0F);
-  CHECK(second.logit(2) == 0.0F);
+  CHECK(second.logit(2) == 5.0F);
   CHECK(second.logit(3) == 0.0F);  // There is no expert 3.
   double entropy = 0.0;
   for (const double p : routing.probabilities.row(1)) entropy -= p * std::log(p);

@@ -22,7 +22,7 @@ inline Routing<double> routing_of(const std::vector<std::vector<Index>>& experts
   Matrix<double> logits = Matrix<double>::Constant(tokens, count, -20.0);
   for (Index t = 0; t < tokens; ++t) {
     const auto& own = experts[static_cast<std::size_t>(t)];
-    for (std::size_t i = 0; i < own.size(); ++i) logits(t, own[i]) = 0.0 - static_cast<double>(i);
+    for (std::size_t i = 0; i < own.size(); ++i) logits(t, own[i]) = 5.0 - static_cast<double>(i);
   }
   const auto k = static_cast<Index>(experts.empty() ? 1 : experts[0].size());
   return route(SoftmaxTopK<double>({.k = k}), logits, pass);

@@ -128,7 +128,7 @@ TEST_CASE("A trace as a table", "[io][trace]") {
         "expert_1,weight_1,kept_1,logit_0,logit_1,logit_2,logit_3");
   CHECK(lines[2].starts_with("layers.0.moe,0,1,5,\"prose, \"\"plain\"\"\",prefill,0,"));
   CHECK(lines[2].find(",2,1,") != std::string::npos);
-  CHECK(lines[2].ends_with(",-20,0,-1,"));  // Three experts have three logits.
+  CHECK(lines[2].ends_with(",-20,5,4,"));  // Three experts have three logits.
   CHECK(lines[3].starts_with("layers.0.moe,3,8,6,"));
   CHECK(lines[3].find(",decoding,") != std::string::npos);
   CHECK(lines[4].find(",1,3,1,1,,,,") != std::string::npos);  // One choice, kept.

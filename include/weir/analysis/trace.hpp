@@ -3,6 +3,7 @@
 /// Where each token went in each layer: records of a fixed size, one behind the other.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>

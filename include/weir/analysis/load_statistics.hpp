@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// How a layer's tokens spread over its experts, in all and by group.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <numeric>
+#include <span>
+#include <vector>
+
+#include <weir/analysis/bootstrap.hpp>
+#include <weir/analysis/random_routing.hpp>
+#include <weir/analysis/token_groups.hpp>
+#include <weir/analysis/traced_tokens.hpp>
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+/// Calls `body(token, sequence)` for each token of the sequences that the layer has seen.
+template <class Body>
+void for_each_traced(const TracedTokens& tokens, const TracedLayer& layer,
+                     std::span<const Index> sequences, Body&& body) {
+  for (const Index s : sequences) {
+    const TracedTokens::Sequence& sequence = tokens.sequences[static_cast<std::size_t>(s)];
+    for (Index t = sequence.begin; t < sequence.end; ++t) {
+      if (layer.recorded[t] != 0) body(t, sequence);
+    }
+  }
+}
+
+/// The share of experts by group (Jiang et al. 2024, arXiv:2401.04088, section 5; Xue et al. 2024,
+/// arXiv:2402.01739, section 4):
+///
+///     share_ge = assignments of tokens of g to e / assignments of tokens of g
+///
+/// dropped ones included.
+/// \return         [groups * experts], group by group. By chance: 1 / experts.
+inline std::vector<Estimate> expert_share(const TracedTokens& tokens, const TracedLayer& layer,
+                                          const TokenGroups& groups,
+                                          const BootstrapConfig& config = {}) {
+  const auto experts = static_cast<std::size_t>(layer.experts);
+  const auto count = [&](std::span<const Index> sequences) {
+    std::vector<double> share(static_cast<std::size_t>(groups.count()) * experts);
+    for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
+      if (groups.of[t] < 0) return;
+      double* const row = share.data() + static_cast<std::size_t>(groups.of[t]) * experts;
+      for (const Index e : layer.experts_of(t)) row[e] += 1.0;
+    });
+    for (auto row = share.begin(); row != share.end(); row += layer.experts) {
+      const double sum = std::accumulate(row, row + layer.experts, 0.0);
+      for (auto v = row; v != row + layer.experts; ++v) *v = sum > 0.0 ? *v / sum : kUnknown;
+    }
+    return share;
+  };
+  std::vector<Estimate> estimates = estimate(tokens, count, config, 0.0, 1.0);
+  for (Estimate& e : estimates) e.chance = 1.0 / static_cast<double>(layer.experts);
+  return estimates;
+}
+
+/// The share of assignments that were dropped, by group; for groups by position, see "drop towards
+/// the end" (Xue et al. 2024, arXiv:2402.01739, section 4.3).
+/// \return         [groups]. `chance`, what it would be if groups made no difference: the share of
+///                 all tokens.
+inline std::vector<Estimate> drop_ratio(const TracedTokens& tokens, const TracedLayer& layer,
+                                        const TokenGroups& groups,
+                                        const BootstrapConfig& config = {}) {
+  double all_dropped = 0.0;
+  double all = 0.0;
+  const auto ratios = [&](std::span<const Index> sequences) {
+    std::vector<double> dropped(static_cast<std::size_t>(groups.count()));
+    std::vector<double> assigned(dropped.size());
+    all_dropped = all = 0.0;
+    for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
+      double lost = 0.0;
+      for (Index a = layer.first(t); a < layer.last(t); ++a) lost += layer.kept[a] != 0 ? 0.0 : 1.0;
+      all_dropped += lost;
+      all += static_cast<double>(layer.choices(t));
+      if (groups.of[t] < 0) return;
+      const auto group = static_cast<std::size_t>(groups.of[t]);
+      dropped[group] += lost;
+      assigned[group] += static_cast<double>(layer.choices(t));
+    });
+    for (std::size_t g = 0; g < dropped.size(); ++g) {
+      dropped[g] = assigned[g] > 0.0 ? dropped[g] / assigned[g] : kUnknown;
+    }
+    return dropped;
+  };
+  std::vector<Estimate> estimates = estimate(tokens, ratios, config, 0.0, 1.0);
+  ratios(tokens.all());
+  const double chance = all > 0.0 ? all_dropped / all : kUnknown;
+  for (Estimate& e : estimates) e.chance = chance;
+  return estimates;
+}
+
+/// How far the experts of a group are from an even spread, over all groups (the "std test" of Xue
+/// et al. 2024, arXiv:2402.01739, section 4.2, there a histogram over groups):
+///
+///     spread = sqrt(mean over groups g of mean over experts e of (share_ge - 1 / experts)^2)
+///
+/// Groups by token id with a large spread and groups by position with a small one: routing depends
+/// on what a token is, not on where it stands. With n_g tokens of k experts each, the expectation
+/// of spread^2 under random routing is the mean over groups of (1 - k / experts) / (n_g k experts),
+/// whose root is `chance`.
+/// \return         One value, at least 0.
+inline Estimate routing_spread(const TracedTokens& tokens, const TracedLayer& layer,
+                               const TokenGroups& groups, const BootstrapConfig& config = {}) {
+  const auto experts = static_cast<double>(layer.experts);
+  double by_chance = kUnknown;
+  const auto spread = [&](std::span<const Index> sequences) {
+    Matrix<double> count = Matrix<double>::Zero(groups.count(), layer.experts);
+    RowVector<double> variance = RowVector<double>::Zero(groups.count());
+    for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
+      const Index g = groups.of[t];
+      if (g < 0) return;
+      for (const Index e : layer.experts_of(t)) count(g, e) += 1.0;
+      const double rate = static_cast<double>(layer.choices(t)) / experts;
+      variance[g] += rate * (1.0 - rate);
+    });
+    double sum = 0.0;
+    double expected = 0.0;
+    double present = 0.0;
+    for (Index g = 0; g < groups.count(); ++g) {
+      const double of_group = count.row(g).sum();
+      if (of_group == 0.0) continue;
+      present += 1.0;
+      sum += (count.row(g).array() / of_group - 1.0 / experts).square().mean();
+      expected += variance[g] / (of_group * of_group);
+    }
+    by_chance = present > 0.0 ? std::sqrt(expected / present) : kUnknown;
+    return std::vector<double>{present > 0.0 ? std::sqrt(sum / present) : kUnknown};
+  };
+  Estimate result = estimate(tokens, spread, config, 0.0, 1.0)[0];
+  spread(tokens.all());
+  result.chance = by_chance;
+  return result;
+}
+
+/// How level the load of a layer is, l_e being the assignments to expert e.
+struct LoadStatistics {
+  Estimate variation;     ///< CV = standard deviation of l_e / mean of l_e; 0 if level.
+  Estimate max_to_mean;   ///< max l_e / mean l_e; 1 if level.
+  Estimate entropy;       ///< -sum_e p_e ln p_e of the router, mean over tokens, in nats.
+  Estimate load_entropy;  ///< -sum_e q_e ln q_e of the shares q_e = l_e / sum l, in nats.
+  Estimate dropped;       ///< Dropped assignments / assignments; no `chance`.
+  Estimate dead;          ///< Share of experts without any token.
+};
+
+/// By chance: CV^2 has the expectation sum_t (k_t / E) (1 - k_t / E) / (sum_t k_t / E)^2, of which
+/// `chance` is the root; the router's entropy is ln E if it does not prefer any of the E experts;
+/// the others are the mean over random routings.
+inline LoadStatistics load_statistics(const TracedTokens& tokens, const TracedLayer& layer,
+                                      const BootstrapConfig& config = {}) {
+  struct OfLoad {
+    double max_to_mean = kUnknown, entropy = kUnknown, dead = kUnknown, variation = kUnknown;
+  };
+  const auto experts = static_cast<double>(layer.experts);
+  const auto of_load = [&](const RowVector<double>& load) -> OfLoad {
+    if (load.sum() == 0.0) return {};
+    double entropy = 0.0;
+    for (const double l : load)
+      entropy -= l > 0.0 ? l / load.sum() * std::log(l / load.sum()) : 0.0;
+    return {load.maxCoeff() / load.mean(), entropy,
+            static_cast<double>((load.array() == 0.0).count()) / experts,
+            std::sqrt((load.array() - load.mean()).square().mean()) / load.mean()};
+  };
+  const auto all = [&](std::span<const Index> sequences) {
+    RowVector<double> load = RowVector<double>::Zero(layer.experts);
+    double entropy = 0.0;
+    double seen = 0.0;
+    double dropped = 0.0;
+    for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
+      for (Index a = layer.first(t); a < layer.last(t); ++a) {
+        load[layer.expert[a]] += 1.0;
+        dropped += layer.kept[a] != 0 ? 0.0 : 1.0;
+      }
+      entropy += static_cast<double>(layer.entropy[t]);
+      seen += 1.0;
+    });
+    const OfLoad level = of_load(load);
+    return std::vector<double>{level.variation,
+                               level.max_to_mean,
+                               seen > 0.0 ? entropy / seen : kUnknown,
+                               level.entropy,
+                               load.sum() > 0.0 ? dropped / load.sum() : kUnknown,
+                               level.dead};
+  };
+  const std::vector<Estimate> e =
+      estimate(tokens, all, config, 0.0, std::numeric_limits<double>::infinity());
+  LoadStatistics result = {e[0], e[1], e[2], e[3], e[4], e[5]};
+
+  const std::vector<Index> sequences = tokens.all();
+  double variance = 0.0;
+  double sum = 0.0;
+  for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
+    const double rate = static_cast<double>(layer.choices(t)) / experts;
+    variance += rate * (1.0 - rate);
+    sum += rate;
+  });
+  if (sum == 0.0) return result;
+  result.variation.chance = std::sqrt(variance) / sum;
+  result.entropy.chance = std::log(experts);
+  result.max_to_mean.chance = result.load_entropy.chance = result.dead.chance = 0.0;
+  Rng rng(config.seed);
+  const double part = 1.0 / static_cast<double>(config.random_routings);
+  for (Index r = 0; r < config.random_routings; ++r) {
+    const OfLoad random = of_load(random_load(layer, rng));
+    result.max_to_mean.chance += part * random.max_to_mean;
+    result.load_entropy.chance += part * random.entropy;
+    result.dead.chance += part * random.dead;
+  }
+  return result;
+}
+
+/// A token id that an expert was chosen for.
+struct TopToken {
+  Index id = -1;
+  Index count = 0;               ///< Assignments of the token to the expert.
+  double share_of_expert = 0.0;  ///< Of the expert's assignments. By chance: the token's frequency.
+  double share_of_token = 0.0;   ///< Of the token's occurrences. By chance: k / experts.
+};
+
+/// The tokens that each expert was chosen for most often, best first; of equally many, the lower
+/// id first (Xue et al. 2024, arXiv:2402.01739, table of the ten tokens of each expert).
+/// \param most     How many of each expert.
+/// \param least_count  Tokens that occur less often are left out.
+/// \return         [experts]
+inline std::vector<std::vector<TopToken>> top_tokens(const TracedTokens& tokens,
+                                                     const TracedLayer& layer, Index most = 10,
+                                                     Index least_count = 1) {
+  const TokenGroups groups = by_token(tokens, least_count);
+  Matrix<double> count = Matrix<double>::Zero(groups.count(), layer.experts);
+  RowVector<double> load = RowVector<double>::Zero(layer.experts);
+  RowVector<double> occurs = RowVector<double>::Zero(groups.count());
+  for_each_traced(tokens, layer, tokens.all(), [&](Index t, const auto&) {
+    for (const Index e : layer.experts_of(t)) {
+      load[e] += 1.0;
+      if (groups.of[t] >= 0) count(groups.of[t], e) += 1.0;
+    }
+    if (groups.of[t] >= 0) occurs[groups.of[t]] += 1.0;
+  });
+  std::vector<std::vector<TopToken>> best(static_cast<std::size_t>(layer.experts));
+  for (Index e = 0; e < layer.experts; ++e) {
+    std::vector<TopToken>& own = best[static_cast<std::size_t>(e)];
+    for (Index g = 0; g < groups.count(); ++g) {
+      if (count(g, e) == 0.0) continue;
+      own.push_back({groups.key[g], static_cast<Index>(count(g, e)), count(g, e) / load[e],
+                     count(g, e) / occurs[g]});
+    }
+    std::stable_sort(own.begin(), own.end(),
+                     [](const TopToken& a, const TopToken& b) { return a.count > b.count; });
+    if (static_cast<Index>(own.size()) > most) own.resize(static_cast<std::size_t>(most));
+  }
+  return best;
+}
+
+}  // namespace weir

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Routing by chance, with which what routers do is compared.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include <weir/analysis/traced_tokens.hpp>
+#include <weir/core/list.hpp>
+#include <weir/core/random.hpp>
+#include <weir/core/types.hpp>
+
+namespace weir {
+
+/// The probability that two tokens share an expert if each is given `first` and `second` different
+/// ones of `experts` at random:
+///
+///     1 - C(experts - first, second) / C(experts, second)
+///
+/// With one each, it is 1 / experts.
+inline double chance_of_shared_expert(Index experts, Index first, Index second) {
+  double none = 1.0;
+  for (Index i = 0; i < second; ++i) {
+    none *=
+        std::max(0.0, static_cast<double>(experts - first - i)) / static_cast<double>(experts - i);
+  }
+  return 1.0 - none;
+}
+
+/// The load of the layer's experts if each token chose as many as it did, all different, at random.
+inline RowVector<double> random_load(const TracedLayer& layer, Rng& rng) {
+  RowVector<double> load = RowVector<double>::Zero(layer.experts);
+  List<Index> pool(layer.experts);
+  std::iota(pool.begin(), pool.end(), Index(0));
+  for (Index t = 0; t < layer.tokens(); ++t) {
+    for (Index c = 0; c < layer.choices(t); ++c) {
+      std::swap(pool[c], pool[c + rng.below(layer.experts - c)]);
+      load[pool[c]] += 1.0;
+    }
+  }
+  return load;
+}
+
+/// Puts the numbers in random order.
+inline void shuffle(List<Index>& numbers, Rng& rng) {
+  for (Index i = numbers.count(); i-- > 1;) std::swap(numbers[i], numbers[rng.below(i + 1)]);
+}
+
+}  // namespace weir
