@@ -37,8 +37,8 @@ inline const Storage* storage_of(const StorageRules& rules, std::string_view par
 namespace detail {
 
 /// Calls `part(name, node)` for each part.
-template <class T>
-struct WalkParts : Walk<T> {
+template <class T, bool stores = false>
+struct WalkParts : Walk<T, stores> {
   bool only_stored() const final { return true; }
   bool at_node(const Node& node) final {
     if (!node.stores_itself()) return !node.set_storage_exists();
@@ -77,7 +77,7 @@ void expect_matches(std::string_view who, Layer& layer, const StorageRules& rule
 }
 
 template <class T>
-struct StoreByRules final : WalkParts<T> {
+struct StoreByRules final : WalkParts<T, true> {
   explicit StoreByRules(const StorageRules& all) : rules(all) {}
   void at_part(std::string_view name, const Node& node) override {
     if (const Storage* storage = storage_of(rules, name)) node.set_storage(*storage);

@@ -75,9 +75,8 @@ struct ExpectStorable final : Walk<T> {
 };
 
 template <class T>
-struct SetStorage final : Walk<T> {
+struct SetStorage final : StorageWalk<T> {
   explicit SetStorage(Storage wanted) : storage(wanted) {}
-  bool only_stored() const override { return true; }
   bool at_node(const Node& node) override { return !node.set_storage(storage); }
   Storage storage;
 };

@@ -7,6 +7,7 @@
 #include <memory_resource>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include <weir/core/parameter.hpp>
@@ -29,8 +30,11 @@ namespace weir {
 /// the others over in a static `visit_stored`, which looks like `visit`.
 class Node {
  public:
-  template <class Member>
-  explicit Node(Member& member) : self_(&member), type_(type_of<Member>()) {
+  /// \param stores   Whether `set_storage` can be called: who does not ask for it does not compile
+  ///                 the kernels of all storages.
+  template <class Member, bool stores>
+  Node(Member& member, std::bool_constant<stores> /*stores*/)
+      : self_(&member), type_(type_of<Member>()) {
     if constexpr (requires { member.update_self(); }) {
       update_ = [](void* self) { static_cast<Member*>(self)->update_self(); };
     }
@@ -43,9 +47,12 @@ class Node {
       };
     }
     if constexpr (requires { member.set_storage(Storage::kTrainable); }) {
-      set_storage_ = [](void* self, Storage storage) {
-        static_cast<Member*>(self)->set_storage(storage);
-      };
+      set_storage_exists_ = true;
+      if constexpr (stores) {
+        set_storage_ = [](void* self, Storage storage) {
+          static_cast<Member*>(self)->set_storage(storage);
+        };
+      }
     }
     if constexpr (requires { member.storage(); }) {
       storage_ = member.storage();
@@ -68,17 +75,18 @@ class Node {
     if (expect_storable_ != nullptr) expect_storable_(self_, storage);
   }
 
+  /// Only in a StorageWalk.
   /// \return         Whether the type stored its own weights and those of all its members.
   bool set_storage(Storage storage) const {
     if (set_storage_ != nullptr) set_storage_(self_, storage);
     return set_storage_ != nullptr;
   }
 
-  /// Whether `set_storage` does something.
-  bool set_storage_exists() const { return set_storage_ != nullptr; }
+  /// Whether the type has a `set_storage`.
+  bool set_storage_exists() const { return set_storage_exists_; }
 
   /// Whether the type stores its weights as a whole.
-  bool stores_itself() const { return set_storage_ != nullptr && has_storage_; }
+  bool stores_itself() const { return set_storage_exists_ && has_storage_; }
 
   /// How the type stores its own weights; kTrainable where it has none.
   Storage storage() const { return storage_; }
@@ -108,6 +116,7 @@ class Node {
   void (*set_storage_)(void*, Storage) = nullptr;
   Storage storage_ = Storage::kTrainable;
   bool has_storage_ = false;
+  bool set_storage_exists_ = false;
 };
 
 /// Walks a tree of layers. A type hands its members over in a static `visit`, one line each:
@@ -122,7 +131,8 @@ class Node {
 /// Members are parameters, buffers, everything that has a `visit` of its own, and vectors of those.
 /// A part that is not visited is not trained, saved, updated or stored: there is no other way to
 /// reach it. Verbs such as `parameters` and `update` derive from this class.
-template <class T>
+/// \tparam stores   Whether its nodes have `set_storage`, see StorageWalk.
+template <class T, bool stores = false>
 class Walk {
  public:
   Walk() { path_.reserve(kPathInside); }
@@ -157,7 +167,7 @@ class Walk {
   void operator()(std::string_view name, Member& member) {
     const std::size_t parent = path_.size();
     if (!name.empty()) path_.append(name).push_back('.');
-    if (at_node(Node(member))) visit_members(member);
+    if (at_node(Node(member, std::bool_constant<stores>()))) visit_members(member);
     path_.resize(parent);
   }
 
@@ -168,7 +178,7 @@ class Walk {
   virtual bool at_node(const Node& /*node*/) { return true; }
 
   /// Whether only members are visited whose weights are stored, see Node.
-  virtual bool only_stored() const { return false; }
+  virtual bool only_stored() const { return stores; }
 
   /// The names that lead to the node, with a dot behind each: "layers.3.moe.experts.".
   std::string_view path() const { return path_; }
@@ -188,5 +198,9 @@ class Walk {
   std::pmr::monotonic_buffer_resource resource_{memory_.data(), memory_.size()};
   std::pmr::string path_{&resource_};  // The path of the node, with a dot at the end.
 };
+
+/// A walk that changes how weights are stored.
+template <class T>
+using StorageWalk = Walk<T, true>;
 
 }  // namespace weir

@@ -87,7 +87,9 @@ class PackedWeight {
   /// Pieces `begin` to `end` of the product of rows, one behind the other, with the weight. A row's
   /// result depends neither on the other rows nor on the pieces.
   void multiply(const Cut& cut, const std::byte* left, Index begin, Index end,
-                Store<T> store) const;
+                Store<T> store) const {
+    (this->*multiply_)(cut, left, begin, end, store);
+  }
 
   /// Writes the weights as they were given, or rounded as they are stored. `second` is for a pair.
   void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const;
@@ -136,6 +138,9 @@ class PackedWeight {
 
   void fill(const From& first, const From& second, SharedMemory& memory);
 
+  void multiply_stored(const Cut& cut, const std::byte* left, Index begin, Index end,
+                       Store<T> store) const;
+
   /// Copies the rows of panel j to their columns.
   void pack_panel(const WeightRows<T>& from, Index j, bool of_second);
 
@@ -155,6 +160,10 @@ class PackedWeight {
   Index depth_ = 1;      ///< Inputs of a step.
   Index steps_ = 0;
   Storage storage_ = Storage::kPacked;
+  // Set where numbers are, so that the kernels of all storages are compiled only where something is
+  // stored.
+  void (PackedWeight::*multiply_)(const Cut&, const std::byte*, Index, Index,
+                                  Store<T>) const = nullptr;
   // Copies share the numbers, one of these.
   std::shared_ptr<T[]> exact_;          // NOLINT(modernize-avoid-c-arrays)
   std::shared_ptr<BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays)
@@ -162,8 +171,8 @@ class PackedWeight {
 };
 
 template <class T>
-void PackedWeight<T>::multiply(const Cut& cut, const std::byte* left, Index begin, Index end,
-                               Store<T> store) const {
+void PackedWeight<T>::multiply_stored(const Cut& cut, const std::byte* left, Index begin, Index end,
+                                      Store<T> store) const {
   const RowFormat<T> format = row_format();
   const auto multiply_as = [&]<class Arithmetic>(Arithmetic,
                                                  const typename Arithmetic::Right* numbers) {
@@ -234,6 +243,7 @@ void PackedWeight<T>::pack_numbers(const WeightRows<T>& of, const T* from, Index
 
 template <class T>
 void PackedWeight<T>::fill(const From& first, const From& second, SharedMemory& memory) {
+  multiply_ = &PackedWeight::multiply_stored;
   const auto numbers = static_cast<std::size_t>(panels() * panel_cost());
   if (is_coded()) {
     coded_ = memory.take<std::byte>(coded_bytes());

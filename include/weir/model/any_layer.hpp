@@ -104,6 +104,7 @@ class AnyLayer {
 
   /// Visits the layer's own members. The layer is known at run time, so there is no template.
   static void visit(AnyLayer& self, Walk<T>& visit) { self.self_->visit(visit); }
+  static void visit(AnyLayer& self, StorageWalk<T>& visit) { self.self_->visit(visit); }
 
   /// The layer itself, if it is an `L`; else null.
   template <class L>
@@ -129,6 +130,7 @@ class AnyLayer {
     virtual const Matrix<T>& decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
                                     Cache& cache) const = 0;
     virtual void visit(Walk<T>& visit) = 0;
+    virtual void visit(StorageWalk<T>& visit) = 0;
   };
 
   struct NoStates {};
@@ -177,6 +179,7 @@ class AnyLayer {
     }
 
     void visit(Walk<T>& visit) override { visit("", layer); }
+    void visit(StorageWalk<T>& visit) override { visit("", layer); }
 
     static Own& own_of(Cache& cache) {
       for (std::any& any : cache.own) {

@@ -63,20 +63,23 @@ inline kernels::CodedBlock weighted_int4(const float* x, Index count, const doub
 }
 
 /// The upper triangular U with U^T U = (X^T X / rows + damping I)^-1, where damping is that share
-/// of the mean of the diagonal; and the diagonal itself.
+/// of the mean of the diagonal; and the diagonal itself. `Real` is double: as a template, the
+/// factorisation is compiled only in programs that calibrate.
+template <class Real>
 struct InverseFactor {
-  Matrix<double> upper;
-  RowVector<double> diagonal;
+  Matrix<Real> upper;
+  RowVector<Real> diagonal;
 };
 
-inline InverseFactor inverse_factor(MatrixIn<float> x, double damping) {
-  const Matrix<double> inputs = x.cast<double>();
-  Matrix<double> gram = inputs.transpose() * inputs / static_cast<double>(x.rows());
-  const double mean = gram.diagonal().mean();
-  gram.diagonal().array() += mean > 0.0 ? damping * mean : 1.0;
-  const RowVector<double> diagonal = gram.diagonal().transpose();
-  const Matrix<double> identity = Matrix<double>::Identity(gram.rows(), gram.cols());
-  const Matrix<double> inverse = gram.llt().solve(identity);
+template <class Real>
+InverseFactor<Real> inverse_factor(MatrixIn<float> x, Real damping) {
+  const Matrix<Real> inputs = x.cast<Real>();
+  Matrix<Real> gram = inputs.transpose() * inputs / static_cast<Real>(x.rows());
+  const Real mean = gram.diagonal().mean();
+  gram.diagonal().array() += mean > Real{0} ? damping * mean : Real{1};
+  const RowVector<Real> diagonal = gram.diagonal().transpose();
+  const Matrix<Real> identity = Matrix<Real>::Identity(gram.rows(), gram.cols());
+  const Matrix<Real> inverse = gram.llt().solve(identity);
   return {inverse.llt().matrixU(), diagonal};
 }
 
@@ -97,7 +100,7 @@ template <class T>
 void round_to_int4_for(MatrixIn<float> x, double damping, MatrixOut<T> weight) {
   constexpr Index kBlock = kernels::block_length(kernels::Code::kInt4);
   const Index inputs = weight.cols();
-  const detail::InverseFactor factor = detail::inverse_factor(x, damping);
+  const detail::InverseFactor<double> factor = detail::inverse_factor(x, damping);
   parallel_rows(weight.rows(), inputs * inputs, [&](Index begin, Index end) {
     RowVector<double> row(inputs);
     std::array<float, static_cast<std::size_t>(kBlock)> numbers{};
