@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 # Read by ctest when it starts: makes a test of each test case in `weir_tests`, with labels from its
-# tags. (Catch2's catch_discover_tests knows no labels in v2.) The including file sets
+# tags, or of each file. (Catch2's catch_discover_tests knows no labels in v2.) The including file sets
 #
 #     weir_tests    the program
 #     list_flags    makes it print the names of its test cases, one a line
 #     run_flags     for running one test case
 #     no_case_flags for running cases of which there may be none
-#     by_file       the names of the files with test cases, if those of a file are to be one test:
-#                   faster where a program takes long to start, as with sanitizers
+#     by_file       the names of the files with test cases, if those of a file are to be one test,
+#                   but for the slow ones and those of peers: with 2000 of them, starting the program
+#                   for each takes as long as running it, and longer with sanitizers
 cmake_minimum_required(VERSION 3.25)
 
 function(list_cases spec result)
@@ -37,7 +38,7 @@ if(all AND by_file)
     add_test("${file}" "${weir_tests}" "-#" "[#${file}]~[slow]~[peer]" ${no_case_flags})
     set_tests_properties("${file}" PROPERTIES LABELS unit)
   endforeach()
-  set(all "")
+  set(all ${slow} ${peer})
 endif()
 
 foreach(case IN LISTS all)

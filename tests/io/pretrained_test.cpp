@@ -155,7 +155,7 @@ std::size_t peak_memory() {
   return 0;
 }
 
-TEST_CASE("Loading takes the memory of the model alone", "[io][pretrained]") {
+TEST_CASE("Loading takes the memory of the model alone", "[io][pretrained][slow]") {
   if (!test::allocations_are_counted() || peak_memory() == 0) return;  // Not with a sanitizer.
   const test::Folder folder;
   const presets::MixtralConfig config =

@@ -136,8 +136,8 @@ TEST_CASE("A stored weight takes the bytes of its format", "[kernels][packed]") 
   CHECK(bits(Storage::kInt4Dot) == 5.0);
 }
 
-TEMPLATE_TEST_CASE("Products with packed weights agree with Eigen's", "[kernels][packed]", float,
-                   double) {
+TEMPLATE_TEST_CASE("Products with packed weights agree with Eigen's", "[kernels][packed][slow]",
+                   float, double) {
   using T = TestType;
   // Across the borders of register blocks, panels and slices, odd depths among them.
   const auto m = GENERATE(as<Index>{}, 0, 1, 2, 3, 7, 9, 100);

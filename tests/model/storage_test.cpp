@@ -186,7 +186,7 @@ TEMPLATE_TEST_CASE("Mixtures compute the same in every storage", "[moe][storage]
 }
 
 TEST_CASE("Banks stored for inference have the same bits for any number of threads",
-          "[moe][storage][parallel]") {
+          "[moe][storage][parallel][slow]") {
   const auto storage =
       GENERATE(Storage::kPacked, Storage::kBfloat16, Storage::kInt4, Storage::kInt8Dot);
   // Experts with one to three tokens among them, and many panels.

@@ -261,7 +261,8 @@ TEST_CASE("A rolling cache equals full attention under the window", "[presets]")
   }
 }
 
-TEST_CASE("The gradients of each preset agree with finite differences", "[presets][gradient]") {
+TEST_CASE("The gradients of each preset agree with finite differences",
+          "[presets][gradient][slow]") {
   const test::Threads one(1);  // The models are too small to share.
   const std::vector<Index> ids = text(30, 14);
   for (const Small& preset : all_presets()) {
