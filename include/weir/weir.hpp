@@ -21,6 +21,7 @@
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/pass_record.hpp>
+#include <weir/core/precision.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/report.hpp>
 #include <weir/core/routing_observer.hpp>
@@ -68,13 +69,18 @@
 #include <weir/kernels/coded_panel.hpp>
 #include <weir/kernels/coded_values.hpp>
 #include <weir/kernels/dot_block.hpp>
+#include <weir/kernels/e4m3_lanes.hpp>
+#include <weir/kernels/e4m3_rows.hpp>
 #include <weir/kernels/head_blocks.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/pack.hpp>
 #include <weir/kernels/packed_product.hpp>
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/panel.hpp>
+#include <weir/kernels/product.hpp>
 #include <weir/kernels/register_block.hpp>
+#include <weir/kernels/rounded_operand.hpp>
+#include <weir/kernels/rounded_product.hpp>
 #include <weir/kernels/schedule.hpp>
 #include <weir/kernels/small_float.hpp>
 #include <weir/kernels/transpose.hpp>
@@ -86,6 +92,7 @@
 #include <weir/nn/dropout.hpp>
 #include <weir/nn/embedding.hpp>
 #include <weir/nn/glu.hpp>
+#include <weir/nn/kept_glu.hpp>
 #include <weir/nn/layer_norm.hpp>
 #include <weir/nn/linear.hpp>
 #include <weir/nn/mlp.hpp>
@@ -301,6 +308,7 @@
 #include <weir/optim/newton_schulz.hpp>
 #include <weir/optim/parameter_group.hpp>
 #include <weir/optim/parameter_states.hpp>
+#include <weir/optim/set_precision.hpp>
 #include <weir/optim/sgd.hpp>
 #include <weir/optim/warmup_cosine.hpp>
 #include <weir/optim/warmup_linear.hpp>

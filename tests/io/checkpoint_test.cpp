@@ -31,6 +31,7 @@
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
 #include <weir/optim/muon.hpp>
+#include <weir/optim/set_precision.hpp>
 #include <weir/optim/sgd.hpp>
 
 #include "io/folder.hpp"
@@ -80,9 +81,11 @@ float train(Decoder<float>& model, Optimizer& optimizer, io::TrainingState& stat
 }
 
 template <class Optimizer>
-void check_resumes(const Optimizer& fresh, Index experts = 4) {
+void check_resumes(const Optimizer& fresh, Index experts = 4,
+                   Precision precision = Precision::kFull) {
   const test::Folder folder;
   Decoder<float> model = make_decoder(1, experts);
+  set_precision(model, precision);
   Optimizer optimizer = fresh;
   io::TrainingState state{.rng = Rng(5), .notes = {{"text", "wörter"}}};
   for (int step = 0; step < 3; ++step) train(model, optimizer, state);
@@ -90,6 +93,7 @@ void check_resumes(const Optimizer& fresh, Index experts = 4) {
   CHECK(saved.filename() == "step-000000003");
 
   Decoder<float> resumed = make_decoder(2, experts);
+  set_precision(resumed, precision);
   Optimizer resumed_optimizer = fresh;
   io::TrainingState resumed_state = io::load(folder.path(), resumed, resumed_optimizer);
   CHECK(resumed_optimizer.steps() == 3);
@@ -150,6 +154,38 @@ TEST_CASE("A resumed run is the uninterrupted one, bit for bit", "[io][checkpoin
   check_drifts_on(AdamW<float>({.learning_rate = 0.01}));
   check_drifts_on(Sgd<float>({.learning_rate = 0.1, .momentum = 0.9}));
   check_drifts_on(Muon<float>({.learning_rate = 0.01}));
+}
+
+TEST_CASE("A run with rounded products and moments resumes, bit for bit",
+          "[io][checkpoint][precision]") {
+  const Precision precision = GENERATE(Precision::kBfloat16, Precision::kFp8);
+  check_resumes(AdamW<float>({.learning_rate = 0.01, .bfloat16_moments = true}), 4, precision);
+  check_resumes(AdamW<float>({.learning_rate = 0.01, .lazy = true, .bfloat16_moments = true}), 24,
+                precision);
+}
+
+TEST_CASE("Moments of 16 bits take their place in a checkpoint, and others become them",
+          "[io][checkpoint][precision]") {
+  const test::Folder folder;
+  Decoder<float> model = make_decoder(1);
+  AdamW<float> exact({.learning_rate = 0.01});
+  io::TrainingState state{.rng = Rng(5)};
+  train(model, exact, state);
+  const fs::path path = io::save(folder.path(), model, exact, state);
+  const auto whole = fs::file_size(path / "optimizer.safetensors");
+
+  AdamW<float> rounded({.learning_rate = 0.01, .bfloat16_moments = true});
+  io::load(path, model, rounded);
+  const std::string name = "head.weight";
+  CHECK(rounded.moments(name).first.size() == 0);
+  CHECK(test::relative_error(rounded.moments(name).short_first.cast<float>(),
+                             exact.moments(name).first) < 1.0 / 256.0);
+  io::save(folder.path(), model, rounded, state);
+  // Numbers are half of it, names the rest.
+  CHECK(fs::file_size(path / "optimizer.safetensors") < whole);
+  AdamW<float> widened({.learning_rate = 0.01});
+  io::load(path, model, widened);
+  CHECK(widened.moments(name).first == rounded.moments(name).short_first.cast<float>());
 }
 
 TEST_CASE("Weights are saved and loaded by themselves", "[io][weights]") {

@@ -87,8 +87,7 @@ TEST_CASE("Glu keeps nothing for backward in a pass that does not train", "[nn][
   const Glu<float> layer(8, 33, rng);
   Glu<float>::Cache cache;
   layer.forward(test::random_matrix<float>(5, 8, 2), Pass{}, cache);
-  CHECK(cache.x.size() == 0);
-  CHECK(cache.h.size() == 0);
+  CHECK(cache.kept.exact_rows() == 0);
 }
 
 TEST_CASE("Glu stored for inference has nothing for backward, even in a pass that trains",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
 #include <weir/optim/adamw.hpp>
@@ -9,6 +10,7 @@
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 #include "support/parameter_set.hpp"
+#include "support/rounded_products.hpp"
 
 namespace weir::adamw_test {
 
@@ -414,6 +416,59 @@ TEST_CASE("AdamW refuses shapes that changed, before it changes anything", "[opt
   CHECK(first.grad == Matrix<float>::Ones(2, 3));
   CHECK(optimizer.moments("first").steps == 0);
   CHECK(optimizer.steps() == 0);
+}
+
+TEST_CASE("AdamW keeps its moments in 16 bits", "[optim][adamw][precision]") {
+  const AdamWConfig config = {.learning_rate = 0.01, .bfloat16_moments = true};
+  constexpr Index kRows = 3;
+  constexpr Index kCols = 700;  // More than a block.
+  Parameter<float> w{test::random_matrix<float>(kRows, kCols, 1)};
+  test::ParameterSet<float> model{{"w", &w}};
+  AdamW<float> optimizer(config);
+  Matrix<double> expected = w.value.cast<double>();
+  Matrix<double> m = Matrix<double>::Zero(kRows, kCols);
+  Matrix<double> v = m;
+  for (std::uint64_t t = 1; t <= 30; ++t) {
+    const Matrix<float> g = test::random_matrix<float>(kRows, kCols, t);
+    w.gradient() = g;
+    optimizer.step(model);
+    // The paper's algorithm; what is remembered is rounded.
+    const Matrix<double> d = g.cast<double>();
+    m = config.beta1 * m + (1.0 - config.beta1) * d;
+    v = config.beta2 * v + (1.0 - config.beta2) * d.cwiseAbs2();
+    const double of_m = 1.0 / (1.0 - std::pow(config.beta1, static_cast<double>(t)));
+    const double of_v = 1.0 / (1.0 - std::pow(config.beta2, static_cast<double>(t)));
+    for (Index i = 0; i < m.size(); ++i) {
+      double& value = expected.data()[i];
+      value -= config.learning_rate *
+               (of_m * m.data()[i] / (std::sqrt(of_v * v.data()[i]) + config.epsilon) +
+                config.weight_decay * value);
+      m.data()[i] = test::nearest_bfloat16(m.data()[i]);
+      v.data()[i] = test::nearest_bfloat16(v.data()[i]);
+    }
+  }
+  CHECK(test::relative_error(w.value.cast<double>(), expected) < 1e-5);
+  const Moments<float>& moments = optimizer.moments("w");
+  CHECK(moments.first.size() == 0);
+  CHECK(moments.second.size() == 0);
+  CHECK(test::relative_error(moments.short_first.cast<double>(), m) < 1e-4);
+  CHECK(test::relative_error(moments.short_second.cast<double>(), v) < 1e-4);
+  w.gradient().setOnes();
+  CHECK(test::count_allocations([&] { optimizer.step(model); }) == 0);
+
+  // They differ from exact ones, and catch up on missed steps as those do.
+  AdamWConfig missing = config;
+  missing.lazy = true;
+  Parameter<float> late{w.value};
+  test::ParameterSet<float> with_late{{"w", &late}};
+  AdamW<float> lazy(missing);
+  late.gradient().setOnes();
+  lazy.step(with_late);
+  const Matrix<float> before = late.value;
+  lazy.step(with_late);
+  CHECK(late.value == before);
+  lazy.catch_up(with_late);
+  CHECK(late.value != before);
 }
 
 }  // namespace weir::adamw_test

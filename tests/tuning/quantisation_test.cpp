@@ -220,6 +220,9 @@ TEST_CASE("A calibrated model is nearer to the exact one", "[tuning][quantisatio
   CHECK(test::message_of<ConfigError>([&] { calibrate(plain, rules, samples, 0.0); }) ==
         "calibrate: damping = 0, expected a finite number > 0");
   CHECK(test::message_of<StateError>([&] { calibrate(plain, rules, samples); }) ==
+        "calibrate: part 'layers.0.attention' is stored for inference, expected "
+        "Storage::kTrainable");
+  CHECK(test::message_of<StateError>([&] { storage_report(plain, rules); }) ==
         "storage_report: part 'layers.0.attention' is stored for inference, expected "
         "Storage::kTrainable");
 }

@@ -22,11 +22,13 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/precision.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/workspace.hpp>
+#include <weir/kernels/e4m3_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/ops/padding.hpp>
@@ -58,8 +60,9 @@ class GroupedQueryAttention {
 
   struct Cache {
     CacheState state;
-    Matrix<T> x;        ///< The input; padding is zero.
-    Matrix<T> q, k, v;  ///< The inputs of attention.
+    Matrix<T> x;                     ///< The input; padding is zero.
+    kernels::E4M3Rows<T> rounded_x;  ///< Instead of x, in training in FP8.
+    Matrix<T> q, k, v;               ///< The inputs of attention.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * head_dim].
     Matrix<T> y;
     Matrix<T> dy;  ///< Only used if there is padding.
@@ -210,8 +213,11 @@ const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pa
   cache.rows.set("GroupedQueryAttention::forward", pass, x.rows());
   fill_spans(cache.rows, cache.spans);
   const auto mask = cache.rows.mask();
-  if (pass.training && mask.empty()) copy_rows<T>(x, cache.x);
-  project(without_padding<T>(x, mask, cache.x), pass, cache);
+  const bool rounds = query().precision() == Precision::kFp8;
+  if (pass.training && mask.empty() && !rounds) copy_rows<T>(x, cache.x);
+  const Eigen::Ref<const Matrix<T>> clean = without_padding<T>(x, mask, cache.x);
+  cache.rounded_x.set(clean, pass.training && rounds);
+  project(clean, pass, cache);
   set_shape(cache.context, x.rows(), query_width());
   core(cache).forward(cache.context, cache.attention);
   clear_padding<T>(mask, cache.context);
@@ -234,15 +240,16 @@ const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache
 
   const auto mask = cache.rows.mask();
   const Eigen::Ref<const Matrix<T>> d = without_padding<T>(dy, mask, cache.dy);
-  multiply_nn<T>(d, output().value, d_context);
-  multiply_tn<T>(d, cache.context, output().gradient(), true);
+  multiply<T>(input_gradient_product<T>(d, output(), d_context));
+  multiply<T>(weight_gradient_product<T>(d, cache.context, output()));
   core(cache).backward(cache.context, d_context, dq, dk, dv, cache.attention, d_sinks());
   for (auto* gradient : {&dq, &dk, &dv}) clear_padding<T>(mask, *gradient);
   stages_.backward(cache.positions, cache.q, cache.k, dq, dk, dv, cache.stages);
 
-  const std::array<Product<T>, 3> weights = {product_tn<T>(dq, cache.x, query().gradient(), true),
-                                             product_tn<T>(dk, cache.x, key().gradient(), true),
-                                             product_tn<T>(dv, cache.x, value().gradient(), true)};
+  const Eigen::Ref<const Matrix<T>> x = cache.rounded_x.or_else(cache.x, frame);
+  const std::array<Product<T>, 3> weights = {weight_gradient_product<T>(dq, x, query()),
+                                             weight_gradient_product<T>(dk, x, key()),
+                                             weight_gradient_product<T>(dv, x, value())};
   multiply<T>(weights);
   if (config_.qkv_bias) {
     add_rows_to<T>(dq, query_bias_.gradient().data());
@@ -250,9 +257,9 @@ const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache
     add_rows_to<T>(dv, value_bias_.gradient().data());
   }
   if (config_.output_bias) add_rows_to<T>(d, output_bias_.gradient().data());
-  multiply_nn<T>(dq, query().value, cache.dx);
-  multiply_nn<T>(dk, key().value, cache.dx, true);
-  multiply_nn<T>(dv, value().value, cache.dx, true);
+  multiply<T>(input_gradient_product<T>(dq, query(), cache.dx));
+  multiply<T>(input_gradient_product<T>(dk, key(), cache.dx, true));
+  multiply<T>(input_gradient_product<T>(dv, value(), cache.dx, true));
   return cache.dx;
 }
 

@@ -20,12 +20,14 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/precision.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/token_rows.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/workspace.hpp>
+#include <weir/kernels/e4m3_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/nn/rms_norm.hpp>
@@ -61,9 +63,10 @@ class LatentAttention {
 
   struct Cache {
     CacheState state;
-    Matrix<T> x;           ///< The input; padding is zero.
-    Matrix<T> query_down;  ///< The latents of queries before their norm.
-    Matrix<T> kv;          ///< [latents before their norm | rotated keys of positions]
+    Matrix<T> x;                     ///< The input; padding is zero.
+    kernels::E4M3Rows<T> rounded_x;  ///< Instead of x, in training in FP8.
+    Matrix<T> query_down;            ///< The latents of queries before their norm.
+    Matrix<T> kv;                    ///< [latents before their norm | rotated keys of positions]
     typename RmsNorm<T>::Cache query_norm, kv_norm;
     Matrix<T> q;        ///< The queries, rotated.
     Matrix<T> context;  ///< The heads' outputs side by side, [tokens, heads * value_dim].
@@ -141,11 +144,11 @@ class LatentAttention {
     return switch_init<T>(rows, cols, rng, config_.init_scale);
   }
 
-  static Matrix<T>& gradient_of(kernels::Weight<T>& weight) {
-    return weight.parameter().gradient();
-  }
-  static const Matrix<T>& value_of(const kernels::Weight<T>& weight) {
-    return weight.parameter().value;
+  /// dx = dy W, or is increased by it; adds dy^T x to the gradient of W.
+  static void multiply_back(MatrixIn<T> dy, MatrixIn<T> x, kernels::Weight<T>& weight,
+                            MatrixOut<T> dx, bool accumulate = false) {
+    multiply<T>(weight_gradient_product<T>(dy, x, weight.parameter()));
+    multiply<T>(input_gradient_product<T>(dy, weight.parameter(), dx, accumulate));
   }
 
   bool is_low_rank() const { return config_.q_rank > 0; }
@@ -212,8 +215,11 @@ const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Ca
   cache.rows.set("LatentAttention::forward", pass, x.rows());
   fill_spans(cache.rows, cache.spans);
   const auto mask = cache.rows.mask();
-  if (pass.training && mask.empty()) copy_rows<T>(x, cache.x);
-  project(without_padding<T>(x, mask, cache.x), pass, cache);
+  const bool rounds = output_.parameter().precision() == Precision::kFp8;
+  if (pass.training && mask.empty() && !rounds) copy_rows<T>(x, cache.x);
+  const Eigen::Ref<const Matrix<T>> clean = without_padding<T>(x, mask, cache.x);
+  cache.rounded_x.set(clean, pass.training && rounds);
+  project(clean, pass, cache);
   set_shape(cache.context, x.rows(), config_.heads * config_.value_dim);
   expanded_.forward(cache.q, cache.kv_norm.y, cache.kv.rightCols(config_.rope_dim), cache.spans,
                     mask, cache.context, cache.expanded);
@@ -237,8 +243,7 @@ const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
 
   const auto mask = cache.rows.mask();
   const Eigen::Ref<const Matrix<T>> d = without_padding<T>(dy, mask, cache.dy);
-  multiply_nn<T>(d, value_of(output_), d_context);
-  multiply_tn<T>(d, cache.context, gradient_of(output_), true);
+  multiply_back(d, cache.context, output_, d_context);
   expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, mask, cache.context, d_context, dq,
                      d_latent, d_rope_keys, cache.expanded);
   clear_padding<T>(mask, dq);
@@ -246,19 +251,16 @@ const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
   rope_.template rotate_back<T>(d_rope_keys, cache.angles);
 
   d_kv.leftCols(config_.kv_rank) = kv_norm_.backward(d_latent, cache.kv_norm);
-  multiply_tn<T>(d_kv, cache.x, gradient_of(kv_down_), true);
-  multiply_nn<T>(d_kv, value_of(kv_down_), cache.dx);
+  const Eigen::Ref<const Matrix<T>> x = cache.rounded_x.or_else(cache.x, frame);
+  multiply_back(d_kv, x, kv_down_, cache.dx);
 
   if (is_low_rank()) {
     auto d_query_latent = frame.matrix<T>(tokens, config_.q_rank);
-    multiply_tn<T>(dq, cache.query_norm.y, gradient_of(query_), true);
-    multiply_nn<T>(dq, value_of(query_), d_query_latent);
+    multiply_back(dq, cache.query_norm.y, query_, d_query_latent);
     const Matrix<T>& d_down = query_norm_->backward(d_query_latent, cache.query_norm);
-    multiply_tn<T>(d_down, cache.x, gradient_of(query_down_), true);
-    multiply_nn<T>(d_down, value_of(query_down_), cache.dx, true);
+    multiply_back(d_down, x, query_down_, cache.dx, true);
   } else {
-    multiply_tn<T>(dq, cache.x, gradient_of(query_), true);
-    multiply_nn<T>(dq, value_of(query_), cache.dx, true);
+    multiply_back(dq, x, query_, cache.dx, true);
   }
   return cache.dx;
 }

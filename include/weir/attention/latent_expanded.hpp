@@ -135,11 +135,11 @@ void LatentExpanded<T>::backward(MatrixIn<T> q, MatrixIn<T> latents,
   clear_padding<T>(mask, dv);
   take_apart(dk, d_key_nope, d_rope_keys);
   const std::array<Product<T>, 2> weights = {
-      product_tn<T>(d_key_nope, latents, key_up_.parameter().gradient(), true),
-      product_tn<T>(dv, latents, value_up_.parameter().gradient(), true)};
+      weight_gradient_product<T>(d_key_nope, latents, key_up_.parameter()),
+      weight_gradient_product<T>(dv, latents, value_up_.parameter())};
   multiply<T>(weights);
-  multiply_nn<T>(d_key_nope, key_up(), d_latents);
-  multiply_nn<T>(dv, value_up(), d_latents, true);
+  multiply<T>(input_gradient_product<T>(d_key_nope, key_up_.parameter(), d_latents));
+  multiply<T>(input_gradient_product<T>(dv, value_up_.parameter(), d_latents, true));
 }
 
 template <std::floating_point T>

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include <weir/core/precision.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/zeros.hpp>
 
@@ -30,12 +31,17 @@ struct Parameter {
   Matrix<T> value;
   Matrix<T> grad = {};  ///< Empty until the first backward pass; accumulates.
   bool frozen = false;  ///< A frozen parameter keeps its value; optimizers skip it.
+  /// What computes products with it, see `set_precision`; null in full precision. Only floats are
+  /// ever rounded.
+  const RoundedProducts* rounded = nullptr;
 
   /// Not null only while a model is being loaded: then `value` has its shape and no numbers yet.
   /// They are still elsewhere, from where `set_storage` fetches them, or else `settle`.
   const RowReader<T>* rows = nullptr;
   bool fresh = false;    ///< The gradient was empty before this step, see `discard`.
   bool reached = false;  ///< Whether `gradient` was called since the last step.
+
+  Precision precision() const { return rounded == nullptr ? Precision::kFull : rounded->precision; }
 
   /// Whether an optimizer moves it.
   bool learns() const { return !frozen && grad.size() > 0; }

@@ -25,6 +25,7 @@ namespace weir {
 ///                                          throws StateError if it cannot store its own weights so
 ///     void set_storage(Storage storage)    stores its weights, and those of all its members
 ///     Storage storage() const              how it stores its own weights
+///     static constexpr bool kTrainsInFull  its own weights keep full precision in training
 ///
 /// A type without `set_storage`, some of whose members keep full precision in every storage, hands
 /// the others over in a static `visit_stored`, which looks like `visit`.
@@ -58,6 +59,9 @@ class Node {
       storage_ = member.storage();
       has_storage_ = true;
     }
+    trains_in_full_ = requires {
+      Member::kTrainsInFull;
+    };
   }
 
   /// Does nothing where the type offers nothing.
@@ -94,6 +98,9 @@ class Node {
   /// Whether the type's own weights, if it has any, are parameters.
   bool is_trainable() const { return storage_ == Storage::kTrainable; }
 
+  /// Whether `set_precision` leaves the type's own weights alone.
+  bool trains_in_full() const { return trains_in_full_; }
+
   /// The node itself, if it is a `Member`; else null.
   template <class Member>
   Member* get() const {
@@ -117,6 +124,7 @@ class Node {
   Storage storage_ = Storage::kTrainable;
   bool has_storage_ = false;
   bool set_storage_exists_ = false;
+  bool trains_in_full_ = false;
 };
 
 /// Walks a tree of layers. A type hands its members over in a static `visit`, one line each:

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
 #include <fcntl.h>
@@ -13,6 +14,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -142,16 +144,24 @@ std::filesystem::path save(const std::filesystem::path& dir, Model& model, Optim
   }
 
   save_weights(partial / "model.safetensors", model);
-  std::vector<NamedMatrix<T>> memory;
+  std::vector<TensorShape> shapes;
+  std::vector<std::span<const std::byte>> memory;
   nlohmann::json steps = nlohmann::json::object();
   for (const auto& saved : optimizer.saved_states()) {
     if (!names.contains(saved.parameter)) continue;  // Of a part that the model has lost.
-    for (const auto& [what, matrix] : saved.matrices) {
-      memory.push_back({saved.parameter + "." + std::string(what), matrix});
-    }
+    const auto add = [&](std::string_view what, const auto& matrix, Dtype dtype) {
+      shapes.push_back(
+          {saved.parameter + "." + std::string(what), {matrix.rows(), matrix.cols()}, dtype});
+      memory.push_back(
+          std::as_bytes(std::span(matrix.data(), static_cast<std::size_t>(matrix.size()))));
+    };
+    for (const auto& [what, matrix] : saved.matrices) add(what, *matrix, dtype_of<T>());
+    for (const auto& [what, matrix] : saved.halves) add(what, *matrix, Dtype::kBF16);
     if (saved.steps != nullptr) steps[saved.parameter] = *saved.steps;
   }
-  write_safetensors<T>(partial / "optimizer.safetensors", memory);
+  SafetensorsWriter writer(partial / "optimizer.safetensors", shapes, dtype_of<T>());
+  for (const auto& bytes : memory) writer.append_bytes(bytes);
+  writer.commit();
   // A parameter that some batch has reached moves in every step, by its moments if nothing else.
   nlohmann::json reached = nlohmann::json::array();
   for (const auto& [name, parameter] : parameters(model)) {
@@ -233,11 +243,18 @@ TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimize
     const std::string parameter = name.substr(0, dot);
     const std::string what = dot == std::string::npos ? "" : name.substr(dot + 1);
     Matrix<T>* matrix = nullptr;
+    Matrix<T> widened;
+    Matrix<Eigen::bfloat16>* halves = nullptr;
     if (weights.has(parameter)) {
-      for (const auto& [known, values] : loaded.saved_state(parameter).matrices) {
+      const auto memory_of = loaded.saved_state(parameter);
+      for (const auto& [known, values] : memory_of.matrices) {
         if (known == what) matrix = values;
       }
+      for (const auto& [known, values] : memory_of.halves) {
+        if (known == what) halves = values;
+      }
     }
+    if (halves != nullptr) matrix = &widened;
     if (matrix == nullptr) {
       throw_error<FileError>(memory.path(), ": '", name, "' is not known to the optimizer");
     }
@@ -247,6 +264,7 @@ TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimize
     }
     matrix->resize(tensor.shape[0], tensor.shape[1]);
     convert(tensor.dtype, tensor.bytes.data(), matrix->size(), matrix->data());
+    if (halves != nullptr) *halves = widened.template cast<Eigen::bfloat16>();
   }
   for (const auto& [name, count] : parameter_steps) {
     if (!weights.has(name)) {

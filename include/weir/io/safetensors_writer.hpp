@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -25,14 +26,16 @@ namespace weir::io {
 struct TensorShape {
   std::string name;
   std::vector<Index> shape;
+  std::optional<Dtype> dtype = {};  ///< Its kind of numbers, unless it is that of the file.
 };
 
-/// Writes a safetensors file from front to back, all tensors in one kind of numbers. The memory
-/// needed beside the header does not depend on the sizes.
+/// Writes a safetensors file from front to back. The memory needed beside the header does not
+/// depend on the sizes.
 class SafetensorsWriter {
  public:
   /// Begins the file; `commit` gives it its name.
   /// \param tensors   In the order of their numbers.
+  /// \param dtype     The kind of numbers of tensors without one of their own.
   /// \param metadata  Texts for the header.
   /// \throws ConfigError  if a name is there twice, is empty, has a NUL in it or is
   ///                      "__metadata__"; if a name or the metadata is not UTF-8; or unless
@@ -60,6 +63,10 @@ class SafetensorsWriter {
     }
   }
 
+  /// Appends the next numbers, which have the kind of their tensor.
+  /// \throws FileError  if they do not fit on the disk.
+  void append_bytes(std::span<const std::byte> bytes) { file_.write(bytes); }
+
   /// Gives the file its name, once all numbers have been appended.
   /// \throws FileError  if the bytes cannot be brought to the disk.
   void commit() { file_.commit(); }
@@ -84,17 +91,18 @@ inline std::string SafetensorsWriter::header(const std::vector<TensorShape>& ten
   nlohmann::json json = nlohmann::json::object();
   if (!metadata.empty()) json["__metadata__"] = metadata;
   std::size_t end = 0;
-  for (const auto& [name, shape] : tensors) {
+  for (const auto& [name, shape, own_dtype] : tensors) {
+    const Dtype of_tensor = own_dtype.value_or(dtype);
     if (name.empty() || name == "__metadata__" || name.find('\0') != std::string::npos ||
         json.contains(name)) {
       throw_error<ConfigError>(kWho, ": a tensor is named '", name,
                                "', expected different names other than '__metadata__'");
     }
     const std::size_t begin = end;
-    std::size_t bytes = width_of(dtype);
+    std::size_t bytes = width_of(of_tensor);
     for (const Index length : shape) bytes *= static_cast<std::size_t>(length);
     end += bytes;
-    json[name] = {{"dtype", name_of(dtype)}, {"shape", shape}, {"data_offsets", {begin, end}}};
+    json[name] = {{"dtype", name_of(of_tensor)}, {"shape", shape}, {"data_offsets", {begin, end}}};
   }
   std::string text;
   try {

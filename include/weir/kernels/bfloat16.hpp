@@ -3,6 +3,7 @@
 /// Numbers of 16 bits with the range of a float.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -18,6 +19,16 @@ namespace weir::kernels {
 /// The upper half of a float: 8 bits of significand, the exponent of a float. A float becomes the
 /// nearest number, ties to even; a NaN stays a NaN.
 using BFloat16 = Eigen::bfloat16;
+
+/// The nearest numbers of 16 bits as floats, ties to even; a NaN stays a NaN.
+inline Lanes<float> nearest_bfloat16(const Lanes<float>& x) {
+  using Bits = LaneBits<float>;
+  constexpr int kUpper = static_cast<int>(0xFFFF0000U);
+  const auto bits = std::bit_cast<Bits>(x);
+  const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & kUpper;
+  const Bits nan = (bits | 0x00400000) & kUpper;
+  return std::bit_cast<Lanes<float>>(x != x ? nan : rounded);
+}
 
 /// to[i] = from[i], rounded, for i in [0, count). Numbers below the normal range may become zero.
 /// (As integers: half a unit of what stays is added, or a little less where what stays is even.)

@@ -198,14 +198,16 @@ inline void round_to_mxfp4(const float* x, Index count, CodedBlock& to) {
 
 }  // namespace detail
 
+/// The largest number of E4M3.
+inline constexpr float kMostE4M3 = 448.0F;
+
 /// The scale with which numbers up to `most` >= 0 fit E4M3: most / 448 as a float, or the next
 /// power of two. It is no smaller than the least normal float, and 1 for `most` = 0.
 inline float e4m3_scale(float most, bool power_of_two = false) {
   if (most == 0.0F) return 1.0F;
-  const float scale = std::max(most / E4M3::most(), std::numeric_limits<float>::min());
+  const float scale = std::max(most / kMostE4M3, std::numeric_limits<float>::min());
   if (!power_of_two || !std::isfinite(scale)) return scale;
-  const float power = std::ldexp(1.0F, std::ilogb(scale));
-  return power < scale ? 2.0F * power : power;
+  return std::bit_cast<float>((std::bit_cast<std::uint32_t>(scale) + 0x007FFFFFU) & 0xFF800000U);
 }
 
 /// The nearest E4M3 codes of `count` numbers, at most a block, for a scale.
@@ -237,29 +239,6 @@ inline void round_block(Code kind, const float* x, Index count, CodedBlock& to) 
 /// The number of a block at place `i`.
 inline float coded_value(Code kind, const CodedBlock& block, Index i) {
   return block.scale * code_value(kind, block.codes[static_cast<std::size_t>(i)]) + block.minimum;
-}
-
-/// The scales of the tiles [height, width] of a matrix for `round_to_e4m3`: 1 x 128 for activations
-/// and 128 x 128 for weights in DeepSeek-V3 (arXiv:2412.19437, section 3.3.2). Tiles at the right
-/// and at the bottom may be smaller. A tile with a NaN or an infinity has the scale NaN.
-inline Matrix<float> e4m3_tile_scales(MatrixIn<float> x, Index height, Index width,
-                                      bool power_of_two = false) {
-  Matrix<float> scales((x.rows() + height - 1) / height, (x.cols() + width - 1) / width);
-  for (Index i = 0; i < scales.rows(); ++i) {
-    for (Index j = 0; j < scales.cols(); ++j) {
-      const Index rows = std::min(height, x.rows() - i * height);
-      const Index cols = std::min(width, x.cols() - j * width);
-      float most = 0.0F;
-      for (Index r = i * height; r < i * height + rows; ++r) {
-        const float largest =
-            detail::largest_magnitude(detail::range_of(&x.coeffRef(r, j * width), cols));
-        most = largest <= most ? most : largest;  // A NaN stays.
-        if (std::isnan(most)) break;
-      }
-      scales(i, j) = e4m3_scale(most, power_of_two);
-    }
-  }
-  return scales;
 }
 
 }  // namespace weir::kernels

@@ -5,36 +5,22 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <span>
+#include <type_traits>
 
 #include <weir/core/error.hpp>
 #include <weir/core/index_span.hpp>
+#include <weir/core/precision.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/panel.hpp>
+#include <weir/kernels/product.hpp>
 #include <weir/kernels/schedule.hpp>
 #include <weir/kernels/turned_rows.hpp>
 #include <weir/ops/lanes.hpp>
 
 namespace weir {
-
-/// One matrix product. Strides describe the operands, so that a transposed one needs no copy:
-///
-///     out[i, j] = sum_p a[i, p] b[p, j]           (added to out[i, j] if `accumulate`)
-///
-/// with a[i, p] at `a + i * a_row + p * a_col`, b[p, j] at `b + p * b_row + j * b_col` and out[i,
-/// j] at `out + i * out_row + j`. `out` must not overlap the operands.
-template <class T>
-struct Product {
-  Index m = 0, n = 0, k = 0;
-  const T* a = nullptr;
-  Index a_row = 0, a_col = 0;
-  const T* b = nullptr;
-  Index b_row = 0, b_col = 0;
-  T* out = nullptr;
-  Index out_row = 0;
-  bool accumulate = false;
-};
 
 namespace kernels {
 
@@ -113,12 +99,9 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
                              ToMatrix<T>{p.out, p.out_row, p.n, p.accumulate});
 }
 
-}  // namespace kernels
-
-/// Computes all `products`, which must not write to the same place. All threads share the pieces of
-/// all products, so that one expert with most of the tokens keeps every core busy.
+/// Computes all `products`, whatever their precision, without rounding the operands.
 template <class T>
-void multiply(std::span<const Product<T>> products) {
+void multiply_exactly(std::span<const Product<T>> products) {
   const Index most_rows = kernels::most_rows_for_threads([&](Index rows) {
     Index pieces = 0;
     for (const Product<T>& p : products) pieces += kernels::cut(p, rows).pieces(1).count;
@@ -136,26 +119,33 @@ void multiply(std::span<const Product<T>> products) {
       });
 }
 
-/// The product out (+)= a b^T, for example tokens [m, k] times a weight [n, k].
+}  // namespace kernels
+
+/// Computes all `products`, which must not write to the same place. All threads share the pieces of
+/// all products, so that one expert with most of the tokens keeps every core busy.
 template <class T>
-Product<T> product_nt(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> out, bool accumulate = false) {
-  return {a.rows(), b.rows(), a.cols(),        a.data(),   a.outerStride(),   1,
-          b.data(), 1,        b.outerStride(), out.data(), out.outerStride(), accumulate};
+void multiply(std::span<const Product<T>> products) {
+  if constexpr (std::is_same_v<T, float>) {
+    while (!products.empty()) {  // Of one precision at a time.
+      const RoundedProducts* const rounded = products.front().rounded;
+      const auto end =
+          std::ranges::find_if(products, [&](const Product<T>& p) { return p.rounded != rounded; });
+      const auto count = static_cast<std::size_t>(end - products.begin());
+      if (rounded == nullptr) {
+        kernels::multiply_exactly<T>(products.first(count));
+      } else {
+        rounded->multiply(products.first(count));
+      }
+      products = products.subspan(count);
+    }
+  } else {
+    kernels::multiply_exactly<T>(products);
+  }
 }
 
-/// The product out (+)= a b, for example a gradient [m, k] times a weight [k, n].
 template <class T>
-Product<T> product_nn(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> out, bool accumulate = false) {
-  return {a.rows(), b.cols(),        a.cols(), a.data(),   a.outerStride(),   1,
-          b.data(), b.outerStride(), 1,        out.data(), out.outerStride(), accumulate};
-}
-
-/// The product out (+)= a^T b, for example a gradient [k, m] times tokens [k, n].
-template <class T>
-Product<T> product_tn(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> out, bool accumulate = false) {
-  return {a.cols(), b.cols(),        a.rows(),          a.data(),
-          1,        a.outerStride(), b.data(),          b.outerStride(),
-          1,        out.data(),      out.outerStride(), accumulate};
+void multiply(const Product<T>& product) {
+  multiply<T>(std::span(&product, 1));
 }
 
 /// out = a b^T; a [m, k], b [n, k], out [m, n].

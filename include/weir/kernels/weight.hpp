@@ -94,15 +94,17 @@ struct WeightProduct {
       : weight(&w), out(to.data()), out_row(to.outerStride()) {}
 };
 
-/// out_i = x W_i^T for several weights, all in the same storage and as wide as x.
+/// out_i = x W_i^T for several weights, all in the same storage and as wide as x. Parameters are
+/// multiplied in their precision.
 template <class T, std::size_t count>
 void multiply_weights(MatrixIn<T> x, const std::array<WeightProduct<T>, count>& products) {
   if (products[0].weight->storage() == Storage::kTrainable) {
     std::array<Product<T>, count> plain;
     for (std::size_t i = 0; i < count; ++i) {
-      const Matrix<T>& w = products[i].weight->parameter().value;
-      plain[i] = {x.rows(), w.rows(), x.cols(), x.data(),        x.outerStride(),    1,
-                  w.data(), 1,        w.cols(), products[i].out, products[i].out_row};
+      const Parameter<T>& w = products[i].weight->parameter();
+      Eigen::Map<Matrix<T>, 0, Eigen::OuterStride<>> out(products[i].out, x.rows(), w.value.rows(),
+                                                         Eigen::OuterStride<>(products[i].out_row));
+      plain[i] = forward_product<T>(x, w, out);
     }
     return multiply<T>(plain);
   }

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -16,6 +15,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/block_codes.hpp>
+#include <weir/kernels/e4m3_lanes.hpp>
 
 namespace weir::kernels {
 
@@ -47,7 +47,7 @@ constexpr bool rounds_rows(Storage storage) {
 template <class T>
 class WeightRows {
  public:
-  static constexpr Index kTile = 128;  ///< Rows and columns with a common scale in FP8.
+  static constexpr Index kTile = kernels::kTile;
 
   WeightRows(MatrixIn<T> value, const RowReader<T>* reader, Storage storage)
       : value_(value), reader_(reader), storage_(storage) {}
@@ -106,15 +106,7 @@ void WeightRows<T>::find_scales(float* scales) {
     read(i * kTile, height, [&](const T* rows, Index stride) {
       for (Index j = 0; j < tiles_across(); ++j) {
         const Index width = std::min(kTile, value_.cols() - j * kTile);
-        float most = 0.0F;
-        for (Index r = 0; r < height && !std::isnan(most); ++r) {
-          float numbers[kTile] = {};
-          const T* const from = rows + r * stride + j * kTile;
-          for (Index p = 0; p < width; ++p) numbers[p] = static_cast<float>(from[p]);
-          const float largest = detail::largest_magnitude(detail::range_of(numbers, width));
-          if (!(largest <= most)) most = largest;  // A NaN stays.
-        }
-        scales[i * tiles_across() + j] = e4m3_scale(most);
+        scales[i * tiles_across() + j] = e4m3_tile_scale(rows + j * kTile, stride, height, width);
       }
     });
   });

@@ -75,6 +75,8 @@ class LanguageHead {
   /// A head as `weir::set_storage` sees it: a tied one is stored beside the embedding.
   class Stored {
    public:
+    static constexpr bool kTrainsInFull = true;  ///< See `set_precision`.
+
     Stored(LanguageHead& head, Embedding<T>& embedding) : head_(head), embedding_(embedding) {}
 
     void set_storage(Storage storage) { head_.set_storage(storage, embedding_); }

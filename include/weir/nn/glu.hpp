@@ -15,6 +15,7 @@
 #include <weir/core/types.hpp>
 #include <weir/core/workspace.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/nn/kept_glu.hpp>
 #include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
 #include <weir/ops/lanes.hpp>
@@ -73,9 +74,10 @@ class Glu {
 
   struct Cache {
     CacheState state;
-    Matrix<T> x, gate, up, h, y;
+    Matrix<T> y;
+    KeptGlu<T> kept;
     Matrix<T> dy, dx;
-    Workspace workspace;  ///< For the gradients of hidden numbers.
+    Workspace workspace;  ///< For what is needed only while a pass runs.
     PaddingRows padding;
     PackedGluCache<T> packed;
   };
@@ -137,11 +139,11 @@ class Glu {
  private:
   void run(MatrixIn<T> x, MatrixOut<T> gate, MatrixOut<T> up, MatrixOut<T> h,
            MatrixOut<T> y) const {
-    const Product<T> products[] = {product_nt<T>(x, gate_.value, gate),
-                                   product_nt<T>(x, up_.value, up)};
+    const Product<T> products[] = {forward_product<T>(x, gate_, gate),
+                                   forward_product<T>(x, up_, up)};
     multiply<T>(products);
     glu_forward<Act, T>(gate, up, h);
-    multiply_nt<T>(h, down_.value, y);
+    multiply<T>(forward_product<T>(h, down_, y));
   }
 
   void run_packed(MatrixIn<T> x, PackedGluCache<T>& cache, MatrixOut<T> y) const {
@@ -167,18 +169,19 @@ const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
     cache.padding.clear(cache.y);
     return cache.state.finish(*this, Pass{}, cache.y);  // Nothing is kept for `backward`.
   }
-  set_shape(cache.gate, x.rows(), d_hidden());
-  set_shape(cache.up, x.rows(), d_hidden());
+  Workspace::Frame frame(cache.workspace);
+  GluRows<T> at =
+      cache.kept.begin(x.rows(), d_model(), d_hidden(), pass.training, gate_.precision(), frame);
   if (pass.training) {
-    copy_rows<T>(x, cache.x);
-    cache.padding.clear(cache.x);
-    set_shape(cache.h, x.rows(), d_hidden());
-    run(cache.x, cache.gate, cache.up, cache.h, cache.y);
+    copy_rows_to<T>(x, at.x);
+    clear_padding<T>(cache.padding.mask(), at.x);
+    run(at.x, at.gate, at.up, at.hidden, cache.y);
   } else {
-    run(x, cache.gate, cache.up, cache.gate, cache.y);
+    run(x, at.gate, at.up, at.hidden, cache.y);
   }
+  cache.kept.end(at);
   for (const Parameter<T>* weight : {&gate_, &up_}) pass.show<T>(*weight, x);
-  pass.show<T>(down_, pass.training ? cache.h : cache.gate);
+  pass.show<T>(down_, at.hidden);
   cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }
@@ -192,17 +195,22 @@ const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   auto d_gate = frame.matrix<T>(dy.rows(), d_hidden());
   auto d_up = frame.matrix<T>(dy.rows(), d_hidden());
   set_shape(cache.dx, dy.rows(), d_model());
+  GluRows<T> at = cache.kept.restored(frame);
+  if (cache.kept.is_fp8()) {
+    clear_padding<T>(cache.padding.mask(), at.x);
+    glu_forward<Act, T>(at.gate, at.up, at.hidden);
+  }
 
   const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dy, cache.dy);
-  const Product<T> behind[] = {product_nn<T>(d, down_.value, dh),
-                               product_tn<T>(d, cache.h, down_.gradient(), true)};
+  const Product<T> behind[] = {input_gradient_product<T>(d, down_, dh),
+                               weight_gradient_product<T>(d, at.hidden, down_)};
   multiply<T>(behind);
-  glu_backward<Act, T>(cache.gate, cache.up, dh, d_gate, d_up);
-  const Product<T> before[] = {product_nn<T>(d_gate, gate_.value, cache.dx),
-                               product_tn<T>(d_gate, cache.x, gate_.gradient(), true),
-                               product_tn<T>(d_up, cache.x, up_.gradient(), true)};
+  glu_backward<Act, T>(at.gate, at.up, dh, d_gate, d_up);
+  const Product<T> before[] = {input_gradient_product<T>(d_gate, gate_, cache.dx),
+                               weight_gradient_product<T>(d_gate, at.x, gate_),
+                               weight_gradient_product<T>(d_up, at.x, up_)};
   multiply<T>(before);
-  multiply_nn<T>(d_up, up_.value, cache.dx, true);
+  multiply<T>(input_gradient_product<T>(d_up, up_, cache.dx, true));
   return cache.dx;
 }
 

@@ -10,8 +10,11 @@
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/parameter.hpp>
+#include <weir/core/precision.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
+#include <weir/kernels/e4m3_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/ops/padding.hpp>
@@ -33,8 +36,8 @@ void linear_forward(MatrixIn<T> x, const kernels::Weight<T>& weight, const Matri
 template <class T>
 void linear_backward(MatrixIn<T> dy, MatrixIn<T> x, kernels::Weight<T>& weight, Parameter<T>& bias,
                      MatrixOut<T> dx) {
-  const Product<T> products[] = {product_nn<T>(dy, weight.parameter().value, dx),
-                                 product_tn<T>(dy, x, weight.parameter().gradient(), true)};
+  const Product<T> products[] = {input_gradient_product<T>(dy, weight.parameter(), dx),
+                                 weight_gradient_product<T>(dy, x, weight.parameter())};
   multiply<T>(products);
   if (bias.value.size() != 0) add_rows_to<T>(dy, bias.gradient().data());
 }
@@ -54,6 +57,8 @@ class Linear {
   struct Cache {
     CacheState state;
     Matrix<T> x, y, dy, dx;  ///< dy is only used if there is padding, and so in other layers.
+    kernels::E4M3Rows<T> rounded_x;  ///< Instead of x, in training in FP8.
+    Workspace workspace;             ///< For x again.
     PaddingRows padding;
   };
 
@@ -88,8 +93,9 @@ class Linear {
     expect_trainable("Linear::backward", weight_.storage());
     cache.state.begin_backward("Linear::backward", *this, dy);
     set_shape(cache.dx, dy.rows(), d_in());
-    linear_backward<T>(cache.padding.template cleared<T>(dy, cache.dy), cache.x, weight_, bias_,
-                       cache.dx);
+    const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dy, cache.dy);
+    Workspace::Frame frame(cache.workspace);
+    linear_backward<T>(d, cache.rounded_x.or_else(cache.x, frame), weight_, bias_, cache.dx);
     return cache.dx;
   }
 
@@ -125,8 +131,9 @@ const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cach
   expect_columns("Linear::forward", "x", x, d_in());
   cache.padding.set("Linear::forward", pass, x.rows());
   if (pass.training) {
-    copy_rows<T>(x, cache.x);
-    cache.padding.clear(cache.x);
+    const bool rounds = weight().precision() == Precision::kFp8;
+    cache.rounded_x.set(cache.padding.template cleared<T>(x, cache.x), rounds);
+    if (!rounds && cache.padding.mask().empty()) copy_rows<T>(x, cache.x);
   }
   set_shape(cache.y, x.rows(), d_out());
   pass.show<T>(weight_.parameter(), x);

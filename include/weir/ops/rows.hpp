@@ -30,11 +30,15 @@ void parallel_pieces(Index rows, Index cols, Index cost, Body&& body) {
 
 /// `to` = `from`, on all threads; `to` is resized.
 template <class T>
-void copy_rows(MatrixIn<T> from, Matrix<T>& to) {
-  set_shape(to, from.rows(), from.cols());
+void copy_rows_to(MatrixIn<T> from, MatrixOut<T> to) {
   parallel_pieces(from.rows(), from.cols(), 1, [&](Index t, Index col, Index count) {
     std::copy_n(&from.coeffRef(t, col), count, &to(t, col));
   });
+}
+template <class T>
+void copy_rows(MatrixIn<T> from, Matrix<T>& to) {
+  set_shape(to, from.rows(), from.cols());
+  copy_rows_to<T>(from, to);
 }
 
 /// sum = a + b, on all threads; `sum` has their shape and may be one of them.

@@ -36,6 +36,9 @@ struct AdamWConfig {
   /// Whether parameters that no backward pass reached since the last step, such as experts without
   /// tokens, miss the step until a later one catches up on it.
   bool lazy = false;
+  /// Whether m and v are kept as bfloat16 numbers, in half the memory, and widened for each step,
+  /// as in DeepSeek-V3's training in FP8 (arXiv:2412.19437, section 3.3.3).
+  bool bfloat16_moments = false;
   std::vector<ParameterGroup> groups = {};  ///< The first that matches a name applies to it.
 };
 
@@ -134,21 +137,17 @@ class AdamW {
 
   /// See SavedState.
   std::vector<SavedState<T>> saved_states();
-  SavedState<T> saved_state(std::string_view name) { return saved(name, moments(name)); }
+  SavedState<T> saved_state(std::string_view name) {
+    return moments(name).saved(name, config_.bfloat16_moments);
+  }
   AdamW without_states() const { return AdamW(config_); }
 
   /// Forgets the moments of the parameters whose names match `pattern`, so that they start anew.
   void forget(std::string_view pattern) { states_.forget(pattern); }
 
  private:
-  static SavedState<T> saved(std::string_view name, Moments<T>& m) {
-    return {std::string(name),
-            {{"first", &m.first}, {"second", &m.second}, {"missed", &m.missed}},
-            &m.steps};
-  }
-
   using State = AdamWState<T>;
-  using Values = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
+  using Values = typename MomentBlock<T, 1>::Values;
 
   // Parameters are updated in blocks that stay in the first-level cache over the statements of
   // `update_block`. A task is a run of blocks of one large parameter or of many small ones. A block
@@ -182,8 +181,6 @@ class AdamW {
 
   static void check(const Active& active);
 
-  static void allocate(const Active& active);
-
   // The coefficients of the parameter's next step.
   AdamWCoefficients<T> next(const Active& active) const;
 
@@ -210,9 +207,12 @@ template <std::floating_point T>
 std::vector<SavedState<T>> AdamW<T>::saved_states() {
   std::vector<SavedState<T>> all;
   for (auto& [name, state] : states_.all()) {
-    SavedState<T> of_parameter = saved(name, state.moments);
-    std::erase_if(of_parameter.matrices, [](const auto& m) { return m.second->size() == 0; });
-    if (!of_parameter.matrices.empty()) all.push_back(std::move(of_parameter));
+    SavedState<T> of_parameter = state.moments.saved(name, config_.bfloat16_moments);
+    const auto is_empty = [](const auto& m) { return m.second->size() == 0; };
+    std::erase_if(of_parameter.matrices, is_empty);
+    std::erase_if(of_parameter.halves, is_empty);
+    if (of_parameter.matrices.size() + of_parameter.halves.size() == 0) continue;
+    all.push_back(std::move(of_parameter));
   }
   return all;
 }
@@ -239,7 +239,8 @@ void AdamW<T>::run(const List<typename ParameterStates<T, State>::Found>& found,
   }
   for (const Active& active : active_) check(active);
   for (const Active& active : active_) {
-    if (active.steps) allocate(active);
+    if (!active.steps) continue;
+    active.state->moments.make(active.parameter->value, config_.bfloat16_moments);
   }
   Index blocks = 0;
   for (Active& active : active_) {
@@ -278,18 +279,7 @@ template <std::floating_point T>
 void AdamW<T>::check(const Active& active) {
   const Matrix<T>& value = active.parameter->value;
   expect_like_value("AdamW::step", "gradient", *active.name, active.parameter->grad, value);
-  expect_like_value("AdamW::step", "first moment", *active.name, active.state->moments.first,
-                    value);
-  expect_like_value("AdamW::step", "second moment", *active.name, active.state->moments.second,
-                    value);
-}
-
-template <std::floating_point T>
-void AdamW<T>::allocate(const Active& active) {
-  const Matrix<T>& value = active.parameter->value;
-  Moments<T>& moments = active.state->moments;
-  if (moments.first.size() == 0) set_zero_in_parallel(moments.first, value.rows(), value.cols());
-  if (moments.second.size() == 0) set_zero_in_parallel(moments.second, value.rows(), value.cols());
+  active.state->moments.check("AdamW::step", *active.name, value);
 }
 
 template <std::floating_point T>
@@ -310,13 +300,14 @@ void AdamW<T>::update_block(const Active& active, Index begin, bool stepping) co
   const Index size = std::min(kBlock, parameter.value.size() - begin);
   Values w(parameter.value.data() + begin, size);
   Moments<T>& moments = active.state->moments;
+  const MomentBlock<T, kBlock> block(moments, begin, size);
+  Values m = block.m();
+  Values v = block.v();
   const T epsilon = static_cast<T>(config_.epsilon);
   if (active.behind) {
     const MissedSteps<T> missed(moments.missed);
     w *= missed.keep();
-    if (moments.first.size() > 0) {  // Else it had no step before those it missed.
-      Values m(moments.first.data() + begin, size);
-      Values v(moments.second.data() + begin, size);
+    if (moments.any()) {  // Else it had no step before those it missed.
       w -= missed.move() * m / (v.sqrt() + epsilon);
       m *= missed.first();
       v *= missed.second();
@@ -325,8 +316,6 @@ void AdamW<T>::update_block(const Active& active, Index begin, bool stepping) co
   if (!stepping || parameter.grad.size() == 0) return;
   Values g(parameter.grad.data() + begin, size);
   if (active.steps) {
-    Values m(moments.first.data() + begin, size);
-    Values v(moments.second.data() + begin, size);
     const auto [keep, rate, root] = active.coefficients;
     m = static_cast<T>(config_.beta1) * m + static_cast<T>(1.0 - config_.beta1) * g;
     v = static_cast<T>(config_.beta2) * v + static_cast<T>(1.0 - config_.beta2) * g.square();

@@ -6,8 +6,13 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <type_traits>
 
 #include <weir/core/types.hpp>
+#include <weir/core/zeros.hpp>
+#include <weir/kernels/bfloat16.hpp>
+#include <weir/optim/parameter_states.hpp>
 
 namespace weir {
 
@@ -18,6 +23,95 @@ struct Moments {
   Matrix<T> second;  ///< v, shaped like the parameter; empty until its first update.
   Index steps = 0;   ///< t: how many updates the parameter has had, missed ones included.
   Matrix<T> missed;  ///< The numbers of MissedSteps; empty unless there were any.
+  /// m and v as numbers of 16 bits instead, see AdamWConfig::bfloat16_moments.
+  Matrix<kernels::BFloat16> short_first = {}, short_second = {};
+
+  /// Whether there were any updates, so that there is m and v.
+  bool any() const { return first.size() + short_first.size() > 0; }
+
+  /// Makes m and v zeros unless they are there.
+  void make(const Matrix<T>& value, bool bfloat16) {
+    const auto zeros = [&](auto& matrix) {
+      if (matrix.size() == 0) set_zero_in_parallel(matrix, value.rows(), value.cols());
+    };
+    if (bfloat16) {
+      zeros(short_first);
+      zeros(short_second);
+    } else {
+      zeros(first);
+      zeros(second);
+    }
+  }
+
+  /// \throws ShapeError   unless they are empty or shaped like the parameter `name`.
+  void check(std::string_view who, std::string_view name, const Matrix<T>& value) const {
+    expect_like_value(who, "first moment", name, first, value);
+    expect_like_value(who, "second moment", name, second, value);
+    expect_like_value(who, "first moment", name, short_first, value);
+    expect_like_value(who, "second moment", name, short_second, value);
+  }
+
+  SavedState<T> saved(std::string_view name, bool bfloat16) {
+    SavedState<T> state = {std::string(name), {}, &steps};
+    if (bfloat16) {
+      state.halves = {{"first", &short_first}, {"second", &short_second}};
+    } else {
+      state.matrices = {{"first", &first}, {"second", &second}};
+    }
+    state.matrices.emplace_back("missed", &missed);
+    return state;
+  }
+};
+
+/// The moments of up to `most` neighbouring numbers of a parameter while a step changes them: in
+/// place or, where they are numbers of 16 bits, widened in space of its own and rounded back to
+/// nearest in the end.
+template <class T, Index most>
+class MomentBlock {
+ public:
+  using Values = Eigen::Map<Eigen::Array<T, Eigen::Dynamic, 1>>;
+
+  MomentBlock(Moments<T>& moments, Index begin, Index size) {
+    if (!moments.any()) return;
+    size_ = size;
+    if (moments.short_first.size() == 0) {
+      m_ = moments.first.data() + begin;
+      v_ = moments.second.data() + begin;
+      return;
+    }
+    short_m_ = moments.short_first.data() + begin;
+    short_v_ = moments.short_second.data() + begin;
+    m_ = space_;
+    v_ = space_ + most;
+    for (Index i = 0; i < size; ++i) m_[i] = static_cast<T>(static_cast<float>(short_m_[i]));
+    for (Index i = 0; i < size; ++i) v_[i] = static_cast<T>(static_cast<float>(short_v_[i]));
+  }
+  MomentBlock(const MomentBlock&) = delete;
+  MomentBlock& operator=(const MomentBlock&) = delete;
+  ~MomentBlock() {
+    if (short_m_ == nullptr) return;
+    round(m_, short_m_);
+    round(v_, short_v_);
+  }
+
+  Values m() const { return {m_, size_}; }
+  Values v() const { return {v_, size_}; }
+
+ private:
+  void round(const T* from, kernels::BFloat16* to) const {
+    if constexpr (std::is_same_v<T, float>) {
+      kernels::round_to_bfloat16(size_, from, to);
+    } else {
+      for (Index i = 0; i < size_; ++i) to[i] = kernels::BFloat16(static_cast<float>(from[i]));
+    }
+  }
+
+  Index size_ = 0;
+  T* m_ = nullptr;
+  T* v_ = nullptr;
+  kernels::BFloat16* short_m_ = nullptr;
+  kernels::BFloat16* short_v_ = nullptr;
+  T space_[2 * most];
 };
 
 /// The state of AdamW for one parameter: the moments, and what its group set.

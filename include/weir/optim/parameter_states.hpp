@@ -33,13 +33,15 @@ struct SavedState {
   std::string parameter;
   std::vector<std::pair<std::string_view, Matrix<T>*>> matrices;  ///< Each with what it is.
   Index* steps = nullptr;  ///< The parameter's own count of updates, where it has one.
+  /// What is kept in 16 bits.
+  std::vector<std::pair<std::string_view, Matrix<Eigen::bfloat16>*>> halves = {};
 };
 
 /// \throws ShapeError   unless `matrix`, the `what` of a parameter, is empty or shaped like its
 /// value. \param who      The name of the function, for messages.
-template <class T>
+template <class Number, class T>
 void expect_like_value(std::string_view who, std::string_view what, std::string_view name,
-                       const Matrix<T>& matrix, const Matrix<T>& value) {
+                       const Matrix<Number>& matrix, const Matrix<T>& value) {
   if (matrix.size() == 0) return;
   if (matrix.rows() == value.rows() && matrix.cols() == value.cols()) return;
   throw_error<ShapeError>(who, ": ", what, " of ", name, " is ", shape_of(matrix), ", expected ",

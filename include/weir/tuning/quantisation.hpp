@@ -51,7 +51,7 @@ namespace detail {
 /// Calls `weight(name, parameter, storage)` for each matrix that the rules store.
 template <class T>
 struct WalkStoredWeights : Walk<T> {
-  explicit WalkStoredWeights(const StorageRules& all) : rules(all) {}
+  WalkStoredWeights(std::string_view who, const StorageRules& all) : caller(who), rules(all) {}
   bool only_stored() const final { return true; }
   bool at_node(const Node& node) final {
     if (inside && this->path().starts_with(part)) return true;
@@ -62,7 +62,7 @@ struct WalkStoredWeights : Walk<T> {
     if (!name.empty()) name.remove_suffix(1);  // The dot.
     storage = storage_of(rules, name);
     if (storage != nullptr && node.storage() != Storage::kTrainable) {
-      throw_error<StateError>("storage_report: part '", name,
+      throw_error<StateError>(caller, ": part '", name,
                               "' is stored for inference, expected Storage::kTrainable");
     }
     return true;
@@ -75,6 +75,7 @@ struct WalkStoredWeights : Walk<T> {
   }
   virtual void at_weight(std::string_view name, Parameter<T>& weight, Storage how) = 0;
 
+  std::string_view caller;  // The function that needs the walk, for messages.
   const StorageRules& rules;
   bool inside = false;  // Of a part that stores its weights as a whole,
   std::string part;     // whose path this is.
@@ -84,7 +85,7 @@ struct WalkStoredWeights : Walk<T> {
 template <class T>
 struct ReportStorage final : WalkStoredWeights<T> {
   ReportStorage(const StorageRules& all, const InputSamples* inputs)
-      : WalkStoredWeights<T>(all), samples(inputs) {}
+      : WalkStoredWeights<T>("storage_report", all), samples(inputs) {}
 
   void at_weight(std::string_view name, Parameter<T>& weight, Storage how) override {
     const Matrix<T>& w = weight.value;
@@ -121,7 +122,7 @@ struct ReportStorage final : WalkStoredWeights<T> {
 template <class T>
 struct Calibrate final : WalkStoredWeights<T> {
   Calibrate(const StorageRules& all, const InputSamples& inputs, double damp)
-      : WalkStoredWeights<T>(all), samples(inputs), damping(damp) {}
+      : WalkStoredWeights<T>("calibrate", all), samples(inputs), damping(damp) {}
 
   void at_weight(std::string_view /*name*/, Parameter<T>& weight, Storage how) override {
     if (kernels::code_of(how) != kernels::Code::kInt4) return;

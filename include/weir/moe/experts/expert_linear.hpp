@@ -104,7 +104,7 @@ void ExpertLinear<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Matrix
     auto y_e = y.middleRows(begin, rows);
     if (weight_[e].storage() == Storage::kTrainable) {
       products.plain.push_back(
-          product_nt<T>(x.middleRows(begin, rows), weight_[e].parameter().value, y_e));
+          forward_product<T>(x.middleRows(begin, rows), weight_[e].parameter(), y_e));
     } else {
       products.packed.push_back({&weight_[e].packed(), begin, rows, y_e.data(), y.outerStride()});
     }
@@ -125,9 +125,8 @@ void ExpertLinear<T>::backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>&
     const auto dy_e = dy.middleRows(begin, rows);
     Parameter<T>& weight = weight_[e].parameter();
     products.plain.push_back(
-        product_nn<T>(dy_e, weight.value, dx.middleRows(begin, rows), accumulate));
-    products.plain.push_back(
-        product_tn<T>(dy_e, x.middleRows(begin, rows), weight.gradient(), true));
+        input_gradient_product<T>(dy_e, weight, dx.middleRows(begin, rows), accumulate));
+    products.plain.push_back(weight_gradient_product<T>(dy_e, x.middleRows(begin, rows), weight));
     if (!bias_.empty()) add_rows_to<T>(dy_e, bias_[e].gradient().data());
   });
   multiply<T>(products.plain);

@@ -22,6 +22,7 @@
 #include <weir/moe/experts/expert_source.hpp>
 #include <weir/nn/dropout.hpp>
 #include <weir/nn/glu.hpp>
+#include <weir/nn/kept_glu.hpp>
 #include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
 
@@ -53,11 +54,12 @@ class GluBank {
   using Scalar = T;
 
   struct Cache {
-    Scratch<T> x, gate, up, hidden, out;  ///< [slots, .], from forward
-    Scratch<T> factor;                    ///< [slots, d_hidden], of dropout, or empty
-    Matrix<T> y, dx;                      ///< [tokens, d_model]
-    Workspace workspace;                  ///< For gradients of slots.
-    FetchedGluCache<T> stored;            ///< Where weights are stored for inference.
+    KeptGlu<T> kept;            ///< [slots, .], from forward
+    Scratch<T> out;             ///< [slots, d_out], from forward
+    Scratch<T> factor;          ///< [slots, d_hidden], of dropout, or empty
+    Matrix<T> y, dx;            ///< [tokens, d_model]
+    Workspace workspace;        ///< For what is needed only while a pass runs.
+    FetchedGluCache<T> stored;  ///< Where weights are stored for inference.
     std::vector<Product<T>> products;
   };
 
@@ -197,36 +199,41 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
   auto d_up = frame.matrix<T>(slots, d_hidden());
   auto d_packed = frame.matrix<T>(slots, d_in());
   combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
+  GluRows<T> at = cache.kept.restored(frame);
+  if (cache.kept.is_fp8()) {
+    glu_forward<Act, T>(at.gate, at.up, at.hidden);
+    apply_dropout<T>(cache.factor, at.hidden);
+  }
 
   cache.products.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     const auto d_out_e = d_out_packed.middleRows(begin, rows);
-    const auto hidden_e = cache.hidden.view().middleRows(begin, rows);
     cache.products.push_back(
-        product_nn<T>(d_out_e, down_[e].value, d_hidden_packed.middleRows(begin, rows)));
-    cache.products.push_back(product_tn<T>(d_out_e, hidden_e, down_[e].gradient(), true));
+        input_gradient_product<T>(d_out_e, down_[e], d_hidden_packed.middleRows(begin, rows)));
+    cache.products.push_back(
+        weight_gradient_product<T>(d_out_e, at.hidden.middleRows(begin, rows), down_[e]));
   });
   multiply<T>(cache.products);
 
   apply_dropout<T>(cache.factor, d_hidden_packed);
-  glu_backward<Act, T>(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
+  glu_backward<Act, T>(at.gate, at.up, d_hidden_packed, d_gate, d_up);
 
   cache.products.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-    const auto x_e = cache.x.view().middleRows(begin, rows);
+    const auto x_e = at.x.middleRows(begin, rows);
     const auto d_gate_e = d_gate.middleRows(begin, rows);
     const auto d_up_e = d_up.middleRows(begin, rows);
-    cache.products.push_back(product_tn<T>(d_gate_e, x_e, gate_[e].gradient(), true));
-    cache.products.push_back(product_tn<T>(d_up_e, x_e, up_[e].gradient(), true));
+    cache.products.push_back(weight_gradient_product<T>(d_gate_e, x_e, gate_[e]));
+    cache.products.push_back(weight_gradient_product<T>(d_up_e, x_e, up_[e]));
     cache.products.push_back(
-        product_nn<T>(d_gate_e, gate_[e].value, d_packed.middleRows(begin, rows)));
+        input_gradient_product<T>(d_gate_e, gate_[e], d_packed.middleRows(begin, rows)));
   });
   multiply<T>(cache.products);
 
   cache.products.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-    cache.products.push_back(product_nn<T>(d_up.middleRows(begin, rows), up_[e].value,
-                                           d_packed.middleRows(begin, rows), true));
+    cache.products.push_back(input_gradient_product<T>(d_up.middleRows(begin, rows), up_[e],
+                                                       d_packed.middleRows(begin, rows), true));
   });
   multiply<T>(cache.products);
 
@@ -292,32 +299,33 @@ template <std::floating_point T, Activation Act>
 void GluBank<T, Act>::forward_trainable(MatrixIn<T> x, const Dispatch<T>& dispatch,
                                         const Pass& pass, Cache& cache) const {
   const Index slots = dispatch.slots();
-  gather<T>(x, dispatch, cache.x.reshape(slots, d_in()));
-  auto gate = cache.gate.reshape(slots, d_hidden());
-  auto up = cache.up.reshape(slots, d_hidden());
-  auto hidden = cache.hidden.reshape(slots, d_hidden());
+  Workspace::Frame frame(cache.workspace);
+  GluRows<T> at =
+      cache.kept.begin(slots, d_in(), d_hidden(), pass.training, gate_[0].precision(), frame);
+  gather<T>(x, dispatch, at.x);
   auto out = cache.out.reshape(slots, d_out());
 
   cache.products.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-    const auto x_e = cache.x.view().middleRows(begin, rows);
-    cache.products.push_back(product_nt<T>(x_e, gate_[e].value, gate.middleRows(begin, rows)));
-    cache.products.push_back(product_nt<T>(x_e, up_[e].value, up.middleRows(begin, rows)));
+    const auto x_e = at.x.middleRows(begin, rows);
+    cache.products.push_back(forward_product<T>(x_e, gate_[e], at.gate.middleRows(begin, rows)));
+    cache.products.push_back(forward_product<T>(x_e, up_[e], at.up.middleRows(begin, rows)));
   });
   multiply<T>(cache.products);
 
-  glu_forward<Act, T>(gate, up, hidden);
-  drop_hidden<T>("GluBank::forward", dropout_, pass, hidden, cache.factor);
+  glu_forward<Act, T>(at.gate, at.up, at.hidden);
+  drop_hidden<T>("GluBank::forward", dropout_, pass, at.hidden, cache.factor);
 
   cache.products.clear();
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-    cache.products.push_back(
-        product_nt<T>(hidden.middleRows(begin, rows), down_[e].value, out.middleRows(begin, rows)));
-    pass.show<T>(gate_[e], cache.x.view().middleRows(begin, rows));
-    pass.show<T>(up_[e], cache.x.view().middleRows(begin, rows));
-    pass.show<T>(down_[e], hidden.middleRows(begin, rows));
+    cache.products.push_back(forward_product<T>(at.hidden.middleRows(begin, rows), down_[e],
+                                                out.middleRows(begin, rows)));
+    pass.show<T>(gate_[e], at.x.middleRows(begin, rows));
+    pass.show<T>(up_[e], at.x.middleRows(begin, rows));
+    pass.show<T>(down_[e], at.hidden.middleRows(begin, rows));
   });
   multiply<T>(cache.products);
+  cache.kept.end(at);
 }
 
 }  // namespace weir

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// FP8 numbers (E4M3) in registers, and the scales of tiles.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include <weir/core/types.hpp>
+#include <weir/kernels/block_codes.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir::kernels {
+
+/// Rows, columns or both that share a scale (arXiv:2412.19437, section 3.3.2).
+inline constexpr Index kTile = 128;
+
+/// The nearest E4M3 numbers as floats, which have 4 bits of significand: ties to even, magnitudes
+/// beyond 448 become 448, a NaN stays a NaN.
+inline Lanes<float> nearest_e4m3(const Lanes<float>& x) {
+  using Bits = LaneBits<float>;
+  constexpr int kSign = static_cast<int>(0x80000000U);
+  constexpr int kLeastNormal = 0x3C800000;  // 2^-6
+  constexpr int kMost = 0x43E00000;         // 448
+  constexpr float kShift = 0x1p14F;         // Its last bit is worth the least number, 2^-9.
+  const auto bits = std::bit_cast<Bits>(x);
+  const Bits magnitude = bits & ~kSign;
+  const Lanes<float> small = (std::bit_cast<Lanes<float>>(magnitude) + kShift) - kShift;
+  const Bits normal = (magnitude + 0x0007FFFF + ((magnitude >> 20) & 1)) & ~0x000FFFFF;
+  const Bits most = normal > kMost ? Bits{} + kMost : normal;
+  const Bits rounded = magnitude < kLeastNormal ? std::bit_cast<Bits>(small) : most;
+  return x != x ? x : std::bit_cast<Lanes<float>>(rounded | (bits & kSign));
+}
+
+/// The larger magnitudes of `most`, which has magnitudes, and x, as bits of floats. They are in the
+/// order of integers, what is not finite being the largest.
+inline LaneBits<float> larger_magnitude(const LaneBits<float>& most, const Lanes<float>& x) {
+  const LaneBits<float> magnitude = std::bit_cast<LaneBits<float>>(x) & 0x7FFFFFFF;
+  return magnitude > most ? magnitude : most;
+}
+
+/// The largest magnitude of [rows, cols]; NaN unless all are finite.
+template <class T>
+float largest_magnitude(const T* from, Index stride, Index rows, Index cols) {
+  LaneBits<float> most{};
+  for (Index i = 0; i < rows; ++i) {
+    for (Index j = 0; j < cols; j += kLanes<float>) {
+      const Index count = std::min(kLanes<float>, cols - j);
+      Lanes<float> x{};
+      if constexpr (std::is_same_v<T, float>) {
+        x = load_lanes<float>(from + i * stride + j, count);
+      } else {
+        for (Index lane = 0; lane < count; ++lane) {
+          x[lane] = static_cast<float>(from[i * stride + j + lane]);
+        }
+      }
+      most = larger_magnitude(most, x);
+    }
+  }
+  const auto larger = [](const LaneBits<float>& a, const LaneBits<float>& b) -> LaneBits<float> {
+    return b > a ? b : a;
+  };
+  const float result = std::bit_cast<float>(fold_lanes<float>(most, larger));
+  return std::isfinite(result) ? result : std::numeric_limits<float>::quiet_NaN();
+}
+
+/// The scale with which a tile [rows, cols] fits E4M3, see `e4m3_scale`. A tile with a NaN or an
+/// infinity has the scale NaN, which makes all of its numbers NaN.
+template <class T>
+float e4m3_tile_scale(const T* from, Index stride, Index rows, Index cols,
+                      bool power_of_two = false) {
+  return e4m3_scale(largest_magnitude(from, stride, rows, cols), power_of_two);
+}
+
+/// `e4m3_scale` of the magnitudes whose bits are `most`, lane by lane; NaN for what is not finite.
+inline Lanes<float> e4m3_scales(const LaneBits<float>& most, bool power_of_two) {
+  using Bits = LaneBits<float>;
+  constexpr int kInfinity = 0x7F800000;
+  constexpr int kLeast = 0x00800000;  // The least normal float; the order is that of integers.
+  const Lanes<float> quotient = std::bit_cast<Lanes<float>>(most) / kMostE4M3;
+  Bits scale = std::bit_cast<Bits>(quotient);
+  scale = scale < kLeast ? Bits{} + kLeast : scale;
+  if (power_of_two) scale = (scale + 0x007FFFFF) & kInfinity;
+  const Bits one = Bits{} + std::bit_cast<int>(1.0F);
+  scale = most == 0 ? one : scale;
+  return std::bit_cast<Lanes<float>>(most >= kInfinity ? Bits{} + 0x7FC00000 : scale);
+}
+
+}  // namespace weir::kernels

@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// Matrices that are kept in FP8.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include <weir/core/parallel.hpp>
+#include <weir/core/scratch.hpp>
+#include <weir/core/types.hpp>
+#include <weir/core/workspace.hpp>
+#include <weir/kernels/e4m3_lanes.hpp>
+#include <weir/ops/lanes.hpp>
+
+namespace weir::kernels {
+
+/// What a layer keeps of a forward pass for `backward` where it is trained in Precision::kFp8: a
+/// matrix of floats as E4M3 codes, 1 x 128 of them with a power of two as their scale, in a quarter
+/// of the memory. Numbers rounded like that once stay as they are. (arXiv:2412.19437, section
+/// 3.3.3.)
+template <class T>
+class E4M3Rows {
+ public:
+  /// Keeps x, or nothing unless `keeps`.
+  void set(MatrixIn<T> x, bool keeps = true);
+
+  /// Whether something is kept.
+  bool any() const { return any_; }
+
+  /// What is kept, in memory of `frame`.
+  Eigen::Map<Matrix<T>> restored(Workspace::Frame& frame) const;
+
+  /// What is kept, or `exact` if nothing is.
+  Eigen::Ref<const Matrix<T>> or_else(const Matrix<T>& exact, Workspace::Frame& frame) const {
+    if (!any_) return exact;
+    return restored(frame);
+  }
+
+ private:
+  using Bits = LaneBits<float>;
+  using Codes = std::uint8_t __attribute__((vector_size(sizeof(Bits) / 4)));
+
+  Index tiles() const { return (codes_.cols() + kTile - 1) / kTile; }
+
+  // The bits of 2^-120 times a number are those of its code, moved to where a float has them.
+  static Codes codes_of(const Lanes<float>& x) {
+    const auto bits = std::bit_cast<Bits>(x * 0x1p-120F);
+    return __builtin_convertvector(((bits >> 24) & 0x80) | ((bits >> 20) & 0x7F), Codes);
+  }
+  static Lanes<float> numbers_of(const Codes& codes) {
+    const Bits words = __builtin_convertvector(codes, Bits);
+    return std::bit_cast<Lanes<float>>(((words & 0x80) << 24) | ((words & 0x7F) << 20)) * 0x1p120F;
+  }
+
+  Scratch<std::uint8_t> codes_;
+  Scratch<float> scales_;  // [rows, tiles]
+  bool any_ = false;
+};
+
+template <class T>
+void E4M3Rows<T>::set(MatrixIn<T> x, bool keeps) {
+  any_ = keeps;
+  if constexpr (std::is_same_v<T, float>) {
+    if (!keeps) return;
+    auto codes = codes_.reshape(x.rows(), x.cols());
+    auto scales = scales_.reshape(x.rows(), tiles());
+    parallel_rows(x.rows(), 4 * x.cols(), [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) {
+        for (Index tile = 0; tile < tiles(); ++tile) {
+          const Index begin = tile * kTile;
+          const Index end = std::min(begin + kTile, x.cols());
+          const float* const from = x.data() + i * x.outerStride();
+          const float scale = e4m3_tile_scale(from + begin, 0, 1, end - begin, true);
+          scales(i, tile) = scale;
+          for (Index j = begin; j < end; j += kLanes<float>) {
+            const Index count = std::min(kLanes<float>, end - j);
+            const Codes some = codes_of(nearest_e4m3(load_lanes<float>(from + j, count) / scale));
+            std::memcpy(&codes(i, j), &some, static_cast<std::size_t>(count));
+          }
+        }
+      }
+    });
+  }
+}
+
+template <class T>
+Eigen::Map<Matrix<T>> E4M3Rows<T>::restored(Workspace::Frame& frame) const {
+  auto to = frame.matrix<T>(codes_.rows(), codes_.cols());
+  if constexpr (std::is_same_v<T, float>) {
+    parallel_rows(to.rows(), 2 * to.cols(), [&](Index first, Index last) {
+      for (Index i = first; i < last; ++i) {
+        for (Index j = 0; j < to.cols(); j += kLanes<float>) {
+          const Index count = std::min(kLanes<float>, to.cols() - j);
+          Codes codes{};
+          std::memcpy(&codes, codes_.data() + i * to.cols() + j, static_cast<std::size_t>(count));
+          const float scale = scales_.data()[i * tiles() + j / kTile];
+          store_lanes<float>(numbers_of(codes) * scale, &to(i, j), count);
+        }
+      }
+    });
+  }
+  return to;
+}
+
+}  // namespace weir::kernels
+
+#ifdef WEIR_COMPILED
+extern template class weir::kernels::E4M3Rows<float>;
+extern template class weir::kernels::E4M3Rows<double>;
+#endif
