@@ -160,8 +160,9 @@ inline LoadStatistics load_statistics(const TracedTokens& tokens, const TracedLa
   const auto of_load = [&](const RowVector<double>& load) -> OfLoad {
     if (load.sum() == 0.0) return {};
     double entropy = 0.0;
-    for (const double l : load)
+    for (const double l : load) {
       entropy -= l > 0.0 ? l / load.sum() * std::log(l / load.sum()) : 0.0;
+    }
     return {load.maxCoeff() / load.mean(), entropy,
             static_cast<double>((load.array() == 0.0).count()) / experts,
             std::sqrt((load.array() - load.mean()).square().mean()) / load.mean()};

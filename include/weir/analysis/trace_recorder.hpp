@@ -91,7 +91,8 @@ class TraceRecorder final : public RoutingObserver {
   }
 
   /// Hands records to `sink`, which has to outlive the recorder.
-  TraceRecorder(TraceSink& sink, const TraceRecorderConfig& config = {}) : TraceRecorder(config) {
+  explicit TraceRecorder(TraceSink& sink, const TraceRecorderConfig& config = {})
+      : TraceRecorder(config) {
     sink_ = &sink;
     buffer_.reserve(static_cast<std::size_t>(config.buffer_records) * record_bytes());
   }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <utility>
 
 #include <weir/attention/grouped_query_config.hpp>
 #include <weir/attention/qk_norm.hpp>
@@ -36,7 +37,7 @@ class QkvStages {
   };
 
   /// \param config  Has to be checked, with head_dim filled in.
-  explicit QkvStages(const GroupedQueryConfig& config);
+  explicit QkvStages(GroupedQueryConfig config);
 
   /// \param positions  One per token.
   /// \param q          [tokens, heads * head_dim]
@@ -76,7 +77,7 @@ class QkvStages {
 };
 
 template <std::floating_point T>
-QkvStages<T>::QkvStages(const GroupedQueryConfig& config) : config_(config) {
+QkvStages<T>::QkvStages(GroupedQueryConfig config) : config_(std::move(config)) {
   const RmsNormConfig norm = {.epsilon = config_.qk_norm_epsilon};
   if (config_.rope) {
     rope_.emplace(config_.rotated(), RopeConfig{.theta = config_.rope_theta,

@@ -92,7 +92,7 @@ struct ListParts final : WalkParts<T> {
   }
   struct Part {
     std::string name;
-    Storage storage;
+    Storage storage = Storage::kTrainable;
   };
   std::vector<Part> parts;
 };

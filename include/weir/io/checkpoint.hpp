@@ -281,8 +281,9 @@ TrainingState load(std::filesystem::path path, Model& model, Optimizer& optimize
   for (const auto& [name, parameter] : parameters(model)) {
     parameter->grad.resize(0, 0);
     parameter->reached = false;
-    if (reached.contains(name))
+    if (reached.contains(name)) {
       parameter->grad.setZero(parameter->value.rows(), parameter->value.cols());
+    }
   }
   return state;
 }

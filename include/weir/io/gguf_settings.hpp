@@ -35,7 +35,7 @@ namespace detail {
 inline double shortest(float value) {
   if (!std::isfinite(value)) return static_cast<double>(value);
   std::array<char, 64> text{};
-  const auto end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
+  const char* const end = std::to_chars(text.data(), text.data() + text.size(), value).ptr;
   double result = 0.0;
   std::from_chars(text.data(), end, result);
   return result;

@@ -70,7 +70,7 @@ std::uint8_t SmallFloat<exponent, mantissa, largest, infinity>::from(float x) {
   if (magnitude < (kShift + 1) << 23U) {
     // Below the normal range: added to a power of two whose last bit is worth what the code's last
     // bit is, a number leaves its code there.
-    const float power = std::bit_cast<float>((kShift + 1 + kCut) << 23U);
+    const auto power = std::bit_cast<float>((kShift + 1 + kCut) << 23U);
     const float sum = std::bit_cast<float>(magnitude) + power;
     code = std::bit_cast<std::uint32_t>(sum) - std::bit_cast<std::uint32_t>(power);
   } else {

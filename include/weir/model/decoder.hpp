@@ -259,7 +259,7 @@ Decoder<T>::Decoder(Embedding<T> embedding, std::vector<Block<T>> layers, AnyLay
 template <std::floating_point T>
 void Decoder<T>::begin_backward(MatrixIn<T> d, bool of_logits, Cache& cache,
                                 const HiddenGradient& also) const {
-  const auto where = of_logits ? "Decoder::backward" : "Decoder::backward_from_head";
+  const char* const where = of_logits ? "Decoder::backward" : "Decoder::backward_from_head";
   const auto expect_like_h = [&](std::string_view what, const Matrix<T>* gradient) {
     if (gradient != nullptr) expect_shape(where, what, *gradient, hidden(cache).rows(), d_model());
   };

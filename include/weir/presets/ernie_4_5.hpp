@@ -54,7 +54,7 @@ inline ErnieMoeConfig ernie_4_5_21b_a3b() {
               .k = 6,
               .d_hidden = 1536,
               .selection_bias = true,
-              .shared_hidden = 2 * 1536,
+              .shared_hidden = Index{2} * 1536,
               .dense_hidden = 12288,
           }};
 }

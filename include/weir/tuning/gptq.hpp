@@ -48,8 +48,9 @@ inline kernels::CodedBlock weighted_int4(const float* x, Index count, const doub
     for (int above = 0; above < kCuts; ++above) {
       const float from = *low + kCut * static_cast<float>(below) * range;
       const float to = *high - kCut * static_cast<float>(above) * range;
-      for (Index i = 0; i < count; ++i)
+      for (Index i = 0; i < count; ++i) {
         cut[static_cast<std::size_t>(i)] = std::clamp(x[i], from, to);
+      }
       kernels::CodedBlock block;
       kernels::round_block(kernels::Code::kInt4, cut.data(), count, block);
       const double error = weighted_error(x, count, importance, block);

@@ -50,21 +50,21 @@ struct Family<presets::Llama4Config> {
 
   static std::vector<presets::TensorName> names(const presets::Llama4Config& /*config*/,
                                                 const TensorSource* source) {
-    const std::vector<presets::TensorName> names =
+    std::vector<presets::TensorName> names =
         presets::join_names({presets::kLlama4Names, presets::kHuggingFaceNames});
     const bool within =
         source != nullptr && source->find("language_model.model.embed_tokens.weight") != nullptr;
     if (!within) return names;
     static const std::vector<std::string> longer = [&] {
       std::vector<std::string> all;
+      all.reserve(names.size());
       for (const presets::TensorName& name : names) {
         all.push_back((name.theirs.empty() ? "" : "language_model.") + std::string(name.theirs));
       }
       return all;
     }();
-    std::vector<presets::TensorName> all = names;
-    for (std::size_t i = 0; i < all.size(); ++i) all[i].theirs = longer[i];
-    return all;
+    for (std::size_t i = 0; i < names.size(); ++i) names[i].theirs = longer[i];
+    return names;
   }
 
  private:
