@@ -9,8 +9,10 @@
 //     experts/...     the time of 64 experts over that of 8, at equal work (64:8)
 //     skew/...        the time with half of the tokens at one expert over that with none preferred
 //
-// Shapes are in support/mixture.hpp. A training step is forward and backward, no optimizer. FLOPs
-// are 6 * d_model * d_hidden for a token and an expert it visits, three times that in training.
+// bf16/training and fp8/training are steps whose products are rounded, of parameters in fp32;
+// fp32-trainable/training is one without. Shapes are in support/mixture.hpp. A training step is
+// forward and backward, no optimizer. FLOPs are 6 * d_model * d_hidden for a token and an expert it
+// visits, three times that in training.
 #include <string>
 #include <string_view>
 #include <vector>
@@ -18,6 +20,7 @@
 #include <benchmark/benchmark.h>
 
 #include <weir/core/pass.hpp>
+#include <weir/core/precision.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 
@@ -43,9 +46,14 @@ struct Setting {
   std::string_view name;
   Storage storage;
   Mode mode;
+  weir::Precision precision = weir::Precision::kFull;
 };
 
 constexpr Setting kTraining = {"fp32-trainable/training", Storage::kTrainable, Mode::kTraining};
+constexpr Setting kTrainingBfloat16 = {"bf16/training", Storage::kTrainable, Mode::kTraining,
+                                       weir::Precision::kBfloat16};
+constexpr Setting kTrainingFp8 = {"fp8/training", Storage::kTrainable, Mode::kTraining,
+                                  weir::Precision::kFp8};
 constexpr Setting kTrainable = {"fp32-trainable/forward", Storage::kTrainable, Mode::kForward};
 constexpr Setting kPacked = {"fp32/forward", Storage::kPacked, Mode::kForward};
 constexpr Setting kBfloat16 = {"bf16/forward", Storage::kBfloat16, Mode::kForward};
@@ -123,7 +131,7 @@ void add_moe_row(const Shape& shape, const Setting& setting, Index tokens, Load 
   const std::string name = row_name("moe", shape, setting) + "/tokens:" + std::to_string(tokens) +
                            '/' + std::string(bench::name_of(load));
   bench::add_row(name, threads, [=](benchmark::State& state) {
-    Mixture& layer = bench::mixture(shape, setting.storage);
+    Mixture& layer = bench::mixture(shape, setting.storage, setting.precision);
     Workload workload(layer, setting.mode, tokens, load);
     return bench::measure_against_limits(
         state, layer.precision(), [&](bench::Cost& cost) { return workload.run_round(cost); });
@@ -184,7 +192,8 @@ void add_skew_row(const Shape& shape, const Setting& setting, int threads) {
 int main(int argc, char** argv) {
   // All rows of a shape together, and of a storage within: making a layer takes longer than a row.
   for (const Shape& shape : bench::kShapes) {
-    for (const Setting& setting : {kTraining, kTrainable, kPacked, kBfloat16}) {
+    for (const Setting& setting :
+         {kTraining, kTrainingBfloat16, kTrainingFp8, kTrainable, kPacked, kBfloat16}) {
       for (const int threads : bench::thread_counts()) {
         for (const Index tokens : {1, 8, 64, 512, 2048}) {
           if (setting.mode == Mode::kTraining && tokens < 512) continue;
@@ -193,7 +202,8 @@ int main(int argc, char** argv) {
           }
         }
       }
-      if (setting.name != kTrainable.name && shape.shared == 0) {
+      const bool rounds = setting.precision != weir::Precision::kFull;
+      if (setting.name != kTrainable.name && shape.shared == 0 && !rounds) {
         add_skew_row(shape, setting, weir::hardware_threads());
       }
     }

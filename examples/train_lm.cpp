@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include <weir/core/input_samples.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/io/checkpoint.hpp>
@@ -21,7 +22,9 @@
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
+#include <weir/optim/set_precision.hpp>
 #include <weir/optim/warmup_cosine.hpp>
+#include <weir/tuning/quantisation.hpp>
 
 #include "byte_baseline.hpp"
 #include "byte_decoder.hpp"
@@ -52,17 +55,22 @@ struct Options {
   Index steps = 600;
   Index batch = 16;
   Index context = 128;
+  std::string precision = "fp32";
   double learning_rate = 3e-3;
   Index warmup = 50;
   double weight_decay = 0.1;
   double clip = 1.0;
   Index eval_every = 50;
   Index eval_tokens = 65536;
+  std::vector<std::string> storage;
 
   std::string prompt = "template <";
   Index generate = 400;
   weir::Sampling sampling = {.temperature = 0.7, .top_p = 0.95};
 };
+
+/// Four bits, rounded for text of the training.
+constexpr const char* kCalibrated = "int4-calibrated";
 
 constexpr const char* kExamples =
     "\nExamples:\n"
@@ -71,6 +79,7 @@ constexpr const char* kExamples =
     "  train_lm --dense                              the same without experts, to compare\n"
     "  train_lm --experts 16 --selector sigmoid-top-k --balance 0 --bias-rate 0.001\n"
     "                                                balanced without a loss, as DeepSeek-V3\n"
+    "  train_lm --precision fp8                      products in 8 bits, as DeepSeek-V3 trains\n"
     "  train_lm --metrics run.jsonl --quiet          figures for a plot\n"
     "  train_lm --save run --resume run              goes on where the last run stopped\n"
     "\nCtrl-C ends the training early, with results, a sample and, with --save, a checkpoint.\n";
@@ -153,6 +162,9 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   line.add("--steps", options.steps, "Optimizer steps")->check(limits::between(1, 1e9));
   line.add("--batch", options.batch, "Sequences in a step")->check(limits::between(1, 1e9));
   line.add("--context", options.context, "Bytes in a sequence")->check(limits::between(1, 1e9));
+  line.add("--precision", options.precision,
+           "How weights are multiplied: fp32, bf16, or fp8 as DeepSeek-V3 (with moments in bf16)")
+      ->check(CLI::IsMember({"fp32", "bf16", "fp8"}));
   line.add("--learning-rate", options.learning_rate, "Its peak")->check(limits::at_least(0));
   line.add("--warmup", options.warmup, "Steps until the peak")->check(limits::at_least(0));
   line.add("--weight-decay", options.weight_decay, "Weight decay of AdamW")
@@ -162,6 +174,14 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
       ->check(limits::at_least(1));
   line.add("--eval-tokens", options.eval_tokens, "Bytes of validation text to judge by")
       ->check(limits::between(1, 1e9));
+
+  line.add("--storage", options.storage,
+           "Judge the trained model stored like this as well: bf16, int8, int4, int4-calibrated,\n"
+           "fp8, mxfp4, int8-dot, int4-dot, packed")
+      ->check([](const std::string& name) {
+        const bool known = name == kCalibrated || weir::storage_named(name).has_value();
+        return std::string(known ? "" : name + " is no storage");
+      });
 
   line.group("Writing");
   line.add("--prompt", options.prompt, "What the model continues")
@@ -194,12 +214,15 @@ class Trainer {
         corpus_(corpus),
         rng_(options.seed),
         model_(make_byte_decoder(options.model, rng_)),
-        optimizer_({.learning_rate = options.learning_rate, .weight_decay = options.weight_decay}),
+        optimizer_({.learning_rate = options.learning_rate,
+                    .weight_decay = options.weight_decay,
+                    .bfloat16_moments = options.precision == "fp8"}),
         schedule_{.peak = options.learning_rate,
                   .warmup_steps = std::min(options.warmup, options.steps - 1),
                   .total_steps = options.steps,
                   .floor = options.learning_rate / 10.0},
         sequences_(weir::Sequences::uniform(options.batch, options.context)) {
+    weir::set_precision(model_, *weir::precision_named(options.precision));
     const Index batches =
         std::max<Index>(1, options.eval_tokens / (options.batch * options.context));
     validation_windows_ =
@@ -248,6 +271,18 @@ class Trainer {
     return result;
   }
 
+  /// Bits per byte of the model stored in another way; see --storage.
+  double validate_stored(const std::string& name) {
+    weir::Decoder<float> trained = model_;
+    const bool calibrated = name == kCalibrated;
+    const auto storage = calibrated ? weir::Storage::kInt4 : *weir::storage_named(name);
+    if (calibrated) calibrate(storage);
+    weir::set_storage(model_, storage);
+    const double bits = validate().bits;
+    model_ = std::move(trained);
+    return bits;
+  }
+
   /// Bits per byte of a byte model on the very bytes that `validate` predicts.
   double validate(const ByteBaseline& baseline, int order) const {
     double bits = 0.0;
@@ -264,12 +299,14 @@ class Trainer {
   void save(const std::string& folder) {
     weir::io::TrainingState state;
     state.rng = rng_;
-    state.notes = notes_of(options_.model);
+    state.notes = notes();
     weir::io::save(folder, model_, optimizer_, state);
   }
   void resume(const std::filesystem::path& checkpoint) {
-    const Notes own = notes_of(options_.model);
-    for (const auto& [name, value] : weir::io::read_notes(checkpoint)) {
+    const Notes own = notes();
+    Notes saved = weir::io::read_notes(checkpoint);
+    saved.try_emplace("precision", "fp32");  // Of a train_lm that had no other.
+    for (const auto& [name, value] : saved) {
       const auto found = own.find(name);
       if (found != own.end() && found->second != value) {
         throw std::runtime_error("--" + name + ": " + found->second + ", but " +
@@ -284,6 +321,28 @@ class Trainer {
   double learning_rate() const { return optimizer_.learning_rate(); }
 
  private:
+  Notes notes() const {
+    Notes notes = notes_of(options_.model);
+    notes["precision"] = options_.precision;
+    return notes;
+  }
+
+  /// Rounds the weights for the inputs that some training text gives them.
+  void calibrate(weir::Storage storage) {
+    constexpr Index kBatches = 8;
+    weir::InputSamples samples(2048);
+    const auto starts = spread_windows(corpus_.train, options_.context, kBatches * options_.batch);
+    for (Index b = 0; b < kBatches; ++b) {
+      batch_.clear();
+      for (Index s = 0; s < options_.batch; ++s) {
+        const auto window = static_cast<std::size_t>(b * options_.batch + s);
+        batch_.add(corpus_.train, starts[window], options_.context);
+      }
+      forward({.sequences = &sequences_, .inputs = &samples});
+    }
+    weir::calibrate(model_, {{"*", storage}}, samples);
+  }
+
   /// The loss of `batch_`, in nats per byte.
   double forward(weir::Pass pass) {
     pass.record = &record_;
@@ -435,7 +494,15 @@ void run(Options options) {
     bits[name] = trainer.validate(baseline, order);
     std::cout << " | " << name << ' ' << fixed(bits[name], 3);
   }
-  std::cout << '\n' << parameters;
+  std::cout << '\n';
+  for (const std::string& name : options.storage) {
+    const double stored = trainer.validate_stored(name);
+    bits[name] = stored;
+    std::cout << "stored as " << name << ": " << fixed(stored, 4) << " bits/byte, "
+              << fixed(100.0 * (stored / validation.bits - 1.0), 2) << " % more than "
+              << fixed(validation.bits, 4) << '\n';
+  }
+  std::cout << parameters;
   if (!validation.reports.empty()) std::cout << "expert load on the validation text:\n";
   print_loads(validation.reports);
   if (metrics.is_open()) {

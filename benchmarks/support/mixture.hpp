@@ -15,6 +15,7 @@
 
 #include <weir/core/init.hpp>
 #include <weir/core/pass.hpp>
+#include <weir/core/precision.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -28,6 +29,7 @@
 #include <weir/moe/routing.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/nn/glu.hpp>
+#include <weir/optim/set_precision.hpp>
 
 #include "support/limits.hpp"
 #include "support/rows.hpp"
@@ -140,6 +142,12 @@ class Mixture {
     storage_ = storage;
   }
 
+  /// See weir::set_precision; storing the weights for inference forgets it.
+  void set_precision(weir::Precision precision) {
+    std::visit([&](auto& own) { weir::set_precision(own.layer, precision); }, own_);
+    trained_ = precision;
+  }
+
   const Matrix<float>& forward(const Matrix<float>& x, const Pass& pass) {
     return std::visit(
         [&](auto& own) -> const Matrix<float>& { return own.layer.forward(x, pass, own.cache); },
@@ -174,7 +182,8 @@ class Mixture {
   /// What multiplies.
   Precision precision() const {
     if (kernels::rounds_rows(storage_)) return Precision::kInt8;
-    return storage_ == Storage::kBfloat16 ? Precision::kBfloat16 : Precision::kFloat32;
+    const bool rounds = storage_ == Storage::kTrainable && trained_ != weir::Precision::kFull;
+    return rounds || storage_ == Storage::kBfloat16 ? Precision::kBfloat16 : Precision::kFloat32;
   }
 
   /// Of a forward pass like the last one: reads the weights of the experts that were hit, once.
@@ -220,18 +229,21 @@ class Mixture {
 
   Shape shape_;
   Storage storage_ = Storage::kTrainable;
+  weir::Precision trained_ = weir::Precision::kFull;
   Own own_;
 };
 
-/// The mixture of `shape`, stored as said. It is kept until one of another shape is asked for: a
-/// layer takes up to 0.8 GB, twice that while its gradients live, and seconds to make.
-inline Mixture& mixture(const Shape& shape, Storage storage) {
+/// The mixture of `shape`, stored and trained as said. It is kept until one of another shape is
+/// asked for: a layer takes up to 0.8 GB, twice that while its gradients live, and seconds to make.
+inline Mixture& mixture(const Shape& shape, Storage storage,
+                        weir::Precision precision = weir::Precision::kFull) {
   static std::unique_ptr<Mixture> kept;
   if (kept == nullptr || kept->shape().name != shape.name) {
     kept.reset();
     kept = std::make_unique<Mixture>(shape);
   }
   kept->set_storage(storage);
+  if (storage == Storage::kTrainable) kept->set_precision(precision);
   return *kept;
 }
 

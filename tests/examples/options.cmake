@@ -43,6 +43,7 @@ expect_refusal("--top-k: 9, expected no more than --experts 8" --top-k 9)
 expect_refusal("--phase: 2, expected less than --stride 2" --phase 2)
 expect_refusal("--metrics: cannot write /no/such/folder/x" --metrics /no/such/folder/x)
 expect_refusal("--selector: best" --selector best)
+expect_refusal("--precision: fp16" --precision fp16)
 expect_refusal("no such file or folder: /no/such/folder")
 
 run(ARGUMENTS --version)
