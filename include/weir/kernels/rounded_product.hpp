@@ -20,7 +20,7 @@ namespace weir::kernels {
 /// A product, its left operand rounded, and the scales of the weight that is its right operand.
 struct RoundedProduct {
   const Product<float>* product = nullptr;
-  RoundedRows left;
+  RoundedRows left = {};
   bool has_own_left = true;        ///< Else it has that of the product before it.
   float* weight_scales = nullptr;  ///< [depth, columns] / kTile in FP8, of a weight.
   Index tiles = 0, across = 0;     ///< How many tiles one below and one beside the other.
