@@ -26,7 +26,7 @@ inline void add_load(const weir::LayerReport& from, weir::LayerReport& to) {
 inline NamedReports sum_by_layer(const NamedReports& reports) {
   NamedReports sums;
   for (const auto& [name, report] : reports) {
-    const auto same = [&name = name](const auto& sum) { return sum.name == name; };
+    const auto same = [&layer = name](const auto& sum) { return sum.name == layer; };
     auto sum = std::find_if(sums.begin(), sums.end(), same);
     if (sum == sums.end()) sum = sums.insert(sum, {name, {}});
     add_load(report, sum->report);
