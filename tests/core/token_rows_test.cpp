@@ -45,12 +45,18 @@ TEST_CASE("Rows keep padding and sequences of the pass", "[core][token_rows]") {
   CHECK_FALSE(rows.is_padding(2));
   CHECK(rows.real() == 3);
   CHECK(rows.real(1, 4) == 1);
+  CHECK(rows.real_sequences() == 2.0);  // One has no rows.
   CHECK(groups(rows, Scope::kBatch) == Ranges{{0, 5}});
   CHECK(groups(rows, Scope::kSequence) == Ranges{{0, 2}, {2, 2}, {2, 5}});
 
   std::vector<int> seen(5, 0);
   rows.for_each_real(1, [&](Index t) { ++seen[static_cast<std::size_t>(t)]; });
   CHECK(seen == std::vector<int>{1, 0, 1, 0, 1});
+
+  const std::vector<std::uint8_t> padding_first = {0, 0, 1, 1, 1};
+  const Sequences two({2, 3});
+  rows.set("here", {.sequences = &two, .mask = padding_first}, 5);
+  CHECK(rows.real_sequences() == 1.0);
 
   rows.set("here", {}, 0);
   CHECK(rows.count() == 0);

@@ -338,6 +338,17 @@ TEST_CASE("Switch has one expert in every other layer, with a capacity and jitte
   layer_of<Gated>(small(switch_xxl_128()), 1, 1);
 }
 
+TEST_CASE("Embeddings of models like T5 begin with a variance of 1", "[presets]") {
+  const auto deviation = [](Decoder<T> model) {
+    const Matrix<T>& table = parameters(model)[0].parameter->value;
+    return std::sqrt(table.squaredNorm() / static_cast<T>(table.size()));
+  };
+  // A table has 16 rows of 16.
+  CHECK(deviation(small(switch_base_8())) == Approx(1.0).margin(0.25));
+  CHECK(deviation(small(openmoe_base())) == Approx(1.0).margin(0.25));
+  CHECK(deviation(small(mixtral_8x7b())) < 0.1);
+}
+
 TEST_CASE("The sizes of Switch have the capacities of their configurations", "[presets]") {
   const auto check = [](const SwitchConfig& config, double train, double evaluate, Index minimum,
                         Index group_size) {
