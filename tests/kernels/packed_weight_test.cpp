@@ -102,6 +102,9 @@ TEMPLATE_TEST_CASE("A weight that is stored as codes comes back rounded", "[kern
         CHECK(once == b);
         PackedWeight<T>(once, storage).unpack(again);  // What is rounded stays.
         CHECK(test::relative_error(again, once) <= 1e-6);
+        const Matrix<T> small = T(1e-3) * second;  // Scales follow the numbers down as well.
+        PackedWeight<T>(small, storage).unpack(once);
+        CHECK(test::relative_error(once, small) <= tolerance);
       }
     }
   };
