@@ -23,6 +23,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/dot_block.hpp>
 #include <weir/kernels/register_block.hpp>
+#include <weir/kernels/tiles.hpp>
 #include <weir/ops/lanes.hpp>
 
 #include "support/clock.hpp"
@@ -134,6 +135,31 @@ inline double multiply_add_bfloat16(Index /*thread*/) {
 }
 #endif
 
+#if WEIR_TILES
+/// The same in tiles, of bfloat16 numbers or of bytes: four independent sums keep the unit busy.
+template <bool bytes>
+double multiply_add_tiles(Index /*thread*/) {
+  constexpr double kInputs = bytes ? 64.0 : 32.0;
+  kernels::TileScope tiles;
+  tiles.set_rows(kernels::TileScope::kRows);  // Which makes all tiles zero.
+#pragma GCC unroll 1
+  for (int step = 0; step < kRepeats; ++step) {
+    if constexpr (bytes) {
+      _tile_dpbusd(0, 4, 5);
+      _tile_dpbusd(1, 4, 6);
+      _tile_dpbusd(2, 4, 7);
+      _tile_dpbusd(3, 4, 5);
+    } else {
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  return 2.0 * 4.0 * 16.0 * 16.0 * kInputs * kRepeats;
+}
+#endif
+
 /// Memory far larger than the caches, read front to back and over again. Where one reading ends the
 /// next goes on, so that short ones do not find their data in a cache either.
 class Stream {
@@ -197,10 +223,17 @@ inline Stream& stream() {
 }  // namespace detail
 
 /// FLOP/s of multiply-adds of numbers of `precision` in registers, on as many threads as weir uses
-/// at the moment, at the vector width this program is compiled for. Bfloat16 counts as float32
-/// where the processor does not multiply it; for kInt8 operations are on integers, as weir does
-/// them. Takes about `seconds`.
+/// at the moment, at the vector width this program is compiled for, or in tiles where this process
+/// may use them. Bfloat16 counts as float32 where the processor does not multiply it; for kInt8
+/// operations are on integers. Takes about `seconds`.
 inline double peak_flops(Precision precision, double seconds) {
+#if WEIR_TILES
+  if (kernels::uses_tiles() && precision != Precision::kFloat32) {
+    return precision == Precision::kInt8
+               ? detail::total_rate(seconds, detail::multiply_add_tiles<true>)
+               : detail::total_rate(seconds, detail::multiply_add_tiles<false>);
+  }
+#endif
   if (precision == Precision::kInt8) {
     return detail::total_rate(seconds, detail::multiply_add_bytes);
   }

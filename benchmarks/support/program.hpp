@@ -13,6 +13,7 @@
 #include <benchmark/benchmark.h>
 
 #include <weir/core/parallel.hpp>
+#include <weir/kernels/tiles.hpp>
 #include <weir/ops/lanes.hpp>
 
 #include "support/clock.hpp"
@@ -38,6 +39,7 @@ inline void add_machine_context() {
   constexpr double kGiga = 1e-9;
   benchmark::AddCustomContext("cpu", cpu_model());
   benchmark::AddCustomContext("vectors", std::to_string(8 * sizeof(Lanes<float>)) + " bits");
+  benchmark::AddCustomContext("tiles", kernels::uses_tiles() ? "yes" : "no");
   const auto add = [](std::string_view name, std::string_view unit, auto measure) {
     std::vector<double> values;
     for (int i = 0; i < kRounds; ++i) values.push_back(kGiga * measure());

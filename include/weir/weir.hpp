@@ -83,6 +83,8 @@
 #include <weir/kernels/rounded_product.hpp>
 #include <weir/kernels/schedule.hpp>
 #include <weir/kernels/small_float.hpp>
+#include <weir/kernels/tile_product.hpp>
+#include <weir/kernels/tiles.hpp>
 #include <weir/kernels/transpose.hpp>
 #include <weir/kernels/turned_rows.hpp>
 #include <weir/kernels/weight.hpp>

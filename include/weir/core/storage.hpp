@@ -28,7 +28,10 @@ enum class Storage : std::uint8_t {
   /// As `kPacked`, but rounded to bfloat16 (8 bits of significand): half the memory, and up to
   /// twice the speed. Products are summed in float. Where the processor multiplies bfloat16 numbers
   /// itself (AVX512_BF16), tokens are rounded to bfloat16 as well on their way into a product;
-  /// elsewhere the weights are widened exactly and multiplied in float. A layer in double, whose
+  /// elsewhere the weights are widened exactly and multiplied in float. Where it has tiles (AMX)
+  /// and
+  /// the system lets the process use them, products are computed in those, many times as fast for
+  /// many tokens and with other last bits: see `kernels::use_tiles`. A layer in double, whose
   /// purpose is checking, keeps the rounded weights as doubles.
   kBfloat16,
   /// As `kPacked`, but rounded to 8 bits: 32 inputs of an output share a scale of 16 bits, which

@@ -59,27 +59,26 @@ void pack_strip(const T* from, Index stride, Index depth_stride, Index count, In
 }
 
 /// Copies [count, depth] as numbers of 16 bits, two neighbours of a row side by side: numbers [i,
-/// p] and [i, p + 1], p even, go to `to[p * to_row + 2 i]` and the place behind it. Places beyond
-/// the numbers are filled with zeros.
+/// p] and [i, p + 1], p even, go to `to[p * to_row + 2 i]` and the place behind it, for `steps`
+/// even p. Places beyond the numbers are filled with zeros.
 template <Index width>
-void pack_halves(const float* from, Index stride, Index count, Index depth, BFloat16* to,
-                 Index to_row) {
+void pack_halves(const float* from, Index stride, Index count, Index depth, Index steps,
+                 BFloat16* to, Index to_row) {
   // The two are moved as one.
   constexpr Index kPart = 64;
   std::int32_t pairs[width * kPart];
   std::int32_t columns[width * kPart];
   BFloat16 row[2 * kPart];
-  const Index all = (depth + 1) / 2;
-  for (Index done = 0; done < all; done += kPart) {
-    const Index steps = std::min(kPart, all - done);
-    const Index length = std::min(2 * steps, depth - 2 * done);
+  for (Index done = 0; done < steps; done += kPart) {
+    const Index part = std::min(kPart, steps - done);
+    const Index length = std::clamp<Index>(depth - 2 * done, 0, 2 * part);
+    std::fill(row + length, row + 2 * part, BFloat16());
     for (Index i = 0; i < count; ++i) {
-      round_to_bfloat16(length, from + i * stride + 2 * done, row);
-      if (length < 2 * steps) row[length] = BFloat16();
-      std::memcpy(pairs + i * kPart, row, static_cast<std::size_t>(steps) * sizeof *pairs);
+      if (length > 0) round_to_bfloat16(length, from + i * stride + 2 * done, row);
+      std::memcpy(pairs + i * kPart, row, static_cast<std::size_t>(part) * sizeof *pairs);
     }
-    pack_strip<width>(pairs, kPart, 1, count, steps, columns);
-    for (Index s = 0; s < steps; ++s) {
+    pack_strip<width>(pairs, kPart, 1, count, part, columns);
+    for (Index s = 0; s < part; ++s) {
       std::memcpy(static_cast<void*>(to + (done + s) * 2 * to_row), columns + s * width,
                   width * sizeof *columns);
     }

@@ -23,6 +23,7 @@
 #include <weir/kernels/coded_values.hpp>
 #include <weir/kernels/pack.hpp>
 #include <weir/kernels/panel.hpp>
+#include <weir/kernels/tile_product.hpp>
 #include <weir/kernels/weight_rows.hpp>
 
 namespace weir::kernels {
@@ -81,7 +82,7 @@ class PackedWeight {
     const RowKind kind = rounds_rows(storage_) && is_coded() ? RowKind::kInt8
                          : has_halves() && kRoundsRows       ? RowKind::kBfloat16
                                                              : RowKind::kExact;
-    return {kind, cols_, steps_ * depth_};
+    return {kind, cols_, kind == RowKind::kBfloat16 ? tile_row(steps_) : steps_ * depth_};
   }
 
   /// Pieces `begin` to `end` of the product of rows, one behind the other, with the weight. A row's
@@ -112,6 +113,7 @@ class PackedWeight {
     if (has_halves()) depth_ = Rounded::kDepth;
     if (is_coded()) depth_ = layout().block();
     steps_ = (cols + depth_ - 1) / depth_;
+    if (has_halves()) steps_ = (steps_ + kTileSteps - 1) / kTileSteps * kTileSteps;
   }
 
   /// A matrix, whose numbers may be elsewhere.
@@ -194,6 +196,13 @@ void PackedWeight<T>::multiply_stored(const Cut& cut, const std::byte* left, Ind
       const CodedPanels all = {layout(), coded_.get(), steps_};
       return all.multiply(cut, format.kind, left, format.bytes(), begin, end, store);
     }
+#if WEIR_TILES
+    if (has_halves() && uses_tiles()) {
+      const auto* const rows = reinterpret_cast<const BFloat16*>(left);
+      return multiply_pieces_in_tiles(cut, {rows, format.padded, 2}, halves_.get(), steps_, begin,
+                                      end, store);
+    }
+#endif
     if (has_halves()) return multiply_as(Rounded{}, halves_.get());
   }
   multiply_as(Native<T>{}, exact_.get());
@@ -213,8 +222,9 @@ void PackedWeight<T>::pack_panel(const WeightRows<T>& from, Index j, bool of_sec
     if constexpr (std::is_same_v<T, float>) {
       if (has_halves()) {
         BFloat16* const to = halves_.get() + place;
-        return width_ == kCols ? pack_halves<kCols>(rows, stride, count, cols_, to, kCols)
-                               : pack_halves<kCols / 2>(rows, stride, count, cols_, to, kCols);
+        return width_ == kCols
+                   ? pack_halves<kCols>(rows, stride, count, cols_, steps_, to, kCols)
+                   : pack_halves<kCols / 2>(rows, stride, count, cols_, steps_, to, kCols);
       }
     }
     T* const to = exact_.get() + place;
