@@ -29,6 +29,8 @@ TEST_CASE("LogitScale multiplies, and caps smoothly", "[model][logit_scale]") {
   CHECK(capped(0, 1) == Approx(30.0 * std::tanh(2.0 / 30.0)).epsilon(1e-14));
   CHECK(capped(0, 2) == Approx(30.0 * std::tanh(-2.0)).epsilon(1e-14));
   CHECK(capped(0, 3) == 30.0);
+  CHECK(scaled<double>({.softcap = 0.05}, z)(0, 1) ==
+        Approx(0.05 * std::tanh(20.0)).epsilon(1e-14));
   CHECK(LogitScale<double>{}.is_identity());
   CHECK_FALSE(LogitScale<double>{.softcap = 1.0}.is_identity());
   CHECK_FALSE(LogitScale<double>{.multiplier = 2.0}.is_identity());
@@ -51,7 +53,8 @@ TEST_CASE("LogitScale's gradient agrees with finite differences",
           "[model][logit_scale][gradient]") {
   const auto scale =
       GENERATE(LogitScale<double>{.multiplier = 0.6}, LogitScale<double>{.softcap = 1.5},
-               LogitScale<double>{.multiplier = 0.6, .softcap = 1.5});
+               LogitScale<double>{.multiplier = 0.6, .softcap = 1.5},
+               LogitScale<double>{.multiplier = 0.05, .softcap = 0.08});
   Matrix<double> z = test::random_matrix(3, 21, 2);
   const Matrix<double> weight = test::random_matrix(3, 21, 3);
   const auto objective = [&] { return scaled(scale, z).cwiseProduct(weight).sum(); };

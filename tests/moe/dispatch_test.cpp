@@ -209,6 +209,7 @@ TEST_CASE("A part of a dispatch has some of its slots", "[moe][dispatch]") {
   CHECK(slots_of(part, 3) == std::vector<Index>{1});
 
   part.build_part(whole, 3, [](Index, Index) { return true; });  // And nothing of before.
+  for (Index at = 0; at < part.slots(); ++at) CHECK(part.weight(at) == whole.weight(at));
   CHECK(part.slots() == 7);
   for (Index t = 0; t < 4; ++t) CHECK(slots_of(part, t) == slots_of(whole, t));
 }

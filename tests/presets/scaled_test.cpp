@@ -34,6 +34,16 @@ std::string message(const Config& config, const Scale& to) {
 
 }  // namespace
 
+TEST_CASE("The last layer of a stride has two names, which settling makes one", "[presets]") {
+  ModelShape shape = scaled(switch_base_8()).shape;
+  shape.interleave = {.stride = 2, .phase = 1};
+  ModelShape same = shape;
+  same.interleave.phase = -1;
+  CHECK(settled(shape) == settled(same));
+  same.interleave.phase = 0;
+  CHECK(settled(shape) != settled(same));
+}
+
 TEST_CASE("Mixtral made small is Mixtral", "[presets]") {
   const ModelShape small = scaled(mixtral_8x7b()).shape;
   CHECK(small.layers == 2);
