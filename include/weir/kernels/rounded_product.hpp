@@ -31,6 +31,11 @@ struct RoundedProduct {
   }
   Index panel_cost() const { return Block<float>::kCols * std::max<Index>(1, product->k); }
 
+  /// The rows of the left operand from `row` on, from depth `begin` on.
+  LeftRows<BFloat16Arithmetic> left_from(Index row, Index begin) const {
+    return {left.values + row * left.row + begin, left.row, BFloat16Arithmetic::kDepth};
+  }
+
   /// The numbers of panel j.
   RightPart part_of(Index j, Index begin, Index length) const {
     constexpr Index kCols = Block<float>::kCols;
@@ -41,69 +46,79 @@ struct RoundedProduct {
 /// Space of a thread for the panel and the sums it works on.
 struct RoundedSpace {
   static constexpr Index kCols = Block<float>::kCols;
-  static constexpr Index kGroup = 48;  ///< Rows whose sums stay in L1.
+  static constexpr Index kGroup = 48;  ///< Rows whose sums in FP8 stay in L1.
 
   BFloat16* panel = nullptr;  ///< [2 kSlice, kCols]
-  float* sums = nullptr;      ///< [kGroup, kCols]
+  float* sums = nullptr;      ///< [Cut::kMostRows, kCols]
   float* scales = nullptr;    ///< [kCols]
 
   static RoundedSpace of_this_thread() {
     auto& panels = ThreadSpace<BFloat16, RoundedSpace>::of_this_thread();
     auto& numbers = ThreadSpace<float, RoundedSpace>::of_this_thread();
     panels.reserve(2 * kSlice * kCols);
-    numbers.reserve((kGroup + 1) * kCols);
+    numbers.reserve((Cut::kMostRows + 1) * kCols);
     BFloat16* const panel = panels.take(2 * kSlice * kCols);
-    float* const sums = numbers.take(kGroup * kCols);
+    float* const sums = numbers.take(Cut::kMostRows * kCols);
     return {panel, sums, numbers.take(kCols)};
   }
 };
 
-/// c[0..rows, 0..kCols] (+)= rows times a panel of bfloat16 numbers.
+/// sums [rows, kCols] (+)= rows times a panel of bfloat16 numbers.
 inline void multiply_rounded_panel(LeftRows<BFloat16Arithmetic> left, Index rows,
-                                   const BFloat16* panel, Index steps, float* c, Index c_row,
+                                   const BFloat16* panel, Index steps, float* sums,
                                    bool accumulate) {
   const PackedPanel<BFloat16Arithmetic> packed = {panel, nullptr, steps};
-  multiply_panel<BFloat16Arithmetic>(left, rows, steps, packed, c, c_row, accumulate);
+  multiply_panel<BFloat16Arithmetic>(left, rows, steps, packed, sums, Block<float>::kCols,
+                                     accumulate);
 }
 
-/// c[0..rows, 0..kCols] (+)= `rows` rows from `row` on times panel j, slice by slice.
-///
-/// In FP8 a slice is kTile numbers deep, and
-///
-///     c += (sum of the products of codes) * (scale of the row) * (scale of the column)
-inline void multiply_slices(const RoundedProduct& r, Index row, Index rows, Index j,
-                            const RoundedSpace& space, float* c, Index c_row, bool accumulate) {
+/// c[0..rows, 0..kCols] (+)= `rows` rows from `row` on times panel j, as bfloat16 numbers.
+inline void multiply_bfloat16(const RoundedProduct& r, Index row, Index rows, Index j,
+                              const RoundedSpace& space, float* c, Index c_row, bool accumulate) {
   constexpr Index kDepth = BFloat16Arithmetic::kDepth;
   constexpr Index kCols = Block<float>::kCols;
-  constexpr Index kLane = kLanes<float>;
   const Product<float>& p = *r.product;
-  const bool fp8 = is_fp8(p);
-  const Index slice = fp8 ? kTile : kDepth * kSlice;
-  if (!accumulate && p.k == 0) {
-    for (Index i = 0; i < rows; ++i) std::fill_n(c + i * c_row, kCols, 0.0F);
+  if (p.k == 0) std::fill_n(space.sums, rows * kCols, 0.0F);
+  for (Index begin = 0; begin < p.k; begin += kDepth * kSlice) {
+    const RightPart part = r.part_of(j, begin, std::min(kDepth * kSlice, p.k - begin));
+    pack_rounded(p, part, space.panel,
+                 [](const Lanes<float>& x, Index /*vector*/) { return nearest_bfloat16(x); });
+    multiply_rounded_panel(r.left_from(row, begin), rows, space.panel,
+                           rounded_depth(part.length) / kDepth, space.sums, begin > 0);
   }
-  for (Index begin = 0; begin < p.k; begin += slice) {
-    const bool adds = accumulate || begin > 0;
-    const RightPart part = r.part_of(j, begin, std::min(slice, p.k - begin));
-    const Index steps = rounded_depth(part.length) / kDepth;
-    const auto left_from = [&](Index first) -> LeftRows<BFloat16Arithmetic> {
-      return {r.left.values + first * r.left.row + begin, r.left.row, kDepth};
-    };
-    if (!fp8) {
-      pack_rounded(p, part, space.panel,
-                   [](const Lanes<float>& x, Index /*vector*/) { return nearest_bfloat16(x); });
-      multiply_rounded_panel(left_from(row), rows, space.panel, steps, c, c_row, adds);
-      continue;
+  for (Index i = 0; i < rows; ++i) {
+    float* const to = c + i * c_row;
+    const float* const from = space.sums + i * kCols;
+    for (Index v = 0; v < kCols; v += kLanes<float>) {
+      const Lanes<float> sum = load_lanes<float>(from + v);
+      store_lanes<float>(accumulate ? load_lanes<float>(to + v) + sum : sum, to + v);
     }
+  }
+}
+
+/// The same in FP8, kTile numbers of depth after the other:
+///
+///     c += (sum of the products of codes) * (scale of the row) * (scale of the column)
+inline void multiply_e4m3(const RoundedProduct& r, Index row, Index rows, Index j,
+                          const RoundedSpace& space, float* c, Index c_row, bool accumulate) {
+  constexpr Index kDepth = BFloat16Arithmetic::kDepth;
+  constexpr Index kCols = Block<float>::kCols;
+  const Product<float>& p = *r.product;
+  for (Index i = 0; i < rows && p.k == 0 && !accumulate; ++i) {
+    std::fill_n(c + i * c_row, kCols, 0.0F);
+  }
+  for (Index begin = 0; begin < p.k; begin += kTile) {
+    const bool adds = accumulate || begin > 0;
+    const RightPart part = r.part_of(j, begin, std::min(kTile, p.k - begin));
     pack_e4m3(p, part, r.weight_scales, r.across, space.panel, space.scales);
     for (Index first = 0; first < rows; first += RoundedSpace::kGroup) {
       const Index count = std::min(RoundedSpace::kGroup, rows - first);
-      multiply_rounded_panel(left_from(row + first), count, space.panel, steps, space.sums, kCols,
-                             false);
+      multiply_rounded_panel(r.left_from(row + first, begin), count, space.panel,
+                             rounded_depth(part.length) / kDepth, space.sums, false);
       for (Index i = 0; i < count; ++i) {
         const float of_row = r.left.scales[(row + first + i) * r.left.blocks + begin / kTile];
         float* const to = c + (first + i) * c_row;
-        for (Index v = 0; v < kCols; v += kLane) {
+        for (Index v = 0; v < kCols; v += kLanes<float>) {
           const Lanes<float> sum = load_lanes<float>(space.sums + i * kCols + v);
           const Lanes<float> scaled = sum * of_row * load_lanes<float>(space.scales + v);
           store_lanes<float>(adds ? load_lanes<float>(to + v) + scaled : scaled, to + v);
@@ -123,7 +138,8 @@ inline void multiply_pieces_of(const RoundedProduct& r, const Cut& cut, Index be
     const Index rows = std::min(cut.rows, cut.total_rows - row);
     const Index j = piece % cut.panels;
     to(row, rows, j, [&](float* c, Index c_row, bool accumulate) {
-      multiply_slices(r, row, rows, j, space, c, c_row, accumulate);
+      const auto multiply_as = is_fp8(p) ? multiply_e4m3 : multiply_bfloat16;
+      multiply_as(r, row, rows, j, space, c, c_row, accumulate);
     });
   }
 }
