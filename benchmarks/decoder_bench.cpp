@@ -6,9 +6,14 @@
 //     decoder/prefill/STORAGE/threads:N   a prompt, up to the logits of its last byte
 //     decoder/decode/STORAGE/threads:N    one byte at a time behind a prompt
 //
+//     attention/context:4096/CACHE/threads:N   one token over a cache of so many, of 32 heads in 8
+//                                              groups, each with 128 numbers; in layers that take
+//                                              more memory than the processor's own
+//
 //     tokens/s         of the sparse decoder; the row's time is that of one of its rounds
 //     dense tokens/s   of the dense decoder
 //     sparse:dense     how many times as long the sparse decoder takes
+#include <cstddef>
 #include <span>
 #include <string>
 #include <string_view>
@@ -17,7 +22,12 @@
 
 #include <benchmark/benchmark.h>
 
+#include <weir/attention/causal.hpp>
 #include <weir/attention/grouped_query.hpp>
+#include <weir/attention/kv_cache.hpp>
+#include <weir/attention/operands.hpp>
+#include <weir/core/cache_storage.hpp>
+#include <weir/core/init.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
@@ -198,6 +208,58 @@ double measure(benchmark::State& state, Storage storage) {
   return bench::median(times);
 }
 
+/// The attention of one token over the caches of several layers.
+class CachedAttention {
+ public:
+  explicit CachedAttention(weir::CacheStorage storage) {
+    weir::Rng rng(3);
+    const Matrix<float> rows = weir::normal_init<float>(kTokens, kGroups * kDim, 1.0, rng);
+    q_ = weir::normal_init<float>(1, kHeads * kDim, 1.0, rng);
+    out_.resize(1, kHeads * kDim);
+    while (layers_.size() < kLayers) layers_.emplace_back(storage).append(rows, rows, kGroups);
+  }
+
+  double run_round(bench::Cost& cost) {
+    constexpr double kProducts = 2.0;  // With the keys and with the values.
+    for (const weir::KvCache<float>& kv : layers_) {
+      cost.flops += kProducts * 2.0 * kTokens * kHeads * kDim;
+      cost.bytes += static_cast<double>(kTokens * kv.bytes_per_token());
+    }
+    cost.tokens = 1;
+    return bench::seconds_of([&] {
+      for (const weir::KvCache<float>& kv : layers_) {
+        const auto rows = weir::KeyValueRows<float>::of(kv);
+        weir::CausalAttention<float>(kShape, {&kSpan, 1}, q_, {&rows, 1}).forward(out_, cache_);
+      }
+    });
+  }
+
+  static constexpr Index kTokens = 4096;
+
+ private:
+  static constexpr std::size_t kLayers = 16;
+  static constexpr Index kHeads = 32;
+  static constexpr Index kGroups = 8;
+  static constexpr Index kDim = 128;
+  static constexpr weir::AttentionHeads kShape = {kHeads, kGroups, kDim, kDim, 0.09};
+  static constexpr weir::AttentionSpan kSpan = {0, 1, 0, kTokens};
+
+  std::vector<weir::KvCache<float>> layers_;
+  Matrix<float> q_, out_;
+  weir::CausalAttention<float>::Cache cache_;
+};
+
+void add_attention_row(weir::CacheStorage storage, int threads) {
+  const std::string name = "attention/context:" + std::to_string(CachedAttention::kTokens) + "/" +
+                           std::string(weir::name_of(storage));
+  bench::add_row(name, threads, [=](benchmark::State& state) {
+    CachedAttention attention(storage);
+    return bench::measure_against_limits(state, bench::Precision::kFloat32, [&](bench::Cost& cost) {
+      return attention.run_round(cost);
+    });
+  });
+}
+
 template <class Work>
 void add_decoder_row(const std::string& name, Storage storage, int threads) {
   bench::add_row("decoder/" + name, threads,
@@ -213,6 +275,10 @@ int main(int argc, char** argv) {
     add_decoder_row<Prefill>("prefill/bf16", Storage::kBfloat16, threads);
     add_decoder_row<Decode>("decode/fp32", Storage::kPacked, threads);
     add_decoder_row<Decode>("decode/bf16", Storage::kBfloat16, threads);
+    add_attention_row(weir::CacheStorage::kFull, threads);
+    add_attention_row(weir::CacheStorage::kBfloat16, threads);
+    add_attention_row(weir::CacheStorage::kInt8, threads);
+    add_attention_row(weir::CacheStorage::kInt6, threads);
   }
   return bench::run_rows(argc, argv);
 }

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/io/checkpoint.hpp>
@@ -44,6 +45,10 @@ using weir::Index;
 using Decoder = weir::Decoder<float>;
 
 struct Options {
+  Decoder::State new_state() const {
+    return Decoder::State(weir::cache_storage_named(cache).value());
+  }
+
   std::string model;
   std::vector<std::string> prompts;
   std::vector<std::string> ids;
@@ -52,6 +57,7 @@ struct Options {
   weir::Sampling sampling = {.temperature = 0.8, .min_p = 0.05};
   std::uint64_t seed = 1;
   std::string storage = "packed";
+  std::string cache = "full";
   double expert_memory = 0.0;
   Index longest_text = 0;
   int threads = weir::hardware_threads();
@@ -226,7 +232,7 @@ void write_one(const Writer& writer, const Options& options, const std::string& 
   const std::vector<Index> ids = text->encode(prompt, true);
   std::cout << prompt << (options.ids.empty() ? "" : " ") << std::flush;
   weir::Rng rng(options.seed);
-  Decoder::State state;
+  Decoder::State state = options.new_state();
   Index count = 0;
   const double seconds =
       seconds_of([&] { count = write_on(writer, options, *text, ids, rng, state); });
@@ -244,7 +250,8 @@ void write_many(const Writer& writer, const Options& options,
     weir::Conversation<float> one{.prompt = writer.make_text()->encode(prompts[i], true),
                                   .until = {.count = options.tokens, .tokens = writer.ends},
                                   .sampling = options.sampling,
-                                  .rng = weir::Rng(options.seed + i)};
+                                  .rng = weir::Rng(options.seed + i),
+                                  .state = options.new_state()};
     one.until.on_token = [&](Index) {
       ++count;
       status.show(std::to_string(prompts.size()) + " texts, " + std::to_string(count) + " tokens",
@@ -270,11 +277,11 @@ void chat(const Writer& writer, const Options& options) {
   std::cout << "Type a line for the model to continue; /new forgets what was said, Ctrl-C stops\n"
                "an answer, /quit or Ctrl-D ends.\n";
   weir::Rng rng(options.seed);
-  Decoder::State state;
+  Decoder::State state = options.new_state();
   for (std::string line; std::cout << "> " << std::flush && std::getline(std::cin, line);) {
     if (line == "/quit") break;
     if (line == "/new") {
-      state = {};
+      state = options.new_state();
       continue;
     }
     const auto text = writer.make_text();
@@ -293,6 +300,10 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   line.add("--storage", options.storage, "How weights are kept; bf16 is half as large")
       ->check(CLI::IsMember(
           std::vector<std::string>(weir::kStorageNames.begin(), weir::kStorageNames.end())));
+  line.add("--cache", options.cache,
+           "How keys and values of earlier tokens are kept; bf16 is half as large as full")
+      ->check(CLI::IsMember(std::vector<std::string>(weir::kCacheStorageNames.begin(),
+                                                     weir::kCacheStorageNames.end())));
   line.add("--expert-memory", options.expert_memory,
            "Megabytes for experts, the others stay in the files (0: all in memory)")
       ->check(limits::at_least(0));

@@ -13,8 +13,13 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
+#include <weir/attention/latent_config.hpp>
+#include <weir/attention/latent_pages.hpp>
+#include <weir/attention/pages.hpp>
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/random.hpp>
@@ -277,6 +282,16 @@ void print_claims() {
             << grouped(static_cast<Count>(dense)) << " at 16: " << percent(1.0 - latent / dense)
             << " less (" << percent(1.0 - count(wide).cache_bytes() / dense)
             << " at the same 16 bits)\n";
+  // The same as a LatentCache stores it, with a scale for every 128 numbers.
+  const auto& config = std::get<weir::LatentConfig>(wide.attention);
+  for (const auto storage : {weir::CacheStorage::kInt8, weir::CacheStorage::kInt6}) {
+    const weir::LatentPages<float> pages = {storage, config.kv_rank, config.rope_dim};
+    const double stored = static_cast<double>(wide.layers) *
+                          static_cast<double>(pages.page_bytes() / weir::Pages::kRows);
+    std::cout << "  stored as " << weir::name_of(storage)
+              << ", scales included: " << grouped(static_cast<Count>(stored)) << " bytes, "
+              << percent(1.0 - stored / dense) << " less\n";
+  }
 }
 
 void print_training(const std::vector<Model>& models, const Options& options) {

@@ -6,6 +6,7 @@
 // clang-format off
 #include <weir/core/aligned.hpp>
 #include <weir/core/cache_state.hpp>
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/function_ref.hpp>
@@ -211,10 +212,13 @@
 #include <weir/moe/slot_weights.hpp>
 #include <weir/moe/soft_moe.hpp>
 
+#include <weir/attention/cache_codes.hpp>
 #include <weir/attention/causal.hpp>
+#include <weir/attention/code_products.hpp>
 #include <weir/attention/few_queries.hpp>
 #include <weir/attention/grouped_query.hpp>
 #include <weir/attention/grouped_query_config.hpp>
+#include <weir/attention/head_pages.hpp>
 #include <weir/attention/heads.hpp>
 #include <weir/attention/key_runs.hpp>
 #include <weir/attention/kv_cache.hpp>
@@ -223,8 +227,9 @@
 #include <weir/attention/latent_cache.hpp>
 #include <weir/attention/latent_config.hpp>
 #include <weir/attention/latent_expanded.hpp>
+#include <weir/attention/latent_pages.hpp>
 #include <weir/attention/operands.hpp>
-#include <weir/attention/paged_rows.hpp>
+#include <weir/attention/pages.hpp>
 #include <weir/attention/qk_norm.hpp>
 #include <weir/attention/qkv_stages.hpp>
 #include <weir/attention/query_blocks.hpp>
@@ -300,6 +305,7 @@
 #include <weir/presets/switch_transformer.hpp>
 #include <weir/presets/tensor_names.hpp>
 
+#include <weir/tuning/cache_report.hpp>
 #include <weir/tuning/gptq.hpp>
 #include <weir/tuning/quantisation.hpp>
 

@@ -226,7 +226,7 @@ TEST_CASE("The state of a window is bounded, and always gives 64 tokens back",
   const Matrix<float> x = test::random_matrix<float>(chunk, 4, 5);
   GroupedQueryAttention<float>::State kv;
   GroupedQueryAttention<float>::Cache cache;
-  const Index page = PagedRows<float>::kPage;
+  const Index page = Pages::kRows;
   const Index bound = window + 64 + page + chunk;
   for (Index t = 0; t < 2000; t += chunk) {
     decode(layer, x, kv, cache);
@@ -247,7 +247,7 @@ TEST_CASE("The state of chunks holds one chunk", "[attention][grouped_query]") {
   const Gqa layer = test::random_attention(
       {.d_model = 4, .heads = 1, .kv_heads = 1, .head_dim = 2, .chunk = 100});
   const Matrix<double> x = test::random_matrix(1, 4, 6);
-  const Index page = PagedRows<double>::kPage;
+  const Index page = Pages::kRows;
   Gqa::State kv;
   Gqa::Cache cache;
   for (Index t = 0; t < 1000; ++t) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
+#include <cstddef>
 
 #include <weir/attention/kv_cache.hpp>
 
@@ -10,7 +11,7 @@
 namespace weir::kv_cache_test {
 
 namespace {
-constexpr Index kPage = PagedRows<double>::kPage;
+constexpr Index kPage = Pages::kRows;
 }  // namespace
 
 TEST_CASE("KvCache holds the rows it was given, in order", "[attention][kv_cache]") {
@@ -42,12 +43,12 @@ TEST_CASE("KvCache never moves what it holds, and takes memory page by page",
   const Matrix<float> row = test::random_matrix<float>(1, 8, 4);
   KvCache<float> kv;
   kv.append(row, row);
-  const float* const place = kv.key_rows().pages()[0].get();
+  const std::byte* const place = kv.pages().pages()[0].get();
   for (Index t = 1; t < 1000; ++t) {
     kv.append(row, row);
     REQUIRE(kv.capacity() - kv.length() < kPage);
   }
-  CHECK(kv.key_rows().pages()[0].get() == place);
+  CHECK(kv.pages().pages()[0].get() == place);
 
   kv.reserve(4000);
   CHECK(kv.capacity() >= 4000);
@@ -75,12 +76,12 @@ TEST_CASE("KvCache forgets from the end", "[attention][kv_cache]") {
   const Matrix<double> rows = test::random_matrix(5, 4, 7);
   KvCache<double> kv;
   kv.append(rows, rows);
-  const double* const place = kv.key_rows().pages()[0].get();
+  const std::byte* const place = kv.pages().pages()[0].get();
   kv.truncate(2);
   CHECK(kv.keys() == rows.topRows(2));
   kv.append(rows.bottomRows(3), rows.bottomRows(3));
   CHECK(kv.values() == rows);
-  CHECK(kv.key_rows().pages()[0].get() == place);
+  CHECK(kv.pages().pages()[0].get() == place);
 
   kv.clear();
   CHECK(kv.empty());

@@ -45,6 +45,11 @@ endif()
 generate(greedy --prompt "int" --temperature 0 --storage bf16)
 expect_match("${greedy}" "^int")
 
+foreach(cache full bf16 int8 int6)
+  generate(narrow --prompt "int main(" --temperature 0 --cache ${cache})
+  expect_match("${narrow}" "^int main\\(.*----\n12 tokens\n$")
+endforeach()
+
 generate(many --prompt "int main(" --prompt "#include")
 expect_match("${many}" "---- 1\nint main\\(.*---- 2\n#include.*----\n24 tokens\n$")
 

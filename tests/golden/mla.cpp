@@ -83,7 +83,7 @@ void check_decoding(CaseFile& file, Checker& checker, const LatentConfig& config
       Matrix<double> rows(x.rows(), config.kv_rank + config.rope_dim);
       for (Index b = 0; b < batch; ++b) {
         const LatentCache<double>& state = kept[static_cast<std::size_t>(b)];
-        rows.middleRows(b * state.length(), state.length()) = state.rows().matrix();
+        rows.middleRows(b * state.length(), state.length()) = state.matrix();
       }
       checker.reals("out.kv_cache_normed_latent", rows.leftCols(config.kv_rank));
       checker.reals("out.pe_cache", rows.rightCols(config.rope_dim));

@@ -316,8 +316,7 @@ TEST_CASE("Conversations that begin with one prompt hold it once", "[model][memo
   CHECK(test::bytes_in_use() - before <= bytes_of_rows(1000) / 4);
   const Matrix<double> of_first = decode(model, first, states[0], cache);
   const Matrix<double> of_second = decode(model, second, states[1], cache);
-  CHECK(test::bytes_in_use() - before <=
-        bytes_of_rows(2 * PagedRows<double>::kPage) + bytes_of_rows(1000) / 3);
+  CHECK(test::bytes_in_use() - before <= bytes_of_rows(2 * Pages::kRows) + bytes_of_rows(1000) / 3);
 
   // Each goes on as if it were alone, also after some tokens were taken back.
   std::vector<Index> whole = prompt;

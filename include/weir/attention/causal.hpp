@@ -67,7 +67,6 @@ class CausalAttention {
     List<Task> tasks;
     List<FewTask> few_tasks;
     List<Index> few_queries;  ///< Where each query begins in few_tasks, and the end.
-    List<Index> apart;        ///< The row of v that holds each span's first value.
     Workspace workspace;
   };
 
@@ -111,9 +110,6 @@ class CausalAttention {
   /// Cuts the forward pass into tasks.
   void cut(Cache& cache) const;
 
-  /// Copies the values that blocks of queries need.
-  void set_values_apart(Workspace::Frame& frame, Cache& cache) const;
-
   /// The sink's share of a query's softmax is p = exp(sink - logsumexp). The gradient of its score
   /// is p (0 - d_out . out).
   void add_sink_gradients(Cache& cache, std::span<T> d_sinks) const;
@@ -135,18 +131,21 @@ void CausalAttention<T>::forward(MatrixOut<T> out, Cache& cache) const {
   cache.logsumexp.reshape(in_.shape.heads, in_.q.rows());
   cut(cache);
   Workspace::Frame frame(cache.workspace);
-  if (!cache.tasks.empty()) set_values_apart(frame, cache);
+  if (!cache.tasks.empty() && in_.rows.empty()) {
+    cache.v.set(frame, in_.v, in_.shape.kv_heads, in_.shape.value_dim);
+  }
   const Blocks blocks = {in_, cache};
-  run(cache.tasks, in_.shape.heads, [&](const Task& task, Index head) {
-    blocks.forward(task.span, task.first, head, cache.apart[task.span], out);
-  });
+  run(cache.tasks, in_.shape.heads,
+      [&](const Task& task, Index head) { blocks.forward(task.span, task.first, head, out); });
 
   const FewQueries<T> few = {in_};
   const Index count = cache.few_tasks.count();
   auto partial = frame.matrix<T>(count, few.partial_width());  // The sums of each task.
-  run(count, [&](Index i) {
-    const auto& task = cache.few_tasks[i];
-    few.attend(task.span, task.query, task.begin, task.end, partial.row(i).data());
+  const Index parts = few.parts();
+  run(count * parts, [&](Index i) {
+    const auto& task = cache.few_tasks[i / parts];
+    few.attend(task.span, task.query, task.begin, task.end, i % parts,
+               partial.row(i / parts).data());
   });
   run(cache.few_queries.count() - 1, [&](Index i) {
     const Index begin = cache.few_queries[i];
@@ -223,27 +222,6 @@ void CausalAttention<T>::cut(Cache& cache) const {
       }
       cache.few_queries.push_back(cache.few_tasks.count());
     }
-  }
-}
-
-template <class T>
-void CausalAttention<T>::set_values_apart(Workspace::Frame& frame, Cache& cache) const {
-  const AttentionHeads& shape = in_.shape;
-  cache.apart.clear();
-  if (in_.rows.empty()) {
-    for (const AttentionSpan& s : in_.spans) cache.apart.push_back(s.key_begin);
-    return cache.v.set(frame, in_.v, shape.kv_heads, shape.value_dim);
-  }
-  Index total = 0;
-  for (const AttentionSpan& s : in_.spans) {
-    cache.apart.push_back(total);
-    if (!is_few(s)) total += s.keys;
-  }
-  cache.v.reshape(frame, shape.kv_heads, total, shape.value_dim);
-  for (Index s = 0; s < in_.span_count(); ++s) {
-    if (is_few(in_.span(s))) continue;
-    const KeyValueRows<T> rows = in_.rows_of(s);
-    cache.v.copy([&](Index i) { return rows.value(i); }, in_.span(s).keys, cache.apart[s]);
   }
 }
 

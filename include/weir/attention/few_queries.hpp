@@ -5,13 +5,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
+#include <type_traits>
 
+#include <weir/attention/code_products.hpp>
+#include <weir/attention/head_pages.hpp>
 #include <weir/attention/key_runs.hpp>
 #include <weir/attention/operands.hpp>
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/turned_rows.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
@@ -33,10 +39,15 @@ struct FewQueries {
   /// Numbers in the result of a run of keys: [totals | largest scores | sums of values].
   Index partial_width() const { return in.shape.heads * (2 + in.shape.value_dim); }
 
-  /// Computes all heads of one query over the keys `begin` to `end`, which it sees. Reading keys
-  /// and values takes most of the time, so whole rows are read, each once.
-  /// \param query  Its number in span s.
-  void attend(Index s, Index query, Index begin, Index end, T* partial) const;
+  /// The heads of a query are computed in parts, which may be computed in parallel, too: a run has
+  /// to be shared out where there are few.
+  Index parts() const { return std::min(kMostParts, units()); }
+
+  /// Computes a part of the heads of one query over the keys `begin` to `end`, which it sees.
+  /// Reading keys and values takes most of the time, so each is read once, as it is stored.
+  /// \param query    Its number in span s.
+  /// \param partial  Its places for these heads are set.
+  void attend(Index s, Index query, Index begin, Index end, Index part, T* partial) const;
 
   /// Adds up the results of the runs of one query, in the order of the keys.
   /// \param row      The row of q and of out.
@@ -44,92 +55,177 @@ struct FewQueries {
   void combine(Index row, MatrixIn<T> partial, MatrixOut<T>& out, Scratch<T>& logsumexp) const;
 
  private:
-  /// For this many keys the scores of all heads are held at once.
+  /// For this many keys the scores of some heads are held at once.
   static constexpr Index kRows = KeyRuns::kBlock;
-  static_assert(kRows % kLanes<T> == 0);
+  static_assert(kRows == Pages::kRows);
+  static constexpr Index kMostParts = 4;
 
-  /// Some keys or values of one key head, and the heads that read them: rows of `from`, `stride`
-  /// apart.
-  struct Rows {
-    const T* from;
-    Index stride, count;
+  /// A unit is heads of one group that are computed together.
+  static constexpr Index kMostHeads = 8;
+  Index units_of_group() const { return (in.shape.group() + kMostHeads - 1) / kMostHeads; }
+  Index units() const { return in.shape.kv_heads * units_of_group(); }
+  Index kv_head_of(Index unit) const { return unit / units_of_group(); }
+  Index first_head_of(Index unit) const {
+    return kv_head_of(unit) * in.shape.group() + unit % units_of_group() * kMostHeads;
+  }
+
+  /// The query, the keys and the units of a part.
+  struct Part {
+    Index span, query, begin, end;
+    Index first, last;
   };
 
-  /// scores [heads, kRows] = q [heads, head_dim] times keys.
-  void score(Rows keys, Index heads, const T* q, T* scores) const {
-    Index h = 0;
-    for (; h + 8 <= heads; h += 8) score_heads<8>(keys, q, scores, h);
-    for (; h + 4 <= heads; h += 4) score_heads<4>(keys, q, scores, h);
-    for (; h < heads; ++h) score_heads<1>(keys, q, scores, h);
+  template <class Code>
+  void attend_as(const Part& part, T* partial) const;
+
+  /// The keys and values of a head from `row` on.
+  template <class Code>
+  KeyValueBlock<T, Code> block(const KeyValueRows<T>& rows, Index kv_head, Index row, Index count,
+                               T* space) const {
+    if constexpr (std::is_same_v<Code, T>) {
+      return rows.block(in.shape, kv_head, row, count, space);
+    } else {
+      return rows.heads->template block<Code>(rows.page_of(row), kv_head).from(row % kRows);
+    }
   }
+
+  /// Places for some heads.
+  struct Sums {
+    T *total, *top, *sums;
+  };
+
+  /// Adds up the values of `count` keys from `row` on for some heads.
+  /// \param scores   Space, [heads, kRows].
+  template <class Code>
+  void attend_block(const AttentionSpan& span, const KeyValueBlock<T, Code>& block, Index row,
+                    Index count, Index heads, const T* q, T* scores, const Sums& to) const;
+
+  /// Calls `chunk(heads, h)` with constants of at most `most` that add up to `heads`.
+  template <int most, class Chunk>
+  static void for_each_chunk(Index heads, Chunk&& chunk) {
+    Index h = 0;
+    if constexpr (most > 1) {
+      for (; h + most <= heads; h += most) chunk(std::integral_constant<int, most>{}, h);
+      if (h < heads) {
+        for_each_chunk<most / 2>(heads - h, [&](auto n, Index i) { chunk(n, h + i); });
+      }
+    } else {
+      for (; h < heads; ++h) chunk(std::integral_constant<int, 1>{}, h);
+    }
+  }
+
+  /// scores [heads, kRows] = q [heads, head_dim] times keys that are rows.
   template <int heads>
-  void score_heads(const Rows& keys, const T* q, T* scores, Index head) const;
+  static void score_rows(const KeyValueBlock<T>& keys, Index count, Index dim, const T* q,
+                         T* scores);
 
   /// Turns the scores of one head into their shares, relative to its `top`, and adjusts `total` and
   /// `sums` to a larger one.
   void soften(Index rows, T* scores, T& top, T& total, T* sums) const;
-
-  /// sums [heads, value_dim] += p [heads, kRows] times values.
-  void add_values(Rows values, Index heads, const T* p, T* sums) const {
-    Index h = 0;
-    for (; h + 4 <= heads; h += 4) add_values_of<4>(values, p + h * kRows, sums, h);
-    for (; h < heads; ++h) add_values_of<1>(values, p + h * kRows, sums, h);
-  }
-  template <int heads>
-  void add_values_of(const Rows& values, const T* p, T* sums, Index head) const;
-
-  /// The same for `blocks` blocks of kLanes columns, of which the last one has `lanes` columns.
-  template <int heads, int blocks>
-  static void add_columns(const Rows& values, Index lanes, const T* p, T* sums, Index sums_row);
 };
 
 template <class T>
-void FewQueries<T>::attend(Index s, Index query, Index begin, Index end, T* partial) const {
+void FewQueries<T>::attend(Index s, Index query, Index begin, Index end, Index part,
+                           T* partial) const {
+  const Part of_units = {
+      s, query, begin, end, part * units() / parts(), (part + 1) * units() / parts()};
+  const HeadPages<T>* const pages = in.rows_of(s).heads;
+  const CacheStorage storage = pages == nullptr ? CacheStorage::kFull : pages->storage;
+  if (storage == CacheStorage::kBfloat16) {
+    attend_as<kernels::BFloat16>(of_units, partial);
+  } else if (storage == CacheStorage::kInt8) {
+    attend_as<std::int8_t>(of_units, partial);
+  } else {
+    attend_as<T>(of_units, partial);
+  }
+}
+
+template <class T>
+template <class Code>
+void FewQueries<T>::attend_as(const Part& part, T* partial) const {
   // These are copies, so that no store of a score can change them.
   const AttentionHeads shape = in.shape;
-  const AttentionSpan span = in.span(s);
-  const KeyValueRows<T> rows_of = in.rows_of(s);
+  const AttentionSpan span = in.span(part.span);
+  const KeyValueRows<T> rows_of = in.rows_of(part.span);
   const Index dim = shape.head_dim;
   const Index value_dim = shape.value_dim;
-  const Index group = shape.group();
-  const auto softcap = static_cast<T>(shape.softcap);
+  const Index first = first_head_of(part.first);
+  const Index heads = (part.last == units() ? shape.heads : first_head_of(part.last)) - first;
   T* const total = partial;
   T* const top = total + shape.heads;
   T* const sums = top + shape.heads;
-  std::fill_n(total, shape.heads, T(0));
-  std::fill_n(top, shape.heads, std::numeric_limits<T>::lowest());
-  std::fill_n(sums, shape.heads * value_dim, T(0));
+  std::fill_n(total + first, heads, T(0));
+  std::fill_n(top + first, heads, std::numeric_limits<T>::lowest());
+  std::fill_n(sums + first * value_dim, heads * value_dim, T(0));
 
   auto& space = ThreadSpace<T, FewQueries>::of_this_thread();
-  space.reserve(shape.heads * (kRows + dim));
-  T* const scores = space.take(shape.heads * kRows);
-  T* const q = space.take(shape.heads * dim);
-  loops::scale<T>(shape.heads * dim, static_cast<T>(in.factor()),
-                  in.q.data() + (span.query_begin + query) * in.q.outerStride(), q);
-  for (Index row = begin, rows = 0; row < end; row += rows) {
-    rows = std::min(in.together(span, row, kRows), end - row);
-    const bool padding = in.any_padding(span, row, row + rows);
-    // Keys for all heads come first, then values for all: a group's share of both exceeds L1.
-    for (Index head = 0; head < shape.heads; head += group) {
-      score({rows_of.key(row) + head / group * dim, rows_of.key_stride, rows}, group,
-            q + head * dim, scores + head * kRows);
-    }
-    for (Index head = 0; head < shape.heads; ++head) {
-      T* const p = scores + head * kRows;
-      if (softcap > 0) loops::scaled_tanh<T>(rows, softcap, p, p);
-      for (Index r = 0; padding && r < rows; ++r) {
-        if (in.is_padding(span, row + r)) p[r] = -std::numeric_limits<T>::infinity();
+  space.reserve(kMostHeads * kRows + heads * dim + rows_of.block_size());
+  T* const unpacked = space.take(rows_of.block_size());
+  T* const scores = space.take(kMostHeads * kRows);
+  T* const q = space.take(heads * dim);
+  const T* const from =
+      in.q.data() + (span.query_begin + part.query) * in.q.outerStride() + first * dim;
+  loops::scale<T>(heads * dim, static_cast<T>(in.factor()), from, q);
+  for (Index row = part.begin, rows = 0; row < part.end; row += rows) {
+    rows = std::min(in.together(span, row, kRows), part.end - row);
+    KeyValueBlock<T, Code> of_head;
+    for (Index unit = part.first, last = -1; unit < part.last; ++unit) {
+      const Index kv_head = kv_head_of(unit);
+      if (kv_head != last) of_head = block<Code>(rows_of, kv_head, row, rows, unpacked);
+      last = kv_head;
+      if (unit + 1 == part.last && row + rows < part.end) {
+        rows_of.fetch(kv_head_of(part.first), row + rows);
       }
-      soften(rows, p, top[head], total[head], sums + head * value_dim);
-    }
-    for (Index r = 0; r < rows; ++r) {
-      for (Index head = 0; head < shape.heads; ++head) total[head] += scores[head * kRows + r];
-    }
-    for (Index head = 0; head < shape.heads; head += group) {
-      add_values({rows_of.value(row) + head / group * value_dim, rows_of.value_stride, rows}, group,
-                 scores + head * kRows, sums + head * value_dim);
+      const Index head = first_head_of(unit);
+      const Index group_end = (kv_head + 1) * shape.group();
+      attend_block(span, of_head, row, rows, std::min(kMostHeads, group_end - head),
+                   q + (head - first) * dim, scores,
+                   {total + head, top + head, sums + head * value_dim});
     }
   }
+}
+
+template <class T>
+template <class Code>
+void FewQueries<T>::attend_block(const AttentionSpan& span, const KeyValueBlock<T, Code>& block,
+                                 Index row, Index count, Index heads, const T* q, T* scores,
+                                 const Sums& to) const {
+  using Products = CodeProducts<T, Code>;
+  const Index dim = in.shape.head_dim;
+  const Index value_dim = in.shape.value_dim;
+  const auto softcap = static_cast<T>(in.shape.softcap);
+  const bool padding = in.any_padding(span, row, row + count);
+  // In a page, keys lie side by side. Elsewhere they are rows.
+  const bool side_by_side = block.key_step != 1;
+  const Index place = side_by_side ? row % kRows : 0;
+  for_each_chunk<8>(heads, [&](auto chunk, Index h) {
+    if (side_by_side) {
+      Products::template score<chunk>(block.keys - place, place, count, dim, q + h * dim,
+                                      scores + h * kRows);
+    } else if constexpr (std::is_same_v<Code, T>) {
+      score_rows<chunk>(block, count, dim, q + h * dim, scores + h * kRows);
+    }
+  });
+  for (Index h = 0; h < heads; ++h) {
+    T* const p = scores + h * kRows + place;
+    if (block.key_scales != nullptr) loops::multiply<T>(count, p, block.key_scales, p);
+    if (softcap > 0) loops::scaled_tanh<T>(count, softcap, p, p);
+    for (Index r = 0; padding && r < count; ++r) {
+      if (in.is_padding(span, row + r)) p[r] = -std::numeric_limits<T>::infinity();
+    }
+    soften(count, p, to.top[h], to.total[h], to.sums + h * value_dim);
+  }
+  for (Index r = place; r < place + count; ++r) {
+    for (Index h = 0; h < heads; ++h) to.total[h] += scores[h * kRows + r];
+  }
+  for (Index h = 0; h < heads && block.value_scales != nullptr; ++h) {
+    T* const p = scores + h * kRows + place;
+    loops::multiply<T>(count, p, block.value_scales, p);
+  }
+  for_each_chunk<4>(heads, [&](auto chunk, Index h) {
+    Products::template add_values<chunk>(block.values, block.value_row, count, value_dim,
+                                         scores + h * kRows + place, to.sums + h * value_dim);
+  });
 }
 
 template <class T>
@@ -170,13 +266,13 @@ void FewQueries<T>::combine(Index row, MatrixIn<T> partial, MatrixOut<T>& out,
 
 template <class T>
 template <int heads>
-void FewQueries<T>::score_heads(const Rows& keys, const T* q, T* scores, Index head) const {
-  const Index dim = in.shape.head_dim;
-  for (Index r = 0; r < keys.count; r += kLanes<T>) {
+void FewQueries<T>::score_rows(const KeyValueBlock<T>& keys, Index count, Index dim, const T* q,
+                               T* scores) {
+  for (Index r = 0; r < count; r += kLanes<T>) {
     Lanes<T> sums[heads] = {};
-    kernels::multiply_turned<T, heads>(q + head * dim, dim, keys.from + r * keys.stride,
-                                       keys.stride, std::min(kLanes<T>, keys.count - r), dim, sums);
-    for (int h = 0; h < heads; ++h) store_lanes<T>(sums[h], scores + (head + h) * kRows + r);
+    kernels::multiply_turned<T, heads>(q, dim, keys.keys + r * keys.key_row, keys.key_row,
+                                       std::min(kLanes<T>, count - r), dim, sums);
+    for (int h = 0; h < heads; ++h) store_lanes<T>(sums[h], scores + h * kRows + r);
   }
 }
 
@@ -190,55 +286,6 @@ void FewQueries<T>::soften(Index rows, T* scores, T& top, T& total, T* sums) con
     loops::scale<T>(in.shape.value_dim, shrink, sums, sums);
   }
   loops::exp_shifted<T>(rows, scores, top, scores);
-}
-
-template <class T>
-template <int heads>
-void FewQueries<T>::add_values_of(const Rows& values, const T* p, T* sums, Index head) const {
-  constexpr Index kLane = kLanes<T>;
-  const Index dim = in.shape.value_dim;
-  T* const of_heads = sums + head * dim;
-  Index d = 0;
-  for (; d + 4 * kLane <= dim; d += 4 * kLane) {
-    add_columns<heads, 4>({values.from + d, values.stride, values.count}, kLane, p, of_heads + d,
-                          dim);
-  }
-  for (; d < dim; d += kLane) {
-    add_columns<heads, 1>({values.from + d, values.stride, values.count}, std::min(kLane, dim - d),
-                          p, of_heads + d, dim);
-  }
-}
-
-template <class T>
-template <int heads, int blocks>
-void FewQueries<T>::add_columns(const Rows& values, Index lanes, const T* p, T* sums,
-                                Index sums_row) {
-  constexpr Index kLane = kLanes<T>;
-  Lanes<T> sum[heads][blocks];
-  for (int h = 0; h < heads; ++h) {
-    for (int j = 0; j < blocks; ++j) {
-      sum[h][j] = load_lanes<T>(sums + h * sums_row + j * kLane, lanes);
-    }
-  }
-  for (Index r = 0; r < values.count; ++r) {
-    Lanes<T> value[blocks];
-#pragma GCC unroll 4
-    for (int j = 0; j < blocks; ++j) {
-      value[j] = load_lanes<T>(values.from + r * values.stride + j * kLane, lanes);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < heads; ++h) {
-#pragma GCC unroll 4
-      for (int j = 0; j < blocks; ++j) {
-        kernels::add_product<T>(sum[h][j], p[h * kRows + r], value[j]);
-      }
-    }
-  }
-  for (int h = 0; h < heads; ++h) {
-    for (int j = 0; j < blocks; ++j) {
-      store_lanes<T>(sum[h][j], sums + h * sums_row + j * kLane, lanes);
-    }
-  }
 }
 
 }  // namespace weir

@@ -9,6 +9,7 @@
 #include <concepts>
 #include <cstddef>
 #include <span>
+#include <string_view>
 
 #include <weir/attention/causal.hpp>
 #include <weir/attention/grouped_query_config.hpp>
@@ -120,7 +121,8 @@ class GroupedQueryAttention {
   /// \param pass    Its sequences say how the rows of x divide; without, there is one.
   /// \param states  The keys and values of each sequence so far; those of x are added.
   /// \param cache   Workspace. It cannot be followed by `backward`.
-  /// \return        [new tokens, d_model], to the bit what `forward` of each whole sequence gives.
+  /// \return        [new tokens, d_model], to the bit what `forward` of each whole sequence gives,
+  ///                unless a state rounds what it holds, see CacheStorage.
   /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
   ///                      of another layer.
   /// \throws StateError   unless there is one state for each sequence, all different.
@@ -278,8 +280,8 @@ const Matrix<T>& GroupedQueryAttention<T>::decode(MatrixIn<T> x, const Pass& pas
     const AttentionSpan& span = cache.spans.at(s);
     State& kv = *states[s];
     kv.append(cache.k.middleRows(span.query_begin, span.queries),
-              cache.v.middleRows(span.query_begin, span.queries));
-    cache.kept.push_back(KeyValueRows<T>::of(kv.key_rows(), kv.value_rows()));
+              cache.v.middleRows(span.query_begin, span.queries), config_.kv_heads);
+    cache.kept.push_back(KeyValueRows<T>::of(kv));
   }
   set_shape(cache.context, x.rows(), query_width());
   CausalAttention<T>(config_.shape(), cache.spans, cache.q, cache.kept, sinks())
@@ -297,8 +299,17 @@ void GroupedQueryAttention<T>::check_decode(MatrixIn<T> x, const Pass& pass,
   expect_states<State>(kWhere, pass, states);
   for (const State* kv : states) {
     if (kv->empty()) continue;
-    expect_shape(kWhere, "kv.keys", kv->key_rows(), kv->held(), kv_width());
-    expect_shape(kWhere, "kv.values", kv->value_rows(), kv->held(), kv_width());
+    const auto expect_width = [&](std::string_view name, Index width) {
+      if (width == kv_width()) return;
+      detail::fail_shape(kWhere, name, kv->held(), width,
+                         detail::shape_text(kv->held(), kv_width()));
+    };
+    expect_width("kv.keys", kv->key_width());
+    expect_width("kv.values", kv->value_width());
+    if (kv->heads() != config_.kv_heads) {
+      throw_error<ShapeError>(kWhere, ": kv has ", kv->heads(), " heads, expected ",
+                              config_.kv_heads);
+    }
     const Index needed = config_.shape().first_visible(kv->length());
     if (kv->first() > needed) {
       throw_error<StateError>(kWhere, ": kv begins at position ", kv->first(), ", expected ",

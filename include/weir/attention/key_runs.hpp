@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include <weir/attention/paged_rows.hpp>
+#include <weir/attention/pages.hpp>
 #include <weir/core/types.hpp>
 #include <weir/ops/exp.hpp>
 #include <weir/ops/lanes.hpp>
@@ -20,7 +20,7 @@ namespace weir {
 struct KeyRuns {
   static constexpr Index kBlock = 96;
   static constexpr Index kRun = 5 * kBlock;
-  static_assert(PagedRows<float>::kPage % kBlock == 0);
+  static_assert(Pages::kRows % kBlock == 0);
 };
 
 /// The factors `keep` and `add` with which two sums, relative to the scores `top` and `of_run`, are

@@ -110,7 +110,8 @@ class LatentAttention {
   /// \param pass    Its sequences say how the rows of x divide; without, there is one.
   /// \param states  The tokens that each sequence has seen so far; the new ones are added.
   /// \param cache   Workspace. It cannot be followed by `backward`.
-  /// \return        [new tokens, d_model], to rounding what `forward` of each whole sequence gives.
+  /// \return        [new tokens, d_model], to rounding what `forward` of each whole sequence gives,
+  ///                unless a state rounds what it holds, see CacheStorage.
   /// \throws ShapeError   if x does not have d_model columns, pass does not fit it, or a state is
   ///                      of another layer.
   /// \throws StateError   unless there is one state for each sequence, all different.

@@ -52,8 +52,7 @@ class LatentAbsorbed {
     /// \param state  The tokens that it has seen, the new ones included.
     void add(const AttentionSpan& span, const LatentCache<T>& state) {
       spans.push_back({rows.count(), span.queries, 0, span.keys});
-      // A row begins with the latent, the value.
-      kept.push_back(KeyValueRows<T>::of(state.rows(), state.rows()));
+      kept.push_back(KeyValueRows<T>::of(state));
       for (Index i = 0; i < span.queries; ++i) rows.push_back(span.query_begin + i);
     }
   };

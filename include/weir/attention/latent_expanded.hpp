@@ -81,7 +81,7 @@ class LatentExpanded {
                MatrixOut<T> context, Cache& cache) const {
     Workspace::Frame frame(cache.workspace);
     auto rows = frame.matrix<T>(seen.length(), config_.kv_rank + config_.rope_dim);
-    seen.rows().copy_to(rows.data());
+    seen.copy_to(rows);
     forward(q, rows.leftCols(config_.kv_rank), rows.rightCols(config_.rope_dim), {&span, 1}, {},
             context, cache);
   }

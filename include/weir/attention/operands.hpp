@@ -8,41 +8,66 @@
 #include <limits>
 #include <span>
 
+#include <weir/attention/head_pages.hpp>
 #include <weir/attention/heads.hpp>
-#include <weir/attention/paged_rows.hpp>
+#include <weir/attention/kv_cache.hpp>
+#include <weir/attention/latent_cache.hpp>
+#include <weir/attention/latent_pages.hpp>
+#include <weir/attention/pages.hpp>
 #include <weir/attention/spans.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
 
-/// Where the keys and values of one sequence lie, a row of all heads for each token: in one piece,
-/// or in pages.
+/// Where the keys and values of one sequence lie: in matrices with a row of all heads for each
+/// token, or in the pages of a cache.
 template <class T>
 struct KeyValueRows {
   const T* keys = nullptr;
   Index key_stride = 0;
   const T* values = nullptr;
   Index value_stride = 0;
-  std::span<const RowPage<T>> key_pages = {};  ///< Instead of `keys`; or empty.
-  std::span<const RowPage<T>> value_pages = {};
+  std::span<const Page> pages = {};     ///< Instead of `keys` and `values`; or empty.
+  const HeadPages<T>* heads = nullptr;  ///< How the pages are laid out: either of the two.
+  const LatentPages<T>* latents = nullptr;
 
-  /// Rows of which the pages begin at multiples of kPage. The keys are as wide as a row of `k`, and
-  /// values as a row of `v`, of which a part may be meant.
-  static KeyValueRows of(const PagedRows<T>& k, const PagedRows<T>& v) {
-    return {nullptr, k.width(), nullptr, v.width(), k.pages(), v.pages()};
+  /// What a cache holds, as long as it does not change.
+  static KeyValueRows of(const KvCache<T>& cache) {
+    return {.pages = cache.pages().pages(), .heads = &cache.layout()};
+  }
+  static KeyValueRows of(const LatentCache<T>& cache) {
+    return {.pages = cache.pages().pages(), .latents = &cache.layout()};
   }
 
-  /// The row of key i, from which on the rows of its page follow, `key_stride` apart.
-  const T* key(Index i) const { return row(keys, key_pages, key_stride, i); }
-  const T* value(Index i) const { return row(values, value_pages, value_stride, i); }
-
- private:
-  static const T* row(const T* rows, std::span<const RowPage<T>> pages, Index stride, Index i) {
-    constexpr Index kPage = PagedRows<T>::kPage;
-    if (pages.empty()) return rows + i * stride;
-    return element(pages, i / kPage).get() + i % kPage * stride;
+  /// How many numbers `block` needs.
+  Index block_size() const {
+    if (heads != nullptr) return heads->unpacked_size();
+    return latents != nullptr ? latents->unpacked_size() : 0;
   }
+
+  /// The keys and values of a head from token `i` on, as numbers: where they lie, or unpacked to
+  /// `space`. Pages have them up to the next token whose number is a multiple of Pages::kRows.
+  /// \param count  How many tokens are wanted, up to there.
+  KeyValueBlock<T> block(const AttentionHeads& shape, Index head, Index i, Index count,
+                         T* space) const {
+    const Index place = i % Pages::kRows;
+    if (heads != nullptr) return heads->unpacked(page_of(i), head, space).from(place);
+    if (latents != nullptr) return latents->block(page_of(i), place + count, space).from(place);
+    return {keys + i * key_stride + head * shape.head_dim, key_stride, 1,
+            values + i * value_stride + head * shape.value_dim, value_stride};
+  }
+
+  /// Fetches the beginning of what a page has of a head: reading at a new place starts slowly.
+  void fetch(Index head, Index i) const {
+    constexpr Index kBytes = 2048;
+    if (heads == nullptr) return;
+    const auto at = heads->at(page_of(i).get(), head);
+    const auto* const from = reinterpret_cast<const char*>(at.key_scales);
+    for (Index line = 0; line < kBytes; line += 64) __builtin_prefetch(from + line, 0, 3);
+  }
+
+  const Page& page_of(Index i) const { return element(pages, i / Pages::kRows); }
 };
 
 /// The inputs of attention. Members count the keys of a span from 0.

@@ -22,12 +22,9 @@ namespace weir {
 
 /// The part of `CausalAttention` for spans with many queries, and of its backward pass.
 ///
-/// Scores are computed as a [rows, kStrip] strip, left operand times right operand, see
-/// ScoreStrips. Softmax then works on whole vectors of a strip's columns, and the strip is, as it
-/// lies, the right operand of the product with the values. One side of the attention matrix is
-/// "rows", cut in blocks of kRowBlock; the other is "columns", cut in blocks of kBlock, which are a
-/// few strips. Strips of which no query sees anything, such as those outside of a window, are not
-/// computed.
+/// One side of the attention matrix is "rows", cut in blocks of kRowBlock; the other is "columns",
+/// cut in blocks of kBlock, which are a few strips, see ScoreStrips. Strips of which no query sees
+/// anything, such as those outside of a window, are not computed.
 template <class T>
 struct QueryBlocks {
   using Strips = ScoreStrips<T>;
@@ -45,8 +42,7 @@ struct QueryBlocks {
   Cache& cache;
 
   /// Computes one block of queries of one head, from query `first` of span s on.
-  /// \param apart  The row of cache.v that holds the span's first value.
-  void forward(Index s, Index first, Index head, Index apart, MatrixOut<T>& out) const;
+  void forward(Index s, Index first, Index head, MatrixOut<T>& out) const;
 
   /// Computes dq of one block of queries of one head:
   ///
@@ -84,14 +80,19 @@ struct QueryBlocks {
     return {begin, end - begin, end - 1 > own || in.last_query(span, begin) < own + kStrip - 1};
   }
 
+  static constexpr auto kNothing = [](Index /*row*/, Index /*count*/) {};
+
   /// Calls `body(column, keys)` for the strips of a block of queries, each with blocks of the keys
-  /// that it sees. `column` is the first query of the strip.
+  /// that it sees, and `begin_keys(row, count)` before those of such a block of keys. `column` is
+  /// the first query of the strip.
   /// \param own  The key of the block's first query.
-  template <class Body>
-  void for_each_strip(const AttentionSpan& span, Index own, Index queries, Body&& body) const {
+  template <class BeginKeys, class Body>
+  void for_each_strip(const AttentionSpan& span, Index own, Index queries, BeginKeys&& begin_keys,
+                      Body&& body) const {
     Index capacity = 0;
     for (Index row = in.first_key(span, own); row < own + queries; row += capacity) {
       capacity = std::min(in.together(span, row, kRowBlock), span.keys - row);
+      begin_keys(row, capacity);
       const bool padding = in.any_padding(span, row, row + capacity);
       for (Index column = 0; column < queries; column += kStrip) {
         VisibleKeys keys = visible_keys(span, own + column, row, capacity);
@@ -114,8 +115,7 @@ struct QueryBlocks {
 };
 
 template <class T>
-void QueryBlocks<T>::forward(Index s, Index first, Index head, Index apart,
-                             MatrixOut<T>& out) const {
+void QueryBlocks<T>::forward(Index s, Index first, Index head, MatrixOut<T>& out) const {
   const AttentionSpan& span = in.span(s);
   const KeyValueRows<T> rows_of = in.rows_of(s);
   const Index queries = std::min(kBlock, span.queries - first);
@@ -124,9 +124,9 @@ void QueryBlocks<T>::forward(Index s, Index first, Index head, Index apart,
   const Index dim = in.shape.head_dim;
   const Index value_dim = in.shape.value_dim;
   const auto softcap = static_cast<T>(in.shape.softcap);
-
   auto& space = ThreadSpace<T, QueryBlocks>::of_this_thread();
-  space.reserve(kBlock * (dim + 2 * value_dim + 4) + kRowBlock * kStrip);
+  space.reserve(kBlock * (dim + 2 * value_dim + 4) + kRowBlock * kStrip + rows_of.block_size());
+  T* const unpacked = space.take(rows_of.block_size());
   T* const right = space.take(kBlock * dim);
   T* const sums = space.take_zeros(kBlock * value_dim);  // Over all runs of keys.
   T* const run_sums = space.take_zeros(kBlock * value_dim);
@@ -148,39 +148,41 @@ void QueryBlocks<T>::forward(Index s, Index first, Index head, Index apart,
     Strips::end_run({run_top + column, run_total + column, run_sums + column * value_dim},
                     {top + column, total + column, sums + column * value_dim}, value_dim);
   };
-  for_each_strip(span, own, queries, [&](Index column, const VisibleKeys& keys) {
+  KeyValueBlock<T> block;
+  Index block_begin = 0;
+  const auto begin_keys = [&](Index row, Index count) {
+    block = rows_of.block(in.shape, kv_head, row, count, unpacked);
+    block_begin = row;
+    if (in.rows.empty()) {  // Values of matrices have been copied.
+      block.values = cache.v.at(kv_head, span.key_begin + row);
+      block.value_row = value_dim;
+    }
+  };
+  for_each_strip(span, own, queries, begin_keys, [&](Index column, const VisibleKeys& keys) {
+    const KeyValueBlock<T> seen = block.from(keys.begin - block_begin);
     Index& run = runs[column / kStrip];
     const Index now = (span.first_key + keys.begin) / KeyRuns::kRun;
     if (run >= 0 && run != now) end_run(column);
     run = now;
-    const typename Strips::Left left = {rows_of.key(keys.begin) + kv_head * dim, rows_of.key_stride,
-                                        1};
-    Strips::multiply(left, keys.count, right + column * dim, dim, scores, false);
+    Strips::multiply({seen.keys, seen.key_row, seen.key_step}, keys.count, right + column * dim,
+                     dim, scores, false);
+    if (seen.key_scales != nullptr) Strips::scale_rows(seen.key_scales, keys.count, scores);
     if (softcap > 0) Strips::cap(softcap, keys.count, scores);
     if (keys.partly_hidden) {
       hide(span, keys, own + column, -std::numeric_limits<T>::infinity(), scores);
     }
     T* const sum = run_sums + column * value_dim;
     Strips::soften(keys.count, scores, run_top + column, run_total + column, sum, value_dim);
-    Strips::multiply(Strips::columns_of(cache.v, apart + keys.begin, kv_head), value_dim, scores,
-                     keys.count, sum, true);
+    if (seen.value_scales != nullptr) Strips::scale_rows(seen.value_scales, keys.count, scores);
+    Strips::multiply({seen.values, 1, seen.value_row}, value_dim, scores, keys.count, sum, true);
   });
   for (Index column = 0; column < queries; column += kStrip) end_run(column);
-
   for (Index i = 0; i < queries; ++i) {
     cache.logsumexp.view()(head, span.query_begin + first + i) =
         total[i] == T(0) ? std::numeric_limits<T>::infinity() : top[i] + std::log(total[i]);
     total[i] = total[i] == T(0) ? T(0) : T(1) / total[i];
   }
-  for (Index strip = 0; strip < Strips::strips_for(queries); ++strip) {
-    for (Index vector = 0; vector < kStrip; vector += kLanes<T>) {
-      const Lanes<T> factor = load_lanes<T>(total + strip * kStrip + vector);
-      for (Index d = 0; d < value_dim; ++d) {
-        T* const sum = sums + (strip * value_dim + d) * kStrip + vector;
-        store_lanes<T>(load_lanes<T>(sum) * factor, sum);
-      }
-    }
-  }
+  Strips::scale_columns(total, queries, value_dim, sums);
   Strips::unpack(sums, T(1), span.query_begin + first, queries, head, value_dim, out);
 }
 
@@ -206,12 +208,11 @@ void QueryBlocks<T>::backward_queries(Index s, Index first, Index head, MatrixIn
   Strips::pack(in.q, span.query_begin + first, queries, head, dim, static_cast<T>(in.factor()),
                right);
   Strips::pack(d_out, span.query_begin + first, queries, head, value_dim, T(1), d_right);
-
   T* const logsumexp = space.take_zeros(kBlock);
   T* const dot = space.take_zeros(kBlock);
   std::copy_n(of_queries(cache.logsumexp, head, span) + first, queries, logsumexp);
   std::copy_n(of_queries(cache.dot, head, span) + first, queries, dot);
-  for_each_strip(span, own, queries, [&](Index column, const VisibleKeys& keys) {
+  for_each_strip(span, own, queries, kNothing, [&](Index column, const VisibleKeys& keys) {
     const Index key = span.key_begin + keys.begin;
     Strips::multiply(Strips::rows_of(cache.k, key, kv_head), keys.count, right + column * dim, dim,
                      scores, false);
@@ -258,7 +259,6 @@ void QueryBlocks<T>::backward_keys(Index s, Index first, Index kv_head, MatrixOu
   Strips::pack(in.k, span.key_begin + first, keys, kv_head, dim, static_cast<T>(in.factor()),
                right);
   Strips::pack(in.v, span.key_begin + first, keys, kv_head, value_dim, T(1), value_right);
-
   // Rows run from the first block with a query that sees the first key to the last query that
   // sees the last one.
   const Index first_row = std::max<Index>(0, first - span.prefix()) / kRowBlock * kRowBlock;

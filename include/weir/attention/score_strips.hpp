@@ -22,6 +22,10 @@ namespace weir {
 
 /// A strip is a matrix of kStrip columns, as wide as the kernel's register block. It is the right
 /// operand or the result of a product. Many columns are several strips, one behind the other.
+///
+/// Scores are computed as a strip [rows, kStrip], left operand times right operand. Softmax then
+/// works on whole vectors of its columns, and the strip is, as it lies, the right operand of the
+/// product with the values.
 template <class T>
 struct ScoreStrips {
   static constexpr Index kStrip = kernels::Block<T>::kCols;
@@ -62,6 +66,16 @@ struct ScoreStrips {
   static void unpack(T* from, T factor, Index row, Index count, Index head, Index dim,
                      MatrixOut<T>& to);
 
+  /// Multiplies each row of the scores [rows, kStrip] by its factor.
+  static void scale_rows(const T* factors, Index rows, T* scores) {
+    for (Index r = 0; r < rows; ++r) {
+      loops::scale<T>(kStrip, factors[r], scores + r * kStrip, scores + r * kStrip);
+    }
+  }
+
+  /// Multiplies `count` columns of strips [rows, kStrip], each by its factor.
+  static void scale_columns(const T* factors, Index count, Index rows, T* strips);
+
   /// scores = softcap * tanh(scores), [rows, kStrip].
   static void cap(T softcap, Index rows, T* scores) {
     loops::scaled_tanh<T>(rows * kStrip, softcap, scores, scores);
@@ -95,6 +109,19 @@ struct ScoreStrips {
  private:
   static constexpr Index kVectors = kStrip / kLanes<T>;
 };
+
+template <class T>
+void ScoreStrips<T>::scale_columns(const T* factors, Index count, Index rows, T* strips) {
+  for (Index strip = 0; strip < strips_for(count); ++strip) {
+    for (Index vector = 0; vector < kStrip; vector += kLanes<T>) {
+      const Lanes<T> factor = load_lanes<T>(factors + strip * kStrip + vector);
+      for (Index r = 0; r < rows; ++r) {
+        T* const at = strips + (strip * rows + r) * kStrip + vector;
+        store_lanes<T>(load_lanes<T>(at) * factor, at);
+      }
+    }
+  }
+}
 
 template <class T>
 void ScoreStrips<T>::unpack(T* from, T factor, Index row, Index count, Index head, Index dim,

@@ -8,6 +8,7 @@
 #include <span>
 #include <string_view>
 
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/pass.hpp>
@@ -18,7 +19,8 @@ namespace weir {
 /// A layer whose output for a token depends on the tokens before it. `decode` continues several
 /// sequences at once: their new tokens are the rows of x, packed as `pass.sequences` says (one
 /// sequence if that is null). `states` holds what the layer knows of each sequence, at first
-/// `State{}`. `state.truncate(length)` makes a state forget all tokens but the first `length`.
+/// `State{}`, or `State(storage)` where a state can be made with a CacheStorage.
+/// `state.truncate(length)` makes a state forget all tokens but the first `length`.
 template <class L>
 concept DecodingLayer = Layer<L> && std::semiregular<typename L::State> &&
     requires(const L& layer, MatrixIn<typename L::Scalar> x, const Pass& pass,
@@ -27,6 +29,16 @@ concept DecodingLayer = Layer<L> && std::semiregular<typename L::State> &&
   { layer.decode(x, pass, states, cache) } -> std::same_as<const Matrix<typename L::Scalar>&>;
   state.truncate(length);
 };
+
+/// A state without tokens, which stores what it keeps like that, if such states can.
+template <class State>
+State state_with([[maybe_unused]] CacheStorage storage) {
+  if constexpr (std::constructible_from<State, CacheStorage>) {
+    return State(storage);
+  } else {
+    return State{};
+  }
+}
 
 /// Continues one sequence by the tokens x [new tokens, d_model].
 template <DecodingLayer L>

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/layer.hpp>
@@ -40,9 +41,11 @@ class AnyLayer {
 
   /// What decoding keeps of the tokens so far; empty for a layer that looks at one token at a time.
   struct State {
-    std::any own;
-    void (*truncate_own)(std::any& own,
-                         Index length) = nullptr;  ///< Truncates a state of the type in `own`.
+    std::any own = {};
+    /// What can be done to a state of the type in `own`.
+    void (*truncate_own)(std::any& own, Index length) = nullptr;
+    Index (*bytes_of_own)(const std::any& own) = nullptr;
+    CacheStorage storage = CacheStorage::kFull;  ///< Of a state that can be made with it.
 
     /// Forgets all tokens but the first `length`.
     /// \throws              As the layer's own state does, if it has fewer tokens or has forgotten
@@ -50,6 +53,9 @@ class AnyLayer {
     void truncate(Index length) {
       if (own.has_value()) truncate_own(own, length);
     }
+
+    /// What a token takes; 0 for a state that does not tell.
+    Index bytes_per_token() const { return own.has_value() ? bytes_of_own(own) : 0; }
   };
 
   template <class L>
@@ -191,9 +197,16 @@ class AnyLayer {
     static auto& own_of(State& state) requires kHasState {
       using Kept = typename L::State;
       if (!state.own.has_value()) {
-        state.own.template emplace<Kept>();
+        state.own.template emplace<Kept>(state_with<Kept>(state.storage));
         state.truncate_own = [](std::any& own, Index length) {
           std::any_cast<Kept&>(own).truncate(length);
+        };
+        state.bytes_of_own = [](const std::any& own) -> Index {
+          if constexpr (requires(const Kept& kept) { kept.bytes_per_token(); }) {
+            return std::any_cast<const Kept&>(own).bytes_per_token();
+          } else {
+            return 0;
+          }
         };
       }
       auto* kept = std::any_cast<Kept>(&state.own);

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <weir/core/cache_state.hpp>
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
@@ -63,6 +64,7 @@ class Block {
   /// What decoding remembers about one sequence.
   struct State {
     std::vector<typename AnyLayer<T>::State> branches;
+    CacheStorage storage = CacheStorage::kFull;  ///< Has to be set before the first token.
 
     /// Forgets all tokens but the first `length`, see AnyLayer::State.
     void truncate(Index length) {
@@ -207,7 +209,9 @@ template <std::floating_point T>
 const Matrix<T>& Block<T>::decode(MatrixIn<T> x, const Pass& pass, std::span<State* const> states,
                                   Cache& cache) const {
   cache.state.begin();
-  for (State* state : states) state->branches.resize(branches_.size());
+  for (State* state : states) {
+    state->branches.resize(branches_.size(), {.storage = state->storage});
+  }
   return run(
       "Block::decode", x, pass, cache, [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
         cache.states.clear();

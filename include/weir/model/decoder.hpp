@@ -106,11 +106,11 @@ class Decoder {
   }
 
   /// Continues several sequences at once, each by any number of tokens, for inference. However a
-  /// sequence is cut into calls, and whatever others are beside it, its logits are to the bit those
-  /// that `forward` gives for the whole (to rounding where LatentDecoding takes another way),
-  /// provided that no token's result depends on later ones or on other sequences, as a capacity can
-  /// make it. Mixtures of experts see the tokens of all sequences in one pass. For one sequence,
-  /// see the free function `decode`.
+  /// sequence is cut into calls, and whatever others are beside it, its logits have the same bits:
+  /// those that `forward` gives for the whole, if its state rounds nothing (see CacheStorage; and
+  /// to rounding where LatentDecoding takes another way). This is provided that no token's result
+  /// depends on later ones or on other sequences, as a capacity can make it. Mixtures of experts
+  /// see the tokens of all sequences in one pass. For one sequence, see the free function `decode`.
   ///
   /// \param ids      The new tokens, packed one sequence after the other as pass.sequences says;
   ///                 without, there is one sequence.
@@ -299,7 +299,7 @@ const Matrix<T>& Decoder<T>::decode(TokenIds ids, const Pass& pass, std::span<St
   own.training = false;
   own.aux_scale = 0.0;
   own.mask = {};  // It has no padding, and may not fit the rows of last_only.
-  for (State* state : states) state->layers.resize(layers().size());
+  for (State* state : states) state->layers.resize(layers().size(), {{}, state->storage()});
   const auto count_of = [&](std::size_t s) {
     return pass.sequences == nullptr ? ids.count() : pass.sequences->length(static_cast<Index>(s));
   };

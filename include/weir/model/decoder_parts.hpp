@@ -6,6 +6,7 @@
 #include <concepts>
 #include <vector>
 
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/types.hpp>
 #include <weir/model/block.hpp>
@@ -26,6 +27,22 @@ struct DecoderState {
   std::vector<typename Block<T>::State> layers;
   Index length = 0;  ///< Tokens so far.
 
+  DecoderState() = default;
+  /// \param storage  How attention layers keep their keys and values. Sequences of one pass may
+  ///                 differ in that.
+  explicit DecoderState(CacheStorage storage) : storage_(storage) {}
+
+  CacheStorage storage() const { return storage_; }
+
+  /// What all layers keep of a token; 0 before the first one.
+  Index bytes_per_token() const {
+    Index sum = 0;
+    for (const auto& layer : layers) {
+      for (const auto& branch : layer.branches) sum += branch.bytes_per_token();
+    }
+    return sum;
+  }
+
   /// Forgets all tokens but the first `to`, as after a draft that was not accepted.
   /// \throws ConfigError  unless 0 <= to <= length.
   /// \throws StateError   if a layer has already forgotten what would then be needed, such as
@@ -35,6 +52,9 @@ struct DecoderState {
     for (auto& layer : layers) layer.truncate(to);
     length = to;
   }
+
+ private:
+  CacheStorage storage_ = CacheStorage::kFull;
 };
 
 /// The gradient that h gets from elsewhere than the logits; null, or alive while `backward` runs.

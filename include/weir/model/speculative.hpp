@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
@@ -59,6 +60,10 @@ struct SpeculativeState {
   std::vector<Index> lengths;                          ///< How many positions each module has seen.
   std::vector<Rows> hidden;  ///< The rows that each module has yet to read.
   bool complete = true;      ///< False if an exception ended the last call.
+
+  SpeculativeState() = default;
+  /// \param storage  See DecoderState; that of the modules, too.
+  explicit SpeculativeState(CacheStorage storage) : main(storage) {}
 };
 
 namespace detail {
@@ -154,7 +159,7 @@ Speculation<T>::Speculation(const Decoder<T>& model, const MultiToken<T>& module
         "speculate: the state is incomplete after an exception, expected a copy made before");
   }
   if (state.modules.empty()) {
-    state.modules.resize(depth());
+    state.modules.resize(depth(), {{}, state.main.storage()});
     state.lengths.assign(depth(), 0);
     state.hidden.resize(depth());
   } else if (state.modules.size() != depth()) {

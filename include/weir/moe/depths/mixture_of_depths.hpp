@@ -79,6 +79,10 @@ class MixtureOfDepths {
     List<std::uint8_t> chosen;  ///< One for each token so far, 1 if it was chosen.
     OfInner inner;              ///< What the inner layer keeps of the chosen.
 
+    State() = default;
+    /// \param storage  How the inner layer stores it.
+    explicit State(CacheStorage storage) : inner(state_with<OfInner>(storage)) {}
+
     Index length() const { return chosen.count(); }
 
     /// Forgets all tokens but the first `to`.
