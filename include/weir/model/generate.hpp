@@ -13,6 +13,9 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
+#include <weir/core/list.hpp>
+#include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
@@ -86,19 +89,19 @@ struct Turn {
     sampling->check();
   }
 
-  /// Draws the next token.
-  void draw(Sampler<T>& sampler, MatrixIn<T> logits);
+  /// Draws the next token, which `add` is to be told of.
+  Index sample(Sampler<T>& sampler, MatrixIn<T> logits);
 
   void add(Index token);
 };
 
 template <class T>
-void Turn<T>::draw(Sampler<T>& sampler, MatrixIn<T> logits) {
+Index Turn<T>::sample(Sampler<T>& sampler, MatrixIn<T> logits) {
   const bool penalised = sampling->repetition_penalty != 1.0;
   if (penalised && before.empty()) prompt.append_to(before);
   const Index token = sampler.sample(logits, *sampling, *rng, before);
   if (penalised) before.push_back(token);
-  add(token);
+  return token;
 }
 
 template <class T>
@@ -121,6 +124,36 @@ void Turn<T>::add(Index token) {
   }
 }
 
+/// The samplers of a model's conversations: one for each thread that draws.
+template <class T>
+class Samplers {
+ public:
+  /// Draws the next token of each turn that has not ended, row i of the logits being that of turn
+  /// i, in parallel if there is enough to do.
+  const List<Index>& sample(std::span<Turn<T>* const> turns, const Matrix<T>& logits) {
+    constexpr Index kWorthwhile = 16384;
+    const auto count = static_cast<Index>(turns.size());
+    const Index most = std::min<Index>(threads(), count * logits.cols() / kWorthwhile);
+    const Index chunks = std::clamp<Index>(count, 1, std::max<Index>(1, most));
+    if (samplers_.size() < static_cast<std::size_t>(chunks)) {
+      samplers_.resize(static_cast<std::size_t>(chunks));
+    }
+    tokens_.resize(count);
+    parallel_for(chunks, [&](Index chunk) {
+      Sampler<T>& sampler = samplers_[static_cast<std::size_t>(chunk)];
+      for (Index i = chunk * count / chunks; i < (chunk + 1) * count / chunks; ++i) {
+        Turn<T>& turn = *element(turns, i);
+        if (!turn.ended) tokens_[i] = turn.sample(sampler, logits.row(i));
+      }
+    });
+    return tokens_;
+  }
+
+ private:
+  std::vector<Sampler<T>> samplers_;
+  List<Index> tokens_;
+};
+
 /// Lets all turns take place. Each pass of the model computes the next token of every turn. A turn
 /// that has ended leaves once its last token has gone into its state.
 template <class T>
@@ -129,7 +162,7 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
     turn.check();
     turn.ended = turn.until->count == 0;
   }
-  Sampler<T> sampler;
+  Samplers<T> samplers;
   typename Decoder<T>::Cache cache;
   std::vector<Index> ids;
   std::vector<Turn<T>*> present;
@@ -144,13 +177,14 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
     states.clear();
     for (Turn<T>* turn : present) states.push_back(turn->state);
     const Matrix<T>& logits = model.decode(ids, {.sequences = &sequences}, states, cache, true);
+    const List<Index>& tokens = samplers.sample(present, logits);
     ids.clear();
     sequences.clear();
     std::size_t staying = 0;
     for (std::size_t i = 0; i < present.size(); ++i) {
       Turn<T>& turn = *present[i];
       if (turn.ended) continue;
-      turn.draw(sampler, logits.row(static_cast<Index>(i)));
+      turn.add(tokens[static_cast<Index>(i)]);
       ids.push_back(turn.result.tokens.back());
       sequences.append(1);
       present[staying++] = &turn;

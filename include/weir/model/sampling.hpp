@@ -102,9 +102,10 @@ class Sampler {
   void filter(Keeps&& keeps) {
     Index count = 0;
     for (Index i = 0; i < kept_.count(); ++i) {
-      if (!keeps(i)) continue;
+      const bool stays = keeps(i);  // No branch, which nobody could predict.
       kept_[count] = kept_[i];
-      weights_[count++] = weights_[i];
+      weights_[count] = weights_[i];
+      count += stays ? 1 : 0;
     }
     kept_.resize(count);
     weights_.resize(count);
@@ -112,12 +113,12 @@ class Sampler {
 
   // Which of `kBuckets` a weight in [0, 1] belongs to: the first has the largest. Each is 1/64 of
   // an octave wide; the last has all that are smaller.
-  static Index bucket_of(double weight) {
+  static std::uint16_t bucket_of(double weight) {
     constexpr int kShift = 52 - 6;
     const auto steps =
         (std::bit_cast<std::uint64_t>(1.0) - std::bit_cast<std::uint64_t>(std::min(weight, 1.0))) >>
         static_cast<unsigned>(kShift);
-    return static_cast<Index>(std::min<std::uint64_t>(steps, kBuckets - 1));
+    return static_cast<std::uint16_t>(std::min<std::uint64_t>(steps, kBuckets - 1));
   }
   static constexpr std::uint64_t kBuckets = 4096;
 
@@ -125,8 +126,9 @@ class Sampler {
 
   List<Index> kept_;
   List<double> weights_;
-  List<double> sums_;       // Of the weights in each bucket, in `keep_nucleus`.
-  List<Index> candidates_;  // The places of those in one bucket.
+  List<double> sums_;            // Of the weights in each bucket, in `keep_nucleus`.
+  List<std::uint16_t> buckets_;  // To which each weight belongs.
+  List<Index> candidates_;       // The places of those in one bucket.
   RowVector<T> distribution_, penalised_;
 };
 
@@ -203,7 +205,9 @@ void Sampler<T>::keep_nucleus(const T* z, double top_p) {
   // The bucket in which the sum of the most probable reaches the target is found by the sums of all
   // buckets, and the tokens of that one alone are compared with each other.
   sums_.assign(static_cast<Index>(kBuckets), 0.0);
-  for (const double weight : weights_) sums_[bucket_of(weight)] += weight;
+  buckets_.resize(weights_.count());
+  for (Index i = 0; i < weights_.count(); ++i) buckets_[i] = bucket_of(weights_[i]);
+  for (Index i = 0; i < weights_.count(); ++i) sums_[buckets_[i]] += weights_[i];
   const double target = top_p * std::accumulate(sums_.begin(), sums_.end(), 0.0);
   double sum = 0.0;
   Index last = 0;
@@ -212,7 +216,7 @@ void Sampler<T>::keep_nucleus(const T* z, double top_p) {
 
   candidates_.clear();
   for (Index i = 0; i < kept_.count(); ++i) {
-    if (bucket_of(weights_[i]) == last) candidates_.push_back(i);
+    if (buckets_[i] == last) candidates_.push_back(i);
   }
   const auto more_probable = [&](Index a, Index b) {
     const T of_a = z[kept_[a]];
@@ -236,10 +240,9 @@ void Sampler<T>::keep_nucleus(const T* z, double top_p) {
   }
   const Index worst = kept_[*least];
   filter([&](Index i) {
-    const Index bucket = bucket_of(weights_[i]);
+    if (buckets_[i] != last) return buckets_[i] < last;
     const T logit = z[kept_[i]];
-    return bucket < last ||
-           (bucket == last && (logit > z[worst] || (logit == z[worst] && kept_[i] <= worst)));
+    return logit > z[worst] || (logit == z[worst] && kept_[i] <= worst);
   });
 }
 

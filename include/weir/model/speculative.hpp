@@ -99,7 +99,7 @@ class Speculation {
   }
 
   void draw(Turn<T>& turn, MatrixIn<T> logits) {
-    turn.draw(sampler_, logits);
+    turn.add(turn.sample(sampler_, logits));
     state_.tokens.push_back(turn.result.tokens.back());
     ++report_.tokens;
   }
