@@ -14,6 +14,8 @@
 #include <weir/kernels/product.hpp>
 #include <weir/kernels/rounded_operand.hpp>
 #include <weir/kernels/schedule.hpp>
+#include <weir/kernels/tile_product.hpp>
+#include <weir/kernels/tiles.hpp>
 
 namespace weir::kernels {
 
@@ -63,10 +65,18 @@ struct RoundedSpace {
   }
 };
 
-/// sums [rows, kCols] (+)= rows times a panel of bfloat16 numbers.
+/// sums [rows, kCols] (+)= rows times a panel of bfloat16 numbers. A row has the same bits alone
+/// and among others, in tiles too.
 inline void multiply_rounded_panel(LeftRows<BFloat16Arithmetic> left, Index rows,
                                    const BFloat16* panel, Index steps, float* sums,
                                    bool accumulate) {
+#if WEIR_TILES
+  if (uses_tiles()) {
+    TileScope tiles;
+    return multiply_panel_in_tiles(tiles, left, rows, panel, steps, sums, Block<float>::kCols,
+                                   accumulate);
+  }
+#endif
   const PackedPanel<BFloat16Arithmetic> packed = {panel, nullptr, steps};
   multiply_panel<BFloat16Arithmetic>(left, rows, steps, packed, sums, Block<float>::kCols,
                                      accumulate);
