@@ -8,11 +8,15 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <map>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include <weir/analysis/trace_recorder.hpp>
+#include <weir/analysis/traced_tokens.hpp>
 #include <weir/core/input_samples.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/storage.hpp>
@@ -33,6 +37,7 @@
 #include "corpus.hpp"
 #include "escaped.hpp"
 #include "interrupt.hpp"
+#include "live_report.hpp"
 #include "loads.hpp"
 #include "progress.hpp"
 
@@ -43,6 +48,7 @@ using weir::Index;
 struct Options {
   std::vector<std::string> text;
   std::string metrics;
+  std::string report;
   std::string save;
   Index save_every = 200;
   std::string resume;
@@ -81,6 +87,7 @@ constexpr const char* kExamples =
     "                                                balanced without a loss, as DeepSeek-V3\n"
     "  train_lm --precision fp8                      products in 8 bits, as DeepSeek-V3 trains\n"
     "  train_lm --metrics run.jsonl --quiet          figures for a plot\n"
+    "  train_lm --report run                         run/report.html, to watch in a browser\n"
     "  train_lm --save run --resume run              goes on where the last run stopped\n"
     "\nCtrl-C ends the training early, with results, a sample and, with --save, a checkpoint.\n";
 
@@ -112,6 +119,8 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   line.group("Data");
   line.add("--text", options.text, "Files or folders to learn from (default: C++ headers)");
   line.add("--metrics", options.metrics, "Write figures over time to this file, JSON lines");
+  line.add("--report", options.report,
+           "Keep report.html in this folder up to date: curves, warnings, where tokens go");
   line.add("--save", options.save, "Save checkpoints in this folder, the last three stay");
   line.add("--save-every", options.save_every, "Steps between checkpoints")
       ->check(limits::at_least(1));
@@ -236,6 +245,9 @@ class Trainer {
     weir::LayerReport load;  ///< All layers together.
   };
 
+  /// Lets `observer` see the routing of training passes; null for nobody.
+  void show_routings_to(weir::RoutingObserver* observer) { observer_ = observer; }
+
   Step step() {
     batch_.clear();
     const auto room = static_cast<Index>(corpus_.train.size()) - options_.context;
@@ -243,6 +255,7 @@ class Trainer {
       batch_.add(corpus_.train, static_cast<std::size_t>(rng_.below(room)), options_.context);
     }
     record_.clear();
+    record_.show_routings_to(observer_);
     Step result;
     result.loss = forward({.training = true, .sequences = &sequences_, .rng = &rng_});
     result.aux_loss = record_.aux_loss();
@@ -251,7 +264,43 @@ class Trainer {
     result.gradient_norm = weir::clip_global_norm(model_, options_.clip);
     optimizer_.set_learning_rate(schedule_.at(optimizer_.steps()));
     optimizer_.step(model_);
+    record_.show_routings_to(nullptr);
     return result;
+  }
+
+  /// What the last step recorded.
+  const weir::PassRecord& record() const { return record_; }
+
+  /// How far the selection biases of each layer are apart, where it has any.
+  std::map<std::string, double> bias_spread() {
+    constexpr std::string_view kEnd = ".selector.bias";
+    std::map<std::string, double> spread;
+    for (const auto& [name, buffer] : weir::buffers(model_)) {
+      if (!name.ends_with(kEnd)) continue;
+      spread[name.substr(0, name.size() - kEnd.size())] =
+          static_cast<double>(buffer->value.maxCoeff() - buffer->value.minCoeff());
+    }
+    return spread;
+  }
+
+  /// Where some tokens of the validation text go.
+  weir::TracedTokens routes() {
+    constexpr Index kTokens = 4096;
+    weir::TraceRecorder recorder({.layout = {.choices = options_.model.k}});
+    weir::PassRecord record;
+    record.show_routings_to(&recorder);
+    const Index domain = recorder.domain("validation text");
+    const auto windows = std::min<Index>(static_cast<Index>(validation_windows_.size()),
+                                         std::max<Index>(1, kTokens / options_.context));
+    for (Index i = 0; i < windows; ++i) {
+      const Index w = i * static_cast<Index>(validation_windows_.size()) / windows;
+      batch_.clear();
+      batch_.add(corpus_.validation, validation_windows_[static_cast<std::size_t>(w)],
+                 options_.context);
+      recorder.begin({{.id = i, .domain = domain}});
+      model_.forward_to_head(batch_.ids, {.record = &record}, cache_);
+    }
+    return weir::TracedTokens(recorder.trace());
   }
 
   Validation validate() {
@@ -361,6 +410,7 @@ class Trainer {
   weir::Decoder<float>::Cache cache_;
   weir::CrossEntropy<float>::Cache loss_cache_;
   weir::PassRecord record_{weir::PassRecord::Collects::kLossesAndReports};
+  weir::RoutingObserver* observer_ = nullptr;
   std::vector<std::size_t> validation_windows_;
   ByteBatch batch_;
 };
@@ -446,6 +496,21 @@ void run(Options options) {
       if (!options.quiet) std::cout << "going on from " << checkpoint->string() << std::endl;
     }
   }
+  std::optional<report::LiveReport> live_report;
+  report::Json facts;
+  if (!options.report.empty()) {
+    live_report.emplace(options.report, options.steps);
+    trainer.show_routings_to(&live_report->logits());
+    facts = report::Json::array({{"parameters", grouped(total)},
+                                 {"active for a token", grouped(active)},
+                                 {"layers", std::to_string(model.layers)},
+                                 {"tokens in a step", grouped(options.batch * options.context)}});
+    if (!model.dense) {
+      facts.push_back({"experts", std::to_string(model.experts) + ", " + std::to_string(model.k) +
+                                      " for each token"});
+      facts.push_back({"selector", model.selector});
+    }
+  }
   StatusLine status(options.quiet);
   double seconds = 0.0;  // Of training alone.
   double smooth_loss = 0.0;
@@ -458,10 +523,26 @@ void run(Options options) {
     seconds += seconds_of([&] { step = trainer.step(); });
     const double rate =
         static_cast<double>((done - before) * options.batch * options.context) / seconds;
+    report::LiveStep live = {.step = done,
+                             .loss = step.loss,
+                             .gradient_norm = step.gradient_norm,
+                             .tokens_per_second = rate};
+    if (live_report) live.bias = trainer.bias_spread();
     smooth_loss = done == before + 1 ? step.loss : 0.9 * smooth_loss + 0.1 * step.loss;
     const bool interrupted = Interrupt::happened();
     const bool validate = interrupted || done == options.steps || done % options.eval_every == 0;
+    weir::PassRecord of_step;
+    if (live_report) of_step = trainer.record();
     if (validate) validation = trainer.validate();
+    if (live_report) {
+      live.record = &of_step;
+      if (validate) live.validation = validation.bits;
+      live_report->add(live);
+      if (validate && !model.dense) live_report->set_routes({"the model", trainer.routes()});
+      if (validate || live_report->is_due()) {
+        live_report->write(facts, !interrupted && done < options.steps);
+      }
+    }
 
     std::vector<std::string> parts = {
         std::to_string(done) + "/" + std::to_string(options.steps), "loss " + fixed(smooth_loss, 3),

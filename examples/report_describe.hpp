@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// All that a report says about one model, or about two side by side.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <weir/analysis/routing_overlap.hpp>
+
+#include "report_data.hpp"
+#include "report_text.hpp"
+#include "report_words.hpp"
+
+namespace report {
+
+/// Sentences about a model's statistics.
+inline std::vector<Saying> sayings(const Model& model, const Json& statistics) {
+  std::vector<Saying> says;
+  const std::string who = model.name + ": ";
+  const auto percent = [](const Json& v) { return fixed(100.0 * v.get<double>(), 1) + " %"; };
+  const auto& layers = statistics.at("layers");
+  std::size_t repeats = 0;
+  std::size_t busiest = 0;
+  double token = 0.0, domain = 0.0, position = 0.0;
+  const auto above = [](const Json& e) {
+    return e[0].is_null() || e[3].is_null() ? 0.0 : e[0].get<double>() - e[3].get<double>();
+  };
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    std::vector<double> share;
+    for (const Json& e : statistics["load"][l]["share"]) {
+      share.push_back(e[0].is_null() ? 0.0 : e[0].get<double>());
+    }
+    for (Saying& s : collapse_warnings(who + layers[l]["name"].get<std::string>(), share,
+                                       static_cast<double>(model.tokens.tokens()))) {
+      says.push_back(std::move(s));
+    }
+    const auto rate = [&](std::size_t i) { return above(statistics["repeat"][i]["first"][0]); };
+    if (rate(l) > rate(repeats)) repeats = l;
+    const auto peak = [&](std::size_t i) {
+      const Json& v = statistics["load"][i]["max"][0];
+      return v.is_null() ? 0.0 : v.get<double>();
+    };
+    if (peak(l) > peak(busiest)) busiest = l;
+    token += above(statistics["info"][l]["token"]) / static_cast<double>(layers.size());
+    domain += above(statistics["info"][l]["domain"]) / static_cast<double>(layers.size());
+    position += above(statistics["info"][l]["position"]) / static_cast<double>(layers.size());
+  }
+  if (layers.empty()) return says;
+  if (says.empty()) {
+    const Json& max = statistics["load"][busiest]["max"];
+    says.push_back({"good", who + "no layer has collapsed. The least level one is " +
+                                layers[busiest]["name"].get<std::string>() +
+                                ", whose busiest expert has " +
+                                fixed(max[0].is_null() ? 0.0 : max[0].get<double>(), 2) +
+                                " times the mean load (by chance " +
+                                fixed(max[3].is_null() ? 0.0 : max[3].get<double>(), 2) + ")."});
+  }
+  const Json& rate = statistics["repeat"][repeats]["first"][0];
+  if (!rate[0].is_null()) {
+    says.push_back({"", who + "neighbouring tokens choose the same first expert most often in " +
+                            layers[repeats]["name"].get<std::string>() + ": " + percent(rate[0]) +
+                            " of the time, by chance " + percent(rate[3]) + "."});
+  }
+  const double bits = std::log2(layers[0]["experts"].get<double>());
+  says.push_back(
+      {"", who + "of at most " + fixed(bits, 1) +
+               " bits about the first expert, the token's id tells " + fixed(token, 2) +
+               (model.tokens.domains.size() > 1 ? ", the text it is from " + fixed(domain, 2)
+                                                : std::string()) +
+               " and its position " + fixed(position, 2) +
+               " (mean over layers, beyond what chance would show)."});
+  return says;
+}
+
+/// Texts and statistics. What differs from page to page, "title" and "facts", is left to others.
+/// \param models   One, or two that have seen the same tokens and have the same layers.
+/// \param full     Whether nothing is left out to keep a page small.
+/// \param table    Gets a line for each number.
+inline Json describe(const std::vector<Model>& models, const MakeText& make_text, Options how,
+                     bool full, Table& table) {
+  how.text_bytes = full ? std::size_t{1} << 40U : how.text_bytes / models.size();
+  how.matrix_bytes /= models.size();
+  const TracedTokens& tokens = models[0].tokens;
+  const std::map<Index, Index> vocabulary = vocabulary_of(tokens);
+  Json data = {{"domains", tokens.domains},
+               {"tokens", {{"text", Json::array()}, {"id", Json::array()}}},
+               {"text", text_json(tokens, vocabulary)},
+               {"models", Json::array()},
+               {"says", Json::array()}};
+  for (const auto& [id, place] : vocabulary) {
+    data["tokens"]["text"].push_back(text_of(make_text, id));
+    data["tokens"]["id"].push_back(id);
+  }
+  for (const Model& model : models) {
+    Json json = Statistics(model, how, table).json(vocabulary, full);
+    for (const Saying& saying : sayings(model, json)) {
+      data["says"].push_back({saying.kind, saying.text});
+    }
+    json["text"] = routes_json(model.tokens, how.text_bytes);
+    data["models"].push_back(std::move(json));
+  }
+  if (models.size() < 2) return data;
+  const std::string both = models[0].name + " / " + models[1].name;
+  double first = 0.0;
+  for (const TracedLayer& layer : tokens.layers) {
+    const weir::RoutingOverlap overlap =
+        weir::routing_overlap(tokens, models[1].tokens, layer.name, how.bootstrap);
+    table.add(both, "overlap_shared", layer.name, "all", "", overlap.shared);
+    table.add(both, "overlap_first", layer.name, "all", "", overlap.first);
+    data["overlap"].push_back({{"shared", of(overlap.shared)}, {"first", of(overlap.first)}});
+    first += overlap.first.value / static_cast<double>(tokens.layers.size());
+  }
+  data["says"].push_back({"", "The two models choose the same first expert for " +
+                                  fixed(100.0 * first, 0) + " % of the tokens (by chance " +
+                                  fixed(100.0 / static_cast<double>(tokens.layers[0].experts), 1) +
+                                  " %)."});
+  return data;
+}
+
+}  // namespace report

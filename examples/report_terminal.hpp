@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// A report for the terminal.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdlib>
+#include <iostream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "progress.hpp"
+#include "report_data.hpp"
+#include "report_text.hpp"
+
+namespace report {
+
+/// A colour of the 256 that terminals have, bright enough for black text.
+inline int terminal_colour(Index expert) {
+  constexpr int kColours[] = {117, 215, 150, 218, 229, 183, 123, 209,
+                              192, 147, 222, 159, 180, 114, 211, 153};
+  return kColours[expert % 16];
+}
+
+/// "12.3 % (10.1 to 14.0, by chance 12.5)"
+inline std::string percent_of(const Json& e) {
+  if (e[0].is_null()) return "-";
+  const auto number = [](const Json& v) { return fixed(100.0 * v.get<double>(), 1); };
+  std::string text = number(e[0]) + " %";
+  if (!e[1].is_null()) text += " (" + number(e[1]) + " to " + number(e[2]);
+  if (!e[3].is_null()) text += (e[1].is_null() ? " (" : ", ") + ("by chance " + number(e[3]));
+  return text + (e[1].is_null() && e[3].is_null() ? "" : ")");
+}
+
+inline void print_layer(const Json& model, std::size_t l) {
+  const Json& load = model["load"][l];
+  std::vector<double> share;
+  for (const Json& e : load["share"]) share.push_back(e[0].is_null() ? 0.0 : e[0].get<double>());
+  const auto plain = [](const Json& e) {
+    return e[0].is_null() ? std::string("-") : fixed(e[0].get<double>(), 2);
+  };
+  std::cout << "  " << model["layers"][l]["name"].get<std::string>() << "  load "
+            << spark_line(share) << "  max/mean " << plain(load["max"]) << "  CV "
+            << plain(load["cv"]) << "  entropy " << plain(load["entropy"]) << "  dropped "
+            << percent_of(Json{load["dropped"][0], nullptr, nullptr, nullptr}) << '\n'
+            << "    same first expert as the token before: "
+            << percent_of(model["repeat"][l]["first"][0]) << '\n'
+            << "    any expert in common with it:          "
+            << percent_of(model["repeat"][l]["any"][0]) << '\n'
+            << "    bits about the first expert: token id " << plain(model["info"][l]["token"])
+            << ", text " << plain(model["info"][l]["domain"]) << ", position "
+            << plain(model["info"][l]["position"]) << '\n';
+}
+
+/// The beginning of each text, each token with the colour of its first expert, or behind the
+/// expert's number where there are no colours.
+inline void print_text(const Model& model, const MakeText& make_text, Index layer, bool colours) {
+  constexpr Index kShown = 240;
+  const TracedTokens& tokens = model.tokens;
+  const TracedLayer& at = tokens.layers[static_cast<std::size_t>(layer)];
+  std::vector<bool> shown(tokens.domains.size(), false);
+  std::cout << "\nfirst experts in " << at.name << ":";
+  for (Index e = 0; colours && e < at.experts; ++e) {
+    std::cout << " \033[30;48;5;" << terminal_colour(e) << "m " << e << " \033[0m";
+  }
+  std::cout << '\n';
+  for (const TracedTokens::Sequence& s : tokens.sequences) {
+    const auto domain = static_cast<std::size_t>(s.domain);
+    if (shown[domain]) continue;
+    shown[domain] = true;
+    std::cout << "---- " << escaped(tokens.domains[domain]) << '\n';
+    for (Index t = s.begin; t < std::min(s.end, s.begin + kShown); ++t) {
+      const std::string text = text_of(make_text, tokens.id[t]);
+      const Index e = at.first_choice(t);
+      if (!colours) {
+        std::cout << text << '{' << e << '}';
+      } else if (text == "\n") {
+        std::cout << '\n';
+      } else {
+        std::cout << "\033[30;48;5;" << terminal_colour(e) << 'm' << text << "\033[0m";
+      }
+    }
+    std::cout << '\n';
+  }
+}
+
+/// \param data     What the page would have.
+/// \throws std::runtime_error  if there is no such layer.
+inline void print(const Json& data, const std::vector<Model>& models, const MakeText& make_text,
+                  Index layer, bool terminal) {
+  const auto layers = static_cast<Index>(models[0].tokens.layers.size());
+  if (layer >= layers) {
+    throw std::runtime_error("--layer: " + std::to_string(layer) + ", expected less than " +
+                             std::to_string(layers) + ", the layers with experts");
+  }
+  std::cout << data["title"].get<std::string>() << '\n';
+  for (const Json& fact : data["facts"]) {
+    std::cout << "  " << fact[0].get<std::string>() << ": " << fact[1].get<std::string>() << '\n';
+  }
+  for (const Json& saying : data["says"]) {
+    std::cout << (saying[0] == "bad" ? "! " : "* ") << saying[1].get<std::string>() << '\n';
+  }
+  for (const Json& model : data["models"]) {
+    std::cout << '\n' << model["name"].get<std::string>() << '\n';
+    for (std::size_t l = 0; l < model["layers"].size(); ++l) print_layer(model, l);
+  }
+  const bool colours = terminal && std::getenv("NO_COLOR") == nullptr;
+  for (const Model& model : models) {
+    if (models.size() > 1) std::cout << '\n' << model.name;
+    print_text(model, make_text, layer, colours);
+  }
+}
+
+}  // namespace report
