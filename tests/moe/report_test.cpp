@@ -30,6 +30,12 @@ TEST_CASE("A report counts load, drops and entropy", "[moe][report]") {
   CHECK(report.drop_rate() == 0.625);
   CHECK(report.imbalance() == 1.5);  // 4 of 8, of 3 experts.
   CHECK(report.losses.empty());
+  // Experts 1 and 2 have exp(1) and 1 of the sum, the fourth token's choices the other way round.
+  REQUIRE(report.weight.size() == 3);
+  const double total = std::exp(2.0) + std::exp(1.0) + 1.0;
+  CHECK(report.weight[0] == Approx(4.0 * std::exp(2.0) / total));
+  CHECK(report.weight[1] == Approx(3.0 * std::exp(1.0) / total));
+  CHECK(report.weight[2] == Approx(std::exp(1.0) / total));
 
   // All real tokens have the probabilities exp(2), exp(1), 1 over their sum, in some order.
   const double sum = std::exp(2.0) + std::exp(1.0) + 1.0;

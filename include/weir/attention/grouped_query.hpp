@@ -32,6 +32,8 @@
 #include <weir/kernels/e4m3_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/nn/adapted.hpp>
+#include <weir/nn/linear.hpp>
 #include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 
@@ -75,6 +77,7 @@ class GroupedQueryAttention {
     List<KeyValueRows<T>> kept;  ///< The contents of the states, in `decode`.
     typename QkvStages<T>::Cache stages;
     typename CausalAttention<T>::Cache attention;
+    Adapted<T> adapted_query, adapted_key, adapted_value, adapted_output;
   };
 
   /// Weights begin as `switch_init` (see also `GroupedQueryConfig::fold_scale`), biases and sinks
@@ -85,15 +88,15 @@ class GroupedQueryAttention {
   /// The settings, with head_dim filled in.
   const Config& config() const { return config_; }
 
-  /// The weights; empty where they are stored for inference.
-  Parameter<T>& query() { return query_.parameter(); }  ///< [heads * head_dim, d_model]
-  const Parameter<T>& query() const { return query_.parameter(); }
-  Parameter<T>& key() { return key_.parameter(); }  ///< [kv_heads * head_dim, d_model]
-  const Parameter<T>& key() const { return key_.parameter(); }
-  Parameter<T>& value() { return value_.parameter(); }  ///< [kv_heads * head_dim, d_model]
-  const Parameter<T>& value() const { return value_.parameter(); }
-  Parameter<T>& output() { return output_.parameter(); }  ///< [d_model, heads * head_dim]
-  const Parameter<T>& output() const { return output_.parameter(); }
+  /// The weights; without values where they are stored for inference.
+  LinearParameter<T>& query() { return query_.parameter(); }  ///< [heads * head_dim, d_model]
+  const LinearParameter<T>& query() const { return query_.parameter(); }
+  LinearParameter<T>& key() { return key_.parameter(); }  ///< [kv_heads * head_dim, d_model]
+  const LinearParameter<T>& key() const { return key_.parameter(); }
+  LinearParameter<T>& value() { return value_.parameter(); }  ///< [kv_heads * head_dim, d_model]
+  const LinearParameter<T>& value() const { return value_.parameter(); }
+  LinearParameter<T>& output() { return output_.parameter(); }  ///< [d_model, heads * head_dim]
+  const LinearParameter<T>& output() const { return output_.parameter(); }
 
   /// See `weir::set_storage`; biases, norms and sinks stay parameters. If memory runs out, nothing
   /// has changed.
@@ -112,7 +115,7 @@ class GroupedQueryAttention {
   /// \param dy  [tokens, d_model], the gradient of what `forward` returned last.
   /// \return    The gradient of its x.
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
-  ///                      for inference.
+  ///                      for inference, see Pass::through_stored.
   /// \throws ShapeError   if dy is not shaped like the output.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
@@ -132,12 +135,10 @@ class GroupedQueryAttention {
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    if (self.query_.storage() == Storage::kTrainable) {
-      visit("query", self.query());
-      visit("key", self.key());
-      visit("value", self.value());
-      visit("output", self.output());
-    }
+    visit("query", self.query());
+    visit("key", self.key());
+    visit("value", self.value());
+    visit("output", self.output());
     if (self.config_.qkv_bias) {
       visit("query_bias", self.query_bias_);
       visit("key_bias", self.key_bias_);
@@ -179,6 +180,7 @@ class GroupedQueryAttention {
     pass.show<T>(output(), cache.context);
     set_shape(cache.y, cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
+    adapt<T>(output(), cache.context, pass, cache.y, cache.adapted_output);
     if (config_.output_bias) add_to_each_row<T>(output_bias_.value.data(), cache.y);
   }
 
@@ -230,7 +232,7 @@ const Matrix<T>& GroupedQueryAttention<T>::forward(MatrixIn<T> x, const Pass& pa
 
 template <std::floating_point T>
 const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
-  expect_trainable("GroupedQueryAttention::backward", query_.storage());
+  cache.adapted_query.expect_differentiable("GroupedQueryAttention::backward", query_.storage());
   cache.state.begin_backward("GroupedQueryAttention::backward", *this, dy);
   const Index tokens = dy.rows();
   Workspace::Frame frame(cache.workspace);
@@ -242,26 +244,15 @@ const Matrix<T>& GroupedQueryAttention<T>::backward(MatrixIn<T> dy, Cache& cache
 
   const auto mask = cache.rows.mask();
   const Eigen::Ref<const Matrix<T>> d = without_padding<T>(dy, mask, cache.dy);
-  multiply<T>(input_gradient_product<T>(d, output(), d_context));
-  multiply<T>(weight_gradient_product<T>(d, cache.context, output()));
+  linear_backward<T>(d, cache.context, output_, output_bias_, d_context, cache.adapted_output);
   core(cache).backward(cache.context, d_context, dq, dk, dv, cache.attention, d_sinks());
   for (auto* gradient : {&dq, &dk, &dv}) clear_padding<T>(mask, *gradient);
   stages_.backward(cache.positions, cache.q, cache.k, dq, dk, dv, cache.stages);
 
   const Eigen::Ref<const Matrix<T>> x = cache.rounded_x.or_else(cache.x, frame);
-  const std::array<Product<T>, 3> weights = {weight_gradient_product<T>(dq, x, query()),
-                                             weight_gradient_product<T>(dk, x, key()),
-                                             weight_gradient_product<T>(dv, x, value())};
-  multiply<T>(weights);
-  if (config_.qkv_bias) {
-    add_rows_to<T>(dq, query_bias_.gradient().data());
-    add_rows_to<T>(dk, key_bias_.gradient().data());
-    add_rows_to<T>(dv, value_bias_.gradient().data());
-  }
-  if (config_.output_bias) add_rows_to<T>(d, output_bias_.gradient().data());
-  multiply<T>(input_gradient_product<T>(dq, query(), cache.dx));
-  multiply<T>(input_gradient_product<T>(dk, key(), cache.dx, true));
-  multiply<T>(input_gradient_product<T>(dv, value(), cache.dx, true));
+  linear_backward<T>(dq, x, query_, query_bias_, cache.dx, cache.adapted_query);
+  linear_backward<T>(dk, x, key_, key_bias_, cache.dx, cache.adapted_key, true);
+  linear_backward<T>(dv, x, value_, value_bias_, cache.dx, cache.adapted_value, true);
   return cache.dx;
 }
 
@@ -274,7 +265,7 @@ const Matrix<T>& GroupedQueryAttention<T>::decode(MatrixIn<T> x, const Pass& pas
   cache.rows.set("GroupedQueryAttention::decode", pass, x.rows());
   fill_spans(cache.rows, cache.spans);
   for (std::size_t s = 0; s < states.size(); ++s) make_sight(*states[s], cache.spans.at(s));
-  project(x, Pass{}, cache);
+  project(x, Pass{.adapters = pass.adapters}, cache);
   cache.kept.clear();
   for (std::size_t s = 0; s < states.size(); ++s) {
     const AttentionSpan& span = cache.spans.at(s);
@@ -335,6 +326,9 @@ void GroupedQueryAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& c
   set_shape(cache.v, x.rows(), kv_width());
   for (const Parameter<T>* weight : {&query(), &key(), &value()}) pass.show<T>(*weight, x);
   kernels::multiply_weights<T, 3>(x, {{{query_, cache.q}, {key_, cache.k}, {value_, cache.v}}});
+  adapt<T>(query(), x, pass, cache.q, cache.adapted_query);
+  adapt<T>(key(), x, pass, cache.k, cache.adapted_key);
+  adapt<T>(value(), x, pass, cache.v, cache.adapted_value);
   if (config_.qkv_bias) {
     add_to_each_row<T>(query_bias_.value.data(), cache.q);
     add_to_each_row<T>(key_bias_.value.data(), cache.k);

@@ -30,6 +30,8 @@
 #include <weir/kernels/e4m3_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/nn/adapted.hpp>
+#include <weir/nn/linear.hpp>
 #include <weir/nn/rms_norm.hpp>
 #include <weir/ops/padding.hpp>
 #include <weir/ops/rope.hpp>
@@ -79,6 +81,7 @@ class LatentAttention {
     List<Index> positions;
     typename LatentExpanded<T>::Cache expanded;
     typename LatentAbsorbed<T>::Cache absorbed;
+    Adapted<T> adapted_query_down, adapted_query, adapted_kv_down, adapted_output;
   };
 
   /// Weights begin as `switch_init`, norms as one.
@@ -101,7 +104,7 @@ class LatentAttention {
   /// \param dy  [tokens, d_model], the gradient of what `forward` returned last.
   /// \return    The gradient of its x.
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
-  ///                      for inference.
+  ///                      for inference, see Pass::through_stored.
   /// \throws ShapeError   if dy is not shaped like the output.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
@@ -121,18 +124,15 @@ class LatentAttention {
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    const bool trainable = self.output_.storage() == Storage::kTrainable;
     if (self.query_norm_) {
-      if (trainable) visit("query_down", self.query_down_.parameter());
+      visit("query_down", self.query_down_.parameter());
       visit("query_norm", *self.query_norm_);
     }
-    if (trainable) {
-      visit("query", self.query_.parameter());
-      visit("kv_down", self.kv_down_.parameter());
-    }
+    visit("query", self.query_.parameter());
+    visit("kv_down", self.kv_down_.parameter());
     visit("kv_norm", self.kv_norm_);
     visit("", self.expanded_);
-    if (trainable) visit("output", self.output_.parameter());
+    visit("output", self.output_.parameter());
   }
 
  private:
@@ -145,11 +145,11 @@ class LatentAttention {
     return switch_init<T>(rows, cols, rng, config_.init_scale);
   }
 
-  /// dx = dy W, or is increased by it; adds dy^T x to the gradient of W.
+  /// dx = dy W, or is increased by it; adds to the gradients of W and its adapters.
   static void multiply_back(MatrixIn<T> dy, MatrixIn<T> x, kernels::Weight<T>& weight,
-                            MatrixOut<T> dx, bool accumulate = false) {
-    multiply<T>(weight_gradient_product<T>(dy, x, weight.parameter()));
-    multiply<T>(input_gradient_product<T>(dy, weight.parameter(), dx, accumulate));
+                            MatrixOut<T> dx, Adapted<T>& adapted, bool accumulate = false) {
+    Parameter<T> none;  // There are no biases.
+    linear_backward<T>(dy, x, weight, none, dx, adapted, accumulate);
   }
 
   bool is_low_rank() const { return config_.q_rank > 0; }
@@ -165,6 +165,7 @@ class LatentAttention {
     pass.show<T>(output_.parameter(), cache.context);
     set_shape(cache.y, cache.context.rows(), config_.d_model);
     kernels::multiply_weights<T, 1>(cache.context, {{{output_, cache.y}}});
+    adapt<T>(output_.parameter(), cache.context, pass, cache.y, cache.adapted_output);
   }
 
   Config config_;
@@ -231,7 +232,7 @@ const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Ca
 
 template <std::floating_point T>
 const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
-  expect_trainable("LatentAttention::backward", output_.storage());
+  cache.adapted_output.expect_differentiable("LatentAttention::backward", output_.storage());
   cache.state.begin_backward("LatentAttention::backward", *this, dy);
   const Index tokens = dy.rows();
   Workspace::Frame frame(cache.workspace);
@@ -244,7 +245,7 @@ const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
 
   const auto mask = cache.rows.mask();
   const Eigen::Ref<const Matrix<T>> d = without_padding<T>(dy, mask, cache.dy);
-  multiply_back(d, cache.context, output_, d_context);
+  multiply_back(d, cache.context, output_, d_context, cache.adapted_output);
   expanded_.backward(cache.q, cache.kv_norm.y, cache.spans, mask, cache.context, d_context, dq,
                      d_latent, d_rope_keys, cache.expanded);
   clear_padding<T>(mask, dq);
@@ -253,15 +254,15 @@ const Matrix<T>& LatentAttention<T>::backward(MatrixIn<T> dy, Cache& cache) {
 
   d_kv.leftCols(config_.kv_rank) = kv_norm_.backward(d_latent, cache.kv_norm);
   const Eigen::Ref<const Matrix<T>> x = cache.rounded_x.or_else(cache.x, frame);
-  multiply_back(d_kv, x, kv_down_, cache.dx);
+  multiply_back(d_kv, x, kv_down_, cache.dx, cache.adapted_kv_down);
 
   if (is_low_rank()) {
     auto d_query_latent = frame.matrix<T>(tokens, config_.q_rank);
-    multiply_back(dq, cache.query_norm.y, query_, d_query_latent);
+    multiply_back(dq, cache.query_norm.y, query_, d_query_latent, cache.adapted_query);
     const Matrix<T>& d_down = query_norm_->backward(d_query_latent, cache.query_norm);
-    multiply_back(d_down, x, query_down_, cache.dx, true);
+    multiply_back(d_down, x, query_down_, cache.dx, cache.adapted_query_down, true);
   } else {
-    multiply_back(dq, x, query_, cache.dx, true);
+    multiply_back(dq, x, query_, cache.dx, cache.adapted_query, true);
   }
   return cache.dx;
 }
@@ -277,7 +278,7 @@ const Matrix<T>& LatentAttention<T>::decode(MatrixIn<T> x, const Pass& pass,
     cache.spans.at(s).key_begin = 0;
     cache.spans.at(s).keys += states[s]->length();
   }
-  project(x, Pass{}, cache);
+  project(x, Pass{.adapters = pass.adapters}, cache);
   const auto rope_keys = cache.kv.rightCols(config_.rope_dim);
   set_shape(cache.context, x.rows(), config_.heads * config_.value_dim);
   cache.absorbed.clear();
@@ -320,13 +321,17 @@ void LatentAttention<T>::project(MatrixIn<T> x, const Pass& pass, Cache& cache) 
     pass.show<T>(query_down_.parameter(), x);
     set_shape(cache.query_down, tokens, config_.q_rank);
     kernels::multiply_weights<T, 2>(x, {{{query_down_, cache.query_down}, {kv_down_, cache.kv}}});
+    adapt<T>(query_down_.parameter(), x, pass, cache.query_down, cache.adapted_query_down);
     query_norm_->forward(cache.query_down, pass, cache.query_norm);
     pass.show<T>(query_.parameter(), cache.query_norm.y);
     kernels::multiply_weights<T, 1>(cache.query_norm.y, {{{query_, cache.q}}});
+    adapt<T>(query_.parameter(), cache.query_norm.y, pass, cache.q, cache.adapted_query);
   } else {
     pass.show<T>(query_.parameter(), x);
     kernels::multiply_weights<T, 2>(x, {{{query_, cache.q}, {kv_down_, cache.kv}}});
+    adapt<T>(query_.parameter(), x, pass, cache.q, cache.adapted_query);
   }
+  adapt<T>(kv_down_.parameter(), x, pass, cache.kv, cache.adapted_kv_down);
   kv_norm_.forward(cache.kv.leftCols(config_.kv_rank), pass, cache.kv_norm);
   expanded_.show(pass, cache.kv_norm.y);
   fill_positions(cache.spans, tokens, cache.positions);

@@ -101,8 +101,9 @@ class LatentExpanded {
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     if (self.key_up_.storage() != Storage::kTrainable) return;
-    visit("key_up", self.key_up_.parameter());
-    visit("value_up", self.value_up_.parameter());
+    // Without adapters, which LatentAbsorbed could not compute.
+    visit("key_up", static_cast<Parameter<T>&>(self.key_up_.parameter()));
+    visit("value_up", static_cast<Parameter<T>&>(self.value_up_.parameter()));
   }
 
  private:
@@ -134,12 +135,15 @@ void LatentExpanded<T>::backward(MatrixIn<T> q, MatrixIn<T> latents,
   clear_padding<T>(mask, dk);
   clear_padding<T>(mask, dv);
   take_apart(dk, d_key_nope, d_rope_keys);
-  const std::array<Product<T>, 2> weights = {
-      weight_gradient_product<T>(d_key_nope, latents, key_up_.parameter()),
-      weight_gradient_product<T>(dv, latents, value_up_.parameter())};
-  multiply<T>(weights);
-  multiply<T>(input_gradient_product<T>(d_key_nope, key_up_.parameter(), d_latents));
-  multiply<T>(input_gradient_product<T>(dv, value_up_.parameter(), d_latents, true));
+  if (key_up_.storage() == Storage::kTrainable) {
+    const std::array<Product<T>, 2> weights = {
+        weight_gradient_product<T>(d_key_nope, latents, key_up_.parameter()),
+        weight_gradient_product<T>(dv, latents, value_up_.parameter())};
+    multiply<T>(weights);
+  }
+  Parameter<T> space;  // Of weights that are stored for inference.
+  multiply<T>(input_gradient_product<T>(d_key_nope, key_up_.with_value(space), d_latents));
+  multiply<T>(input_gradient_product<T>(dv, value_up_.with_value(space), d_latents, true));
 }
 
 template <std::floating_point T>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include <weir/core/list.hpp>
 #include <weir/core/pass.hpp>
@@ -23,6 +24,7 @@ class KeptPass {
     token_ids_.assign(pass.token_ids.begin(), pass.token_ids.end());
     places_.assign(pass.places.begin(), pass.places.end());
     allowed_.assign(pass.allowed.begin(), pass.allowed.end());
+    adapters_.assign(pass.adapters);
   }
 
   /// The pass without a record and without anybody who sees its inputs, since it has been recorded
@@ -35,6 +37,7 @@ class KeptPass {
     pass.token_ids = token_ids_;
     pass.places = places_;
     pass.allowed = allowed_;
+    pass.adapters = adapters_;
     pass.rng = rng;
     pass.record = nullptr;
     pass.inputs = nullptr;
@@ -47,6 +50,7 @@ class KeptPass {
   List<std::uint8_t> mask_;
   List<Index> token_ids_, places_;
   List<std::uint8_t> allowed_;
+  std::string adapters_;
 };
 
 }  // namespace weir

@@ -10,6 +10,7 @@
 #include <weir/core/error.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/input_observer.hpp>
+#include <weir/core/name_pattern.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass_record.hpp>
 #include <weir/core/random.hpp>
@@ -60,6 +61,16 @@ struct Pass {
 
   /// Who sees the rows that weights are multiplied with; null for nobody.
   InputObserver* inputs = nullptr;
+
+  /// Which adapters of the weights take part: those whose names match this pattern, see
+  /// `matches_pattern`. By default all; with "" none, which is the model without adapters.
+  std::string_view adapters = "*";
+
+  /// Whether a training pass may be followed by `backward` where weights are stored for inference:
+  /// they get no gradient, but what comes before them does, such as adapters of layers before.
+  bool through_stored = false;
+
+  bool adapts_by(std::string_view name) const { return matches_pattern(adapters, name); }
 
   bool is_padding(Index token) const { return !mask.empty() && element(mask, token) == 0; }
 

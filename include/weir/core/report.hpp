@@ -15,14 +15,15 @@ namespace weir {
 /// Load, drops, entropy and losses of one layer that routes tokens, in one pass. Padding is not
 /// counted.
 struct LayerReport {
-  Index tokens = 0;          ///< Real tokens.
-  Index assignments = 0;     ///< Assignments of tokens to experts, dropped or not.
-  Index dropped = 0;         ///< Assignments beyond a capacity.
-  Index dropped_tokens = 0;  ///< Tokens that kept no expert at all.
-  Index switched_off = 0;    ///< Experts that the pass allowed to no real token.
-  std::vector<Index> load;   ///< Assignments of each expert, dropped or not.
-  std::vector<Index> kept;   ///< Assignments of each expert that it computed.
-  double entropy = 0.0;      ///< Mean over tokens of -sum_e p_e ln p_e, in nats.
+  Index tokens = 0;            ///< Real tokens.
+  Index assignments = 0;       ///< Assignments of tokens to experts, dropped or not.
+  Index dropped = 0;           ///< Assignments beyond a capacity.
+  Index dropped_tokens = 0;    ///< Tokens that kept no expert at all.
+  Index switched_off = 0;      ///< Experts that the pass allowed to no real token.
+  std::vector<Index> load;     ///< Assignments of each expert, dropped or not.
+  std::vector<double> weight;  ///< The sum of the weights that the selector gave each expert.
+  std::vector<Index> kept;     ///< Assignments of each expert that it computed.
+  double entropy = 0.0;        ///< Mean over tokens of -sum_e p_e ln p_e, in nats.
 
   /// The value that the forward pass computed for each auxiliary loss, by its balancer's name and
   /// scaled by its coefficient. Empty if the pass computed none.

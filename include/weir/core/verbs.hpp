@@ -9,6 +9,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/low_rank.hpp>
 #include <weir/core/name_pattern.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
@@ -32,6 +33,16 @@ struct CollectTensors final : Walk<T> {
   void at_buffer(std::string_view name, Buffer<T>& buffer) override {
     buffers.push_back({std::string(name), &buffer});
   }
+};
+
+template <class T>
+struct CollectLinears final : Walk<T> {
+  explicit CollectLinears(std::string_view names) : pattern(names) {}
+  void at_linear(std::string_view name, LinearParameter<T>& weight) override {
+    if (matches_pattern(pattern, name)) weights.push_back({std::string(name), &weight});
+  }
+  std::string_view pattern;
+  std::vector<NamedLinear<T>> weights;
 };
 
 template <class T>
@@ -134,6 +145,16 @@ std::vector<NamedBuffer<typename Layer::Scalar>> buffers(Layer& layer) {
   return std::move(collect.buffers);
 }
 
+/// The weights of the linear maps of `layer` whose names match `pattern`, in the order of the
+/// model, in any storage. These can have adapters.
+template <class Layer>
+std::vector<NamedLinear<typename Layer::Scalar>> linear_weights(Layer& layer,
+                                                                std::string_view pattern = "*") {
+  detail::CollectLinears<typename Layer::Scalar> collect(pattern);
+  collect("", layer);
+  return std::move(collect.weights);
+}
+
 /// Sets every gradient of `layer` to zero.
 template <class Layer>
 void zero_gradients(Layer& layer) {
@@ -214,7 +235,9 @@ bool is_trainable(Layer& layer) {
 ///
 ///     freeze(decoder, "*.router.*");
 ///
-/// A frozen parameter still gets a gradient; optimizers leave its value alone.
+/// Optimizers leave a frozen parameter's value alone. The weights of linear maps get no gradient
+/// while they are frozen, which saves a third of their work; other parameters, all small but the
+/// embedding, do.
 /// \return              How many parameters matched.
 /// \throws ConfigError  if none does.
 template <class Layer>

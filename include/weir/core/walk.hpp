@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <vector>
 
+#include <weir/core/expert_map.hpp>
+#include <weir/core/low_rank.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -26,13 +28,16 @@ namespace weir {
 ///     void set_storage(Storage storage)    stores its weights, and those of all its members
 ///     Storage storage() const              how it stores its own weights
 ///     static constexpr bool kTrainsInFull  its own weights keep full precision in training
+///     void change_experts(const ExpertMap&) changes the experts of the mixture that it is
+///     void set_active_experts(Index k)     how many of them a token has
 ///
 /// A type without `set_storage`, some of whose members keep full precision in every storage, hands
 /// the others over in a static `visit_stored`, which looks like `visit`.
 class Node {
  public:
-  /// \param stores   Whether `set_storage` can be called: who does not ask for it does not compile
-  ///                 the kernels of all storages.
+  /// \param stores   Whether `set_storage`, `change_experts` and `set_active_experts` can be
+  /// called:
+  ///                 who does not ask for them does not compile the kernels of all storages.
   template <class Member, bool stores>
   Node(Member& member, std::bool_constant<stores> /*stores*/)
       : self_(&member), type_(type_of<Member>()) {
@@ -54,6 +59,16 @@ class Node {
           static_cast<Member*>(self)->set_storage(storage);
         };
       }
+    }
+    if constexpr (stores && requires(const ExpertMap& map) { member.change_experts(map); }) {
+      change_experts_ = [](void* self, const ExpertMap& map) {
+        static_cast<Member*>(self)->change_experts(map);
+      };
+    }
+    if constexpr (stores && requires { member.set_active_experts(Index{}); }) {
+      set_active_experts_ = [](void* self, Index k) {
+        static_cast<Member*>(self)->set_active_experts(k);
+      };
     }
     if constexpr (requires { member.storage(); }) {
       storage_ = member.storage();
@@ -89,6 +104,21 @@ class Node {
   /// Whether the type has a `set_storage`.
   bool set_storage_exists() const { return set_storage_exists_; }
 
+  /// Only in a StorageWalk.
+  /// \return         Whether the type has experts that it can change, and did so.
+  bool change_experts(const ExpertMap& map) const {
+    if (change_experts_ != nullptr) change_experts_(self_, map);
+    return change_experts_ != nullptr;
+  }
+
+  /// Only in a StorageWalk.
+  /// \return         Whether the type is a mixture whose tokens can have another number of experts,
+  ///                 and now have `k`.
+  bool set_active_experts(Index k) const {
+    if (set_active_experts_ != nullptr) set_active_experts_(self_, k);
+    return set_active_experts_ != nullptr;
+  }
+
   /// Whether the type stores its weights as a whole.
   bool stores_itself() const { return set_storage_exists_ && has_storage_; }
 
@@ -121,6 +151,8 @@ class Node {
   void (*discard_)(void*) = nullptr;
   void (*expect_storable_)(const void*, Storage) = nullptr;
   void (*set_storage_)(void*, Storage) = nullptr;
+  void (*change_experts_)(void*, const ExpertMap&) = nullptr;
+  void (*set_active_experts_)(void*, Index) = nullptr;
   Storage storage_ = Storage::kTrainable;
   bool has_storage_ = false;
   bool set_storage_exists_ = false;
@@ -155,6 +187,29 @@ class Walk {
     path_.resize(parent);
   }
 
+  /// A weight, unless its layer stores it for inference, and its adapters: `name.lora_A.ADAPTER`,
+  /// `name.lora_B.ADAPTER` and the buffer `name.lora_merged.ADAPTER`.
+  void operator()(std::string_view name, LinearParameter<T>& weight) {
+    const std::size_t parent = path_.size();
+    path_.append(name);
+    at_linear(path_, weight);
+    if (weight.has_value()) at_parameter(path_, weight);
+    const std::size_t own = path_.size();
+    for (std::size_t i = 0; with_adapters() && i < weight.adapters.size(); ++i) {
+      LowRank<T>& adapter = weight.adapters[i];
+      path_.append(".lora_A.").append(adapter.name);
+      at_parameter(path_, adapter.a);
+      path_.resize(own);
+      path_.append(".lora_B.").append(adapter.name);
+      at_parameter(path_, adapter.b);
+      path_.resize(own);
+      path_.append(".lora_merged.").append(adapter.name);
+      at_buffer(path_, adapter.merged);
+      path_.resize(own);
+    }
+    path_.resize(parent);
+  }
+
   void operator()(std::string_view name, Buffer<T>& buffer) {
     const std::size_t parent = path_.size();
     path_.append(name);
@@ -181,9 +236,15 @@ class Walk {
 
  protected:
   virtual void at_parameter(std::string_view /*name*/, Parameter<T>& /*parameter*/) {}
+  /// Called for the weight of a linear map, whether or not it is stored for inference, before its
+  /// parameters.
+  virtual void at_linear(std::string_view /*name*/, LinearParameter<T>& /*weight*/) {}
   virtual void at_buffer(std::string_view /*name*/, Buffer<T>& /*buffer*/) {}
   /// \return         Whether to go on to the members of the node.
   virtual bool at_node(const Node& /*node*/) { return true; }
+
+  /// Whether the adapters of weights are visited.
+  virtual bool with_adapters() const { return true; }
 
   /// Whether only members are visited whose weights are stored, see Node.
   virtual bool only_stored() const { return stores; }
@@ -207,7 +268,7 @@ class Walk {
   std::pmr::string path_{&resource_};  // The path of the node, with a dot at the end.
 };
 
-/// A walk that changes how weights are stored.
+/// A walk that changes how weights are stored, or which experts there are.
 template <class T>
 using StorageWalk = Walk<T, true>;
 

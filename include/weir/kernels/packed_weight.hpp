@@ -93,7 +93,9 @@ class PackedWeight {
   }
 
   /// Writes the weights as they were given, or rounded as they are stored. `second` is for a pair.
-  void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const;
+  void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const {
+    (this->*unpack_)(first, second);
+  }
 
  private:
   /// How the numbers are multiplied in storage `kBfloat16`.
@@ -140,6 +142,7 @@ class PackedWeight {
 
   void fill(const From& first, const From& second, SharedMemory& memory);
 
+  void unpack_stored(Matrix<T>& first, Matrix<T>* second) const;
   void multiply_stored(const Cut& cut, const std::byte* left, Index begin, Index end,
                        Store<T> store) const;
 
@@ -166,6 +169,7 @@ class PackedWeight {
   // stored.
   void (PackedWeight::*multiply_)(const Cut&, const std::byte*, Index, Index,
                                   Store<T>) const = nullptr;
+  void (PackedWeight::*unpack_)(Matrix<T>&, Matrix<T>*) const = nullptr;
   // Copies share the numbers, one of these.
   std::shared_ptr<T[]> exact_;          // NOLINT(modernize-avoid-c-arrays)
   std::shared_ptr<BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays)
@@ -254,6 +258,7 @@ void PackedWeight<T>::pack_numbers(const WeightRows<T>& of, const T* from, Index
 template <class T>
 void PackedWeight<T>::fill(const From& first, const From& second, SharedMemory& memory) {
   multiply_ = &PackedWeight::multiply_stored;
+  unpack_ = &PackedWeight::unpack_stored;
   const auto numbers = static_cast<std::size_t>(panels() * panel_cost());
   if (is_coded()) {
     coded_ = memory.take<std::byte>(coded_bytes());
@@ -302,7 +307,7 @@ void PackedWeight<T>::for_each_row(Body&& body) const {
 }
 
 template <class T>
-void PackedWeight<T>::unpack(Matrix<T>& first, Matrix<T>* second) const {
+void PackedWeight<T>::unpack_stored(Matrix<T>& first, Matrix<T>* second) const {
   set_shape(first, rows_, cols_);
   if (second != nullptr) second->resize(rows_, cols_);
   for_each_row([&](bool of_second, Index row, Index column, Index j) {

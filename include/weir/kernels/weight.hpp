@@ -7,6 +7,7 @@
 #include <utility>
 
 #include <weir/core/aligned.hpp>
+#include <weir/core/low_rank.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
@@ -21,14 +22,21 @@ template <class T>
 class Weight {
  public:
   Weight() = default;
-  explicit Weight(Matrix<T> value) : parameter_{std::move(value)} {}
+  explicit Weight(Matrix<T> value) : parameter_(std::move(value)) {}
 
   Index rows() const { return packed_.empty() ? parameter_.value.rows() : packed_.rows(); }
   Index cols() const { return packed_.empty() ? parameter_.value.cols() : packed_.cols(); }
 
-  /// Empty unless the storage is kTrainable.
-  Parameter<T>& parameter() { return parameter_; }
-  const Parameter<T>& parameter() const { return parameter_; }
+  /// Its value is empty unless the storage is kTrainable; adapters are there in any storage.
+  LinearParameter<T>& parameter() { return parameter_; }
+  const LinearParameter<T>& parameter() const { return parameter_; }
+
+  /// The parameter or, where it is stored for inference, `space` with the value unpacked.
+  const Parameter<T>& with_value(Parameter<T>& space) const {
+    if (storage_ == Storage::kTrainable) return parameter_;
+    packed_.unpack(space.value);
+    return space;
+  }
 
   const PackedWeight<T>& packed() const { return packed_; }
 
@@ -46,7 +54,7 @@ class Weight {
   Weight stored(Storage storage, SharedMemory* memory = nullptr) const;
 
  private:
-  Parameter<T> parameter_;
+  LinearParameter<T> parameter_;
   PackedWeight<T> packed_;
   Storage storage_ = Storage::kTrainable;
 };
@@ -67,7 +75,10 @@ Weight<T> Weight<T>::stored(Storage storage, SharedMemory* memory) const {
     const Parameter<T>& value = unpacked ? result.parameter_ : parameter_;
     result.packed_ = {value, storage, memory};
     result.parameter_ = {};
+    result.parameter_.stored_rows = rows();
+    result.parameter_.stored_cols = cols();
   }
+  result.parameter_.adapters = parameter_.adapters;
   return result;
 }
 

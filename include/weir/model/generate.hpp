@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <functional>
 #include <span>
+#include <string>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -65,6 +67,7 @@ struct Conversation {
   Sampling sampling = {};  ///< A repetition penalty is about the prompt and the new tokens.
   Rng rng = Rng(0);  ///< Each conversation has its own, so that others do not change its tokens.
   typename Decoder<T>::State state = {};  ///< Empty, or a copy of a prefix's state.
+  std::string adapters = "*";  ///< The adapters of the model that take part, see Pass::adapters.
 };
 
 namespace detail {
@@ -80,6 +83,7 @@ struct Turn {
   Generated result = {};
   bool ended = false;
   std::vector<Index> before = {};  ///< Prompt and new tokens, if their repetition is penalised.
+  std::string_view adapters = "*";
 
   void check() const {
     if (prompt.count() == 0) {
@@ -154,10 +158,12 @@ class Samplers {
   List<Index> tokens_;
 };
 
-/// Lets all turns take place. Each pass of the model computes the next token of every turn. A turn
-/// that has ended leaves once its last token has gone into its state.
+/// Lets all turns take place, which have the same adapters. Each pass of the model computes the
+/// next token of every turn. A turn that has ended leaves once its last token has gone into its
+/// state.
 template <class T>
 void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
+  if (turns.empty()) return;
   for (Turn<T>& turn : turns) {
     turn.check();
     turn.ended = turn.until->count == 0;
@@ -176,7 +182,8 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
   while (!present.empty()) {
     states.clear();
     for (Turn<T>* turn : present) states.push_back(turn->state);
-    const Matrix<T>& logits = model.decode(ids, {.sequences = &sequences}, states, cache, true);
+    const Matrix<T>& logits = model.decode(
+        ids, {.sequences = &sequences, .adapters = turns[0].adapters}, states, cache, true);
     const List<Index>& tokens = samplers.sample(present, logits);
     ids.clear();
     sequences.clear();
@@ -197,8 +204,9 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
 
 /// Continues each conversation by its prompt, then by tokens drawn one after the other, each from
 /// the logits that follow all tokens before it. The first pass of the model computes all prompts;
-/// every later pass computes the next token of all conversations that have not ended. No token is
-/// computed twice. At the end each state holds the prompt and the new tokens, so that the next
+/// every later pass computes the next token of all conversations that have not ended. Conversations
+/// with other adapters have passes of their own, after those of the first. No token is computed
+/// twice. At the end each state holds the prompt and the new tokens, so that the next
 /// prompt follows them.
 ///
 /// Every conversation gets the tokens that it would get alone, up to rounding and under the
@@ -219,8 +227,24 @@ std::vector<Generated> generate(const Decoder<T>& model,
   turns.reserve(conversations.size());
   for (Conversation<T>& c : conversations) {
     turns.push_back({c.prompt, &c.until, &c.sampling, &c.rng, &c.state});
+    turns.back().adapters = c.adapters;
   }
-  detail::take_turns<T>(model, turns);
+  for (const detail::Turn<T>& turn : turns) turn.check();
+  // The turns of each group of equal adapters, in their order.
+  std::vector<bool> had(turns.size(), false);
+  for (std::size_t first = 0; first < turns.size(); ++first) {
+    if (had[first]) continue;
+    std::vector<std::size_t> places;
+    std::vector<detail::Turn<T>> group;
+    for (std::size_t i = first; i < turns.size(); ++i) {
+      if (turns[i].adapters != turns[first].adapters) continue;
+      had[i] = true;
+      places.push_back(i);
+      group.push_back(turns[i]);
+    }
+    detail::take_turns<T>(model, group);
+    for (std::size_t i = 0; i < group.size(); ++i) turns[places[i]].result = group[i].result;
+  }
   std::vector<Generated> results;
   results.reserve(turns.size());
   for (detail::Turn<T>& turn : turns) results.push_back(std::move(turn.result));

@@ -88,6 +88,13 @@ class Balancers {
     });
   }
 
+  /// Lets the rules forget what they counted since the last step.
+  void forget() {
+    for_each(*this, [](auto& balancer) {
+      if constexpr (requires { balancer.discard_self(); }) balancer.discard_self();
+    });
+  }
+
   /// The members of balancer number i, in the constructor's order, as `i.*`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {

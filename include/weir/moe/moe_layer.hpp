@@ -8,6 +8,7 @@
 
 #include <weir/core/cache_state.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/report.hpp>
@@ -68,6 +69,7 @@ class MoELayer {
     RoutingGradient<T> gradient;
     PassRecord record;  ///< What the last forward pass recorded.
     Matrix<T> x;        ///< The input without padding; only used if there is padding.
+    Index changes = 0;  ///< How often the layer's experts had been changed.
     Matrix<T> dx;
   };
 
@@ -118,6 +120,7 @@ class MoELayer {
       if (pass.record->wants_reports()) pass.record->add_report(report(cache));
       pass.record->show(cache.routing, pass);
     }
+    cache.changes = changes_;
     return cache.state.finish(*this, pass, y);
   }
 
@@ -126,6 +129,11 @@ class MoELayer {
   /// \throws StateError   if the cache does not fit, see CacheState.
   /// \throws ShapeError   if dy does not have the shape of y.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
+    if (cache.state.is_filled() && cache.changes != changes_) {
+      throw_error<StateError>(
+          "MoELayer::backward: the experts were changed since the forward pass, expected a new "
+          "one");
+    }
     cache.state.begin_backward("MoELayer::backward", *this, dy);
     Routing<T>& routing = cache.routing;
     RoutingGradient<T>& d = cache.gradient;
@@ -143,6 +151,43 @@ class MoELayer {
     capacity_.observe(routing);
     balancers_.observe(routing);
     return cache.dx;
+  }
+
+  /// Changes the experts, and what router and selector have for each. What balancers counted since
+  /// the last step is forgotten.
+  /// \throws ConfigError  if the map does not fit a part, or a part does not serve that many
+  ///                      experts. In this case, and after any other exception, nothing has
+  ///                      changed.
+  /// \throws StateError   as the bank.
+  void change_experts(const ExpertMap& map) requires requires(R& r, B& b) {
+    r.remap_experts(map);
+    b.remap_experts(map);
+  }
+  {
+    map.check("MoELayer::change_experts", experts());
+    MoELayer next = *this;
+    next.router_.remap_experts(map);
+    if constexpr (requires { next.selector_.remap_experts(map); }) {
+      next.selector_.remap_experts(map);
+    }
+    next.bank_.remap_experts(map);
+    next.check();
+    next.balancers_.forget();
+    ++next.changes_;
+    *this = std::move(next);
+  }
+
+  /// Lets each token have k experts from the next pass on.
+  /// \throws ConfigError  if the selector, or another part, cannot serve that. Nothing has changed
+  ///                      then.
+  void set_active_experts(Index k) requires requires(S& s) { s.set_k(k); }
+  {
+    S next = selector_;
+    next.set_k(k);
+    next.check(experts());
+    next.check_router(router_);
+    selector_ = std::move(next);
+    ++changes_;
   }
 
   /// Lets the balancing rules act on the selector; `weir::update` calls it.
@@ -195,6 +240,7 @@ class MoELayer {
   C capacity_;
   B bank_;
   Balancers<R, S, L...> balancers_;
+  Index changes_ = 0;  // Of the experts or their number for a token.
 };
 
 }  // namespace weir

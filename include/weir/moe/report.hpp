@@ -21,11 +21,13 @@ LayerReport report_of(const Routing<T>& routing) {
   report.switched_off = routing.experts() - routing.open_experts();
   List<Index> load(routing.experts());
   List<Index> kept(routing.experts());
+  List<double> weight(routing.experts());
   for (Index t = 0; t < routing.tokens(); ++t) {
     if (routing.rows.is_padding(t)) continue;
     bool served = false;
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
       ++load[routing.expert[a]];
+      weight[routing.expert[a]] += static_cast<double>(routing.weight[a]);
       kept[routing.expert[a]] += routing.kept[a];
       report.dropped += 1 - routing.kept[a];
       served = served || routing.kept[a] != 0;
@@ -33,6 +35,7 @@ LayerReport report_of(const Routing<T>& routing) {
     report.dropped_tokens += served ? 0 : 1;
   }
   report.load = std::move(load);
+  report.weight = std::move(weight);
   report.kept = std::move(kept);
 
   List<double> entropy(routing.tokens());

@@ -3,18 +3,24 @@
 /// The gated feed-forward network (Shazeer 2020, arXiv:2002.05202).
 #pragma once
 
+#include <array>
 #include <concepts>
+#include <cstddef>
 #include <optional>
+#include <span>
 #include <utility>
+#include <vector>
 
 #include <weir/core/error.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
+#include <weir/core/low_rank.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/workspace.hpp>
 #include <weir/kernels/matmul.hpp>
+#include <weir/nn/adapted.hpp>
 #include <weir/nn/kept_glu.hpp>
 #include <weir/nn/packed_glu.hpp>
 #include <weir/ops/activation.hpp>
@@ -80,6 +86,8 @@ class Glu {
     Workspace workspace;  ///< For what is needed only while a pass runs.
     PaddingRows padding;
     PackedGluCache<T> packed;
+    std::vector<Product<T>> products;
+    Adapted<T> adapted_gate, adapted_up, adapted_down;
   };
 
   /// Weights from `switch_init`.
@@ -95,7 +103,7 @@ class Glu {
   /// Takes over gate and up [d_hidden, d_model] and down [d_model, d_hidden].
   /// \throws ShapeError   if they do not fit each other.
   Glu(Matrix<T> gate, Matrix<T> up, Matrix<T> down)
-      : gate_{std::move(gate)}, up_{std::move(up)}, down_{std::move(down)} {
+      : gate_(std::move(gate)), up_(std::move(up)), down_(std::move(down)) {
     expect_shape("Glu", "up", up_.value, d_hidden(), d_model());
     expect_shape("Glu", "down", down_.value, d_model(), d_hidden());
   }
@@ -109,7 +117,7 @@ class Glu {
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
-  ///                      for inference.
+  ///                      for inference, see Pass::through_stored.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
@@ -117,33 +125,59 @@ class Glu {
   void set_storage(Storage storage);
   Storage storage() const { return storage_; }
 
-  Index d_model() const { return packed_ ? packed_->gate_up.cols() : gate_.value.cols(); }
-  Index d_hidden() const { return packed_ ? packed_->gate_up.rows() : gate_.value.rows(); }
+  Index d_model() const { return gate_.d_in(); }
+  Index d_hidden() const { return gate_.d_out(); }
 
-  /// The three weights are empty if they are stored for inference.
-  const Parameter<T>& gate() const { return gate_; }
-  Parameter<T>& gate() { return gate_; }
-  const Parameter<T>& up() const { return up_; }
-  Parameter<T>& up() { return up_; }
-  const Parameter<T>& down() const { return down_; }
-  Parameter<T>& down() { return down_; }
+  /// The three weights have no value if they are stored for inference.
+  const LinearParameter<T>& gate() const { return gate_; }
+  LinearParameter<T>& gate() { return gate_; }
+  const LinearParameter<T>& up() const { return up_; }
+  LinearParameter<T>& up() { return up_; }
+  const LinearParameter<T>& down() const { return down_; }
+  LinearParameter<T>& down() { return down_; }
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    if (self.packed_) return;
     visit("gate", self.gate_);
     visit("up", self.up_);
     visit("down", self.down_);
   }
 
  private:
-  void run(MatrixIn<T> x, MatrixOut<T> gate, MatrixOut<T> up, MatrixOut<T> h,
-           MatrixOut<T> y) const {
-    const Product<T> products[] = {forward_product<T>(x, gate_, gate),
-                                   forward_product<T>(x, up_, up)};
+  /// The three weights, unpacked where they are stored for inference.
+  struct Weights {
+    explicit Weights(const Glu& glu)
+        : gate(either(glu, 0, glu.gate_)),
+          up(either(glu, 1, glu.up_)),
+          down(either(glu, 2, glu.down_)) {
+      if (glu.packed_) glu.packed_->unpack(space[0].value, space[1].value, space[2].value);
+    }
+    const Parameter<T>& either(const Glu& glu, std::size_t place, const Parameter<T>& own) const {
+      return glu.packed_ ? space[place] : own;
+    }
+    std::array<Parameter<T>, 3> space;
+    const Parameter<T>& gate;
+    const Parameter<T>& up;
+    const Parameter<T>& down;
+  };
+
+  /// Whether activations are computed from sums that are still in the cache of their core, and only
+  /// y is written.
+  bool is_fused(const Pass& pass) const {
+    if (!packed_ || (pass.training && pass.through_stored)) return false;
+    return !is_adapted(gate_, pass) && !is_adapted(up_, pass) && !is_adapted(down_, pass);
+  }
+
+  void run(MatrixIn<T> x, const Pass& pass, GluRows<T>& at, Cache& cache) const {
+    const Weights weights(*this);
+    const Product<T> products[] = {forward_product<T>(x, weights.gate, at.gate),
+                                   forward_product<T>(x, weights.up, at.up)};
     multiply<T>(products);
-    glu_forward<Act, T>(gate, up, h);
-    multiply<T>(forward_product<T>(h, down_, y));
+    adapt<T>(gate_, x, pass, at.gate, cache.adapted_gate);
+    adapt<T>(up_, x, pass, at.up, cache.adapted_up);
+    glu_forward<Act, T>(at.gate, at.up, at.hidden);
+    multiply<T>(forward_product<T>(at.hidden, weights.down, cache.y));
+    adapt<T>(down_, at.hidden, pass, cache.y, cache.adapted_down);
   }
 
   void run_packed(MatrixIn<T> x, PackedGluCache<T>& cache, MatrixOut<T> y) const {
@@ -152,8 +186,8 @@ class Glu {
         x.rows(), [&](Index t) { return &x.coeffRef(t, 0); }, std::span(&all, 1), cache, y);
   }
 
-  Parameter<T> gate_, up_;  // [d_hidden, d_model]
-  Parameter<T> down_;       // [d_model, d_hidden]
+  LinearParameter<T> gate_, up_;  // [d_hidden, d_model]
+  LinearParameter<T> down_;       // [d_model, d_hidden]
   std::optional<PackedGlu<T>> packed_;
   Storage storage_ = Storage::kTrainable;
 };
@@ -164,7 +198,7 @@ const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
   expect_columns("Glu::forward", "x", x, d_model());
   cache.padding.set("Glu::forward", pass, x.rows());
   set_shape(cache.y, x.rows(), d_model());
-  if (packed_) {
+  if (is_fused(pass)) {
     run_packed(x, cache.packed, cache.y);
     cache.padding.clear(cache.y);
     return cache.state.finish(*this, Pass{}, cache.y);  // Nothing is kept for `backward`.
@@ -175,9 +209,9 @@ const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
   if (pass.training) {
     copy_rows_to<T>(x, at.x);
     clear_padding<T>(cache.padding.mask(), at.x);
-    run(at.x, at.gate, at.up, at.hidden, cache.y);
+    run(at.x, pass, at, cache);
   } else {
-    run(x, at.gate, at.up, at.hidden, cache.y);
+    run(x, pass, at, cache);
   }
   cache.kept.end(at);
   for (const Parameter<T>* weight : {&gate_, &up_}) pass.show<T>(*weight, x);
@@ -188,7 +222,7 @@ const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
 
 template <std::floating_point T, Activation Act>
 const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
-  expect_trainable("Glu::backward", storage_);
+  cache.adapted_gate.expect_differentiable("Glu::backward", storage_);
   cache.state.begin_backward("Glu::backward", *this, dy);
   Workspace::Frame frame(cache.workspace);
   auto dh = frame.matrix<T>(dy.rows(), d_hidden());
@@ -202,15 +236,25 @@ const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   }
 
   const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dy, cache.dy);
-  const Product<T> behind[] = {input_gradient_product<T>(d, down_, dh),
-                               weight_gradient_product<T>(d, at.hidden, down_)};
-  multiply<T>(behind);
+  const Weights weights(*this);
+  std::vector<Product<T>>& products = cache.products;
+  const auto add_gradient = [&](LinearParameter<T>& weight, MatrixIn<T> d_out, MatrixIn<T> x) {
+    if (weight.takes_gradient()) products.push_back(weight_gradient_product<T>(d_out, x, weight));
+  };
+  products.clear();
+  products.push_back(input_gradient_product<T>(d, weights.down, dh));
+  add_gradient(down_, d, at.hidden);
+  multiply<T>(products);
+  adapt_backward<T>(down_, d, at.hidden, dh, cache.adapted_down);
   glu_backward<Act, T>(at.gate, at.up, dh, d_gate, d_up);
-  const Product<T> before[] = {input_gradient_product<T>(d_gate, gate_, cache.dx),
-                               weight_gradient_product<T>(d_gate, at.x, gate_),
-                               weight_gradient_product<T>(d_up, at.x, up_)};
-  multiply<T>(before);
-  multiply<T>(input_gradient_product<T>(d_up, up_, cache.dx, true));
+  products.clear();
+  products.push_back(input_gradient_product<T>(d_gate, weights.gate, cache.dx));
+  add_gradient(gate_, d_gate, at.x);
+  add_gradient(up_, d_up, at.x);
+  multiply<T>(products);
+  multiply<T>(input_gradient_product<T>(d_up, weights.up, cache.dx, true));
+  adapt_backward<T>(gate_, d_gate, at.x, cache.dx, cache.adapted_gate);
+  adapt_backward<T>(up_, d_up, at.x, cache.dx, cache.adapted_up);
   return cache.dx;
 }
 
@@ -227,12 +271,13 @@ void Glu<T, Act>::set_storage(Storage storage) {
     } else {
       packed.emplace(gate_, up_, down_, storage, memory);
     }
-    gate = up = down = {};
+    for (LinearParameter<T>* weight : {&gate_, &up_, &down_}) weight->forget_value();
+  } else {
+    gate_.value = std::move(gate.value);
+    up_.value = std::move(up.value);
+    down_.value = std::move(down.value);
   }
   packed_ = std::move(packed);
-  gate_ = std::move(gate);
-  up_ = std::move(up);
-  down_ = std::move(down);
   storage_ = storage;
 }
 

@@ -3,12 +3,16 @@
 /// The affine map.
 #pragma once
 
+#include <array>
 #include <concepts>
+#include <span>
 #include <utility>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/layer.hpp>
+#include <weir/core/low_rank.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/precision.hpp>
 #include <weir/core/storage.hpp>
@@ -17,6 +21,7 @@
 #include <weir/kernels/e4m3_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/weight.hpp>
+#include <weir/nn/adapted.hpp>
 #include <weir/ops/padding.hpp>
 #include <weir/ops/rows.hpp>
 
@@ -33,13 +38,22 @@ void linear_forward(MatrixIn<T> x, const kernels::Weight<T>& weight, const Matri
 /// The derivative of `linear_forward` with respect to everything:
 ///
 ///     dW += dy^T x,   db += sum_t dy[t],   dx = dy W
+///
+/// and of what the adapters of the weight added. Where the weight is frozen or stored for
+/// inference, dW is not computed, see Pass::through_stored.
+///
+/// \param accumulate  Whether dx is added to.
 template <class T>
 void linear_backward(MatrixIn<T> dy, MatrixIn<T> x, kernels::Weight<T>& weight, Parameter<T>& bias,
-                     MatrixOut<T> dx) {
-  const Product<T> products[] = {input_gradient_product<T>(dy, weight.parameter(), dx),
-                                 weight_gradient_product<T>(dy, x, weight.parameter())};
-  multiply<T>(products);
+                     MatrixOut<T> dx, Adapted<T>& adapted, bool accumulate = false) {
+  LinearParameter<T>& w = weight.parameter();
+  Parameter<T> space;  // Of a weight that is stored for inference.
+  std::array<Product<T>, 2> products = {
+      input_gradient_product<T>(dy, weight.with_value(space), dx, accumulate)};
+  if (w.takes_gradient()) products[1] = weight_gradient_product<T>(dy, x, w);
+  multiply<T>(std::span<const Product<T>>(products).first(w.takes_gradient() ? 2 : 1));
   if (bias.value.size() != 0) add_rows_to<T>(dy, bias.gradient().data());
+  adapt_backward<T>(w, dy, x, dx, adapted);
 }
 
 /// Settings of `Linear`.
@@ -60,6 +74,7 @@ class Linear {
     kernels::E4M3Rows<T> rounded_x;  ///< Instead of x, in training in FP8.
     Workspace workspace;             ///< For x again.
     PaddingRows padding;
+    Adapted<T> adapted;
   };
 
   /// Weights from `switch_init`; the bias starts at zero.
@@ -87,15 +102,16 @@ class Linear {
   /// \param dy       [tokens, d_out], of the last forward pass.
   /// \return         dL/dx, [tokens, d_in].
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weight is stored for
-  ///                      inference.
+  ///                      inference, see Pass::through_stored.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
-    expect_trainable("Linear::backward", weight_.storage());
+    cache.adapted.expect_differentiable("Linear::backward", weight_.storage());
     cache.state.begin_backward("Linear::backward", *this, dy);
     set_shape(cache.dx, dy.rows(), d_in());
     const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dy, cache.dy);
     Workspace::Frame frame(cache.workspace);
-    linear_backward<T>(d, cache.rounded_x.or_else(cache.x, frame), weight_, bias_, cache.dx);
+    linear_backward<T>(d, cache.rounded_x.or_else(cache.x, frame), weight_, bias_, cache.dx,
+                       cache.adapted);
     return cache.dx;
   }
 
@@ -103,20 +119,25 @@ class Linear {
   void set_storage(Storage storage) { weight_.set_storage(storage); }
   Storage storage() const { return weight_.storage(); }
 
+  /// Changes the outputs: each is one of those before or a new one, with a row of zeros and the
+  /// bias `map.cold_logit`; biases are added if that is not zero. Gradients and adapters move too.
+  /// \throws StateError   if the weight is stored for inference.
+  void remap_outputs(const ExpertMap& map);
+
   Index d_in() const { return weight_.cols(); }
   Index d_out() const { return weight_.rows(); }
   bool has_bias() const { return bias_.value.size() != 0; }
 
-  /// Empty if it is stored for inference.
-  const Parameter<T>& weight() const { return weight_.parameter(); }
-  Parameter<T>& weight() { return weight_.parameter(); }
+  /// Without a value if it is stored for inference.
+  const LinearParameter<T>& weight() const { return weight_.parameter(); }
+  LinearParameter<T>& weight() { return weight_.parameter(); }
   /// Empty if there is none.
   const Parameter<T>& bias() const { return bias_; }
   Parameter<T>& bias() { return bias_; }
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    if (self.weight_.storage() == Storage::kTrainable) visit("weight", self.weight_.parameter());
+    visit("weight", self.weight_.parameter());
     if (self.has_bias()) visit("bias", self.bias_);
   }
 
@@ -126,18 +147,41 @@ class Linear {
 };
 
 template <std::floating_point T>
+void Linear<T>::remap_outputs(const ExpertMap& map) {
+  expect_trainable("Linear::remap_outputs", weight_.storage());
+  LinearParameter<T> weight = this->weight();
+  weight.value = map.rows(weight.value);
+  if (weight.grad.size() > 0) weight.grad = map.rows(weight.grad);
+  for (LowRank<T>& adapter : weight.adapters) {
+    adapter.b.value = map.rows(adapter.b.value);
+    if (adapter.b.grad.size() > 0) adapter.b.grad = map.rows(adapter.b.grad);
+  }
+  Parameter<T> bias = bias_;
+  if (!has_bias() && map.has_cold() && map.cold_logit != 0.0) set_zero(bias.value, 1, d_out());
+  if (bias.value.size() > 0) {
+    bias.value = map.columns(bias.value, static_cast<T>(map.cold_logit));
+    if (bias.grad.size() > 0) bias.grad = map.columns(bias.grad, T(0));
+  }
+  this->weight() = std::move(weight);
+  bias_ = std::move(bias);
+}
+
+template <std::floating_point T>
 const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
   cache.state.begin();
   expect_columns("Linear::forward", "x", x, d_in());
   cache.padding.set("Linear::forward", pass, x.rows());
+  using Rows = Eigen::Ref<const Matrix<T>>;
+  const Rows clean = pass.training ? cache.padding.template cleared<T>(x, cache.x) : Rows(x);
   if (pass.training) {
     const bool rounds = weight().precision() == Precision::kFp8;
-    cache.rounded_x.set(cache.padding.template cleared<T>(x, cache.x), rounds);
+    cache.rounded_x.set(clean, rounds);
     if (!rounds && cache.padding.mask().empty()) copy_rows<T>(x, cache.x);
   }
   set_shape(cache.y, x.rows(), d_out());
   pass.show<T>(weight_.parameter(), x);
   linear_forward<T>(x, weight_, bias_.value, cache.y);
+  adapt<T>(weight(), clean, pass, cache.y, cache.adapted);
   cache.padding.clear(cache.y);
   return cache.state.finish(*this, pass, cache.y);
 }

@@ -64,6 +64,7 @@ class Mlp {
     Matrix<T> dy, dx;
     Workspace workspace;  ///< For the gradients of hidden numbers.
     PaddingRows padding;
+    Adapted<T> adapted_in, adapted_out;
   };
 
   /// Weights from `switch_init`; biases start at zero.
@@ -84,7 +85,7 @@ class Mlp {
   /// \param dy       [tokens, d_model], of the last forward pass.
   /// \return         dL/dx, [tokens, d_model].
   /// \throws StateError   if the cache does not fit, see CacheState, or if the weights are stored
-  ///                      for inference.
+  ///                      for inference, see Pass::through_stored.
   /// \throws ShapeError   if dy does not have the shape of the result.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache);
 
@@ -95,11 +96,11 @@ class Mlp {
   Index d_model() const { return in_.cols(); }
   Index d_hidden() const { return in_.rows(); }
 
-  /// The two weights are empty if they are stored for inference.
-  const Parameter<T>& in() const { return in_.parameter(); }
-  Parameter<T>& in() { return in_.parameter(); }
-  const Parameter<T>& out() const { return out_.parameter(); }
-  Parameter<T>& out() { return out_.parameter(); }
+  /// The two weights have no value if they are stored for inference.
+  const LinearParameter<T>& in() const { return in_.parameter(); }
+  LinearParameter<T>& in() { return in_.parameter(); }
+  const LinearParameter<T>& out() const { return out_.parameter(); }
+  LinearParameter<T>& out() { return out_.parameter(); }
   /// The two biases are empty if there are none.
   const Parameter<T>& in_bias() const { return in_bias_; }
   Parameter<T>& in_bias() { return in_bias_; }
@@ -108,18 +109,19 @@ class Mlp {
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
-    const bool trainable = self.in_.storage() == Storage::kTrainable;
-    if (trainable) visit("in", self.in());
+    visit("in", self.in());
     if (self.in_bias_.value.size() != 0) visit("in_bias", self.in_bias_);
-    if (trainable) visit("out", self.out());
+    visit("out", self.out());
     if (self.out_bias_.value.size() != 0) visit("out_bias", self.out_bias_);
   }
 
  private:
-  void run(MatrixIn<T> x, MatrixOut<T> z, MatrixOut<T> h, MatrixOut<T> y) const {
+  void run(MatrixIn<T> x, const Pass& pass, MatrixOut<T> z, MatrixOut<T> h, Cache& cache) const {
     linear_forward<T>(x, in_, in_bias_.value, z);
+    adapt<T>(in(), x, pass, z, cache.adapted_in);
     activation_forward<Act, T>(z, h);
-    linear_forward<T>(h, out_, out_bias_.value, y);
+    linear_forward<T>(h, out_, out_bias_.value, cache.y);
+    adapt<T>(out(), h, pass, cache.y, cache.adapted_out);
   }
 
   kernels::Weight<T> in_;   // [d_hidden, d_model]
@@ -162,9 +164,9 @@ const Matrix<T>& Mlp<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
     copy_rows<T>(x, cache.x);
     cache.padding.clear(cache.x);
     set_shape(cache.z, x.rows(), d_hidden());
-    run(cache.x, cache.z, cache.h, cache.y);
+    run(cache.x, pass, cache.z, cache.h, cache);
   } else {
-    run(x, cache.h, cache.h, cache.y);
+    run(x, pass, cache.h, cache.h, cache);
   }
   pass.show<T>(in_.parameter(), x);
   pass.show<T>(out_.parameter(), cache.h);
@@ -174,15 +176,16 @@ const Matrix<T>& Mlp<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
 
 template <std::floating_point T, Activation Act>
 const Matrix<T>& Mlp<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
-  expect_trainable("Mlp::backward", in_.storage());
+  cache.adapted_in.expect_differentiable("Mlp::backward", in_.storage());
   cache.state.begin_backward("Mlp::backward", *this, dy);
   Workspace::Frame frame(cache.workspace);
   auto dh = frame.matrix<T>(dy.rows(), d_hidden());
   auto dz = frame.matrix<T>(dy.rows(), d_hidden());
   set_shape(cache.dx, dy.rows(), d_model());
-  linear_backward<T>(cache.padding.template cleared<T>(dy, cache.dy), cache.h, out_, out_bias_, dh);
+  linear_backward<T>(cache.padding.template cleared<T>(dy, cache.dy), cache.h, out_, out_bias_, dh,
+                     cache.adapted_out);
   activation_backward<Act, T>(cache.z, dh, dz);
-  linear_backward<T>(dz, cache.x, in_, in_bias_, cache.dx);
+  linear_backward<T>(dz, cache.x, in_, in_bias_, cache.dx, cache.adapted_in);
   return cache.dx;
 }
 

@@ -53,6 +53,7 @@ template <class T>
 struct WalkStoredWeights : Walk<T> {
   WalkStoredWeights(std::string_view who, const StorageRules& all) : caller(who), rules(all) {}
   bool only_stored() const final { return true; }
+  bool with_adapters() const final { return false; }
   bool at_node(const Node& node) final {
     if (inside && this->path().starts_with(part)) return true;
     inside = node.stores_itself();

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
@@ -99,6 +100,20 @@ class AnyBank {
     set_shape(cache.dx, dy.rows(), d_in_);
     gather_backward<T>(d_packed, dispatch, cache.dx);
     return cache.dx;
+  }
+
+  /// Changes the experts. A layer of any kind cannot be made cold.
+  /// \throws ConfigError  if the map does not fit or has a cold expert.
+  void remap_experts(const ExpertMap& map) {
+    map.check("AnyBank::remap_experts", experts());
+    if (map.has_cold()) {
+      throw_error<ConfigError>(
+          "AnyBank::remap_experts: the map has a cold expert, expected only "
+          "experts that are there");
+    }
+    std::vector<Expert> next;
+    for (const Index from : map.source) next.push_back(expert(from));
+    experts_ = std::move(next);
   }
 
   template <class Self, class Visit>

@@ -6,6 +6,7 @@
 #include <span>
 #include <utility>
 
+#include <weir/core/expert_map.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/dispatch.hpp>
@@ -47,6 +48,12 @@ class BankWrapper {
   static void visit(Self& self, Visit& visit) {
     visit("", self.bank());
   }
+
+  /// The bank's, where it has that.
+  void remap_experts(const ExpertMap& map) requires requires(Bank& bank) {
+    bank.remap_experts(map);
+  }
+  { bank_.remap_experts(map); }
 
   Index experts() const { return bank_.experts(); }
   Index d_in() const { return bank_.d_in(); }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/scratch.hpp>
@@ -61,6 +62,7 @@ class ClampedGluBank {
     Matrix<T> y, dx;                      ///< [tokens, .]
     Workspace workspace;                  ///< For gradients of slots.
     typename ExpertLinear<T>::Products products;
+    Adapted<T> adapted_gate, adapted_up, adapted_down;
   };
 
   /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
@@ -78,7 +80,7 @@ class ClampedGluBank {
                            Cache& cache) const;
 
   /// The gradients of experts without tokens are left alone.
-  /// \throws StateError   if the weights are stored for inference.
+  /// \throws StateError   if the weights are stored for inference, see Pass::through_stored.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache);
 
@@ -88,6 +90,11 @@ class ClampedGluBank {
   }
 
   Storage storage() const { return gate_.storage(); }
+
+  /// Changes the experts; those that are stored for inference share memory with their clones.
+  /// \throws ConfigError  if the map does not fit.
+  /// \throws StateError   if weights are stored for inference and there is a cold expert.
+  void remap_experts(const ExpertMap& map);
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -186,11 +193,11 @@ const Matrix<T>& ClampedGluBank<T>::forward(MatrixIn<T> x, const Dispatch<T>& di
   auto out = cache.out.reshape(slots, d_out());
   gather<T>(x, dispatch, packed);
   for (const ExpertLinear<T>* linear : {&gate_, &up_}) linear->show(pass, packed, dispatch);
-  gate_.forward(packed, dispatch, gate, cache.products);
-  up_.forward(packed, dispatch, up, cache.products);
+  gate_.forward(packed, dispatch, pass, gate, cache.products, cache.adapted_gate);
+  up_.forward(packed, dispatch, pass, up, cache.products, cache.adapted_up);
   activate(gate, up, hidden);
   down_.show(pass, hidden, dispatch);
-  down_.forward(hidden, dispatch, out, cache.products);
+  down_.forward(hidden, dispatch, pass, out, cache.products, cache.adapted_down);
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);
   return cache.y;
@@ -199,7 +206,7 @@ const Matrix<T>& ClampedGluBank<T>::forward(MatrixIn<T> x, const Dispatch<T>& di
 template <std::floating_point T>
 const Matrix<T>& ClampedGluBank<T>::backward(MatrixIn<T> dy, const Dispatch<T>& dispatch,
                                              std::span<T> d_weight, Cache& cache) {
-  expect_trainable("ClampedGluBank::backward", storage());
+  cache.adapted_gate.expect_differentiable("ClampedGluBank::backward", storage());
   const Index slots = dispatch.slots();
   Workspace::Frame frame(cache.workspace);
   auto d_out_packed = frame.matrix<T>(slots, d_out());
@@ -209,10 +216,11 @@ const Matrix<T>& ClampedGluBank<T>::backward(MatrixIn<T> dy, const Dispatch<T>& 
   auto d_packed = frame.matrix<T>(slots, d_in());
   combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
   down_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
-                 cache.products);
+                 cache.products, cache.adapted_down);
   activate_backward(cache.gate.view(), cache.up.view(), d_hidden_packed, d_gate, d_up);
-  gate_.backward(d_gate, cache.x.view(), dispatch, d_packed, false, cache.products);
-  up_.backward(d_up, cache.x.view(), dispatch, d_packed, true, cache.products);
+  gate_.backward(d_gate, cache.x.view(), dispatch, d_packed, false, cache.products,
+                 cache.adapted_gate);
+  up_.backward(d_up, cache.x.view(), dispatch, d_packed, true, cache.products, cache.adapted_up);
   set_shape(cache.dx, dy.rows(), d_in());
   gather_backward<T>(d_packed, dispatch, cache.dx);
   return cache.dx;
@@ -255,6 +263,21 @@ void ClampedGluBank<T>::activate_backward(MatrixIn<T> gate, MatrixIn<T> up, Matr
     map_lanes<T>(count, of_gate, &d_gate(s, col), z, v, d);
     map_lanes<T>(count, of_up, &d_up(s, col), z, v, d);
   });
+}
+
+template <std::floating_point T>
+void ClampedGluBank<T>::remap_experts(const ExpertMap& map) {
+  map.check("ClampedGluBank::remap_experts", experts());
+  if (map.has_cold()) expect_trainable("ClampedGluBank::remap_experts", storage());
+  const auto drawn = [&](Index rows, Index cols) {
+    return switch_init<T>(rows, cols, *map.rng, 1.0);
+  };
+  ClampedGluBank next = *this;
+  next.gate_.remap_experts(map, drawn);
+  next.up_.remap_experts(map, drawn);
+  next.down_.remap_experts(
+      map, [](Index rows, Index cols) -> Matrix<T> { return Matrix<T>::Zero(rows, cols); });
+  *this = std::move(next);
 }
 
 }  // namespace weir

@@ -11,6 +11,7 @@
 
 #include <weir/core/aligned.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/storage.hpp>
@@ -19,6 +20,7 @@
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/weight.hpp>
 #include <weir/moe/dispatch.hpp>
+#include <weir/nn/adapted.hpp>
 #include <weir/ops/rows.hpp>
 
 namespace weir {
@@ -46,8 +48,9 @@ class ExpertLinear {
 
   /// \param x        [slots, d_in]
   /// \param y        [slots, d_out]
-  void forward(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> y,
-               Products& products) const;
+  /// \param adapted  Of this map alone, for `backward`.
+  void forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass, MatrixOut<T> y,
+               Products& products, Adapted<T>& adapted) const;
 
   /// Shows the rows of each expert, see `Pass::show`.
   /// \param x        [slots, d_in]
@@ -64,11 +67,25 @@ class ExpertLinear {
   /// \param x        [slots, d_in], as given to `forward`.
   /// \param dx       [slots, d_in]
   void backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> dx,
-                bool accumulate, Products& products);
+                bool accumulate, Products& products, Adapted<T>& adapted);
 
   /// Stores the weights of all `linears` of a bank; biases stay parameters. If memory runs out,
   /// nothing has changed.
   static void set_storage(std::initializer_list<ExpertLinear*> linears, Storage storage);
+
+  /// Changes the experts.
+  /// \param cold     Makes the weight of a cold expert; its bias is zero.
+  template <class Cold>
+  void remap_experts(const ExpertMap& map, Cold&& cold) {
+    std::vector<kernels::Weight<T>> weights = weight_;
+    std::vector<Parameter<T>> biases = bias_;
+    map.rearrange(weights, [&] { return kernels::Weight<T>(cold(d_out(), d_in())); });
+    if (!biases.empty()) {
+      map.rearrange(biases, [&] { return Parameter<T>{Matrix<T>::Zero(1, d_out())}; });
+    }
+    weight_ = std::move(weights);
+    bias_ = std::move(biases);
+  }
 
   Storage storage() const { return weight_[0].storage(); }
 
@@ -76,7 +93,7 @@ class ExpertLinear {
   template <class Self, class Visit>
   static void visit(Self& self, std::size_t e, const std::string& name, Visit& visit) {
     const std::string full = std::to_string(e) + "." + name;
-    if (self.weight_[e].storage() == Storage::kTrainable) visit(full, self.weight_[e].parameter());
+    visit(full, self.weight_[e].parameter());
     if (!self.bias_.empty()) visit(full + "_bias", self.bias_[e]);
   }
 
@@ -96,12 +113,14 @@ class ExpertLinear {
 };
 
 template <class T>
-void ExpertLinear<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch, MatrixOut<T> y,
-                              Products& products) const {
+void ExpertLinear<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                              MatrixOut<T> y, Products& products, Adapted<T>& adapted) const {
   products.plain.clear();
   products.packed.clear();
+  adapted.begin(pass);
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     auto y_e = y.middleRows(begin, rows);
+    adapted.add(weight_[e].parameter(), x.middleRows(begin, rows), y_e);
     if (weight_[e].storage() == Storage::kTrainable) {
       products.plain.push_back(
           forward_product<T>(x.middleRows(begin, rows), weight_[e].parameter(), y_e));
@@ -111,6 +130,7 @@ void ExpertLinear<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Matrix
   });
   multiply<T>(products.plain);
   kernels::multiply_packed<T>(x, products.packed);
+  adapted.forward(pass);
   if (bias_.empty()) return;
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     add_to_each_row<T>(bias_[e].value.data(), y.middleRows(begin, rows));
@@ -119,17 +139,29 @@ void ExpertLinear<T>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch, Matrix
 
 template <class T>
 void ExpertLinear<T>::backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>& dispatch,
-                               MatrixOut<T> dx, bool accumulate, Products& products) {
+                               MatrixOut<T> dx, bool accumulate, Products& products,
+                               Adapted<T>& adapted) {
   products.plain.clear();
+  adapted.begin_backward();
+  Parameter<T> space;  // Of a weight that is stored for inference.
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     const auto dy_e = dy.middleRows(begin, rows);
-    Parameter<T>& weight = weight_[e].parameter();
+    const auto x_e = x.middleRows(begin, rows);
+    auto dx_e = dx.middleRows(begin, rows);
+    LinearParameter<T>& weight = weight_[e].parameter();
     products.plain.push_back(
-        input_gradient_product<T>(dy_e, weight, dx.middleRows(begin, rows), accumulate));
-    products.plain.push_back(weight_gradient_product<T>(dy_e, x.middleRows(begin, rows), weight));
+        input_gradient_product<T>(dy_e, weight_[e].with_value(space), dx_e, accumulate));
+    if (weight.takes_gradient()) {
+      products.plain.push_back(weight_gradient_product<T>(dy_e, x_e, weight));
+    }
+    adapted.add_backward(weight, dy_e, x_e, dx_e);
     if (!bias_.empty()) add_rows_to<T>(dy_e, bias_[e].gradient().data());
+    if (weight.has_value()) return;
+    multiply<T>(products.plain);  // Before the space is that of the next expert.
+    products.plain.clear();
   });
   multiply<T>(products.plain);
+  adapted.backward();
 }
 
 template <class T>

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
@@ -52,6 +53,7 @@ class MlpBank {
     Matrix<T> y, dx;                   ///< [tokens, .]
     Workspace workspace;               ///< For gradients of slots.
     typename ExpertLinear<T>::Products products;
+    Adapted<T> adapted_in, adapted_out;
   };
 
   /// Weights from `switch_init`, with the fan-in of one expert; biases start at zero.
@@ -70,7 +72,7 @@ class MlpBank {
                            Cache& cache) const;
 
   /// The gradients of experts without tokens are left alone.
-  /// \throws StateError   if the weights are stored for inference.
+  /// \throws StateError   if the weights are stored for inference, see Pass::through_stored.
   const Matrix<T>& backward(MatrixIn<T> dy, const Dispatch<T>& dispatch, std::span<T> d_weight,
                             Cache& cache);
 
@@ -78,6 +80,11 @@ class MlpBank {
   void set_storage(Storage storage) { ExpertLinear<T>::set_storage({&in_, &out_}, storage); }
 
   Storage storage() const { return in_.storage(); }
+
+  /// Changes the experts; those that are stored for inference share memory with their clones.
+  /// \throws ConfigError  if the map does not fit.
+  /// \throws StateError   if weights are stored for inference and there is a cold expert.
+  void remap_experts(const ExpertMap& map);
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -153,12 +160,12 @@ const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
   auto out = cache.out.reshape(slots, d_out());
 
   in_.show(pass, cache.x.view(), dispatch);
-  in_.forward(cache.x.view(), dispatch, inner, cache.products);
+  in_.forward(cache.x.view(), dispatch, pass, inner, cache.products, cache.adapted_in);
   activation_forward<Act, T>(inner, hidden);
   const double rate = storage() == Storage::kTrainable ? dropout_ : 0.0;
   drop_hidden<T>("MlpBank::forward", rate, pass, hidden, cache.factor);
   out_.show(pass, hidden, dispatch);
-  out_.forward(hidden, dispatch, out, cache.products);
+  out_.forward(hidden, dispatch, pass, out, cache.products, cache.adapted_out);
 
   set_shape(cache.y, x.rows(), d_out());
   combine<T>(out, dispatch, cache.y);
@@ -168,7 +175,7 @@ const Matrix<T>& MlpBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& disp
 template <std::floating_point T, Activation Act>
 const Matrix<T>& MlpBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& dispatch,
                                            std::span<T> d_weight, Cache& cache) {
-  expect_trainable("MlpBank::backward", storage());
+  cache.adapted_in.expect_differentiable("MlpBank::backward", storage());
   const Index slots = dispatch.slots();
   Workspace::Frame frame(cache.workspace);
   auto d_out_packed = frame.matrix<T>(slots, d_out());
@@ -177,15 +184,28 @@ const Matrix<T>& MlpBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
   auto d_packed = frame.matrix<T>(slots, d_in());
 
   combine_backward<T>(dy, cache.out.view(), dispatch, d_out_packed, d_weight);
-  out_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false,
-                cache.products);
+  out_.backward(d_out_packed, cache.hidden.view(), dispatch, d_hidden_packed, false, cache.products,
+                cache.adapted_out);
   apply_dropout<T>(cache.factor, d_hidden_packed);
   activation_backward<Act, T>(cache.inner.view(), d_hidden_packed, d_inner);
-  in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.products);
+  in_.backward(d_inner, cache.x.view(), dispatch, d_packed, false, cache.products,
+               cache.adapted_in);
 
   set_shape(cache.dx, dy.rows(), d_in());
   gather_backward<T>(d_packed, dispatch, cache.dx);
   return cache.dx;
+}
+
+template <std::floating_point T, Activation Act>
+void MlpBank<T, Act>::remap_experts(const ExpertMap& map) {
+  map.check("MlpBank::remap_experts", experts());
+  if (map.has_cold()) expect_trainable("MlpBank::remap_experts", storage());
+  MlpBank next = *this;
+  next.in_.remap_experts(
+      map, [&](Index d_out, Index d_in) { return switch_init<T>(d_out, d_in, *map.rng, 1.0); });
+  next.out_.remap_experts(
+      map, [](Index d_out, Index d_in) -> Matrix<T> { return Matrix<T>::Zero(d_out, d_in); });
+  *this = std::move(next);
 }
 
 }  // namespace weir

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
@@ -98,6 +99,9 @@ class WithZeroExperts : public BankWrapper<Bank> {
       constant_.push_back({std::move(constant[e])});
     }
   }
+
+  /// The numbers of its experts are not those of the bank's.
+  void remap_experts(const ExpertMap& map) = delete;
 
   const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
                            Cache& cache) const {

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
@@ -50,6 +51,12 @@ class LinearRouter : public RouterBase<T> {
 
   const Matrix<T>& backward(MatrixIn<T> d_logits, Cache& cache) {
     return linear_.backward(d_logits, cache);
+  }
+
+  /// \throws ConfigError  if the map does not fit.
+  void remap_experts(const ExpertMap& map) {
+    map.check("LinearRouter::remap_experts", experts());
+    linear_.remap_outputs(map);
   }
 
   template <class Self, class Visit>

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include <weir/core/cache_state.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/concepts.hpp>
@@ -35,6 +36,12 @@ class RouterWrapper : public RouterBase<typename Inner::Scalar> {
   void add_noise_gradient(std::span<const NoiseLevel<T>> d_noise, Cache& cache) const {
     inner_.add_noise_gradient(d_noise, cache.inner);
   }
+
+  /// The inner one's, where it has that.
+  void remap_experts(const ExpertMap& map) requires requires(Inner& inner) {
+    inner.remap_experts(map);
+  }
+  { inner_.remap_experts(map); }
 
   Index d_model() const { return inner_.d_model(); }
   Index experts() const { return inner_.experts(); }

@@ -6,6 +6,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
@@ -64,6 +65,13 @@ class BiasedChoice : public SelectorBase<T> {
     soft_.backward(routing, gradient, cache);
   }
 
+  /// The bias of a cold expert is zero.
+  /// \throws ConfigError  if the map does not fit.
+  void remap_experts(const ExpertMap& map) {
+    map.check("BiasedChoice::remap_experts", bias_.value.cols());
+    bias_.value = map.columns(bias_.value, T(0));
+  }
+
   /// Buffer `bias`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -74,6 +82,12 @@ class BiasedChoice : public SelectorBase<T> {
   Buffer<T>& selection_bias() { return bias_; }
   const Buffer<T>& selection_bias() const { return bias_; }
   const Config& config() const { return config_; }
+
+  /// How many experts each token has from the next pass on. `check` tells whether it fits.
+  void set_k(Index k) {
+    config_.k = k;
+    soft_.set_k(k);
+  }
 
  private:
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,

@@ -6,6 +6,7 @@
 #include <concepts>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/moe/concepts.hpp>
@@ -80,6 +81,13 @@ class SigmoidTopK : public SelectorBase<T> {
 
   void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
 
+  /// The bias of a cold expert is zero.
+  /// \throws ConfigError  if the map does not fit.
+  void remap_experts(const ExpertMap& map) {
+    map.check("SigmoidTopK::remap_experts", bias_.value.cols());
+    bias_.value = map.columns(bias_.value, T(0));
+  }
+
   /// Buffer `bias`.
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
@@ -87,6 +95,9 @@ class SigmoidTopK : public SelectorBase<T> {
   }
 
   const SigmoidTopKConfig& config() const { return config_; }
+
+  /// How many experts each token has from the next pass on. `check` tells whether it fits.
+  void set_k(Index k) { config_.k = k; }
 
   /// [1, experts], added to the scores for the choice alone.
   Buffer<T>& selection_bias() { return bias_; }

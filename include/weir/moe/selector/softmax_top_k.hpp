@@ -67,6 +67,9 @@ class SoftmaxTopK : public SelectorBase<T> {
 
   const SoftmaxTopKConfig& config() const { return config_; }
 
+  /// How many experts each token has from the next pass on. `check` tells whether it fits.
+  void set_k(Index k) { config_.k = k; }
+
   /// Sets the weights [k] of the experts `chosen` [k] of a token, however they were chosen.
   /// \param z        [experts], its logits.
   /// \param p        [experts], their softmax.

@@ -62,6 +62,9 @@ class TopKSoftmax : public SelectorBase<T> {
 
   const TopKSoftmaxConfig& config() const { return config_; }
 
+  /// How many experts each token has from the next pass on. `check` tells whether it fits.
+  void set_k(Index k) { config_.k = k; }
+
  private:
   void route(MatrixIn<T> logits, const Pass& pass, const RoutingTrace* imposed,
              Routing<T>& routing) const;

@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include <weir/core/expert_map.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
@@ -48,6 +49,16 @@ class SelectorWrapper : public SelectorBase<typename Inner::Scalar> {
   const Buffer<T>& selection_bias() const requires BiasedSelector<Inner> {
     return inner_.selection_bias();
   }
+
+  /// The inner one's, where it has that.
+  void remap_experts(const ExpertMap& map) requires requires(Inner& inner) {
+    inner.remap_experts(map);
+  }
+  { inner_.remap_experts(map); }
+
+  /// The inner one's, where it has that.
+  void set_k(Index k) requires requires(Inner& inner) { inner.set_k(k); }
+  { inner_.set_k(k); }
 
   Inner& inner() { return inner_; }
   const Inner& inner() const { return inner_; }
