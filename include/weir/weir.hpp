@@ -9,6 +9,7 @@
 #include <weir/core/cache_storage.hpp>
 #include <weir/core/decoding.hpp>
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/function_ref.hpp>
 #include <weir/core/index_span.hpp>
 #include <weir/core/init.hpp>
@@ -17,6 +18,7 @@
 #include <weir/core/kept_pass.hpp>
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
+#include <weir/core/low_rank.hpp>
 #include <weir/core/name_pattern.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
@@ -91,6 +93,7 @@
 #include <weir/kernels/weight.hpp>
 #include <weir/kernels/weight_rows.hpp>
 
+#include <weir/nn/adapted.hpp>
 #include <weir/nn/cross_entropy.hpp>
 #include <weir/nn/dropout.hpp>
 #include <weir/nn/embedding.hpp>
@@ -155,6 +158,7 @@
 #include <weir/moe/experts/expert_source.hpp>
 #include <weir/moe/experts/gathered_pass.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/experts/glu_weights.hpp>
 #include <weir/moe/experts/input_weighted.hpp>
 #include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/experts/output_masking.hpp>
@@ -305,9 +309,20 @@
 #include <weir/presets/switch_transformer.hpp>
 #include <weir/presets/tensor_names.hpp>
 
+#include <weir/tuning/active_experts.hpp>
 #include <weir/tuning/cache_report.hpp>
+#include <weir/tuning/expert_health.hpp>
+#include <weir/tuning/expert_parts.hpp>
+#include <weir/tuning/expert_population.hpp>
+#include <weir/tuning/expert_scores.hpp>
 #include <weir/tuning/gptq.hpp>
+#include <weir/tuning/lora.hpp>
+#include <weir/tuning/move_states.hpp>
+#include <weir/tuning/neuron_matching.hpp>
 #include <weir/tuning/quantisation.hpp>
+#include <weir/tuning/surgery.hpp>
+#include <weir/tuning/training_parts.hpp>
+#include <weir/tuning/upcycle.hpp>
 
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/adamw_state.hpp>

@@ -108,6 +108,38 @@ void save_weights(const std::filesystem::path& path, Model& model,
   write_safetensors<T>(path, matrices, dtype, {{"format", "weir"}});
 }
 
+/// Writes matrices under their names to a safetensors file, which appears once it is whole: the
+/// weights of one expert, for instance, see ExpertSurgery.
+/// \throws ConfigError  if two have the same name.
+/// \throws FileError    if the file cannot be written.
+template <class T>
+void save_matrices(const std::filesystem::path& path,
+                   const std::vector<std::pair<std::string, Matrix<T>>>& matrices) {
+  std::vector<NamedMatrix<T>> named;
+  for (const auto& [name, matrix] : matrices) named.push_back({name, &matrix});
+  write_safetensors<T>(path, named, dtype_of<T>(), {{"format", "weir"}});
+}
+
+/// All tensors of a safetensors file, in the order of their names; one with a single axis is a row.
+/// \throws FileError    if the file is broken, or a tensor is no matrix of real numbers.
+template <class T>
+std::vector<std::pair<std::string, Matrix<T>>> load_matrices(const std::filesystem::path& path) {
+  const Safetensors file = Safetensors::read(path.string());
+  std::vector<std::pair<std::string, Matrix<T>>> matrices;
+  for (const auto& [name, tensor] : file.tensors()) {
+    const bool is_row = tensor.shape.size() == 1;
+    if ((!is_row && tensor.shape.size() != 2) || !is_real(tensor.dtype)) {
+      throw_error<FileError>(file.path(), ": '", name, "' is ", name_of(tensor.dtype), " ",
+                             shape_text(tensor.shape), ", expected a matrix of real numbers");
+    }
+    Matrix<T> matrix;
+    set_shape(matrix, is_row ? 1 : tensor.shape[0], tensor.shape.back());
+    convert(tensor.dtype, tensor.bytes.data(), matrix.size(), matrix.data());
+    matrices.emplace_back(name, std::move(matrix));
+  }
+  return matrices;
+}
+
 /// Reads what `save_weights` wrote into a model of the same shape.
 /// \throws FileError    if the file is broken, or a tensor is missing, unknown or of another shape.
 ///                      The model is as before then.
