@@ -23,7 +23,7 @@
 #include <weir/io/checkpoint.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/generate.hpp>
-#include <weir/nn/cross_entropy.hpp>
+#include <weir/model/language_loss.hpp>
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
 #include <weir/optim/set_precision.hpp>
@@ -260,7 +260,7 @@ class Trainer {
     result.loss = forward({.training = true, .sequences = &sequences_, .rng = &rng_});
     result.aux_loss = record_.aux_loss();
     result.load = sum_of_all(record_.reports());
-    model_.backward(loss_.backward(loss_cache_), cache_);
+    model_.backward_from_head(loss_.backward(model_, loss_cache_), cache_);
     result.gradient_norm = weir::clip_global_norm(model_, options_.clip);
     optimizer_.set_learning_rate(schedule_.at(optimizer_.steps()));
     optimizer_.step(model_);
@@ -395,8 +395,8 @@ class Trainer {
   /// The loss of `batch_`, in nats per byte.
   double forward(weir::Pass pass) {
     pass.record = &record_;
-    const auto& logits = model_.forward(batch_.ids, pass, cache_);
-    return static_cast<double>(loss_.forward(logits, batch_.targets, loss_cache_));
+    const auto& x = model_.forward_to_head(batch_.ids, pass, cache_);
+    return static_cast<double>(loss_.forward(model_, x, batch_.targets, pass, loss_cache_));
   }
 
   const Options& options_;
@@ -406,9 +406,9 @@ class Trainer {
   weir::AdamW<float> optimizer_;
   weir::WarmupCosine schedule_;
   weir::Sequences sequences_;
-  weir::CrossEntropy<float> loss_;
+  weir::LanguageLoss<float> loss_;
   weir::Decoder<float>::Cache cache_;
-  weir::CrossEntropy<float>::Cache loss_cache_;
+  weir::LanguageLoss<float>::Cache loss_cache_;
   weir::PassRecord record_{weir::PassRecord::Collects::kLossesAndReports};
   weir::RoutingObserver* observer_ = nullptr;
   std::vector<std::size_t> validation_windows_;
