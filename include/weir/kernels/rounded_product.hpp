@@ -171,7 +171,8 @@ inline std::span<RoundedProduct> lay_out(std::span<const Product<float>> product
   const auto count = static_cast<Index>(products.size());
   auto& all = ThreadSpace<RoundedProduct, RoundedProduct>::of_this_thread();
   auto& values = ThreadSpace<RoundedLeft, RoundedRows>::of_this_thread();
-  auto& scales = ThreadSpace<float, RoundedRows>::of_this_thread();
+  auto& scales =
+      ThreadSpace<float, RoundedProduct>::of_this_thread();  // Values may be floats, too.
   all.reserve(count);
   const std::span<RoundedProduct> rounded = span_of(all.take(count), count);
   const auto tiles = [](Index length) { return (length + kTile - 1) / kTile; };
