@@ -71,11 +71,11 @@ struct CodeProducts {
   template <Index count>
   static void fetch_behind(const Code* from) {
     constexpr Index kLine = 64;
-    constexpr Index kAhead = 2048;
+    constexpr Index kAhead = 6144;
     const char* const at = reinterpret_cast<const char*>(from) + kAhead;
 #pragma GCC unroll 8
     for (Index i = 0; i < count * static_cast<Index>(sizeof(Code)); i += kLine) {
-      __builtin_prefetch(at + i, 0, 3);
+      __builtin_prefetch(at + i, 0, 2);
     }
   }
 };
