@@ -82,7 +82,7 @@ TEST_CASE("A recorder writes down what a routing says", "[analysis][trace]") {
   CHECK(second.head().position == 11);
   CHECK(second.head().token == 8);
   CHECK(second.head().domain == 1);
-  CHECK(second.head().phase == TracePhase::kTraining);
+  CHECK(second.head().phase == TracePhase::kTrain);
   CHECK(second.head().pass == 0);
   REQUIRE(second.choices() == 2);
   CHECK(second.choice(0).expert == 2);
@@ -169,7 +169,7 @@ TEST_CASE("Prefill, decoding and training record the same choices", "[analysis][
   CHECK(one_by_one.second == TracePhase::kDecoding);
   const auto training = forward(true);
   CHECK(training.first == prefill.first);
-  CHECK(training.second == TracePhase::kTraining);
+  CHECK(training.second == TracePhase::kTrain);
   model.set_recompute(true);  // What is computed again is not seen again.
   CHECK(forward(true).first == prefill.first);
 

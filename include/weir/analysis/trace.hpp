@@ -21,7 +21,7 @@ namespace weir {
 
 /// During what a token was routed.
 enum class TracePhase : std::uint16_t {
-  kTraining,
+  kTrain,
   kPrefill,   ///< In inference, several tokens of a sequence at once, or its first one.
   kDecoding,  ///< In inference, one token that continues a sequence.
 };
@@ -65,7 +65,7 @@ struct TraceHead {
   std::uint32_t pass = 0;     ///< In which pass of those that were recorded, such as a step.
   std::uint32_t domain = 0;   ///< Of the trace's domains.
   std::uint16_t layer = 0;    ///< Of the trace's layers.
-  TracePhase phase = TracePhase::kTraining;
+  TracePhase phase = TracePhase::kTrain;
   std::uint16_t assigned = 0;  ///< How many experts the token had.
   std::uint16_t choices = 0;   ///< How many of them the record has.
   float entropy = 0.0F;        ///< -sum_e p_e ln p_e of the router's probabilities.

@@ -244,7 +244,7 @@ void TraceRecorder::record(std::string_view layer, const Routing<T>& routing, co
       head.domain = static_cast<std::uint32_t>(known.sequence.domain);
       head.layer = static_cast<std::uint16_t>(index);
       const bool continues = rows.length(s) == 1 && head.position > 0;
-      head.phase = pass.training ? TracePhase::kTraining
+      head.phase = pass.training ? TracePhase::kTrain
                    : continues   ? TracePhase::kDecoding
                                  : TracePhase::kPrefill;
       add(routing, t, head);
