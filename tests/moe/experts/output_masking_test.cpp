@@ -305,7 +305,7 @@ TEST_CASE("OutputMasking leaves capacity, weights, losses and reports as they ar
   CHECK(cache.routing.applied == plain_cache.routing.applied);
   CHECK(cache.dispatch.slots() == plain_cache.dispatch.slots());
   CHECK(cache.bank.unmasked.slots() < cache.dispatch.slots());
-  CHECK(cache.bank.inner.x.rows() == cache.bank.unmasked.slots());  // No others are run.
+  CHECK(cache.bank.inner.kept.exact_rows() == cache.bank.unmasked.slots());  // No others are run.
 }
 
 TEST_CASE("OutputMasking has zeros for a token whose outputs are all masked",
