@@ -4,7 +4,7 @@
 // text uses most. Shows what each costs, what it gains on the second text, and what it forgets of
 // the first.
 //
-//     finetune [steps on the first text [steps on the second]]
+//     finetune [steps on the first text [steps on the second [bytes of a window]]]
 #include <functional>
 #include <iostream>
 #include <string>
@@ -70,6 +70,7 @@ struct Way {
 int main(int argc, char** argv) {
   const Index steps = argument(argc, argv, 1, 600);
   const Index tuning_steps = argument(argc, argv, 2, 150);
+  Windows::length = argument(argc, argv, 3, Windows::length);
   const Corpus first = read_corpus(split_paths(WEIR_DEFAULT_CORPUS));
   const Corpus second = read_corpus(split_paths(WEIR_SECOND_CORPUS));
 

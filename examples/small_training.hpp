@@ -20,25 +20,26 @@
 #include "bytes.hpp"
 #include "corpus.hpp"
 
-inline constexpr weir::Index kContext = 128;
 inline constexpr weir::Index kWindows = 16;  ///< In a batch.
 
 /// Windows of a text as one pass.
 struct Windows {
+  inline static weir::Index length = 128;  ///< Bytes of a window.
+
   ByteBatch bytes;
   weir::Sequences sequences;
 
   Windows(const std::string& text, const std::vector<std::size_t>& starts) {
     for (const std::size_t start : starts) {
-      bytes.add(text, start, kContext);
-      sequences.append(kContext);
+      bytes.add(text, start, length);
+      sequences.append(length);
     }
   }
 };
 
 /// Windows at random places of what a corpus has to train on.
 inline Windows random_windows(const Corpus& corpus, weir::Rng& rng) {
-  const auto room = static_cast<weir::Index>(corpus.train.size()) - kContext;
+  const auto room = static_cast<weir::Index>(corpus.train.size()) - Windows::length;
   std::vector<std::size_t> starts;
   for (weir::Index w = 0; w < kWindows; ++w) {
     starts.push_back(static_cast<std::size_t>(rng.below(room)));
@@ -51,7 +52,8 @@ inline Windows random_windows(const Corpus& corpus, weir::Rng& rng) {
 inline double bits_per_byte(const weir::Decoder<float>& model, const Corpus& corpus,
                             weir::Pass pass = {}) {
   constexpr std::ptrdiff_t kCount = 32;
-  const Windows windows(corpus.validation, spread_windows(corpus.validation, kContext, kCount));
+  const Windows windows(corpus.validation,
+                        spread_windows(corpus.validation, Windows::length, kCount));
   pass.sequences = &windows.sequences;
   const weir::CrossEntropy<float> loss;
   weir::CrossEntropy<float>::Cache cache;

@@ -4,7 +4,7 @@
 // how far the output of the layers moves and what the model needs for a byte afterwards, and after
 // a few steps of training that heal it.
 //
-//     surgery [steps of training [steps of healing]]
+//     surgery [steps of training [steps of healing [bytes of a window]]]
 #include <functional>
 #include <iostream>
 #include <string>
@@ -70,6 +70,7 @@ struct Operation {
 int main(int argc, char** argv) {
   const Index steps = argument(argc, argv, 1, 600);
   const Index healing = argument(argc, argv, 2, 50);
+  Windows::length = argument(argc, argv, 3, Windows::length);
   const Corpus text = read_corpus(split_paths(WEIR_DEFAULT_CORPUS));
   weir::Rng rng(1);
   Model trained = make_byte_decoder({.interleave = {.stride = 1}}, rng);

@@ -4,7 +4,7 @@
 // mixture that starts from nothing. Where theory says so, the mixture begins where the dense model
 // ends.
 //
-//     upcycle [steps of the dense model [steps after it]]
+//     upcycle [steps of the dense model [steps after it [bytes of a window]]]
 #include <cmath>
 #include <iostream>
 #include <optional>
@@ -56,6 +56,7 @@ Index size_of(Model& model) {
 int main(int argc, char** argv) {
   const Index steps = argument(argc, argv, 1, 600);
   const Index more = argument(argc, argv, 2, 200);
+  Windows::length = argument(argc, argv, 3, Windows::length);
   const Corpus text = read_corpus(split_paths(WEIR_DEFAULT_CORPUS));
 
   weir::Rng rng(1);

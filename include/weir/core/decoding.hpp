@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <span>
 #include <string_view>
+#include <type_traits>
 
 #include <weir/core/cache_storage.hpp>
 #include <weir/core/error.hpp>
@@ -33,7 +34,8 @@ concept DecodingLayer = Layer<L> && std::semiregular<typename L::State> &&
 /// A state without tokens, which stores what it keeps like that, if such states can.
 template <class State>
 State state_with([[maybe_unused]] CacheStorage storage) {
-  if constexpr (std::constructible_from<State, CacheStorage>) {
+  // An aggregate would take it for its first member.
+  if constexpr (std::constructible_from<State, CacheStorage> && !std::is_aggregate_v<State>) {
     return State(storage);
   } else {
     return State{};

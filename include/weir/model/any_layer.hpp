@@ -47,6 +47,9 @@ class AnyLayer {
     Index (*bytes_of_own)(const std::any& own) = nullptr;
     CacheStorage storage = CacheStorage::kFull;  ///< Of a state that can be made with it.
 
+    State() = default;
+    explicit State(CacheStorage how) : storage(how) {}
+
     /// Forgets all tokens but the first `length`.
     /// \throws              As the layer's own state does, if it has fewer tokens or has forgotten
     ///                      what would then be needed.

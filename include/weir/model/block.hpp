@@ -210,7 +210,7 @@ const Matrix<T>& Block<T>::decode(MatrixIn<T> x, const Pass& pass, std::span<Sta
                                   Cache& cache) const {
   cache.state.begin();
   for (State* state : states) {
-    state->branches.resize(branches_.size(), {.storage = state->storage});
+    state->branches.resize(branches_.size(), typename AnyLayer<T>::State(state->storage));
   }
   return run(
       "Block::decode", x, pass, cache, [&](std::size_t i, MatrixIn<T> normed) -> const Matrix<T>& {
