@@ -206,12 +206,5 @@ void run(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  Options options;
-  try {
-    if (const auto exit_code = parse(argc, argv, options)) return *exit_code;
-    run(options);
-  } catch (const std::exception& error) {
-    std::cerr << "generate: " << error.what() << '\n';
-    return 1;
-  }
+  return run_program("generate", argc, argv, parse, run);
 }

@@ -357,12 +357,5 @@ void run(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  Options options;
-  try {
-    if (const auto exit_code = parse(argc, argv, options)) return *exit_code;
-    run(options);
-  } catch (const std::exception& error) {
-    std::cerr << "routing_report: " << error.what() << '\n';
-    return 1;
-  }
+  return run_program("routing_report", argc, argv, parse, run);
 }

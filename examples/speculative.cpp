@@ -186,12 +186,5 @@ void run(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  Options options;
-  try {
-    if (const auto exit_code = parse(argc, argv, options)) return *exit_code;
-    run(options);
-  } catch (const std::exception& error) {
-    std::cerr << "speculative: " << error.what() << '\n';
-    return 1;
-  }
+  return run_program("speculative", argc, argv, parse, run);
 }

@@ -8,6 +8,7 @@
 #include <weir/core/cache_state.hpp>
 #include <weir/core/cache_storage.hpp>
 #include <weir/core/decoding.hpp>
+#include <weir/core/enum_names.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/expert_map.hpp>
 #include <weir/core/function_ref.hpp>

@@ -9,6 +9,8 @@
 #include <optional>
 #include <string_view>
 
+#include <weir/core/enum_names.hpp>
+
 namespace weir {
 
 /// How a KvCache or a LatentCache stores its numbers; the state of a sequence is told when it is
@@ -46,10 +48,7 @@ constexpr std::string_view name_of(CacheStorage storage) {
 
 /// The storage of that name; nothing if there is none.
 constexpr std::optional<CacheStorage> cache_storage_named(std::string_view name) {
-  for (std::size_t i = 0; i < kCacheStorageNames.size(); ++i) {
-    if (kCacheStorageNames[i] == name) return static_cast<CacheStorage>(i);
-  }
-  return std::nullopt;
+  return value_named<CacheStorage>(kCacheStorageNames, name);
 }
 
 }  // namespace weir

@@ -10,6 +10,8 @@
 #include <span>
 #include <string_view>
 
+#include <weir/core/enum_names.hpp>
+
 namespace weir {
 
 /// How the three products with a weight W [out, in] are computed while W is a parameter:
@@ -40,10 +42,9 @@ enum class Precision : std::uint8_t {
   ///
   /// What is kept for `backward` (section 3.3.3): `Linear`, `Glu`, `GluBank` and attention keep
   /// their inputs in FP8 with these scales, which are what a norm before them yields; gated
-  /// networks
-  /// keep gate and up so, too, and compute act(gate) * up again. In full stay what norms are given,
-  /// queries, keys and values, the heads' outputs (which DeepSeek-V3 keeps in 12 bits), expert
-  /// outputs, and the inputs of other layers. `DecoderConfig::recompute` keeps even less.
+  /// networks keep gate and up so, too, and compute act(gate) * up again. In full stay what norms
+  /// are given, queries, keys and values, the heads' outputs (which DeepSeek-V3 keeps in 12 bits),
+  /// expert outputs, and the inputs of other layers. `DecoderConfig::recompute` keeps even less.
   kFp8,
 };
 
@@ -66,10 +67,7 @@ constexpr std::string_view name_of(Precision precision) {
 
 /// The precision of that name; nothing if there is none.
 constexpr std::optional<Precision> precision_named(std::string_view name) {
-  for (std::size_t i = 0; i < kPrecisionNames.size(); ++i) {
-    if (kPrecisionNames[i] == name) return static_cast<Precision>(i);
-  }
-  return std::nullopt;
+  return value_named<Precision>(kPrecisionNames, name);
 }
 
 }  // namespace weir

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string_view>
 
+#include <weir/core/enum_names.hpp>
 #include <weir/core/error.hpp>
 
 namespace weir {
@@ -29,9 +30,8 @@ enum class Storage : std::uint8_t {
   /// twice the speed. Products are summed in float. Where the processor multiplies bfloat16 numbers
   /// itself (AVX512_BF16), tokens are rounded to bfloat16 as well on their way into a product;
   /// elsewhere the weights are widened exactly and multiplied in float. Where it has tiles (AMX)
-  /// and
-  /// the system lets the process use them, products are computed in those, many times as fast for
-  /// many tokens and with other last bits: see `kernels::use_tiles`. A layer in double, whose
+  /// and the system lets the process use them, products are computed in those, many times as fast
+  /// for many tokens and with other last bits: see `kernels::use_tiles`. A layer in double, whose
   /// purpose is checking, keeps the rounded weights as doubles.
   kBfloat16,
   /// As `kPacked`, but rounded to 8 bits: 32 inputs of an output share a scale of 16 bits, which
@@ -68,10 +68,7 @@ constexpr std::string_view name_of(Storage storage) {
 
 /// The storage of that name; nothing if there is none.
 constexpr std::optional<Storage> storage_named(std::string_view name) {
-  for (std::size_t i = 0; i < kStorageNames.size(); ++i) {
-    if (kStorageNames[i] == name) return static_cast<Storage>(i);
-  }
-  return std::nullopt;
+  return value_named<Storage>(kStorageNames, name);
 }
 
 /// \throws StateError   unless `storage` is kTrainable; `who` is the function that needs that.

@@ -35,9 +35,8 @@ namespace weir {
 /// the others over in a static `visit_stored`, which looks like `visit`.
 class Node {
  public:
-  /// \param stores   Whether `set_storage`, `change_experts` and `set_active_experts` can be
-  /// called:
-  ///                 who does not ask for them does not compile the kernels of all storages.
+  /// \param stores   Whether `set_storage`, `change_experts` and `set_active_experts` do anything:
+  ///                 programs that do not ask for them do without the kernels of all storages.
   template <class Member, bool stores>
   Node(Member& member, std::bool_constant<stores> /*stores*/)
       : self_(&member), type_(type_of<Member>()) {
@@ -171,7 +170,7 @@ class Node {
 /// Members are parameters, buffers, everything that has a `visit` of its own, and vectors of those.
 /// A part that is not visited is not trained, saved, updated or stored: there is no other way to
 /// reach it. Verbs such as `parameters` and `update` derive from this class.
-/// \tparam stores   Whether its nodes have `set_storage`, see StorageWalk.
+/// \tparam stores  See Node; StorageWalk has it.
 template <class T, bool stores = false>
 class Walk {
  public:

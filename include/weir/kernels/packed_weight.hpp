@@ -156,9 +156,8 @@ class PackedWeight {
   void pack_codes(const WeightRows<T>& of, const T* from, Index stride, Index row, Index count,
                   Index column, std::byte* to) const;
 
-  /// Calls `body(of_second, row, column, panel)` for each row of the weights, on all threads.
-  template <class Body>
-  void for_each_row(Body&& body) const;
+  /// Writes the row that is in this column of panel j.
+  void unpack_row(Index j, Index column, T* to) const;
 
   Index rows_ = 0, cols_ = 0;
   Index width_ = kCols;  ///< Outputs of one weight in a panel.
@@ -294,41 +293,34 @@ void PackedWeight<T>::pack_codes(const WeightRows<T>& of, const T* from, Index s
 }
 
 template <class T>
-template <class Body>
-void PackedWeight<T>::for_each_row(Body&& body) const {
-  const bool pair = width_ != kCols;
-  parallel_for(panels(), [&](Index j) {
-    const Index first = j * width_;
-    const Index count = std::min(width_, rows_ - first);
-    for (int half = 0; half < (pair ? 2 : 1); ++half) {
-      for (Index i = 0; i < count; ++i) body(half == 1, first + i, half * width_ + i, j);
+void PackedWeight<T>::unpack_row(Index j, Index column, T* to) const {
+  if (is_coded()) {
+    const CodedLayout of = layout();
+    for (Index b = 0; b < steps_; ++b) {
+      const CodedBlock block = read_block(of, column, coded_.get() + (j * steps_ + b) * of.bytes());
+      const Index begin = b * of.block();
+      for (Index p = begin; p < std::min(cols_, begin + of.block()); ++p) {
+        to[p] = static_cast<T>(coded_value(of.code, block, p - begin));
+      }
     }
-  });
+    return;
+  }
+  for (Index p = 0; p < cols_; ++p) {
+    const Index step = j * steps_ + p / depth_;
+    const Index place = (step * kCols + column) * depth_ + p % depth_;
+    to[p] = exact_ == nullptr ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
+  }
 }
 
 template <class T>
 void PackedWeight<T>::unpack_stored(Matrix<T>& first, Matrix<T>* second) const {
   set_shape(first, rows_, cols_);
   if (second != nullptr) second->resize(rows_, cols_);
-  for_each_row([&](bool of_second, Index row, Index column, Index j) {
-    T* const to = (of_second ? *second : first).data() + row * cols_;
-    if (is_coded()) {
-      const CodedLayout of = layout();
-      for (Index b = 0; b < steps_; ++b) {
-        const CodedBlock block =
-            read_block(of, column, coded_.get() + (j * steps_ + b) * of.bytes());
-        const Index begin = b * of.block();
-        for (Index p = begin; p < std::min(cols_, begin + of.block()); ++p) {
-          to[p] = static_cast<T>(coded_value(of.code, block, p - begin));
-        }
-      }
-      return;
-    }
-    for (Index p = 0; p < cols_; ++p) {
-      const Index step = j * steps_ + p / depth_;
-      const Index place = (step * kCols + column) * depth_ + p % depth_;
-      to[p] =
-          exact_ == nullptr ? static_cast<T>(static_cast<float>(halves_[place])) : exact_[place];
+  parallel_for(panels(), [&](Index j) {
+    for (Index column = 0; column < kCols; ++column) {
+      const Index row = j * width_ + column % width_;
+      Matrix<T>& of = column < width_ ? first : *second;
+      if (row < rows_) unpack_row(j, column, of.data() + row * cols_);
     }
   });
 }

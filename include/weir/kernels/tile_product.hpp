@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/panel.hpp>

@@ -62,11 +62,29 @@ auto adapters_named(std::string_view where, Layer& layer, std::string_view name)
   return all;
 }
 
-/// W += factor B A.
-template <class T>
-void add_low_rank(LinearParameter<T>& weight, const LowRank<T>& adapter, double factor) {
-  const Matrix<T> scaled = adapter.b.value * static_cast<T>(factor * adapter.scale());
-  multiply_nn<T>(scaled, adapter.a.value, weight.value, true);
+/// W += scale B A, or W -= scale B A, for all parts of the adapter `name`.
+template <class Layer>
+Index set_merged(std::string_view where, Layer& layer, std::string_view name, bool merged) {
+  using T = typename Layer::Scalar;
+  const auto all = adapters_named(where, layer, name);
+  for (const auto& [weight_name, weight, adapter] : all) {
+    if (!weight->has_value()) {
+      throw_error<StateError>(where, ": ", weight_name,
+                              " is stored for inference, expected Storage::kTrainable");
+    }
+    if (adapter->is_merged() == merged) {
+      throw_error<StateError>(where, ": adapter '", name, "' of ", weight_name,
+                              merged ? " is merged already, expected one that is not"
+                                     : " is not merged, expected one that is");
+    }
+  }
+  for (const auto& found : all) {
+    const double scale = found.adapter->scale();
+    const Matrix<T> scaled = found.adapter->b.value * static_cast<T>(merged ? scale : -scale);
+    multiply_nn<T>(scaled, found.adapter->a.value, found.weight->value, true);
+    found.adapter->merged.value(0, 0) = merged ? T(1) : T(0);
+  }
+  return static_cast<Index>(all.size());
 }
 
 }  // namespace detail
@@ -90,8 +108,7 @@ void add_low_rank(LinearParameter<T>& weight, const LowRank<T>& adapter, double 
 /// Pass::through_stored. Weights of LatentAttention called key_up and value_up take none.
 /// \return              How many weights got one.
 /// \throws ConfigError  if a setting is out of range, no weight of a linear map matches, or one
-/// that
-///                      does has an adapter of that name already. Nothing has changed then.
+///                      has an adapter of that name already. Nothing has changed then.
 template <class Layer>
 Index add_lora(Layer& layer, std::string_view pattern, Rng& rng, const LoraConfig& config = {}) {
   using T = typename Layer::Scalar;
@@ -143,23 +160,7 @@ Index remove_lora(Layer& layer, std::string_view name) {
 ///                      changed then.
 template <class Layer>
 Index merge_lora(Layer& layer, std::string_view name) {
-  using T = typename Layer::Scalar;
-  const auto all = detail::adapters_named("merge_lora", layer, name);
-  for (const auto& [weight_name, weight, adapter] : all) {
-    if (!weight->has_value()) {
-      throw_error<StateError>("merge_lora: ", weight_name,
-                              " is stored for inference, expected Storage::kTrainable");
-    }
-    if (adapter->is_merged()) {
-      throw_error<StateError>("merge_lora: adapter '", name, "' of ", weight_name,
-                              " is merged already, expected one that is not");
-    }
-  }
-  for (const auto& found : all) {
-    detail::add_low_rank<T>(*found.weight, *found.adapter, 1.0);
-    found.adapter->merged.value(0, 0) = T(1);
-  }
-  return static_cast<Index>(all.size());
+  return detail::set_merged("merge_lora", layer, name, true);
 }
 
 /// The opposite of `merge_lora`: W -= scale B A. Weights are then what they were before, to
@@ -168,23 +169,7 @@ Index merge_lora(Layer& layer, std::string_view name) {
 /// \throws StateError   unless it is merged and weights are parameters. Nothing has changed then.
 template <class Layer>
 Index unmerge_lora(Layer& layer, std::string_view name) {
-  using T = typename Layer::Scalar;
-  const auto all = detail::adapters_named("unmerge_lora", layer, name);
-  for (const auto& [weight_name, weight, adapter] : all) {
-    if (!weight->has_value()) {
-      throw_error<StateError>("unmerge_lora: ", weight_name,
-                              " is stored for inference, expected Storage::kTrainable");
-    }
-    if (!adapter->is_merged()) {
-      throw_error<StateError>("unmerge_lora: adapter '", name, "' of ", weight_name,
-                              " is not merged, expected one that is");
-    }
-  }
-  for (const auto& found : all) {
-    detail::add_low_rank<T>(*found.weight, *found.adapter, -1.0);
-    found.adapter->merged.value(0, 0) = T(0);
-  }
-  return static_cast<Index>(all.size());
+  return detail::set_merged("unmerge_lora", layer, name, false);
 }
 
 /// The names of all adapters of `layer`, each once, in the order of the model.

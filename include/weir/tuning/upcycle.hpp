@@ -231,8 +231,7 @@ LinearRouter<T> upcycled_router(Index d_model, const UpcycleConfig& config, Rng&
 
 /// Puts a mixture in the place of each dense network of a decoder that `make` makes one of:
 ///
-///     upcycle_blocks(model.layers(), "mlp", "moe", [&](const AnyLayer<float>& dense, Index layer)
-///     {
+///     upcycle_blocks(model.layers(), "mlp", "moe", [&](const AnyLayer<float>& dense, Index) {
 ///       const auto* glu = dense.get<Glu<float>>();
 ///       return std::optional<AnyLayer<float>>(MoELayer(upcycled_router<float>(64, config, rng),
 ///                                                      TopKSoftmax<float>({.k = 2}), Dropless(),
