@@ -72,6 +72,12 @@ class Curves {
     count += 1.0;
   }
   void end_step(Index step);
+  /// Ends the last step, whose values may still wait for neighbours.
+  void finish(Index step) {
+    if (now_.empty()) return;
+    taken_ = stride_ - 1;
+    end_step(step);
+  }
 
   const std::vector<double>& steps() const { return steps_; }
   /// One value for each of `steps`, or null.
@@ -161,7 +167,7 @@ class LiveReport {
   void add(const LiveStep& step);
 
   /// Where the tokens of the validation text go, from now on.
-  void set_routes(Model model) { models_ = {std::move(model)}; }
+  void set_routes(Model model);
 
   /// Whether the files are old enough to be written anew.
   bool is_due() const { return Clock::now() - written_ > std::chrono::seconds(10); }
@@ -189,7 +195,8 @@ class LiveReport {
   double loss_ = 0.0;
   std::map<std::string, double> largest_logit_;
   std::map<std::string, Window> window_;  // Since the files were written.
-  std::vector<Model> models_;
+  // What the page shows of the routes of a model.
+  Json routes_ = {{"domains", Json::array()}, {"models", Json::array()}, {"says", Json::array()}};
   Clock::time_point written_ = {};
 };
 
@@ -290,16 +297,20 @@ inline Json LiveReport::training(bool running) const {
   return json;
 }
 
+inline void LiveReport::set_routes(Model model) {
+  Options how;
+  how.bootstrap = {.replicates = 50, .random_routings = 5};
+  std::vector<Model> models;
+  models.push_back(std::move(model));
+  Table ignored;
+  routes_ = describe(
+      models, [] { return std::make_unique<Bytes>(); }, how, false, ignored);
+}
+
 inline void LiveReport::write(const Json& facts, bool running) {
   constexpr int kReloadSeconds = 10;
-  Json data = {{"domains", Json::array()}, {"models", Json::array()}, {"says", Json::array()}};
-  if (!models_.empty()) {
-    Options how;
-    how.bootstrap = {.replicates = 50, .random_routings = 5};
-    Table ignored;
-    data = describe(
-        models_, [] { return std::make_unique<Bytes>(); }, how, false, ignored);
-  }
+  if (!running) curves_.finish(step_);
+  Json data = routes_;
   Json says = Json::array();
   for (const Saying& saying : sayings()) says.push_back({saying.kind, saying.text});
   for (const Json& saying : data["says"]) {

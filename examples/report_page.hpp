@@ -92,7 +92,7 @@ inline std::string page(const nlohmann::json& data, int reload_seconds = 0) {
       "<div id=\"tip\" aria-hidden=\"true\"></div><div id=\"say\" class=\"hidden\" "
       "aria-live=\"polite\"></div>\n"
       "<noscript><p class=\"wrap\">The figures of this page are drawn by a script that stands in "
-      "it; report.csv has the same numbers.</p></noscript>\n"
+      "it; the files beside this page have the same numbers.</p></noscript>\n"
       "<script type=\"application/json\" id=\"data\">" +
       in_script(data) + "</script>\n<script>" + kReportFigures + kReportSections +
       "</script>\n</body>\n</html>\n";

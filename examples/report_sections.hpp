@@ -159,7 +159,7 @@ function positions(){if(!first.position||!first.position.from.length)return;
 function together(){if(!first.together||!first.layers.some((l,i)=>l.k>1&&first.together[i]))return;
   const c=card("Experts that work together","Of the tokens of an expert (row), the share that has another one (column) as well.",false);
   changing(c,p=>{for(const m of models){const M=m.together[layer],E=m.layers[layer].experts;
-    if(!M){p.append(make("p",{"class":"soft"},"This layer is left out to keep the page small; report.json has it."));continue}
+    if(!M){p.append(make("p",{"class":"soft"},"This layer is left out to keep the page small."));continue}
     const chance=(m.layers[layer].k-1)/(E-1);
     heat(p,{caption:titled(m,layerName(m)),corner:"of the tokens of",rows:[...Array(E).keys()].map(String),cols:[...Array(E).keys()].map(String),square:true,width:420,
       v:(r,q)=>r===q?null:ratio(M[r*E+q],chance),number:(r,q)=>r===q?"":percent(M[r*E+q]),

@@ -10,7 +10,6 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
-#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -195,7 +194,6 @@ report::Model trace(const LoadedModel& model, const std::string& name,
   const weir::TraceRecorderConfig config = {
       .layout = {.choices = choices_of(model, pieces)},
       .most_records = pieces.tokens * static_cast<Index>(model.model.layers().size())};
-  std::unique_ptr<weir::TraceRecorder> recorder;
   report::Model result;
   result.name = name;
   if (file.empty()) {

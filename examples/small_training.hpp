@@ -63,6 +63,7 @@ inline double bits_per_byte(const weir::Decoder<float>& model, const Corpus& cor
 
 /// Trains a model for some steps.
 /// \param before_step  Is called before each optimizer's step, when the gradients are there.
+/// \param through_stored  See Pass::through_stored.
 inline void train(weir::Decoder<float>& model, weir::AdamW<float>& optimizer, const Corpus& corpus,
                   weir::Index steps, weir::Rng& rng,
                   const std::function<void(weir::Index)>& before_step = {},

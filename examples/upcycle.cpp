@@ -47,10 +47,6 @@ Model upcycled(const Model& dense, const Way& way) {
   return model;
 }
 
-Index size_of(Model& model) {
-  return weir::parameter_count(model);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -74,7 +70,7 @@ int main(int argc, char** argv) {
                         Index warm_up) {
     weir::Rng batches(5);
     std::cout << name << std::string(22 - name.size(), ' ')
-              << padded(std::to_string(size_of(model)), 10)
+              << padded(std::to_string(weir::parameter_count(model)), 10)
               << padded(fixed(bits_per_byte(model, text), 3), 7) << std::flush;
     const weir::UnfreezeSchedule schedule({{"*.router.*", 0}, {"*", warm_up}});
     Index done = 0;

@@ -123,6 +123,14 @@ TEST_CASE("A long curve becomes one of means", "[examples][report]") {
   CHECK(std::count(late.begin(), late.end(), report::Json(7)) == 1);
   CHECK(curves.names("l") == std::vector<std::string>{"ate", "oss"});
   CHECK(curves.of("never").size() == loss.size());
+
+  // What waits for neighbours is not lost in the end.
+  curves.add("late", 9.0);
+  curves.end_step(1001);
+  CHECK(curves.steps().back() < 1001.0);
+  curves.finish(1001);
+  CHECK(curves.steps().back() == 1001.0);
+  CHECK(curves.of("late").back() == report::Json(9));
 }
 
 }  // namespace weir::report_test

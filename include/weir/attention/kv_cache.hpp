@@ -164,9 +164,9 @@ void KvCache<T>::forget(Index position, Index from) {
   }
   const Index pages = std::max<Index>(0, position - first_) / Pages::kRows;
   if (pages == 0) return;
-  pages_.drop_front(pages);
   first_ += pages * Pages::kRows;
   shortest_ = from;
+  pages_.drop_front(pages);  // Has dropped them if it throws because memory has run out.
 }
 
 template <class T>

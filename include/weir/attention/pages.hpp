@@ -24,8 +24,8 @@ namespace weir {
 using Page = std::shared_ptr<std::byte>;
 
 /// Pages of memory for a sequence that grows row by row at its end. A row stays where it is, and
-/// memory is never more than a page too large. A copy shares the pages until either of the two
-/// writes to one: only that page is then copied. Copies may be used by different threads.
+/// memory is at most a page, or an eighth, too large. A copy shares the pages until either of the
+/// two writes to one: only that page is then copied. Copies may be used by different threads.
 class Pages {
  public:
   /// The rows of a page: a multiple of the numbers of keys that attention reads at a time.
@@ -107,7 +107,7 @@ class Pages {
     return pages;
   }
   Page copy_of(const Page& page) const {
-    Page own = new_pages(1);
+    Page own = allocate_aligned<std::byte>(static_cast<std::size_t>(bytes_));
     std::memcpy(own.get(), page.get(), static_cast<std::size_t>(bytes_));
     return own;
   }

@@ -243,7 +243,9 @@ std::vector<Generated> generate(const Decoder<T>& model,
       group.push_back(turns[i]);
     }
     detail::take_turns<T>(model, group);
-    for (std::size_t i = 0; i < group.size(); ++i) turns[places[i]].result = group[i].result;
+    for (std::size_t i = 0; i < group.size(); ++i) {
+      turns[places[i]].result = std::move(group[i].result);
+    }
   }
   std::vector<Generated> results;
   results.reserve(turns.size());
