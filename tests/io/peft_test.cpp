@@ -98,11 +98,13 @@ TEST_CASE("alpha_pattern and use_rslora are honoured", "[io]") {
   const test::Folder folder;
   std::string text = config_text(kPlain);
   text.replace(text.find(R"("alpha_pattern": {})"), 19, R"("alpha_pattern": {"q_proj": 8})");
+  text.replace(text.find(R"("use_rslora": false)"), 19, R"("use_rslora": true)");
   write(folder.path() / "adapter_config.json", text);
   write(folder.path() / "adapter_model.safetensors", tensors_text("q_proj"));
   TwoLinears model = two_linears();
   io::load_peft(folder.path(), model, "mine");
   CHECK(model.q_proj.weight().adapters[0].scale() == 8.0);
+  CHECK(model.q_proj.weight().adapters[0].rank_stabilised);
 }
 
 TEST_CASE("Adapters of a Mixtral have the names of Hugging Face's modules and come back to the bit",

@@ -6,11 +6,13 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/storage_rules.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
+#include <weir/moe/experts/mlp_bank.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
@@ -161,6 +163,18 @@ TEST_CASE("A precision that cannot be is refused", "[optim][precision]") {
   CHECK(test::message_of<ConfigError>([&] { set_precision(checked, Precision::kBfloat16); }) ==
         "set_precision: precision = bf16 for a layer of doubles, expected Precision::kFull");
   set_precision(checked, Precision::kFull);
+}
+
+TEMPLATE_TEST_CASE("A cold expert is trained in the precision of the others", "[optim][precision]",
+                   GluBank<float>, MlpBank<float>) {
+  Rng rng(1);
+  TestType bank(8, 2, 4, rng);
+  set_precision(bank, Precision::kFp8);
+  bank.remap_experts({.source = {ExpertMap::kCold, 0, 1}, .rng = &rng});
+  for (const auto& [name, parameter] : parameters(bank)) {
+    INFO(name);
+    CHECK(parameter->precision() == Precision::kFp8);
+  }
 }
 
 }  // namespace weir::set_precision_test

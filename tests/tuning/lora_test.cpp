@@ -462,6 +462,14 @@ TEST_CASE("Adapters are refused where they make no sense, and nothing changes", 
   remove_lora(layer, "default");
   CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
         "LowRank: a weight has 0 adapters, expected those of the forward pass");
+
+  // And one in whose place is another.
+  add_lora(layer, "*", rng, {.rank = 3});
+  layer.forward(x, kTraining, cache);
+  remove_lora(layer, "default");
+  add_lora(layer, "*", rng, {.rank = 2});
+  CHECK(test::message_of<StateError>([&] { layer.backward(x, cache); }) ==
+        "LowRank: adapter 'default' has the rank 2, expected 3 as in the forward pass");
 }
 
 }  // namespace weir::lora_test

@@ -369,6 +369,9 @@ TEST_CASE("An optimizer's memory follows the experts", "[tuning]") {
       for (const auto& [what, matrix] : of.saved_state(name).matrices) {
         if (matrix->size() > 0) filled.push_back(*matrix);
       }
+      for (const auto& [what, matrix] : of.saved_state(name).halves) {
+        if (matrix->size() > 0) filled.push_back(matrix->template cast<double>());
+      }
       return i < filled.size() ? filled[i] : Matrix<double>();
     };
     ExpertSurgery surgery(layer, tokens<double>(), optimizer, "");
@@ -389,12 +392,20 @@ TEST_CASE("An optimizer's memory follows the experts", "[tuning]") {
     if (steps != nullptr) CHECK(*steps == *before.saved_state("experts.3.up").steps);
     CHECK(value_of(layer, "selector.bias").cols() == 4);
     train(layer, optimizer, 3, 60);
+    // The router has a bias by now, of which the next cold expert has no memory either.
+    surgery.add_cold(rng);
+    const Matrix<double> bias = state(optimizer, "router.bias", 0);
+    if (bias.size() > 0) CHECK(bias(0, bias.cols() - 1) == 0.0);
+    train(layer, optimizer, 3, 60);
   };
   SECTION("AdamW") {
     check(AdamW<double>());
   }
   SECTION("AdamW that leaves experts for later") {
     check(AdamW<double>({.lazy = true}));
+  }
+  SECTION("AdamW with moments of 16 bits") {
+    check(AdamW<double>({.bfloat16_moments = true}));
   }
   SECTION("Muon") {
     check(Muon<double>());

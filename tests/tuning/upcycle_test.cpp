@@ -138,6 +138,9 @@ TEST_CASE("The published scale is the cube root on all three maps, cut in Megatr
   const Mlp<double, Relu> mlp(kModel, kHidden, rng);
   auto relu = upcycled(mlp, TopKSoftmax<double>({.k = 3}), config);
   CHECK(test::relative_error(infer(relu, x()), infer(mlp, x())) < 1e-13);
+  const Mlp<double, SquaredRelu> square(kModel, kHidden, rng);  // Both maps by the cube root.
+  auto squared = upcycled(square, TopKSoftmax<double>({.k = 3}), config);
+  CHECK(test::relative_error(infer(squared, x()), infer(square, x())) < 1e-13);
 }
 
 TEST_CASE("Drop-Upcycling draws a share of the neurons of each expert anew, the same in all maps",

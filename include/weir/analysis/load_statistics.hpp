@@ -191,6 +191,15 @@ inline LoadStatistics load_statistics(const TracedTokens& tokens, const TracedLa
   const std::vector<Estimate> e =
       estimate(tokens, all, config, 0.0, std::numeric_limits<double>::infinity());
   LoadStatistics result = {e[0], e[1], e[2], e[3], e[4], e[5]};
+  const auto cut = [](Estimate& of, double lowest, double highest) {
+    of.low = std::clamp(of.low, lowest, highest);
+    of.high = std::clamp(of.high, lowest, highest);
+  };
+  cut(result.max_to_mean, 1.0, experts);
+  cut(result.entropy, 0.0, std::log(experts));
+  cut(result.load_entropy, 0.0, std::log(experts));
+  cut(result.dropped, 0.0, 1.0);
+  cut(result.dead, 0.0, 1.0);
 
   const std::vector<Index> sequences = tokens.all();
   double variance = 0.0;

@@ -4,7 +4,7 @@
 #pragma once
 
 #include <array>
-#include <cstdio>
+#include <charconv>
 #include <string>
 #include <string_view>
 
@@ -22,11 +22,10 @@ inline std::string csv_field(std::string_view text) {
   return field + '"';
 }
 
-/// A number as few digits as give the same `float` again.
+/// A number with as few digits as give the same `float` again.
 inline std::string csv_number(float value) {
   std::array<char, 32> text{};
-  std::snprintf(text.data(), text.size(), "%.9g", static_cast<double>(value));
-  return text.data();
+  return {text.data(), std::to_chars(text.data(), text.data() + text.size(), value).ptr};
 }
 
 /// Writes a line for each record: layer, sequence, position, token, domain, phase, pass, entropy,

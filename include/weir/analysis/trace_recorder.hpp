@@ -141,8 +141,9 @@ class TraceRecorder final : public RoutingObserver {
 
   /// Forgets the records in memory, not the layers and domains.
   void clear() {
+    records_ -= static_cast<Index>(buffer_.size() / record_bytes());  // Not those of the sink.
     buffer_.clear();
-    records_ = left_out_ = 0;
+    left_out_ = 0;
   }
 
   const TraceRecorderConfig& config() const { return config_; }

@@ -41,8 +41,9 @@ enum class Precision : std::uint8_t {
   /// float. Tiles of tokens begin with the first token of the batch, or of the expert.
   ///
   /// What is kept for `backward` (section 3.3.3): `Linear`, `Glu`, `GluBank` and attention keep
-  /// their inputs in FP8 with these scales, which are what a norm before them yields; gated
-  /// networks keep gate and up so, too, and compute act(gate) * up again. In full stay what norms
+  /// their inputs in FP8 with these scales, which are what a norm before them yields; `Glu`
+  /// and `GluBank` keep gate and up so, too, and compute act(gate) * up again. In full stay what
+  /// norms
   /// are given, queries, keys and values, the heads' outputs (which DeepSeek-V3 keeps in 12 bits),
   /// expert outputs, and the inputs of other layers. `DecoderConfig::recompute` keeps even less.
   kFp8,

@@ -73,9 +73,7 @@ class Node {
       storage_ = member.storage();
       has_storage_ = true;
     }
-    trains_in_full_ = requires {
-      Member::kTrainsInFull;
-    };
+    if constexpr (requires { Member::kTrainsInFull; }) trains_in_full_ = Member::kTrainsInFull;
   }
 
   /// Does nothing where the type offers nothing.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -76,16 +77,19 @@ inline double peft_setting(const JsonObject& json, const std::string& patterns,
                            const std::string& module, double general) {
   if (!json.has(patterns)) return general;
   const JsonObject by_name = json.object(patterns);
-  std::size_t longest = 0;
+  bool known = false;
   for (const auto& [pattern, value] : by_name.json().items()) {
     if (pattern.find_first_of("^$*+?()[]{}|\\") != std::string::npos) {
       throw_error<FileError>(by_name.path(), ": '", pattern,
                              "' is a regular expression, expected the name of a module");
     }
     const bool matches = module == pattern || module.ends_with("." + pattern);
-    if (!matches || pattern.size() < longest) continue;
-    longest = pattern.size();
-    general = by_name.number(pattern);
+    if (!matches) continue;
+    // PEFT takes the first in the file's order, which is not known here.
+    const double own = by_name.number(pattern);
+    if (known && own != general) by_name.bad(pattern, "one value for each module");
+    known = true;
+    general = own;
   }
   return general;
 }
@@ -270,6 +274,7 @@ Index load_peft(const std::filesystem::path& folder, Model& model, const std::st
         detail::peft_setting(json, "rank_pattern", module, static_cast<double>(rank));
     constexpr double kMostRank = 1e6;
     if (!(own >= 1.0 && own <= kMostRank)) json.bad("r", "a number >= 1");
+    if (own != std::floor(own)) json.bad("rank_pattern", "whole numbers");
     const auto own_rank = static_cast<Index>(own);
     LowRank<T> low_rank{.name = adapter,
                         .a = {},

@@ -182,7 +182,8 @@ inline std::span<RoundedProduct> lay_out(std::span<const Product<float>> product
     const Product<float>& p = element(products, i);
     const bool fp8 = is_fp8(p);
     RoundedProduct& r = element(rounded, i) = {.product = &p};
-    // An odd number of cache lines, so that neighbouring rows are spread over the cache.
+    // An odd number of cache lines of bfloat16 numbers, so that neighbouring rows are spread over
+    // the cache.
     r.left.row = rounded_depth(p.k) / kRoundedDepth % 2 == 1 ? rounded_depth(p.k)
                                                              : rounded_depth(p.k) + kRoundedDepth;
     r.left.blocks = fp8 ? tiles(p.k) : 0;

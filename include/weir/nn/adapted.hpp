@@ -58,7 +58,7 @@ class Adapted {
   /// \param dy       [rows, outputs], the gradient of y.
   /// \param x        As given to `add`.
   /// \param dx       [rows, inputs], to which the gradient of x is added.
-  /// \throws StateError   if the weight has lost adapters since the forward pass.
+  /// \throws StateError   if the weight has lost adapters since the forward pass, or has others.
   void add_backward(LinearParameter<T>& weight, MatrixIn<T> dy, MatrixIn<T> x, MatrixOut<T> dx);
 
   void backward();
@@ -180,6 +180,11 @@ void Adapted<T>::add_backward(LinearParameter<T>& weight, MatrixIn<T> dy, Matrix
                               " adapters, expected those of the forward pass");
     }
     use.trained = &weight.adapters[use.place];
+    if (use.trained->rank() != use.low.cols()) {
+      throw_error<StateError>("LowRank: adapter '", use.trained->name, "' has the rank ",
+                              use.trained->rank(), ", expected ", use.low.cols(),
+                              " as in the forward pass");
+    }
     use.x = Rows::of(x);
     use.y = Rows::of(dy);
     use.dx = Rows::of(dx);

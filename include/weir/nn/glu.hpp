@@ -204,8 +204,8 @@ const Matrix<T>& Glu<T, Act>::forward(MatrixIn<T> x, const Pass& pass, Cache& ca
     return cache.state.finish(*this, Pass{}, cache.y);  // Nothing is kept for `backward`.
   }
   Workspace::Frame frame(cache.workspace);
-  GluRows<T> at =
-      cache.kept.begin(x.rows(), d_model(), d_hidden(), pass.training, gate_.precision(), frame);
+  GluRows<T> at = cache.kept.begin(x.rows(), pass.training ? d_model() : 0, d_hidden(),
+                                   pass.training, gate_.precision(), frame);
   if (pass.training) {
     copy_rows_to<T>(x, at.x);
     clear_padding<T>(cache.padding.mask(), at.x);
@@ -230,10 +230,7 @@ const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   auto d_up = frame.matrix<T>(dy.rows(), d_hidden());
   set_shape(cache.dx, dy.rows(), d_model());
   GluRows<T> at = cache.kept.restored(frame);
-  if (cache.kept.is_fp8()) {
-    clear_padding<T>(cache.padding.mask(), at.x);
-    glu_forward<Act, T>(at.gate, at.up, at.hidden);
-  }
+  if (cache.kept.is_fp8()) glu_forward<Act, T>(at.gate, at.up, at.hidden);
 
   const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dy, cache.dy);
   const Weights weights(*this);

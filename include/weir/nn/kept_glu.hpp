@@ -24,7 +24,7 @@ template <class T>
 class KeptGlu {
  public:
   /// Where a forward pass writes them: memory of `frame` unless they are kept as they are.
-  /// \param training   Whether anything is kept.
+  /// \param training   Whether anything is kept; else hidden takes the place of gate.
   /// \param precision  Of the network.
   GluRows<T> begin(Index rows, Index d_in, Index d_hidden, bool training, Precision precision,
                    Workspace::Frame& frame) {
@@ -33,8 +33,10 @@ class KeptGlu {
     const auto place = [&](Scratch<T>& kept, Index cols) {
       return stay ? kept.reshape(rows, cols) : frame.matrix<T>(rows, cols);
     };
-    return {place(x_, d_in), place(gate_, d_hidden), place(up_, d_hidden),
-            place(hidden_, d_hidden)};
+    auto x = place(x_, d_in);
+    auto gate = place(gate_, d_hidden);
+    auto up = place(up_, d_hidden);
+    return {x, gate, up, training ? place(hidden_, d_hidden) : gate};
   }
 
   /// Keeps at the end of a pass what is kept rounded.

@@ -37,7 +37,8 @@ struct AdamWConfig {
   /// tokens, miss the step until a later one catches up on it.
   bool lazy = false;
   /// Whether m and v are kept as bfloat16 numbers, in half the memory, and widened for each step,
-  /// as in DeepSeek-V3's training in FP8 (arXiv:2412.19437, section 3.3.3).
+  /// as in DeepSeek-V3's training in FP8 (arXiv:2412.19437, section 3.3.3). Changes of less than
+  /// 1/512 of a number are lost, so that v stops moving if beta2 is nearer to 1 than about 0.99.
   bool bfloat16_moments = false;
   std::vector<ParameterGroup> groups = {};  ///< The first that matches a name applies to it.
 };

@@ -61,7 +61,8 @@ inline std::uint64_t fnv_1a(std::uint64_t hash, const void* bytes, std::size_t c
 
 /// The health of each expert of a layer with one mixture. Each expert is given all tokens x, alone
 /// and with the weight that the selector gives to a single choice, and what the layer yields
-/// without any expert (shared experts beside the mixture) is subtracted.
+/// without any expert (shared experts beside the mixture) is subtracted. Outputs are compared with
+/// the median of all: more than half of the experts have to be sound.
 ///
 ///     const auto health = expert_health(layer, x);
 ///     const auto allowed = all_but(experts, damaged_experts(health));

@@ -42,7 +42,7 @@ inline PopulationPlan plan_population(std::span<const double> use,
   const auto experts = static_cast<Index>(use.size());
   expect_at_least<Index>(kWhere, "experts", experts, 1);
   expect_at_least(kWhere, "overloaded", config.overloaded, 1.0);
-  expect_at_least(kWhere, "starved", config.starved, 0.0);
+  expect_in(kWhere, "starved", config.starved, 0.0, 1.0);
   expect_at_least<Index>(kWhere, "least", config.least, 1);
   expect_at_least<Index>(kWhere, "most", config.most, config.least);
   for (const double u : use) expect_at_least(kWhere, "use", u, 0.0);

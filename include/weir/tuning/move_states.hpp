@@ -78,6 +78,9 @@ void move_states(Optimizer& optimizer, const std::string& name, const Layer& bef
       for (const auto& [what, matrix] : saved.matrices) {
         remembered.matrices.emplace_back(std::string(what), *matrix);
       }
+      for (const auto& [what, matrix] : saved.halves) {
+        remembered.matrices.emplace_back(std::string(what), matrix->template cast<T>());
+      }
       if (saved.steps != nullptr) remembered.steps = *saved.steps;
     }
   }
@@ -85,7 +88,7 @@ void move_states(Optimizer& optimizer, const std::string& name, const Layer& bef
   Rng unused;
   ExpertMap same = map;
   same.rng = &unused;
-  same.cold_logit = map.cold_logit == 0.0 ? 0.0 : -1.0;
+  same.cold_logit = 0.0;
   const auto changed = [&](const auto& value_of) {
     Layer layer = before;
     Index number = 0;
@@ -149,6 +152,11 @@ void move_states(Optimizer& optimizer, const std::string& name, const Layer& bef
     for (auto& [what, matrix] : state.matrices) {
       for (auto& [kind, values] : remembered.matrices) {
         if (kind == what) *matrix = std::move(values);
+      }
+    }
+    for (auto& [what, matrix] : state.halves) {
+      for (const auto& [kind, values] : remembered.matrices) {
+        if (kind == what) *matrix = values.template cast<Eigen::bfloat16>();
       }
     }
     if (state.steps != nullptr) *state.steps = remembered.steps;

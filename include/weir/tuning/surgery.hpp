@@ -45,7 +45,8 @@ OutputChange output_change(MatrixIn<T> before, MatrixIn<T> after) {
   for (Index t = 0; t < before.rows(); ++t) {
     const auto of_token = static_cast<double>((after.row(t) - before.row(t)).squaredNorm());
     const auto length = static_cast<double>(before.row(t).squaredNorm());
-    change.largest = std::max(change.largest, relative(std::sqrt(of_token), std::sqrt(length)));
+    const double share = relative(std::sqrt(of_token), std::sqrt(length));
+    if (share > change.largest || std::isnan(share)) change.largest = share;
     change.tokens += of_token != 0.0 ? 1.0 : 0.0;  // A NaN is a change.
     moved += of_token;
     norm += length;
@@ -69,7 +70,8 @@ struct NoOptimizer {};
 ///
 /// The layer is any that has one mixture in it, such as the AnyLayer of a block, whose router and
 /// bank offer `remap_experts`: LinearRouter, GluBank, MlpBank, ClampedGluBank, AnyBank, also within
-/// wrappers. An operation that throws has changed nothing. Meanwhile the layer is in memory twice.
+/// wrappers. An operation that throws has changed nothing. Meanwhile the layer is in memory several
+/// times.
 template <Layer L, class Optimizer = NoOptimizer>
 class ExpertSurgery {
  public:
@@ -212,25 +214,27 @@ class ExpertSurgery {
   }
 
   /// How often each expert is chosen for the tokens at hand.
-  std::vector<double> use() const {
+  std::vector<double> use() const { return use_by(tokens_); }
+
+  /// What the layer yields for the tokens at hand.
+  Matrix<T> output() const { return infer(layer_, tokens_); }
+
+  Index experts() const { return static_cast<Index>(use_by(tokens_.topRows(0)).size()); }
+
+ private:
+  static constexpr bool kHasOptimizer = !std::is_same_v<Optimizer, NoOptimizer>;
+
+  static std::size_t at(Index i) { return static_cast<std::size_t>(i); }
+
+  std::vector<double> use_by(MatrixIn<T> x) const {
     PassRecord record(PassRecord::Collects::kLossesAndReports);
-    infer(layer_, tokens_, {.record = &record});
+    infer(layer_, x, {.record = &record});
     if (record.reports().empty()) {
       throw_error<ConfigError>("ExpertSurgery: the layer has no mixture, expected one");
     }
     const auto& load = record.reports().back().report.load;
     return {load.begin(), load.end()};
   }
-
-  /// What the layer yields for the tokens at hand.
-  Matrix<T> output() const { return infer(layer_, tokens_); }
-
-  Index experts() const { return static_cast<Index>(use().size()); }
-
- private:
-  static constexpr bool kHasOptimizer = !std::is_same_v<Optimizer, NoOptimizer>;
-
-  static std::size_t at(Index i) { return static_cast<std::size_t>(i); }
 
   std::vector<Index> all() const {
     std::vector<Index> numbers(at(experts()));
@@ -291,17 +295,12 @@ OutputChange ExpertSurgery<L, Optimizer>::merge(const std::vector<Index>& group,
   std::vector<std::vector<ExpertPart<T>>> parts;
   for (const Index e : group) parts.push_back(expert_parts(kWhere, next, e));
   std::vector<Matrix<T>> merged;
-  for (std::size_t i = 0; i < group.size(); ++i) {
+  const auto share = [&](std::size_t i) { return static_cast<T>(use[at(group[i])] / total); };
+  for (const auto& part : parts[0]) merged.push_back(share(0) * part.parameter->value);
+  for (std::size_t i = 1; i < group.size(); ++i) {
     const auto order = match_neurons(parts[0], parts[i]);
-    const auto share = static_cast<T>(use[at(group[i])] / total);
     for (std::size_t p = 0; p < parts[i].size(); ++p) {
-      const Matrix<T> aligned =
-          share * with_neurons(parts[i][p].parameter->value, parts[i][p].axis, order);
-      if (i == 0) {
-        merged.push_back(aligned);
-      } else {
-        merged[p] += aligned;
-      }
+      merged[p] += share(i) * with_neurons(parts[i][p].parameter->value, parts[i][p].axis, order);
     }
   }
   std::vector<std::string> names;

@@ -24,10 +24,10 @@ namespace weir {
 /// How much a task uses each expert of one mixture, from samples of its text:
 ///
 ///     average gate score:  R_e = 1/N sum_j 1/L_j sum_t g_te
-///     token ratio:         R_e = 1/N sum_j 1/L_j sum_t [e is chosen for t] / k_t
+///     token ratio:         R_e = 1/N sum_j (assignments to e) / (all assignments of the sample)
 ///
-/// over N samples of L_j tokens; the ratios sum to one if each token has k experts. (ESFT: Wang et
-/// al. 2024, arXiv:2407.01906, eq. 3 and 4.)
+/// over N samples of L_j tokens; the ratios sum to one. (ESFT: Wang et al. 2024, arXiv:2407.01906,
+/// eq. 3, and eq. 4 where each token has k experts.)
 class ExpertRelevance {
  public:
   /// Adds a sample that one pass saw, by the report of the mixture. A pass without tokens adds

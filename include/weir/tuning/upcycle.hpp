@@ -7,6 +7,7 @@
 #include <cmath>
 #include <numeric>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -28,8 +29,8 @@ namespace weir {
 /// Which weights of an upcycled expert bear the factor of its output.
 enum class UpcycleScale {
   kOutput,  ///< The last map alone: the output is the dense one's, exactly.
-  kEven,    ///< All maps the same power of it, as published. Exact where the activation is
-            ///< homogeneous; with a gate of SiLU it is not, and the output only alike.
+  kEven,    ///< All maps the same power of it, as published. Exact for Relu, and for
+            ///< SquaredRelu without a gate; otherwise the output is only alike.
 };
 
 /// Settings of upcycling.
@@ -185,7 +186,8 @@ GluBank<T, Act> upcycled_bank(const Glu<T, Act>& dense, const UpcycleConfig& con
   return GluBank<T, Act>(std::move(gate), std::move(up), std::move(down));
 }
 
-/// The same of a network of two matrices, where `kEven` is the square root. The bias behind an
+/// The same of a network of two matrices, where `kEven` is the square root, and with
+/// SquaredRelu the cube root. The bias behind an
 /// activation that is not homogeneous stays as it is; that of the output is shared out among the
 /// experts of a copy.
 /// \throws ConfigError  if a setting is out of range, or with `kEven` and biases.
@@ -200,14 +202,16 @@ MlpBank<T, Act> upcycled_bank(const Mlp<T, Act>& dense, const UpcycleConfig& con
     throw_error<ConfigError>("upcycled_bank: scale = kEven with biases, expected kOutput");
   }
   const double factor = config.output_factor();
+  // Of SquaredRelu, the output is of the third degree in the weights.
+  const double root = std::is_same_v<Act, SquaredRelu> ? std::cbrt(factor) : std::sqrt(factor);
   const Index width = dense.d_hidden() / config.granularity;
   std::vector<Matrix<T>> in, out, in_bias, out_bias;
   for (Index e = 0; e < config.experts(); ++e) {
     const Index first = e % config.granularity * width;
     in.push_back(dense.in().value.middleRows(first, width));
     out.push_back(dense.out().value.middleCols(first, width));
-    detail::make_expert<T>(config, {&in.back()}, out.back(), even ? std::sqrt(factor) : 1.0,
-                           even ? std::sqrt(factor) : factor, rng);
+    detail::make_expert<T>(config, {&in.back()}, out.back(), even ? root : 1.0,
+                           even ? root : factor, rng);
     if (!biased) continue;
     const auto share = static_cast<T>(factor / static_cast<double>(config.granularity));
     in_bias.push_back(dense.in_bias().value.middleCols(first, width));

@@ -79,7 +79,11 @@ class ExpertLinear {
   void remap_experts(const ExpertMap& map, Cold&& cold) {
     std::vector<kernels::Weight<T>> weights = weight_;
     std::vector<Parameter<T>> biases = bias_;
-    map.rearrange(weights, [&] { return kernels::Weight<T>(cold(d_out(), d_in())); });
+    map.rearrange(weights, [&] {
+      kernels::Weight<T> weight(cold(d_out(), d_in()));
+      weight.parameter().rounded = weight_[0].parameter().rounded;  // Trained like the others.
+      return weight;
+    });
     if (!biases.empty()) {
       map.rearrange(biases, [&] { return Parameter<T>{Matrix<T>::Zero(1, d_out())}; });
     }

@@ -209,15 +209,16 @@ void GluWeights<T>::remap_experts(const ExpertMap& map) {
         "GluBank::remap_experts: the weights are fetched from a source, expected weights in "
         "memory");
   }
-  const auto drawn = [&]() -> LinearParameter<T> {
-    return switch_init<T>(d_hidden_, d_in_, *map.rng, 1.0);
+  const auto cold = [&](Matrix<T> value) {
+    LinearParameter<T> weight = std::move(value);
+    weight.rounded = gate_[0].rounded;  // Trained like the others.
+    return weight;
   };
+  const auto drawn = [&] { return cold(switch_init<T>(d_hidden_, d_in_, *map.rng, 1.0)); };
   GluWeights next = *this;
   map.rearrange(next.gate_, drawn);
   map.rearrange(next.up_, drawn);
-  map.rearrange(next.down_, [&]() -> LinearParameter<T> {
-    return Matrix<T>(Matrix<T>::Zero(d_out_, d_hidden_));
-  });
+  map.rearrange(next.down_, [&] { return cold(Matrix<T>::Zero(d_out_, d_hidden_)); });
   if (!packed_.empty()) {
     next.packed_.clear();
     for (const Index from : map.source) {
