@@ -338,5 +338,8 @@
 #include <weir/optim/warmup_linear.hpp>
 #include <weir/optim/warmup_stable_decay.hpp>
 
+#include <weir/parallel/placement.hpp>
+#include <weir/parallel/rank_nodes.hpp>
+
 #include <weir/version.hpp>
 // clang-format on
