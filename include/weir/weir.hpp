@@ -340,6 +340,7 @@
 
 #include <weir/parallel/placement.hpp>
 #include <weir/parallel/rank_nodes.hpp>
+#include <weir/parallel/timeline.hpp>
 
 #include <weir/version.hpp>
 // clang-format on
