@@ -20,8 +20,8 @@ class ByteBaseline {
  public:
   static constexpr int kHighest = 2;
 
-  /// Counts `text`.
-  explicit ByteBaseline(std::string_view text) {
+  /// A model that has seen nothing.
+  ByteBaseline() {
     std::size_t contexts = 1;
     for (Order& order : orders_) {
       order.count.assign(contexts * 256, 0);
@@ -29,7 +29,12 @@ class ByteBaseline {
       order.kinds.assign(contexts, 0);
       contexts *= 256;
     }
-    for (std::size_t i = 0; i < text.size(); ++i) {
+  }
+
+  /// Counts the bytes of `text` from `begin` on, each in the context of those before it. Up to 2^32
+  /// bytes can be counted.
+  void add(std::string_view text, std::size_t begin = 0) {
+    for (std::size_t i = begin; i < text.size(); ++i) {
       for (std::size_t n = 0; n <= kHighest && n <= i; ++n) {
         Order& order = orders_[n];
         const std::size_t context = context_of(text, i, n);

@@ -24,6 +24,7 @@
 #include <weir/model/decoder.hpp>
 #include <weir/model/generate.hpp>
 #include <weir/model/language_loss.hpp>
+#include <weir/model/text_mixture.hpp>
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
 #include <weir/optim/set_precision.hpp>
@@ -40,6 +41,7 @@
 #include "live_report.hpp"
 #include "loads.hpp"
 #include "progress.hpp"
+#include "training_texts.hpp"
 
 namespace {
 
@@ -47,6 +49,8 @@ using weir::Index;
 
 struct Options {
   std::vector<std::string> text;
+  std::vector<std::string> mix_at;
+  TextChoice texts;  ///< What these two say.
   std::string metrics;
   std::string report;
   std::string save;
@@ -82,6 +86,8 @@ constexpr const char* kExamples =
     "\nExamples:\n"
     "  train_lm                                      C++ headers, a few minutes\n"
     "  train_lm --text ~/books --steps 3000          text of your own\n"
+    "  train_lm --text headers=0.7 --text readmes=0.3 --mix-at 0.8:headers=0.2,readmes=0.8\n"
+    "                                                two texts; the weights change at 80 %\n"
     "  train_lm --dense                              the same without experts, to compare\n"
     "  train_lm --experts 16 --selector sigmoid-top-k --balance 0 --bias-rate 0.001\n"
     "                                                balanced without a loss, as DeepSeek-V3\n"
@@ -94,6 +100,7 @@ constexpr const char* kExamples =
 /// Refuses options that contradict each other.
 /// \throws std::runtime_error  with the names of both.
 void check(const Options& options) {
+  if (options.texts.mixed()) options.texts.phases(options.steps, options.batch);
   const ByteDecoderConfig& model = options.model;
   const auto expect = [](bool holds, const std::string& message) {
     if (!holds) throw std::runtime_error(message);
@@ -117,7 +124,13 @@ void check(const Options& options) {
 std::optional<int> parse(int argc, char** argv, Options& options) {
   CommandLine line("Trains a byte-level mixture-of-experts language model and lets it write.");
   line.group("Data");
-  line.add("--text", options.text, "Files or folders to learn from (default: C++ headers)");
+  line.add(
+      "--text", options.text,
+      "Files or folders to learn from, of any size (default: C++ headers). With weights,\n"
+      "NAME=WEIGHT, they are mixed: windows of each, shuffled, in these proportions. NAME is a\n"
+      "file, a folder, headers (C++) or readmes (English)");
+  line.add("--mix-at", options.mix_at,
+           "Other weights from this share of the steps on: SHARE:NAME=WEIGHT,NAME=WEIGHT");
   line.add("--metrics", options.metrics, "Write figures over time to this file, JSON lines");
   line.add("--report", options.report,
            "Keep report.html in this folder up to date: curves, warnings, where tokens go");
@@ -212,15 +225,18 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
 }
 
 struct Validation {
-  double bits = 0.0;     ///< Bits per byte.
-  NamedReports reports;  ///< Loads summed over all windows.
+  double bits = 0.0;                 ///< Bits per byte, the mean of all texts.
+  std::vector<double> bits_of_text;  ///< Of each text.
+  NamedReports reports;              ///< Loads summed over all windows.
 };
 
 class Trainer {
  public:
-  Trainer(const Options& options, const Corpus& corpus)
+  Trainer(const Options& options, const std::vector<TrainingText>& texts)
       : options_(options),
-        corpus_(corpus),
+        texts_(texts),
+        notes_of_texts_(notes_of(options.texts, texts)),
+        mixture_(mixture_of(options, texts)),
         rng_(options.seed),
         model_(make_byte_decoder(options.model, rng_)),
         optimizer_({.learning_rate = options.learning_rate,
@@ -232,10 +248,12 @@ class Trainer {
                   .floor = options.learning_rate / 10.0},
         sequences_(weir::Sequences::uniform(options.batch, options.context)) {
     weir::set_precision(model_, *weir::precision_named(options.precision));
-    const Index batches =
-        std::max<Index>(1, options.eval_tokens / (options.batch * options.context));
-    validation_windows_ =
-        spread_windows(corpus.validation, options.context, batches * options.batch);
+    const auto of_each = options.eval_tokens / static_cast<Index>(texts.size());
+    const Index batches = std::max<Index>(1, of_each / (options.batch * options.context));
+    for (const TrainingText& text : texts) {
+      validation_windows_.push_back(spread_windows(static_cast<std::size_t>(text.validation.size()),
+                                                   options.context, batches * options.batch));
+    }
   }
 
   struct Step {
@@ -250,9 +268,13 @@ class Trainer {
 
   Step step() {
     batch_.clear();
-    const auto room = static_cast<Index>(corpus_.train.size()) - options_.context;
     for (Index s = 0; s < options_.batch; ++s) {
-      batch_.add(corpus_.train, static_cast<std::size_t>(rng_.below(room)), options_.context);
+      if (mixture_) {
+        const weir::TextWindow window = mixture_->next();
+        add(texts_[static_cast<std::size_t>(window.text)].train, window.start);
+      } else {
+        add(texts_[0].train, rng_.below(texts_[0].train.size() - options_.context));
+      }
     }
     record_.clear();
     record_.show_routings_to(observer_);
@@ -289,16 +311,19 @@ class Trainer {
     weir::TraceRecorder recorder({.layout = {.choices = options_.model.k}});
     weir::PassRecord record;
     record.show_routings_to(&recorder);
-    const Index domain = recorder.domain("validation text");
-    const auto windows = std::min<Index>(static_cast<Index>(validation_windows_.size()),
-                                         std::max<Index>(1, kTokens / options_.context));
-    for (Index i = 0; i < windows; ++i) {
-      const Index w = i * static_cast<Index>(validation_windows_.size()) / windows;
-      batch_.clear();
-      batch_.add(corpus_.validation, validation_windows_[static_cast<std::size_t>(w)],
-                 options_.context);
-      recorder.begin({{.id = i, .domain = domain}});
-      model_.forward_to_head(batch_.ids, {.record = &record}, cache_);
+    Index id = 0;
+    for (std::size_t t = 0; t < texts_.size(); ++t) {
+      const Index domain =
+          recorder.domain(mixture_ ? escaped(texts_[t].name) : std::string("validation text"));
+      const auto all = static_cast<Index>(validation_windows_[t].size());
+      const auto windows = std::min<Index>(
+          all, std::max<Index>(1, kTokens / options_.context / static_cast<Index>(texts_.size())));
+      for (Index i = 0; i < windows; ++i) {
+        batch_.clear();
+        add_validation(t, static_cast<std::size_t>(i * all / windows));
+        recorder.begin({{.id = id++, .domain = domain}});
+        model_.forward_to_head(batch_.ids, {.record = &record}, cache_);
+      }
     }
     return weir::TracedTokens(recorder.trace());
   }
@@ -307,15 +332,18 @@ class Trainer {
     record_.clear();
     Validation result;
     const auto size = static_cast<std::size_t>(options_.batch);
-    for (std::size_t begin = 0; begin < validation_windows_.size(); begin += size) {
-      batch_.clear();
-      for (std::size_t w = begin; w < begin + size; ++w) {
-        batch_.add(corpus_.validation, validation_windows_[w], options_.context);
+    for (std::size_t t = 0; t < texts_.size(); ++t) {
+      double bits = 0.0;
+      const std::size_t windows = validation_windows_[t].size();
+      for (std::size_t begin = 0; begin < windows; begin += size) {
+        batch_.clear();
+        for (std::size_t w = begin; w < begin + size; ++w) add_validation(t, w);
+        bits += forward({.sequences = &sequences_});
       }
-      result.bits += forward({.sequences = &sequences_});
+      bits *= static_cast<double>(size) / (std::log(2.0) * static_cast<double>(windows));
+      result.bits_of_text.push_back(bits);
     }
-    result.bits *= static_cast<double>(size) /
-                   (std::log(2.0) * static_cast<double>(validation_windows_.size()));
+    result.bits = mean(result.bits_of_text);
     result.reports = sum_by_layer(record_.reports());
     return result;
   }
@@ -332,22 +360,33 @@ class Trainer {
     return bits;
   }
 
-  /// Bits per byte of a byte model on the very bytes that `validate` predicts.
-  double validate(const ByteBaseline& baseline, int order) const {
+  /// Bits per byte of a byte model on the very bytes of a text that `validate` predicts.
+  double validate(std::size_t text, const ByteBaseline& baseline, int order) {
     double bits = 0.0;
-    for (const std::size_t start : validation_windows_) {
-      for (std::size_t i = start + 1; i <= start + static_cast<std::size_t>(options_.context);
-           ++i) {
-        bits += baseline.bits(corpus_.validation, i, std::min(order, static_cast<int>(i)));
+    const std::vector<std::size_t>& starts = validation_windows_[text];
+    for (const std::size_t start : starts) {
+      const std::size_t before = std::min<std::size_t>(start, ByteBaseline::kHighest);
+      window_.resize(before + static_cast<std::size_t>(options_.context) + 1);
+      texts_[text].validation.read(static_cast<Index>(start - before), window_);
+      for (std::size_t i = before + 1; i < window_.size(); ++i) {
+        bits += baseline.bits(window_, i, std::min(order, static_cast<int>(i)));
       }
     }
-    return bits /
-           static_cast<double>(static_cast<Index>(validation_windows_.size()) * options_.context);
+    return bits / static_cast<double>(static_cast<Index>(starts.size()) * options_.context);
   }
+
+  /// The mean of a figure of each text.
+  static double mean(const std::vector<double>& figures) {
+    return training_texts::sum_of(figures) / static_cast<double>(figures.size());
+  }
+
+  /// What has been drawn of the texts; none if they are not mixed.
+  const std::optional<weir::TextMixture>& mixture() const { return mixture_; }
 
   void save(const std::string& folder) {
     weir::io::TrainingState state;
     state.rng = rng_;
+    state.position = mixture_ ? mixture_->position() : 0;
     state.notes = notes();
     weir::io::save(folder, model_, optimizer_, state);
   }
@@ -355,6 +394,7 @@ class Trainer {
     const Notes own = notes();
     Notes saved = weir::io::read_notes(checkpoint);
     saved.try_emplace("precision", "fp32");  // Of a train_lm that had no other.
+    saved.try_emplace("text", "without weights");
     for (const auto& [name, value] : saved) {
       const auto found = own.find(name);
       if (found != own.end() && found->second != value) {
@@ -362,7 +402,9 @@ class Trainer {
                                  checkpoint.string() + " was saved with " + value);
       }
     }
-    rng_ = weir::io::load(checkpoint, model_, optimizer_).rng;
+    const weir::io::TrainingState state = weir::io::load(checkpoint, model_, optimizer_);
+    rng_ = state.rng;
+    if (mixture_) mixture_->seek(state.position);
   }
 
   Index steps() const { return optimizer_.steps(); }
@@ -373,19 +415,51 @@ class Trainer {
   Notes notes() const {
     Notes notes = notes_of(options_.model);
     notes["precision"] = options_.precision;
+    notes.insert(notes_of_texts_.begin(), notes_of_texts_.end());
+    if (!mixture_) return notes;
+    notes["seed"] = std::to_string(options_.seed);
+    notes["context"] = std::to_string(options_.context);
+    if (!options_.texts.changes.empty()) {
+      notes["batch"] = std::to_string(options_.batch);
+      notes["steps"] = std::to_string(options_.steps);
+    }
     return notes;
+  }
+
+  static std::optional<weir::TextMixture> mixture_of(const Options& options,
+                                                     const std::vector<TrainingText>& texts) {
+    if (!options.texts.mixed()) return std::nullopt;
+    std::vector<Index> sizes;
+    for (const TrainingText& text : texts) sizes.push_back(text.train.size());
+    return weir::TextMixture(sizes, options.texts.phases(options.steps, options.batch),
+                             {.length = options.context, .seed = options.seed});
+  }
+
+  /// Adds a window of a text to the batch.
+  void add(const weir::io::TextFiles& text, Index start) {
+    window_.resize(static_cast<std::size_t>(options_.context) + 1);
+    text.read(start, window_);
+    batch_.add(window_, 0, options_.context);
+  }
+  void add_validation(std::size_t text, std::size_t window) {
+    add(texts_[text].validation, static_cast<Index>(validation_windows_[text][window]));
   }
 
   /// Rounds the weights for the inputs that some training text gives them.
   void calibrate(weir::Storage storage) {
     constexpr Index kBatches = 8;
     weir::InputSamples samples(2048);
-    const auto starts = spread_windows(corpus_.train, options_.context, kBatches * options_.batch);
+    std::vector<std::vector<std::size_t>> starts;
+    for (const TrainingText& text : texts_) {
+      starts.push_back(spread_windows(static_cast<std::size_t>(text.train.size()), options_.context,
+                                      kBatches * options_.batch));
+    }
+    std::size_t window = 0;
     for (Index b = 0; b < kBatches; ++b) {
       batch_.clear();
-      for (Index s = 0; s < options_.batch; ++s) {
-        const auto window = static_cast<std::size_t>(b * options_.batch + s);
-        batch_.add(corpus_.train, starts[window], options_.context);
+      for (Index s = 0; s < options_.batch; ++s, ++window) {
+        const std::size_t text = window % texts_.size();
+        add(texts_[text].train, static_cast<Index>(starts[text][window]));
       }
       forward({.sequences = &sequences_, .inputs = &samples});
     }
@@ -400,7 +474,9 @@ class Trainer {
   }
 
   const Options& options_;
-  const Corpus& corpus_;
+  const std::vector<TrainingText>& texts_;
+  Notes notes_of_texts_;
+  std::optional<weir::TextMixture> mixture_;
   weir::Rng rng_;
   weir::Decoder<float> model_;
   weir::AdamW<float> optimizer_;
@@ -411,7 +487,8 @@ class Trainer {
   weir::LanguageLoss<float>::Cache loss_cache_;
   weir::PassRecord record_{weir::PassRecord::Collects::kLossesAndReports};
   weir::RoutingObserver* observer_ = nullptr;
-  std::vector<std::size_t> validation_windows_;
+  std::vector<std::vector<std::size_t>> validation_windows_;  // Where those of each text begin.
+  std::string window_;                                        // Bytes of a text.
   ByteBatch batch_;
 };
 
@@ -441,7 +518,8 @@ void write_sample(const Options& options, weir::Decoder<float>& model) {
 /// One line of figures.
 /// \param validation  Null if this step was not followed by one.
 void write_metrics(std::ostream& metrics, Index done, double rate, const Trainer::Step& step,
-                   double learning_rate, const Validation* validation) {
+                   double learning_rate, const Validation* validation,
+                   const std::vector<TrainingText>& texts) {
   Json json = {{"step", done},
                {"loss", step.loss},
                {"aux_loss", step.aux_loss},
@@ -452,35 +530,61 @@ void write_metrics(std::ostream& metrics, Index done, double rate, const Trainer
                {"load", step.load.load}};
   if (validation != nullptr) {
     json["validation_bits_per_byte"] = validation->bits;
+    for (std::size_t t = 0; t < texts.size() && texts.size() > 1; ++t) {
+      json["validation_by_text"][escaped(texts[t].name)] = validation->bits_of_text[t];
+    }
     json["layers"] = to_json(validation->reports);
   }
   metrics << json.dump() << std::endl;
 }
 
+/// What there is to learn from.
+void print_texts(const TextChoice& choice, const std::vector<TrainingText>& texts) {
+  for (std::size_t t = 0; t < texts.size(); ++t) {
+    const TrainingText& text = texts[t];
+    std::cout << (choice.mixed() ? escaped(text.name) : std::string("text")) << ": "
+              << text.train.files() << " files, " << grouped(text.train.size())
+              << " bytes to learn from, " << grouped(text.validation.size()) << " to judge by\n";
+  }
+}
+
+/// What came of a mixture of texts: how often each was read, and how well it is predicted.
+void print_mixture(const std::vector<TrainingText>& texts, const weir::TextMixture& mixture,
+                   const std::vector<double>& bits,
+                   const std::vector<std::vector<double>>& of_orders) {
+  std::cout << "  weights by phase    windows  epochs    bits  order-2  text\n";
+  for (std::size_t t = 0; t < texts.size(); ++t) {
+    std::string weights;
+    for (const weir::MixturePhase& phase : mixture.phases()) {
+      const double share = phase.weights[t] / training_texts::sum_of(phase.weights);
+      weights += (weights.empty() ? "" : " ") + fixed(100.0 * share, 0) + " %";
+    }
+    const auto text = static_cast<Index>(t);
+    std::cout << padded(weights, 18) << padded(grouped(mixture.drawn(text)), 11)
+              << padded(fixed(mixture.epochs(text), 2), 8) << padded(fixed(bits[t], 3), 8)
+              << padded(fixed(of_orders.back()[t], 3), 9) << "  " << escaped(texts[t].name) << '\n';
+  }
+}
+
 void run(Options options) {
   if (options.text.empty()) options.text = split_paths(WEIR_DEFAULT_CORPUS);
+  options.texts = choose_texts(options.text, options.mix_at,
+                               {{"headers", WEIR_DEFAULT_CORPUS}, {"readmes", WEIR_SECOND_CORPUS}});
   check(options);
   std::ofstream metrics;
   if (!options.metrics.empty()) metrics.open(options.metrics);
   if (!metrics) throw std::runtime_error("--metrics: cannot write " + options.metrics);
   weir::set_threads(options.threads);
-  const Corpus corpus = read_corpus(options.text);
-  if (static_cast<Index>(corpus.validation.size()) < options.context + 2) {
-    throw std::runtime_error("the text is too short: 5 % of it are " +
-                             std::to_string(corpus.validation.size()) +
-                             " bytes, less than --context");
-  }
+  const std::vector<TrainingText> texts = open_texts(options.texts, options.context);
 
-  Trainer trainer(options, corpus);
+  Trainer trainer(options, texts);
   const ByteDecoderConfig& model = options.model;
   const auto [total, active] = count_parameters(trainer.model(), model);
   const std::string parameters =
       "parameters: " + grouped(total) + " in total, " + grouped(active) + " active for a token\n";
   if (!options.quiet) {
-    std::cout << "text: " << corpus.files << " files, "
-              << grouped(static_cast<long long>(corpus.train.size())) << " bytes to learn from, "
-              << grouped(static_cast<long long>(corpus.validation.size())) << " to judge by\n"
-              << "model: " << model.layers << " layers of width " << model.d_model;
+    print_texts(options.texts, texts);
+    std::cout << "model: " << model.layers << " layers of width " << model.d_model;
     if (model.dense) {
       std::cout << ", all dense";
     } else {
@@ -558,7 +662,7 @@ void run(Options options) {
 
     if (metrics.is_open()) {
       write_metrics(metrics, done, rate, step, trainer.learning_rate(),
-                    validate ? &validation : nullptr);
+                    validate ? &validation : nullptr, texts);
     }
     const bool save = interrupted || done == options.steps || done % options.save_every == 0;
     if (save && !options.save.empty()) trainer.save(options.save);
@@ -566,16 +670,24 @@ void run(Options options) {
   }
   status.close();
 
-  const ByteBaseline baseline(corpus.train);
+  const auto [baseline, counted_all] = count_bytes(texts);
   Json bits = {{"model", validation.bits}};
+  std::vector<std::vector<double>> of_orders(ByteBaseline::kHighest + 1);
   std::cout << "\ntrained for " << fixed(seconds, 1) << " s\n"
             << "validation bits/byte: model " << fixed(validation.bits, 3);
   for (int order = 0; order <= ByteBaseline::kHighest; ++order) {
     const std::string name = "order-" + std::to_string(order);
-    bits[name] = trainer.validate(baseline, order);
+    std::vector<double>& of_order = of_orders[static_cast<std::size_t>(order)];
+    for (std::size_t t = 0; t < texts.size(); ++t) {
+      of_order.push_back(trainer.validate(t, baseline, order));
+    }
+    bits[name] = Trainer::mean(of_order);
     std::cout << " | " << name << ' ' << fixed(bits[name], 3);
   }
-  std::cout << '\n';
+  std::cout << (counted_all ? "\n" : " (the first 128 MiB)\n");
+  if (trainer.mixture()) {
+    print_mixture(texts, *trainer.mixture(), validation.bits_of_text, of_orders);
+  }
   for (const std::string& name : options.storage) {
     const double stored = trainer.validate_stored(name);
     bits[name] = stored;

@@ -31,6 +31,7 @@
 #include <weir/core/routing_observer.hpp>
 #include <weir/core/scratch.hpp>
 #include <weir/core/sequences.hpp>
+#include <weir/core/shuffle.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/storage_rules.hpp>
 #include <weir/core/thread_pool.hpp>
@@ -257,6 +258,7 @@
 #include <weir/model/multi_token_module.hpp>
 #include <weir/model/sampling.hpp>
 #include <weir/model/speculative.hpp>
+#include <weir/model/text_mixture.hpp>
 
 #include <weir/analysis/bootstrap.hpp>
 #include <weir/analysis/co_activation.hpp>
