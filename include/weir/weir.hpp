@@ -341,8 +341,10 @@
 #include <weir/optim/warmup_stable_decay.hpp>
 
 #include <weir/parallel/placement.hpp>
+#include <weir/parallel/placement_groups.hpp>
 #include <weir/parallel/rank_nodes.hpp>
 #include <weir/parallel/timeline.hpp>
+#include <weir/parallel/traffic.hpp>
 
 #include <weir/version.hpp>
 // clang-format on
