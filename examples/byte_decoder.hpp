@@ -53,6 +53,7 @@ struct ByteDecoderConfig {
   double z_loss = 0.001;                   ///< Coefficient of ZLoss.
   double bias_rate = 0.001;                ///< Rate of BiasBalance, for "sigmoid-top-k".
   double jitter = 0.0;
+  weir::Index vocab = kBytes;  ///< More than bytes for a model that knows other tokens, too.
 };
 
 /// Calls `visit(name, setting)` for each setting that decides which parameters a model has, or what
@@ -144,7 +145,7 @@ inline Layer mixture(const Config& config, weir::Rng& rng) {
 }  // namespace byte_decoder
 
 inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, weir::Rng& rng) {
-  weir::Embedding<float> embedding(kBytes, config.d_model, rng);
+  weir::Embedding<float> embedding(config.vocab, config.d_model, rng);
   std::vector<weir::Block<float>> layers;
   for (weir::Index l = 0; l < config.layers; ++l) {
     const bool sparse = !config.dense && config.interleave.is_sparse(l);
@@ -160,7 +161,7 @@ inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, w
         weir::RmsNorm<float>(config.d_model), feed_forward(), sparse ? "moe" : "mlp"));
   }
   std::optional<weir::Linear<float>> head;
-  if (!config.tied) head = weir::Linear<float>(config.d_model, kBytes, rng);
+  if (!config.tied) head = weir::Linear<float>(config.d_model, config.vocab, rng);
   return {std::move(embedding), std::move(layers), weir::RmsNorm<float>(config.d_model),
           std::move(head)};
 }

@@ -168,6 +168,7 @@
 #include <weir/moe/experts/with_zero_experts.hpp>
 #include <weir/moe/forbidden_experts.hpp>
 #include <weir/moe/moe_layer.hpp>
+#include <weir/moe/multi_gate.hpp>
 #include <weir/moe/report.hpp>
 #include <weir/moe/router/cosine_router.hpp>
 #include <weir/moe/router/d_select_k_router.hpp>
@@ -202,6 +203,7 @@
 #include <weir/moe/selector/group_limit.hpp>
 #include <weir/moe/selector/hierarchical_top_k.hpp>
 #include <weir/moe/selector/k_best.hpp>
+#include <weir/moe/selector/level_loads.hpp>
 #include <weir/moe/selector/relaxed_top_k.hpp>
 #include <weir/moe/selector/relu_routing.hpp>
 #include <weir/moe/selector/score_function.hpp>

@@ -12,15 +12,9 @@
 
 #include <weir/core/parallel.hpp>
 #include <weir/moe/moe_layer.hpp>
-#include <weir/moe/selector/balanced_assignment.hpp>
-#include <weir/moe/selector/expert_choice.hpp>
-#include <weir/moe/selector/hierarchical_top_k.hpp>
-#include <weir/moe/selector/relaxed_top_k.hpp>
-#include <weir/moe/selector/sinkhorn.hpp>
-#include <weir/moe/selector/sparse_mixer.hpp>
-#include <weir/moe/selector/straight_through.hpp>
 
 #include "support/catch.hpp"
+#include "support/every_selector.hpp"
 #include "support/matrices.hpp"
 #include "support/stages.hpp"
 #include "support/threads.hpp"
@@ -41,36 +35,10 @@ Index pick(Rng& rng, Index count) {
   return std::min(count - 1, static_cast<Index>(rng.uniform() * static_cast<double>(count)));
 }
 
-/// The selectors of `test::selectors`, and those that finite differences cannot check.
-template <class T>
-std::vector<test::Named<test::AnySelector<T>>> all_selectors() {
-  using S = test::AnySelector<T>;
-  auto all = test::selectors<T>();
-  const GroupLimit best_half{.count = 2, .allowed = 1, .summed = 1};
-  all.push_back({"sinkhorn", [](Rng&) -> S { return Sinkhorn<T>({.k = 2}); }});
-  all.push_back({"sparse_mixer", [](Rng&) -> S { return SparseMixer<T>(); }});
-  all.push_back({"relaxed", [](Rng&) -> S { return RelaxedTopK<T>({.k = 2}); }});
-  all.push_back({"straight_through in a group", [=](Rng&) -> S {
-                   return StraightThrough<T>({.k = 1, .renormalise = true, .groups = best_half});
-                 }});
-  all.push_back({"softmax_top_k in a group", [=](Rng&) -> S {
-                   return SoftmaxTopK<T>({.k = 1, .renormalise = true, .groups = best_half});
-                 }});
-  all.push_back({"sigmoid_top_k in a group", [=](Rng&) -> S {
-                   return SigmoidTopK<T>(kExperts, {.k = 1, .groups = best_half});
-                 }});
-  all.push_back({"hierarchical_top_k", [](Rng&) -> S {
-                   return HierarchicalTopK<T>({.groups = 2, .group_k = 1, .k = 1});
-                 }});
-  all.push_back({"batch: balanced_assignment", [](Rng&) -> S { return BalancedAssignment<T>(); }});
-  all.push_back({"batch: expert_choice", [](Rng&) -> S { return ExpertChoice<T>({.factor = 1}); }});
-  return all;
-}
-
 template <class T>
 test::AnyMoe<T> random_layer(Rng& rng, std::string& name) {
   static const auto routers = test::routers<T>();
-  static const auto selectors = all_selectors<T>();
+  static const auto selectors = test::every_selector<T>();
   static const auto capacities = test::capacities<T>();
   static const auto banks = test::banks<T>();
   const auto any_of = [&](const auto& list) -> const auto& {

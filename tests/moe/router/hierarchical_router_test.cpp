@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <cstdint>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/router/cosine_router.hpp>
@@ -115,6 +117,50 @@ TEST_CASE("HierarchicalRouter gradients agree with finite differences",
   HierarchicalRouter mixed(CosineRouter<double>(3, 2, rng, {.d_projection = 4}), linear(6, 3, 2));
   mixed.group_router().embedding().value *= 100.0;
   test::check_gradients(mixed, x);
+}
+
+TEST_CASE("HierarchicalRouter scores the others as if a forbidden expert were not there",
+          "[moe][hierarchical_router][allowed]") {
+  // Six experts in two groups, 1 and 3 forbidden to all, and group 1 to the last token.
+  const std::vector<Index> others = {0, 2, 4, 5};
+  const Matrix<double> x = test::random_matrix(5, 3, 3);
+  const Matrix<double> experts = test::random_matrix(6, 3, 2);
+  const Matrix<double> some = experts(others, Eigen::all);
+  HierarchicalRouter all(linear(2, 3, 1), LinearRouter<double>(experts));
+  HierarchicalRouter fewer(linear(2, 3, 1), LinearRouter<double>(some));
+  std::vector<std::uint8_t> allowed;
+  for (int t = 0; t < 5; ++t) {
+    for (const int e : {1, 0, 1, 0, 1, 1}) {
+      const bool closed = t == 4 && allowed.size() % 6 >= 3;
+      allowed.push_back(static_cast<std::uint8_t>(closed ? 0 : e));
+    }
+  }
+  decltype(all)::Cache cache;
+  decltype(fewer)::Cache expected;
+  const Matrix<double> z = all.forward(x, {.training = true, .allowed = allowed}, cache);
+  const Matrix<double> z_some = fewer.forward(x, kTraining, expected);
+  CHECK(z.allFinite());
+  CHECK(test::relative_error(Matrix<double>(z(Eigen::seq(0, 3), others)), z_some.topRows(4)) <=
+        1e-13);
+  CHECK(test::relative_error(Matrix<double>(z(4, std::vector<Index>{0, 2})),
+                             z_some.row(4).leftCols(2)) <= 1e-13);
+  // No gradient comes from a forbidden expert, and none goes to its vector.
+  Matrix<double> dz = Matrix<double>::Zero(5, 6);
+  Matrix<double> dz_some = test::random_matrix(5, 4, 7);
+  dz_some.row(4).rightCols(2).setZero();
+  dz(Eigen::all, others) = dz_some;
+  CHECK(test::relative_error(all.backward(dz, cache), fewer.backward(dz_some, expected)) <= 1e-13);
+  const Matrix<double>& d = all.expert_vectors()->gradient();
+  CHECK(d.row(1).isZero(0.0));
+  CHECK(d.row(3).isZero(0.0));
+  CHECK(test::relative_error(Matrix<double>(d(others, Eigen::all)),
+                             fewer.expert_vectors()->gradient()) <= 1e-13);
+  CHECK(test::message_of<ShapeError>([&] {
+          const std::vector<std::uint8_t> few = {1, 1};
+          all.forward(x, {.allowed = few}, cache);
+        }) ==
+        "HierarchicalRouter: pass.allowed has 2 entries, expected 6 (one per expert) or 30 (for "
+        "each token)");
 }
 
 TEST_CASE("HierarchicalRouter names the parameters of both levels", "[moe][hierarchical_router]") {

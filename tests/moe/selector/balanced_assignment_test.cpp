@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include <weir/core/random.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/selector/balanced_assignment.hpp>
 
@@ -171,6 +172,101 @@ TEST_CASE("BalancedAssignment ends where many tokens want the same at the smalle
   const RowVector<double> load = load_of(route(selector, logits, kTraining));
   CHECK(load.maxCoeff() == 8.0);
   CHECK(load.minCoeff() == 8.0);
+}
+
+TEST_CASE("BalancedAssignment is as level as forbidden experts allow",
+          "[moe][selector][balanced_assignment][allowed]") {
+  // All assignments of seven tokens to three experts: the loads have the least sum of squares, and
+  // the total is within the bound of the best one with those loads.
+  constexpr Index kTokens = 7;
+  constexpr Index kExperts = 3;
+  Index uneven = 0;
+  for (std::uint64_t seed = 0; seed < 60; ++seed) {
+    const Matrix<double> logits = test::random_matrix(kTokens, kExperts, seed);
+    Rng rng(seed);
+    std::vector<std::uint8_t> allowed(kTokens * kExperts);
+    for (auto& one : allowed) one = rng.uniform() < 0.15 ? 1 : 0;
+    for (std::size_t t = 0; t < kTokens; ++t) {
+      allowed[t * kExperts + static_cast<std::size_t>(rng.below(kExperts))] = 1;
+    }
+    const Routing<double> routing =
+        route(BalancedAssignment<double>(), logits, {.training = true, .allowed = allowed});
+    const RowVector<double> load = load_of(routing);
+    REQUIRE(load.sum() == kTokens);
+    double least = 1e300;
+    double best = -1e300;
+    for (Index code = 0; code < 2187; ++code) {  // 3^7.
+      RowVector<double> of_code = RowVector<double>::Zero(kExperts);
+      double sum = 0.0;
+      bool fits = true;
+      for (Index t = 0, rest = code; t < kTokens; ++t, rest /= kExperts) {
+        const Index e = rest % kExperts;
+        of_code[e] += 1.0;
+        sum += logits(t, e);
+        fits = fits && allowed[static_cast<std::size_t>(t * kExperts + e)] != 0;
+      }
+      if (!fits) continue;
+      least = std::min(least, of_code.squaredNorm());
+      if (of_code == load) best = std::max(best, sum);
+    }
+    INFO(seed);
+    CHECK(load.squaredNorm() == least);
+    uneven += load.maxCoeff() - load.minCoeff() > 1.0 ? 1 : 0;
+    const double range = logits.maxCoeff() - logits.minCoeff();
+    CHECK(total(routing) >= best - (kTokens + kExperts) * 1e-3 * range);
+  }
+  CHECK(uneven > 5);
+}
+
+TEST_CASE("BalancedAssignment levels each of two modalities that share no expert",
+          "[moe][selector][balanced_assignment][allowed]") {
+  const Matrix<double> logits = test::random_matrix(30, 5, 1);
+  const std::vector<std::uint8_t> mask = [] {
+    std::vector<std::uint8_t> real(30, 1);
+    real[3] = real[17] = 0;
+    return real;
+  }();
+  std::vector<std::uint8_t> allowed;
+  std::vector<Index> first, second;
+  for (Index t = 0; t < 30; ++t) {
+    const bool one = t % 4 == 0;  // 8 tokens with experts 0 and 1, 20 with the other three.
+    for (Index e = 0; e < 5; ++e) allowed.push_back(one == (e < 2) ? 1 : 0);
+    if (mask[static_cast<std::size_t>(t)] != 0) (one ? first : second).push_back(t);
+  }
+  for (const Index most_bids : {Index(1000), Index(1)}) {
+    const BalancedAssignment<double> selector({.most_bids = most_bids});
+    const Pass pass{.training = true, .mask = mask, .allowed = allowed};
+    const Routing<double> routing = route(selector, logits, pass);
+    const RowVector<double> load = load_of(routing);
+    CHECK(load.head(2) == RowVector<double>::Constant(2, 4.0));
+    CHECK(load.tail(3).maxCoeff() == 7.0);
+    CHECK(load.tail(3).minCoeff() == 6.0);
+    for (const Index t : first) CHECK(routing.experts_of(t)[0] < 2);
+    for (const Index t : second) CHECK(routing.experts_of(t)[0] >= 2);
+    if (most_bids == 1) continue;  // The auction is broken off.
+    const Routing<double> alone =
+        route(selector, Matrix<double>(logits(first, Eigen::seq(0, 1))), kTraining);
+    double of_first = 0.0;
+    for (const Index t : first) of_first += logits(t, routing.experts_of(t)[0]);
+    CHECK(std::abs(of_first - total(alone)) <= 30 * 1e-3 * 2.0 * logits.cwiseAbs().maxCoeff());
+    const test::Threads threads(3);
+    CHECK(route(selector, logits, pass).expert == routing.expert);
+  }
+}
+
+TEST_CASE("BalancedAssignment gives a token its only expert",
+          "[moe][selector][balanced_assignment][allowed]") {
+  // Token 0 may go to expert 0 alone, and others like that best, too.
+  Matrix<double> logits(4, 2);
+  logits << -5.0, 0.0, 3.0, 0.0, 2.0, 0.0, 1.0, 0.0;
+  const std::vector<std::uint8_t> allowed = {1, 0, 1, 1, 1, 1, 1, 1};
+  const Routing<double> routing =
+      route(BalancedAssignment<double>(), logits, {.training = true, .allowed = allowed});
+  CHECK(routing.expert == std::vector<Index>{0, 0, 1, 1});
+  // All may go to it alone: it has all.
+  const std::vector<std::uint8_t> one = {1, 0, 1, 0, 1, 0, 1, 1};
+  CHECK(route(BalancedAssignment<double>(), logits, {.training = true, .allowed = one}).expert ==
+        std::vector<Index>{0, 0, 0, 1});
 }
 
 TEST_CASE("BalancedAssignment says what is wrong with its settings",

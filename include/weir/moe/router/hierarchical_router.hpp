@@ -6,6 +6,7 @@
 
 #include <array>
 #include <concepts>
+#include <limits>
 #include <span>
 #include <utility>
 
@@ -15,6 +16,7 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/types.hpp>
 #include <weir/moe/concepts.hpp>
+#include <weir/moe/forbidden_experts.hpp>
 #include <weir/moe/router/group_logits.hpp>
 #include <weir/moe/router/move_noise.hpp>
 #include <weir/moe/routing.hpp>
@@ -43,9 +45,11 @@ namespace weir {
 ///
 /// If one of the routers drew noise, or both, two levels of noise are told, for
 /// HierarchicalLoadLoss: that of the groups, around a without noise, and that of the experts,
-/// around z without the noise of b. A level that drew none has the deviation zero. Where the pass
-/// forbids experts, the logit of a group is that of the others, see GroupLogits. A router of three
-/// levels tells none.
+/// around z without the noise of b. A level that drew none has the deviation zero. A router of
+/// three levels tells none.
+///
+/// Where the pass forbids experts, the sum over j runs over the others in the group: the token is
+/// routed as if there were no such expert, in either level.
 ///
 /// \tparam Groups   A Router of groups.
 /// \tparam Experts  A Router of experts, of the same d_model.
@@ -61,6 +65,7 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
     typename Groups::Cache groups;
     typename Experts::Cache experts;
     Matrix<T> within;                    ///< [tokens, experts], the softmax of b in each group.
+    Matrix<T> open;                      ///< b, -infinity where forbidden; only used if any is.
     Matrix<T> logits;                    ///< z
     bool tells_noise = false;            ///< The last pass drew noise.
     std::array<NoiseLevel<T>, 2> noise;  ///< That of the groups, and that of the experts.
@@ -85,21 +90,25 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
 
   /// \param x        [tokens, d_model]
   /// \return         z [tokens, experts]
-  /// \throws ShapeError   if x does not have d_model columns.
+  /// \throws ShapeError   if x does not have d_model columns, or pass.allowed does not fit.
+  /// \throws ConfigError  if a real token is allowed no expert.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     cache.state.begin();
     expect_columns("HierarchicalRouter::forward", "x", x, d_model());
     const Matrix<T>& a = forward_groups(x, pass, cache);
     const Matrix<T>& b = forward_experts(x, pass, cache);
+    const Matrix<T>& open = open_logits(b, pass, cache);
     set_shape(cache.logits, x.rows(), experts());
     if (pass.training) set_shape(cache.within, x.rows(), experts());
     for_each_group(x.rows(), [&](Index t, Index g, Index first, Index size) {
       const T* const from = &b(t, first);
       const T at = a(t, g);
-      const T sum = logsumexp<T>(span_of(from, size));
+      T sum = logsumexp<T>(span_of(&open(t, first), size));
+      const bool none = sum == -std::numeric_limits<T>::infinity();  // All in it are forbidden.
+      if (none) sum = logsumexp<T>(span_of(from, size));
       const auto joint = [=](const Lanes<T>& z) -> Lanes<T> { return at + (z - sum); };
       map_lanes<T>(size, joint, &cache.logits(t, first), from);
-      if (pass.training) loops::exp_shifted<T>(size, from, sum, &cache.within(t, first));
+      if (pass.training) loops::exp_shifted<T>(size, &open(t, first), sum, &cache.within(t, first));
     });
     tell_noise(a, b, pass, cache);
     if (pass.training) {
@@ -187,6 +196,15 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
   const Matrix<T>& forward_experts(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     const PassRecord::Scope scope(experts_.groups() > 0 ? pass.record : nullptr, "experts");
     return experts_.forward(x, pass, cache.experts);
+  }
+
+  /// b as it counts in sums over a group.
+  static const Matrix<T>& open_logits(const Matrix<T>& b, const Pass& pass, Cache& cache) {
+    if (pass.allowed.empty()) return b;
+    expect_allowed_fits("HierarchicalRouter", b.rows(), b.cols(), pass, 0);
+    copy_rows<T>(b, cache.open);
+    forbid_experts<T>(pass, cache.open);
+    return cache.open;
   }
 
   void tell_noise(const Matrix<T>& a, const Matrix<T>& b, const Pass& pass, Cache& cache) const {

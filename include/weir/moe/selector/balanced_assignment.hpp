@@ -14,6 +14,7 @@
 #include <weir/core/list.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/moe/routing.hpp>
+#include <weir/moe/selector/level_loads.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/top_k.hpp>
 
@@ -45,8 +46,10 @@ struct BalancedAssignmentConfig {
 /// logits through the weight and through the probabilities (softmax(z)).
 ///
 /// Experts that the pass switches off for all tokens are left out, also of the number of experts.
-/// No other expert can be forbidden to a token in training, as no level assignment might be left.
-/// Not causal in training: a later token can put out an earlier one. Causal in evaluation.
+/// Where it forbids others to some tokens, as experts of one modality, experts have as many tokens
+/// as `LevelLoads` says, which is T / experts only if the pass allows that; if the auction is
+/// broken off then, its assignment is taken. Not causal in training: a later token can put out an
+/// earlier one. Causal in evaluation.
 ///
 /// (Lewis et al. 2021, arXiv:2103.16716, eq. 1-4; Bertsekas 1992, "Auction algorithms for network
 /// flow problems".)
@@ -57,7 +60,9 @@ class BalancedAssignment : public SelectorBase<T> {
   struct Cache {
     List<T> price;
     List<Index> owner;
-    List<Index> load;  ///< [experts], how many tokens an expert has.
+    List<Index> load;   ///< [experts], how many tokens an expert has.
+    List<Index> first;  ///< [open experts + 1], where the places begin that each has to fill.
+    LevelLoads level;   ///< Where some tokens are forbidden some of the open experts.
   };
 
   explicit BalancedAssignment(BalancedAssignmentConfig config = {}) : config_(config) {}
@@ -70,7 +75,7 @@ class BalancedAssignment : public SelectorBase<T> {
 
   /// \param logits   [tokens, experts]
   /// \throws NonFiniteError  if a logit of a real token is not finite.
-  /// \throws ConfigError     as `check`; in training if an open expert is forbidden to a token.
+  /// \throws ConfigError     as `check`.
   void forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing, Cache& cache) const;
 
   void backward(const Routing<T>& routing, RoutingGradient<T>& gradient, Cache& /*cache*/) const;
@@ -162,32 +167,37 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
   const Index tokens = routing.tokens();
   const Index real = routing.rows.real();
   if (real == 0) return;
-  const Index full = real / experts;
-  const Index more = real % experts == 0 ? 0 : 1;
-  const Index places = experts * (full + more);
-  cache.price.assign(places, T(0));
-  cache.owner.assign(places, kFree);
-  // Of open expert number i.
-  const auto places_of = [&](Index i, bool extra) {
-    const Index first = extra ? experts * full + i : i * full;
-    return Places{cache.price.data() + first, cache.owner.data() + first, extra ? more : full};
-  };
-
   T smallest = std::numeric_limits<T>::infinity();
   T largest = -smallest;
+  bool some_forbidden = false;
   for (Index t = 0; t < tokens; ++t) {
     if (routing.rows.is_padding(t)) continue;
     for (const Index e : routing.open) {
+      if (routing.is_forbidden(t, e)) {
+        some_forbidden = true;
+        continue;
+      }
       smallest = std::min(smallest, routing.logits(t, e));
       largest = std::max(largest, routing.logits(t, e));
     }
   }
-  if (!std::isfinite(smallest)) {
-    throw_error<ConfigError>(
-        "BalancedAssignment: a logit is ", smallest,
-        ", expected finite logits in training: a forbidden expert may leave no level "
-        "assignment");
+  const Index full = real / experts;
+  const Index more = some_forbidden || real % experts == 0 ? 0 : 1;
+  if (some_forbidden) cache.level.level(routing);
+  cache.first.assign(1, 0);
+  for (const Index e : routing.open) {
+    cache.first.push_back(cache.first.back() + (some_forbidden ? cache.level.load()[e] : full));
   }
+  const Index to_fill = cache.first.back();
+  const Index places = to_fill + experts * more;
+  cache.price.assign(places, T(0));
+  cache.owner.assign(places, kFree);
+  // Of open expert number i.
+  const auto places_of = [&](Index i, bool extra) {
+    const Index first = extra ? to_fill + i : cache.first[i];
+    return Places{cache.price.data() + first, cache.owner.data() + first,
+                  extra ? more : cache.first[i + 1] - cache.first[i]};
+  };
   const T range = largest > smallest ? largest - smallest : T(1);
   T least_raise = T(0);
 
@@ -213,7 +223,11 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
         }
       }
     }
-    const T raise = (std::isfinite(next) ? best - next : T(0)) + least_raise;
+    // Who has no other choice may pay any price.
+    const T raise = (std::isfinite(next) ? best - next
+                     : some_forbidden    ? range
+                                         : T(0)) +
+                    least_raise;
     const T up = std::nextafter(wanted.price[0], std::numeric_limits<T>::infinity());
     return wanted.sell(token, std::max(wanted.price[0] + raise, up));
   };
@@ -230,7 +244,19 @@ void BalancedAssignment<T>::auction(Routing<T>& routing, Cache& cache) const {
     for (Index i = 0; i < places - real; ++i) seat(tokens + i);
     if (epsilon <= config_.epsilon || bids >= most) break;
   }
-  settle(routing, full, more, cache);
+  if (!some_forbidden) {
+    settle(routing, full, more, cache);
+    return;
+  }
+  for (Index t = 0; t < tokens; ++t) {
+    if (!routing.rows.is_padding(t)) routing.expert[routing.first(t)] = cache.level.expert_of(t);
+  }
+  if (bids >= most) return;  // Some token may have no place.
+  for (Index i = 0; i < experts; ++i) {
+    for (Index place = cache.first[i]; place < cache.first[i + 1]; ++place) {
+      routing.expert[routing.first(cache.owner[place])] = routing.open[i];
+    }
+  }
 }
 
 template <std::floating_point T>
