@@ -5,10 +5,10 @@
 #include <utility>
 #include <vector>
 
+#include <weir/analysis/traced_tokens.hpp>
 #include <weir/core/random.hpp>
 #include <weir/parallel/traffic.hpp>
 
-#include "analysis/traced.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 
@@ -159,15 +159,6 @@ TEST_CASE("No tokens, or tokens of one rank, are no traffic", "[parallel][traffi
   }
 }
 
-TEST_CASE("Whole sequences go to ranks in turn", "[parallel][traffic]") {
-  const TracedTokens tokens = test::traced({{.tokens = {{.experts = {0}}, {.experts = {1}}}},
-                                            {.tokens = {{.experts = {0}}}},
-                                            {.tokens = {{.experts = {1}}}}},
-                                           2);
-  CHECK(sources_by_sequence(tokens, 2) == List<Index>{0, 0, 1, 0});
-  CHECK(sources_by_sequence(tokens, 1) == List<Index>{0, 0, 0, 0});
-}
-
 TEST_CASE("Traffic says what is wrong, and has counted nothing then", "[parallel][traffic]") {
   const auto message = [](auto action) { return test::message_of<ConfigError>(action); };
   const Placement placement = Placement::contiguous(4, RankNodes::uniform(2, 1));
@@ -183,8 +174,6 @@ TEST_CASE("Traffic says what is wrong, and has counted nothing then", "[parallel
         }) ==
         "Traffic: the placement has 2 ranks on 1 nodes, expected those of the traffic: 2 on 2");
   CHECK(traffic.load(0) + traffic.load(1) == 0);
-  CHECK(message([] { sources_by_sequence(TracedTokens(), 0); }) ==
-        "sources_by_sequence: ranks = 0, expected >= 1");
 }
 
 }  // namespace weir::traffic_test

@@ -19,6 +19,23 @@
 
 namespace weir {
 
+/// The rank that tokens of rank `source` go to for an expert, see Placement.
+/// \param holders  The ranks that hold the expert, in ascending order; at least one.
+inline Index nearest_replica(std::span<const Index> holders, Index source, const RankNodes& nodes) {
+  if (holders.size() == 1) return holders.front();
+  Index near = 0;
+  for (const Index r : holders) {
+    if (r == source) return r;
+    near += nodes.share_node(r, source) ? 1 : 0;
+  }
+  if (near == 0) return element(holders, source % static_cast<Index>(holders.size()));
+  Index left = source % near;
+  for (const Index r : holders) {
+    if (nodes.share_node(r, source) && left-- == 0) return r;
+  }
+  return holders.front();  // Not reached: `near` of them share the node.
+}
+
 /// The experts of a mixture on the ranks of a parallel program. Each expert is on one rank at
 /// least; one that is on several has replicas. A rank keeps its experts in slots, in ascending
 /// order of the experts; it may have none.
@@ -220,19 +237,7 @@ inline Index Placement::most_slots() const {
 }
 
 inline Index Placement::destination(Index expert, Index source) const {
-  const std::span<const Index> holders = ranks_of(expert);
-  if (holders.size() == 1) return holders.front();
-  Index near = 0;
-  for (const Index r : holders) {
-    if (r == source) return r;
-    near += nodes_.share_node(r, source) ? 1 : 0;
-  }
-  if (near == 0) return element(holders, source % static_cast<Index>(holders.size()));
-  Index left = source % near;
-  for (const Index r : holders) {
-    if (nodes_.share_node(r, source) && left-- == 0) return r;
-  }
-  return holders.front();  // Not reached: `near` of them share the node.
+  return nearest_replica(ranks_of(expert), source, nodes_);
 }
 
 inline List<Index> Placement::destinations(Index source) const {

@@ -6,24 +6,14 @@
 #include <algorithm>
 #include <utility>
 
-#include <weir/analysis/traced_tokens.hpp>
 #include <weir/core/error.hpp>
 #include <weir/core/function_ref.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/types.hpp>
 #include <weir/parallel/placement.hpp>
+#include <weir/parallel/token_route.hpp>
 
 namespace weir {
-
-/// For what a token's row is sent once.
-enum class RowsSent {
-  kPerAssignment,  ///< For each of its experts, as ExpertParallel does.
-  kPerRank,        ///< For each rank with experts of its, as DeepSeek-V2's losses have it.
-  /// For each node with experts of its: to the rank there that has the source's place in its node,
-  /// modulo the ranks there, and from this one to the ranks of the node that need it. DeepSeek-V3
-  /// does so (arXiv:2412.19437, section 3.2.2).
-  kPerNode,
-};
 
 /// The bytes of one row, see `row_bytes`: of a token on its way to an expert, and of an expert's
 /// output on its way back.
@@ -46,23 +36,10 @@ class Traffic {
   /// Nothing yet. Memory is [ranks, ranks].
   Traffic(RankNodes nodes, RowsSent sent)
       : nodes_(std::move(nodes)),
-        sent_(sent),
+        route_(nodes_, sent),
         rows_(ranks() * ranks(), 0),
         load_(ranks(), 0),
-        on_nodes_(nodes_.nodes() + 1, 0),
-        met_rank_(ranks(), 0),
-        met_node_(nodes_.nodes(), 0) {
-    List<Index> next(nodes_.nodes(), 0);
-    for (Index r = 0; r < ranks(); ++r) place_.push_back(next[nodes_.node_of(r)]++);
-    first_of_node_.assign(nodes_.nodes() + 1, 0);
-    for (Index n = 0; n < nodes_.nodes(); ++n) {
-      first_of_node_[n + 1] = first_of_node_[n] + nodes_.size(n);
-    }
-    by_node_.resize(ranks());
-    for (Index r = 0; r < ranks(); ++r) {
-      by_node_[first_of_node_[nodes_.node_of(r)] + place_[r]] = r;
-    }
-  }
+        on_nodes_(nodes_.nodes() + 1, 0) {}
 
   /// Adds the tokens of a routing, or of a layer of a trace.
   /// \param source_of  The rank that a token belongs to.
@@ -80,7 +57,7 @@ class Traffic {
 
   const RankNodes& nodes() const { return nodes_; }
   Index ranks() const { return nodes_.ranks(); }
-  RowsSent rows_sent() const { return sent_; }
+  RowsSent rows_sent() const { return route_.rows_sent(); }
 
   /// Rows from one rank to another, or that stay on a rank.
   Index rows(Index from, Index to) const { return rows_[from * ranks() + to]; }
@@ -136,28 +113,6 @@ class Traffic {
  private:
   Index& row_count(Index from, Index to) { return rows_[from * ranks() + to]; }
 
-  /// The rank that rows for a node arrive at.
-  Index relay(Index source, Index node) const {
-    if (nodes_.node_of(source) == node) return source;
-    return by_node_[first_of_node_[node] + place_[source] % nodes_.size(node)];
-  }
-
-  void add_token(Index source) {
-    for (const Index to : to_rank_) {
-      const Index node = nodes_.node_of(to);
-      if (sent_ != RowsSent::kPerNode) {
-        ++row_count(source, to);
-        continue;
-      }
-      const Index arrival = relay(source, node);
-      if (met_node_[node] != 2) {
-        if (arrival != source) ++row_count(source, arrival);
-        met_node_[node] = 2;
-      }
-      if (arrival != to || to == source) ++row_count(arrival, to);
-    }
-  }
-
   template <class Of>
   double imbalance(Of&& of) const {
     Index most = 0, sum = 0;
@@ -171,16 +126,11 @@ class Traffic {
   }
 
   RankNodes nodes_;
-  RowsSent sent_;
+  TokenRoute route_;
   List<Index> rows_;      // [ranks, ranks]
   List<Index> load_;      // [ranks]
   List<Index> on_nodes_;  // [nodes + 1]
-  List<Index> place_;     // [ranks], in the node.
-  List<Index> by_node_;   // [ranks], those of a node together.
-  List<Index> first_of_node_;
-  List<Index> to_rank_;  // Of one token; each once, unless rows are per assignment.
-  List<char> met_rank_;  // Whether the token goes there.
-  List<char> met_node_;  // The same; 2 if a row was sent.
+  List<Index> to_;        // The rank of each assignment of one token.
 };
 
 template <class Choices>
@@ -201,24 +151,14 @@ void Traffic::add(const Choices& routing, const Placement& placement,
 
   for (Index t = 0; t < routing.tokens(); ++t) {
     const Index source = source_of(t);
-    to_rank_.clear();
-    Index nodes_met = 0;
+    to_.clear();
     for (Index a = routing.first(t); a < routing.last(t); ++a) {
       if (routing.kept[a] == 0) continue;
-      const Index to = placement.destination(routing.expert[a], source);
-      ++load_[to];
-      if (sent_ == RowsSent::kPerAssignment || met_rank_[to] == 0) to_rank_.push_back(to);
-      met_rank_[to] = 1;
-      char& met = met_node_[nodes_.node_of(to)];
-      nodes_met += met == 0 ? 1 : 0;
-      met = 1;
+      to_.push_back(placement.destination(routing.expert[a], source));
+      ++load_[to_.back()];
     }
-    add_token(source);
-    ++on_nodes_[nodes_met];
-    for (const Index to : to_rank_) {
-      met_rank_[to] = 0;
-      met_node_[nodes_.node_of(to)] = 0;
-    }
+    ++on_nodes_[route_.visit(nodes_, source, to_,
+                             [this](Index from, Index to) { ++row_count(from, to); })];
   }
 }
 
@@ -258,19 +198,6 @@ inline Index Traffic::across() const {
   Index sum = 0;
   for (Index r = 0; r < ranks(); ++r) sum += sent_across(r);
   return sum;
-}
-
-/// The rank of each token where whole sequences go to the ranks in turn: sequence s to rank
-/// s mod ranks.
-/// \throws ConfigError  unless ranks >= 1.
-inline List<Index> sources_by_sequence(const TracedTokens& tokens, Index ranks) {
-  expect_at_least<Index>("sources_by_sequence", "ranks", ranks, 1);
-  List<Index> source(tokens.tokens(), 0);
-  for (Index s = 0; s < tokens.count(); ++s) {
-    const TracedTokens::Sequence& sequence = tokens.sequences[static_cast<std::size_t>(s)];
-    for (Index t = sequence.begin; t < sequence.end; ++t) source[t] = s % ranks;
-  }
-  return source;
 }
 
 }  // namespace weir
