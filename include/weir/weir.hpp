@@ -60,6 +60,7 @@
 #include <weir/ops/smooth_step.hpp>
 #include <weir/ops/softmax.hpp>
 #include <weir/ops/tanh.hpp>
+#include <weir/ops/target_log_probability.hpp>
 #include <weir/ops/top_k.hpp>
 #include <weir/ops/trigonometry.hpp>
 #include <weir/ops/unit_rows.hpp>
@@ -167,6 +168,7 @@
 #include <weir/moe/experts/pass_dropped.hpp>
 #include <weir/moe/experts/with_zero_experts.hpp>
 #include <weir/moe/forbidden_experts.hpp>
+#include <weir/moe/imposed_routing.hpp>
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/multi_gate.hpp>
 #include <weir/moe/report.hpp>
@@ -324,7 +326,9 @@
 #include <weir/tuning/lora.hpp>
 #include <weir/tuning/move_states.hpp>
 #include <weir/tuning/neuron_matching.hpp>
+#include <weir/tuning/policy_optimisation.hpp>
 #include <weir/tuning/quantisation.hpp>
+#include <weir/tuning/rollout_recorder.hpp>
 #include <weir/tuning/surgery.hpp>
 #include <weir/tuning/training_parts.hpp>
 #include <weir/tuning/upcycle.hpp>

@@ -18,6 +18,8 @@
 
 namespace weir {
 
+class RoutingTrace;  // weir/moe/routing_trace.hpp
+
 /// What a walk can ask of one node of the tree (a layer, a stage of a mixture, a balancer),
 /// whatever its type. A type offers what it has:
 ///
@@ -30,6 +32,9 @@ namespace weir {
 ///     static constexpr bool kTrainsInFull  its own weights keep full precision in training
 ///     void change_experts(const ExpertMap&) changes the experts of the mixture that it is
 ///     void set_active_experts(Index k)     how many of them a token has
+///     void impose(const RoutingTrace&), void release()
+///                                          takes its choice of experts from elsewhere, or makes
+///                                          it itself again
 ///
 /// A type without `set_storage`, some of whose members keep full precision in every storage, hands
 /// the others over in a static `visit_stored`, which looks like `visit`.
@@ -67,6 +72,15 @@ class Node {
     if constexpr (stores && requires { member.set_active_experts(Index{}); }) {
       set_active_experts_ = [](void* self, Index k) {
         static_cast<Member*>(self)->set_active_experts(k);
+      };
+    }
+    if constexpr (requires(const RoutingTrace& trace) {
+                    member.impose(trace);
+                    member.release();
+                  }) {
+      impose_ = [](void* self, const RoutingTrace* trace) {
+        if (trace == nullptr) return static_cast<Member*>(self)->release();
+        static_cast<Member*>(self)->impose(*trace);
       };
     }
     if constexpr (requires { member.storage(); }) {
@@ -116,6 +130,13 @@ class Node {
     return set_active_experts_ != nullptr;
   }
 
+  /// Whether a choice of experts can be imposed on the type.
+  bool can_be_imposed_on() const { return impose_ != nullptr; }
+
+  /// Only where `can_be_imposed_on`.
+  /// \param trace    Null to let the type choose itself again.
+  void impose(const RoutingTrace* trace) const { impose_(self_, trace); }
+
   /// Whether the type stores its weights as a whole.
   bool stores_itself() const { return set_storage_exists_ && has_storage_; }
 
@@ -150,6 +171,7 @@ class Node {
   void (*set_storage_)(void*, Storage) = nullptr;
   void (*change_experts_)(void*, const ExpertMap&) = nullptr;
   void (*set_active_experts_)(void*, Index) = nullptr;
+  void (*impose_)(void*, const RoutingTrace*) = nullptr;
   Storage storage_ = Storage::kTrainable;
   bool has_storage_ = false;
   bool set_storage_exists_ = false;

@@ -19,6 +19,7 @@
 #include <weir/core/list.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass.hpp>
+#include <weir/core/pass_record.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/sequences.hpp>
 #include <weir/core/token_ids.hpp>
@@ -70,6 +71,25 @@ struct Conversation {
   std::string adapters = "*";  ///< The adapters of the model that take part, see Pass::adapters.
 };
 
+/// Sees what `generate` computes, pass by pass.
+template <std::floating_point T>
+class GenerationObserver {
+ public:
+  GenerationObserver() = default;
+  GenerationObserver(const GenerationObserver&) = default;
+  GenerationObserver& operator=(const GenerationObserver&) = default;
+  virtual ~GenerationObserver() = default;
+
+  /// Is called before each pass of the model.
+  /// \param conversations  Which conversation each sequence of the pass belongs to.
+  /// \return         The record of the pass, which may be null.
+  virtual PassRecord* begin(std::span<const Index> conversations) = 0;
+
+  /// Is called for each new token.
+  /// \param logits   [1, vocab], from which it was drawn.
+  virtual void drawn(Index conversation, MatrixIn<T> logits, Index token) = 0;
+};
+
 namespace detail {
 
 /// A conversation as `take_turns` sees it.
@@ -84,6 +104,7 @@ struct Turn {
   bool ended = false;
   std::vector<Index> before = {};  ///< Prompt and new tokens, if their repetition is penalised.
   std::string_view adapters = "*";
+  Index number = 0;  ///< Of the conversation.
 
   void check() const {
     if (prompt.count() == 0) {
@@ -162,7 +183,8 @@ class Samplers {
 /// next token of every turn. A turn that has ended leaves once its last token has gone into its
 /// state.
 template <class T>
-void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
+void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns,
+                GenerationObserver<T>* observer) {
   if (turns.empty()) return;
   for (Turn<T>& turn : turns) {
     turn.check();
@@ -173,6 +195,7 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
   std::vector<Index> ids;
   std::vector<Turn<T>*> present;
   std::vector<typename Decoder<T>::State*> states;
+  std::vector<Index> numbers;
   Sequences sequences;
   for (Turn<T>& turn : turns) {
     present.push_back(&turn);
@@ -181,9 +204,15 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
   }
   while (!present.empty()) {
     states.clear();
-    for (Turn<T>* turn : present) states.push_back(turn->state);
+    numbers.clear();
+    for (Turn<T>* turn : present) {
+      states.push_back(turn->state);
+      numbers.push_back(turn->number);
+    }
+    PassRecord* const record = observer == nullptr ? nullptr : observer->begin(numbers);
     const Matrix<T>& logits = model.decode(
-        ids, {.sequences = &sequences, .adapters = turns[0].adapters}, states, cache, true);
+        ids, {.sequences = &sequences, .record = record, .adapters = turns[0].adapters}, states,
+        cache, true);
     const List<Index>& tokens = samplers.sample(present, logits);
     ids.clear();
     sequences.clear();
@@ -191,7 +220,9 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
     for (std::size_t i = 0; i < present.size(); ++i) {
       Turn<T>& turn = *present[i];
       if (turn.ended) continue;
-      turn.add(tokens[static_cast<Index>(i)]);
+      const auto row = static_cast<Index>(i);
+      if (observer != nullptr) observer->drawn(turn.number, logits.row(row), tokens[row]);
+      turn.add(tokens[row]);
       ids.push_back(turn.result.tokens.back());
       sequences.append(1);
       present[staying++] = &turn;
@@ -216,18 +247,21 @@ void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns) {
 ///     const std::vector<Generated> results = generate(model, conversations);
 ///
 /// \param conversations  A vector, an array or a span of them.
+/// \param observer       Sees all passes; null for nobody.
 /// \return          One result for each conversation, in their order.
 /// \throws ConfigError     if a prompt is empty or has an id out of range, or a setting is out of
 ///                         range. Nothing has changed then.
 /// \throws NonFiniteError  if the model yields NaN. No state can be continued then.
 template <std::floating_point T>
 std::vector<Generated> generate(const Decoder<T>& model,
-                                std::span<Conversation<std::type_identity_t<T>>> conversations) {
+                                std::span<Conversation<std::type_identity_t<T>>> conversations,
+                                GenerationObserver<std::type_identity_t<T>>* observer = nullptr) {
   std::vector<detail::Turn<T>> turns;
   turns.reserve(conversations.size());
   for (Conversation<T>& c : conversations) {
     turns.push_back({c.prompt, &c.until, &c.sampling, &c.rng, &c.state});
     turns.back().adapters = c.adapters;
+    turns.back().number = static_cast<Index>(turns.size()) - 1;
   }
   for (const detail::Turn<T>& turn : turns) turn.check();
   // The turns of each group of equal adapters, in their order.
@@ -242,7 +276,7 @@ std::vector<Generated> generate(const Decoder<T>& model,
       places.push_back(i);
       group.push_back(turns[i]);
     }
-    detail::take_turns<T>(model, group);
+    detail::take_turns<T>(model, group, observer);
     for (std::size_t i = 0; i < group.size(); ++i) {
       turns[places[i]].result = std::move(group[i].result);
     }
@@ -260,7 +294,7 @@ template <std::floating_point T>
 Generated generate(const Decoder<T>& model, TokenIds prompt, const Until& until,
                    const Sampling& sampling, Rng& rng, typename Decoder<T>::State& state) {
   detail::Turn<T> turn = {prompt, &until, &sampling, &rng, &state};
-  detail::take_turns<T>(model, {&turn, 1});
+  detail::take_turns<T>(model, {&turn, 1}, nullptr);
   return std::move(turn.result);
 }
 
@@ -292,7 +326,9 @@ std::vector<Index> generate(const Decoder<T>& model, TokenIds prompt, Index coun
 extern template struct weir::detail::Turn<float>;
 extern template struct weir::detail::Turn<double>;
 extern template void weir::detail::take_turns<float>(const weir::Decoder<float>&,
-                                                     std::span<weir::detail::Turn<float>>);
+                                                     std::span<weir::detail::Turn<float>>,
+                                                     weir::GenerationObserver<float>*);
 extern template void weir::detail::take_turns<double>(const weir::Decoder<double>&,
-                                                      std::span<weir::detail::Turn<double>>);
+                                                      std::span<weir::detail::Turn<double>>,
+                                                      weir::GenerationObserver<double>*);
 #endif

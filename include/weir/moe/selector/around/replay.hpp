@@ -49,9 +49,10 @@ class Replay : public SelectorWrapper<Inner> {
   explicit Replay(Inner inner, ReplayConfig config = {})
       : SelectorWrapper<Inner>(std::move(inner)), config_(config) {}
 
-  /// Imposes the trace on all passes from now on.
-  void impose(RoutingTrace trace) {
-    trace_ = std::move(trace);
+  /// Imposes a copy of the trace on all passes from now on. Allocates only if it is larger than
+  /// those before.
+  void impose(const RoutingTrace& trace) {
+    trace_ = trace;
     imposing_ = true;
   }
 
