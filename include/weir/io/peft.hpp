@@ -266,8 +266,9 @@ Index load_peft(const std::filesystem::path& folder, Model& model, const std::st
     }
     const std::string full = std::string(detail::kPeftPrefix) + module;
     if (name.ends_with(kB)) {
-      if (!file.has(full + std::string(kA)))
+      if (!file.has(full + std::string(kA))) {
         faults.push_back("'" + full + std::string(kA) + "' is missing");
+      }
       continue;
     }
     const double own =

@@ -107,7 +107,7 @@ inline Int8Inputs round_inputs(const float* x, Index count) {
     most = max_lanes<float>(most, max_lanes<float>(values[v], -values[v]));
     zero += values[v] * 0.0F;
   }
-  const float largest = max_of<float>(most);
+  const auto largest = max_of<float>(most);
   Int8Inputs to = {};
   if (sum_of<float>(zero) != 0.0F) {  // Or unordered.
     to.scale = std::numeric_limits<float>::quiet_NaN();

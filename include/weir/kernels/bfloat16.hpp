@@ -27,7 +27,7 @@ inline Lanes<float> nearest_bfloat16(const Lanes<float>& x) {
   const auto bits = std::bit_cast<Bits>(x);
   const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & kUpper;
   const Bits nan = (bits | 0x00400000) & kUpper;
-  return std::bit_cast<Lanes<float>>(x != x ? nan : rounded);
+  return std::bit_cast<Lanes<float>>(x != x ? nan : rounded);  // NOLINT: x is NaN
 }
 
 /// to[i] = from[i], rounded, for i in [0, count). Numbers below the normal range may become zero.

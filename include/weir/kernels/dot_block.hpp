@@ -150,7 +150,7 @@ void multiply_bytes(const std::byte* const* a, const std::byte* const* panels, I
     }
 #pragma GCC unroll 8
     for (Index i = 0; i < rows; ++i) {
-      Int8Inputs inputs;
+      Int8Inputs inputs = {};
       std::memcpy(&inputs, row[i], sizeof inputs);
       const float of_codes = inputs.scale * static_cast<float>(inputs.sum);
 #pragma GCC unroll 8

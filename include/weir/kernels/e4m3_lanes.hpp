@@ -32,7 +32,7 @@ inline Lanes<float> nearest_e4m3(const Lanes<float>& x) {
   const Bits normal = (magnitude + 0x0007FFFF + ((magnitude >> 20) & 1)) & ~0x000FFFFF;
   const Bits most = normal > kMost ? Bits{} + kMost : normal;
   const Bits rounded = magnitude < kLeastNormal ? std::bit_cast<Bits>(small) : most;
-  return x != x ? x : std::bit_cast<Lanes<float>>(rounded | (bits & kSign));
+  return x != x ? x : std::bit_cast<Lanes<float>>(rounded | (bits & kSign));  // NOLINT: NaN
 }
 
 /// The larger magnitudes of `most`, which has magnitudes, and x, as bits of floats. They are in the
@@ -63,7 +63,7 @@ float largest_magnitude(const T* from, Index stride, Index rows, Index cols) {
   const auto larger = [](const LaneBits<float>& a, const LaneBits<float>& b) -> LaneBits<float> {
     return b > a ? b : a;
   };
-  const float result = std::bit_cast<float>(fold_lanes<float>(most, larger));
+  const auto result = std::bit_cast<float>(fold_lanes<float>(most, larger));
   return std::isfinite(result) ? result : std::numeric_limits<float>::quiet_NaN();
 }
 

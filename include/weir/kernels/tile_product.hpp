@@ -22,8 +22,9 @@ inline constexpr Index kTileSteps = kHasTiles ? 16 : 1;
 /// Bfloat16 numbers between the rows of a left operand that is multiplied in tiles: whole blocks,
 /// and an odd number of cache lines, so that the 16 lines of a tile are spread over the cache.
 constexpr Index tile_row(Index steps) {
+  if (!kHasTiles) return 2 * steps;
   const Index blocks = steps / kTileSteps;
-  return kHasTiles ? 2 * kTileSteps * (blocks + 1 - blocks % 2) : 2 * steps;
+  return 2 * kTileSteps * (blocks + 1 - blocks % 2);
 }
 
 #if WEIR_TILES

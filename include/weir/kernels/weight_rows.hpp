@@ -106,7 +106,7 @@ void WeightRows<T>::find_scales(float* scales) {
     read(i * kTile, height, [&](const T* rows, Index stride) {
       for (Index j = 0; j < tiles_across(); ++j) {
         const Index width = std::min(kTile, value_.cols() - j * kTile);
-        scales[i * tiles_across() + j] = e4m3_tile_scale(rows + j * kTile, stride, height, width);
+        scales_[i * tiles_across() + j] = e4m3_tile_scale(rows + j * kTile, stride, height, width);
       }
     });
   });

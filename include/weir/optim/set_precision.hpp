@@ -44,8 +44,8 @@ struct WalkTrainedParts : Walk<T> {
     std::string_view name = part;
     if (!name.empty()) name.remove_suffix(1);  // The dot.
     rule = nullptr;
-    for (auto it = rules.rbegin(); it != rules.rend(); ++it) {
-      if (matches_pattern(it->pattern, name)) rule = &*it;
+    for (const PrecisionRule& candidate : rules) {
+      if (rule == nullptr && matches_pattern(candidate.pattern, name)) rule = &candidate;
     }
     at_part(name, node);
     return true;

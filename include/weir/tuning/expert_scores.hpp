@@ -107,6 +107,7 @@ std::vector<std::vector<Index>> group_by_router(MatrixIn<T> logits, std::span<co
   }
   const std::vector<Index> dominant = most_important(use, groups);
   std::vector<std::vector<Index>> all;
+  all.reserve(dominant.size());
   for (const Index e : dominant) all.push_back({e});
   const auto cosine = [&](Index a, Index b) {
     const double norms =

@@ -98,7 +98,9 @@ class ExpertSurgery {
 
   /// Keeps the experts in `kept`, in that order, and removes the others. The selector chooses among
   /// those that are left and weighs them as it does.
-  OutputChange keep(std::vector<Index> kept) { return remap({.source = std::move(kept)}); }
+  OutputChange keep(std::vector<Index> kept) {  // NOLINT(performance-unnecessary-value-param)
+    return remap({.source = std::move(kept)});
+  }
 
   /// Removes one expert.
   OutputChange remove(Index expert) {
