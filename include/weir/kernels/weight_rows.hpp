@@ -98,7 +98,7 @@ void WeightRows<T>::read(Index first, Index count, Body&& body) const {
 }
 
 template <class T>
-void WeightRows<T>::find_scales(float* scales) {
+void WeightRows<T>::find_scales(float* scales) {  // NOLINT(readability-non-const-parameter)
   scales_ = scales;
   if (code_of(storage_) != Code::kFp8) return;
   parallel_for((value_.rows() + kTile - 1) / kTile, [&](Index i) {
@@ -106,7 +106,7 @@ void WeightRows<T>::find_scales(float* scales) {
     read(i * kTile, height, [&](const T* rows, Index stride) {
       for (Index j = 0; j < tiles_across(); ++j) {
         const Index width = std::min(kTile, value_.cols() - j * kTile);
-        scales_[i * tiles_across() + j] = e4m3_tile_scale(rows + j * kTile, stride, height, width);
+        scales[i * tiles_across() + j] = e4m3_tile_scale(rows + j * kTile, stride, height, width);
       }
     });
   });

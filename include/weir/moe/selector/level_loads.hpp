@@ -99,9 +99,8 @@ class LevelLoads {
 
   List<Index> load_;    // [experts]
   List<Index> expert_;  // [tokens]
-  List<Index>
-      mover_;  // [experts], the token by which the search came to each; kNone if it did not.
-  List<Index> queue_;  // Of experts that the search has come to.
+  List<Index> mover_;   // [experts], the token by which the search came to each, or kNone.
+  List<Index> queue_;   // Of experts that the search has come to.
 };
 
 }  // namespace weir
