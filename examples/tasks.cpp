@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Two tasks of stated similarity share experts: one gate for each task (MMoE, Ma et al. 2018,
 // doi:10.1145/3219819.3220007) against a network that both share as a whole, with as many
-// parameters. The less alike the tasks are, the more the gates bring. `tasks --help` lists the
-// options.
+// parameters. `tasks --help` lists the options.
 #include <algorithm>
 #include <array>
 #include <cmath>
