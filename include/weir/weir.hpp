@@ -73,6 +73,7 @@
 #include <weir/kernels/coded_block.hpp>
 #include <weir/kernels/coded_column.hpp>
 #include <weir/kernels/coded_panel.hpp>
+#include <weir/kernels/coded_tiles.hpp>
 #include <weir/kernels/coded_values.hpp>
 #include <weir/kernels/dot_block.hpp>
 #include <weir/kernels/e4m3_lanes.hpp>

@@ -48,7 +48,9 @@ void multiply_codes(const float* const* a, const std::byte* const* panels, Index
         detail::Words words[kVectors];
 #pragma GCC unroll 8
         for (Index j = 0; j < kVectors; ++j) {
-          words[j] = detail::words_of(panels[s] + offset + j * kLane * CodedLayout::kWord);
+          const std::byte* const at = panels[s] + offset + j * kLane * CodedLayout::kWord;
+          __builtin_prefetch(at + CodedLayout::kAhead, 0, 2);
+          words[j] = detail::words_of(at);
         }
 #pragma GCC unroll 8
         for (int n = 0; n < Codes::kPerWord; ++n) {

@@ -10,8 +10,10 @@
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/coded_block.hpp>
+#include <weir/kernels/coded_tiles.hpp>
 #include <weir/kernels/dot_block.hpp>
 #include <weir/kernels/panel.hpp>
+#include <weir/kernels/tiles.hpp>
 
 namespace weir::kernels {
 
@@ -25,6 +27,17 @@ struct CodedLoops {
   std::array<Few<float>, 3> few = {};
   std::array<Few<std::byte>, 3> bytes = {};  ///< Null where inputs cannot be codes.
   void (*unpack)(const std::byte*, Index, const UnpackedBlocks&) = nullptr;
+
+#if WEIR_TILES
+  using Row = void (*)(const float* a, const std::byte* from, Index size, Index blocks, float* c);
+  using Tile = void (*)(const std::byte* a, Index a_row, Index rows, const detail::TileBlocks& b,
+                        Index blocks, bool begins, float* c);
+
+  void (*widen)(const std::byte*, Index, BFloat16*) = nullptr;
+  std::array<Row, 2> row = {};         ///< For one panel, and for two.
+  std::array<Tile, 2> tile = {};       ///< For up to 8 rows, and for 16.
+  std::array<Tile, 2> byte_tile = {};  ///< Null where inputs cannot be codes.
+#endif
 };
 
 /// All panels of a weight, whose numbers are codes.
@@ -39,7 +52,8 @@ struct CodedPanels {
   const std::byte* panel(Index j) const { return at + j * blocks * layout.bytes(); }
 
   /// Pieces `begin` to `end` of a product of rows, as RowFormat leaves them, with the panels.
-  /// A row's result depends neither on the other rows nor on the pieces.
+  /// A row's result depends neither on the other rows nor on the pieces. Rows of bfloat16 numbers
+  /// are multiplied in tiles, or one of them in their order.
   void multiply(const Cut& cut, RowKind kind, const std::byte* left, Index left_row, Index begin,
                 Index end, Store<float> store) const;
 
@@ -55,6 +69,16 @@ struct CodedPanels {
   void multiply_few(RowKind kind, const std::byte* left, Index left_row, Index rows, Index j,
                     Index count, float* c, Index c_row) const;
 
+#if WEIR_TILES
+  /// Any number of rows times panel j, in tiles.
+  void multiply_tiles(TileScope& tiles, RowKind kind, const std::byte* left, Index left_row,
+                      Index rows, Index j, float* c, Index c_row) const;
+
+  /// `multiply` for rows of bfloat16 numbers.
+  void multiply_in_tiles(const Cut& cut, const std::byte* left, Index left_row, Index begin,
+                         Index end, Store<float> store) const;
+#endif
+
   /// More rows than that times panel j.
   void multiply_many(RowKind kind, const std::byte* left, Index left_row, Index rows, Index j,
                      float* c, Index c_row) const;
@@ -66,9 +90,16 @@ namespace detail {
 
 template <class Codes>
 constexpr CodedLoops coded_loops() {
-  return {{multiply_codes<Codes, 1, 4>, multiply_codes<Codes, 2, 2>, multiply_codes<Codes, 4, 1>},
-          {},
-          unpack_codes<Codes>};
+  CodedLoops loops;
+  loops.few = {multiply_codes<Codes, 1, 4>, multiply_codes<Codes, 2, 2>,
+               multiply_codes<Codes, 4, 1>};
+  loops.unpack = unpack_codes<Codes>;
+#if WEIR_TILES
+  loops.widen = widen_codes<Codes>;
+  loops.row = {multiply_row_of_codes<Codes, 1>, multiply_row_of_codes<Codes, 2>};
+  loops.tile = {multiply_tile_of_codes<Codes, 8>, multiply_tile_of_codes<Codes, 16>};
+#endif
+  return loops;
 }
 
 template <class Codes>
@@ -76,6 +107,9 @@ constexpr CodedLoops coded_loops_with_bytes() {
   CodedLoops loops = coded_loops<Codes>();
   loops.bytes = {multiply_bytes<Codes, 1, 4>, multiply_bytes<Codes, 2, 2>,
                  multiply_bytes<Codes, 4, 1>};
+#if WEIR_TILES
+  loops.byte_tile = {multiply_tile_of_bytes<Codes, 8>, multiply_tile_of_bytes<Codes, 16>};
+#endif
   return loops;
 }
 
@@ -170,9 +204,104 @@ inline void CodedPanels::multiply_many(RowKind kind, const std::byte* left, Inde
                            c_row);
 }
 
+#if WEIR_TILES
+inline void CodedPanels::multiply_tiles(TileScope& tiles, RowKind kind, const std::byte* left,
+                                        Index left_row, Index rows, Index j, float* c,
+                                        Index c_row) const {
+  constexpr Index kRows = TileScope::kRows;
+  constexpr Index kInputsInL1 = 256;
+  constexpr Index kDepthOfBytes = Int8Inputs::kCount / 4;
+  const bool bytes = kind == RowKind::kInt8;
+  const bool widens = !bytes || layout.code == Code::kInt4;
+  const Index slice = kInputsInL1 / layout.block();
+  const Index widened = bytes ? layout.block() * kCols
+                              : layout.block() * kCols * static_cast<Index>(sizeof(BFloat16));
+  const Index of_left = bytes ? static_cast<Index>(sizeof(Int8Inputs))
+                              : layout.block() * static_cast<Index>(sizeof(BFloat16));
+  auto& space = ThreadSpace<std::byte, TileScope>::of_this_thread();
+  const Index padded = (rows + kRows - 1) / kRows * kRows;
+  const auto sums_bytes = padded * kCols * static_cast<Index>(sizeof(float));
+  space.reserve(slice * widened + sums_bytes);
+  std::byte* const values = space.take(slice * widened);
+  auto* const sums = reinterpret_cast<float*>(space.take(sums_bytes));
+  for (Index first = 0; first < blocks; first += slice) {
+    const Index count = std::min(slice, blocks - first);
+    const std::byte* const from = panel(j) + first * layout.bytes();
+    detail::TileBlocks b = {from, values, widened};
+    if (!widens) {
+      b = {from, from + layout.scale_part(), layout.bytes()};
+    } else if (bytes) {
+      detail::widen_to_bytes(from, count, values);
+    } else {
+      loops().widen(from, count, reinterpret_cast<BFloat16*>(values));
+    }
+    for (Index row = 0; row < rows; row += kRows) {
+      const Index height = std::min(kRows, rows - row);
+      tiles.set_rows(height, bytes ? kDepthOfBytes : kRows);
+      detail::fetch_share(from + count * layout.bytes(), count * layout.bytes(), row / kRows,
+                          padded / kRows);
+      const auto& multiply = bytes ? loops().byte_tile : loops().tile;
+      multiply[height <= kRows / 2 ? 0 : 1](left + row * left_row + first * of_left, left_row,
+                                            height, b, count, first == 0, sums + row * kCols);
+      if (first + count < blocks) continue;
+      for (Index i = row; i < row + height; ++i)
+        std::copy_n(sums + i * kCols, kCols, c + i * c_row);
+    }
+  }
+}
+
+inline void CodedPanels::multiply_in_tiles(const Cut& cut, const std::byte* left, Index left_row,
+                                           Index begin, Index end, Store<float> store) const {
+  constexpr Index kSideBySide = 2;
+  const Index inputs = blocks * layout.block();
+  auto& space = ThreadSpace<float, CodedPanels>::of_this_thread();
+  space.reserve(inputs);
+  float* const widened = space.take(inputs);
+  TileScope tiles;
+  Index last = -1;  // The row that has been widened.
+  Index piece = begin;
+  while (piece < end) {
+    const Index row = piece / cut.panels * cut.rows;
+    const Index rows = std::min(cut.rows, cut.total_rows - row);
+    const Index j = piece % cut.panels;
+    const std::byte* const from = left + row * left_row;
+    if (rows > 1) {
+      store(row, rows, j, [&](float* c, Index c_row, bool /*accumulate*/) {
+        const detail::TileRounding rounding(true);
+        multiply_tiles(tiles, RowKind::kBfloat16, from, left_row, rows, j, c, c_row);
+      });
+      ++piece;
+      continue;
+    }
+    if (row != last) detail::widen_row(reinterpret_cast<const BFloat16*>(from), inputs, widened);
+    last = row;
+    const Index count = std::min({kSideBySide, end - piece, cut.panels - j});
+    float sums[kSideBySide * kCols];
+    {
+      const detail::TileRounding rounding(true);
+      loops().row[static_cast<std::size_t>(count - 1)](widened, panel(j), blocks * layout.bytes(),
+                                                       blocks, sums);
+    }
+    for (Index s = 0; s < count; ++s) {
+      store(row, rows, j + s, [&](float* c, Index /*c_row*/, bool /*accumulate*/) {
+        std::copy_n(sums + s * kCols, kCols, c);
+      });
+    }
+    piece += count;
+  }
+}
+#endif
+
 inline void CodedPanels::multiply(const Cut& cut, RowKind kind, const std::byte* left,
                                   Index left_row, Index begin, Index end,
                                   Store<float> store) const {
+#if WEIR_TILES
+  if (kind == RowKind::kBfloat16) {
+    return multiply_in_tiles(cut, left, left_row, begin, end, store);
+  }
+  const bool in_tiles = kind == RowKind::kInt8 && uses_tiles();
+  TileScope tiles;
+#endif
   Index piece = begin;
   while (piece < end) {
     const Index row = piece / cut.panels * cut.rows;
@@ -184,6 +313,9 @@ inline void CodedPanels::multiply(const Cut& cut, RowKind kind, const std::byte*
     if (side_by_side(rows) == 1) {
       store(row, rows, j, [&](float* c, Index c_row, bool /*accumulate*/) {
         if (rows <= kMostFew) return multiply_few(kind, from, left_row, rows, j, 1, c, c_row);
+#if WEIR_TILES
+        if (in_tiles) return multiply_tiles(tiles, kind, from, left_row, rows, j, c, c_row);
+#endif
         multiply_many(kind, from, left_row, rows, j, c, c_row);
       });
       continue;

@@ -27,6 +27,9 @@ namespace weir::kernels {
 struct CodedLayout {
   static constexpr Index kCols = Block<float>::kCols;
   static constexpr Index kWord = 4;
+  /// How many bytes before they are multiplied codes are fetched. The hardware does not look beyond
+  /// a page of memory.
+  static constexpr Index kAhead = 3072;
 
   Code code = Code::kInt8;
 

@@ -128,7 +128,9 @@ void multiply_bytes(const std::byte* const* a, const std::byte* const* panels, I
         detail::Words words[kVectors];
 #pragma GCC unroll 8
         for (Index j = 0; j < kVectors; ++j) {
-          words[j] = detail::words_of(panels[s] + offset + j * kLane * CodedLayout::kWord);
+          const std::byte* const at = panels[s] + offset + j * kLane * CodedLayout::kWord;
+          __builtin_prefetch(at + CodedLayout::kAhead, 0, 2);
+          words[j] = detail::words_of(at);
         }
 #pragma GCC unroll 2
         for (Index n = 0; n < Codes::kGroups; ++n) {

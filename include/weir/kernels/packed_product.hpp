@@ -3,6 +3,7 @@
 /// Products of rows with packed weights, many at once.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 
@@ -13,6 +14,7 @@
 #include <weir/kernels/packed_weight.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/schedule.hpp>
+#include <weir/kernels/tiles.hpp>
 
 namespace weir::kernels {
 
@@ -23,6 +25,16 @@ struct PackedProduct {
   Index rows = 0;
   const PackedWeight<T>* weight = nullptr;
 };
+
+/// How many rows stay near while panels pass by. Tiles multiply so fast that rows from beyond L2,
+/// which has 2 MiB where there are tiles, would take longer than reading panels again.
+template <class T>
+Index most_rows_in_l2(const RowFormat<T>& format) {
+  constexpr Index kBytes = Index{1} << 19;
+  constexpr Index kFewest = 64;
+  if (!uses_tiles() || format.kind == RowKind::kExact) return Cut::kMostRows;
+  return std::clamp<Index>(kBytes / std::max<Index>(1, format.bytes()), kFewest, Cut::kMostRows);
+}
 
 /// Computes `count` products. `product_of(i)` is number i; its parts go to `store(i, row, rows, j,
 /// compute)`, see `Store`. All threads share the pieces of all products.
@@ -39,7 +51,8 @@ void multiply_packed(
     return pieces;
   });
   const auto cut_of = [&](const PackedProduct<T>& p) {
-    return Cut::of(p.rows, p.weight->panels(), most_rows);
+    return Cut::of(p.rows, p.weight->panels(),
+                   std::min(most_rows, most_rows_in_l2(p.weight->row_format())));
   };
   parallel_pieces_of(
       count,

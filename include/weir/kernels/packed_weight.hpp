@@ -79,10 +79,12 @@ class PackedWeight {
 
   /// The form in which `multiply` takes rows.
   RowFormat<T> row_format() const {
-    const RowKind kind = rounds_rows(storage_) && is_coded() ? RowKind::kInt8
-                         : has_halves() && kRoundsRows       ? RowKind::kBfloat16
-                                                             : RowKind::kExact;
-    return {kind, cols_, kind == RowKind::kBfloat16 ? tile_row(steps_) : steps_ * depth_};
+    const bool in_tiles = is_coded() && uses_tiles();
+    const RowKind kind = rounds_rows(storage_) && is_coded()         ? RowKind::kInt8
+                         : in_tiles || (has_halves() && kRoundsRows) ? RowKind::kBfloat16
+                                                                     : RowKind::kExact;
+    const Index padded = steps_ * depth_;
+    return {kind, cols_, kind == RowKind::kBfloat16 ? tile_row(padded / 2) : padded};
   }
 
   /// Pieces `begin` to `end` of the product of rows, one behind the other, with the weight. A row's
@@ -94,8 +96,11 @@ class PackedWeight {
 
   /// Writes the weights as they were given, or rounded as they are stored. `second` is for a pair.
   void unpack(Matrix<T>& first, Matrix<T>* second = nullptr) const {
-    (this->*unpack_)(first, second);
+    set_shape(first, rows_, cols_);
+    if (second != nullptr) second->resize(rows_, cols_);
+    unpack(first.data(), second == nullptr ? nullptr : second->data());
   }
+  void unpack(T* first, T* second) const { (this->*unpack_)(first, second); }
 
  private:
   /// How the numbers are multiplied in storage `kBfloat16`.
@@ -142,7 +147,7 @@ class PackedWeight {
 
   void fill(const From& first, const From& second, SharedMemory& memory);
 
-  void unpack_stored(Matrix<T>& first, Matrix<T>* second) const;
+  void unpack_stored(T* first, T* second) const;
   void multiply_stored(const Cut& cut, const std::byte* left, Index begin, Index end,
                        Store<T> store) const;
 
@@ -168,7 +173,7 @@ class PackedWeight {
   // stored.
   void (PackedWeight::*multiply_)(const Cut&, const std::byte*, Index, Index,
                                   Store<T>) const = nullptr;
-  void (PackedWeight::*unpack_)(Matrix<T>&, Matrix<T>*) const = nullptr;
+  void (PackedWeight::*unpack_)(T*, T*) const = nullptr;
   // Copies share the numbers, one of these.
   std::shared_ptr<T[]> exact_;          // NOLINT(modernize-avoid-c-arrays)
   std::shared_ptr<BFloat16[]> halves_;  // NOLINT(modernize-avoid-c-arrays)
@@ -313,14 +318,11 @@ void PackedWeight<T>::unpack_row(Index j, Index column, T* to) const {
 }
 
 template <class T>
-void PackedWeight<T>::unpack_stored(Matrix<T>& first, Matrix<T>* second) const {
-  set_shape(first, rows_, cols_);
-  if (second != nullptr) second->resize(rows_, cols_);
+void PackedWeight<T>::unpack_stored(T* first, T* second) const {
   parallel_for(panels(), [&](Index j) {
     for (Index column = 0; column < kCols; ++column) {
       const Index row = j * width_ + column % width_;
-      Matrix<T>& of = column < width_ ? first : *second;
-      if (row < rows_) unpack_row(j, column, of.data() + row * cols_);
+      if (row < rows_) unpack_row(j, column, (column < width_ ? first : second) + row * cols_);
     }
   });
 }

@@ -35,17 +35,20 @@ inline constexpr Index kTileCols = Block<float>::kCols;
 inline constexpr Index kTileBlock = 2 * kTileSteps * kTileCols;
 
 /// Rounds as tiles do for as long as it lives: to nearest, with numbers below the normal range as
-/// zeros. What is computed under it has to be in a function of its own, or the compiler might move
-/// it elsewhere.
+/// zeros, unless they are inputs and `keeps_small_inputs`. What is computed under it has to be in a
+/// function of its own, or the compiler might move it elsewhere.
 class TileRounding {
  public:
-  TileRounding() { _mm_setcsr(kTiles); }
+  explicit TileRounding(bool keeps_small_inputs = false) {
+    _mm_setcsr(keeps_small_inputs ? kFlush : kFlush | kSmallInputsAreZeros);
+  }
   TileRounding(const TileRounding&) = delete;
   TileRounding& operator=(const TileRounding&) = delete;
   ~TileRounding() { _mm_setcsr(before_); }
 
  private:
-  static constexpr unsigned kTiles = 0x9FC0;  // Flush to zero, no exceptions, denormals are zeros.
+  static constexpr unsigned kFlush = 0x9F80;  // No exceptions.
+  static constexpr unsigned kSmallInputsAreZeros = 0x0040;
   unsigned before_ = _mm_getcsr();
 };
 
@@ -104,6 +107,18 @@ inline void stream_block(const BFloat16* block) {
   for (Index line = 0; line < kBytes; line += TileScope::kLine) {
     __builtin_prefetch(from + line + kAhead, 0, 2);
     static_cast<void>(*static_cast<const volatile char*>(from + line));
+  }
+}
+
+/// Fetches the share of tile `tile` of `tiles` in the `bytes` bytes from `from` on, which will be
+/// read when all tiles are done: what lies behind a slice is the next one, or the next panel.
+inline void fetch_share(const void* from, Index bytes, Index tile, Index tiles) {
+  constexpr Index kFewTiles = 2;  // They read panels from memory one block after the other.
+  if (tiles <= kFewTiles) return;
+  const Index lines = bytes / TileScope::kLine;
+  const auto* const at = static_cast<const char*>(from);
+  for (Index line = lines * tile / tiles; line < lines * (tile + 1) / tiles; ++line) {
+    __builtin_prefetch(at + line * TileScope::kLine, 0, 2);
   }
 }
 
@@ -190,6 +205,9 @@ inline void multiply_panel_in_tiles(TileScope& tiles, LeftRows<PairedBFloat16> l
       const bool begins = first == 0;
       const float* const before = !begins ? of_tile : accumulate ? c + row * c_row : nullptr;
       tiles.set_rows(height);
+      detail::fetch_share(panel + (first + count) * detail::kTileBlock,
+                          count * detail::kTileBlock * Index{sizeof(BFloat16)},
+                          row / TileScope::kRows, (rows + TileScope::kRows - 1) / TileScope::kRows);
       detail::multiply_tile(left.at + row * left.row + first * 2 * kTileSteps, left.row,
                             panel + first * detail::kTileBlock, count, before,
                             begins ? c_row : kCols, of_tile, row == 0);

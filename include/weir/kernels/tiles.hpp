@@ -49,16 +49,16 @@ inline std::atomic<bool>& tiles_in_use() {
 
 }  // namespace detail
 
-/// Whether products of bfloat16 numbers are computed in tiles: wherever the program was compiled
-/// for a processor that has them and the system gives permission, unless `use_tiles` says
-/// otherwise.
+/// Whether products of bfloat16 numbers and of codes are computed in tiles: wherever the program
+/// was compiled for a processor that has them and the system gives permission, unless `use_tiles`
+/// says otherwise.
 inline bool uses_tiles() {
   return kHasTiles && detail::tiles_in_use().load(std::memory_order_relaxed);
 }
 
-/// Makes products of bfloat16 numbers do without tiles, for results to the bit as on a processor
-/// that has the instruction for pairs but no tiles; or lets them use tiles again. Not to be called
-/// while a product is computed: results are those of one way or of the other. Returns
+/// Makes products of bfloat16 numbers and of codes do without tiles, for results to the bit as on a
+/// processor that has the instruction for pairs but no tiles; or lets them use tiles again. Not to
+/// be called while a product is computed: results are those of one way or of the other. Returns
 /// `uses_tiles()`, which stays false where there are none.
 inline bool use_tiles(bool use) {
   static const bool granted = detail::tiles_in_use().load();
@@ -67,8 +67,8 @@ inline bool use_tiles(bool use) {
 }
 
 #if WEIR_TILES
-/// Gives the calling thread the shapes of tiles for as long as it lives. All have lines of 64
-/// bytes: tiles 0 to 4 as many as there are rows in a product, tiles 5 to 7 have 16.
+/// Gives the calling thread the shapes of tiles for as long as it lives: tiles 0 to 3 for sums, 4
+/// for the left operand and 5 to 7 for the right one.
 class TileScope {
  public:
   static constexpr Index kRows = 16;
@@ -81,18 +81,22 @@ class TileScope {
     if (rows_ > 0) _tile_release();
   }
 
-  /// Sets the rows of tiles 0 to 4. If that changes anything, all tiles become zero.
-  /// \param rows   1 to kRows.
-  void set_rows(Index rows) {
-    if (rows == rows_) return;
+  /// Sets the rows of the left operand and of sums, and how many words of four bytes a product
+  /// takes from a line of the left operand, which are the rows of the right one. Lines of sums and
+  /// of the right operand have 64 bytes. If that changes anything, all tiles become zero.
+  /// \param rows    1 to kRows.
+  /// \param depth   1 to kRows.
+  void set_rows(Index rows, Index depth = kRows) {
+    if (rows == rows_ && depth == depth_) return;
     Shapes shapes;
     for (int tile = 0; tile < 8; ++tile) {
-      shapes.line[tile] = kLine;
-      shapes.rows[tile] = static_cast<std::uint8_t>(tile < 5 ? rows : kRows);
+      shapes.line[tile] = static_cast<std::uint16_t>(tile == 4 ? 4 * depth : kLine);
+      shapes.rows[tile] = static_cast<std::uint8_t>(tile < 5 ? rows : depth);
     }
     // GCC's own function does not tell the compiler that all of `shapes` is read.
     asm volatile("ldtilecfg %0" : : "m"(shapes));
     rows_ = rows;
+    depth_ = depth;
   }
 
  private:
@@ -106,7 +110,7 @@ class TileScope {
   };
   static_assert(sizeof(Shapes) == 64);
 
-  Index rows_ = 0;
+  Index rows_ = 0, depth_ = 0;
 };
 #endif
 
