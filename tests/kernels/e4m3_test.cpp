@@ -7,6 +7,10 @@
 #include <limits>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
 #include <weir/core/workspace.hpp>
 #include <weir/kernels/bfloat16.hpp>
 #include <weir/kernels/e4m3_lanes.hpp>
@@ -130,6 +134,44 @@ TEST_CASE("A matrix kept in FP8 comes back rounded, and once rounded as it was",
   rows.set(bad, false);
   CHECK_FALSE(rows.any());
 }
+
+TEST_CASE("Codes of FP8 numbers are theirs, one by one", "[kernels][formats]") {
+  for (int code = 0; code < 256; ++code) {
+    const auto bits = static_cast<std::uint8_t>(code);
+    const float value = kernels::E4M3::value(bits);
+    const Lanes<float> number = kernels::e4m3_numbers_of(kernels::E4M3Codes{} + bits);
+    Lanes<float> values{};
+    for (int lane = 0; lane < static_cast<int>(kLanes<float>); ++lane) values[lane] = value;
+    const auto back = kernels::e4m3_codes_of(values);
+    INFO("code " << code);
+    for (int lane = 0; lane < static_cast<int>(kLanes<float>); ++lane) {
+      CHECK((std::isnan(value) ? std::isnan(number[lane]) : number[lane] == value));
+      CHECK((back[lane] & 0x7F) == (code & 0x7F));
+      if (!std::isnan(value)) CHECK(back[lane] == bits);
+    }
+  }
+}
+
+#if defined(__SSE2__)
+TEST_CASE("A matrix kept in FP8 is the same where small floats count as zero",
+          "[kernels][formats]") {
+  constexpr unsigned kFlush = 0x8040;  // Results and inputs below the normal range become zero.
+  Workspace workspace;
+  Workspace::Frame frame(workspace);
+  Matrix<float> x = test::random_matrix<float>(3, 300, 1);
+  for (Index j = 0; j < x.cols(); ++j) x(1, j) *= std::ldexp(1.0F, -static_cast<int>(j % 20));
+  kernels::E4M3Rows<float> rows;
+  rows.set(x);
+  const Matrix<float> expected = rows.restored(frame);
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | kFlush);
+  rows.set(x);
+  const Matrix<float> flushed = rows.restored(frame);
+  _mm_setcsr(before);
+  CHECK(flushed == expected);
+  CHECK((expected.array() != 0.0F && expected.array().abs() < 0x1p-6F).any());
+}
+#endif
 
 TEST_CASE("A matrix kept in FP8 takes a quarter of the memory", "[kernels][formats]") {
   if (test::bytes_in_use() == 0) return;

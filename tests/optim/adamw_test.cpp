@@ -428,10 +428,18 @@ TEST_CASE("AdamW keeps its moments in 16 bits", "[optim][adamw][precision]") {
   Matrix<double> expected = w.value.cast<double>();
   Matrix<double> m = Matrix<double>::Zero(kRows, kCols);
   Matrix<double> v = m;
+  // With moments in full.
+  AdamWConfig in_full = config;
+  in_full.bfloat16_moments = false;
+  Parameter<float> full{w.value};
+  test::ParameterSet<float> full_model{{"w", &full}};
+  AdamW<float> full_optimizer(in_full);
   for (std::uint64_t t = 1; t <= 30; ++t) {
     const Matrix<float> g = test::random_matrix<float>(kRows, kCols, t);
     w.gradient() = g;
     optimizer.step(model);
+    full.gradient() = g;
+    full_optimizer.step(full_model);
     // The paper's algorithm; what is remembered is rounded.
     const Matrix<double> d = g.cast<double>();
     m = config.beta1 * m + (1.0 - config.beta1) * d;
@@ -447,12 +455,17 @@ TEST_CASE("AdamW keeps its moments in 16 bits", "[optim][adamw][precision]") {
       v.data()[i] = test::nearest_bfloat16(v.data()[i]);
     }
   }
-  CHECK(test::relative_error(w.value.cast<double>(), expected) < 1e-5);
+  CHECK(test::relative_error(w.value.cast<double>(), expected) < 1e-6);
+  CHECK(test::relative_error(w.value.cast<double>(), full.value.cast<double>()) > 1e-5);
   const Moments<float>& moments = optimizer.moments("w");
   CHECK(moments.first.size() == 0);
   CHECK(moments.second.size() == 0);
-  CHECK(test::relative_error(moments.short_first.cast<double>(), m) < 1e-4);
-  CHECK(test::relative_error(moments.short_second.cast<double>(), v) < 1e-4);
+  // To the bit, but for the few of 2100 that float and double round to different neighbours.
+  const auto count_different = [](const auto& a, const Matrix<double>& b) {
+    return (a.template cast<double>().array() != b.array()).count();
+  };
+  CHECK(count_different(moments.short_first, m) <= 10);
+  CHECK(count_different(moments.short_second, v) <= 10);
   w.gradient().setOnes();
   CHECK(test::count_allocations([&] { optimizer.step(model); }) == 0);
 

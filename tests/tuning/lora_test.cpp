@@ -27,6 +27,7 @@
 #include <weir/optim/set_precision.hpp>
 #include <weir/tuning/lora.hpp>
 
+#include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/gradient.hpp"
 #include "support/matrices.hpp"
@@ -279,6 +280,12 @@ TEST_CASE("Weights stored for inference take adapters, which are trained through
       }
     }
     CHECK(compared >= 2);
+    const auto step = [&] {
+      layer.forward(x, {.training = true, .through_stored = true}, cache);
+      layer.backward(dy, cache);
+    };
+    step();
+    CHECK(test::count_allocations(step) == 0);  // The unpacked weights have their place.
     layer.forward(x, kTraining, cache);
     CHECK_THROWS_AS(layer.backward(dy, cache), StateError);
   };

@@ -219,7 +219,8 @@ const Matrix<T>& LatentAttention<T>::forward(MatrixIn<T> x, const Pass& pass, Ca
   const auto mask = cache.rows.mask();
   const bool rounds = output_.parameter().precision() == Precision::kFp8;
   if (pass.training && mask.empty() && !rounds) copy_rows<T>(x, cache.x);
-  const Eigen::Ref<const Matrix<T>> clean = without_padding<T>(x, mask, cache.x);
+  Matrix<T>& copy = rounds ? cache.dx : cache.x;  // Rounded, x is not kept a second time.
+  const Eigen::Ref<const Matrix<T>> clean = without_padding<T>(x, mask, copy);
   cache.rounded_x.set(clean, pass.training && rounds);
   project(clean, pass, cache);
   set_shape(cache.context, x.rows(), config_.heads * config_.value_dim);

@@ -141,9 +141,8 @@ void LatentExpanded<T>::backward(MatrixIn<T> q, MatrixIn<T> latents,
         weight_gradient_product<T>(dv, latents, value_up_.parameter())};
     multiply<T>(weights);
   }
-  Parameter<T> space;  // Of weights that are stored for inference.
-  multiply<T>(input_gradient_product<T>(d_key_nope, key_up_.with_value(space), d_latents));
-  multiply<T>(input_gradient_product<T>(dv, value_up_.with_value(space), d_latents, true));
+  multiply<T>(input_gradient_product<T>(d_key_nope, key_up_.value(), d_latents));
+  multiply<T>(input_gradient_product<T>(dv, value_up_.value(), d_latents, true));
 }
 
 template <std::floating_point T>

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <type_traits>
 
@@ -33,6 +34,38 @@ inline Lanes<float> nearest_e4m3(const Lanes<float>& x) {
   const Bits most = normal > kMost ? Bits{} + kMost : normal;
   const Bits rounded = magnitude < kLeastNormal ? std::bit_cast<Bits>(small) : most;
   return x != x ? x : std::bit_cast<Lanes<float>>(rounded | (bits & kSign));  // NOLINT: NaN
+}
+
+/// Codes of E4M3, one for each lane of a float.
+typedef std::uint8_t E4M3Codes __attribute__((vector_size(sizeof(Lanes<float>) / 4)));  // NOLINT
+
+/// The codes of numbers that `nearest_e4m3` returned. The numbers below the normal range of E4M3
+/// are multiples of 2^-9: they are read off the last bits of a sum, so that no float lies below the
+/// normal range of floats, which a processor may be told to take for zero.
+inline E4M3Codes e4m3_codes_of(const Lanes<float>& x) {
+  using Bits = LaneBits<float>;
+  constexpr int kLeastNormal = 0x3C800000;  // 2^-6
+  constexpr float kShift = 0x1p14F;         // Its last bit is worth 2^-9.
+  const auto bits = std::bit_cast<Bits>(x);
+  const Bits magnitude = bits & 0x7FFFFFFF;
+  const Bits small = std::bit_cast<Bits>(std::bit_cast<Lanes<float>>(magnitude) + kShift);
+  const Bits normal = (magnitude >> 20) - (120 << 3);  // Exponents of floats begin 120 lower.
+  // NaN keeps bits that are all ones in E4M3.
+  const Bits finite = magnitude < kLeastNormal ? small & 0x7F : normal;
+  const Bits code = magnitude > 0x7F800000 ? Bits{} + 0x7F : finite;
+  return __builtin_convertvector(((bits >> 24) & 0x80) | code, E4M3Codes);
+}
+
+/// The numbers of codes.
+inline Lanes<float> e4m3_numbers_of(const E4M3Codes& codes) {
+  using Bits = LaneBits<float>;
+  const Bits words = __builtin_convertvector(codes, Bits);
+  const Bits magnitude = words & 0x7F;
+  const Bits normal = (magnitude << 20) + (120 << 23);
+  const Lanes<float> small = __builtin_convertvector(magnitude, Lanes<float>) * 0x1p-9F;
+  const Bits finite = magnitude < 8 ? std::bit_cast<Bits>(small) : normal;
+  const Bits number = magnitude == 0x7F ? Bits{} + 0x7FC00000 : finite;
+  return std::bit_cast<Lanes<float>>(number | ((words & 0x80) << 24));
 }
 
 /// The larger magnitudes of `most`, which has magnitudes, and x, as bits of floats. They are in the

@@ -41,20 +41,7 @@ class E4M3Rows {
   }
 
  private:
-  using Bits = LaneBits<float>;
-  using Codes = std::uint8_t __attribute__((vector_size(sizeof(Bits) / 4)));
-
   Index tiles() const { return (codes_.cols() + kTile - 1) / kTile; }
-
-  // The bits of 2^-120 times a number are those of its code, moved to where a float has them.
-  static Codes codes_of(const Lanes<float>& x) {
-    const auto bits = std::bit_cast<Bits>(x * 0x1p-120F);
-    return __builtin_convertvector(((bits >> 24) & 0x80) | ((bits >> 20) & 0x7F), Codes);
-  }
-  static Lanes<float> numbers_of(const Codes& codes) {
-    const Bits words = __builtin_convertvector(codes, Bits);
-    return std::bit_cast<Lanes<float>>(((words & 0x80) << 24) | ((words & 0x7F) << 20)) * 0x1p120F;
-  }
 
   Scratch<std::uint8_t> codes_;
   Scratch<float> scales_;  // [rows, tiles]
@@ -78,7 +65,8 @@ void E4M3Rows<T>::set(MatrixIn<T> x, bool keeps) {
           scales(i, tile) = scale;
           for (Index j = begin; j < end; j += kLanes<float>) {
             const Index count = std::min(kLanes<float>, end - j);
-            const Codes some = codes_of(nearest_e4m3(load_lanes<float>(from + j, count) / scale));
+            const E4M3Codes some =
+                e4m3_codes_of(nearest_e4m3(load_lanes<float>(from + j, count) / scale));
             std::memcpy(&codes(i, j), &some, static_cast<std::size_t>(count));
           }
         }
@@ -95,10 +83,10 @@ Eigen::Map<Matrix<T>> E4M3Rows<T>::restored(Workspace::Frame& frame) const {
       for (Index i = first; i < last; ++i) {
         for (Index j = 0; j < to.cols(); j += kLanes<float>) {
           const Index count = std::min(kLanes<float>, to.cols() - j);
-          Codes codes{};
+          E4M3Codes codes{};
           std::memcpy(&codes, codes_.data() + i * to.cols() + j, static_cast<std::size_t>(count));
           const float scale = scales_.data()[i * tiles() + j / kTile];
-          store_lanes<float>(numbers_of(codes) * scale, &to(i, j), count);
+          store_lanes<float>(e4m3_numbers_of(codes) * scale, &to(i, j), count);
         }
       }
     });

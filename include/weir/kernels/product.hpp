@@ -61,17 +61,30 @@ Product<T> product_tn(MatrixIn<T> a, MatrixIn<T> b, MatrixOut<T> out, bool accum
           1,        out.data(),      out.outerStride(), accumulate};
 }
 
-/// y = x W^T, in the precision of W.
+/// The value of a weight, a parameter's or one that is somewhere else, and the precision of its
+/// products.
 template <class T>
-Product<T> forward_product(MatrixIn<T> x, const Parameter<T>& weight, MatrixOut<T> y) {
+struct WeightValue {
+  Eigen::Map<const Matrix<T>> value;
+  const RoundedProducts* rounded = nullptr;
+
+  static WeightValue of(const Parameter<T>& weight) {
+    const Matrix<T>& value = weight.value;
+    return {{value.data(), value.rows(), value.cols()}, weight.rounded};
+  }
+};
+
+/// y = x W^T, in the precision of W, which is a Parameter or a WeightValue.
+template <class T, class Weight>
+Product<T> forward_product(MatrixIn<T> x, const Weight& weight, MatrixOut<T> y) {
   Product<T> product = product_nt<T>(x, weight.value, y);
   product.rounded = weight.rounded;
   return product;
 }
 
-/// dx = dy W, or is increased by it, in the precision of W.
-template <class T>
-Product<T> input_gradient_product(MatrixIn<T> dy, const Parameter<T>& weight, MatrixOut<T> dx,
+/// dx = dy W, or is increased by it, in the precision of W, likewise.
+template <class T, class Weight>
+Product<T> input_gradient_product(MatrixIn<T> dy, const Weight& weight, MatrixOut<T> dx,
                                   bool accumulate = false) {
   Product<T> product = product_nn<T>(dy, weight.value, dx, accumulate);
   product.rounded = weight.rounded;

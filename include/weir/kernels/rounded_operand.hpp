@@ -37,7 +37,7 @@ inline bool is_fp8(const Product<float>& p) {
 /// Writes kLanes numbers, all of which are bfloat16 numbers.
 inline void store_bfloat16(const Lanes<float>& x, RoundedLeft* to) {
   if constexpr (std::is_same_v<RoundedLeft, float>) {
-    std::memcpy(to, &x, sizeof x);
+    std::memcpy(static_cast<void*>(to), &x, sizeof x);
   } else {
     typedef std::uint32_t Bits __attribute__((vector_size(sizeof(Lanes<float>))));        // NOLINT
     typedef std::uint16_t Halves __attribute__((vector_size(sizeof(Lanes<float>) / 2)));  // NOLINT

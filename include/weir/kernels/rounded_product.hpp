@@ -45,6 +45,13 @@ struct RoundedProduct {
   }
 };
 
+/// What products of a thread are computed with: tiles keep their shapes from panel to panel.
+#if WEIR_TILES
+using RoundedTiles = TileScope;
+#else
+struct RoundedTiles {};
+#endif
+
 /// Space of a thread for the panel and the sums it works on.
 struct RoundedSpace {
   static constexpr Index kCols = Block<float>::kCols;
@@ -67,12 +74,12 @@ struct RoundedSpace {
 
 /// sums [rows, kCols] (+)= rows times a panel of bfloat16 numbers. A row has the same bits alone
 /// and among others, in tiles too.
-inline void multiply_rounded_panel(LeftRows<BFloat16Arithmetic> left, Index rows,
+inline void multiply_rounded_panel([[maybe_unused]] RoundedTiles& tiles,
+                                   LeftRows<BFloat16Arithmetic> left, Index rows,
                                    const BFloat16* panel, Index steps, float* sums,
                                    bool accumulate) {
 #if WEIR_TILES
   if (uses_tiles()) {
-    TileScope tiles;
     return multiply_panel_in_tiles(tiles, left, rows, panel, steps, sums, Block<float>::kCols,
                                    accumulate);
   }
@@ -83,8 +90,9 @@ inline void multiply_rounded_panel(LeftRows<BFloat16Arithmetic> left, Index rows
 }
 
 /// c[0..rows, 0..kCols] (+)= `rows` rows from `row` on times panel j, as bfloat16 numbers.
-inline void multiply_bfloat16(const RoundedProduct& r, Index row, Index rows, Index j,
-                              const RoundedSpace& space, float* c, Index c_row, bool accumulate) {
+inline void multiply_bfloat16(RoundedTiles& tiles, const RoundedProduct& r, Index row, Index rows,
+                              Index j, const RoundedSpace& space, float* c, Index c_row,
+                              bool accumulate) {
   constexpr Index kDepth = BFloat16Arithmetic::kDepth;
   constexpr Index kCols = Block<float>::kCols;
   const Product<float>& p = *r.product;
@@ -93,7 +101,7 @@ inline void multiply_bfloat16(const RoundedProduct& r, Index row, Index rows, In
     const RightPart part = r.part_of(j, begin, std::min(kDepth * kSlice, p.k - begin));
     pack_rounded(p, part, space.panel,
                  [](const Lanes<float>& x, Index /*vector*/) { return nearest_bfloat16(x); });
-    multiply_rounded_panel(r.left_from(row, begin), rows, space.panel,
+    multiply_rounded_panel(tiles, r.left_from(row, begin), rows, space.panel,
                            rounded_depth(part.length) / kDepth, space.sums, begin > 0);
   }
   for (Index i = 0; i < rows; ++i) {
@@ -109,8 +117,9 @@ inline void multiply_bfloat16(const RoundedProduct& r, Index row, Index rows, In
 /// The same in FP8, kTile numbers of depth after the other:
 ///
 ///     c += (sum of the products of codes) * (scale of the row) * (scale of the column)
-inline void multiply_e4m3(const RoundedProduct& r, Index row, Index rows, Index j,
-                          const RoundedSpace& space, float* c, Index c_row, bool accumulate) {
+inline void multiply_e4m3(RoundedTiles& tiles, const RoundedProduct& r, Index row, Index rows,
+                          Index j, const RoundedSpace& space, float* c, Index c_row,
+                          bool accumulate) {
   constexpr Index kDepth = BFloat16Arithmetic::kDepth;
   constexpr Index kCols = Block<float>::kCols;
   const Product<float>& p = *r.product;
@@ -123,7 +132,7 @@ inline void multiply_e4m3(const RoundedProduct& r, Index row, Index rows, Index 
     pack_e4m3(p, part, r.weight_scales, r.across, space.panel, space.scales);
     for (Index first = 0; first < rows; first += RoundedSpace::kGroup) {
       const Index count = std::min(RoundedSpace::kGroup, rows - first);
-      multiply_rounded_panel(r.left_from(row + first, begin), count, space.panel,
+      multiply_rounded_panel(tiles, r.left_from(row + first, begin), count, space.panel,
                              rounded_depth(part.length) / kDepth, space.sums, false);
       for (Index i = 0; i < count; ++i) {
         const float of_row = r.left.scales[(row + first + i) * r.left.blocks + begin / kTile];
@@ -142,6 +151,7 @@ inline void multiply_e4m3(const RoundedProduct& r, Index row, Index rows, Index 
 inline void multiply_pieces_of(const RoundedProduct& r, const Cut& cut, Index begin, Index end) {
   const Product<float>& p = *r.product;
   const RoundedSpace space = RoundedSpace::of_this_thread();
+  RoundedTiles tiles;
   const ToMatrix<float> to = {p.out, p.out_row, p.n, p.accumulate};
   for (Index piece = begin; piece < end; ++piece) {
     const Index row = piece / cut.panels * cut.rows;
@@ -149,7 +159,7 @@ inline void multiply_pieces_of(const RoundedProduct& r, const Cut& cut, Index be
     const Index j = piece % cut.panels;
     to(row, rows, j, [&](float* c, Index c_row, bool accumulate) {
       const auto multiply_as = is_fp8(p) ? multiply_e4m3 : multiply_bfloat16;
-      multiply_as(r, row, rows, j, space, c, c_row, accumulate);
+      multiply_as(tiles, r, row, rows, j, space, c, c_row, accumulate);
     });
   }
 }

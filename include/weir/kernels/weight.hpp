@@ -10,6 +10,7 @@
 #include <weir/core/low_rank.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
@@ -31,11 +32,15 @@ class Weight {
   LinearParameter<T>& parameter() { return parameter_; }
   const LinearParameter<T>& parameter() const { return parameter_; }
 
-  /// The parameter or, where it is stored for inference, `space` with the value unpacked.
-  const Parameter<T>& with_value(Parameter<T>& space) const {
-    if (storage_ == Storage::kTrainable) return parameter_;
-    packed_.unpack(space.value);
-    return space;
+  /// Where it is stored for inference, the value is unpacked to a place of this thread, where it
+  /// stays until the thread asks for another weight's.
+  WeightValue<T> value() const {
+    if (storage_ == Storage::kTrainable) return WeightValue<T>::of(parameter_);
+    auto& space = ThreadSpace<T, Weight>::of_this_thread();
+    space.reserve(rows() * cols());
+    T* const unpacked = space.take(rows() * cols());
+    packed_.unpack(unpacked, nullptr);
+    return {{unpacked, rows(), cols()}};
   }
 
   const PackedWeight<T>& packed() const { return packed_; }

@@ -144,22 +144,25 @@ class Glu {
   }
 
  private:
-  /// The three weights, unpacked where they are stored for inference.
+  /// The three weights; where they are stored for inference, they are unpacked to memory of
+  /// `frame`.
   struct Weights {
-    explicit Weights(const Glu& glu)
-        : gate(either(glu, 0, glu.gate_)),
-          up(either(glu, 1, glu.up_)),
-          down(either(glu, 2, glu.down_)) {
-      if (glu.packed_) glu.packed_->unpack(space[0].value, space[1].value, space[2].value);
-    }
-    const Parameter<T>& either(const Glu& glu, std::size_t place, const Parameter<T>& own) const {
-      return glu.packed_ ? space[place] : own;
-    }
-    std::array<Parameter<T>, 3> space;
-    const Parameter<T>& gate;
-    const Parameter<T>& up;
-    const Parameter<T>& down;
+    WeightValue<T> gate, up, down;
   };
+  Weights weights(Workspace::Frame& frame) const {
+    if (!packed_) {
+      return {WeightValue<T>::of(gate_), WeightValue<T>::of(up_), WeightValue<T>::of(down_)};
+    }
+    const Index count = d_model() * d_hidden();
+    T* const gate = frame.take<T>(count);
+    T* const up = frame.take<T>(count);
+    T* const down = frame.take<T>(count);
+    packed_->gate_up.unpack(gate, up);
+    packed_->down.unpack(down, nullptr);
+    return {{{gate, d_hidden(), d_model()}},
+            {{up, d_hidden(), d_model()}},
+            {{down, d_model(), d_hidden()}}};
+  }
 
   /// Whether activations are computed from sums that are still in the cache of their core, and only
   /// y is written.
@@ -169,7 +172,8 @@ class Glu {
   }
 
   void run(MatrixIn<T> x, const Pass& pass, GluRows<T>& at, Cache& cache) const {
-    const Weights weights(*this);
+    Workspace::Frame frame(cache.workspace);
+    const Weights weights = this->weights(frame);
     const Product<T> products[] = {forward_product<T>(x, weights.gate, at.gate),
                                    forward_product<T>(x, weights.up, at.up)};
     multiply<T>(products);
@@ -233,7 +237,7 @@ const Matrix<T>& Glu<T, Act>::backward(MatrixIn<T> dy, Cache& cache) {
   if (cache.kept.is_fp8()) glu_forward<Act, T>(at.gate, at.up, at.hidden);
 
   const Eigen::Ref<const Matrix<T>> d = cache.padding.template cleared<T>(dy, cache.dy);
-  const Weights weights(*this);
+  const Weights weights = this->weights(frame);
   std::vector<Product<T>>& products = cache.products;
   const auto add_gradient = [&](LinearParameter<T>& weight, MatrixIn<T> d_out, MatrixIn<T> x) {
     if (weight.takes_gradient()) products.push_back(weight_gradient_product<T>(d_out, x, weight));

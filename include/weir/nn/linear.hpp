@@ -47,9 +47,8 @@ template <class T>
 void linear_backward(MatrixIn<T> dy, MatrixIn<T> x, kernels::Weight<T>& weight, Parameter<T>& bias,
                      MatrixOut<T> dx, Adapted<T>& adapted, bool accumulate = false) {
   LinearParameter<T>& w = weight.parameter();
-  Parameter<T> space;  // Of a weight that is stored for inference.
   std::array<Product<T>, 2> products = {
-      input_gradient_product<T>(dy, weight.with_value(space), dx, accumulate)};
+      input_gradient_product<T>(dy, weight.value(), dx, accumulate)};
   if (w.takes_gradient()) products[1] = weight_gradient_product<T>(dy, x, w);
   multiply<T>(std::span<const Product<T>>(products).first(w.takes_gradient() ? 2 : 1));
   if (bias.value.size() != 0) add_rows_to<T>(dy, bias.gradient().data());
@@ -172,9 +171,10 @@ const Matrix<T>& Linear<T>::forward(MatrixIn<T> x, const Pass& pass, Cache& cach
   expect_columns("Linear::forward", "x", x, d_in());
   cache.padding.set("Linear::forward", pass, x.rows());
   using Rows = Eigen::Ref<const Matrix<T>>;
-  const Rows clean = pass.training ? cache.padding.template cleared<T>(x, cache.x) : Rows(x);
+  const bool rounds = weight().precision() == Precision::kFp8;
+  Matrix<T>& copy = rounds ? cache.dx : cache.x;  // Rounded, x is not kept a second time.
+  const Rows clean = pass.training ? cache.padding.template cleared<T>(x, copy) : Rows(x);
   if (pass.training) {
-    const bool rounds = weight().precision() == Precision::kFp8;
     cache.rounded_x.set(clean, rounds);
     if (!rounds && cache.padding.mask().empty()) copy_rows<T>(x, cache.x);
   }

@@ -147,21 +147,19 @@ void ExpertLinear<T>::backward(MatrixIn<T> dy, MatrixIn<T> x, const Dispatch<T>&
                                Adapted<T>& adapted) {
   products.plain.clear();
   adapted.begin_backward();
-  Parameter<T> space;  // Of a weight that is stored for inference.
   dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
     const auto dy_e = dy.middleRows(begin, rows);
     const auto x_e = x.middleRows(begin, rows);
     auto dx_e = dx.middleRows(begin, rows);
     LinearParameter<T>& weight = weight_[e].parameter();
-    products.plain.push_back(
-        input_gradient_product<T>(dy_e, weight_[e].with_value(space), dx_e, accumulate));
+    products.plain.push_back(input_gradient_product<T>(dy_e, weight_[e].value(), dx_e, accumulate));
     if (weight.takes_gradient()) {
       products.plain.push_back(weight_gradient_product<T>(dy_e, x_e, weight));
     }
     adapted.add_backward(weight, dy_e, x_e, dx_e);
     if (!bias_.empty()) add_rows_to<T>(dy_e, bias_[e].gradient().data());
     if (weight.has_value()) return;
-    multiply<T>(products.plain);  // Before the space is that of the next expert.
+    multiply<T>(products.plain);  // Before another weight takes its value's place.
     products.plain.clear();
   });
   multiply<T>(products.plain);

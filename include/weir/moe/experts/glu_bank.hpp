@@ -129,18 +129,22 @@ class GluBank {
   double dropout() const { return dropout_; }
 
  private:
-  /// Calls `add(e, begin, rows)` for each expert with slots, and computes the products that it adds
-  /// to those of the cache: all at once, or expert by expert where values are in a Space.
-  template <class Add>
-  void multiply_experts(const Dispatch<T>& dispatch, Cache& cache, Add&& add) const {
-    cache.products.clear();
-    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
-      add(e, begin, rows);
-      if (storage() == Storage::kTrainable) return;
+  /// Calls each `add(e, begin, rows)` for each expert with slots, and computes the products that it
+  /// adds to those of the cache, those of one `add` after those of the one before: for all experts
+  /// at once, or expert by expert where values are unpacked.
+  template <class... Add>
+  void multiply_experts(const Dispatch<T>& dispatch, Cache& cache, Add&&... add) const {
+    const auto multiply_added = [&] {
       multiply<T>(cache.products);
       cache.products.clear();
+    };
+    cache.products.clear();
+    if (storage() == Storage::kTrainable) {
+      return ((dispatch.for_each_expert(add), multiply_added()), ...);
+    }
+    dispatch.for_each_expert([&](std::size_t e, Index begin, Index rows) {
+      ((add(e, begin, rows), multiply_added()), ...);
     });
-    multiply<T>(cache.products);
   }
 
   void forward_plain(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
@@ -187,7 +191,6 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
     apply_dropout<T>(cache.factor, at.hidden);
   }
 
-  typename GluWeights<T>::Space space;
   const auto add_gradient = [&](LinearParameter<T>& weight, MatrixIn<T> d, MatrixIn<T> of) {
     if (weight.takes_gradient()) {
       cache.products.push_back(weight_gradient_product<T>(d, of, weight));
@@ -198,8 +201,7 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
     const auto d_out_e = d_out_packed.middleRows(begin, rows);
     const auto hidden_e = at.hidden.middleRows(begin, rows);
     auto d_hidden_e = d_hidden_packed.middleRows(begin, rows);
-    cache.products.push_back(
-        input_gradient_product<T>(d_out_e, weights_.down_of(e, space), d_hidden_e));
+    cache.products.push_back(input_gradient_product<T>(d_out_e, weights_.down_of(e), d_hidden_e));
     add_gradient(weights_.down(e), d_out_e, hidden_e);
     cache.adapted_down.add_backward(weights_.down(e), d_out_e, hidden_e, d_hidden_e);
   });
@@ -210,7 +212,7 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
 
   cache.adapted_gate.begin_backward();
   cache.adapted_up.begin_backward();
-  multiply_experts(dispatch, cache, [&](std::size_t e, Index begin, Index rows) {
+  const auto through_gate = [&](std::size_t e, Index begin, Index rows) {
     const auto x_e = at.x.middleRows(begin, rows);
     const auto d_gate_e = d_gate.middleRows(begin, rows);
     const auto d_up_e = d_up.middleRows(begin, rows);
@@ -218,15 +220,16 @@ const Matrix<T>& GluBank<T, Act>::backward(MatrixIn<T> dy, const Dispatch<T>& di
     add_gradient(weights_.gate(e), d_gate_e, x_e);
     add_gradient(weights_.up(e), d_up_e, x_e);
     cache.products.push_back(
-        input_gradient_product<T>(d_gate_e, weights_.gate_up_of(e, space).first, d_x_e));
+        input_gradient_product<T>(d_gate_e, weights_.gate_up_of(e).first, d_x_e));
     cache.adapted_gate.add_backward(weights_.gate(e), d_gate_e, x_e, d_x_e);
     cache.adapted_up.add_backward(weights_.up(e), d_up_e, x_e, d_x_e);
-  });
-  multiply_experts(dispatch, cache, [&](std::size_t e, Index begin, Index rows) {
+  };
+  const auto through_up = [&](std::size_t e, Index begin, Index rows) {
     cache.products.push_back(input_gradient_product<T>(d_up.middleRows(begin, rows),
-                                                       weights_.gate_up_of(e, space).second,
+                                                       weights_.gate_up_again(e).second,
                                                        d_packed.middleRows(begin, rows), true));
-  });
+  };
+  multiply_experts(dispatch, cache, through_gate, through_up);
   cache.adapted_gate.backward();
   cache.adapted_up.backward();
 
@@ -257,14 +260,13 @@ void GluBank<T, Act>::forward_plain(MatrixIn<T> x, const Dispatch<T>& dispatch, 
   gather<T>(x, dispatch, at.x);
   auto out = cache.out.reshape(slots, d_out());
 
-  typename GluWeights<T>::Space space;
   cache.adapted_up.begin(pass);
   cache.adapted_down.begin(pass);
   multiply_experts(dispatch, cache, [&](std::size_t e, Index begin, Index rows) {
     const auto x_e = at.x.middleRows(begin, rows);
     auto gate_e = at.gate.middleRows(begin, rows);
     auto up_e = at.up.middleRows(begin, rows);
-    const auto [gate, up] = weights_.gate_up_of(e, space);
+    const auto [gate, up] = weights_.gate_up_of(e);
     cache.products.push_back(forward_product<T>(x_e, gate, gate_e));
     cache.products.push_back(forward_product<T>(x_e, up, up_e));
     cache.adapted_gate.add(weights_.gate(e), x_e, gate_e);
@@ -280,7 +282,7 @@ void GluBank<T, Act>::forward_plain(MatrixIn<T> x, const Dispatch<T>& dispatch, 
   multiply_experts(dispatch, cache, [&](std::size_t e, Index begin, Index rows) {
     const auto hidden_e = at.hidden.middleRows(begin, rows);
     auto out_e = out.middleRows(begin, rows);
-    cache.products.push_back(forward_product<T>(hidden_e, weights_.down_of(e, space), out_e));
+    cache.products.push_back(forward_product<T>(hidden_e, weights_.down_of(e), out_e));
     cache.adapted_down.add(weights_.down(e), hidden_e, out_e);
     pass.show<T>(weights_.gate(e), at.x.middleRows(begin, rows));
     pass.show<T>(weights_.up(e), at.x.middleRows(begin, rows));

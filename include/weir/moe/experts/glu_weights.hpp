@@ -17,7 +17,9 @@
 #include <weir/core/pass.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
+#include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/product.hpp>
 #include <weir/moe/experts/expert_source.hpp>
 #include <weir/nn/adapted.hpp>
 #include <weir/nn/packed_glu.hpp>
@@ -73,22 +75,28 @@ class GluWeights {
   /// The weights of expert e where they are stored for inference.
   const PackedGlu<T>& packed(std::size_t e) const { return packed_[e]; }
 
-  /// The values of the weights of an expert that are stored for inference.
-  struct Space {
-    Parameter<T> gate, up, down;
-  };
-
-  /// The weights of expert e, unpacked to `space` where they are stored for inference.
-  std::pair<const Parameter<T>&, const Parameter<T>&> gate_up_of(std::size_t e,
-                                                                 Space& space) const {
-    if (storage_ == Storage::kTrainable) return {gate_[e], up_[e]};
-    packed_[e].gate_up.unpack(space.gate.value, &space.up.value);
-    return {space.gate, space.up};
+  /// The weights of expert e. Where they are stored for inference, gate and up or down are unpacked
+  /// to places of this thread, where they stay until it asks for those of another expert.
+  std::pair<WeightValue<T>, WeightValue<T>> gate_up_of(std::size_t e) const {
+    if (storage_ == Storage::kTrainable) return parameters_of(e);
+    const auto places = unpacked_gate_up();
+    packed_[e].gate_up.unpack(places.first, places.second);
+    return gate_up_again(e);
   }
-  const Parameter<T>& down_of(std::size_t e, Space& space) const {
-    if (storage_ == Storage::kTrainable) return down_[e];
-    packed_[e].down.unpack(space.down.value);
-    return space.down;
+  /// The same of the expert that this thread asked for last.
+  std::pair<WeightValue<T>, WeightValue<T>> gate_up_again(std::size_t e) const {
+    if (storage_ == Storage::kTrainable) return parameters_of(e);
+    const auto places = unpacked_gate_up();
+    return {{{places.first, d_hidden_, d_in_}}, {{places.second, d_hidden_, d_in_}}};
+  }
+  WeightValue<T> down_of(std::size_t e) const {
+    if (storage_ == Storage::kTrainable) return WeightValue<T>::of(down_[e]);
+    struct Down {};
+    auto& space = ThreadSpace<T, Down>::of_this_thread();
+    space.reserve(d_out_ * d_hidden_);
+    T* const unpacked = space.take(d_out_ * d_hidden_);
+    packed_[e].down.unpack(unpacked, nullptr);
+    return {{unpacked, d_out_, d_hidden_}};
   }
 
   /// Whether experts are computed without their hidden numbers being kept: where weights are stored
@@ -96,6 +104,18 @@ class GluWeights {
   bool is_fused(const Pass& pass) const;
 
  private:
+  std::pair<WeightValue<T>, WeightValue<T>> parameters_of(std::size_t e) const {
+    return {WeightValue<T>::of(gate_[e]), WeightValue<T>::of(up_[e])};
+  }
+
+  /// Where this thread has them.
+  std::pair<T*, T*> unpacked_gate_up() const {
+    auto& space = ThreadSpace<T, GluWeights>::of_this_thread();
+    space.reserve(2 * d_hidden_ * d_in_);
+    T* const gate = space.take(d_hidden_ * d_in_);
+    return {gate, space.take(d_hidden_ * d_in_)};
+  }
+
   std::vector<LinearParameter<T>> gate_, up_, down_;
   std::vector<PackedGlu<T>> packed_;         // One per expert, or none.
   std::shared_ptr<ExpertSource<T>> source_;  // Null unless they are fetched.
