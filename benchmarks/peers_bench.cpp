@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The layer of moe_bench beside the same layer in other libraries: by hand on Eigen and on oneDNN,
-// and in libtorch. Each row is weir against one peer, on all threads, the same weights and tokens;
-// `ratio` is how many times as long the peer takes. Before it is measured, a peer has to return
-// what weir returns. Peers that were not found when this was configured have no rows.
+// in libtorch, and in ggml with weights of 8 and of 4 bits. Each row is weir against one peer, on
+// all threads, the same weights and tokens; `ratio` is how many times as long the peer takes.
+// Before it is measured, a peer has to return what weir returns. Peers that were not found when
+// this was configured have no rows; ggml is loaded from the folder that WEIR_LLAMA_CPP_DIR names.
 #include <array>
 #include <chrono>
 #include <cstddef>
@@ -33,7 +34,6 @@
 
 #include "peers/peer.hpp"
 #include "support/clock.hpp"
-#include "support/limits.hpp"
 #include "support/mixture.hpp"
 #include "support/program.hpp"
 #include "support/rows.hpp"
@@ -43,7 +43,6 @@ namespace {
 namespace bench = weir::bench;
 using bench::MoeWeights;
 using bench::Peer;
-using bench::Precision;
 using bench::Shape;
 using weir::Index;
 using weir::Matrix;
@@ -52,22 +51,31 @@ using weir::Storage;
 /// Who is compared, and what with.
 struct Contender {
   std::string_view name;
-  Precision precision;
+  Storage storage;  ///< Of weir's weights in `forward`.
   bool trains;
   std::unique_ptr<Peer> (*make)(const MoeWeights& weights, int threads);
 };
 
 constexpr std::array kContenders = {
-    Contender{"Eigen", Precision::kFloat32, true, bench::make_eigen_peer},
+    Contender{"Eigen", Storage::kPacked, true, bench::make_eigen_peer},
 #if defined(WEIR_BENCH_DNNL)
-    Contender{"oneDNN", Precision::kFloat32, true, bench::make_dnnl_peer},
-    Contender{"oneDNN", Precision::kBfloat16, false, bench::make_dnnl_bfloat16_peer},
+    Contender{"oneDNN", Storage::kPacked, true, bench::make_dnnl_peer},
+    Contender{"oneDNN", Storage::kBfloat16, false, bench::make_dnnl_bfloat16_peer},
 #endif
 #if defined(WEIR_BENCH_TORCH)
-    Contender{"libtorch", Precision::kFloat32, true, bench::make_torch_peer},
-    Contender{"libtorch", Precision::kBfloat16, false, bench::make_torch_bfloat16_peer},
+    Contender{"libtorch", Storage::kPacked, true, bench::make_torch_peer},
+    Contender{"libtorch", Storage::kBfloat16, false, bench::make_torch_bfloat16_peer},
+#endif
+#if defined(WEIR_BENCH_GGML)
+    Contender{"ggml", Storage::kInt8Dot, false, bench::make_ggml_int8_peer},
+    Contender{"ggml", Storage::kInt4Dot, false, bench::make_ggml_int4_peer},
 #endif
 };
+
+/// As rows call it.
+std::string_view label_of(Storage storage) {
+  return storage == Storage::kPacked ? "fp32" : weir::name_of(storage);
+}
 
 enum class Task { kForward, kTraining };
 
@@ -105,7 +113,9 @@ class Weir {
 
   void set_storage(Storage storage) {
     if (storage == storage_) return;
-    if (storage_ == Storage::kBfloat16) layer_ = make();  // The bits that were rounded away.
+    if (storage_ != Storage::kTrainable && storage_ != Storage::kPacked) {
+      layer_ = make();  // The bits that were rounded away.
+    }
     weir::set_storage(layer_, storage);
     storage_ = storage;
   }
@@ -174,9 +184,11 @@ void expect_same(std::string_view what, const Matrix<float>& ours, const float* 
   }
 }
 
-void expect_same_output(Weir& own, Peer& peer, const Matrix<float>& x, Precision precision) {
-  // Tokens, weights and hidden values are rounded to 8 bits of significand in bfloat16.
-  const double tolerance = precision == Precision::kBfloat16 ? 2e-2 : 1e-4;
+void expect_same_output(Weir& own, Peer& peer, const Matrix<float>& x, Storage storage) {
+  // Tokens, weights and hidden values are rounded, in four bits by each in its own way.
+  const double tolerance = storage == Storage::kPacked    ? 1e-4
+                           : storage == Storage::kInt4Dot ? 0.4
+                                                          : 3e-2;
   expect_same("y", own.forward(x), peer.forward(x.data(), x.rows()), tolerance);
 }
 
@@ -224,10 +236,7 @@ double seconds_of_call(const std::function<void()>& work) {
 double measure(benchmark::State& state, const Shape& shape, const Contender& contender, Peer& peer,
                Task task, Index tokens) {
   Weir& own = weir_of(shape);
-  const bool bfloat16 = contender.precision == Precision::kBfloat16;
-  own.set_storage(task == Task::kTraining ? Storage::kTrainable
-                  : bfloat16              ? Storage::kBfloat16
-                                          : Storage::kPacked);
+  own.set_storage(task == Task::kTraining ? Storage::kTrainable : contender.storage);
 
   // Few tokens use few experts: with the next batch, the weights of others have to be read.
   const Index count = tokens <= 8 ? 8 : 1;
@@ -244,7 +253,7 @@ double measure(benchmark::State& state, const Shape& shape, const Contender& con
     theirs = [&] { peer.step(next().data(), dy.data(), tokens); };
   } else {
     // All of them: the first pass of a shape is not the one to be measured.
-    for (const Matrix<float>& x : batches) expect_same_output(own, peer, x, contender.precision);
+    for (const Matrix<float>& x : batches) expect_same_output(own, peer, x, contender.storage);
   }
 
   constexpr double kMilli = 1e3;
@@ -267,7 +276,7 @@ void add_rows(const Shape& shape, const Contender& contender) {
   // Made for the first row that asks, kept until another contender or shape is measured.
   static std::unique_ptr<Peer> peer;
   static std::string peer_of;  // Its shape, precision and name.
-  const std::string precision = contender.precision == Precision::kBfloat16 ? "bf16" : "fp32";
+  const std::string precision(label_of(contender.storage));
   const std::string contest =
       std::string(shape.name) + '/' + precision + '/' + std::string(contender.name);
   const auto add = [&](Task task, Index tokens) {
@@ -307,6 +316,9 @@ void describe_peers() {
 #endif
 #if defined(WEIR_BENCH_TORCH)
   benchmark::AddCustomContext("peers/libtorch", bench::describe_torch());
+#endif
+#if defined(WEIR_BENCH_GGML)
+  benchmark::AddCustomContext("peers/ggml", bench::describe_ggml());
 #endif
 }
 

@@ -70,8 +70,15 @@ std::unique_ptr<Peer> make_dnnl_bfloat16_peer(const MoeWeights& weights, int thr
 std::unique_ptr<Peer> make_torch_peer(const MoeWeights& weights, int threads);
 std::unique_ptr<Peer> make_torch_bfloat16_peer(const MoeWeights& weights, int threads);
 
+/// In ggml, with weights in its blocks q8_0 and q4_0, arranged for its fastest loops. Not for
+/// training.
+/// \throws std::runtime_error  if there is no llama.cpp in WEIR_LLAMA_CPP_DIR.
+std::unique_ptr<Peer> make_ggml_int8_peer(const MoeWeights& weights, int threads);
+std::unique_ptr<Peer> make_ggml_int4_peer(const MoeWeights& weights, int threads);
+
 /// Which versions of what these were linked with.
 std::string describe_dnnl();
 std::string describe_torch();
+std::string describe_ggml();  ///< Or why it cannot be loaded.
 
 }  // namespace weir::bench
