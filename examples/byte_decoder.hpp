@@ -14,6 +14,7 @@
 #include <vector>
 
 #include <weir/attention/grouped_query.hpp>
+#include <weir/attention/latent.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/model/interleave.hpp>
 #include <weir/moe/balance/bias_balance.hpp>
@@ -39,6 +40,7 @@ struct ByteDecoderConfig {
   weir::Index d_model = 128;
   weir::Index heads = 4;
   weir::Index kv_heads = 2;
+  std::string attention = "grouped-query";  ///< Or "latent".
   weir::Index d_hidden = 256;  ///< Of one expert; a dense layer is as wide as all that are visited.
   bool tied = false;           ///< Whether the embedding is the output head, too.
 
@@ -64,6 +66,7 @@ void for_each_setting(Config& config, Visit&& visit) {
   visit("d-model", config.d_model);
   visit("heads", config.heads);
   visit("kv-heads", config.kv_heads);
+  visit("attention", config.attention);
   visit("d-hidden", config.d_hidden);
   visit("tied", config.tied);
   visit("dense", config.dense);
@@ -91,8 +94,9 @@ inline Notes notes_of(const ByteDecoderConfig& config) {
 }
 
 /// \throws std::runtime_error  if the notes are not those of such a model.
-inline ByteDecoderConfig config_of(const Notes& notes) {
+inline ByteDecoderConfig config_of(Notes notes) {
   ByteDecoderConfig config;
+  notes.try_emplace("attention", config.attention);  // Of a train_lm that had no other.
   for_each_setting(config, [&](const std::string& name, auto& setting) {
     const auto found = notes.find(name);
     std::istringstream text(found == notes.end() ? "" : found->second);
@@ -142,6 +146,22 @@ inline Layer mixture(const Config& config, weir::Rng& rng) {
   return mixture(config, weir::CapacityFactor({.train = factor, .evaluate = 2.0 * factor}), rng);
 }
 
+/// Latent attention has the proportions of DeepSeek-V2: for heads of d numbers, latents of 4 d and
+/// rotated keys of d / 2. (DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.4.)
+inline Layer attention(const Config& config, weir::Rng& rng) {
+  if (config.attention == "latent") {
+    const weir::Index dim = config.d_model / config.heads;
+    return weir::LatentAttention<float>(rng, {.d_model = config.d_model,
+                                              .heads = config.heads,
+                                              .kv_rank = 4 * dim,
+                                              .nope_dim = dim,
+                                              .rope_dim = dim / 2,
+                                              .value_dim = dim});
+  }
+  return weir::GroupedQueryAttention<float>(
+      rng, {.d_model = config.d_model, .heads = config.heads, .kv_heads = config.kv_heads});
+}
+
 }  // namespace byte_decoder
 
 inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, weir::Rng& rng) {
@@ -154,8 +174,7 @@ inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, w
       const weir::Index width = (config.k + config.shared) * config.d_hidden;
       return weir::Glu<float>(config.d_model, width, rng);
     };
-    weir::GroupedQueryAttention<float> attention(
-        rng, {.d_model = config.d_model, .heads = config.heads, .kv_heads = config.kv_heads});
+    byte_decoder::Layer attention = byte_decoder::attention(config, rng);
     layers.push_back(weir::pre_norm_block<float>(
         weir::RmsNorm<float>(config.d_model), std::move(attention),
         weir::RmsNorm<float>(config.d_model), feed_forward(), sparse ? "moe" : "mlp"));

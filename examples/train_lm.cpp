@@ -17,6 +17,7 @@
 
 #include <weir/analysis/trace_recorder.hpp>
 #include <weir/analysis/traced_tokens.hpp>
+#include <weir/core/cache_storage.hpp>
 #include <weir/core/input_samples.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/storage.hpp>
@@ -25,6 +26,7 @@
 #include <weir/model/generate.hpp>
 #include <weir/model/language_loss.hpp>
 #include <weir/model/text_mixture.hpp>
+#include <weir/nn/cross_entropy.hpp>
 #include <weir/optim/adamw.hpp>
 #include <weir/optim/clip.hpp>
 #include <weir/optim/set_precision.hpp>
@@ -73,6 +75,7 @@ struct Options {
   Index eval_every = 50;
   Index eval_tokens = 65536;
   std::vector<std::string> storage;
+  std::vector<std::string> cache;
 
   std::string prompt = "template <";
   Index generate = 400;
@@ -112,6 +115,9 @@ void check(const Options& options) {
   expect(model.heads % model.kv_heads == 0, "--kv-heads: " + number(model.kv_heads) +
                                                 ", expected a divisor of --heads " +
                                                 number(model.heads));
+  expect(model.attention != "latent" || model.d_model % (4 * model.heads) == 0,
+         "--d-model: " + number(model.d_model) + ", expected a multiple of 4 * --heads " +
+             number(model.heads) + " for --attention latent");
   expect(
       model.dense || model.k <= model.experts,
       "--top-k: " + number(model.k) + ", expected no more than --experts " + number(model.experts));
@@ -151,6 +157,9 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   line.add("--heads", model.heads, "Query heads")->check(limits::at_least(1));
   line.add("--kv-heads", model.kv_heads, "Key and value heads, a divisor of --heads")
       ->check(limits::at_least(1));
+  line.add("--attention", model.attention,
+           "grouped-query, or latent as DeepSeek-V2 has it, which heeds no --kv-heads")
+      ->check(CLI::IsMember({"grouped-query", "latent"}));
   line.add("--d-hidden", model.d_hidden, "Width of one expert; dense layers have --top-k times it")
       ->check(limits::at_least(1));
   line.add("--tied", model.tied, "Use the embedding as the output head");
@@ -204,6 +213,12 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
         const bool known = name == kCalibrated || weir::storage_named(name).has_value();
         return std::string(known ? "" : name + " is no storage");
       });
+
+  line.add("--cache", options.cache,
+           "Judge the trained model as it decodes with what it keeps of earlier bytes stored\n"
+           "like this: full, bf16, int8, int6")
+      ->check(CLI::IsMember(std::vector<std::string>(weir::kCacheStorageNames.begin(),
+                                                     weir::kCacheStorageNames.end())));
 
   line.group("Writing");
   line.add("--prompt", options.prompt, "What the model continues")
@@ -331,17 +346,9 @@ class Trainer {
   Validation validate() {
     record_.clear();
     Validation result;
-    const auto size = static_cast<std::size_t>(options_.batch);
     for (std::size_t t = 0; t < texts_.size(); ++t) {
-      double bits = 0.0;
-      const std::size_t windows = validation_windows_[t].size();
-      for (std::size_t begin = 0; begin < windows; begin += size) {
-        batch_.clear();
-        for (std::size_t w = begin; w < begin + size; ++w) add_validation(t, w);
-        bits += forward({.sequences = &sequences_});
-      }
-      bits *= static_cast<double>(size) / (std::log(2.0) * static_cast<double>(windows));
-      result.bits_of_text.push_back(bits);
+      result.bits_of_text.push_back(
+          bits_of(t, [&] { return forward({.sequences = &sequences_}); }));
     }
     result.bits = mean(result.bits_of_text);
     result.reports = sum_by_layer(record_.reports());
@@ -360,6 +367,34 @@ class Trainer {
     return bits;
   }
 
+  struct Cached {
+    double bits = 0.0;
+    Index bytes_per_token = 0;
+  };
+
+  /// Bits per byte of the model as it decodes, window by window; see --cache.
+  Cached validate_cached(weir::CacheStorage storage) {
+    const weir::CrossEntropy<float> loss;
+    weir::CrossEntropy<float>::Cache loss_cache;
+    Cached result;
+    std::vector<double> bits;
+    for (std::size_t t = 0; t < texts_.size(); ++t) {
+      bits.push_back(bits_of(t, [&] {
+        const weir::Decoder<float>::State empty(storage);
+        std::vector<weir::Decoder<float>::State> states(static_cast<std::size_t>(options_.batch),
+                                                        empty);
+        std::vector<weir::Decoder<float>::State*> pointers;
+        for (auto& state : states) pointers.push_back(&state);
+        const weir::Matrix<float>& logits =
+            model_.decode(batch_.ids, {.sequences = &sequences_}, pointers, cache_);
+        result.bytes_per_token = states.front().bytes_per_token();
+        return static_cast<double>(loss.forward(logits, batch_.targets, loss_cache));
+      }));
+    }
+    result.bits = mean(bits);
+    return result;
+  }
+
   /// Bits per byte of a byte model on the very bytes of a text that `validate` predicts.
   double validate(std::size_t text, const ByteBaseline& baseline, int order) {
     double bits = 0.0;
@@ -373,6 +408,21 @@ class Trainer {
       }
     }
     return bits / static_cast<double>(static_cast<Index>(starts.size()) * options_.context);
+  }
+
+  /// Bits per byte of the validation windows of a text, batch by batch; `loss()` is that of
+  /// `batch_`, in nats per byte.
+  template <class Loss>
+  double bits_of(std::size_t text, Loss&& loss) {
+    const auto size = static_cast<std::size_t>(options_.batch);
+    const std::size_t windows = validation_windows_[text].size();
+    double bits = 0.0;
+    for (std::size_t begin = 0; begin < windows; begin += size) {
+      batch_.clear();
+      for (std::size_t w = begin; w < begin + size; ++w) add_validation(text, w);
+      bits += loss();
+    }
+    return bits * static_cast<double>(size) / (std::log(2.0) * static_cast<double>(windows));
   }
 
   /// The mean of a figure of each text.
@@ -694,6 +744,18 @@ void run(Options options) {
     std::cout << "stored as " << name << ": " << fixed(stored, 4) << " bits/byte, "
               << fixed(100.0 * (stored / validation.bits - 1.0), 2) << " % more than "
               << fixed(validation.bits, 4) << '\n';
+  }
+  // The keys and values of all heads, at 16 bits.
+  const auto all_heads = static_cast<double>(4 * model.layers * model.d_model);
+  for (const std::string& name : options.cache) {
+    const auto cached = trainer.validate_cached(*weir::cache_storage_named(name));
+    bits["cache-" + name] = cached.bits;
+    std::cout << "decoded with a cache in " << name << ": " << fixed(cached.bits, 5)
+              << " bits/byte, " << fixed(100.0 * (cached.bits / validation.bits - 1.0), 3)
+              << " % more than " << fixed(validation.bits, 5) << "; " << cached.bytes_per_token
+              << " bytes a token, "
+              << fixed(100.0 * (1.0 - static_cast<double>(cached.bytes_per_token) / all_heads), 1)
+              << " % less than all heads at 16 bits\n";
   }
   std::cout << parameters;
   if (!validation.reports.empty()) std::cout << "expert load on the validation text:\n";

@@ -44,6 +44,10 @@ expect_refusal("--phase: 2, expected less than --stride 2" --phase 2)
 expect_refusal("--metrics: cannot write /no/such/folder/x" --metrics /no/such/folder/x)
 expect_refusal("--selector: best" --selector best)
 expect_refusal("--precision: fp16" --precision fp16)
+expect_refusal("--attention: none" --attention none)
+expect_refusal("--d-model: 36, expected a multiple of 4 * --heads 6" --d-model 36 --heads 6
+               --kv-heads 2 --attention latent)
+expect_refusal("--cache: int4" --cache int4)
 expect_refusal("no such file or folder: /no/such/folder")
 
 run(ARGUMENTS --version)
