@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
+#include <map>
 #include <vector>
 
 #include <weir/core/random.hpp>
@@ -113,6 +114,34 @@ TEST_CASE("Rng::truncated_normal stays within its bound", "[core][random]") {
   }
   // 1 - 2 b phi(b) / (2 Phi(b) - 1) for b = 2.
   CHECK(std::abs(squares - 0.7737) < 0.01);
+}
+
+TEST_CASE("Drawing without replacement gives each choice and each order equally often",
+          "[core][random]") {
+  Rng rng(4);
+  constexpr int kDraws = 12000;
+  std::map<std::vector<Index>, int> pairs, orders;
+  for (int i = 0; i < kDraws; ++i) {
+    std::vector<Index> items = {0, 1, 2, 3};
+    draw_to_back(items, 2, rng);
+    ++pairs[{items[3], items[2]}];
+    std::vector<Index> all = {0, 1, 2};
+    shuffle(all, rng);
+    ++orders[all];
+  }
+  REQUIRE(pairs.size() == 12);
+  for (const auto& [pair, count] : pairs) CHECK(std::abs(count - kDraws / 12) < 150);
+  REQUIRE(orders.size() == 6);
+  for (const auto& [order, count] : orders) CHECK(std::abs(count - kDraws / 6) < 200);
+
+  const Rng before = rng;
+  std::vector<Index> few = {7};
+  shuffle(few, rng);
+  std::vector<Index> none;
+  shuffle(none, rng);
+  draw_to_back(none, 0, rng);
+  CHECK(rng.position() == before.position());
+  CHECK(few == std::vector<Index>{7});
 }
 
 }  // namespace weir::random_test

@@ -5,8 +5,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <utility>
-#include <vector>
 
 #include <weir/analysis/traced_tokens.hpp>
 #include <weir/core/list.hpp>
@@ -36,17 +34,11 @@ inline RowVector<double> random_load(const TracedLayer& layer, Rng& rng) {
   List<Index> pool(layer.experts);
   std::iota(pool.begin(), pool.end(), Index(0));
   for (Index t = 0; t < layer.tokens(); ++t) {
-    for (Index c = 0; c < layer.choices(t); ++c) {
-      std::swap(pool[c], pool[c + rng.below(layer.experts - c)]);
-      load[pool[c]] += 1.0;
-    }
+    const Index choices = layer.choices(t);
+    draw_to_back(pool, choices, rng);
+    for (Index c = 0; c < choices; ++c) load[pool[layer.experts - 1 - c]] += 1.0;
   }
   return load;
-}
-
-/// Puts the numbers in random order.
-inline void shuffle(List<Index>& numbers, Rng& rng) {
-  for (Index i = numbers.count(); i-- > 1;) std::swap(numbers[i], numbers[rng.below(i + 1)]);
 }
 
 }  // namespace weir

@@ -4,9 +4,11 @@
 /// are not, since each library may define its distributions as it likes.)
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
+#include <utility>
 
 #include <weir/core/types.hpp>
 
@@ -98,5 +100,22 @@ class Rng {
   std::uint64_t position_ = 0;
   bool leaves_unset_ = false;
 };
+
+/// Draws `count` of the items without replacement, all with the same probability, and puts them
+/// behind the others, the first one drawn last. (Durstenfeld 1964, doi:10.1145/364520.364540.)
+/// \param count    At most the number of items.
+template <class Items>
+void draw_to_back(Items& items, Index count, Rng& rng) {
+  const auto all = static_cast<Index>(items.size());
+  for (Index i = all; i-- > all - count;) {
+    std::swap(*(items.begin() + i), *(items.begin() + rng.below(i + 1)));
+  }
+}
+
+/// Puts the items in random order.
+template <class Items>
+void shuffle(Items& items, Rng& rng) {
+  draw_to_back(items, std::max<Index>(0, static_cast<Index>(items.size()) - 1), rng);
+}
 
 }  // namespace weir

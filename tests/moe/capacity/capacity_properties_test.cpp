@@ -131,10 +131,7 @@ Matrix<double> permuted(const Matrix<double>& m, const std::vector<Index>& order
 std::vector<Index> random_order(Index count, Rng& rng) {
   std::vector<Index> order(static_cast<std::size_t>(count));
   std::iota(order.begin(), order.end(), Index(0));
-  for (Index i = count - 1; i > 0; --i) {
-    std::swap(order[static_cast<std::size_t>(i)],
-              order[static_cast<std::size_t>(rng.below(i + 1))]);
-  }
+  shuffle(order, rng);
   return order;
 }
 

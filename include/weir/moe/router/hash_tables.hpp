@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <numeric>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include <weir/core/error.hpp>
@@ -27,23 +26,21 @@ inline std::vector<Index> modulo_hash_table(Index vocab, Index experts) {
 }
 
 /// A random table of `vocab` experts in which each expert occurs equally often, to within one: the
-/// random hash of section 3.2 (Fisher-Yates shuffle).
+/// random hash of section 3.2.
 /// \throws ConfigError  if a size is below 1.
 inline std::vector<Index> random_hash_table(Index vocab, Index experts, Rng& rng) {
   expect_at_least<Index>("random_hash_table", "vocab", vocab, 1);
   expect_at_least<Index>("random_hash_table", "experts", experts, 1);
   std::vector<Index> table = modulo_hash_table(vocab, experts);
-  for (Index id = vocab - 1; id > 0; --id) {
-    std::swap(table[static_cast<std::size_t>(id)],
-              table[static_cast<std::size_t>(rng.below(id + 1))]);
-  }
+  shuffle(table, rng);
   return table;
 }
 
 /// The balanced assignment of section 3.2: ids from the most frequent to the rarest, each to the
 /// expert with the least so far. Of equal frequencies the lowest id comes first, of equal experts
-/// the lowest. \param frequency  One per id, such as how often the training text has it. \throws
-/// ConfigError  if there are no ids or no experts, or if a frequency is negative or NaN.
+/// the lowest.
+/// \param frequency  One per id, such as how often the training text has it.
+/// \throws ConfigError  if there are no ids or no experts, or if a frequency is negative or NaN.
 inline std::vector<Index> balanced_hash_table(std::span<const double> frequency, Index experts) {
   expect_at_least("balanced_hash_table", "vocab", static_cast<Index>(frequency.size()), Index(1));
   expect_at_least<Index>("balanced_hash_table", "experts", experts, 1);
