@@ -10,6 +10,7 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/verbs.hpp>
 #include <weir/model/decoder.hpp>
+#include <weir/model/generate.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/capacity/fixed_capacity.hpp>
 #include <weir/moe/depths/mixture_of_depths.hpp>
@@ -175,8 +176,63 @@ TEST_CASE("Prefill, decoding and training record the same choices", "[analysis][
 
   set_storage(model, Storage::kPacked);
   CHECK(forward(false) == prefill);
-  set_storage(model, Storage::kBfloat16);
-  CHECK(forward(false).first.size() == prefill.first.size());
+  CHECK(decode(9) == prefill);
+  CHECK(decode(1) == one_by_one);
+  for (const Storage storage : {Storage::kBfloat16, Storage::kInt8}) {
+    set_storage(model, storage);
+    const auto stored = forward(false);
+    CHECK(stored.first.size() == prefill.first.size());
+    CHECK(decode(1).first.size() == prefill.first.size());
+    CHECK(decode(1).second == TracePhase::kDecoding);
+  }
+}
+
+TEST_CASE("A generation is traced: its prompt as prefill, its tokens as decoding",
+          "[analysis][trace]") {
+  Decoder<float> model = small_mixtral();
+  if (GENERATE(false, true)) set_storage(model, Storage::kPacked);
+  std::vector<Conversation<float>> conversations = {
+      {.prompt = {1, 2, 3}, .until = {.count = 4}, .sampling = {.temperature = 0.0}},
+      {.prompt = {4, 5}, .until = {.count = 2}, .sampling = {.temperature = 0.0}}};
+  TraceRecorder recorder({.layout = {.choices = 2}});
+  PassRecord record;
+  record.show_routings_to(&recorder);
+  struct Traced final : GenerationObserver<float> {
+    Traced(TraceRecorder& to, PassRecord& of_pass, std::vector<Conversation<float>>& all)
+        : recorder(to), record(of_pass), conversations(all) {}
+    PassRecord* begin(std::span<const Index> numbers) override {
+      std::vector<TracedSequence> traced;
+      for (const Index n : numbers) {
+        traced.push_back(
+            {.id = n, .position = conversations[static_cast<std::size_t>(n)].state.length});
+      }
+      recorder.begin(traced);
+      return &record;
+    }
+    void drawn(Index /*conversation*/, MatrixIn<float> /*logits*/, Index /*token*/) override {}
+
+    TraceRecorder& recorder;
+    PassRecord& record;
+    std::vector<Conversation<float>>& conversations;
+  } observer(recorder, record, conversations);
+  const auto results = generate(model, conversations, &observer);
+  const Trace generated = recorder.trace();
+  for (Index i = 0; i < generated.records(); ++i) {
+    const TraceHead& head = generated.record(i).head();
+    const Index prompt = head.sequence == 0 ? 3 : 2;
+    CHECK(head.phase == (head.position < prompt ? TracePhase::kPrefill : TracePhase::kDecoding));
+  }
+
+  // The same choices as those of the whole texts at once.
+  const std::vector<Index> a = test::joined(std::vector<Index>{1, 2, 3}, results[0].tokens);
+  const std::vector<Index> b = test::joined(std::vector<Index>{4, 5}, results[1].tokens);
+  const Sequences sequences({7, 4});
+  TraceRecorder whole({.layout = {.choices = 2}});
+  PassRecord of_whole;
+  of_whole.show_routings_to(&whole);
+  whole.begin({{.id = 0}, {.id = 1}});
+  infer(model, test::joined(a, b), {.sequences = &sequences, .record = &of_whole});
+  CHECK(choices_of(whole.trace()) == choices_of(generated));
 }
 
 TEST_CASE("A mixture in a mixture of depths is seen at its tokens' places", "[analysis][trace]") {

@@ -113,6 +113,26 @@ TEST_CASE("A writer that does not commit leaves nothing", "[io][trace]") {
   CHECK_THROWS_AS(io::TraceFile((folder.path() / "no").string()), io::FileError);
 }
 
+TEST_CASE("A writer completes the file of its own recorder alone", "[io][trace]") {
+  const test::Folder folder;
+  const auto path = folder.path() / "a.trace";
+  {
+    io::TraceWriter writer(path);
+    io::TraceWriter other(folder.path() / "b.trace");
+    TraceRecorder recorder(other);
+    record_some(recorder);
+    CHECK(test::message_of<StateError>([&] { writer.commit(recorder); }) ==
+          "TraceWriter::commit: the recorder has another sink, expected this writer");
+    TraceRecorder in_memory;
+    CHECK(test::message_of<StateError>([&] { writer.commit(in_memory); }) ==
+          "TraceWriter::commit: the recorder has no sink, expected this writer");
+    CHECK_FALSE(std::filesystem::exists(path));
+    other.commit(recorder);
+  }
+  CHECK(io::TraceFile((folder.path() / "b.trace").string()).trace().records() == 6);
+  CHECK_FALSE(std::filesystem::exists(path));
+}
+
 TEST_CASE("A trace as a table", "[io][trace]") {
   const test::Folder folder;
   TraceRecorder recorder({.layout = {.choices = 2, .logits = 4}});

@@ -223,7 +223,10 @@ TEST_CASE("Conversations are checked before any of them changes", "[model][gener
   CHECK(message({.prompt = {1}, .until = {.count = 1}, .sampling = {.top_p = 2.0}}) ==
         "Sampling: top_p = 2, expected 0 <= top_p <= 1");
   CHECK(message({.prompt = {3, 11}, .until = {.count = 1}}) ==
-        "Embedding::forward: ids[3] = 11, expected 0 <= id < 11");
+        "generate: prompt[1] = 11 of conversation 1, expected 0 <= id < 11");
+  // Also where the bad one would have had its turn after the others, in passes of its own.
+  CHECK(message({.prompt = {-1}, .until = {.count = 1}, .adapters = "other"}) ==
+        "generate: prompt[0] = -1 of conversation 1, expected 0 <= id < 11");
 }
 
 TEST_CASE("A callback that throws ends it for all", "[model][generate]") {

@@ -171,7 +171,8 @@ TEST_CASE("generate refuses misuse before it changes anything", "[model][generat
   };
   CHECK(message({}, 3, {}) == "generate: prompt is empty, expected at least one token");
   CHECK(message({3}, -1, {}) == "generate: count = -1, expected >= 0");
-  CHECK(message({3, 11}, 3, {}) == "Embedding::forward: ids[1] = 11, expected 0 <= id < 11");
+  CHECK(message({3, 11}, 3, {}) ==
+        "generate: prompt[1] = 11 of conversation 0, expected 0 <= id < 11");
   CHECK(message({3}, 3, {.temperature = -1.0}) ==
         "Sampling: temperature = -1, expected a finite number >= 0");
   CHECK(message({3}, 0, {.top_p = 2.0}) == "Sampling: top_p = 2, expected 0 <= top_p <= 1");

@@ -404,7 +404,7 @@ TEST_CASE("Speculative decoding refuses misuse before it changes anything",
         "generate: until.texts[0] is empty, expected at least one token");
   CHECK(message({1}, {.count = 1}, {.top_k = -1}) == "Sampling: top_k = -1, expected >= 0");
   CHECK(message({3, 11}, {.count = 3}, {}) ==
-        "Embedding::forward: ids[1] = 11, expected 0 <= id < 11");
+        "generate: prompt[1] = 11 of conversation 0, expected 0 <= id < 11");
   CHECK(state.main.length == 4);
   CHECK(state.tokens.size() == 4);
 

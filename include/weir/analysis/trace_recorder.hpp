@@ -146,6 +146,9 @@ class TraceRecorder final : public RoutingObserver {
     left_out_ = 0;
   }
 
+  /// Where records go; null if they stay in memory.
+  const TraceSink* sink() const { return sink_; }
+
   const TraceRecorderConfig& config() const { return config_; }
   const std::vector<TraceLayer>& layers() const { return layers_; }
   const std::vector<std::string>& domains() const { return domains_; }

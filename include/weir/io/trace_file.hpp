@@ -64,8 +64,14 @@ class TraceWriter final : public TraceSink {
   void write(std::span<const std::byte> records) override { file_.write(records); }
 
   /// Completes the file with what `recorder` still has, and gives it its name.
+  /// \throws StateError   unless this is where the recorder's records go.
   /// \throws FileError  as AtomicFile.
   void commit(TraceRecorder& recorder) {
+    if (recorder.sink() != this) {
+      throw_error<StateError>("TraceWriter::commit: the recorder has ",
+                              recorder.sink() == nullptr ? "no sink" : "another sink",
+                              ", expected this writer");
+    }
     recorder.flush();
     std::string names;
     const auto add_number = [&names](std::size_t number) {

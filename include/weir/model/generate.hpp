@@ -106,9 +106,14 @@ struct Turn {
   std::string_view adapters = "*";
   Index number = 0;  ///< Of the conversation.
 
-  void check() const {
+  void check(Index vocab) const {
     if (prompt.count() == 0) {
       throw_error<ConfigError>("generate: prompt is empty, expected at least one token");
+    }
+    for (Index i = 0; i < prompt.count(); ++i) {
+      if (prompt[i] >= 0 && prompt[i] < vocab) continue;
+      throw_error<ConfigError>("generate: prompt[", i, "] = ", prompt[i], " of conversation ",
+                               number, ", expected 0 <= id < ", vocab);
     }
     until->check();
     sampling->check();
@@ -179,17 +184,14 @@ class Samplers {
   List<Index> tokens_;
 };
 
-/// Lets all turns take place, which have the same adapters. Each pass of the model computes the
-/// next token of every turn. A turn that has ended leaves once its last token has gone into its
-/// state.
+/// Lets all turns take place, which have been checked and have the same adapters. Each pass of the
+/// model computes the next token of every turn. A turn that has ended leaves once its last token
+/// has gone into its state.
 template <class T>
 void take_turns(const Decoder<T>& model, std::span<Turn<T>> turns,
                 GenerationObserver<T>* observer) {
   if (turns.empty()) return;
-  for (Turn<T>& turn : turns) {
-    turn.check();
-    turn.ended = turn.until->count == 0;
-  }
+  for (Turn<T>& turn : turns) turn.ended = turn.until->count == 0;
   Samplers<T> samplers;
   typename Decoder<T>::Cache cache;
   std::vector<Index> ids;
@@ -263,7 +265,7 @@ std::vector<Generated> generate(const Decoder<T>& model,
     turns.back().adapters = c.adapters;
     turns.back().number = static_cast<Index>(turns.size()) - 1;
   }
-  for (const detail::Turn<T>& turn : turns) turn.check();
+  for (const detail::Turn<T>& turn : turns) turn.check(model.vocab());
   // The turns of each group of equal adapters, in their order.
   std::vector<bool> had(turns.size(), false);
   for (std::size_t first = 0; first < turns.size(); ++first) {
@@ -294,6 +296,7 @@ template <std::floating_point T>
 Generated generate(const Decoder<T>& model, TokenIds prompt, const Until& until,
                    const Sampling& sampling, Rng& rng, typename Decoder<T>::State& state) {
   detail::Turn<T> turn = {prompt, &until, &sampling, &rng, &state};
+  turn.check(model.vocab());
   detail::take_turns<T>(model, {&turn, 1}, nullptr);
   return std::move(turn.result);
 }

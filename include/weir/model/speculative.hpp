@@ -265,7 +265,7 @@ Generated speculate(const Decoder<T>& model, const MultiToken<T>& modules, Token
                     const Until& until, const Sampling& sampling, Rng& rng,
                     SpeculativeState<T>& state, DraftReport& report) {
   detail::Turn<T> turn = {prompt, &until, &sampling, &rng, &state.main};
-  turn.check();
+  turn.check(model.vocab());
   detail::Speculation<T>(model, modules, state, report).run(turn);
   return std::move(turn.result);
 }
