@@ -267,6 +267,7 @@
 
 #include <weir/analysis/bootstrap.hpp>
 #include <weir/analysis/co_activation.hpp>
+#include <weir/analysis/expert_redundancy.hpp>
 #include <weir/analysis/load_statistics.hpp>
 #include <weir/analysis/mutual_information.hpp>
 #include <weir/analysis/random_routing.hpp>

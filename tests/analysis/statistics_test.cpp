@@ -301,7 +301,17 @@ TEST_CASE("The overlap of two routings by hand", "[analysis]") {
   other = b;
   other.layers[0].experts = 5;
   CHECK(test::message_of<ConfigError>([&] { routing_overlap(a, other, "moe"); }) ==
-        "routing_overlap: layer 'moe' has 4 and 5 experts, expected as many in both");
+        "routing_overlap: layer 'moe' has 4 experts and 'moe' 5, expected as many in both");
+
+  // Layers of other names and another k: {1}, {0}, {1}, {0}, {3}, {0} of b against a's first k = 2.
+  other = b;
+  other.layers[0] = {.name = "layers.0.moe", .experts = 4};
+  for (const Index e : {1, 0, 1, 0, 3, 0}) other.layers[0].add({e});
+  const RoutingOverlap fewer =
+      routing_overlap(a, a.layers[0], other, other.layers[0], kNoIntervals);
+  CHECK(fewer.shared.value == Approx(5.0 / 6.0 / 2.0));
+  CHECK(fewer.first.value == Approx(4.0 / 6.0));
+  CHECK(fewer.shared.chance == Approx(0.25));
 }
 
 TEST_CASE("An interval covers the truth about as often as it says", "[analysis]") {

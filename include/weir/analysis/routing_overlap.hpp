@@ -23,12 +23,15 @@ struct RoutingOverlap {
   Estimate first;   ///< The share of tokens with the same first choice. By chance: 1 / experts.
 };
 
-/// How far one layer agrees in two traces of the same tokens (Xue et al. 2024, arXiv:2402.01739,
-/// section 4.2: routing of checkpoints, "early routing learning").
-/// \throws ConfigError  unless both have the same sequences, positions and ids, and the layer with
-///                      as many experts.
-inline RoutingOverlap routing_overlap(const TracedTokens& a, const TracedTokens& b,
-                                      std::string_view layer, const BootstrapConfig& config = {}) {
+/// How far a layer of one trace agrees with one of another trace of the same tokens (Xue et al.
+/// 2024, arXiv:2402.01739, section 4.2: routing of checkpoints, "early routing learning").
+/// \param in_a     A layer of a.
+/// \param in_b     A layer of b; tokens may have another number of experts in it.
+/// \throws ConfigError  unless both have the same sequences, positions and ids, and the layers as
+///                      many experts.
+inline RoutingOverlap routing_overlap(const TracedTokens& a, const TracedLayer& in_a,
+                                      const TracedTokens& b, const TracedLayer& in_b,
+                                      const BootstrapConfig& config = {}) {
   const auto same = [](const TracedTokens::Sequence& s, const TracedTokens::Sequence& t) {
     return s.id == t.id && s.begin == t.begin && s.end == t.end;
   };
@@ -38,11 +41,10 @@ inline RoutingOverlap routing_overlap(const TracedTokens& a, const TracedTokens&
     throw_error<ConfigError>(
         "routing_overlap: the traces have different tokens, expected the same");
   }
-  const TracedLayer& in_a = a.layer(layer);
-  const TracedLayer& in_b = b.layer(layer);
   if (in_a.experts != in_b.experts) {
-    throw_error<ConfigError>("routing_overlap: layer '", layer, "' has ", in_a.experts, " and ",
-                             in_b.experts, " experts, expected as many in both");
+    throw_error<ConfigError>("routing_overlap: layer '", in_a.name, "' has ", in_a.experts,
+                             " experts and '", in_b.name, "' ", in_b.experts,
+                             ", expected as many in both");
   }
   const auto agreement = [&](std::span<const Index> sequences, bool by_chance) {
     double tokens = 0.0;
@@ -75,6 +77,13 @@ inline RoutingOverlap routing_overlap(const TracedTokens& a, const TracedTokens&
   result.shared.chance = chance[0];
   result.first.chance = chance[1];
   return result;
+}
+
+/// How far the layer of this name agrees in both.
+/// \throws ConfigError  as above, and if one of them has no such layer.
+inline RoutingOverlap routing_overlap(const TracedTokens& a, const TracedTokens& b,
+                                      std::string_view layer, const BootstrapConfig& config = {}) {
+  return routing_overlap(a, a.layer(layer), b, b.layer(layer), config);
 }
 
 }  // namespace weir

@@ -47,6 +47,11 @@ struct Pass {
   /// (experts of a modality). If empty, all are allowed. See expert_mask.hpp and `Routing::begin`.
   std::span<const std::uint8_t> allowed = {};
 
+  /// The share of all experts that each token goes without in each mixture: those of its largest
+  /// logits, as many as the share rounded to whole experts makes. It is for measuring how well
+  /// others can stand in for them, see loss_without_best. At least 0 and below 1.
+  double without_best = 0.0;
+
   /// The generator for random decisions. Only mechanisms that draw need it, and they say so.
   Rng* rng = nullptr;
 

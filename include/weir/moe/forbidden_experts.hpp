@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// \file
-/// Passes that forbid experts to tokens (Pass::allowed), and what becomes of the logits.
+/// Passes that forbid experts to tokens (Pass::allowed, Pass::without_best), and what becomes of
+/// the logits.
 #pragma once
 
 #include <algorithm>
@@ -94,6 +95,40 @@ void forbid_experts(const Pass& pass, Matrix<T>& logits) {
     for (Index e = 0; e < logits.cols(); ++e) {
       if (is_allowed(pass, logits.cols(), t, e)) continue;
       logits(t, e) = -std::numeric_limits<T>::infinity();
+    }
+  }
+}
+
+/// How many of `experts` a share of them is, see Pass::without_best.
+inline Index share_of_experts(double share, Index experts) {
+  return static_cast<Index>(std::lround(share * static_cast<double>(experts)));
+}
+
+/// Makes the logits [tokens, experts] of each real token's best experts -infinity, as many as
+/// pass.without_best says; of equal logits, those of the lowest indices.
+/// \param k        How many experts each token is to have; 0 if that is not fixed.
+/// \throws ConfigError  unless 0 <= pass.without_best < 1, or if a real token is left fewer than k
+///                      experts, or none.
+template <class T>
+void forbid_best_experts(std::string_view who, const Pass& pass, Index k, Matrix<T>& logits) {
+  constexpr T kForbidden = -std::numeric_limits<T>::infinity();
+  if (!(pass.without_best >= 0.0 && pass.without_best < 1.0)) {
+    throw_error<ConfigError>(who, ": pass.without_best = ", pass.without_best,
+                             ", expected 0 <= without_best < 1");
+  }
+  const Index count = share_of_experts(pass.without_best, logits.cols());
+  for (Index t = 0; t < logits.rows(); ++t) {
+    if (pass.is_padding(t)) continue;
+    const auto open = static_cast<Index>((logits.row(t).array() != kForbidden).count());
+    if (open - count < std::max(k, Index(1))) {
+      throw_error<ConfigError>(who, ": token ", t, " is left ", std::max(open - count, Index(0)),
+                               " of ", logits.cols(),
+                               " experts by pass.without_best = ", pass.without_best,
+                               ", expected at least ", k > 0 ? "k = " : "", std::max(k, Index(1)));
+    }
+    for (Index i = 0; i < count; ++i) {
+      T* const best = std::max_element(&logits(t, 0), &logits(t, 0) + logits.cols());
+      *best = kForbidden;
     }
   }
 }

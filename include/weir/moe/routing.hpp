@@ -99,13 +99,15 @@ struct Routing : Assignments {
   /// Where pass.allowed forbids an expert, the logit becomes -infinity, whatever the router made of
   /// it. Every selector then gives the expert no assignment, the probability 0 and no gradient, so
   /// that the token is routed as if the router had no such expert. What is forbidden to some tokens
-  /// only is still one of the `open` experts, and counts as one for all tokens.
+  /// only is still one of the `open` experts, and counts as one for all tokens. The best experts of
+  /// each token that pass.without_best takes away are forbidden to it in the same way.
   ///
   /// The probabilities of padding become zero; the others are for the selector to set.
   ///
   /// \param who      The selector's name, for messages.
   /// \param k        How many experts each token is to have; 0 if that is not fixed.
-  /// \throws ConfigError     if a real token is allowed fewer than k experts, or none.
+  /// \throws ConfigError     if a real token is allowed or left fewer than k experts, or none, or
+  ///                         pass.without_best is out of range.
   /// \throws NonFiniteError  if a logit of a real token is NaN or infinite, where it is allowed.
   /// \throws ShapeError      if the pass does not fit the tokens or the experts.
   void begin(std::string_view who, MatrixIn<T> router_logits, const Pass& pass, Index k = 0);
@@ -122,8 +124,9 @@ void Routing<T>::begin(std::string_view who, MatrixIn<T> router_logits, const Pa
   expect_finite_logits<T>(who, router_logits, pass);
   rows.set(who, pass, router_logits.rows());
   copy_rows<T>(router_logits, logits);
-  restricted = !pass.allowed.empty();
-  if (restricted) forbid_experts<T>(pass, logits);
+  restricted = !pass.allowed.empty() || pass.without_best != 0.0;
+  if (!pass.allowed.empty()) forbid_experts<T>(pass, logits);
+  if (pass.without_best != 0.0) forbid_best_experts<T>(who, pass, k, logits);
   find_open_experts(pass, logits.rows(), logits.cols(), open);
   set_shape(probabilities, logits.rows(), logits.cols());
   for (Index t = 0; rows.has_padding() && t < logits.rows(); ++t) {

@@ -87,14 +87,15 @@ class SoftMoE {
   /// \param x        [tokens, d_model]
   /// \return         [tokens, d_out of the bank]
   /// \throws ShapeError      if x, pass.mask or pass.sequences do not fit.
-  /// \throws ConfigError     if pass.allowed is set.
+  /// \throws ConfigError     if pass.allowed or pass.without_best is set.
   /// \throws NonFiniteError  if a logit of a real token is not finite.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     cache.state.begin();
     expect_columns("SoftMoE::forward", "x", x, d_model());
-    if (!pass.allowed.empty()) {
-      throw_error<ConfigError>(
-          "SoftMoE::forward: pass.allowed is set, expected none: slots mix tokens");
+    if (!pass.allowed.empty() || pass.without_best != 0.0) {
+      throw_error<ConfigError>("SoftMoE::forward: pass.",
+                               pass.allowed.empty() ? "without_best" : "allowed",
+                               " is set, expected none: slots mix tokens");
     }
     auto& weights = cache.weights;
     weights_.forward(x, pass, weights);

@@ -29,6 +29,7 @@ Pass gathered_pass(const Pass& pass, const Dispatch<T>& dispatch, Index rows, Ro
   gathered.mask = {};
   gathered.places = {};
   gathered.allowed = {};
+  gathered.without_best = 0.0;
   gathered.token_ids = token_ids;
   return gathered;
 }

@@ -190,6 +190,7 @@ class HierarchicalRouter : public RouterBase<typename Experts::Scalar> {
     const PassRecord::Scope scope(pass.record, "groups");
     Pass of_groups = pass;
     of_groups.allowed = {};
+    of_groups.without_best = 0.0;
     return groups_.forward(x, of_groups, cache.groups);
   }
 
