@@ -15,7 +15,6 @@
 
 #include <weir/core/cache_storage.hpp>
 #include <weir/core/parallel.hpp>
-#include <weir/core/storage.hpp>
 #include <weir/io/expert_store.hpp>
 #include <weir/model/generate.hpp>
 
@@ -47,9 +46,11 @@ struct Options {
   int threads = weir::hardware_threads();
 };
 
-std::string rate_of(Index tokens, double seconds) {
+/// What there is to say about a text that has been written.
+std::string summary_of(Index tokens, double seconds, const Decoder::State& state) {
   return std::to_string(tokens) + " tokens, " +
-         fixed(static_cast<double>(tokens) / std::max(seconds, 1e-9), 1) + " tokens/s";
+         fixed(static_cast<double>(tokens) / std::max(seconds, 1e-9), 1) + " tokens/s, cache of " +
+         std::to_string(state.bytes_per_token()) + " bytes a token";
 }
 
 /// Continues one prompt and shows each token as soon as it is known.
@@ -79,7 +80,7 @@ void write_one(const LoadedModel& writer, const Options& options, const std::str
   Index count = 0;
   const double seconds =
       seconds_of([&] { count = write_on(writer, options, *text, ids, rng, state); });
-  std::cout << "----\n" << rate_of(count, seconds) << '\n';
+  std::cout << "----\n" << summary_of(count, seconds, state) << '\n';
 }
 
 /// Continues several prompts at once: each pass of the model computes a token of every text.
@@ -112,7 +113,7 @@ void write_many(const LoadedModel& writer, const Options& options,
     for (const Index id : results[i].tokens) std::cout << text->add(id);
     std::cout << text->flush() << '\n';
   }
-  std::cout << "----\n" << rate_of(count, seconds) << '\n';
+  std::cout << "----\n" << summary_of(count, seconds, conversations[0].state) << '\n';
 }
 
 /// Continues what is typed, line by line; all that was said before is remembered.
@@ -140,19 +141,11 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   line.add("model", options.model,
            "A folder of checkpoints of train_lm or of a published model, or a .gguf file")
       ->required();
-  line.add("--storage", options.how.storage, "How weights are kept; bf16 is half as large")
-      ->check(CLI::IsMember(
-          std::vector<std::string>(weir::kStorageNames.begin(), weir::kStorageNames.end())));
+  add_model_options(line, options.how);
   line.add("--cache", options.cache,
            "How keys and values of earlier tokens are kept; bf16 is half as large as full")
       ->check(CLI::IsMember(std::vector<std::string>(weir::kCacheStorageNames.begin(),
                                                      weir::kCacheStorageNames.end())));
-  line.add("--expert-memory", options.how.expert_memory,
-           "Megabytes for experts, the others stay in the files (0: all in memory)")
-      ->check(limits::at_least(0));
-  line.add("--longest-text", options.how.longest_text,
-           "Tokens of a text at most, where positions depend on it (0: as the model says)")
-      ->check(limits::at_least(0));
   line.add("--threads", options.threads, "How many cores to use")->check(limits::at_least(1));
   line.group("Writing");
   line.add("--prompt", options.prompts, "What to continue; several are continued at once")

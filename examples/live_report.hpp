@@ -303,8 +303,9 @@ inline void LiveReport::set_routes(Model model) {
   std::vector<Model> models;
   models.push_back(std::move(model));
   Table ignored;
-  routes_ = describe(
-      models, [] { return std::make_unique<Bytes>(); }, how, false, ignored);
+  const Json all = describe(
+      models, [] { return std::make_unique<Bytes>(); }, how, ignored);
+  routes_ = for_page(all, models, how);
 }
 
 inline void LiveReport::write(const Json& facts, bool running) {

@@ -24,6 +24,7 @@
 #include <weir/model/decoder.hpp>
 
 #include "byte_decoder.hpp"
+#include "command_line.hpp"
 #include "escaped.hpp"
 #include "text.hpp"
 
@@ -68,6 +69,19 @@ struct ModelOptions {
   weir::Index longest_text = 0;
   bool numbers = false;  ///< Whether texts are lists of token ids.
 };
+
+/// The options that say how to load a model.
+inline void add_model_options(CommandLine& line, ModelOptions& how) {
+  line.add("--storage", how.storage, "How weights are kept; bf16 is half as large")
+      ->check(CLI::IsMember(
+          std::vector<std::string>(weir::kStorageNames.begin(), weir::kStorageNames.end())));
+  line.add("--expert-memory", how.expert_memory,
+           "Megabytes for experts, the others stay in the files (0: all in memory)")
+      ->check(limits::at_least(0));
+  line.add("--longest-text", how.longest_text,
+           "Tokens of a text at most, where positions depend on it (0: as the model says)")
+      ->check(limits::at_least(0));
+}
 
 namespace load_model {
 

@@ -75,6 +75,8 @@ class Table {
 struct Model {
   std::string name;
   TracedTokens tokens;
+  /// The loss without the best experts, in bits, one for each share; empty if it was not measured.
+  std::vector<Estimate> redundancy = {};
 };
 
 /// How a report is made.
@@ -83,9 +85,10 @@ struct Options {
   Index position_groups = 16;
   Index least_token_count = 5;  ///< For statistics by token id.
   Index top = 10;
-  std::size_t matrix_bytes = 400'000;  ///< For the co-activations of a model on the page.
-  std::size_t text_bytes = 1'100'000;  ///< For the text of a model on the page.
-  std::size_t links = 3000;            ///< For the flow of a model on the page.
+  std::size_t matrix_bytes = 400'000;      ///< For all co-activations on the page.
+  std::size_t text_bytes = 1'100'000;      ///< For all routes on the page.
+  std::size_t links = 3000;                ///< For the flow of a model on the page.
+  std::vector<double> masked_shares = {};  ///< Of the experts, for the loss without the best.
 };
 
 /// The statistics of one model. Each is added to a table as well.
@@ -95,8 +98,7 @@ class Statistics {
       : model_(model), options_(options), table_(table) {}
 
   /// \param vocabulary  The place of each token id in the page's list.
-  /// \param full     Whether nothing is left out to keep a page small.
-  Json json(const std::map<Index, Index>& vocabulary, bool full);
+  Json json(const std::map<Index, Index>& vocabulary);
 
  private:
   const TracedTokens& tokens() const { return model_.tokens; }
@@ -115,7 +117,8 @@ class Statistics {
   Json together(const TracedLayer& layer);
   Json top(const TracedLayer& layer, const std::map<Index, Index>& vocabulary);
   Json positions();
-  Json flow(bool full);
+  Json flow();
+  Json redundancy();
 
   weir::TokenGroups positions_of() const {
     Index most = 0;
@@ -247,7 +250,7 @@ inline Json Statistics::positions() {
   return json;
 }
 
-inline Json Statistics::flow(bool full) {
+inline Json Statistics::flow() {
   Json json = Json::array();
   const auto& layers = tokens().layers;
   for (std::size_t l = 0; l + 1 < layers.size(); ++l) {
@@ -265,12 +268,8 @@ inline Json Statistics::flow(bool full) {
     }
     std::stable_sort(links.begin(), links.end(),
                      [](const Link& a, const Link& b) { return a.tokens > b.tokens; });
-    const std::size_t most = std::max<std::size_t>(32, options_.links / (layers.size() - 1));
-    if (!full && links.size() > most) links.resize(most);
-    double shown = 0.0;
     Json list = Json::array();
     for (const Link& link : links) {
-      shown += link.tokens;
       list.push_back({link.e, link.f, static_cast<Index>(link.tokens)});
     }
     const auto counts = [](const auto& sums) {
@@ -287,7 +286,7 @@ inline Json Statistics::flow(bool full) {
          {"to", l + 1},
          {"links", std::move(list)},
          {"total", static_cast<Index>(n.sum())},
-         {"shown", number(n.sum() > 0.0 ? shown / n.sum() : 1.0)},
+         {"shown", 1},
          {"out", counts(out)},
          {"into", counts(into)},
          {"known", keep("next_known", layers[l], layers[l + 1].name, "", p.known)},
@@ -296,15 +295,20 @@ inline Json Statistics::flow(bool full) {
   return json;
 }
 
-inline Json Statistics::json(const std::map<Index, Index>& vocabulary, bool full) {
-  Json json = {{"name", model_.name}};
-  std::size_t matrices = 0;
-  for (const TracedLayer& layer : tokens().layers) {
-    matrices += static_cast<std::size_t>(layer.experts * layer.experts) * 6;
+inline Json Statistics::redundancy() {
+  Json json = Json::array();
+  for (std::size_t i = 0; i < model_.redundancy.size(); ++i) {
+    const Estimate& e = model_.redundancy[i];
+    table_.add(model_.name, "bits_without_best", "all",
+               "share " + number(options_.masked_shares[i]).dump(), "", e);
+    json.push_back(of(e));
   }
-  const std::size_t stride = full ? 1 : matrices / options_.matrix_bytes + 1;
-  for (std::size_t l = 0; l < tokens().layers.size(); ++l) {
-    const TracedLayer& layer = tokens().layers[l];
+  return json;
+}
+
+inline Json Statistics::json(const std::map<Index, Index>& vocabulary) {
+  Json json = {{"name", model_.name}};
+  for (const TracedLayer& layer : tokens().layers) {
     Index k = 0;
     for (Index t = 0; t < layer.tokens(); ++t) k = std::max(k, layer.choices(t));
     json["layers"].push_back({{"name", layer.name}, {"experts", layer.experts}, {"k", k}});
@@ -314,11 +318,11 @@ inline Json Statistics::json(const std::map<Index, Index>& vocabulary, bool full
     json["info"].push_back(information(layer));
     json["spread"].push_back(spread(layer));
     json["top"].push_back(top(layer, vocabulary));
-    Json matrix = k > 1 ? together(layer) : Json();
-    json["together"].push_back(l % stride == 0 ? std::move(matrix) : Json());
+    json["together"].push_back(k > 1 ? together(layer) : Json());
   }
   json["position"] = positions();
-  json["flow"] = flow(full);
+  json["flow"] = flow();
+  json["redundancy"] = redundancy();
   return json;
 }
 

@@ -3,8 +3,10 @@
 /// All that a report says about one model, or about two side by side.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <limits>
 #include <map>
 #include <string>
 #include <utility>
@@ -66,59 +68,115 @@ inline std::vector<Saying> sayings(const Model& model, const Json& statistics) {
                             layers[repeats]["name"].get<std::string>() + ": " + percent(rate[0]) +
                             " of the time, by chance " + percent(rate[3]) + "."});
   }
-  const double bits = std::log2(layers[0]["experts"].get<double>());
+  const double at_most = std::log2(layers[0]["experts"].get<double>());
   says.push_back(
-      {"", who + "of at most " + fixed(bits, 1) +
+      {"", who + "of at most " + fixed(at_most, 1) +
                " bits about the first expert, the token's id tells " + fixed(token, 2) +
                (model.tokens.domains.size() > 1 ? ", the text it is from " + fixed(domain, 2)
                                                 : std::string()) +
                " and its position " + fixed(position, 2) +
                " (mean over layers, beyond what chance would show)."});
+  const Json& loss = statistics["redundancy"];
+  if (loss.size() > 1 && !loss[0][0].is_null() && !loss.back()[0].is_null()) {
+    const auto bits = [](const Json& v) { return fixed(v.get<double>(), 2); };
+    const Json& most = loss.back();
+    says.push_back({"", who + "without its best experts, up to the share measured, a token takes " +
+                            bits(most[0]) + " bits instead of " + bits(loss[0][0]) +
+                            (most[3].is_null() ? std::string()
+                                               : "; without as many random ones " + bits(most[3])) +
+                            "."});
+  }
   return says;
 }
 
+/// What two models have in common, layer by layer; null where a layer has another number of experts
+/// in each.
+inline void compare(const std::vector<Model>& models, const Options& how, Json& data,
+                    Table& table) {
+  const TracedTokens& a = models[0].tokens;
+  const TracedTokens& b = models[1].tokens;
+  const std::string both = models[0].name + " / " + models[1].name;
+  double first = 0.0;
+  double by_chance = 0.0;
+  double layers = 0.0;
+  for (std::size_t l = 0; l < a.layers.size(); ++l) {
+    if (a.layers[l].experts != b.layers[l].experts) {
+      data["overlap"].push_back(nullptr);
+      continue;
+    }
+    const weir::RoutingOverlap overlap =
+        weir::routing_overlap(a, a.layers[l], b, b.layers[l], how.bootstrap);
+    table.add(both, "overlap_shared", a.layers[l].name, "all", "", overlap.shared);
+    table.add(both, "overlap_first", a.layers[l].name, "all", "", overlap.first);
+    data["overlap"].push_back({{"shared", of(overlap.shared)}, {"first", of(overlap.first)}});
+    first += overlap.first.value;
+    by_chance += overlap.first.chance;
+    layers += 1.0;
+  }
+  if (layers == 0.0) return;
+  data["says"].push_back(
+      {"", "The two models choose the same first expert for " + fixed(100.0 * first / layers, 0) +
+               " % of the tokens (by chance " + fixed(100.0 * by_chance / layers, 1) + " %)."});
+}
+
 /// Texts and statistics. What differs from page to page, "title" and "facts", is left to others.
-/// \param models   One, or two that have seen the same tokens and have the same layers.
-/// \param full     Whether nothing is left out to keep a page small.
+/// \param models   One, or two that have seen the same tokens and have as many layers.
 /// \param table    Gets a line for each number.
-inline Json describe(const std::vector<Model>& models, const MakeText& make_text, Options how,
-                     bool full, Table& table) {
-  how.text_bytes = full ? std::size_t{1} << 40U : how.text_bytes / models.size();
-  how.matrix_bytes /= models.size();
+inline Json describe(const std::vector<Model>& models, const MakeText& make_text,
+                     const Options& how, Table& table) {
   const TracedTokens& tokens = models[0].tokens;
   const std::map<Index, Index> vocabulary = vocabulary_of(tokens);
   Json data = {{"domains", tokens.domains},
                {"tokens", {{"text", Json::array()}, {"id", Json::array()}}},
                {"text", text_json(tokens, vocabulary)},
+               {"masked", how.masked_shares},
                {"models", Json::array()},
                {"says", Json::array()}};
   for (const auto& [id, place] : vocabulary) {
     data["tokens"]["text"].push_back(text_of(make_text, id));
     data["tokens"]["id"].push_back(id);
   }
+  const RouteLayout layout = route_layout(models, std::numeric_limits<std::size_t>::max());
   for (const Model& model : models) {
-    Json json = Statistics(model, how, table).json(vocabulary, full);
+    Json json = Statistics(model, how, table).json(vocabulary);
     for (const Saying& saying : sayings(model, json)) {
       data["says"].push_back({saying.kind, saying.text});
     }
-    json["text"] = routes_json(model.tokens, how.text_bytes);
+    json["text"] = routes_json(model.tokens, layout);
     data["models"].push_back(std::move(json));
   }
-  if (models.size() < 2) return data;
-  const std::string both = models[0].name + " / " + models[1].name;
-  double first = 0.0;
-  for (const TracedLayer& layer : tokens.layers) {
-    const weir::RoutingOverlap overlap =
-        weir::routing_overlap(tokens, models[1].tokens, layer.name, how.bootstrap);
-    table.add(both, "overlap_shared", layer.name, "all", "", overlap.shared);
-    table.add(both, "overlap_first", layer.name, "all", "", overlap.first);
-    data["overlap"].push_back({{"shared", of(overlap.shared)}, {"first", of(overlap.first)}});
-    first += overlap.first.value / static_cast<double>(tokens.layers.size());
+  if (models.size() > 1) compare(models, how, data, table);
+  return data;
+}
+
+/// What `describe` has made of the models, small enough for a page: with co-activations of a part
+/// of the layers, the largest links, and the routes that have room.
+inline Json for_page(Json data, const std::vector<Model>& models, const Options& how) {
+  std::size_t matrices = 0;
+  for (const Model& model : models) {
+    for (const TracedLayer& layer : model.tokens.layers) {
+      matrices += static_cast<std::size_t>(layer.experts * layer.experts) * 6;
+    }
   }
-  data["says"].push_back({"", "The two models choose the same first expert for " +
-                                  fixed(100.0 * first, 0) + " % of the tokens (by chance " +
-                                  fixed(100.0 / static_cast<double>(tokens.layers[0].experts), 1) +
-                                  " %)."});
+  const std::size_t stride = matrices / how.matrix_bytes + 1;
+  const RouteLayout layout = route_layout(models, how.text_bytes);
+  for (std::size_t m = 0; m < models.size(); ++m) {
+    Json& json = data["models"][m];
+    for (std::size_t l = 0; l < json["together"].size(); ++l) {
+      if (l % stride != 0) json["together"][l] = nullptr;
+    }
+    const std::size_t most =
+        std::max<std::size_t>(32, how.links / std::max<std::size_t>(1, json["flow"].size()));
+    for (Json& flow : json["flow"]) {
+      Json& links = flow["links"];
+      if (links.size() <= most) continue;
+      links.erase(links.begin() + static_cast<std::ptrdiff_t>(most), links.end());
+      double shown = 0.0;
+      for (const Json& link : links) shown += link[2].get<double>();
+      flow["shown"] = number(shown / flow["total"].get<double>());
+    }
+    json["text"] = routes_json(models[m].tokens, layout);
+  }
   return data;
 }
 

@@ -23,9 +23,14 @@ function changing(parent,build){const p=make("div",{"class":two?"pair":""});pare
   const run=()=>{p.textContent="";build(p)};redraw.push(run);run()}
 const titled=(m,caption)=>two?`${m.name}: ${caption}`:caption;
 const layerName=m=>m.layers[layer].name;
-const over=(caption,get,format,o)=>p=>curves(p,Object.assign({caption,x:names,format,
-  series:models.map((m,i)=>({name:two?m.name:"measured",points:m.layers.map((_,l)=>get(m,l)),color:colors[i],dash:i?"6 3":null})),
-  chance:first.layers.map((_,l)=>(get(first,l)||[])[3])},o||{}));
+/// By chance: a dashed line of the first model, and one of the second where that is another.
+function expected(o){if(!two||!o.chances[1].some((v,i)=>v!==o.chances[0][i]))return{chance:o.chances[0]};
+  o.series.push({name:`${o.chanceName||"by chance"}, ${models[1].name}`,points:o.chances[1].map(v=>v==null?null:[v]),color:"var(--soft)",dash:"2 4"});
+  return{chance:o.chances[0],chanceName:`${o.chanceName||"by chance"}, ${first.name}`}}
+const measured=(m,i,points)=>({name:two?m.name:"measured",points,color:colors[i],dash:i?"6 3":null});
+const over=(caption,get,format,o={})=>p=>{const series=models.map((m,i)=>measured(m,i,m.layers.map((_,l)=>get(m,l))));
+  const chance=o.chance===null?{}:expected({series,chanceName:o.chanceName,chances:models.map(m=>m.layers.map((_,l)=>(get(m,l)||[])[3]))});
+  curves(p,Object.assign({caption,x:names,format,series},o,chance))};
 
 function summary(){if(!(D.says||[]).length)return;const c=card("In words","",true);
   c.append(make("ul",{"class":"says"},...D.says.map(([kind,text])=>make("li",{"class":kind},text))))}
@@ -78,7 +83,7 @@ function tokensCard(){
       const s=b.querySelector(`[data-t="${t}"]`);if(s){s.classList.add("at");s.tabIndex=0}}current=t;describe(t)}
   function paint(){const i=shown();boxes.forEach((b,k)=>{for(const s of b.querySelectorAll("span[data-t]")){const a=i<0?null:at(k,i,+s.dataset.t,0);
       s.classList.toggle("off",!a||(only!=null&&a.expert!==only));s.classList.toggle("lost",!!a&&!a.kept);if(a)s.style.setProperty("--h",hue(a.expert))}});
-    chips.textContent="";const E=first.layers[layer].experts;for(let e=0;e<E;e++){const b=make("button",{type:"button","aria-pressed":only===e,style:`--h:${hue(e)}`,"aria-label":`expert ${e}`},String(e));
+    chips.textContent="";const E=Math.max(...models.map(m=>m.layers[layer].experts));for(let e=0;e<E;e++){const b=make("button",{type:"button","aria-pressed":only===e,style:`--h:${hue(e)}`,"aria-label":`expert ${e}`},String(e));
       b.onclick=()=>{only=only===e?null:e;paint()};chips.append(b)}
     if(current>=0)describe(current)}
   function fill(){left.textContent="";boxes=[];current=-1;const d=+pick.value;
@@ -168,8 +173,9 @@ function together(){if(!first.together||!first.layers.some((l,i)=>l.k>1&&first.t
 function flows(){if(!first.flow.length)return;
   const c=card("From layer to layer","Where the tokens of each expert go next, by first choices. If a layer's choice says nothing about the next one's, all bands spread alike.",true);
   for(const m of models)flow(c,titled(m,"flow of tokens between experts"),m);
-  curves(c,{caption:"Next expert guessed right, knowing the last one",x:first.flow.map(f=>`${names[f.from]}→${names[f.to]}`),label:"Layers",format:percent,
-    series:models.map((m,i)=>({name:two?m.name:"measured",points:m.flow.map(f=>f.known),color:colors[i]})),chance:first.flow.map(f=>f.known[3]),chanceName:"shuffled"})}
+  const series=models.map((m,i)=>measured(m,i,m.flow.map(f=>f.known)));
+  curves(c,Object.assign({caption:"Next expert guessed right, knowing the last one",x:first.flow.map(f=>`${names[f.from]}→${names[f.to]}`),label:"Layers",format:percent,
+    series,chanceName:"shuffled"},expected({series,chances:models.map(m=>m.flow.map(f=>f.known[3])),chanceName:"shuffled"})))}
 
 function tops(){
   const c=card("What each expert gets","The tokens that each expert is chosen for most often; the number says how many of the token's occurrences go to the expert.",true);
@@ -179,10 +185,16 @@ function tops(){
       if(!list.length)d.append(make("span",{"class":"soft"},"no token"));grid.append(d)});
     const f=make("figure",{"data-points":n},make("figcaption",{},titled(m,layerName(m))),grid);p.append(f)}})}
 
-function overlap(){if(!D.overlap)return;
+function redundancy(){if(!models.some(m=>(m.redundancy||[]).length))return;
+  const c=card("Without the best experts","What a token takes if it goes without its best experts in every layer, a share of all of them. The steeper the loss rises, the less the others can stand in for them. Dashed: without as many that are drawn at random.",false);
+  const series=models.map((m,i)=>measured(m,i,m.redundancy));
+  curves(c,Object.assign({caption:"bits per token",x:D.masked.map(s=>(100*s).toFixed(1)+" %"),label:"Masked",format:short,zero:false,series,chanceName:"random ones"},
+    expected({series,chances:models.map(m=>m.redundancy.map(e=>e[3])),chanceName:"random ones"})))}
+
+function overlap(){if(!D.overlap||!D.overlap.some(o=>o))return;
   const c=card("Do both models agree?","For the same tokens: the share of experts in common, and of tokens with the same first expert.",true);
   const p=make("div",{"class":"pair"});c.append(p);
-  for(const [k,n] of [["shared","Experts in common"],["first","Same first expert"]])curves(p,{caption:n,x:names,format:percent,series:[{name:"measured",points:D.overlap.map(o=>o[k]),color:colors[0]}],chance:D.overlap.map(o=>o[k][3])})}
+  for(const [k,n] of [["shared","Experts in common"],["first","Same first expert"]])curves(p,{caption:n,x:names,format:percent,series:[{name:"measured",points:D.overlap.map(o=>o&&o[k]),color:colors[0]}],chance:D.overlap.map(o=>o&&o[k][3])})}
 
 /// What was chosen stays chosen when the page is loaded anew.
 const kept={get:k=>{try{return sessionStorage.getItem("weir."+k)}catch{return null}},set:(k,v)=>{try{sessionStorage.setItem("weir."+k,v)}catch{}}};
@@ -196,7 +208,7 @@ function begin(){
   themed();
   summary();training();
   if(first&&first.layers.length){
-    tokensCard();loads();flows();domains();repeats();information();positions();together();tops();overlap();
+    tokensCard();loads();flows();domains();repeats();information();positions();together();tops();redundancy();overlap();
     const range=$("layer"),out=$("layer-name");range.max=first.layers.length-1;range.value=Math.min(+kept.get("layer")||0,first.layers.length-1);
     const set=()=>{layer=+range.value;kept.set("layer",layer);out.textContent=first.layers[layer].name+` · ${first.layers[layer].experts} experts, ${first.layers[layer].k} a token`;range.setAttribute("aria-valuetext",out.textContent)};
     range.oninput=()=>{set();for(const f of redraw)f();drawAll()};set();if(layer)range.oninput();

@@ -54,6 +54,18 @@ inline void print_layer(const Json& model, std::size_t l) {
             << plain(model["info"][l]["position"]) << '\n';
 }
 
+/// \param masked   Shares of the experts.
+/// \param losses   Of each share; none if they were not measured.
+inline void print_redundancy(const Json& masked, const Json& losses) {
+  const auto bits = [](const Json& v) { return v.is_null() ? "-" : fixed(v.get<double>(), 3); };
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    std::cout << "  without the best " << padded(fixed(100.0 * masked[i].get<double>(), 1), 4)
+              << " % of experts: " << bits(losses[i][0]) << " bits (" << bits(losses[i][1])
+              << " to " << bits(losses[i][2]) << "), without random ones " << bits(losses[i][3])
+              << '\n';
+  }
+}
+
 /// The beginning of each text, each token with the colour of its first expert, or behind the
 /// expert's number where there are no colours.
 inline void print_text(const Model& model, const MakeText& make_text, Index layer, bool colours) {
@@ -105,6 +117,7 @@ inline void print(const Json& data, const std::vector<Model>& models, const Make
   for (const Json& model : data["models"]) {
     std::cout << '\n' << model["name"].get<std::string>() << '\n';
     for (std::size_t l = 0; l < model["layers"].size(); ++l) print_layer(model, l);
+    print_redundancy(data["masked"], model["redundancy"]);
   }
   const bool colours = terminal && std::getenv("NO_COLOR") == nullptr;
   for (const Model& model : models) {

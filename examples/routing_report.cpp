@@ -3,6 +3,7 @@
 // figures, the same numbers as JSON and CSV, or a view for the terminal. Two models stand side by
 // side. `routing_report --help` lists the options.
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdlib>
 #include <exception>
@@ -17,17 +18,18 @@
 #include <utility>
 #include <vector>
 
+#include <weir/analysis/expert_redundancy.hpp>
 #include <weir/analysis/trace_recorder.hpp>
 #include <weir/analysis/traced_tokens.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/pass_record.hpp>
 #include <weir/core/sequences.hpp>
-#include <weir/core/storage.hpp>
 #include <weir/io/atomic_file.hpp>
 #include <weir/io/trace_file.hpp>
 
 #include "command_line.hpp"
 #include "load_model.hpp"
+#include "pieces.hpp"
 #include "progress.hpp"
 #include "report_data.hpp"
 #include "report_describe.hpp"
@@ -40,6 +42,9 @@ namespace {
 namespace fs = std::filesystem;
 using report::Json;
 using weir::Index;
+
+/// Of the experts, as in figure 4 of DeepSeekMoE's paper.
+const std::vector<double> kMaskedShares = {0.0, 1.0 / 16, 2.0 / 16, 3.0 / 16, 4.0 / 16};
 
 struct Options {
   std::string model;
@@ -54,12 +59,8 @@ struct Options {
   Index context = 256;
   Index batch = 8;
   Index replicates = 200;
+  bool redundancy = false;
   int threads = weir::hardware_threads();
-};
-
-/// A text, and what it is called.
-struct Domain {
-  std::string name, text;
 };
 
 std::string read_file(const fs::path& path) {
@@ -102,42 +103,6 @@ std::vector<Domain> read_domains(const std::vector<std::string>& texts) {
     if (domains.back().text.empty()) throw std::runtime_error(path.string() + " is empty");
   }
   return domains;
-}
-
-/// Tokens of all texts, in pieces that are spread over each of them.
-struct Pieces {
-  struct Piece {
-    Index domain = 0;
-    std::vector<Index> ids;
-  };
-  std::vector<Piece> all;
-  Index tokens = 0;
-};
-
-Pieces pieces_of(const std::vector<Domain>& domains, const Text& text, const Options& options) {
-  constexpr Index kBytesOfToken = 12;
-  Pieces pieces;
-  const Index each = options.tokens / static_cast<Index>(domains.size());
-  for (std::size_t d = 0; d < domains.size(); ++d) {
-    const std::string& all = domains[d].text;
-    const Index count = std::max<Index>(1, each / options.context);
-    for (Index i = 0; i < count; ++i) {
-      std::size_t begin =
-          all.size() * static_cast<std::size_t>(i) / static_cast<std::size_t>(count);
-      const std::size_t line = begin > 0 ? all.find('\n', begin) : std::string::npos;
-      if (line != std::string::npos && line < begin + 200) begin = line + 1;
-      std::string part =
-          all.substr(begin, static_cast<std::size_t>(options.context * kBytesOfToken));
-      const std::size_t space = part.find_last_of(" \n");
-      if (begin + part.size() < all.size() && space != std::string::npos) part.resize(space);
-      std::vector<Index> ids = text.encode(part, true);
-      ids.resize(std::min(ids.size(), static_cast<std::size_t>(std::min(options.context, each))));
-      if (ids.empty()) continue;
-      pieces.tokens += static_cast<Index>(ids.size());
-      pieces.all.push_back({static_cast<Index>(d), std::move(ids)});
-    }
-  }
-  return pieces;
 }
 
 /// Runs the model over the pieces, several at once.
@@ -187,6 +152,20 @@ Index choices_of(const LoadedModel& model, const Pieces& pieces) {
   return most;
 }
 
+/// The loss without the best experts, in bits for each token.
+std::vector<weir::Estimate> redundancy_of(const LoadedModel& model, const Pieces& pieces,
+                                          const Options& options) {
+  std::vector<std::vector<Index>> texts;
+  for (const Pieces::Piece& piece : pieces.all) texts.push_back(piece.ids);
+  weir::RedundancyConfig config = {.shares = kMaskedShares, .batch = options.batch};
+  config.bootstrap.replicates = options.replicates;
+  std::vector<weir::Estimate> losses = weir::loss_without_best(model.model, texts, config);
+  for (weir::Estimate& e : losses) {
+    for (double* value : {&e.value, &e.low, &e.high, &e.chance}) *value /= std::log(2.0);
+  }
+  return losses;
+}
+
 /// What a model does with the texts.
 report::Model trace(const LoadedModel& model, const std::string& name,
                     const std::vector<Domain>& domains, const Pieces& pieces,
@@ -208,8 +187,9 @@ report::Model trace(const LoadedModel& model, const std::string& name,
     result.tokens = weir::TracedTokens(weir::io::TraceFile(file).trace());
   }
   if (result.tokens.layers.empty()) {
-    throw std::runtime_error(options.model + ": no layer of the model has experts");
+    throw std::runtime_error(name + ": no layer of the model has experts");
   }
+  if (options.redundancy) result.redundancy = redundancy_of(model, pieces, options);
   return result;
 }
 
@@ -218,14 +198,25 @@ std::string name_of(const std::string& path) {
   return whole.filename().string();
 }
 
-/// Title, facts, texts and statistics, as the page and the JSON file have them.
+/// The different numbers of a list, such as "8" or "8 and 64".
+std::string each_of(std::vector<Index> numbers) {
+  std::sort(numbers.begin(), numbers.end());
+  numbers.erase(std::unique(numbers.begin(), numbers.end()), numbers.end());
+  std::string text;
+  for (const Index n : numbers) text += (text.empty() ? "" : " and ") + std::to_string(n);
+  return text;
+}
+
+/// Title, facts, texts and statistics.
 Json describe(const std::vector<report::Model>& models, const MakeText& make_text,
-              const Options& options, bool full, report::Table& table) {
-  report::Options how;
-  how.bootstrap.replicates = options.replicates;
-  Json data = report::describe(models, make_text, how, full, table);
+              const report::Options& how, const Options& options, report::Table& table) {
+  Json data = report::describe(models, make_text, how, table);
   const weir::TracedTokens& tokens = models[0].tokens;
   const std::size_t texts = tokens.domains.size();
+  std::vector<Index> experts;
+  for (const report::Model& model : models) {
+    for (const weir::TracedLayer& layer : model.tokens.layers) experts.push_back(layer.experts);
+  }
   data["title"] = "Where the tokens of " + models[0].name +
                   (models.size() > 1 ? " and " + models[1].name : "") + " go";
   data["intro"] =
@@ -236,21 +227,19 @@ Json describe(const std::vector<report::Model>& models, const MakeText& make_tex
                    {"sequences", grouped(tokens.count())},
                    {"different tokens", grouped(static_cast<Index>(data["tokens"]["id"].size()))},
                    {"layers with experts", std::to_string(tokens.layers.size())},
-                   {"experts of a layer", std::to_string(tokens.layers[0].experts)},
+                   {"experts of a layer", each_of(experts)},
                    {"weights kept as", options.how.storage}});
   return data;
 }
 
-/// Refuses to compare what cannot be compared.
+/// Refuses to compare what cannot be compared: layers stand side by side in their order.
 void expect_comparable(const report::Model& a, const report::Model& b) {
-  const auto same = [](const weir::TracedLayer& x, const weir::TracedLayer& y) {
-    return x.name == y.name && x.experts == y.experts;
-  };
-  if (!std::equal(a.tokens.layers.begin(), a.tokens.layers.end(), b.tokens.layers.begin(),
-                  b.tokens.layers.end(), same)) {
-    throw std::runtime_error("--against: " + b.name + " does not have the layers and experts of " +
-                             a.name + ", they cannot stand side by side");
-  }
+  const std::size_t layers = a.tokens.layers.size();
+  if (layers == b.tokens.layers.size()) return;
+  throw std::runtime_error("--against: " + b.name + " has " +
+                           std::to_string(b.tokens.layers.size()) + " layers with experts, " +
+                           a.name + " has " + std::to_string(layers) +
+                           ": they cannot stand side by side");
 }
 
 std::optional<int> parse(int argc, char** argv, Options& options) {
@@ -275,16 +264,10 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
       ->check(limits::at_least(0));
   line.add("--replicates", options.replicates, "Of the bootstrap for intervals (0: none)")
       ->check(limits::between(0, 1e5));
+  line.add("--redundancy", options.redundancy,
+           "Also the loss without each token's best experts, in ten more runs");
   line.group("Model");
-  line.add("--storage", options.how.storage, "How weights are kept; bf16 is half as large")
-      ->check(CLI::IsMember(
-          std::vector<std::string>(weir::kStorageNames.begin(), weir::kStorageNames.end())));
-  line.add("--expert-memory", options.how.expert_memory,
-           "Megabytes for experts, the others stay in the files (0: all in memory)")
-      ->check(limits::at_least(0));
-  line.add("--longest-text", options.how.longest_text,
-           "Tokens of a text at most, where positions depend on it (0: as the model says)")
-      ->check(limits::at_least(0));
+  add_model_options(line, options.how);
   line.add("--ids", options.how.numbers, "Texts are lists of token ids");
   line.add("--threads", options.threads, "How many cores to use")->check(limits::at_least(1));
   line.footer(
@@ -307,7 +290,7 @@ void run(Options options) {
   }
   const std::vector<Domain> domains = read_domains(options.texts);
   const LoadedModel model = load_any_model(options.model, options.how);
-  const Pieces pieces = pieces_of(domains, *model.make_text(), options);
+  const Pieces pieces = pieces_of(domains, *model.make_text(), options.tokens, options.context);
   if (pieces.all.empty()) throw std::runtime_error("the texts have no tokens");
   std::vector<report::Model> models;
   models.push_back(trace(model, name_of(options.model), domains, pieces, options, options.trace));
@@ -317,7 +300,7 @@ void run(Options options) {
   }
   if (!options.against.empty()) {
     const LoadedModel other = load_any_model(options.against, options.how);
-    const Pieces again = pieces_of(domains, *other.make_text(), options);
+    const Pieces again = pieces_of(domains, *other.make_text(), options.tokens, options.context);
     for (std::size_t i = 0; i < pieces.all.size(); ++i) {
       if (again.all.size() != pieces.all.size() || again.all[i].ids != pieces.all[i].ids) {
         throw std::runtime_error("--against: " + options.against +
@@ -329,18 +312,18 @@ void run(Options options) {
     expect_comparable(models[0], models[1]);
   }
 
+  report::Options how;
+  how.bootstrap.replicates = options.replicates;
+  if (options.redundancy) how.masked_shares = kMaskedShares;
+  report::Table table;
+  const Json full = describe(models, model.make_text, how, options, table);
   if (options.text) {
-    report::Table ignored;
-    const Json data = describe(models, model.make_text, options, true, ignored);
-    report::print(data, models, model.make_text, options.layer, isatty(STDOUT_FILENO) == 1);
+    report::print(full, models, model.make_text, options.layer, isatty(STDOUT_FILENO) == 1);
     return;
   }
-  report::Table table;
-  report::Table ignored;
   const fs::path out = options.out;
   if (out.has_parent_path()) fs::create_directories(out.parent_path());
-  const Json full = describe(models, model.make_text, options, true, table);
-  const std::string page = report::page(describe(models, model.make_text, options, false, ignored));
+  const std::string page = report::page(report::for_page(full, models, how));
   weir::io::write_file(options.out + ".html", page);
   weir::io::write_file(options.out + ".json",
                        full.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");

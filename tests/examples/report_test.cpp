@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: MIT
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include <weir/analysis/traced_tokens.hpp>
 
 #include "../../examples/live_report.hpp"
+#include "../../examples/pieces.hpp"
 #include "support/catch.hpp"
 
 namespace weir::report_test {
@@ -29,6 +31,12 @@ TracedTokens tokens_of(Index tokens, Index layers, Index experts) {
   }
   traced.sequences.push_back({0, 0, 0, tokens});
   return traced;
+}
+
+std::size_t bytes_of(const report::Json& routes) {
+  std::size_t sum = 0;
+  for (const auto& data : routes["data"]) sum += data.get<std::string>().size();
+  return sum;
 }
 
 }  // namespace
@@ -85,23 +93,103 @@ TEST_CASE("Base64", "[examples][report]") {
 }
 
 TEST_CASE("Routes fit into the bytes that they may have", "[examples][report]") {
-  const TracedTokens traced = tokens_of(100, 6, 5);
-  const auto bytes = [](const report::Json& routes) {
-    std::size_t sum = 0;
-    for (const auto& data : routes["data"]) sum += data.get<std::string>().size();
-    return sum;
+  std::vector<report::Model> models = {{"a", tokens_of(100, 6, 5)}};
+  const auto routes_in = [&](std::size_t bytes) {
+    return report::routes_json(models[0].tokens, report::route_layout(models, bytes));
   };
-  const report::Json all = report::routes_json(traced, 1U << 20U);
+  const report::Json all = routes_in(1U << 20U);
   CHECK(all["k"] == 3);
   CHECK(all["layers"].size() == 6);
-  CHECK(bytes(all) == 6 * 800);
+  CHECK(bytes_of(all) == 6 * 800);
   CHECK(all["data"][0].get<std::string>().starts_with("ACoBKgIq"));  // Thirds: 42 of 126.
-  const report::Json fewer = report::routes_json(traced, 3500);
+  const report::Json fewer = routes_in(3500);
   CHECK(fewer["k"] == 2);
   CHECK(fewer["layers"].size() == 6);
-  const report::Json least = report::routes_json(traced, 1200);
+  const report::Json least = routes_in(1200);
   CHECK(least["layers"] == report::Json::array({0, 3}));
-  CHECK(bytes(least) <= 1200);
+  CHECK(bytes_of(least) <= 1200);
+}
+
+TEST_CASE("Two models of different k have the same layers on a page", "[examples][report]") {
+  std::vector<report::Model> models = {{"a", tokens_of(100, 6, 5)}, {"b", tokens_of(100, 6, 300)}};
+  TracedLayer& layer = models[1].tokens.layers[2];
+  layer = {.name = layer.name, .experts = layer.experts};
+  for (Index t = 0; t < 100; ++t) layer.add({299, 1, 2, 3, 4});
+  for (const std::size_t most : {2000U, 6000U, 1U << 20U}) {
+    const report::RouteLayout layout = report::route_layout(models, most);
+    const report::Json a = report::routes_json(models[0].tokens, layout);
+    const report::Json b = report::routes_json(models[1].tokens, layout);
+    CHECK(a["layers"] == b["layers"]);
+    CHECK(a["k"] == b["k"]);
+    CHECK(bytes_of(a) == bytes_of(b));  // Numbers above 255 in one: two bytes in both.
+    CHECK(bytes_of(a) + bytes_of(b) <= most);
+  }
+  CHECK(report::route_layout(models, 1U << 20U).k == 5);
+}
+
+TEST_CASE("A page has less than the file, where there is no room", "[examples][report]") {
+  const std::vector<report::Model> models = {{"a", tokens_of(40, 4, 40)}};
+  report::Options how;
+  how.bootstrap.replicates = 0;
+  how.matrix_bytes = 20'000;
+  how.links = 60;
+  report::Table table;
+  const MakeText text = [] { return std::make_unique<Bytes>(); };
+  const report::Json full = report::describe(models, text, how, table);
+  const report::Json page = report::for_page(full, models, how);
+  CHECK(full["models"][0]["flow"][0]["links"].size() == 40);
+  CHECK(full["models"][0]["flow"][0]["shown"] == 1);
+  CHECK(page["models"][0]["flow"][0]["links"].size() == 32);
+  CHECK(page["models"][0]["flow"][0]["shown"] == 0.8);
+  CHECK(page["models"][0]["flow"][0]["total"] == 40);
+  for (std::size_t l = 0; l < 4; ++l) {
+    CHECK(full["models"][0]["together"][l].size() == 1600);
+    CHECK(page["models"][0]["together"][l].is_null() == (l % 2 == 1));
+  }
+  CHECK(page["models"][0]["load"] == full["models"][0]["load"]);
+  CHECK(page["models"][0]["text"] == full["models"][0]["text"]);
+}
+
+TEST_CASE("Models with other experts stand side by side", "[examples][report]") {
+  std::vector<report::Model> models = {{"a", tokens_of(30, 2, 4)}, {"b", tokens_of(30, 2, 4)}};
+  models[1].tokens.layers[1] = tokens_of(30, 1, 6).layers[0];
+  models[1].tokens.layers[0].name = "other.0";
+  report::Options how;
+  how.bootstrap.replicates = 0;
+  report::Table table;
+  const report::Json data = report::describe(
+      models, [] { return std::make_unique<Bytes>(); }, how, table);
+  REQUIRE(data["overlap"].size() == 2);
+  CHECK(data["overlap"][0]["first"][0] == 1);
+  CHECK(data["overlap"][1].is_null());
+  CHECK(table.text().find("a / b,overlap_first,layers.0,all,,1,") != std::string::npos);
+  CHECK(data["says"].back()[1] ==
+        "The two models choose the same first expert for 100 % of the tokens (by chance 25.0 %).");
+}
+
+TEST_CASE("Pieces of a text begin with whole lines, words, numbers and characters",
+          "[examples][report]") {
+  CHECK(piece_begin("one two\nthree", 0) == 0);
+  CHECK(piece_begin("one two\nthree", 2) == 8);
+  CHECK(piece_begin("one two three", 5) == 8);
+  CHECK(piece_begin("one two three", 4) == 4);  // Right behind a space.
+  CHECK(piece_begin("onetwothree", 5) == 5);
+  CHECK(piece_begin("ab\xC3\xA4", 3) == 4);
+  CHECK(piece_of("12 345 678", 0, 8) == "12 345");
+  CHECK(piece_of("12 345 678", 3, 50) == "345 678");
+  std::string numbers;
+  for (int id = 10'000; id < 13'000; ++id) numbers += std::to_string(id) + " ";
+  for (const Index context : {1, 7, 64}) {
+    const Pieces pieces = pieces_of({{"a", numbers}, {"b", numbers}}, Numbers(), 500, context);
+    CHECK(pieces.tokens <= 500);
+    CHECK(pieces.tokens >= 380);  // Whole pieces.
+    for (const Pieces::Piece& piece : pieces.all) {
+      for (std::size_t i = 0; i < piece.ids.size(); ++i) {
+        CHECK(piece.ids[i] == piece.ids[0] + static_cast<Index>(i));
+        CHECK((piece.ids[i] >= 10'000 && piece.ids[i] < 13'000));
+      }
+    }
+  }
 }
 
 TEST_CASE("A long curve becomes one of means", "[examples][report]") {
