@@ -5,14 +5,14 @@
 
 #include <CLI/CLI.hpp>
 #include <cmath>
-#include <exception>
-#include <iostream>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include <weir/version.hpp>
+
+#include "run_program.hpp"
 
 namespace limits {
 
@@ -88,20 +88,3 @@ class CommandLine {
   CLI::App app_;
   std::string group_ = "Options";
 };
-
-/// The `main` of a program: runs it with its options, says what went wrong, and returns the exit
-/// code.
-template <class Options>
-int run_program(const char* name, int argc, char** argv,
-                std::optional<int> (*parse)(int argc, char** argv, Options& options),
-                void (*run)(Options options)) {
-  Options options;
-  try {
-    if (const auto exit_code = parse(argc, argv, options)) return *exit_code;
-    run(options);
-  } catch (const std::exception& error) {
-    std::cerr << name << ": " << error.what() << '\n';
-    return 1;
-  }
-  return 0;
-}

@@ -7,12 +7,18 @@
 //     finetune [steps on the first text [steps on the second [bytes of a window]]]
 #include <functional>
 #include <iostream>
+#include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include <weir/core/input_samples.hpp>
 #include <weir/core/pass_record.hpp>
 #include <weir/core/storage_rules.hpp>
+#include <weir/moe/expert_mask.hpp>
+#include <weir/tuning/expert_scores.hpp>
 #include <weir/tuning/lora.hpp>
+#include <weir/tuning/surgery.hpp>
 #include <weir/tuning/training_parts.hpp>
 
 #include "byte_decoder.hpp"
@@ -65,12 +71,80 @@ struct Way {
   double pull = 0.0;
 };
 
-}  // namespace
+/// What a model needs for a byte of two texts.
+struct Bits {
+  double first = 0.0, second = 0.0;
+};
 
-int main(int argc, char** argv) {
-  const Index steps = argument(argc, argv, 1, 600);
-  const Index tuning_steps = argument(argc, argv, 2, 150);
-  Windows::length = argument(argc, argv, 3, Windows::length);
+void print_row(const std::string& name, const Bits& bits, const Bits& before) {
+  std::cout << name << std::string(46 - name.size(), ' ') << padded(fixed(bits.first, 3), 8)
+            << padded(fixed(bits.first - before.first, 3), 8) << padded(fixed(bits.second, 3), 8)
+            << padded(fixed(before.second - bits.second, 3), 8) << std::endl;
+}
+
+/// The second text in experts of its own: clones of the two that it uses most, in each layer, which
+/// alone are trained, by tokens that may go to no others.
+void isolate(const Model& base, const Corpus& first, const Corpus& second, const Bits& before,
+             Index steps) {
+  constexpr Index kExperts = 8;
+  Model model = base;
+  weir::Rng rng(7);
+  const Windows windows = random_windows(second, rng);
+  weir::InputSamples samples(512);
+  weir::infer(model, windows.bytes.ids, {.sequences = &windows.sequences, .inputs = &samples});
+  for (std::size_t l = 0; l < model.layers().size(); ++l) {
+    weir::AnyLayer<float>& mixture = model.layers()[l].branches().back().layer;
+    weir::ExpertSurgery surgery(mixture, samples.of(weir::router_weight("finetune", mixture)));
+    for (const Index busy : weir::most_important(surgery.use(), 2)) surgery.clone(busy);
+  }
+  const std::vector<Index> own = {kExperts, kExperts + 1};
+  std::vector<Index> others(kExperts);
+  std::iota(others.begin(), others.end(), Index{0});
+  const auto without_own = weir::all_but(kExperts + 2, own);
+  const auto only_own = weir::all_but(kExperts + 2, others);
+
+  std::cout << "\nknowledge in two experts of its own"
+               "               first text       second text\n"
+               "                                                bits  forgot    bits  gained\n";
+  print_row("before", before, before);
+  std::vector<std::string> patterns;
+  for (std::size_t l = 0; l < model.layers().size(); ++l) {
+    for (std::string& pattern :
+         weir::expert_patterns("layers." + std::to_string(l) + ".moe.experts", own)) {
+      patterns.push_back(std::move(pattern));
+    }
+  }
+  weir::train_only(model, patterns);
+  weir::AdamW<float> tuner({.learning_rate = 2e-3, .weight_decay = 0.0});
+  weir::Rng batches(5);
+  train(model, tuner, second, steps, batches, {}, {.allowed = only_own});
+  print_row("each text has its experts",
+            {bits_per_byte(model, first, {.allowed = without_own}),
+             bits_per_byte(model, second, {.allowed = only_own})},
+            before);
+  print_row("all have all experts", {bits_per_byte(model, first), bits_per_byte(model, second)},
+            before);
+  print_row("unlearnt: the two are masked",
+            {bits_per_byte(model, first, {.allowed = without_own}),
+             bits_per_byte(model, second, {.allowed = without_own})},
+            before);
+
+  // The same mask where knowledge could go anywhere.
+  Model everywhere = base;
+  weir::AdamW<float> optimizer({.learning_rate = 1e-3, .weight_decay = 0.0});
+  weir::Rng again(5);
+  train(everywhere, optimizer, second, steps, again);
+  const std::vector<Index> two = {0, 1};
+  const auto masked = weir::all_but(kExperts, two);
+  print_row("everything trained, two of its experts masked",
+            {bits_per_byte(everywhere, first, {.allowed = masked}),
+             bits_per_byte(everywhere, second, {.allowed = masked})},
+            before);
+}
+
+void run(SmallRun how) {
+  const Index steps = how.steps;
+  const Index tuning_steps = how.more;
   const Corpus first = read_corpus(split_paths(WEIR_DEFAULT_CORPUS));
   const Corpus second = read_corpus(split_paths(WEIR_SECOND_CORPUS));
 
@@ -119,7 +193,7 @@ int main(int argc, char** argv) {
     weir::Rng batches(5);
     const double seconds = seconds_of([&] {
       train(model, tuner, second, tuning_steps, batches,
-            way.pull > 0.0 ? std::function<void(Index)>(pull) : nullptr, true);
+            way.pull > 0.0 ? std::function<void(Index)>(pull) : nullptr, {.through_stored = true});
     });
     const double first_after = bits_per_byte(model, first);
     const double second_after = bits_per_byte(model, second);
@@ -130,4 +204,11 @@ int main(int argc, char** argv) {
               << padded(fixed(second_before - second_after, 3), 8) << padded(fixed(seconds, 1), 9)
               << std::endl;
   }
+  isolate(base, first, second, {first_before, second_before}, tuning_steps);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_program("finetune", argc, argv, parse_small_run, run);
 }

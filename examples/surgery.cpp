@@ -2,16 +2,18 @@
 // Operations on the experts of a trained model, in all of its layers at once: removed by several
 // criteria, merged, cloned, split, added, exchanged, switched off; damaged, found and masked. Shows
 // how far the output of the layers moves and what the model needs for a byte afterwards, and after
-// a few steps of training that heal it.
+// a few steps of training that heal it. Then tokens have other numbers of experts than in training.
 //
 //     surgery [steps of training [steps of healing [bytes of a window]]]
 #include <functional>
 #include <iostream>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include <weir/core/input_samples.hpp>
+#include <weir/tuning/active_experts.hpp>
 #include <weir/tuning/expert_health.hpp>
 #include <weir/tuning/expert_scores.hpp>
 #include <weir/tuning/surgery.hpp>
@@ -65,12 +67,42 @@ struct Operation {
   std::function<weir::OutputChange(Surgery&, Layer&, const weir::Matrix<float>&)> operate;
 };
 
-}  // namespace
+struct Options : SmallRun {
+  Options() { more = 50; }
+};
 
-int main(int argc, char** argv) {
-  const Index steps = argument(argc, argv, 1, 600);
-  const Index healing = argument(argc, argv, 2, 50);
-  Windows::length = argument(argc, argv, 3, Windows::length);
+std::optional<int> parse(int argc, char** argv, Options& options) {
+  return parse_small_run(argc, argv, options);
+}
+
+/// Other numbers of experts for a token than the two that the model was trained with, layer by
+/// layer and text by text.
+void show_active_experts(Model model, const Corpus& text, const Corpus& other) {
+  std::cout << "\nexperts of a token   in layers 0 1 2 3   bits per byte of C++, of Markdown   "
+               "seconds\n";
+  using Numbers = std::vector<Index>;
+  const std::vector<Numbers> ways = {{2, 2, 2, 2}, {1, 1, 1, 1}, {1, 2, 2, 2}, {2, 1, 2, 2},
+                                     {2, 2, 1, 2}, {2, 2, 2, 1}, {3, 3, 3, 3}, {8, 8, 8, 8}};
+  for (const Numbers& numbers : ways) {
+    std::string list;
+    for (std::size_t l = 0; l < numbers.size(); ++l) {
+      weir::set_active_experts(model, "layers." + std::to_string(l) + ".moe", numbers[l]);
+      list += " " + std::to_string(numbers[l]);
+    }
+    double first = 0.0;
+    double second = 0.0;
+    const double seconds = seconds_of([&] {
+      first = bits_per_byte(model, text);
+      second = bits_per_byte(model, other);
+    });
+    std::cout << std::string(31, ' ') << list << padded(fixed(first, 3), 22)
+              << padded(fixed(second, 3), 13) << padded(fixed(seconds, 2), 10) << std::endl;
+  }
+}
+
+void run(Options how) {
+  const Index steps = how.steps;
+  const Index healing = how.more;
   const Corpus text = read_corpus(split_paths(WEIR_DEFAULT_CORPUS));
   weir::Rng rng(1);
   Model trained = make_byte_decoder({.interleave = {.stride = 1}}, rng);
@@ -80,7 +112,7 @@ int main(int argc, char** argv) {
             << " bits per byte after " << steps << " steps\n\n"
             << "                              output of the layers   bits per byte\n"
             << "                     experts   changes  of tokens   then  after " << healing
-            << " steps\n";
+            << " steps  seconds\n";
 
   weir::Rng draws(3);
   using X = const weir::Matrix<float>&;
@@ -128,12 +160,12 @@ int main(int argc, char** argv) {
     }
     const double then = bits_per_byte(model, text);
     weir::Rng batches(5);
-    train(model, optimizer, text, healing, batches);
+    const double seconds = seconds_of([&] { train(model, optimizer, text, healing, batches); });
     std::cout << operation.name << std::string(21 - operation.name.size(), ' ')
               << padded(std::to_string(experts), 7) << padded(fixed(100.0 * mean.relative, 1), 8)
               << " %" << padded(fixed(100.0 * mean.tokens, 0), 9) << " %"
               << padded(fixed(then, 3), 7) << padded(fixed(bits_per_byte(model, text), 3), 10)
-              << std::endl;
+              << padded(fixed(seconds, 1), 15) << std::endl;
   }
 
   std::cout << "\nbits per byte with damaged experts, one of each layer\n";
@@ -157,4 +189,11 @@ int main(int argc, char** argv) {
               << ")   masked: " << fixed(bits_per_byte(model, text, {.allowed = allowed}), 3)
               << '\n';
   }
+  show_active_experts(trained, text, read_corpus(split_paths(WEIR_SECOND_CORPUS)));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_program("surgery", argc, argv, parse, run);
 }

@@ -47,12 +47,17 @@ Model upcycled(const Model& dense, const Way& way) {
   return model;
 }
 
-}  // namespace
+struct Options : SmallRun {
+  Options() { more = 200; }
+};
 
-int main(int argc, char** argv) {
-  const Index steps = argument(argc, argv, 1, 600);
-  const Index more = argument(argc, argv, 2, 200);
-  Windows::length = argument(argc, argv, 3, Windows::length);
+std::optional<int> parse(int argc, char** argv, Options& options) {
+  return parse_small_run(argc, argv, options);
+}
+
+void run(Options how) {
+  const Index steps = how.steps;
+  const Index more = how.more;
   const Corpus text = read_corpus(split_paths(WEIR_DEFAULT_CORPUS));
 
   weir::Rng rng(1);
@@ -110,4 +115,10 @@ int main(int argc, char** argv) {
     weir::AdamW<float> own({.learning_rate = 2e-3});
     show("a mixture from nothing", model, own, 0);
   }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_program("upcycle", argc, argv, parse, run);
 }

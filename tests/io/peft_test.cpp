@@ -107,6 +107,18 @@ TEST_CASE("alpha_pattern and use_rslora are honoured", "[io]") {
   CHECK(model.q_proj.weight().adapters[0].rank_stabilised);
 }
 
+TEST_CASE("What later versions of PEFT write besides is read over", "[io]") {
+  const test::Folder folder;
+  write(folder.path() / "adapter_config.json",
+        config_text(kPlain + R"(, "arrow_config": null, "ensure_weight_tying": false,
+          "lora_bias": false, "peft_version": "0.17.1", "qalora_group_size": 16,
+          "target_parameters": null, "use_qalora": false)"));
+  write(folder.path() / "adapter_model.safetensors", tensors_text("q_proj"));
+  TwoLinears model = two_linears();
+  CHECK(io::load_peft(folder.path(), model, "mine") == 1);
+  CHECK(model.q_proj.weight().adapters[0].scale() == 3.0);
+}
+
 TEST_CASE("Adapters of a Mixtral have the names of Hugging Face's modules and come back to the bit",
           "[io]") {
   const presets::MixtralConfig config = presets::scaled(presets::mixtral_8x7b(), {.d_model = 16});
@@ -211,6 +223,13 @@ TEST_CASE("What is no plain LoRA, or does not fit, is refused and changes nothin
         "expected real numbers [3, 2]");
   CHECK(message(with("\"r\": 1", "\"r\": 0"), tensors) ==
         "adapter_config.json: 'r' is 0, expected a number >= 1");
+  for (const char* const alpha : {"0", "-2", "0.0"}) {
+    const std::string is = std::string("\"lora_alpha\": ") + alpha;
+    CHECK(message(with("\"lora_alpha\": 3", is), tensors) ==
+          std::string("adapter_config.json: 'lora_alpha' is ") + alpha + ", expected a number > 0");
+  }
+  CHECK(message(with("\"alpha_pattern\": {}", "\"alpha_pattern\": {\"q_proj\": -1}"), tensors) ==
+        "adapter_config.json: 'alpha_pattern' is {\"q_proj\":-1}, expected numbers > 0");
   CHECK(message(config, tensors_text("k_proj")) ==
         "adapter_model.safetensors: 'k_proj' is no linear map of the model; 'k_proj' is no linear "
         "map of the model");

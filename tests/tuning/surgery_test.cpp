@@ -465,6 +465,9 @@ TEST_CASE("A run that is resumed after an operation is to the bit one that went 
       s.merge({3, 1}, use);
     });
   }
+  SECTION("replace") {
+    check([](Of& s) { s.replace(2, s.values(0)); });
+  }
 }
 
 TEST_CASE("Experts are changed where weights are stored and where they have adapters", "[tuning]") {

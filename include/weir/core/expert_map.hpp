@@ -48,27 +48,15 @@ struct ExpertMap {
     }
   }
 
-  /// The items of the experts. Copies are made before anything is moved.
+  /// The items of the experts.
   /// \param cold     Makes that of a cold expert.
   template <class Item, class Cold>
   void rearrange(std::vector<Item>& items, Cold&& cold) const {
-    std::vector<Item> next(source.size());
-    std::vector<bool> taken(items.size(), false);
-    std::vector<std::pair<std::size_t, std::size_t>> moves;
-    for (std::size_t i = 0; i < source.size(); ++i) {
-      if (source[i] == kCold) {
-        next[i] = cold();
-        continue;
-      }
-      const auto from = static_cast<std::size_t>(source[i]);
-      if (taken[from]) {
-        next[i] = items[from];
-      } else {
-        moves.emplace_back(i, from);
-        taken[from] = true;
-      }
+    std::vector<Item> next;
+    next.reserve(source.size());
+    for (const Index from : source) {
+      next.push_back(from == kCold ? Item(cold()) : items[static_cast<std::size_t>(from)]);
     }
-    for (const auto& [to, from] : moves) next[to] = std::move(items[from]);
     items = std::move(next);
   }
 
@@ -96,6 +84,13 @@ struct ExpertMap {
       if (from != kCold) next.row(i) = matrix.row(from);
     }
     return next;
+  }
+
+  /// The same of a parameter and its gradient.
+  template <class P>
+  void remap_rows(P& parameter) const {
+    parameter.value = rows(parameter.value);
+    if (parameter.grad.size() > 0) parameter.grad = rows(parameter.grad);
   }
 };
 

@@ -71,8 +71,8 @@ inline std::string peft_module(std::string_view who, std::string_view weight,
   return module;
 }
 
-/// A setting of adapter_config.json for one linear map: that of the longest pattern that is its
-/// name or the end of it, else `general`.
+/// A setting of adapter_config.json for one linear map: that of the pattern that is its name or the
+/// end of it behind a dot, else `general`. (PEFT's get_pattern_key matches "(.*\.)?(PATTERN)$".)
 inline double peft_setting(const JsonObject& json, const std::string& patterns,
                            const std::string& module, double general) {
   if (!json.has(patterns)) return general;
@@ -215,6 +215,7 @@ Index load_peft(const std::filesystem::path& folder, Model& model, const std::st
   detail::expect_plain_lora(json);
   const Index rank = json.count("r");
   const double alpha = json.number("lora_alpha");
+  if (!(alpha > 0.0)) json.bad("lora_alpha", "a number > 0");
   const double dropout = json.has("lora_dropout") ? json.number("lora_dropout") : 0.0;
   if (!(dropout >= 0.0 && dropout < 1.0)) json.bad("lora_dropout", "0 <= lora_dropout < 1");
   const bool rank_stabilised = json.has("use_rslora") && json.flag("use_rslora");
@@ -277,10 +278,12 @@ Index load_peft(const std::filesystem::path& folder, Model& model, const std::st
     if (!(own >= 1.0 && own <= kMostRank)) json.bad("r", "a number >= 1");
     if (own != std::floor(own)) json.bad("rank_pattern", "whole numbers");
     const auto own_rank = static_cast<Index>(own);
+    const double own_alpha = detail::peft_setting(json, "alpha_pattern", module, alpha);
+    if (!(own_alpha > 0.0)) json.bad("alpha_pattern", "numbers > 0");
     LowRank<T> low_rank{.name = adapter,
                         .a = {},
                         .b = {},
-                        .alpha = detail::peft_setting(json, "alpha_pattern", module, alpha),
+                        .alpha = own_alpha,
                         .rank_stabilised = rank_stabilised,
                         .dropout = dropout};
     matrix(full + std::string(kA), own_rank, found->second->d_in(), low_rank.a.value);

@@ -149,12 +149,8 @@ template <std::floating_point T>
 void Linear<T>::remap_outputs(const ExpertMap& map) {
   expect_trainable("Linear::remap_outputs", weight_.storage());
   LinearParameter<T> weight = this->weight();
-  weight.value = map.rows(weight.value);
-  if (weight.grad.size() > 0) weight.grad = map.rows(weight.grad);
-  for (LowRank<T>& adapter : weight.adapters) {
-    adapter.b.value = map.rows(adapter.b.value);
-    if (adapter.b.grad.size() > 0) adapter.b.grad = map.rows(adapter.b.grad);
-  }
+  map.remap_rows(weight);
+  for (LowRank<T>& adapter : weight.adapters) map.remap_rows(adapter.b);
   Parameter<T> bias = bias_;
   if (!has_bias() && map.has_cold() && map.cold_logit != 0.0) set_zero(bias.value, 1, d_out());
   if (bias.value.size() > 0) {

@@ -13,6 +13,7 @@
 
 #include <weir/core/error.hpp>
 #include <weir/core/low_rank.hpp>
+#include <weir/core/parameter.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
 #include <weir/kernels/matmul.hpp>
@@ -54,10 +55,32 @@ Matrix<typename Layer::Scalar> router_logits(std::string_view where, Layer& laye
   return logits;
 }
 
-/// The length of each expert's row of the router.
+/// What the router of a layer with one mixture compares a token with, a row for each expert: the
+/// weight of a LinearRouter or NoisyRouter, the embedding of a CosineRouter.
+/// \throws ConfigError  unless the layer has exactly one such parameter.
+template <class Layer>
+Parameter<typename Layer::Scalar>& router_vectors(std::string_view where, Layer& layer) {
+  Parameter<typename Layer::Scalar>* vectors = nullptr;
+  Index count = 0;
+  for (const auto& [name, parameter] : parameters(layer)) {
+    const std::string from_root = "." + name;
+    if (!from_root.ends_with(".router.weight") && !from_root.ends_with(".router.embedding")) {
+      continue;
+    }
+    vectors = parameter;
+    ++count;
+  }
+  if (count != 1) {
+    throw_error<ConfigError>(where, ": the layer has ", count,
+                             " routers with a vector for each expert, expected 1");
+  }
+  return *vectors;
+}
+
+/// The length of each expert's vector of the router.
 template <class Layer>
 std::vector<double> router_norms(Layer& layer) {
-  const auto& weight = router_weight("router_norms", layer).value;
+  const auto& weight = router_vectors("router_norms", layer).value;
   std::vector<double> norms;
   for (Index e = 0; e < weight.rows(); ++e) {
     norms.push_back(static_cast<double>(weight.row(e).norm()));
@@ -91,8 +114,10 @@ inline std::vector<Index> most_important(std::span<const double> score, Index co
 
 /// Groups of experts whose logits rise and fall together: the `groups` experts that are used most
 /// are dominant, and each other one joins the dominant one whose logits over the tokens have the
-/// largest cosine with its own; of equal ones, the first.
-/// (M-SMoE: Li et al. 2023, arXiv:2310.01334, section 3.2.)
+/// largest cosine with its own; of equal ones, the first. How many groups a layer has is up to the
+/// caller; the paper's code sets a threshold on the use of experts in all layers.
+/// (M-SMoE: Li et al. 2023, arXiv:2310.01334, section 3.2; github.com/UNITES-Lab/MC-SMoE,
+/// mcsmoe/merging/grouping.py.)
 /// \param logits   [tokens, experts], see `router_logits`.
 /// \param use      How often each expert was chosen.
 /// \return         The groups, each with its dominant expert first.

@@ -69,9 +69,10 @@ struct NoOptimizer {};
 ///     const OutputChange change = surgery.remove(5);
 ///
 /// The layer is any that has one mixture in it, such as the AnyLayer of a block, whose router and
-/// bank offer `remap_experts`: LinearRouter, GluBank, MlpBank, ClampedGluBank, AnyBank, also within
-/// wrappers. An operation that throws has changed nothing. Meanwhile the layer is in memory several
-/// times.
+/// bank offer `remap_experts`: LinearRouter, NoisyRouter, CosineRouter, GluBank, MlpBank,
+/// ClampedGluBank, AnyBank, also within wrappers. Those of other kinds, such as HierarchicalRouter,
+/// whose groups are all of one size, are refused. An operation that throws has changed nothing.
+/// Meanwhile the layer is in memory several times.
 template <Layer L, class Optimizer = NoOptimizer>
 class ExpertSurgery {
  public:
@@ -89,11 +90,7 @@ class ExpertSurgery {
   ///                      does not fit it.
   /// \throws StateError   as the bank.
   OutputChange remap(const ExpertMap& map) {
-    L next = layer_;
-    detail::remap_mixture("ExpertSurgery", next, map);
-    return exchange(std::move(next), [&](const L& before) {
-      if constexpr (kHasOptimizer) move_states(*optimizer_, name_, before, map);
-    });
+    return remap(map, [](L& /*next*/) {});
   }
 
   /// Keeps the experts in `kept`, in that order, and removes the others. The selector chooses among
@@ -129,25 +126,21 @@ class ExpertSurgery {
   }
 
   /// Clones an expert and moves the two apart, so that they share its tokens about evenly: with a
-  /// random direction u of length |w|, the router's rows become w + apart u and w - apart u.
-  /// \throws ConfigError  unless apart > 0, and if the router has no weight of one row each.
+  /// random direction u of length |w|, the router's vectors become w + apart u and w - apart u.
+  /// \throws ConfigError  unless apart > 0, and if the router has no vector for each expert, see
+  ///                      `router_vectors`.
   OutputChange split(Index expert, Rng& rng, double apart = 0.05) {
     expect_positive("ExpertSurgery::split", "apart", apart);
-    L next = layer_;
     std::vector<Index> source = all();
     expect_expert(expert);
     source.push_back(expert);
-    const ExpertMap map = {.source = std::move(source)};
-    detail::remap_mixture("ExpertSurgery", next, map);
-    LinearParameter<T>& router = router_weight("ExpertSurgery::split", next);
-    RowVector<T> away(router.value.cols());
-    for (T& number : away) number = static_cast<T>(rng.normal());
-    const Index last = router.value.rows() - 1;
-    away *= static_cast<T>(apart) * router.value.row(expert).norm() / away.norm();
-    router.value.row(expert) += away;
-    router.value.row(last) -= away;
-    return exchange(std::move(next), [&](const L& before) {
-      if constexpr (kHasOptimizer) move_states(*optimizer_, name_, before, map);
+    return remap({.source = std::move(source)}, [&](L& next) {
+      Matrix<T>& vectors = router_vectors("ExpertSurgery::split", next).value;
+      RowVector<T> away(vectors.cols());
+      for (T& number : away) number = static_cast<T>(rng.normal());
+      away *= static_cast<T>(apart) * vectors.row(expert).norm() / away.norm();
+      vectors.row(expert) += away;
+      vectors.row(vectors.rows() - 1) -= away;
     });
   }
 
@@ -155,7 +148,7 @@ class ExpertSurgery {
   /// below the smallest that the others have on the tokens at hand. So no selector chooses it for
   /// them, and where weights are made of the chosen experts alone, their outputs do not change.
   /// Balancing brings it its first tokens.
-  /// \throws ConfigError  unless margin > 0, and if the router has no weight of one row each.
+  /// \throws ConfigError  unless margin > 0, and if the router is no LinearRouter: it takes a bias.
   OutputChange add_cold(Rng& rng, double margin = 1.0) {
     expect_positive("ExpertSurgery::add_cold", "margin", margin);
     std::vector<Index> source = all();
@@ -174,8 +167,9 @@ class ExpertSurgery {
   ///     E = sum_e a_e P_e E_e / sum_e a_e
   ///
   /// The first is the dominant one, to whose neurons those of the others are permuted by P_e, see
-  /// `match_neurons`. Each keeps its row of the router, so that tokens go where they went. `keep`
-  /// with one of each group makes the layer smaller. The optimizer forgets what it knew of them.
+  /// `match_neurons`; the code of the paper aligns all experts of a layer to its first one. Each
+  /// keeps its row of the router, so that tokens go where they went. `keep` with one of each group
+  /// makes the layer smaller. The optimizer forgets what it knew of them.
   /// (M-SMoE: Li et al. 2023, arXiv:2310.01334, section 3.2.)
   /// \param use      a, for each expert of the layer: how often it was chosen.
   /// \throws ConfigError  if an expert is not there or twice in the group, or use is negative or
@@ -248,6 +242,17 @@ class ExpertSurgery {
     if (expert >= 0 && expert < experts()) return;
     throw_error<ConfigError>("ExpertSurgery: expert = ", expert, ", expected 0 <= expert < ",
                              experts());
+  }
+
+  /// Changes the experts as `map` says, and what `adjust` adds.
+  template <class Adjust>
+  OutputChange remap(const ExpertMap& map, Adjust&& adjust) {
+    L next = layer_;
+    detail::remap_mixture("ExpertSurgery", next, map);
+    adjust(next);
+    return exchange(std::move(next), [&](const L& before) {
+      if constexpr (kHasOptimizer) move_states(*optimizer_, name_, before, map);
+    });
   }
 
   /// Puts `next` into the place of the layer.

@@ -102,6 +102,44 @@ inline std::vector<Index> relevant_experts(std::span<const double> relevance, do
   return order;
 }
 
+/// Parameters that are trained from a step on.
+struct UnfreezeStage {
+  std::string pattern;
+  Index step = 0;
+};
+
+namespace detail {
+
+/// Trains the parameters that a stage of up to `step` matches, and freezes the others.
+/// \return              How many parameters are trained.
+/// \throws ConfigError  if a stage, also a later one, matches no parameter. Nothing has changed
+/// then.
+template <class Layer>
+Index train_stages(std::string_view who, Layer& layer, std::span<const UnfreezeStage> stages,
+                   Index step) {
+  const auto all = parameters(layer);
+  for (const UnfreezeStage& stage : stages) {
+    const bool any = std::any_of(all.begin(), all.end(), [&](const auto& p) {
+      return matches_pattern(stage.pattern, p.name);
+    });
+    if (!any) {
+      throw_error<ConfigError>(who, ": no parameter matches '", stage.pattern,
+                               "', expected at least one");
+    }
+  }
+  Index count = 0;
+  for (const auto& found : all) {
+    const auto trains = [&](const UnfreezeStage& stage) {
+      return stage.step <= step && matches_pattern(stage.pattern, found.name);
+    };
+    found.parameter->frozen = std::none_of(stages.begin(), stages.end(), trains);
+    count += found.parameter->frozen ? 0 : 1;
+  }
+  return count;
+}
+
+}  // namespace detail
+
 /// Freezes everything but the parameters whose names match one of `patterns`.
 ///
 ///     train_only(model, {"layers.3.moe.experts.1.*", "layers.3.moe.experts.6.*"});
@@ -110,22 +148,9 @@ inline std::vector<Index> relevant_experts(std::span<const double> relevance, do
 /// \throws ConfigError  if a pattern matches none. Nothing has changed then.
 template <class Layer>
 Index train_only(Layer& layer, const std::vector<std::string>& patterns) {
-  const auto all = parameters(layer);
-  for (const std::string& pattern : patterns) {
-    const bool any = std::any_of(all.begin(), all.end(),
-                                 [&](const auto& p) { return matches_pattern(pattern, p.name); });
-    if (!any) {
-      throw_error<ConfigError>("train_only: no parameter matches '", pattern,
-                               "', expected at least one");
-    }
-  }
-  Index count = 0;
-  for (const auto& found : all) {
-    const auto matches = [&](const std::string& p) { return matches_pattern(p, found.name); };
-    found.parameter->frozen = std::none_of(patterns.begin(), patterns.end(), matches);
-    count += found.parameter->frozen ? 0 : 1;
-  }
-  return count;
+  std::vector<UnfreezeStage> stages;
+  for (const std::string& pattern : patterns) stages.push_back({pattern, 0});
+  return detail::train_stages("train_only", layer, stages, 0);
 }
 
 /// The patterns of all parameters of some experts, for `train_only`.
@@ -136,12 +161,6 @@ inline std::vector<std::string> expert_patterns(const std::string& bank,
   for (const Index e : experts) patterns.push_back(bank + "." + std::to_string(e) + ".*");
   return patterns;
 }
-
-/// Parameters that are trained from a step on.
-struct UnfreezeStage {
-  std::string pattern;
-  Index step = 0;
-};
 
 /// Trains more and more of a model: each parameter is frozen until the first step of a stage whose
 /// pattern matches its name; those that no stage matches are frozen throughout. The program calls
@@ -167,25 +186,7 @@ class UnfreezeSchedule {
   /// \throws ConfigError  if a stage matches no parameter. Nothing has changed then.
   template <class Layer>
   Index apply(Layer& layer, Index step) const {
-    const auto all = parameters(layer);
-    for (const UnfreezeStage& stage : stages_) {
-      const bool any = std::any_of(all.begin(), all.end(), [&](const auto& p) {
-        return matches_pattern(stage.pattern, p.name);
-      });
-      if (!any) {
-        throw_error<ConfigError>("UnfreezeSchedule: no parameter matches '", stage.pattern,
-                                 "', expected at least one");
-      }
-    }
-    Index count = 0;
-    for (const auto& found : all) {
-      const auto trains = [&](const UnfreezeStage& stage) {
-        return stage.step <= step && matches_pattern(stage.pattern, found.name);
-      };
-      found.parameter->frozen = std::none_of(stages_.begin(), stages_.end(), trains);
-      count += found.parameter->frozen ? 0 : 1;
-    }
-    return count;
+    return detail::train_stages("UnfreezeSchedule", layer, stages_, step);
   }
 
  private:

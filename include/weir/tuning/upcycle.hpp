@@ -41,8 +41,9 @@ struct UpcycleConfig {
   /// the probabilities of a softmax over all experts, as `SoftmaxTopK` gives them raw.
   Index raw_k = 0;
   UpcycleScale scale = UpcycleScale::kOutput;
-  /// Standard deviation of the noise on the weights of the experts, relative to that of each weight
-  /// matrix. (Komatsuzaki et al. 2022, arXiv:2212.05055, appendix B.)
+  /// Standard deviation of the normal noise on the weights of the experts, relative to that of each
+  /// weight matrix, so that copies differ. (The code of Drop-Upcycling, which compares with it,
+  /// conversions/noise_upcycling.py, adds N(0, 0.02^2) to half of the neurons, whatever they are.)
   double noise = 0.0;
   /// r: the share of the neurons of each expert that are drawn anew. (Drop-Upcycling.)
   double drop = 0.0;
@@ -116,11 +117,8 @@ void add_noise(Matrix<T>& w, double relative, Rng& rng) {
 inline std::vector<Index> sample(Index count, Index all, Rng& rng) {
   std::vector<Index> numbers(static_cast<std::size_t>(all));
   std::iota(numbers.begin(), numbers.end(), Index{0});
-  for (Index i = 0; i < count; ++i) {
-    std::swap(numbers[static_cast<std::size_t>(i)],
-              numbers[static_cast<std::size_t>(i + rng.below(all - i))]);
-  }
-  numbers.resize(static_cast<std::size_t>(count));
+  draw_to_back(numbers, count, rng);
+  numbers.erase(numbers.begin(), numbers.end() - count);
   std::sort(numbers.begin(), numbers.end());
   return numbers;
 }
@@ -162,7 +160,8 @@ void make_expert(const UpcycleConfig& config, std::vector<Matrix<T>*> in, Matrix
 ///
 /// (Copies: Komatsuzaki et al. 2022, arXiv:2212.05055, section 3. Virtual groups and scales: He et
 /// al. 2024, arXiv:2410.07524, section 4, and Megatron-Core, upcycling_utils.py. Drop: Nakamura et
-/// al. 2025, arXiv:2502.19261, section 3.2.)
+/// al. 2025, arXiv:2502.19261, section 3.2; their code, conversions/drop_upcycling.py, draws S anew
+/// for each map, and floor(r d_hidden) of them as here.)
 /// \throws ConfigError  if a setting is out of range.
 /// \throws StateError   if the dense network is stored for inference.
 template <std::floating_point T, Activation Act>

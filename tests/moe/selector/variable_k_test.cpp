@@ -31,6 +31,7 @@ template <class Body>
 void for_each_selector(Body&& body) {
   body(TopP<double>({0.3}));
   body(TopP<double>({0.9}));
+  body(TopP<double>({.threshold = 0.9, .most = 2}));
   body(Threshold<double>({.k = 4, .threshold = 0.5}));
   body(
       Threshold<double>({.k = 5, .k_min = 2, .threshold = 0.4, .renormalise = true, .scale = 2.5}));
@@ -68,6 +69,26 @@ TEST_CASE("TopP chooses as many as reach the threshold", "[moe][selector][top_p]
   Matrix<double> certain(1, 3);
   certain << 0.0, -1e4, -1e4;  // The others are exactly zero.
   CHECK(test::route(TopP<double>({1.0}), certain).expert == std::vector<Index>{0});
+}
+
+TEST_CASE("TopP with a bound has the first experts alone", "[moe][selector][top_p]") {
+  const auto chosen = [](double threshold, Index most) {
+    return test::route(TopP<double>({.threshold = threshold, .most = most}), tenths()).expert;
+  };
+  CHECK(chosen(1.0, 2) == std::vector<Index>{1, 3});
+  CHECK(chosen(1.0, 1) == std::vector<Index>{1});
+  CHECK(chosen(0.41, 3) == std::vector<Index>{1, 3});  // What it needs is less.
+  CHECK(chosen(1.0, 4) == chosen(1.0, 0));
+  const Matrix<double> logits = test::random_matrix(50, 13, 1);
+  const Routing<double> bound = test::route(TopP<double>({.threshold = 0.9, .most = 3}), logits);
+  const Routing<double> all = test::route(TopP<double>({.threshold = 0.9}), logits);
+  for (Index t = 0; t < 50; ++t) {
+    const auto few = bound.experts_of(t);
+    const auto many = all.experts_of(t);
+    REQUIRE(few.size() == std::min<std::size_t>(3, many.size()));
+    CHECK(std::equal(few.begin(), few.end(), many.begin()));
+  }
+  CHECK(bound.probabilities == all.probabilities);
 }
 
 TEST_CASE("TopP gives no token an expert more than it needs", "[moe][selector][top_p]") {
@@ -199,6 +220,8 @@ TEST_CASE("Selectors of variable k name what is out of range", "[moe][selector]"
   CHECK(message(TopP<double>({0.0})) == "TopP: threshold = 0, expected 0 < threshold <= 1");
   CHECK(message(TopP<double>({1.5})) == "TopP: threshold = 1.5, expected 0 < threshold <= 1");
   CHECK(message(TopP<double>({nan})) == "TopP: threshold = nan, expected 0 < threshold <= 1");
+  CHECK(message(TopP<double>({.most = 5})) == "TopP: most = 5, expected 0 <= most <= 4");
+  CHECK(message(TopP<double>({.most = -1})) == "TopP: most = -1, expected 0 <= most <= 4");
   CHECK(message(Threshold<double>({.k = 5})) == "Threshold: k = 5, expected 1 <= k <= experts = 4");
   CHECK(message(Threshold<double>({.k_min = 3})) ==
         "Threshold: k_min = 3, expected 1 <= k_min <= k = 2");

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/init.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
@@ -77,6 +78,18 @@ class CosineRouter : public RouterBase<T> {
     visit("projection", self.projection_);
     visit("embedding", self.embedding_);
     visit("log_scale", self.log_scale_);
+  }
+
+  /// Embeddings go with their experts.
+  /// \throws ConfigError  if the map does not fit, or has cold experts: no embedding has a constant
+  ///                      cosine.
+  void remap_experts(const ExpertMap& map) {
+    map.check("CosineRouter::remap_experts", experts());
+    if (map.has_cold()) {
+      throw_error<ConfigError>("CosineRouter::remap_experts: the map has a cold expert, expected ",
+                               "none: no embedding has a constant cosine");
+    }
+    map.remap_rows(embedding_);
   }
 
   Index d_model() const { return projection_.d_in(); }

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include <weir/core/error.hpp>
+#include <weir/core/expert_map.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
 #include <weir/core/pass.hpp>
@@ -128,6 +129,19 @@ class NoisyRouter : public RouterBase<T> {
   static void visit(Self& self, Visit& visit) {
     visit("weight", self.weight_);
     visit("noise_weight", self.noise_weight_);
+  }
+
+  /// Rows of both weights go with their experts; those of cold ones are zero.
+  /// \throws ConfigError  if the map does not fit, or has cold experts with a logit other than 0:
+  ///                      there are no biases.
+  void remap_experts(const ExpertMap& map) {
+    map.check("NoisyRouter::remap_experts", experts());
+    if (map.has_cold() && map.cold_logit != 0.0) {
+      throw_error<ConfigError>("NoisyRouter::remap_experts: cold_logit = ", map.cold_logit,
+                               ", expected 0: the router has no biases");
+    }
+    map.remap_rows(weight_);
+    map.remap_rows(noise_weight_);
   }
 
   Index d_model() const { return weight_.value.cols(); }

@@ -18,6 +18,7 @@ namespace weir {
 /// Settings of TopP.
 struct TopPConfig {
   double threshold = 0.4;
+  Index most = 0;  ///< How many experts a token has at most; 0: any number.
 };
 
 /// Chooses the fewest experts S whose probabilities, p = softmax(logits) from the largest on, add
@@ -25,11 +26,12 @@ struct TopPConfig {
 ///
 ///     g_e = p_e,   S = the first n experts, n = min{n : p_1 + ... + p_n >= threshold}
 ///
+/// or the first `most` if n is larger, so that no token costs more than a known number of experts.
 /// A token has at least one expert, and more of them the less certain its router is. Equal
 /// probabilities: the lowest index first. An expert whose probability is exactly zero, such as a
 /// forbidden one, is never chosen; with threshold = 1 all others are, up to rounding. The choice is
 /// constant to the derivative. EntropyLoss keeps the number of experts from growing in training.
-/// (Huang et al. 2024, arXiv:2403.07652, eq. 3-5.)
+/// (Huang et al. 2024, arXiv:2403.07652, eq. 3-5; without the bound.)
 template <std::floating_point T>
 class TopP : public SelectorBase<T> {
  public:
@@ -37,9 +39,10 @@ class TopP : public SelectorBase<T> {
 
   explicit TopP(TopPConfig config = {}) : config_(config) {}
 
-  /// \throws ConfigError  unless 0 < threshold <= 1 and experts >= 1.
+  /// \throws ConfigError  unless 0 < threshold <= 1, 0 <= most <= experts and experts >= 1.
   void check(Index experts) const {
     expect_at_least<Index>("TopP", "experts", experts, 1);
+    expect_in<Index>("TopP", "most", config_.most, 0, experts);
     if (!(config_.threshold > 0.0 && config_.threshold <= 1.0)) {
       throw_error<ConfigError>("TopP: threshold = ", config_.threshold,
                                ", expected 0 < threshold <= 1");
@@ -64,13 +67,14 @@ void TopP<T>::forward(MatrixIn<T> logits, const Pass& pass, Routing<T>& routing,
   check(logits.cols());
   routing.begin("TopP", logits, pass);
   const Index experts = routing.experts();
+  const Index most = config_.most > 0 ? config_.most : experts;
   const auto choose = [&](Index t, Index* chosen) {
     T* p = routing.probabilities.row(t).data();
     softmax_row<T>(row_span(routing.logits, t), span_of(p, experts));
     top_k<T>(span_of(p, experts), span_of(chosen, experts));
     T sum = p[chosen[0]];
     Index n = 1;
-    for (; n < experts && sum < static_cast<T>(config_.threshold) && p[chosen[n]] > T(0); ++n) {
+    for (; n < most && sum < static_cast<T>(config_.threshold) && p[chosen[n]] > T(0); ++n) {
       sum += p[chosen[n]];
     }
     return n;
