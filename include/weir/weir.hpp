@@ -223,6 +223,7 @@
 #include <weir/moe/slot_weights.hpp>
 #include <weir/moe/soft_moe.hpp>
 
+#include <weir/attention/backward_cells.hpp>
 #include <weir/attention/cache_codes.hpp>
 #include <weir/attention/causal.hpp>
 #include <weir/attention/code_products.hpp>

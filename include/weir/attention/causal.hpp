@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <span>
 
+#include <weir/attention/backward_cells.hpp>
 #include <weir/attention/few_queries.hpp>
 #include <weir/attention/key_runs.hpp>
 #include <weir/attention/operands.hpp>
@@ -47,8 +48,7 @@ namespace weir {
 ///
 /// The cost is queries times the keys they see; memory is linear. Results do not depend on the
 /// number of threads, nor those of a query on the queries beside it, see KeyRuns. The backward pass
-/// computes probabilities anew, once over blocks of queries for dq and once over blocks of keys for
-/// dk and dv, so that each sum belongs to one task and has one order.
+/// computes probabilities anew, see BackwardCells.
 template <class T>
 class CausalAttention {
   using Blocks = QueryBlocks<T>;
@@ -64,6 +64,7 @@ class CausalAttention {
     struct FewTask {
       Index span, query, begin, end;
     };
+    typename BackwardCells<T>::Lists cells;
     List<Task> tasks;
     List<FewTask> few_tasks;
     List<Index> few_queries;  ///< Where each query begins in few_tasks, and the end.
@@ -176,25 +177,8 @@ void CausalAttention<T>::backward(MatrixIn<T> out, MatrixIn<T> d_out, MatrixOut<
     }
   });
 
-  const Blocks blocks = {in_, cache};
-  cache.tasks.clear();
-  for (Index s = 0; s < in_.span_count(); ++s) {
-    for (Index first = last_block(in_.span(s).queries); first >= 0; first -= Blocks::kBlock) {
-      cache.tasks.push_back({s, first});
-    }
-  }
-  run(cache.tasks, shape.heads, [&](const Task& task, Index head) {
-    blocks.backward_queries(task.span, task.first, head, d_out, dq);
-  });
-  cache.tasks.clear();
-  for (Index s = 0; s < in_.span_count(); ++s) {
-    for (Index first = 0; first < in_.span(s).keys; first += Blocks::kBlock) {
-      cache.tasks.push_back({s, first});
-    }
-  }
-  run(cache.tasks, shape.kv_heads, [&](const Task& task, Index kv_head) {
-    blocks.backward_keys(task.span, task.first, kv_head, dk, dv);
-  });
+  const auto parallel = [&](Index count, FunctionRef<void(Index)> body) { run(count, body); };
+  BackwardCells<T>(in_, cache, cache.cells, frame, parallel).run(dq, dk, dv);
   if (!d_sinks.empty()) add_sink_gradients(cache, d_sinks);
 }
 
