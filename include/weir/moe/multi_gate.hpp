@@ -100,7 +100,7 @@ class MultiGateMixture {
   /// \param towers    One for each task, or none: f_k(x) is the output then.
   /// \throws ConfigError  without gates, if gates, bank and towers do not fit each other, or if the
   ///                      selector does not serve that many experts.
-  MultiGateMixture(std::vector<R> gates, S selector, B bank, std::vector<L> towers = {})
+  MultiGateMixture(std::vector<R> gates, const S& selector, B bank, std::vector<L> towers = {})
       : gates_(std::move(gates)), bank_(std::move(bank)), towers_(std::move(towers)) {
     expect_at_least<std::size_t>("MultiGateMixture", "gates", gates_.size(), 1);
     for (std::size_t k = 0; k < gates_.size(); ++k) {
