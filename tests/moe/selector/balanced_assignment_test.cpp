@@ -289,6 +289,10 @@ TEST_CASE("BalancedAssignment allocates nothing the second time",
   const BalancedAssignment<double> selector;
   const Matrix<double> logits = test::random_matrix(37, 5, 31);
   CHECK(test::count_step_allocations(selector, logits) == 0);
+  std::vector<std::uint8_t> allowed(37 * 5, 1);
+  for (std::size_t i = 0; i < allowed.size(); i += 3) allowed[i] = 0;
+  CHECK(test::count_step_allocations(selector, logits, {.training = true, .allowed = allowed}) ==
+        0);
 }
 
 }  // namespace weir::balanced_assignment_test
