@@ -164,13 +164,16 @@ inline Layer attention(const Config& config, weir::Rng& rng) {
 
 }  // namespace byte_decoder
 
-inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, weir::Rng& rng) {
+/// \param mixture  `mixture(config, rng)` makes a layer with experts.
+template <class Mixture>
+weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, weir::Rng& rng,
+                                       Mixture&& mixture) {
   weir::Embedding<float> embedding(config.vocab, config.d_model, rng);
   std::vector<weir::Block<float>> layers;
   for (weir::Index l = 0; l < config.layers; ++l) {
     const bool sparse = !config.dense && config.interleave.is_sparse(l);
     const auto feed_forward = [&]() -> byte_decoder::Layer {
-      if (sparse) return byte_decoder::mixture(config, rng);
+      if (sparse) return mixture(config, rng);
       const weir::Index width = (config.k + config.shared) * config.d_hidden;
       return weir::Glu<float>(config.d_model, width, rng);
     };
@@ -183,6 +186,12 @@ inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, w
   if (!config.tied) head = weir::Linear<float>(config.d_model, config.vocab, rng);
   return {std::move(embedding), std::move(layers), weir::RmsNorm<float>(config.d_model),
           std::move(head)};
+}
+
+inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, weir::Rng& rng) {
+  return make_byte_decoder(config, rng, [](const ByteDecoderConfig& c, weir::Rng& draws) {
+    return byte_decoder::mixture(c, draws);
+  });
 }
 
 /// Total parameters, and those that one token meets.

@@ -128,6 +128,12 @@ class StatusLine {
     }
   }
 
+  /// Removes a line that is still being rewritten, so that another text can stand there.
+  void clear() {
+    if (open_) std::cout << "\r\033[K" << std::flush;
+    open_ = false;
+  }
+
   /// Ends a line that is still being rewritten.
   void close() {
     if (open_) std::cout << '\n';

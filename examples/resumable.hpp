@@ -3,6 +3,8 @@
 /// Trainings that go on where they stopped, bit for bit.
 #pragma once
 
+#include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <map>
@@ -14,6 +16,8 @@
 #include <weir/io/checkpoint.hpp>
 #include <weir/optim/adamw.hpp>
 
+#include "interrupt.hpp"
+
 /// Where a training keeps its checkpoints, and how far it goes this time.
 struct Resumable {
   std::string folder = {};       ///< Empty: nothing is kept.
@@ -21,12 +25,40 @@ struct Resumable {
   weir::Index until = 0;         ///< The step to stop after.
   /// What has to be the same when it goes on, by option.
   std::map<std::string, std::string> settings = {};
+  /// What is kept beside the model, such as sums over the steps; null for nothing.
+  std::map<std::string, double>* figures = nullptr;
 };
+
+namespace resumable {
+
+constexpr const char* kFigure = "figure ";  // What their names in notes begin with.
+
+inline std::map<std::string, std::string> notes_of(const Resumable& run) {
+  std::map<std::string, std::string> notes = run.settings;
+  if (run.figures == nullptr) return notes;
+  for (const auto& [name, value] : *run.figures) {
+    char text[64];
+    std::snprintf(text, sizeof text, "%a", value);  // Every bit of it.
+    notes[kFigure + name] = text;
+  }
+  return notes;
+}
+
+inline void read_figures(const std::map<std::string, std::string>& notes, const Resumable& run) {
+  const std::string begin = kFigure;
+  for (const auto& [name, value] : notes) {
+    if (run.figures == nullptr || !name.starts_with(begin)) continue;
+    (*run.figures)[name.substr(begin.size())] = std::strtod(value.c_str(), nullptr);
+  }
+}
+
+}  // namespace resumable
 
 /// Takes steps until `run.until` of them are done, those of earlier runs in the folder included.
 /// \param rng       The only generator that `step` draws from.
-/// \param step      Takes one step of the optimizer.
-/// \throws std::runtime_error  if the folder's checkpoint has other settings.
+/// \param step      Takes one or more steps of the optimizer.
+/// \throws std::runtime_error  if the folder's checkpoint has other settings, or somebody
+///                             interrupts: what was done is kept then.
 template <class Model>
 void train_resumably(const Resumable& run, Model& model, weir::AdamW<float>& optimizer,
                      weir::Rng& rng, const std::function<void()>& step) {
@@ -40,15 +72,24 @@ void train_resumably(const Resumable& run, Model& model, weir::AdamW<float>& opt
                                  " was saved with " +
                                  (found == saved.end() ? "none" : found->second));
       }
-      rng = weir::io::load(*checkpoint, model, optimizer).rng;
+      const auto state = weir::io::load(*checkpoint, model, optimizer);
+      rng = state.rng;
+      resumable::read_figures(state.notes, run);
     }
   }
   while (optimizer.steps() < run.until) {
+    const weir::Index before = optimizer.steps();
     step();
-    const bool due = optimizer.steps() % run.save_every == 0 || optimizer.steps() == run.until;
-    if (due && !run.folder.empty()) {
-      weir::io::save(run.folder, model, optimizer, {.rng = rng, .notes = run.settings},
+    const weir::Index done = optimizer.steps();
+    const bool interrupted = Interrupt::happened();
+    const bool due = done / run.save_every > before / run.save_every || done >= run.until;
+    if ((due || interrupted) && !run.folder.empty()) {
+      weir::io::save(run.folder, model, optimizer, {.rng = rng, .notes = resumable::notes_of(run)},
                      {.keep = 2});
+    }
+    if (interrupted) {
+      throw std::runtime_error(run.folder.empty() ? "interrupted"
+                                                  : "interrupted; the same command goes on");
     }
   }
 }

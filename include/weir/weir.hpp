@@ -321,6 +321,7 @@
 
 #include <weir/tuning/active_experts.hpp>
 #include <weir/tuning/cache_report.hpp>
+#include <weir/tuning/distillation.hpp>
 #include <weir/tuning/expert_health.hpp>
 #include <weir/tuning/expert_parts.hpp>
 #include <weir/tuning/expert_population.hpp>
