@@ -109,7 +109,8 @@ template <int heads, int blocks>
 void CodeProducts<T, Code>::add_columns(const Code* values, Index stride, Index count, Index lanes,
                                         Index dim, const T* p, T* sums) {
   constexpr Index kLane = kLanes<T>;
-  // All loops over sums are unrolled, so that these are registers.
+  // All loops over sums are unrolled and none is stored from where it is, so that they are
+  // registers.
   Lanes<T> sum[heads][blocks];
 #pragma GCC unroll 4
   for (int h = 0; h < heads; ++h) {
@@ -141,7 +142,8 @@ void CodeProducts<T, Code>::add_columns(const Code* values, Index stride, Index 
   for (int h = 0; h < heads; ++h) {
 #pragma GCC unroll 4
     for (int j = 0; j < blocks; ++j) {
-      store_lanes<T>(sum[h][j], sums + h * dim + j * kLane, lanes);
+      const Lanes<T> one = sum[h][j];
+      store_lanes<T>(one, sums + h * dim + j * kLane, lanes);
     }
   }
 }
