@@ -109,8 +109,7 @@ template <int heads, int blocks>
 void CodeProducts<T, Code>::add_columns(const Code* values, Index stride, Index count, Index lanes,
                                         Index dim, const T* p, T* sums) {
   constexpr Index kLane = kLanes<T>;
-  // All loops over sums are unrolled and none is stored from where it is, so that they are
-  // registers.
+  // All loops over sums are unrolled, so that these are registers.
   Lanes<T> sum[heads][blocks];
 #pragma GCC unroll 4
   for (int h = 0; h < heads; ++h) {
@@ -142,8 +141,7 @@ void CodeProducts<T, Code>::add_columns(const Code* values, Index stride, Index 
   for (int h = 0; h < heads; ++h) {
 #pragma GCC unroll 4
     for (int j = 0; j < blocks; ++j) {
-      const Lanes<T> one = sum[h][j];
-      store_lanes<T>(one, sums + h * dim + j * kLane, lanes);
+      store_lanes<T>(sum[h][j], sums + h * dim + j * kLane, lanes);
     }
   }
 }
