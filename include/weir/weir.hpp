@@ -20,6 +20,7 @@
 #include <weir/core/layer.hpp>
 #include <weir/core/list.hpp>
 #include <weir/core/low_rank.hpp>
+#include <weir/core/meanwhile.hpp>
 #include <weir/core/name_pattern.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/parameter.hpp>
@@ -360,6 +361,7 @@
 #include <weir/parallel/placement_search.hpp>
 #include <weir/parallel/rank_nodes.hpp>
 #include <weir/parallel/routed_tokens.hpp>
+#include <weir/parallel/row_format.hpp>
 #include <weir/parallel/timeline.hpp>
 #include <weir/parallel/token_route.hpp>
 #include <weir/parallel/traffic.hpp>

@@ -58,6 +58,15 @@ expect(layering.cmake "weir/core/types.hpp: neither")
 header(io/json.hpp <nlohmann/json.hpp>)
 expect(layering.cmake "")
 
+header(parallel/mpi/ranks.hpp <mpi.h> <weir/core/types.hpp>)
+expect(layering.cmake "")
+
+header(parallel/placement.hpp <mpi.h>)
+expect(layering.cmake "weir/parallel/placement.hpp: only parallel/mpi may include")
+
+header(parallel/placement.hpp <weir/parallel/mpi/ranks.hpp>)
+expect(layering.cmake "weir/parallel/placement.hpp: only parallel/mpi may include")
+
 header(model/json.hpp <nlohmann/json.hpp>)
 expect(layering.cmake "weir/model/json.hpp: neither")
 

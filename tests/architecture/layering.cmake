@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Fails when a header includes upwards, includes something that is neither weir, Eigen nor part of
-# the system, or lies in a folder that has no place in layers.cmake.
+# the system, or lies in a folder that has no place in layers.cmake; or when one that is not in
+# parallel/mpi includes MPI or a header of that folder.
 #
 #     cmake -DINCLUDE_DIR=include -P tests/architecture/layering.cmake
 cmake_minimum_required(VERSION 3.25)
@@ -37,12 +38,18 @@ foreach(header IN LISTS headers)
 
   file(STRINGS "${INCLUDE_DIR}/weir/${header}" includes REGEX "^[ \t]*#[ \t]*include")
   foreach(line IN LISTS includes)
+    if(line MATCHES "<(mpi\\.h|weir/parallel/mpi/.*)>" AND NOT header MATCHES "^parallel/mpi/")
+      message(SEND_ERROR "weir/${header}: only parallel/mpi may include ${line}")
+    endif()
+    if(line MATCHES "<weir/io/" AND header MATCHES "^parallel/" AND NOT header MATCHES "/mpi/")
+      message(SEND_ERROR "weir/${header}: is in weir.hpp, which must not include io: ${line}")
+    endif()
     if(line MATCHES "include[ \t]*<weir/([^/>]+)/")
       set(used "${CMAKE_MATCH_1}")
       if(NOT used STREQUAL folder AND NOT used IN_LIST ${folder})
         message(SEND_ERROR "weir/${header}: ${folder} must not include ${used}: ${line}")
       endif()
-    elseif(folder STREQUAL "io" AND line MATCHES "include[ \t]*<nlohmann/json.hpp>")
+    elseif(header MATCHES "^(io|parallel/mpi)/" AND line MATCHES "include[ \t]*<nlohmann/json.hpp>")
       # the one that reads JSON
     elseif(line MATCHES "include[ \t]*<weir/version.hpp>|include[ \t]*<(Eigen|sys)/|include[ \t]*<[^/]+>")
       # everybody may

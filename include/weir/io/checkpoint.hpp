@@ -78,6 +78,15 @@ inline void remove_checkpoint(const std::filesystem::path& checkpoint) {
   std::filesystem::remove_all(checkpoint, ignored);
 }
 
+/// Removes all but the last `keep` checkpoints in `dir`, but never `path`; none with 0.
+inline void keep_latest(const std::filesystem::path& dir, const std::filesystem::path& path,
+                        Index keep) {
+  const auto all = checkpoints_in(dir);
+  for (std::size_t i = 0; keep > 0 && i + static_cast<std::size_t>(keep) < all.size(); ++i) {
+    if (all[i].second != path) remove_checkpoint(all[i].second);
+  }
+}
+
 /// Gives the folder `from` the name `to`, and what had that name before the name `from`.
 inline void exchange_folders(const std::filesystem::path& from, const std::filesystem::path& to) {
   std::error_code error;
@@ -185,12 +194,7 @@ std::filesystem::path save(const std::filesystem::path& dir, Model& model, Optim
   detail::exchange_folders(partial, path);
   sync_folder(dir);
   detail::remove_checkpoint(partial);
-
-  const auto all = detail::checkpoints_in(dir);
-  for (std::size_t i = 0; config.keep > 0 && i + static_cast<std::size_t>(config.keep) < all.size();
-       ++i) {
-    if (all[i].second != path) detail::remove_checkpoint(all[i].second);
-  }
+  detail::keep_latest(dir, path, config.keep);
   return path;
 }
 

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -120,6 +121,31 @@ inline Lanes<float> e4m3_scales(const LaneBits<float>& most, bool power_of_two) 
   const Bits one = Bits{} + std::bit_cast<int>(1.0F);
   scale = most == 0 ? one : scale;
   return std::bit_cast<Lanes<float>>(most >= kInfinity ? Bits{} + 0x7FC00000 : scale);
+}
+
+/// Writes a row as E4M3 codes, 1 x 128 of them with a power of two as their scale.
+inline void encode_e4m3_row(Index cols, const float* from, std::uint8_t* codes, float* scales) {
+  for (Index begin = 0; begin < cols; begin += kTile) {
+    const Index end = std::min(begin + kTile, cols);
+    const float scale = e4m3_tile_scale(from + begin, 0, 1, end - begin, true);
+    scales[begin / kTile] = scale;
+    for (Index j = begin; j < end; j += kLanes<float>) {
+      const Index count = std::min(kLanes<float>, end - j);
+      const E4M3Codes some =
+          e4m3_codes_of(nearest_e4m3(load_lanes<float>(from + j, count) / scale));
+      std::memcpy(codes + j, &some, static_cast<std::size_t>(count));
+    }
+  }
+}
+
+/// The numbers of such a row.
+inline void decode_e4m3_row(Index cols, const std::uint8_t* codes, const float* scales, float* to) {
+  for (Index j = 0; j < cols; j += kLanes<float>) {
+    const Index count = std::min(kLanes<float>, cols - j);
+    E4M3Codes some{};
+    std::memcpy(&some, codes + j, static_cast<std::size_t>(count));
+    store_lanes<float>(e4m3_numbers_of(some) * scales[j / kTile], to + j, count);
+  }
 }
 
 }  // namespace weir::kernels

@@ -3,10 +3,7 @@
 /// Matrices that are kept in FP8.
 #pragma once
 
-#include <algorithm>
-#include <bit>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include <weir/core/parallel.hpp>
@@ -14,7 +11,6 @@
 #include <weir/core/types.hpp>
 #include <weir/core/workspace.hpp>
 #include <weir/kernels/e4m3_lanes.hpp>
-#include <weir/ops/lanes.hpp>
 
 namespace weir::kernels {
 
@@ -57,19 +53,7 @@ void E4M3Rows<T>::set(MatrixIn<T> x, bool keeps) {
     auto scales = scales_.reshape(x.rows(), tiles());
     parallel_rows(x.rows(), 4 * x.cols(), [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) {
-        for (Index tile = 0; tile < tiles(); ++tile) {
-          const Index begin = tile * kTile;
-          const Index end = std::min(begin + kTile, x.cols());
-          const float* const from = x.data() + i * x.outerStride();
-          const float scale = e4m3_tile_scale(from + begin, 0, 1, end - begin, true);
-          scales(i, tile) = scale;
-          for (Index j = begin; j < end; j += kLanes<float>) {
-            const Index count = std::min(kLanes<float>, end - j);
-            const E4M3Codes some =
-                e4m3_codes_of(nearest_e4m3(load_lanes<float>(from + j, count) / scale));
-            std::memcpy(&codes(i, j), &some, static_cast<std::size_t>(count));
-          }
-        }
+        encode_e4m3_row(x.cols(), x.data() + i * x.outerStride(), &codes(i, 0), &scales(i, 0));
       }
     });
   }
@@ -81,13 +65,8 @@ Eigen::Map<Matrix<T>> E4M3Rows<T>::restored(Workspace::Frame& frame) const {
   if constexpr (std::is_same_v<T, float>) {
     parallel_rows(to.rows(), 2 * to.cols(), [&](Index first, Index last) {
       for (Index i = first; i < last; ++i) {
-        for (Index j = 0; j < to.cols(); j += kLanes<float>) {
-          const Index count = std::min(kLanes<float>, to.cols() - j);
-          E4M3Codes codes{};
-          std::memcpy(&codes, codes_.data() + i * to.cols() + j, static_cast<std::size_t>(count));
-          const float scale = scales_.data()[i * tiles() + j / kTile];
-          store_lanes<float>(e4m3_numbers_of(codes) * scale, &to(i, j), count);
-        }
+        decode_e4m3_row(to.cols(), codes_.data() + i * to.cols(), scales_.data() + i * tiles(),
+                        &to(i, 0));
       }
     });
   }

@@ -5,6 +5,7 @@
 
 #include <concepts>
 #include <cstddef>
+#include <functional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -47,6 +48,9 @@ class BlockStack {
     std::vector<typename Block<T>::State*> states;  ///< The states of one layer.
     Workspace workspace;                            ///< What layers need while they run.
     bool training = false, recompute = false;       ///< How the last pass ran.
+    /// If there is one, `backward` calls it with each layer l once that layer has added to its
+    /// gradients, the last layer first: what travels to other machines may set out then.
+    std::function<void(std::size_t l)> layer_done;
   };
 
   explicit BlockStack(std::vector<Block<T>> layers, bool recompute = false)
@@ -151,14 +155,15 @@ Eigen::Ref<const Matrix<T>> BlockStack<T>::backward(MatrixIn<T> dy, const Matrix
   for (std::size_t l = layers_.size(); l-- > 0;) {
     if (!cache.recompute) {
       d = &layers_[l].backward(given(), cache.layers[l]);
-      continue;
+    } else {
+      if (l + 1 < layers_.size()) {  // The cache is still that of the last layer's pass.
+        const Matrix<T>& h = l == 0 ? x : cache.outputs[l - 1];
+        Rng* const rng = cache.rngs.empty() ? nullptr : &cache.rngs[static_cast<Index>(l)];
+        layers_[l].forward(h, cache.pass.again(rng), cache.one);
+      }
+      d = &layers_[l].backward(given(), cache.one);  // Also where that is the result of this cache.
     }
-    if (l + 1 < layers_.size()) {  // The cache is still that of the last layer's pass.
-      const Matrix<T>& h = l == 0 ? x : cache.outputs[l - 1];
-      Rng* const rng = cache.rngs.empty() ? nullptr : &cache.rngs[static_cast<Index>(l)];
-      layers_[l].forward(h, cache.pass.again(rng), cache.one);
-    }
-    d = &layers_[l].backward(given(), cache.one);  // Also where that is the result of this cache.
+    if (cache.layer_done) cache.layer_done(l);
   }
   return given();
 }

@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <span>
 #include <string_view>
 
 #include <weir/core/error.hpp>
+#include <weir/core/index_span.hpp>
 #include <weir/core/list.hpp>
 #include <weir/moe/balance/mark_allowed.hpp>
 #include <weir/moe/concepts.hpp>
@@ -52,7 +54,8 @@ struct QuantileBalanceConfig {
 ///
 /// The scores are the logits, to which the selector has to add its bias (kBiasesLogits), as
 /// BiasedSoftmaxTopK does; others do not compile. k is the mean number of experts of a token,
-/// rounded down. Ranks are balanced each by itself. (Megatron-Core, `qb_dual_update`, with recentre
+/// rounded down. Ranks are balanced each by itself, unless `add_scores` brings together what they
+/// counted, as DataParallel does. (Megatron-Core, `qb_dual_update`, with recentre
 /// = false: the dual update of an optimal-transport problem.)
 template <std::floating_point T>
 class QuantileBalance : public BalancerBase {
@@ -97,6 +100,22 @@ class QuantileBalance : public BalancerBase {
     }
     start();
   }
+
+  /// What has been counted since the last update: the scores of tokens, [tokens, experts], and how
+  /// many experts these have together.
+  std::span<const T> scores() const { return scores_; }
+  Index assignments() const { return assignments_; }
+
+  /// 1 for the experts that any token was allowed since the last update, else 0; empty before the
+  /// first pass.
+  std::span<const std::uint8_t> allowed() const { return allowed_; }
+
+  /// Counts tokens that another rank has counted, as many as there is room for.
+  /// \param scores       [tokens, experts], `assignments` and `allowed` as above.
+  /// \throws ShapeError   if passes before it were of another number of experts, or scores are no
+  ///                      whole tokens.
+  void add_scores(std::span<const T> scores, Index assignments,
+                  std::span<const std::uint8_t> allowed);
 
   /// Forgets the tokens since the last update; for `weir::discard`.
   void discard_self() { start(); }
@@ -151,6 +170,30 @@ void QuantileBalance<T>::observe(const Routing<T>& routing) {
     scores_.insert(scores_.end(), z, z + experts_);
     assignments_ += routing.last(t) - routing.first(t);
     --room;
+  }
+}
+
+template <std::floating_point T>
+void QuantileBalance<T>::add_scores(std::span<const T> scores, Index assignments,
+                                    std::span<const std::uint8_t> allowed) {
+  const auto experts = static_cast<Index>(allowed.size());
+  const auto count = static_cast<Index>(scores.size());
+  if (experts == 0 || count % experts != 0 || (experts_ > 0 && experts_ != experts)) {
+    throw_error<ShapeError>("QuantileBalance::add_scores: ", count, " scores of ", experts,
+                            " experts, expected whole tokens of ",
+                            experts_ > 0 ? experts_ : experts);
+  }
+  if (experts_ != experts) {
+    experts_ = experts;
+    start();
+  }
+  const Index tokens = count / experts;
+  const Index room = config_.most_tokens - scores_.count() / experts_;
+  const Index taken = std::min(tokens, room);
+  scores_.insert(scores_.end(), scores.begin(), scores.begin() + taken * experts);
+  if (taken > 0) assignments_ += assignments * taken / tokens;
+  for (Index e = 0; e < experts; ++e) {
+    if (element(allowed, e) != 0) allowed_[e] = 1;
   }
 }
 

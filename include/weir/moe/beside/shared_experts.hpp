@@ -10,6 +10,7 @@
 #include <utility>
 
 #include <weir/core/layer.hpp>
+#include <weir/core/meanwhile.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/moe/concepts.hpp>
 #include <weir/nn/linear.hpp>
@@ -52,7 +53,8 @@ struct SharedExpertsConfig {
 ///
 /// n shared experts of width f are one network of width n f: exactly their sum.
 /// (Dai et al. 2024, arXiv:2401.06066, eq. 9-11.) Both terms may have a constant factor, see
-/// SharedExpertsConfig.
+/// SharedExpertsConfig. Where tokens travel to experts on other machines, the shared ones are
+/// computed on the way, see Meanwhile.
 template <Layer Moe, Layer Shared>
 class SharedExperts {
  public:
@@ -89,8 +91,12 @@ class SharedExperts {
   /// \param x        [tokens, d_model]. The shared experts compute padding too.
   const Matrix<T>& forward(MatrixIn<T> x, const Pass& pass, Cache& cache) const {
     cache.state.begin();
+    const Matrix<T>* shared_out = nullptr;
+    const auto compute_shared = [&] { shared_out = &forward_shared(x, pass, cache); };
+    Meanwhile beside(compute_shared);
     const Matrix<T>& routed = moe_.forward(x, pass, cache.moe);
-    const Matrix<T>& shared = forward_shared(x, pass, cache);
+    beside.finish();
+    const Matrix<T>& shared = *shared_out;
     expect_shape("SharedExperts::forward", "the shared experts' output", shared, routed.rows(),
                  routed.cols());
     set_shape(cache.y, routed.rows(), routed.cols());
@@ -113,17 +119,21 @@ class SharedExperts {
   /// \throws ShapeError   if dy does not have the shape of y.
   const Matrix<T>& backward(MatrixIn<T> dy, Cache& cache) {
     cache.state.begin_backward("SharedExperts::backward", *this, dy);
+    const Matrix<T>* through_shared = nullptr;
+    const auto compute_shared = [&] {
+      if (gate_) backward_gate(dy, cache);
+      const Eigen::Ref<const Matrix<T>> d_shared =
+          gate_ ? Eigen::Ref<const Matrix<T>>(cache.d_shared)
+                : scaled(shared_weight(), dy, cache.d_shared);
+      through_shared = &shared_.backward(d_shared, cache.shared);
+    };
+    Meanwhile beside(compute_shared);
     const Matrix<T>& d_routed =
         moe_.backward(scaled(routed_weight(), dy, cache.d_routed), cache.moe);
+    beside.finish();
     set_shape(cache.dx, d_routed.rows(), d_routed.cols());
-    if (gate_) {
-      backward_gate(dy, cache);
-      add_rows<T>(d_routed, shared_.backward(cache.d_shared, cache.shared), cache.dx);
-      add_rows<T>(cache.dx, gate_->backward(cache.d_gate, cache.gate), cache.dx);
-    } else {
-      const auto d_shared = scaled(shared_weight(), dy, cache.d_shared);
-      add_rows<T>(d_routed, shared_.backward(d_shared, cache.shared), cache.dx);
-    }
+    add_rows<T>(d_routed, *through_shared, cache.dx);
+    if (gate_) add_rows<T>(cache.dx, gate_->backward(cache.d_gate, cache.gate), cache.dx);
     return cache.dx;
   }
 

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+/// \file
+/// The main function of a program whose ranks end together.
+#pragma once
+
+#include <cstdio>
+#include <exception>
+#include <mpi.h>
+#include <string>
+
+#include <weir/core/function_ref.hpp>
+#include <weir/parallel/mpi/communicator.hpp>
+#include <weir/parallel/mpi/progress_thread.hpp>
+
+namespace weir {
+
+/// Ends the job on all ranks: writes "rank 1 of 4: `message`" to standard error, and calls
+/// MPI_Abort.
+[[noreturn]] inline void end_job(const Communicator& ranks, std::string_view message) {
+  const std::string line = "rank " + std::to_string(ranks.rank()) + " of " +
+                           std::to_string(ranks.size()) + ": " + std::string(message) + '\n';
+  std::fwrite(line.data(), 1, line.size(), stderr);
+  std::fflush(stderr);
+  MPI_Abort(ranks.get(), 1);
+  std::terminate();  // MPI_Abort does not return.
+}
+
+/// Settings of `run_job`.
+struct JobConfig {
+  double timeout_seconds = CommunicatorConfig{}.timeout_seconds;
+  bool progress_thread = false;  ///< Whether the ranks have a ProgressThread each.
+};
+
+/// Runs `body` on all ranks of MPI_COMM_WORLD, between MPI_Init and MPI_Finalize:
+///
+///     int main(int argc, char** argv) {
+///       return weir::run_job(argc, argv, {}, [&](const weir::Communicator& ranks) { ... });
+///     }
+///
+/// An exception that leaves `body` on one rank, be it of that rank alone (no memory, a file that is
+/// missing) or a RankError, ends the job on all of them by `end_job`; so does a rank that returns
+/// another number than 0.
+/// \return         What `body` returned.
+inline int run_job(int argc, char** argv, const JobConfig& config,
+                   FunctionRef<int(const Communicator&)> body) {
+  int provided = MPI_THREAD_SINGLE;
+  const int needed = config.progress_thread ? MPI_THREAD_MULTIPLE : MPI_THREAD_FUNNELED;
+  if (MPI_Init_thread(&argc, &argv, needed, &provided) != MPI_SUCCESS) return 1;
+  int code = 0;
+  {
+    const Communicator ranks(MPI_COMM_WORLD, {.timeout_seconds = config.timeout_seconds});
+    try {
+      std::optional<ProgressThread> progress;
+      if (config.progress_thread) progress.emplace(ranks);
+      code = body(ranks);
+    } catch (const std::exception& error) {
+      end_job(ranks, error.what());
+    } catch (...) {
+      end_job(ranks, "an exception that is no std::exception");
+    }
+    if (code != 0) end_job(ranks, "ended with code " + std::to_string(code));
+  }
+  MPI_Finalize();
+  return code;
+}
+
+}  // namespace weir
