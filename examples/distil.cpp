@@ -280,7 +280,7 @@ class Line {
            std::optional<double> seconds = std::nullopt) {
     status_.clear();
     std::cout << title << std::string(30 - title.size(), ' ') << figures_.of(model, storage)
-              << (seconds ? padded(fixed(*seconds, 1), 10) : "") << std::endl;
+              << (seconds ? padded(fixed(*seconds, 1), 12) : "") << std::endl;
   }
 
   const Options& options_;
@@ -309,8 +309,8 @@ void run(Options options) {
                                       {"temperature", number(options.temperature)},
                                       {"hard", number(options.hard)},
                                       {"hidden", number(options.hidden)}}};
-  std::cout << "                                        bytes of  bits for  seconds of\n"
-            << "                                 MB   text in a s    a byte    training\n";
+  std::cout << "                                          bytes bits for  seconds of\n"
+            << "                                   MB  a second   a byte    training\n";
   for (Index seed = 1; seed <= options.seeds; ++seed) Line(options, corpus, saving, seed).run();
 }
 
