@@ -28,34 +28,35 @@ void pack_strip(const T* from, Index stride, Index depth_stride, Index count, In
       if (count == width) {
         std::memcpy(out, row, width * sizeof(T));
       } else {
-        for (Index i = 0; i < width; ++i) out[i] = i < count ? row[i] : T(0);
+        std::copy_n(row, count, out);
+        std::fill_n(out + count, width - count, T(0));
       }
     }
     return;
   }
+  // Number by number, the rows from `first` on; and what is to be zero.
+  const auto copy = [&](Index first, Index begin, Index end) {
+    for (Index i = first; i < count; ++i) {
+      const T* source = from + i * stride;
+      for (Index p = begin; p < end; ++p) to[p * to_row + i] = source[p * depth_stride];
+    }
+    for (Index p = begin; p < end && count < width; ++p) {
+      std::fill_n(to + p * to_row + count, width - count, T(0));
+    }
+  };
   Index done = 0;
-  if constexpr (width % kSide == 0) {
-    if (count == width && depth_stride == 1) {
-      for (; done + kSide <= depth; done += kSide) {
-        for (Index i = 0; i < width; i += kSide) {
-          transpose<T>(from + i * stride + done, stride, to + done * to_row + i, to_row);
-        }
+  if constexpr (width >= kSide) {
+    const Index squares = count / kSide * kSide;  // Rows that are whole squares.
+    for (; depth_stride == 1 && done + kSide <= depth; done += kSide) {
+      for (Index i = 0; i < squares; i += kSide) {
+        transpose<T>(from + i * stride + done, stride, to + done * to_row + i, to_row);
       }
+      copy(squares, done, done + kSide);
     }
   }
   // Works in blocks of depth, so that both sides stay in L1.
   constexpr Index kStep = 16;
-  for (; done < depth; done += kStep) {
-    const Index end = std::min(depth, done + kStep);
-    for (Index i = 0; i < width; ++i) {
-      if (i < count) {
-        const T* source = from + i * stride;
-        for (Index p = done; p < end; ++p) to[p * to_row + i] = source[p * depth_stride];
-      } else {
-        for (Index p = done; p < end; ++p) to[p * to_row + i] = T(0);
-      }
-    }
-  }
+  for (; done < depth; done += kStep) copy(0, done, std::min(depth, done + kStep));
 }
 
 /// Copies [count, depth] as numbers of 16 bits, two neighbours of a row side by side: numbers [i,

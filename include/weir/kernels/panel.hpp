@@ -50,8 +50,9 @@ struct PackedPanel {
   }
 };
 
-/// A panel that is packed from a matrix slice by slice, into `space` [kSlice, kCols]. Element [p,
-/// j] of the matrix is at `from + p * depth_stride + j * stride`.
+/// A panel that is packed from a matrix slice by slice, into `space` [kSlice, kCols], unless the
+/// matrix is as wide as a panel and lies there as one. Element [p, j] of the matrix is at `from + p
+/// * depth_stride + j * stride`.
 template <class T>
 struct StridedPanel {
   static constexpr Index kCols = Block<T>::kCols;
@@ -64,6 +65,8 @@ struct StridedPanel {
   const T* next = nullptr;  ///< Where the panel that will be multiplied next begins, or null.
 
   const T* slice(Index first, Index count) const {
+    const bool is_panel = stride == 1 && depth_stride == kCols && cols == kCols;
+    if (is_panel) return from + first * depth_stride;
     pack_strip<kCols>(from + first * depth_stride, stride, depth_stride, cols, count, space);
     return space;
   }
