@@ -18,9 +18,14 @@
 //                          CMake names the folder of its libraries (see .ci/run)
 //         llama:weir       the time of llama.cpp over that of weir
 //
+//     pretrained/SHAPE/gguf/threads:N            only mix and fine: writes model.gguf, for the
+//                                                benchmarks of other programs (llama_bench.sh)
+//
 // SHAPE is olmoe, OLMoE-1B-7B as published (14 GB of files, and as much memory), layers, three of
-// its layers (2.8 GB), or small. Files are made in the folder that WEIR_BENCH_FOLDER names, by
-// default weir_pretrained among the temporary files, and stay there.
+// its layers (2.8 GB), or small; or of Mixtral's family, 1024 wide, of 8 layers with 16 heads in 4
+// groups: mix, with 8 experts of 3584, of which a token meets 2, or fine, with 64 of 512 and 6
+// (1.6 and 1.8 GB, and as much as model.gguf). Files are made in the folder that WEIR_BENCH_FOLDER
+// names, by default weir_pretrained among the temporary files, and stay there.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -36,17 +41,22 @@
 
 #include <benchmark/benchmark.h>
 
+#include <weir/attention/grouped_query_config.hpp>
 #include <weir/core/aligned.hpp>
 #include <weir/core/parallel.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
+#include <weir/io/families/mixtral.hpp>
 #include <weir/io/families/olmoe.hpp>
+#include <weir/io/gguf_families/llama.hpp>
 #include <weir/io/gguf_families/olmoe.hpp>
 #include <weir/io/gguf_model_writer.hpp>
 #include <weir/io/pretrained.hpp>
 #include <weir/model/decoder.hpp>
 #include <weir/nn/packed_glu.hpp>
+#include <weir/presets/mixtral.hpp>
+#include <weir/presets/model_shape.hpp>
 #include <weir/presets/olmoe_1b_7b.hpp>
 #include <weir/presets/scaled.hpp>
 
@@ -65,14 +75,45 @@ using weir::Index;
 
 constexpr double kGiga = 1e-9;
 
-presets::OlmoeConfig config_of(const std::string& shape) {
-  presets::OlmoeConfig config = presets::olmoe_1b_7b();
-  if (shape == "olmoe") return config;
-  if (shape == "layers") {
-    config.shape.layers = 3;
-    return config;
-  }
-  return presets::scaled(presets::olmoe_1b_7b(), {.d_model = 64, .layers = 2});
+/// A model of a family, of sizes that have a name.
+template <class Config>
+struct Shape {
+  std::string name;
+  Config config;
+
+  const presets::ModelShape& sizes() const { return config.shape; }
+};
+
+Shape<presets::OlmoeConfig> olmoe() {
+  return {"olmoe", presets::olmoe_1b_7b()};
+}
+Shape<presets::OlmoeConfig> olmoe_layers() {
+  Shape<presets::OlmoeConfig> shape = {"layers", presets::olmoe_1b_7b()};
+  shape.config.shape.layers = 3;
+  return shape;
+}
+Shape<presets::OlmoeConfig> small_olmoe() {
+  return {"small", presets::scaled(presets::olmoe_1b_7b(), {.d_model = 64, .layers = 2})};
+}
+
+/// A model of Mixtral's family that fits a small machine.
+Shape<presets::MixtralConfig> mixtral(const std::string& name, Index experts, Index hidden,
+                                      Index k) {
+  return {
+      name,
+      {.shape = {.layers = 8,
+                 .d_model = 1024,
+                 .vocab = 32000,
+                 .attention = weir::GroupedQueryConfig{.heads = 16, .kv_heads = 4, .head_dim = 64},
+                 .experts = experts,
+                 .k = k,
+                 .d_hidden = hidden}}};
+}
+Shape<presets::MixtralConfig> mix() {
+  return mixtral("mix", 8, 3584, 2);
+}
+Shape<presets::MixtralConfig> fine() {
+  return mixtral("fine", 64, 512, 6);
 }
 
 /// Random numbers of variance 1 / in; ones for norms; of variance 1 for the embedding, so that
@@ -98,18 +139,20 @@ void fill_random(const io::PublishedTensor& tensor, weir::Rng& rng, std::vector<
 }
 
 /// The folder of a checkpoint in bfloat16, made if it is not there.
-fs::path folder_of(const std::string& shape) {
+template <class Config>
+fs::path folder_of(const Shape<Config>& shape) {
   const char* const named = std::getenv("WEIR_BENCH_FOLDER");
   const fs::path folder =
-      (named == nullptr ? fs::temp_directory_path() / "weir_pretrained" : fs::path(named)) / shape;
+      (named == nullptr ? fs::temp_directory_path() / "weir_pretrained" : fs::path(named)) /
+      shape.name;
   if (fs::exists(folder / "config.json")) return folder;
   fs::create_directories(folder);
-  const presets::OlmoeConfig config = config_of(shape);
+  const Config& config = shape.config;
   weir::Rng unset = weir::Rng::unset();
   auto model = presets::make<float>(config, unset);
   const auto shapes = io::shapes_of(io::tensors_of("pretrained_bench", model));
-  const auto layout = io::published_layout(io::Family<presets::OlmoeConfig>::names(config, nullptr),
-                                           shapes, io::detail::head_sizes(config.shape));
+  const auto layout = io::published_layout(io::Family<Config>::names(config, nullptr), shapes,
+                                           io::detail::head_sizes(config.shape));
   weir::Rng rng(1);
   io::detail::write_model<float>(
       folder, layout, {.dtype = io::Dtype::kBF16},
@@ -122,12 +165,12 @@ fs::path folder_of(const std::string& shape) {
 
 /// The same model as a GGUF file in bfloat16, made if it is not there, tensor by tensor from the
 /// files of the checkpoint.
-fs::path gguf_of(const std::string& shape) {
-  using Config = presets::OlmoeConfig;
+template <class Config>
+fs::path gguf_of(const Shape<Config>& shape) {
   const fs::path folder = folder_of(shape);
   const fs::path path = folder / "model.gguf";
   if (fs::exists(path)) return path;
-  const Config config = config_of(shape);
+  const Config& config = shape.config;
   const io::CheckpointFolder source(folder);
   weir::Rng unset = weir::Rng::unset();
   auto model = presets::make<float>(config, unset);
@@ -196,13 +239,15 @@ double copy_rate(double bytes) {
   return 2.0 * static_cast<double>(size) / seconds;
 }
 
-io::Pretrained<float> load(const std::string& shape, std::size_t expert_bytes = 0) {
-  return io::load_family<presets::OlmoeConfig, float>(
+template <class Config>
+io::Pretrained<float> load(const Shape<Config>& shape, std::size_t expert_bytes = 0) {
+  return io::load_family<Config, float>(
       folder_of(shape), {.storage = weir::Storage::kBfloat16, .expert_bytes = expert_bytes});
 }
 
-void add_load_row(const std::string& shape, int threads) {
-  bench::add_row("pretrained/" + shape + "/load/bf16", threads, [=](benchmark::State& state) {
+template <class Config>
+void add_load_row(const Shape<Config>& shape, int threads) {
+  bench::add_row("pretrained/" + shape.name + "/load/bf16", threads, [=](benchmark::State& state) {
     const fs::path folder = folder_of(shape);
     const double bytes = bytes_in(folder);
     bench::Figures figures;
@@ -217,6 +262,20 @@ void add_load_row(const std::string& shape, int threads) {
     });
     figures.report(state);
     return bench::median(times);
+  });
+}
+
+/// Makes the file anew, which takes seconds, not rounds.
+template <class Config>
+void add_gguf_row(const Shape<Config>& shape) {
+  const int threads = weir::hardware_threads();
+  bench::add_row("pretrained/" + shape.name + "/gguf", threads, [=](benchmark::State& state) {
+    const fs::path path = folder_of(shape) / "model.gguf";
+    fs::remove(path);
+    const double seconds = bench::seconds_of([&] { gguf_of(shape); });
+    state.counters["GB/s"] = kGiga * static_cast<double>(fs::file_size(path)) / seconds;
+    state.SetLabel(path.string());
+    return seconds;
   });
 }
 
@@ -235,7 +294,8 @@ std::vector<std::int32_t> to_llama(std::span<const Index> ids) {
 /// since large ones do not have room beside each other.
 /// \param ids      A prompt, and tokens that are read one by one behind it. If there are none of
 ///                 these, it is the prompt that is timed.
-void add_llama_figures(const std::string& shape, int threads, const std::vector<Index>& ids,
+template <class Config>
+void add_llama_figures(const Shape<Config>& shape, int threads, const std::vector<Index>& ids,
                        std::size_t prompt, bench::Figures& figures) {
   namespace peer = weir::test;
   const peer::LlamaCpp* const library = peer::LlamaCpp::find();
@@ -257,29 +317,32 @@ void add_llama_figures(const std::string& shape, int threads, const std::vector<
   figures.add("llama:weir", figures.median("tokens/s") / figures.median("llama tokens/s"));
 }
 
-void add_prefill_row(const std::string& shape, int threads) {
-  bench::add_row("pretrained/" + shape + "/prefill/bf16", threads, [=](benchmark::State& state) {
-    constexpr Index kPrompt = 512;
-    const std::vector<Index> ids = random_ids(kPrompt, config_of(shape).shape.vocab);
-    bench::Figures figures;
-    std::vector<double> times;
-    {
-      const auto loaded = load(shape);
-      weir::Decoder<float>::Cache cache;
-      const auto round = [&] {
-        weir::Decoder<float>::State sequence;
-        return bench::seconds_of([&] { weir::decode(loaded.model, ids, sequence, cache, true); });
-      };
-      round();  // Caches grow.
-      bench::repeat_rounds([&] {
-        times.push_back(round());
-        figures.add("tokens/s", kPrompt / times.back());
-      });
-    }
-    add_llama_figures(shape, threads, ids, kPrompt, figures);
-    figures.report(state);
-    return bench::median(times);
-  });
+template <class Config>
+void add_prefill_row(const Shape<Config>& shape, int threads) {
+  bench::add_row("pretrained/" + shape.name + "/prefill/bf16", threads,
+                 [=](benchmark::State& state) {
+                   constexpr Index kPrompt = 512;
+                   const std::vector<Index> ids = random_ids(kPrompt, shape.sizes().vocab);
+                   bench::Figures figures;
+                   std::vector<double> times;
+                   {
+                     const auto loaded = load(shape);
+                     weir::Decoder<float>::Cache cache;
+                     const auto round = [&] {
+                       weir::Decoder<float>::State sequence;
+                       return bench::seconds_of(
+                           [&] { weir::decode(loaded.model, ids, sequence, cache, true); });
+                     };
+                     round();  // Caches grow.
+                     bench::repeat_rounds([&] {
+                       times.push_back(round());
+                       figures.add("tokens/s", kPrompt / times.back());
+                     });
+                   }
+                   add_llama_figures(shape, threads, ids, kPrompt, figures);
+                   figures.report(state);
+                   return bench::median(times);
+                 });
 }
 
 constexpr Index kStart = 128;  // Tokens before those that are decoded one by one.
@@ -288,9 +351,10 @@ constexpr Index kTokens = 32;
 /// Times weir's decoding.
 /// \param share    How many of the experts are in memory; 1: they are loaded before.
 /// \return         The seconds of the rounds.
-std::vector<double> time_decoding(const std::string& shape, double share,
+template <class Config>
+std::vector<double> time_decoding(const Shape<Config>& shape, double share,
                                   const std::vector<Index>& ids, bench::Figures& figures) {
-  const presets::ModelShape sizes = config_of(shape).shape;
+  const presets::ModelShape& sizes = shape.sizes();
   const auto expert = static_cast<double>(weir::PackedGlu<float>::bytes(
       sizes.d_model, sizes.d_hidden, sizes.d_model, weir::Storage::kBfloat16));
   const double all = expert * static_cast<double>(sizes.layers * sizes.experts);
@@ -320,26 +384,36 @@ std::vector<double> time_decoding(const std::string& shape, double share,
 }
 
 /// \param share    See `time_decoding`.
-void add_decode_row(const std::string& shape, const std::string& name, double share, int threads) {
-  bench::add_row("pretrained/" + shape + "/decode/" + name, threads, [=](benchmark::State& state) {
-    const std::vector<Index> ids = random_ids(kStart + kTokens, config_of(shape).shape.vocab);
-    bench::Figures figures;
-    const std::vector<double> times = time_decoding(shape, share, ids, figures);
-    if (share == 1.0) add_llama_figures(shape, threads, ids, kStart, figures);
-    figures.report(state);
-    return bench::median(times);
-  });
+template <class Config>
+void add_decode_row(const Shape<Config>& shape, const std::string& name, double share,
+                    int threads) {
+  bench::add_row("pretrained/" + shape.name + "/decode/" + name, threads,
+                 [=](benchmark::State& state) {
+                   const std::vector<Index> ids = random_ids(kStart + kTokens, shape.sizes().vocab);
+                   bench::Figures figures;
+                   const std::vector<double> times = time_decoding(shape, share, ids, figures);
+                   if (share == 1.0) add_llama_figures(shape, threads, ids, kStart, figures);
+                   figures.report(state);
+                   return bench::median(times);
+                 });
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const std::string shape : {"small", "layers", "olmoe"}) {
+  for (const auto& shape : {small_olmoe(), olmoe_layers(), olmoe()}) {
     for (const int threads : bench::thread_counts()) {
       add_load_row(shape, threads);
       add_prefill_row(shape, threads);
       add_decode_row(shape, "bf16", 1.0, threads);
       add_decode_row(shape, "quarter", 0.25, threads);
+    }
+  }
+  for (const auto& shape : {mix(), fine()}) {
+    add_gguf_row(shape);
+    for (const int threads : bench::thread_counts()) {
+      add_prefill_row(shape, threads);
+      add_decode_row(shape, "bf16", 1.0, threads);
     }
   }
   return bench::run_rows(argc, argv);
