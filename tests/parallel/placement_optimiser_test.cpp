@@ -250,6 +250,8 @@ TEST_CASE("The optimiser says what is wrong", "[parallel][optimiser]") {
         "optimise_placement: the source of token 3 = 2, expected 0 <= source < ranks = 2");
   tokens.source.resize(3);
   CHECK(message({}) == "optimise_placement: there are 3 sources, expected 4, one for each token");
+  tokens.layer.expert[1] = 5;
+  CHECK(message({}) == "optimise_placement: a token has expert 5, expected an expert < 5");
   tokens.layer.experts = 6;
   CHECK(message({}) ==
         "optimise_placement: the tokens are of 6 experts, expected 5, those of the placement");

@@ -109,8 +109,13 @@ TEST_CASE("Tokens go to the nearest replica, and different sources to different 
   CHECK(destinations(3) == List<Index>{4, 4, 3});
   CHECK(destinations(4) == List<Index>{4, 4, 4});
   CHECK(destinations(5) == List<Index>{4, 4, 5});
-  CHECK(destinations(6) == List<Index>{4, 1, 4});  // 6 mod 3 = 0, 6 mod 4 = 2.
-  CHECK(destinations(7) == List<Index>{4, 2, 5});
+  CHECK(destinations(6) == List<Index>{4, 1, 0});  // Node 2 mod 2: the first; 6 mod 2.
+  CHECK(destinations(7) == List<Index>{4, 2, 0});
+  const Placement far({{0, 3, 4, 5}, {3, 4, 5}}, nodes);
+  CHECK(far.destinations(6) == List<Index>{0, 3});
+  CHECK(far.destinations(7) == List<Index>{0, 4});
+  CHECK(far.destinations(1) == List<Index>{0, 4});
+  CHECK(far.destinations(2) == List<Index>{0, 5});
 }
 
 TEST_CASE("A token never leaves its rank or node without need", "[parallel][placement]") {

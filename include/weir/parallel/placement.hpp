@@ -28,12 +28,25 @@ inline Index nearest_replica(std::span<const Index> holders, Index source, const
     if (r == source) return r;
     near += nodes.share_node(r, source) ? 1 : 0;
   }
-  if (near == 0) return element(holders, source % static_cast<Index>(holders.size()));
-  Index left = source % near;
-  for (const Index r : holders) {
-    if (nodes.share_node(r, source) && left-- == 0) return r;
+  // Of all holders, those of one node: ranks of a node agree on it, so that each of them has its
+  // own part of the way there, see RowsSent::kPerNode.
+  const auto count = static_cast<Index>(holders.size());
+  const auto begins_node = [&](Index i) {
+    return i == 0 || !nodes.share_node(element(holders, i), element(holders, i - 1));
+  };
+  Index first = 0;
+  if (near == 0) {
+    Index holding = 0;
+    for (Index i = 0; i < count; ++i) holding += begins_node(i) ? 1 : 0;
+    Index left = nodes.node_of(source) % holding;
+    while (!begins_node(first) || left-- > 0) ++first;
+    Index last = first + 1;
+    while (last < count && !begins_node(last)) ++last;
+    return element(holders, first + source % (last - first));
   }
-  return holders.front();  // Not reached: `near` of them share the node.
+  Index left = source % near;
+  while (!nodes.share_node(element(holders, first), source) || left-- > 0) ++first;
+  return element(holders, first);
 }
 
 /// The experts of a mixture on the ranks of a parallel program. Each expert is on one rank at
@@ -45,9 +58,11 @@ inline Index nearest_replica(std::span<const Index> holders, Index source, const
 ///
 ///     on the source itself, if it holds the expert;
 ///     else, if m >= 1 ranks of the source's node hold it, number source mod m of these;
-///     else number source mod n of all n ranks that hold it.
+///     else number source mod l of the l ranks of one node that hold it: of the n nodes with such
+///     ranks, number (the source's node) mod n.
 ///
-/// Ranks are counted in ascending order.
+/// Ranks are counted in ascending order, nodes in the order of these ranks; ranks of a node that do
+/// not follow each other among them count as nodes of their own.
 class Placement {
  public:
   /// \param ranks_of  For each expert the ranks that hold it, in any order.

@@ -34,6 +34,7 @@ struct RowCosts {
 /// change of the placement would do to it: only tokens with the experts in question are looked at.
 class PlacementSearch {
  public:
+  /// \param tokens   Has to outlive the search, and to fit `start`: see RoutedTokens::check.
   /// \param most_load  The most assignments of a rank that do not count as excess.
   PlacementSearch(const RoutedTokens& tokens, const Placement& start, RowsSent sent,
                   const RowCosts& costs, Index most_load)

@@ -23,11 +23,15 @@ struct RoutedTokens {
   Index tokens() const { return source.count(); }
 
   /// \throws ConfigError  unless each token has a rank, of `ranks` there are, and the layer has
-  ///                      `experts` experts.
+  ///                      `experts` experts and no others.
   void check(std::string_view who, Index experts, Index ranks) const {
     if (layer.experts != experts) {
       throw_error<ConfigError>(who, ": the tokens are of ", layer.experts, " experts, expected ",
                                experts, ", those of the placement");
+    }
+    for (const Index e : layer.expert) {
+      if (e >= 0 && e < experts) continue;
+      throw_error<ConfigError>(who, ": a token has expert ", e, ", expected an expert < ", experts);
     }
     if (source.count() != layer.tokens()) {
       throw_error<ConfigError>(who, ": there are ", source.count(), " sources, expected ",
