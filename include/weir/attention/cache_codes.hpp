@@ -30,21 +30,19 @@ template <class T>
 struct CodeVectors;
 template <>
 struct CodeVectors<float> {
-  typedef std::int8_t Bytes __attribute__((vector_size(kLaneBytes / 4)));           // NOLINT
-  typedef std::uint8_t UnsignedBytes __attribute__((vector_size(kLaneBytes / 4)));  // NOLINT
-  typedef std::uint16_t Halves __attribute__((vector_size(kLaneBytes / 2)));        // NOLINT
-  typedef std::uint32_t Words __attribute__((vector_size(kLaneBytes)));             // NOLINT
-  typedef std::int32_t Integers __attribute__((vector_size(kLaneBytes)));           // NOLINT
-  typedef float Floats __attribute__((vector_size(kLaneBytes)));                    // NOLINT
+  typedef std::int8_t Bytes __attribute__((vector_size(kLaneBytes / 4)));     // NOLINT
+  typedef std::uint16_t Halves __attribute__((vector_size(kLaneBytes / 2)));  // NOLINT
+  typedef std::uint32_t Words __attribute__((vector_size(kLaneBytes)));       // NOLINT
+  typedef std::int32_t Integers __attribute__((vector_size(kLaneBytes)));     // NOLINT
+  typedef float Floats __attribute__((vector_size(kLaneBytes)));              // NOLINT
 };
 template <>
 struct CodeVectors<double> {
-  typedef std::int8_t Bytes __attribute__((vector_size(kLaneBytes / 8)));           // NOLINT
-  typedef std::uint8_t UnsignedBytes __attribute__((vector_size(kLaneBytes / 8)));  // NOLINT
-  typedef std::uint16_t Halves __attribute__((vector_size(kLaneBytes / 4)));        // NOLINT
-  typedef std::uint32_t Words __attribute__((vector_size(kLaneBytes / 2)));         // NOLINT
-  typedef std::int32_t Integers __attribute__((vector_size(kLaneBytes / 2)));       // NOLINT
-  typedef float Floats __attribute__((vector_size(kLaneBytes / 2)));                // NOLINT
+  typedef std::int8_t Bytes __attribute__((vector_size(kLaneBytes / 8)));      // NOLINT
+  typedef std::uint16_t Halves __attribute__((vector_size(kLaneBytes / 4)));   // NOLINT
+  typedef std::uint32_t Words __attribute__((vector_size(kLaneBytes / 2)));    // NOLINT
+  typedef std::int32_t Integers __attribute__((vector_size(kLaneBytes / 2)));  // NOLINT
+  typedef float Floats __attribute__((vector_size(kLaneBytes / 2)));           // NOLINT
 };
 
 }  // namespace detail
@@ -233,23 +231,10 @@ void CodeMatrix<T>::unpack_six(const std::byte* row, T* to) const {
   const std::byte* const high = row + cols / 2;
   for (Index part = 0; part < 4; ++part) {
     const std::byte* const low = row + part % 2 * quarter;
-    const auto low_shift = static_cast<std::uint8_t>(part / 2 * 4);
-    const auto high_shift = static_cast<std::uint8_t>(2 * part);
+    const auto low_shift = static_cast<unsigned>(part / 2 * 4);
+    const auto high_shift = static_cast<unsigned>(2 * part);
     T* const out = to + part * quarter;
-    // Whole registers, the last of which may begin in the one before; less than one by itself.
-    Index i = 0;
-    for (; i < quarter && quarter >= kLanes<T>; i += kLanes<T>) {
-      i = std::min(i, quarter - kLanes<T>);
-      using Bytes = typename detail::CodeVectors<T>::UnsignedBytes;
-      using Integers = typename detail::CodeVectors<T>::Integers;
-      Bytes lower, upper;
-      std::memcpy(&lower, low + i, sizeof lower);
-      std::memcpy(&upper, high + i, sizeof upper);
-      const Bytes bits = (lower >> low_shift & 15) | (upper >> high_shift & 3) << 4;
-      const Integers codes = __builtin_convertvector(bits, Integers) - kSixOffset;
-      store_lanes<T>(__builtin_convertvector(codes, Lanes<T>), out + i);
-    }
-    for (; i < quarter; ++i) {
+    for (Index i = 0; i < quarter; ++i) {
       const unsigned bits =
           (byte_at(low, i) >> low_shift & 15U) | (byte_at(high, i) >> high_shift & 3U) << 4U;
       out[i] = static_cast<T>(static_cast<int>(bits) - kSixOffset);

@@ -109,11 +109,8 @@ template <int heads, int blocks>
 void CodeProducts<T, Code>::add_columns(const Code* values, Index stride, Index count, Index lanes,
                                         Index dim, const T* p, T* sums) {
   constexpr Index kLane = kLanes<T>;
-  // All loops over sums are unrolled, so that these are registers.
   Lanes<T> sum[heads][blocks];
-#pragma GCC unroll 4
   for (int h = 0; h < heads; ++h) {
-#pragma GCC unroll 4
     for (int j = 0; j < blocks; ++j) {
       sum[h][j] = load_lanes<T>(sums + h * dim + j * kLane, lanes);
     }
@@ -137,9 +134,7 @@ void CodeProducts<T, Code>::add_columns(const Code* values, Index stride, Index 
       }
     }
   }
-#pragma GCC unroll 4
   for (int h = 0; h < heads; ++h) {
-#pragma GCC unroll 4
     for (int j = 0; j < blocks; ++j) {
       store_lanes<T>(sum[h][j], sums + h * dim + j * kLane, lanes);
     }

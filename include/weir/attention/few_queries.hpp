@@ -215,18 +215,9 @@ void FewQueries<T>::attend_block(const AttentionSpan& span, const KeyValueBlock<
     }
     soften(count, p, to.top[h], to.total[h], to.sums + h * value_dim);
   }
-  for_each_chunk<4>(heads, [&](auto chunk, Index h) {
-    constexpr Index kHeads = decltype(chunk)::value;
-    T total[kHeads];  // Registers, since all loops over it are unrolled.
-#pragma GCC unroll 4
-    for (Index i = 0; i < kHeads; ++i) total[i] = to.total[h + i];
-    for (Index r = place; r < place + count; ++r) {
-#pragma GCC unroll 4
-      for (Index i = 0; i < kHeads; ++i) total[i] += scores[(h + i) * kRows + r];
-    }
-#pragma GCC unroll 4
-    for (Index i = 0; i < kHeads; ++i) to.total[h + i] = total[i];
-  });
+  for (Index r = place; r < place + count; ++r) {
+    for (Index h = 0; h < heads; ++h) to.total[h] += scores[h * kRows + r];
+  }
   for (Index h = 0; h < heads && block.value_scales != nullptr; ++h) {
     T* const p = scores + h * kRows + place;
     loops::multiply<T>(count, p, block.value_scales, p);
