@@ -20,6 +20,8 @@
 #include <weir/core/storage.hpp>
 #include <weir/core/types.hpp>
 #include <weir/kernels/packed_weight.hpp>
+#include <weir/kernels/tiles.hpp>
+#include <weir/kernels/weight_rows.hpp>
 #include <weir/moe/beside/shared_experts.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
@@ -182,6 +184,8 @@ class Mixture {
   /// What multiplies.
   Precision precision() const {
     if (kernels::rounds_rows(storage_)) return Precision::kInt8;
+    const bool codes = kernels::code_of(storage_).has_value();
+    if (codes && kernels::uses_tiles()) return Precision::kBfloat16;
     const bool rounds = storage_ == Storage::kTrainable && trained_ != weir::Precision::kFull;
     return rounds || storage_ == Storage::kBfloat16 ? Precision::kBfloat16 : Precision::kFloat32;
   }

@@ -238,8 +238,6 @@ inline void CodedPanels::multiply_tiles(TileScope& tiles, RowKind kind, const st
     for (Index row = 0; row < rows; row += kRows) {
       const Index height = std::min(kRows, rows - row);
       tiles.set_rows(height, bytes ? kDepthOfBytes : kRows);
-      detail::fetch_share(from + count * layout.bytes(), count * layout.bytes(), row / kRows,
-                          padded / kRows);
       const auto& multiply = bytes ? loops().byte_tile : loops().tile;
       multiply[height <= kRows / 2 ? 0 : 1](left + row * left_row + first * of_left, left_row,
                                             height, b, count, first == 0, sums + row * kCols);

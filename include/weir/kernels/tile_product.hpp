@@ -110,18 +110,6 @@ inline void stream_block(const BFloat16* block) {
   }
 }
 
-/// Fetches the share of tile `tile` of `tiles` in the `bytes` bytes from `from` on, which will be
-/// read when all tiles are done: what lies behind a slice is the next one, or the next panel.
-inline void fetch_share(const void* from, Index bytes, Index tile, Index tiles) {
-  constexpr Index kFewTiles = 2;  // They read panels from memory one block after the other.
-  if (tiles <= kFewTiles) return;
-  const Index lines = bytes / TileScope::kLine;
-  const auto* const at = static_cast<const char*>(from);
-  for (Index line = lines * tile / tiles; line < lines * (tile + 1) / tiles; ++line) {
-    __builtin_prefetch(at + line * TileScope::kLine, 0, 2);
-  }
-}
-
 /// sums = before + up to 16 rows times `blocks` blocks of a panel, for tiles of as many rows.
 /// \param before   Zeros if null.
 /// \param sums     [rows, kTileCols]
@@ -205,9 +193,6 @@ inline void multiply_panel_in_tiles(TileScope& tiles, LeftRows<PairedBFloat16> l
       const bool begins = first == 0;
       const float* const before = !begins ? of_tile : accumulate ? c + row * c_row : nullptr;
       tiles.set_rows(height);
-      detail::fetch_share(panel + (first + count) * detail::kTileBlock,
-                          count * detail::kTileBlock * Index{sizeof(BFloat16)},
-                          row / TileScope::kRows, (rows + TileScope::kRows - 1) / TileScope::kRows);
       detail::multiply_tile(left.at + row * left.row + first * 2 * kTileSteps, left.row,
                             panel + first * detail::kTileBlock, count, before,
                             begins ? c_row : kCols, of_tile, row == 0);
