@@ -34,6 +34,7 @@
 #include <weir/nn/rms_norm.hpp>
 
 #include "bytes.hpp"
+#include "rank_job.hpp"
 
 struct ByteDecoderConfig {
   weir::Index layers = 4;
@@ -119,13 +120,15 @@ Layer mixture(const Config& config, Selector selector, Capacity capacity, weir::
               Rules... rules) {
   weir::JitterRouter router(weir::LinearRouter<float>(config.d_model, config.experts, rng),
                             {.epsilon = config.jitter});
-  weir::GluBank<float> experts(config.d_model, config.experts, config.d_hidden, rng);
-  weir::MoELayer moe(std::move(router), std::move(selector), capacity, std::move(experts),
-                     weir::SwitchLoss<float>({.coefficient = config.balance}),
-                     weir::ZLoss<float>({.coefficient = config.z_loss}), rules...);
-  if (config.shared == 0) return moe;
-  weir::Glu<float> shared(config.d_model, config.shared * config.d_hidden, rng);
-  return weir::SharedExperts(std::move(moe), std::move(shared));
+  weir::GluBank<float> all(config.d_model, config.experts, config.d_hidden, rng);
+  return with_experts(std::move(all), [&](auto experts) -> Layer {
+    weir::MoELayer moe(std::move(router), std::move(selector), capacity, std::move(experts),
+                       weir::SwitchLoss<float>({.coefficient = config.balance}),
+                       weir::ZLoss<float>({.coefficient = config.z_loss}), rules...);
+    if (config.shared == 0) return moe;
+    weir::Glu<float> shared(config.d_model, config.shared * config.d_hidden, rng);
+    return weir::SharedExperts(std::move(moe), std::move(shared));
+  });
 }
 
 template <class Capacity>
@@ -195,13 +198,21 @@ inline weir::Decoder<float> make_byte_decoder(const ByteDecoderConfig& config, w
 }
 
 /// Total parameters, and those that one token meets.
-inline std::pair<weir::Index, weir::Index> count_parameters(weir::Decoder<float>& model,
-                                                            const ByteDecoderConfig& config) {
-  weir::Index total = 0;
+/// \param sum      `sum(count)` adds up a count of all ranks, each of which has some of the
+/// experts.
+template <class Sum>
+std::pair<weir::Index, weir::Index> count_parameters(weir::Decoder<float>& model,
+                                                     const ByteDecoderConfig& config, Sum&& sum) {
+  weir::Index dense = 0;
   weir::Index in_experts = 0;
   for (const auto& [name, parameter] : weir::parameters(model)) {
-    total += parameter->value.size();
-    if (weir::matches_pattern("*.experts.*", name)) in_experts += parameter->value.size();
+    const bool of_expert = weir::matches_pattern("*.experts.*", name);
+    (of_expert ? in_experts : dense) += parameter->value.size();
   }
-  return {total, total - in_experts + in_experts * config.k / config.experts};
+  in_experts = sum(in_experts);
+  return {dense + in_experts, dense + in_experts * config.k / config.experts};
+}
+inline std::pair<weir::Index, weir::Index> count_parameters(weir::Decoder<float>& model,
+                                                            const ByteDecoderConfig& config) {
+  return count_parameters(model, config, [](weir::Index of_rank) { return of_rank; });
 }

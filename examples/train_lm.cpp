@@ -43,6 +43,7 @@
 #include "live_report.hpp"
 #include "loads.hpp"
 #include "progress.hpp"
+#include "rank_training.hpp"
 #include "training_texts.hpp"
 
 namespace {
@@ -98,6 +99,7 @@ constexpr const char* kExamples =
     "  train_lm --metrics run.jsonl --quiet          figures for a plot\n"
     "  train_lm --report run                         run/report.html, to watch in a browser\n"
     "  train_lm --save run --resume run              goes on where the last run stopped\n"
+    "  mpirun -np 4 train_lm --threads 1             experts and text on four ranks (MPI)\n"
     "\nCtrl-C ends the training early, with results, a sample and, with --save, a checkpoint.\n";
 
 /// Refuses options that contradict each other.
@@ -121,6 +123,10 @@ void check(const Options& options) {
   expect(
       model.dense || model.k <= model.experts,
       "--top-k: " + number(model.k) + ", expected no more than --experts " + number(model.experts));
+  const Index ranks = rank_job().size();
+  expect(options.batch % ranks == 0, "--batch: " + number(options.batch) +
+                                         ", expected a multiple of the " + number(ranks) +
+                                         " ranks");
   expect(model.interleave.phase < model.interleave.stride,
          "--phase: " + number(model.interleave.phase) + ", expected less than --stride " +
              number(model.interleave.stride));
@@ -261,8 +267,10 @@ class Trainer {
                   .warmup_steps = std::min(options.warmup, options.steps - 1),
                   .total_steps = options.steps,
                   .floor = options.learning_rate / 10.0},
-        sequences_(weir::Sequences::uniform(options.batch, options.context)) {
+        sequences_(weir::Sequences::uniform(options.batch / rank_job().size(), options.context)) {
     weir::set_precision(model_, *weir::precision_named(options.precision));
+    ranks_.agree(model_);
+    ranks_.watch(model_, cache_);
     const auto of_each = options.eval_tokens / static_cast<Index>(texts.size());
     const Index batches = std::max<Index>(1, of_each / (options.batch * options.context));
     for (const TrainingText& text : texts) {
@@ -283,24 +291,38 @@ class Trainer {
 
   Step step() {
     batch_.clear();
-    for (Index s = 0; s < options_.batch; ++s) {
+    for (Index s = 0; s < options_.batch; ++s) {  // All ranks draw the same, and read their own.
+      const bool own = is_own(s);
       if (mixture_) {
         const weir::TextWindow window = mixture_->next();
-        add(texts_[static_cast<std::size_t>(window.text)].train, window.start);
+        if (own) add(texts_[static_cast<std::size_t>(window.text)].train, window.start);
       } else {
-        add(texts_[0].train, rng_.below(texts_[0].train.size() - options_.context));
+        const Index start = rng_.below(texts_[0].train.size() - options_.context);
+        if (own) add(texts_[0].train, start);
       }
     }
     record_.clear();
     record_.show_routings_to(observer_);
     Step result;
-    result.loss = forward({.training = true, .sequences = &sequences_, .rng = &rng_});
-    result.aux_loss = record_.aux_loss();
+    // Losses are means over the rank's tokens, whose sum over ranks is to be that of all tokens.
+    const double share = 1.0 / static_cast<double>(rank_job().size());
+    const auto rank = static_cast<std::uint64_t>(rank_job().rank());
+    const bool alone = rank_job().size() == 1;
+    // Of each rank and step its own; rng_ stays the same on all ranks.
+    weir::Rng own_noise(rng_.at(rng_.position()) +
+                        static_cast<std::uint64_t>(optimizer_.steps() * rank_job().size()) + rank);
+    result.loss = share * forward({.training = true,
+                                   .sequences = &sequences_,
+                                   .rng = alone ? &rng_ : &own_noise,
+                                   .aux_scale = share});
+    result.loss = ranks_.sum(result.loss);
+    result.aux_loss = ranks_.sum(record_.aux_loss());
     result.load = sum_of_all(record_.reports());
-    model_.backward_from_head(loss_.backward(model_, loss_cache_), cache_);
-    result.gradient_norm = weir::clip_global_norm(model_, options_.clip);
+    model_.backward_from_head(loss_.backward(model_, loss_cache_, static_cast<float>(share)),
+                              cache_);
+    result.gradient_norm = ranks_.clip(model_, options_.clip);
     optimizer_.set_learning_rate(schedule_.at(optimizer_.steps()));
-    optimizer_.step(model_);
+    ranks_.step(optimizer_, model_);
     record_.show_routings_to(nullptr);
     return result;
   }
@@ -381,8 +403,8 @@ class Trainer {
     for (std::size_t t = 0; t < texts_.size(); ++t) {
       bits.push_back(bits_of(t, [&] {
         const weir::Decoder<float>::State empty(storage);
-        std::vector<weir::Decoder<float>::State> states(static_cast<std::size_t>(options_.batch),
-                                                        empty);
+        std::vector<weir::Decoder<float>::State> states(
+            static_cast<std::size_t>(sequences_.count()), empty);
         std::vector<weir::Decoder<float>::State*> pointers;
         for (auto& state : states) pointers.push_back(&state);
         const weir::Matrix<float>& logits =
@@ -419,9 +441,12 @@ class Trainer {
     double bits = 0.0;
     for (std::size_t begin = 0; begin < windows; begin += size) {
       batch_.clear();
-      for (std::size_t w = begin; w < begin + size; ++w) add_validation(text, w);
+      for (std::size_t w = begin; w < begin + size; ++w) {
+        if (is_own(static_cast<Index>(w - begin))) add_validation(text, w);
+      }
       bits += loss();
     }
+    bits = ranks_.sum(bits) / static_cast<double>(rank_job().size());
     return bits * static_cast<double>(size) / (std::log(2.0) * static_cast<double>(windows));
   }
 
@@ -438,7 +463,7 @@ class Trainer {
     state.rng = rng_;
     state.position = mixture_ ? mixture_->position() : 0;
     state.notes = notes();
-    weir::io::save(folder, model_, optimizer_, state);
+    ranks_.save(folder, model_, optimizer_, state);
   }
   void resume(const std::filesystem::path& checkpoint) {
     const Notes own = notes();
@@ -452,13 +477,14 @@ class Trainer {
                                  checkpoint.string() + " was saved with " + value);
       }
     }
-    const weir::io::TrainingState state = weir::io::load(checkpoint, model_, optimizer_);
+    const weir::io::TrainingState state = ranks_.load(checkpoint, model_, optimizer_);
     rng_ = state.rng;
     if (mixture_) mixture_->seek(state.position);
   }
 
   Index steps() const { return optimizer_.steps(); }
   weir::Decoder<float>& model() { return model_; }
+  RankTraining& ranks() { return ranks_; }
   double learning_rate() const { return optimizer_.learning_rate(); }
 
  private:
@@ -485,6 +511,11 @@ class Trainer {
                              {.length = options.context, .seed = options.seed});
   }
 
+  /// Whether sequence s of a batch is this rank's.
+  bool is_own(Index s) const {
+    return s >= rank_job().begin(options_.batch) && s < rank_job().end(options_.batch);
+  }
+
   /// Adds a window of a text to the batch.
   void add(const weir::io::TextFiles& text, Index start) {
     window_.resize(static_cast<std::size_t>(options_.context) + 1);
@@ -509,7 +540,7 @@ class Trainer {
       batch_.clear();
       for (Index s = 0; s < options_.batch; ++s, ++window) {
         const std::size_t text = window % texts_.size();
-        add(texts_[text].train, static_cast<Index>(starts[text][window]));
+        if (is_own(s)) add(texts_[text].train, static_cast<Index>(starts[text][window]));
       }
       forward({.sequences = &sequences_, .inputs = &samples});
     }
@@ -530,6 +561,7 @@ class Trainer {
   weir::Rng rng_;
   weir::Decoder<float> model_;
   weir::AdamW<float> optimizer_;
+  RankTraining ranks_;
   weir::WarmupCosine schedule_;
   weir::Sequences sequences_;
   weir::LanguageLoss<float> loss_;
@@ -621,6 +653,10 @@ void run(Options options) {
   options.texts = choose_texts(options.text, options.mix_at,
                                {{"headers", WEIR_DEFAULT_CORPUS}, {"readmes", WEIR_SECOND_CORPUS}});
   check(options);
+  if (!rank_job().is_first()) {  // The first rank speaks for all.
+    options.quiet = true;
+    options.metrics = options.report = "";
+  }
   std::ofstream metrics;
   if (!options.metrics.empty()) metrics.open(options.metrics);
   if (!metrics) throw std::runtime_error("--metrics: cannot write " + options.metrics);
@@ -629,7 +665,9 @@ void run(Options options) {
 
   Trainer trainer(options, texts);
   const ByteDecoderConfig& model = options.model;
-  const auto [total, active] = count_parameters(trainer.model(), model);
+  const auto [total, active] = count_parameters(trainer.model(), model, [&](Index of_rank) {
+    return static_cast<Index>(trainer.ranks().sum(static_cast<double>(of_rank)));
+  });
   const std::string parameters =
       "parameters: " + grouped(total) + " in total, " + grouped(active) + " active for a token\n";
   if (!options.quiet) {
@@ -641,7 +679,9 @@ void run(Options options) {
       std::cout << ", " << model.interleave.count_sparse(model.layers) << " with " << model.experts
                 << " experts, " << model.k << " for each token";
     }
-    std::cout << '\n' << parameters << "threads: " << weir::threads() << std::endl;
+    std::cout << '\n' << parameters << "threads: " << weir::threads();
+    if (rank_job().size() > 1) std::cout << " on each of " << rank_job().size() << " ranks";
+    std::cout << std::endl;
   }
 
   if (!options.resume.empty()) {
@@ -683,7 +723,7 @@ void run(Options options) {
                              .tokens_per_second = rate};
     if (live_report) live.bias = trainer.bias_spread();
     smooth_loss = done == before + 1 ? step.loss : 0.9 * smooth_loss + 0.1 * step.loss;
-    const bool interrupted = Interrupt::happened();
+    const bool interrupted = trainer.ranks().sum(Interrupt::happened() ? 1.0 : 0.0) > 0.0;
     const bool validate = interrupted || done == options.steps || done % options.eval_every == 0;
     weir::PassRecord of_step;
     if (live_report) of_step = trainer.record();
@@ -692,7 +732,9 @@ void run(Options options) {
       live.record = &of_step;
       if (validate) live.validation = validation.bits;
       live_report->add(live);
-      if (validate && !model.dense) live_report->set_routes({"the model", trainer.routes()});
+      if (validate && !model.dense && rank_job().size() == 1) {
+        live_report->set_routes({"the model", trainer.routes()});
+      }
       if (validate || live_report->is_due()) {
         live_report->write(facts, !interrupted && done < options.steps);
       }
@@ -773,5 +815,5 @@ void run(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_program("train_lm", argc, argv, parse, run);
+  return run_on_ranks("train_lm", argc, argv, parse, run);
 }

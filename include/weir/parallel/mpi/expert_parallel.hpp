@@ -113,9 +113,10 @@ class ExpertParallel {
   /// Moves experts to where `next` has them, between two steps of a training: weights, and what
   /// optimizers need to know of their gradients. Then call `DataParallel::agree` with the
   /// optimizer, whose states follow. The caches of earlier passes cannot be used for `backward` any
-  /// more. Collective. \throws ConfigError  if `next` is of another number of experts or ranks, or
-  /// this rank is to get
-  ///                      experts and has never had one.
+  /// more. Collective.
+  ///
+  /// \throws ConfigError  if `next` is of another number of experts or ranks, or gives experts to
+  ///                      this rank, which has never had one.
   /// \throws StateError   if weights are stored for inference.
   void move_experts(Placement next) {
     next.expect_experts("ExpertParallel::move_experts", experts());

@@ -168,7 +168,13 @@ TrainingState load_rank(const std::filesystem::path& path, DataParallel<T>& toge
   TrainingState state{.rng = Rng::restore(own.bits("rng_stream"), own.bits("rng_position")),
                       .position = json.count("position"),
                       .notes = texts_in(json.object("notes"))};
-  for (Index r = 0; !same && r <= me; ++r) {
+  bool common = true;  // Whether all ranks had the same generator.
+  for (Index r = 0; r < saved; ++r) {
+    const JsonObject of_rank = ranks.object(std::to_string(r));
+    common = common && of_rank.bits("rng_stream") == own.bits("rng_stream") &&
+             of_rank.bits("rng_position") == own.bits("rng_position");
+  }
+  for (Index r = 0; !same && !common && r <= me; ++r) {
     Rng split = state.rng.split();
     if (r == me) state.rng = split;
   }
@@ -315,11 +321,13 @@ std::filesystem::path save(DataParallel<T>& together, const std::filesystem::pat
 
 /// Loads a checkpoint of `save` on the ranks of `together`, as many as saved it or others, wherever
 /// their placement has the experts. With as many ranks and the same placement, the run goes on bit
-/// for bit; each rank gets back its generator. With another number, generators are split from that
-/// of rank 0. Collective; `together` has agreed on the model. \param path          A folder with
-/// checkpoints, of which the newest is taken, or one of those. \throws FileError    on all ranks,
-/// if on one there is no checkpoint, it is broken, or a tensor is
-///                      missing or of another shape.
+/// for bit; each rank gets back its generator. With another number, all get the generator that all
+/// had, if it was the same, and else streams split from that of rank 0. Collective; `together` has
+/// agreed on the model.
+///
+/// \param path          A folder with checkpoints, of which the newest is taken, or one of those.
+/// \throws FileError    on all ranks, if one finds no checkpoint, a broken one, or a tensor missing
+///                      or of another shape. Other ranks may have loaded it by then.
 template <class T, class Model, class Optimizer>
 TrainingState load(DataParallel<T>& together, std::filesystem::path path, Model& model,
                    Optimizer& optimizer) {
