@@ -162,7 +162,7 @@ class MissedSteps {
 
   /// Adds a step.
   void add(const AdamWCoefficients<T>& step, double beta1, double beta2) {
-    if (numbers_.size() == 0) numbers_ = none();
+    if (numbers_.size() == 0) forget();
     numbers_(0, 2) *= static_cast<T>(beta1);
     numbers_(0, 3) *= static_cast<T>(beta2);
     numbers_(0, 0) *= step.keep;
@@ -173,11 +173,15 @@ class MissedSteps {
 
   /// Forgets them. Keeps the memory.
   void clear() {
-    if (numbers_.size() > 0) numbers_ = none();
+    if (numbers_.size() > 0) forget();
   }
 
  private:
-  static Eigen::Matrix<T, 1, 4> none() { return {T(1), T(0), T(1), T(1)}; }
+  // No steps, number by number: GCC 12 warns of a row of four where vectors have sixteen.
+  void forget() {
+    numbers_.setOnes(1, 4);
+    numbers_(0, 1) = T(0);
+  }
 
   Matrix<T>& numbers_;
 };

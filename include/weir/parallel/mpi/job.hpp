@@ -3,10 +3,15 @@
 /// The main function of a program whose ranks end together.
 #pragma once
 
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <exception>
 #include <mpi.h>
+#include <optional>
 #include <string>
+#include <string_view>
+#include <thread>
 
 #include <weir/core/function_ref.hpp>
 #include <weir/parallel/mpi/communicator.hpp>
@@ -21,8 +26,29 @@ namespace weir {
                            std::to_string(ranks.size()) + ": " + std::string(message) + '\n';
   std::fwrite(line.data(), 1, line.size(), stderr);
   std::fflush(stderr);
+  // Ranks that give up at once do so one after the other: Open MPI's mpirun may hang or crash while
+  // it handles several calls of MPI_Abort, and the first one ends all ranks.
+  std::this_thread::sleep_for(std::chrono::milliseconds(200) * std::min(ranks.rank(), 20));
   MPI_Abort(ranks.get(), 1);
   std::terminate();  // MPI_Abort does not return.
+}
+
+/// Waits for all ranks to come to the end, so that none is in MPI_Finalize while another one ends
+/// the job, at which Open MPI's mpirun may hang. Twice the timeout, as the others are the ones who
+/// can tell what they miss. \throws RankError    if they do not.
+inline void wait_for_the_end(const Communicator& ranks) {
+  MPI_Request request = MPI_REQUEST_NULL;
+  expect_success("MPI_Ibarrier", MPI_Ibarrier(ranks.get(), &request));
+  const Deadline deadline(2.0 * ranks.config().timeout_seconds);
+  for (int done = 0; done == 0;) {
+    expect_success("MPI_Test", MPI_Test(&request, &done, MPI_STATUS_IGNORE));
+    if (done != 0) return;
+    if (deadline.is_over()) {
+      throw_error<RankError>("run_job: has ended, and waited ", deadline.seconds(),
+                             " s for the other ranks, expected them to end as well");
+    }
+    std::this_thread::yield();
+  }
 }
 
 /// Settings of `run_job`.
@@ -39,7 +65,7 @@ struct JobConfig {
 ///
 /// An exception that leaves `body` on one rank, be it of that rank alone (no memory, a file that is
 /// missing) or a RankError, ends the job on all of them by `end_job`; so does a rank that returns
-/// another number than 0.
+/// another number than 0, and one that returns long before the others.
 /// \return         What `body` returned.
 inline int run_job(int argc, char** argv, const JobConfig& config,
                    FunctionRef<int(const Communicator&)> body) {
@@ -53,6 +79,7 @@ inline int run_job(int argc, char** argv, const JobConfig& config,
       std::optional<ProgressThread> progress;
       if (config.progress_thread) progress.emplace(ranks);
       code = body(ranks);
+      if (code == 0) wait_for_the_end(ranks);
     } catch (const std::exception& error) {
       end_job(ranks, error.what());
     } catch (...) {
