@@ -26,8 +26,8 @@ namespace weir {
                            std::to_string(ranks.size()) + ": " + std::string(message) + '\n';
   std::fwrite(line.data(), 1, line.size(), stderr);
   std::fflush(stderr);
-  // Ranks that give up at once do so one after the other: Open MPI's mpirun may hang or crash while
-  // it handles several calls of MPI_Abort, and the first one ends all ranks.
+  // One after the other, where several ranks give up at once: the first call ends all ranks, and
+  // Open MPI's mpirun has crashed in a run in which it got two.
   std::this_thread::sleep_for(std::chrono::milliseconds(200) * std::min(ranks.rank(), 20));
   MPI_Abort(ranks.get(), 1);
   std::terminate();  // MPI_Abort does not return.
