@@ -351,20 +351,5 @@
 #include <weir/optim/warmup_linear.hpp>
 #include <weir/optim/warmup_stable_decay.hpp>
 
-#include <weir/parallel/cluster_model.hpp>
-#include <weir/parallel/drawn_tokens.hpp>
-#include <weir/parallel/nonnegative_fit.hpp>
-#include <weir/parallel/placement.hpp>
-#include <weir/parallel/placement_groups.hpp>
-#include <weir/parallel/placement_moves.hpp>
-#include <weir/parallel/placement_optimiser.hpp>
-#include <weir/parallel/placement_search.hpp>
-#include <weir/parallel/rank_nodes.hpp>
-#include <weir/parallel/routed_tokens.hpp>
-#include <weir/parallel/row_format.hpp>
-#include <weir/parallel/timeline.hpp>
-#include <weir/parallel/token_route.hpp>
-#include <weir/parallel/traffic.hpp>
-
 #include <weir/version.hpp>
 // clang-format on

@@ -14,4 +14,4 @@ set(presets core ops kernels nn moe attention model analysis)
 set(tuning core ops kernels nn moe attention model analysis)
 set(optim core ops kernels)
 set(io core ops kernels nn moe attention model analysis presets)  # needs nlohmann_json; not in weir.hpp
-set(parallel core ops kernels nn moe attention model analysis presets optim io)  # io: parallel/mpi only
+set(parallel core ops kernels nn moe attention model analysis presets optim io)  # not in weir.hpp; io: parallel/mpi only

@@ -3,6 +3,7 @@
 /// Which experts work together, in one layer and from one layer to another.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <string_view>
@@ -27,13 +28,13 @@ namespace weir {
 inline std::vector<Estimate> co_activation(const TracedTokens& tokens, const TracedLayer& layer,
                                            const BootstrapConfig& config = {}) {
   const Index experts = layer.experts;
-  RowVector<double> choices;  // [experts], the mean number of experts of the tokens of each.
+  List<double> choices;  // [experts], the mean number of experts of the tokens of each.
   const auto together = [&](std::span<const Index> sequences) {
     std::vector<double> pairs(static_cast<std::size_t>(experts * experts));
     const auto at = [&](Index e, Index f) -> double& {
       return pairs[static_cast<std::size_t>(e * experts + f)];
     };
-    choices = RowVector<double>::Zero(experts);
+    choices.assign(experts, 0.0);
     for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
       for (const Index e : layer.experts_of(t)) {
         for (const Index f : layer.experts_of(t)) at(e, f) += 1.0;
@@ -84,10 +85,20 @@ struct Predictability {
 inline Predictability predictability(const TracedTokens& tokens, const TracedLayer& from,
                                      const TracedLayer& to, const BootstrapConfig& config = {}) {
   const auto guessed = [](const Matrix<double>& flow) {
-    const double sum = flow.sum();
+    double sum = 0.0, of_rows = 0.0;
+    List<double> columns(flow.cols());
+    for (Index e = 0; e < flow.rows(); ++e) {
+      double most = 0.0;
+      for (Index f = 0; f < flow.cols(); ++f) {
+        most = std::max(most, flow(e, f));
+        columns[f] += flow(e, f);
+        sum += flow(e, f);
+      }
+      of_rows += most;
+    }
     if (sum == 0.0) return std::vector<double>{kUnknown, kUnknown};
-    return std::vector<double>{flow.rowwise().maxCoeff().sum() / sum,
-                               flow.colwise().sum().maxCoeff() / sum};
+    return std::vector<double>{of_rows / sum,
+                               *std::max_element(columns.begin(), columns.end()) / sum};
   };
   const std::vector<Estimate> e = estimate(
       tokens,

@@ -15,6 +15,7 @@
 #include <weir/analysis/random_routing.hpp>
 #include <weir/analysis/token_groups.hpp>
 #include <weir/analysis/traced_tokens.hpp>
+#include <weir/core/list.hpp>
 #include <weir/core/types.hpp>
 
 namespace weir {
@@ -110,12 +111,12 @@ inline Estimate routing_spread(const TracedTokens& tokens, const TracedLayer& la
   const auto experts = static_cast<double>(layer.experts);
   double by_chance = kUnknown;
   const auto spread = [&](std::span<const Index> sequences) {
-    Matrix<double> count = Matrix<double>::Zero(groups.count(), layer.experts);
-    RowVector<double> variance = RowVector<double>::Zero(groups.count());
+    List<double> count(groups.count() * layer.experts);
+    List<double> variance(groups.count());
     for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
       const Index g = groups.of[t];
       if (g < 0) return;
-      for (const Index e : layer.experts_of(t)) count(g, e) += 1.0;
+      for (const Index e : layer.experts_of(t)) count[g * layer.experts + e] += 1.0;
       const double rate = static_cast<double>(layer.choices(t)) / experts;
       variance[g] += rate * (1.0 - rate);
     });
@@ -123,10 +124,16 @@ inline Estimate routing_spread(const TracedTokens& tokens, const TracedLayer& la
     double expected = 0.0;
     double present = 0.0;
     for (Index g = 0; g < groups.count(); ++g) {
-      const double of_group = count.row(g).sum();
+      const double* const own = count.data() + g * layer.experts;
+      const double of_group = std::accumulate(own, own + layer.experts, 0.0);
       if (of_group == 0.0) continue;
       present += 1.0;
-      sum += (count.row(g).array() / of_group - 1.0 / experts).square().mean();
+      double squares = 0.0;
+      for (Index e = 0; e < layer.experts; ++e) {
+        const double off = own[e] / of_group - 1.0 / experts;
+        squares += off * off;
+      }
+      sum += squares / experts;
       expected += variance[g] / (of_group * of_group);
     }
     by_chance = present > 0.0 ? std::sqrt(expected / present) : kUnknown;
@@ -157,24 +164,31 @@ inline LoadStatistics load_statistics(const TracedTokens& tokens, const TracedLa
     double max_to_mean = kUnknown, entropy = kUnknown, dead = kUnknown, variation = kUnknown;
   };
   const auto experts = static_cast<double>(layer.experts);
-  const auto of_load = [&](const RowVector<double>& load) -> OfLoad {
-    if (load.sum() == 0.0) return {};
-    double entropy = 0.0;
+  const auto of_load = [&](const List<double>& load) -> OfLoad {
+    const double sum = std::accumulate(load.begin(), load.end(), 0.0);
+    if (sum == 0.0) return {};
+    const double mean = sum / experts;
+    OfLoad result = {0.0, 0.0, 0.0, 0.0};
+    double squares = 0.0;
     for (const double l : load) {
-      entropy -= l > 0.0 ? l / load.sum() * std::log(l / load.sum()) : 0.0;
+      result.max_to_mean = std::max(result.max_to_mean, l / mean);
+      result.entropy -= l > 0.0 ? l / sum * std::log(l / sum) : 0.0;
+      result.dead += l == 0.0 ? 1.0 / experts : 0.0;
+      squares += (l - mean) * (l - mean);
     }
-    return {load.maxCoeff() / load.mean(), entropy,
-            static_cast<double>((load.array() == 0.0).count()) / experts,
-            std::sqrt((load.array() - load.mean()).square().mean()) / load.mean()};
+    result.variation = std::sqrt(squares / experts) / mean;
+    return result;
   };
   const auto all = [&](std::span<const Index> sequences) {
-    RowVector<double> load = RowVector<double>::Zero(layer.experts);
+    List<double> load(layer.experts);
+    double assigned = 0.0;
     double entropy = 0.0;
     double seen = 0.0;
     double dropped = 0.0;
     for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
       for (Index a = layer.first(t); a < layer.last(t); ++a) {
         load[layer.expert[a]] += 1.0;
+        assigned += 1.0;
         dropped += layer.kept[a] != 0 ? 0.0 : 1.0;
       }
       entropy += static_cast<double>(layer.entropy[t]);
@@ -185,7 +199,7 @@ inline LoadStatistics load_statistics(const TracedTokens& tokens, const TracedLa
                                level.max_to_mean,
                                seen > 0.0 ? entropy / seen : kUnknown,
                                level.entropy,
-                               load.sum() > 0.0 ? dropped / load.sum() : kUnknown,
+                               assigned > 0.0 ? dropped / assigned : kUnknown,
                                level.dead};
   };
   const std::vector<Estimate> e =
@@ -241,13 +255,13 @@ inline std::vector<std::vector<TopToken>> top_tokens(const TracedTokens& tokens,
                                                      const TracedLayer& layer, Index most = 10,
                                                      Index least_count = 1) {
   const TokenGroups groups = by_token(tokens, least_count);
-  Matrix<double> count = Matrix<double>::Zero(groups.count(), layer.experts);
-  RowVector<double> load = RowVector<double>::Zero(layer.experts);
-  RowVector<double> occurs = RowVector<double>::Zero(groups.count());
+  List<double> count(groups.count() * layer.experts);
+  List<double> load(layer.experts);
+  List<double> occurs(groups.count());
   for_each_traced(tokens, layer, tokens.all(), [&](Index t, const auto&) {
     for (const Index e : layer.experts_of(t)) {
       load[e] += 1.0;
-      if (groups.of[t] >= 0) count(groups.of[t], e) += 1.0;
+      if (groups.of[t] >= 0) count[groups.of[t] * layer.experts + e] += 1.0;
     }
     if (groups.of[t] >= 0) occurs[groups.of[t]] += 1.0;
   });
@@ -255,9 +269,9 @@ inline std::vector<std::vector<TopToken>> top_tokens(const TracedTokens& tokens,
   for (Index e = 0; e < layer.experts; ++e) {
     std::vector<TopToken>& own = best[static_cast<std::size_t>(e)];
     for (Index g = 0; g < groups.count(); ++g) {
-      if (count(g, e) == 0.0) continue;
-      own.push_back({groups.key[g], static_cast<Index>(count(g, e)), count(g, e) / load[e],
-                     count(g, e) / occurs[g]});
+      const double n = count[g * layer.experts + e];
+      if (n == 0.0) continue;
+      own.push_back({groups.key[g], static_cast<Index>(n), n / load[e], n / occurs[g]});
     }
     std::stable_sort(own.begin(), own.end(),
                      [](const TopToken& a, const TopToken& b) { return a.count > b.count; });

@@ -21,15 +21,21 @@ namespace weir {
 
 /// I(row; column) in bits of a table of counts; NaN without any.
 inline double mutual_information_of(const Matrix<double>& count) {
-  const double sum = count.sum();
+  double sum = 0.0;
+  List<double> rows(count.rows()), columns(count.cols());
+  for (Index r = 0; r < count.rows(); ++r) {
+    for (Index c = 0; c < count.cols(); ++c) {
+      sum += count(r, c);
+      rows[r] += count(r, c);
+      columns[c] += count(r, c);
+    }
+  }
   if (sum == 0.0) return kUnknown;
-  const RowVector<double> columns = count.colwise().sum();
   double bits = 0.0;
   for (Index r = 0; r < count.rows(); ++r) {
-    const double of_row = count.row(r).sum();
     for (Index c = 0; c < count.cols(); ++c) {
       const double n = count(r, c);
-      if (n > 0.0) bits += n / sum * std::log2(n * sum / (of_row * columns[c]));
+      if (n > 0.0) bits += n / sum * std::log2(n * sum / (rows[r] * columns[c]));
     }
   }
   return bits;

@@ -29,8 +29,8 @@ inline double chance_of_shared_expert(Index experts, Index first, Index second) 
 }
 
 /// The load of the layer's experts if each token chose as many as it did, all different, at random.
-inline RowVector<double> random_load(const TracedLayer& layer, Rng& rng) {
-  RowVector<double> load = RowVector<double>::Zero(layer.experts);
+inline List<double> random_load(const TracedLayer& layer, Rng& rng) {
+  List<double> load(layer.experts);
   List<Index> pool(layer.experts);
   std::iota(pool.begin(), pool.end(), Index(0));
   for (Index t = 0; t < layer.tokens(); ++t) {

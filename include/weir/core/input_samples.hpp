@@ -39,7 +39,7 @@ class InputSamples final : public InputObserver {
   }
   void see(const Parameter<double>& weight, MatrixIn<double> x,
            std::span<const std::uint8_t> mask) override {
-    add(&weight, x.cast<float>(), mask);
+    add(&weight, x, mask);
   }
 
   /// The rows kept for a weight, [rows, inputs]; without any, a matrix without rows.
@@ -59,15 +59,16 @@ class InputSamples final : public InputObserver {
     Rng rng;
   };
 
-  void add(const void* weight, MatrixIn<float> x, std::span<const std::uint8_t> mask);
+  template <class T>
+  void add(const void* weight, MatrixIn<T> x, std::span<const std::uint8_t> mask);
 
   Index most_;
   mutable std::mutex mutex_;
   std::map<const void*, Sample> samples_;
 };
 
-inline void InputSamples::add(const void* weight, MatrixIn<float> x,
-                              std::span<const std::uint8_t> mask) {
+template <class T>
+void InputSamples::add(const void* weight, MatrixIn<T> x, std::span<const std::uint8_t> mask) {
   const std::scoped_lock lock(mutex_);
   Sample& sample = samples_[weight];
   for (Index i = 0; i < x.rows(); ++i) {
@@ -77,9 +78,11 @@ inline void InputSamples::add(const void* weight, MatrixIn<float> x,
     if (place >= most_) continue;
     if (place >= sample.rows.rows()) {
       const Index rows = std::min(most_, std::max<Index>(16, 2 * sample.rows.rows()));
-      sample.rows.conservativeResize(rows, x.cols());
+      Matrix<float> grown(rows, x.cols());
+      std::copy_n(sample.rows.data(), sample.rows.size(), grown.data());
+      sample.rows.swap(grown);
     }
-    sample.rows.row(place) = x.row(i);
+    for (Index c = 0; c < x.cols(); ++c) sample.rows(place, c) = static_cast<float>(x(i, c));
   }
 }
 

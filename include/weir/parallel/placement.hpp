@@ -222,6 +222,7 @@ inline Placement Placement::by_groups(const ExpertGroups& groups, RankNodes node
 
 inline Placement Placement::from_map(const std::vector<Index>& rank_of, RankNodes nodes) {
   std::vector<std::vector<Index>> ranks_of;
+  ranks_of.reserve(rank_of.size());
   for (const Index r : rank_of) ranks_of.push_back({r});
   return {ranks_of, std::move(nodes)};
 }

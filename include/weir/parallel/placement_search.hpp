@@ -21,7 +21,7 @@ struct PlacementCost {
   Index excess = 0;  ///< Assignments above the limit, over all ranks.
   Index rows = 0;    ///< Rows, each times its cost.
 
-  auto operator<=>(const PlacementCost&) const = default;
+  auto operator<=>(const PlacementCost&) const = default;  // NOLINT(modernize-use-nullptr)
 };
 
 /// What a row costs.

@@ -61,7 +61,7 @@ void encode_row(RowFormat format, Index cols, const T* from, std::byte* to) {
       return;
     }
     if (format == RowFormat::kFp8) {
-      float* const scales = reinterpret_cast<float*>(to);
+      auto* const scales = reinterpret_cast<float*>(to);
       const Index tiles = (cols + kernels::kTile - 1) / kernels::kTile;
       kernels::encode_e4m3_row(cols, from, reinterpret_cast<std::uint8_t*>(scales + tiles), scales);
       return;

@@ -208,29 +208,29 @@ inline std::vector<std::pair<Nanoseconds, Nanoseconds>> stretches(const Timeline
 
 inline std::string Timeline::events() const {
   std::string text;
-  const std::string process = ",\"pid\":" + std::to_string(config_.rank);
+  const std::string process = R"(,"pid":)" + std::to_string(config_.rank);
   const auto add = [&](const std::string& event) {
     if (!text.empty()) text += ",\n";
     text += "{" + event + "}";
   };
   const std::string number = std::to_string(config_.rank);
-  add("\"ph\":\"M\",\"name\":\"process_name\"" + process + ",\"args\":{\"name\":\"rank " + number +
-      "\"}");
-  add("\"ph\":\"M\",\"name\":\"process_sort_index\"" + process +
-      ",\"args\":{\"sort_index\":" + number + "}");
+  add(R"("ph":"M","name":"process_name")" + process + R"(,"args":{"name":"rank )" + number +
+      R"("})");
+  add(R"("ph":"M","name":"process_sort_index")" + process + R"(,"args":{"sort_index":)" + number +
+      "}");
   Index place = 0;
   for (const TimelineTrack& track : tracks_) {
-    const std::string thread = process + ",\"tid\":" + std::to_string(place);
-    add("\"ph\":\"M\",\"name\":\"thread_name\"" + thread +
-        ",\"args\":{\"name\":" + detail::json_text(track.name()) + "}");
-    add("\"ph\":\"M\",\"name\":\"thread_sort_index\"" + thread +
-        ",\"args\":{\"sort_index\":" + std::to_string(place) + "}");
+    const std::string thread = process + R"(,"tid":)" + std::to_string(place);
+    add(R"("ph":"M","name":"thread_name")" + thread + R"(,"args":{"name":)" +
+        detail::json_text(track.name()) + "}");
+    add(R"("ph":"M","name":"thread_sort_index")" + thread + R"(,"args":{"sort_index":)" +
+        std::to_string(place) + "}");
     for (Index i = 0; i < track.spans(); ++i) {
       const TimelineSpan& span = track.span(i);
-      add("\"ph\":\"X\",\"name\":" + detail::json_text(span.name()) + thread +
-          ",\"ts\":" + detail::microseconds(span.begin + offset_) +
-          ",\"dur\":" + detail::microseconds(span.end - span.begin) +
-          (span.bytes < 0 ? "" : ",\"args\":{\"bytes\":" + std::to_string(span.bytes) + "}"));
+      add(R"("ph":"X","name":)" + detail::json_text(span.name()) + thread + R"(,"ts":)" +
+          detail::microseconds(span.begin + offset_) + R"(,"dur":)" +
+          detail::microseconds(span.end - span.begin) +
+          (span.bytes < 0 ? "" : R"(,"args":{"bytes":)" + std::to_string(span.bytes) + "}"));
     }
     ++place;
   }

@@ -146,8 +146,9 @@ void Traffic::add(const Choices& routing, const Placement& placement,
     throw_error<ConfigError>("Traffic: a token has expert ", e, ", expected an expert < ",
                              placement.experts(), ", those of the placement");
   }
-  for (Index t = 0; t < routing.tokens(); ++t)
+  for (Index t = 0; t < routing.tokens(); ++t) {
     nodes_.expect_rank("Traffic", "source", source_of(t));
+  }
 
   for (Index t = 0; t < routing.tokens(); ++t) {
     const Index source = source_of(t);

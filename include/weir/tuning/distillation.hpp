@@ -258,7 +258,7 @@ class HiddenLoss {
   }
 
  private:
-  double coefficient_;
+  double coefficient_ = 1.0;
   std::optional<Linear<T>> map_;
 };
 

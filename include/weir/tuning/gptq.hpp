@@ -106,7 +106,7 @@ void round_to_int4_for(MatrixIn<float> x, double damping, MatrixOut<T> weight) {
     RowVector<double> row(inputs);
     std::array<float, static_cast<std::size_t>(kBlock)> numbers{};
     for (Index r = begin; r < end; ++r) {
-      row = weight.row(r).template cast<double>();
+      for (Index i = 0; i < inputs; ++i) row[i] = static_cast<double>(weight(r, i));
       for (Index first = 0; first < inputs; first += kBlock) {
         const Index count = std::min(kBlock, inputs - first);
         for (Index i = 0; i < count; ++i) {
@@ -120,8 +120,7 @@ void round_to_int4_for(MatrixIn<float> x, double damping, MatrixOut<T> weight) {
           kernels::detail::choose_int4(&number, 1, one);
           const float rounded = kernels::coded_value(kernels::Code::kInt4, one, 0);
           const double off = (row[i] - static_cast<double>(rounded)) / factor.upper(i, i);
-          const Index rest = inputs - i - 1;
-          row.tail(rest) -= off * factor.upper.row(i).tail(rest);
+          for (Index j = i + 1; j < inputs; ++j) row[j] -= off * factor.upper(i, j);
           weight(r, i) = static_cast<T>(rounded);
         }
       }

@@ -149,6 +149,7 @@ Index train_stages(std::string_view who, Layer& layer, std::span<const UnfreezeS
 template <class Layer>
 Index train_only(Layer& layer, const std::vector<std::string>& patterns) {
   std::vector<UnfreezeStage> stages;
+  stages.reserve(patterns.size());
   for (const std::string& pattern : patterns) stages.push_back({pattern, 0});
   return detail::train_stages("train_only", layer, stages, 0);
 }
