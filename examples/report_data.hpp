@@ -21,6 +21,7 @@
 #include <weir/analysis/repeat_rate.hpp>
 #include <weir/analysis/routing_overlap.hpp>
 #include <weir/analysis/token_groups.hpp>
+#include <weir/analysis/top_tokens.hpp>
 #include <weir/analysis/trace_csv.hpp>
 #include <weir/analysis/traced_tokens.hpp>
 
@@ -211,16 +212,17 @@ inline Json Statistics::together(const TracedLayer& layer) {
 
 inline Json Statistics::top(const TracedLayer& layer, const std::map<Index, Index>& vocabulary) {
   Json json = Json::array();
-  for (const auto& of_expert : weir::top_tokens(tokens(), layer, options_.top)) {
+  for (const auto& of_expert :
+       weir::top_tokens(tokens(), layer, options_.top, 1, options_.bootstrap)) {
     Json list = Json::array();
     for (const weir::TopToken& token : of_expert) {
       const std::string expert = std::to_string(json.size());
       table_.add(model_.name, "top_token_share", layer.name, "token " + std::to_string(token.id),
-                 expert, {.value = token.share_of_token});
+                 expert, token.share_of_token);
       const auto place = vocabulary.find(token.id);
       if (place == vocabulary.end()) continue;
-      list.push_back({place->second, token.count, number(token.share_of_expert),
-                      number(token.share_of_token)});
+      list.push_back(
+          {place->second, token.count, of(token.share_of_expert), of(token.share_of_token)});
     }
     json.push_back(std::move(list));
   }

@@ -181,7 +181,7 @@ function tops(){
   const c=card("What each expert gets","The tokens that each expert is chosen for most often; the number says how many of the token's occurrences go to the expert.",true);
   changing(c,p=>{p.className="";for(const m of models){const grid=make("div",{"class":"tops"});let n=0;
     m.top[layer].forEach((list,e)=>{n+=list.length;const d=make("div",{"class":"expert",style:`--h:${hue(e)}`},make("h3",{},`expert ${e} · ${percent(m.load[layer].share[e][0])}`));
-      for(const [v,count,,share] of list){const k=make("code",{title:`${count} times, ${percent(share)} of its occurrences`});const t=D.tokens.text[v];k.append(t==="\n"?"⏎":t===" "?"␣":t.replace(/ /g,"␣").replace(/\n/g,"⏎"),make("small",{},Math.round(100*share)+" %"));d.append(k)}
+      for(const [v,count,,share] of list){const k=make("code",{title:`${count} times, ${percent(share[0])}${between(share,percent)} of its occurrences\nby chance: ${percent(share[3])}`});const t=D.tokens.text[v];k.append(t==="\n"?"⏎":t===" "?"␣":t.replace(/ /g,"␣").replace(/\n/g,"⏎"),make("small",{},Math.round(100*share[0])+" %"));d.append(k)}
       if(!list.length)d.append(make("span",{"class":"soft"},"no token"));grid.append(d)});
     const f=make("figure",{"data-points":n},make("figcaption",{},titled(m,layerName(m))),grid);p.append(f)}})}
 

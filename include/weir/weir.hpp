@@ -272,10 +272,13 @@
 #include <weir/analysis/expert_redundancy.hpp>
 #include <weir/analysis/load_statistics.hpp>
 #include <weir/analysis/mutual_information.hpp>
+#include <weir/analysis/next_expert.hpp>
+#include <weir/analysis/random_drops.hpp>
 #include <weir/analysis/random_routing.hpp>
 #include <weir/analysis/repeat_rate.hpp>
 #include <weir/analysis/routing_overlap.hpp>
 #include <weir/analysis/token_groups.hpp>
+#include <weir/analysis/top_tokens.hpp>
 #include <weir/analysis/trace.hpp>
 #include <weir/analysis/trace_csv.hpp>
 #include <weir/analysis/trace_recorder.hpp>

@@ -12,6 +12,7 @@
 #include <weir/analysis/repeat_rate.hpp>
 #include <weir/analysis/routing_overlap.hpp>
 #include <weir/analysis/token_groups.hpp>
+#include <weir/analysis/top_tokens.hpp>
 #include <weir/analysis/trace_recorder.hpp>
 #include <weir/analysis/traced_tokens.hpp>
 
@@ -160,7 +161,10 @@ TEST_CASE("The ratio of drops by hand", "[analysis]") {
   layer.kept[2] = layer.kept[4] = layer.kept[5] = 0;  // One of token 1, both of token 2.
   const auto drops = drop_ratio(tokens, layer, by_position(tokens), kNoIntervals);
   CHECK(values_of(drops) == std::vector<double>{0.0, 0.25, 1.0});
-  CHECK(drops[0].chance == 0.25);  // 3 of 12.
+  // The first sequence has one place for each expert, token by token; the others tell nothing.
+  CHECK(drops[0].chance == 0.0);
+  CHECK(drops[1].chance == 0.5);
+  CHECK(drops[2].chance == 0.75);
 }
 
 TEST_CASE("The spread by hand", "[analysis]") {
@@ -195,7 +199,8 @@ TEST_CASE("Load, entropy and dead experts by hand", "[analysis]") {
   CHECK(load.dead.value == 0.5);
   CHECK(load.variation.chance == Approx(std::sqrt(3.0 / 4.0)));  // (E - k) / (T k).
   CHECK(load.entropy.chance == Approx(std::log(4.0)));
-  CHECK(std::isnan(load.dropped.chance));
+  // Two places, in no order of tokens: 4 E[max(0, N - 2)] / 4 with N of Bin(4, 1/4).
+  CHECK(load.dropped.chance == Approx((4.0 * 3.0 + 2.0) / 256.0));
 
   double squares = 0.0;
   double max = 0.0;
@@ -222,12 +227,28 @@ TEST_CASE("The top tokens of experts by hand", "[analysis]") {
   REQUIRE(top[0].size() == 2);
   CHECK(top[0][0].id == 5);
   CHECK(top[0][0].count == 2);
-  CHECK(top[0][0].share_of_expert == 0.5);
-  CHECK(top[0][0].share_of_token == Approx(2.0 / 3.0));
-  CHECK(top[0][1].id == 2);  // As often as 3, and lower.
+  CHECK(top[0][0].share_of_expert.value == 0.5);
+  CHECK(top[0][0].share_of_expert.chance == 0.5);  // 3 of 6 assignments are the token's.
+  CHECK(top[0][0].share_of_token.value == Approx(2.0 / 3.0));
+  CHECK(top[0][0].share_of_token.chance == Approx(1.0 / 3.0));
+  CHECK(std::isnan(top[0][0].share_of_token.low));  // There is one sequence.
+  CHECK(top[0][1].id == 2);                         // As often as 3, and lower.
   CHECK(top[1].size() == 2);
   CHECK(top[2].empty());
   CHECK(top_tokens(tokens, tokens.layers[0], 2, 2)[0][1].id == 3);
+
+  const TracedTokens random = test::random_tokens(30, 40, 4, 2, 5);
+  int covered = 0;
+  for (const auto& own : top_tokens(random, random.layers[0])) {
+    for (const TopToken& token : own) {
+      CHECK(token.share_of_token.chance == 0.5);
+      CHECK(token.share_of_token.low <= token.share_of_token.value);
+      CHECK(token.share_of_token.value <= token.share_of_token.high);
+      covered += token.share_of_token.low <= 0.5 ? 1 : 0;
+    }
+  }
+  CHECK(covered >= 20);  // Of 40, which are the largest of their kind.
+  CHECK(top_tokens(test::traced({}, 3), test::traced({}, 3).layers[0])[2].empty());
 }
 
 TEST_CASE("Co-activation by hand", "[analysis]") {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <weir/analysis/bootstrap.hpp>
+#include <weir/analysis/random_drops.hpp>
 #include <weir/analysis/random_routing.hpp>
 #include <weir/analysis/token_groups.hpp>
 #include <weir/analysis/traced_tokens.hpp>
@@ -61,27 +62,45 @@ inline std::vector<Estimate> expert_share(const TracedTokens& tokens, const Trac
   return estimates;
 }
 
+namespace detail {
+
+/// The share of choices that are lost on average, by group, of the tokens for which that is known.
+/// \param lost     [tokens], how many of each; NaN if it is not known.
+inline std::vector<double> lost_share(const TracedTokens& tokens, const TracedLayer& layer,
+                                      const TokenGroups& groups, std::span<const double> lost) {
+  std::vector<double> share(static_cast<std::size_t>(groups.count()));
+  std::vector<double> choices(share.size());
+  for (Index t = 0; t < tokens.tokens(); ++t) {
+    const double of_token = lost[static_cast<std::size_t>(t)];
+    if (groups.of[t] < 0 || std::isnan(of_token)) continue;
+    const auto group = static_cast<std::size_t>(groups.of[t]);
+    share[group] += of_token;
+    choices[group] += static_cast<double>(layer.choices(t));
+  }
+  for (std::size_t g = 0; g < share.size(); ++g) {
+    share[g] = choices[g] > 0.0 ? share[g] / choices[g] : kUnknown;
+  }
+  return share;
+}
+
+}  // namespace detail
+
 /// The share of assignments that were dropped, by group; for groups by position, see "drop towards
 /// the end" (Xue et al. 2024, arXiv:2402.01739, section 4.3).
-/// \return         [groups]. `chance`, what it would be if groups made no difference: the share of
-///                 all tokens.
+/// \return         [groups]. By chance: the mean of `random_drops`, random routing with the same
+///                 capacity, over those tokens of the group for which the trace shows a capacity.
 inline std::vector<Estimate> drop_ratio(const TracedTokens& tokens, const TracedLayer& layer,
                                         const TokenGroups& groups,
                                         const BootstrapConfig& config = {}) {
-  double all_dropped = 0.0;
-  double all = 0.0;
   const auto ratios = [&](std::span<const Index> sequences) {
     std::vector<double> dropped(static_cast<std::size_t>(groups.count()));
     std::vector<double> assigned(dropped.size());
-    all_dropped = all = 0.0;
     for_each_traced(tokens, layer, sequences, [&](Index t, const auto&) {
-      double lost = 0.0;
-      for (Index a = layer.first(t); a < layer.last(t); ++a) lost += layer.kept[a] != 0 ? 0.0 : 1.0;
-      all_dropped += lost;
-      all += static_cast<double>(layer.choices(t));
       if (groups.of[t] < 0) return;
       const auto group = static_cast<std::size_t>(groups.of[t]);
-      dropped[group] += lost;
+      for (Index a = layer.first(t); a < layer.last(t); ++a) {
+        dropped[group] += layer.kept[a] != 0 ? 0.0 : 1.0;
+      }
       assigned[group] += static_cast<double>(layer.choices(t));
     });
     for (std::size_t g = 0; g < dropped.size(); ++g) {
@@ -90,9 +109,9 @@ inline std::vector<Estimate> drop_ratio(const TracedTokens& tokens, const Traced
     return dropped;
   };
   std::vector<Estimate> estimates = estimate(tokens, ratios, config, 0.0, 1.0);
-  ratios(tokens.all());
-  const double chance = all > 0.0 ? all_dropped / all : kUnknown;
-  for (Estimate& e : estimates) e.chance = chance;
+  const std::vector<double> chance =
+      detail::lost_share(tokens, layer, groups, random_drops(tokens, layer));
+  for (std::size_t g = 0; g < estimates.size(); ++g) estimates[g].chance = chance[g];
   return estimates;
 }
 
@@ -151,13 +170,13 @@ struct LoadStatistics {
   Estimate max_to_mean;   ///< max l_e / mean l_e; 1 if level.
   Estimate entropy;       ///< -sum_e p_e ln p_e of the router, mean over tokens, in nats.
   Estimate load_entropy;  ///< -sum_e q_e ln q_e of the shares q_e = l_e / sum l, in nats.
-  Estimate dropped;       ///< Dropped assignments / assignments; no `chance`.
+  Estimate dropped;       ///< Dropped assignments / assignments.
   Estimate dead;          ///< Share of experts without any token.
 };
 
 /// By chance: CV^2 has the expectation sum_t (k_t / E) (1 - k_t / E) / (sum_t k_t / E)^2, of which
 /// `chance` is the root; the router's entropy is ln E if it does not prefer any of the E experts;
-/// the others are the mean over random routings.
+/// drops are as in `drop_ratio`; the others are the mean over random routings.
 inline LoadStatistics load_statistics(const TracedTokens& tokens, const TracedLayer& layer,
                                       const BootstrapConfig& config = {}) {
   struct OfLoad {
@@ -225,6 +244,8 @@ inline LoadStatistics load_statistics(const TracedTokens& tokens, const TracedLa
   });
   if (sum == 0.0) return result;
   result.variation.chance = std::sqrt(variance) / sum;
+  result.dropped.chance =
+      detail::lost_share(tokens, layer, all_tokens(tokens), random_drops(tokens, layer))[0];
   result.entropy.chance = std::log(experts);
   result.max_to_mean.chance = result.load_entropy.chance = result.dead.chance = 0.0;
   Rng rng(config.seed);
@@ -236,48 +257,6 @@ inline LoadStatistics load_statistics(const TracedTokens& tokens, const TracedLa
     result.dead.chance += part * random.dead;
   }
   return result;
-}
-
-/// A token id that an expert was chosen for.
-struct TopToken {
-  Index id = -1;
-  Index count = 0;               ///< Assignments of the token to the expert.
-  double share_of_expert = 0.0;  ///< Of the expert's assignments. By chance: the token's frequency.
-  double share_of_token = 0.0;   ///< Of the token's occurrences. By chance: k / experts.
-};
-
-/// The tokens that each expert was chosen for most often, best first; of equally many, the lower
-/// id first (Xue et al. 2024, arXiv:2402.01739, table of the ten tokens of each expert).
-/// \param most     How many of each expert.
-/// \param least_count  Tokens that occur less often are left out.
-/// \return         [experts]
-inline std::vector<std::vector<TopToken>> top_tokens(const TracedTokens& tokens,
-                                                     const TracedLayer& layer, Index most = 10,
-                                                     Index least_count = 1) {
-  const TokenGroups groups = by_token(tokens, least_count);
-  List<double> count(groups.count() * layer.experts);
-  List<double> load(layer.experts);
-  List<double> occurs(groups.count());
-  for_each_traced(tokens, layer, tokens.all(), [&](Index t, const auto&) {
-    for (const Index e : layer.experts_of(t)) {
-      load[e] += 1.0;
-      if (groups.of[t] >= 0) count[groups.of[t] * layer.experts + e] += 1.0;
-    }
-    if (groups.of[t] >= 0) occurs[groups.of[t]] += 1.0;
-  });
-  std::vector<std::vector<TopToken>> best(static_cast<std::size_t>(layer.experts));
-  for (Index e = 0; e < layer.experts; ++e) {
-    std::vector<TopToken>& own = best[static_cast<std::size_t>(e)];
-    for (Index g = 0; g < groups.count(); ++g) {
-      const double n = count[g * layer.experts + e];
-      if (n == 0.0) continue;
-      own.push_back({groups.key[g], static_cast<Index>(n), n / load[e], n / occurs[g]});
-    }
-    std::stable_sort(own.begin(), own.end(),
-                     [](const TopToken& a, const TopToken& b) { return a.count > b.count; });
-    if (static_cast<Index>(own.size()) > most) own.resize(static_cast<std::size_t>(most));
-  }
-  return best;
 }
 
 }  // namespace weir

@@ -30,6 +30,8 @@ struct TracedLayer {
   List<float> weight = {};           ///< [choices]
   List<std::uint8_t> recorded = {};  ///< [tokens]; 0 if the layer did not see the token.
   List<float> entropy = {};  ///< [tokens], of the router's probabilities; 0 if not recorded.
+  List<Index> pass = {};     ///< [tokens]: in which pass the layer saw the token; -1 if in none.
+  List<Index> record = {};   ///< [tokens]: ascending in the order of a pass; -1 if not recorded.
 
   Index tokens() const { return offsets.count() - 1; }
   Index first(Index t) const { return offsets[t]; }
@@ -41,8 +43,10 @@ struct TracedLayer {
   /// The expert chosen first, or -1 if there is none.
   Index first_choice(Index t) const { return choices(t) > 0 ? expert[first(t)] : Index(-1); }
 
-  /// Adds a token with these experts, all of which kept it.
+  /// Adds a token with these experts, all of which kept it, to the first pass.
   void add(const std::vector<Index>& experts_chosen) {
+    pass.push_back(0);
+    record.push_back(tokens());
     for (const Index e : experts_chosen) {
       expert.push_back(e);
       kept.push_back(1);
@@ -126,6 +130,8 @@ inline TracedTokens::TracedTokens(const Trace& trace) : domains(trace.domains())
       layer.offsets.push_back(layer.expert.count());
       layer.recorded.push_back(0);
       layer.entropy.push_back(0.0F);
+      layer.pass.push_back(-1);
+      layer.record.push_back(-1);
     }
   };
   for (std::size_t i = 0; i < places.size(); ++i) {
@@ -163,6 +169,8 @@ inline TracedTokens::TracedTokens(const Trace& trace) : domains(trace.domains())
     layer.offsets.push_back(layer.expert.count());
     layer.recorded.push_back(1);
     layer.entropy.push_back(head.entropy);
+    layer.pass.push_back(static_cast<Index>(head.pass));
+    layer.record.push_back(place.record);
   }
   end_token();
 }

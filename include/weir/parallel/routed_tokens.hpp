@@ -67,6 +67,8 @@ inline RoutedTokens routed_tokens(const TracedTokens& tokens, const TracedLayer&
       to.offsets.push_back(to.expert.count());
       to.recorded.push_back(1);
       to.entropy.push_back(layer.entropy[t]);
+      to.pass.push_back(layer.pass[t]);
+      to.record.push_back(layer.record[t]);
       routed.source.push_back(static_cast<Index>(i) % ranks);
     }
   }
