@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
 // Lets a model from disk write: one that train_lm saved, one in a folder as Hugging Face has them,
 // or a GGUF file as llama.cpp has them. It continues one prompt as it is written, several at once,
-// or what you type line by line.
+// or what you type line by line. With MPI, it runs on the ranks of a job, too: each has some of the
+// experts, and some of the prompts.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <iostream>
 #include <optional>
 #include <stdexcept>
@@ -22,6 +24,14 @@
 #include "interrupt.hpp"
 #include "load_model.hpp"
 #include "progress.hpp"
+#include "rank_job.hpp"
+#include "run_on_ranks.hpp"
+
+#ifdef WEIR_MPI
+#include <weir/parallel/mpi/collectives.hpp>
+#include <weir/parallel/mpi/exchange.hpp>
+#include <weir/parallel/mpi/rank_generate.hpp>
+#endif
 
 namespace {
 
@@ -53,21 +63,78 @@ std::string summary_of(Index tokens, double seconds, const Decoder::State& state
          std::to_string(state.bytes_per_token()) + " bytes a token";
 }
 
-/// Continues one prompt and shows each token as soon as it is known.
+using Conversations = std::vector<weir::Conversation<float>>;
+
+/// Continues this rank's conversations, all ranks together.
+/// \param show     Is told how many tokens there are so far.
+std::vector<weir::Generated> continue_all(const LoadedModel& writer, Conversations& conversations,
+                                          const std::function<void(Index)>& show = {}) {
+#ifdef WEIR_MPI
+  if (rank_job().size() > 1) {
+    weir::Channel channel(*rank_job().ranks);
+    return weir::generate<float>(channel, writer.model, conversations, show);
+  }
+#endif
+  Index count = 0;
+  for (auto& conversation : conversations) {
+    const auto on_token = conversation.until.on_token;
+    conversation.until.on_token = [&count, &show, on_token](Index id) {
+      ++count;
+      if (show) show(count);
+      return !on_token || on_token(id);
+    };
+  }
+  return weir::generate<float>(writer.model, conversations);
+}
+
+/// The texts of all ranks, text i being one of rank i mod the number of ranks.
+/// \param mine     This rank's.
+std::vector<std::string> gather(std::vector<std::string> mine, std::size_t count) {
+#ifdef WEIR_MPI
+  if (rank_job().size() > 1) {
+    weir::Channel channel(*rank_job().ranks);
+    weir::Exchange exchange;
+    const auto ranks = static_cast<std::size_t>(channel.size());
+    std::vector<std::string> all;
+    for (std::size_t i = 0; i < count; ++i) {
+      const bool is_mine = i % ranks == static_cast<std::size_t>(channel.rank());
+      all.push_back(weir::all_gather_texts(channel, exchange, "texts",
+                                           is_mine ? mine[i / ranks] : std::string())[i % ranks]);
+    }
+    return all;
+  }
+#endif
+  mine.resize(count);
+  return mine;
+}
+
+/// Continues one prompt and shows each token as soon as it is known. Of several ranks, the first
+/// one has the prompt.
 /// \return         How many tokens were written.
 Index write_on(const LoadedModel& writer, const Options& options, Text& text,
                const std::vector<Index>& prompt, weir::Rng& rng, Decoder::State& state) {
   const Interrupt interrupt;
-  weir::Until until{.count = options.tokens, .tokens = writer.ends};
-  until.on_token = [&](Index id) {
-    if (std::find(writer.ends.begin(), writer.ends.end(), id) == writer.ends.end()) {
-      std::cout << text.add(id) << std::flush;
-    }
-    return !Interrupt::happened();
-  };
-  const auto written = weir::generate(writer.model, prompt, until, options.sampling, rng, state);
+  Conversations conversations;
+  if (rank_job().is_first()) {
+    auto& one = conversations.emplace_back(
+        weir::Conversation<float>{.prompt = prompt,
+                                  .until = {.count = options.tokens, .tokens = writer.ends},
+                                  .sampling = options.sampling,
+                                  .rng = rng,
+                                  .state = std::move(state)});
+    one.until.on_token = [&](Index id) {
+      if (std::find(writer.ends.begin(), writer.ends.end(), id) == writer.ends.end()) {
+        std::cout << text.add(id) << std::flush;
+      }
+      return !Interrupt::happened();
+    };
+  }
+  const auto written = continue_all(writer, conversations);
+  if (written.empty()) return 0;
+  rng = conversations[0].rng;
+  state = std::move(conversations[0].state);
   std::cout << text.flush() << '\n';
-  return static_cast<Index>(written.tokens.size());
+  return static_cast<Index>(written[0].tokens.size());
 }
 
 /// Continues one prompt.
@@ -83,36 +150,45 @@ void write_one(const LoadedModel& writer, const Options& options, const std::str
   std::cout << "----\n" << summary_of(count, seconds, state) << '\n';
 }
 
-/// Continues several prompts at once: each pass of the model computes a token of every text.
+/// Continues several prompts at once: each pass of the model computes a token of every text. Of
+/// several ranks, rank r has prompts r, r + ranks, ...
 void write_many(const LoadedModel& writer, const Options& options,
                 const std::vector<std::string>& prompts) {
-  std::vector<weir::Conversation<float>> conversations;
+  Conversations conversations;
   StatusLine status(false);
-  Index count = 0;
   const Interrupt interrupt;
-  for (std::size_t i = 0; i < prompts.size(); ++i) {
-    weir::Conversation<float> one{.prompt = writer.make_text()->encode(prompts[i], true),
+  const auto ranks = static_cast<std::size_t>(rank_job().size());
+  for (auto i = static_cast<std::size_t>(rank_job().rank()); i < prompts.size(); i += ranks) {
+    auto& one = conversations.emplace_back(
+        weir::Conversation<float>{.prompt = writer.make_text()->encode(prompts[i], true),
                                   .until = {.count = options.tokens, .tokens = writer.ends},
                                   .sampling = options.sampling,
                                   .rng = weir::Rng(options.seed + i),
-                                  .state = options.new_state()};
-    one.until.on_token = [&](Index) {
-      ++count;
+                                  .state = options.new_state()});
+    one.until.on_token = [](Index) { return !Interrupt::happened(); };
+  }
+  Index count = 0;
+  std::vector<weir::Generated> results;
+  const double seconds = seconds_of([&] {
+    results = continue_all(writer, conversations, [&](Index tokens) {
+      count = tokens;
       status.show(std::to_string(prompts.size()) + " texts, " + std::to_string(count) + " tokens",
                   false);
-      return !Interrupt::happened();
-    };
-    conversations.push_back(std::move(one));
-  }
-  std::vector<weir::Generated> results;
-  const double seconds = seconds_of([&] { results = generate(writer.model, conversations); });
+    });
+  });
   status.close();
-  for (std::size_t i = 0; i < prompts.size(); ++i) {
+  std::vector<std::string> mine;
+  for (const weir::Generated& result : results) {
     const auto text = writer.make_text();
-    std::cout << "---- " << i + 1 << '\n' << prompts[i];
-    for (const Index id : results[i].tokens) std::cout << text->add(id);
-    std::cout << text->flush() << '\n';
+    std::string& whole = mine.emplace_back();
+    for (const Index id : result.tokens) whole += text->add(id);
+    whole += text->flush();
   }
+  const std::vector<std::string> texts = gather(std::move(mine), prompts.size());
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    std::cout << "---- " << i + 1 << '\n' << prompts[i] << texts[i] << '\n';
+  }
+  if (!rank_job().is_first()) return;
   std::cout << "----\n" << summary_of(count, seconds, conversations[0].state) << '\n';
 }
 
@@ -171,13 +247,17 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
       "saved\n"
       "  generate OLMoE-1B-7B --storage bf16 --chat    a published one\n"
       "  generate qwen3.gguf --ids \"9707 11\"          tokens of a GGUF file by their numbers\n"
-      "  generate Mixtral-8x7B --storage bf16 --expert-memory 8000 --prompt Once\n");
+      "  generate Mixtral-8x7B --storage bf16 --expert-memory 8000 --prompt Once\n"
+      "  mpirun -np 4 generate Mixtral-8x7B --storage bf16 --threads 8 --prompt Once\n");
   return line.parse(argc, argv);
 }
 
 void run(Options options) {
   weir::set_threads(options.threads);
   options.how.numbers = !options.ids.empty();
+  if (options.chat && rank_job().size() > 1) {
+    throw std::runtime_error("--chat: expected --prompt or --ids on several ranks");
+  }
   const LoadedModel writer = load_any_model(options.model, options.how);
   const std::vector<std::string>& prompts = options.ids.empty() ? options.prompts : options.ids;
   if (options.chat) {
@@ -199,5 +279,5 @@ void run(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_program("generate", argc, argv, parse, run);
+  return run_on_ranks("generate", argc, argv, parse, run);
 }

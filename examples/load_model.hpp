@@ -14,10 +14,12 @@
 
 #include <weir/core/storage.hpp>
 #include <weir/io/checkpoint.hpp>
+#include <weir/io/checkpoint_folder.hpp>
 #include <weir/io/gguf.hpp>
 #include <weir/io/gguf_model.hpp>
 #include <weir/io/json_object.hpp>
 #include <weir/io/pretrained.hpp>
+#include <weir/io/weights.hpp>
 #if defined(WEIR_TEXT)
 #include <weir/io/load_tokenizer.hpp>
 #endif
@@ -26,7 +28,12 @@
 #include "byte_decoder.hpp"
 #include "command_line.hpp"
 #include "escaped.hpp"
+#include "rank_job.hpp"
 #include "text.hpp"
+
+#ifdef WEIR_MPI
+#include <weir/parallel/mpi/spread_experts.hpp>
+#endif
 
 #if defined(WEIR_TEXT)
 /// For models with a tokenizer.
@@ -85,11 +92,12 @@ inline void add_model_options(CommandLine& line, ModelOptions& how) {
 
 namespace load_model {
 
-/// A checkpoint that train_lm has saved.
+/// A checkpoint that train_lm has saved, alone or on several ranks. Of the experts, each rank reads
+/// its own.
 inline LoadedModel trained(const std::filesystem::path& checkpoint, weir::Storage storage) {
   weir::Rng rng = weir::Rng::unset();
   weir::Decoder<float> model = make_byte_decoder(config_of(weir::io::read_notes(checkpoint)), rng);
-  weir::io::load_weights(checkpoint / "model.safetensors", model);
+  weir::io::load_weights(weir::io::CheckpointFolder(checkpoint), model);
   weir::set_storage(model, storage);
   return {std::move(model), [] { return std::make_unique<Bytes>(); }};
 }
@@ -116,9 +124,10 @@ inline std::vector<weir::Index> ends_in(const weir::io::Gguf& file) {
   return ends;
 }
 
-/// A model of others: a folder, or a GGUF file. The tokenizer is that of the folder. The one within
-/// a GGUF file is not used, since such files name the rules by which they divide text into words
-/// without saying them.
+/// A model of others: a folder, or a GGUF file. On several ranks, each reads its own experts, where
+/// they are a GluBank, as those of most families. The tokenizer is that of the folder. The one
+/// within a GGUF file is not used, since such files name the rules by which they divide text into
+/// words without saying them.
 inline LoadedModel published(const std::filesystem::path& path, const ModelOptions& options,
                              weir::Storage storage) {
   constexpr double kMega = 1e6;
@@ -127,8 +136,14 @@ inline LoadedModel published(const std::filesystem::path& path, const ModelOptio
       .storage = storage,
       .expert_bytes = static_cast<std::size_t>(kMega * options.expert_memory),
       .longest_text = options.longest_text};
-  auto loaded =
-      is_gguf ? weir::io::load_gguf<float>(path, how) : weir::io::load_pretrained<float>(path, how);
+  weir::io::PrepareModel<float> prepare;
+#ifdef WEIR_MPI
+  if (rank_job().size() > 1) {
+    prepare = [](weir::Decoder<float>& model) { weir::spread_experts(model, rank_job().channels); };
+  }
+#endif
+  auto loaded = is_gguf ? weir::io::load_gguf<float>(path, how, prepare)
+                        : weir::io::load_pretrained<float>(path, how, prepare);
   LoadedModel model{std::move(loaded.model), [] { return std::make_unique<Numbers>(); },
                     is_gguf ? ends_in(weir::io::Gguf::read(path.string())) : ends_of(path),
                     loaded.experts};
@@ -149,11 +164,16 @@ inline LoadedModel published(const std::filesystem::path& path, const ModelOptio
 /// \throws std::runtime_error, FileError, CheckpointError  if there is no model, or it cannot be
 /// read.
 inline LoadedModel load_any_model(const std::filesystem::path& path, const ModelOptions& options) {
+  if (rank_job().size() > 1 && options.expert_memory > 0.0) {
+    throw std::runtime_error(
+        "--expert-memory: expected 0 on several ranks, each of which has "
+        "experts of its own in memory");
+  }
   const weir::Storage storage = weir::storage_named(options.storage).value();
   if (path.extension() == ".gguf" || std::filesystem::exists(path / "config.json")) {
     return load_model::published(path, options, storage);
   }
-  if (std::filesystem::exists(path / "model.safetensors")) {
+  if (std::filesystem::exists(path / "state.json")) {
     return load_model::trained(path, storage);
   }
   const auto checkpoint = weir::io::latest_checkpoint(path.string());

@@ -44,6 +44,7 @@
 #include "loads.hpp"
 #include "progress.hpp"
 #include "rank_training.hpp"
+#include "run_on_ranks.hpp"
 #include "training_texts.hpp"
 
 namespace {

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -33,7 +34,7 @@ namespace detail {
 
 template <class T, class Config>
 Pretrained<T> load_gguf_as(const std::shared_ptr<const GgufTensorSource>& source,
-                           const LoadConfig& how) {
+                           const LoadConfig& how, const PrepareModel<T>& prepare) {
   const Gguf& file = source->file();
   const Config config = for_texts(read_gguf_config<Config>(file), how.longest_text);
   using Own = GgufFamily<Config>;
@@ -42,20 +43,20 @@ Pretrained<T> load_gguf_as(const std::shared_ptr<const GgufTensorSource>& source
   expect_room(file.path(), config.shape, *source);
   Pretrained<T> loaded = make_unset<T>(config);
   read_model<T>(source, Own::names(config, &file), head_sizes(config.shape), config.shape.k,
-                ignored, how, loaded);
+                ignored, how, prepare, loaded);
   return loaded;
 }
 
 template <class T, class... Configs>
 Pretrained<T> load_gguf_of(const std::string& path, const LoadConfig& how,
-                           std::variant<Configs...>* /*families*/) {
+                           const PrepareModel<T>& prepare, std::variant<Configs...>* /*families*/) {
   const auto source = std::make_shared<const GgufTensorSource>(path);
   const Gguf& file = source->file();
   const std::string_view architecture = file.text("general.architecture");
   std::optional<Pretrained<T>> loaded;
   const auto load = [&]<class Config>(Config* /*family*/) {
     if (!GgufFamily<Config>::reads(file)) return false;
-    loaded.emplace(load_gguf_as<T, Config>(source, how));
+    loaded.emplace(load_gguf_as<T, Config>(source, how, prepare));
     return true;
   };
   if (!(load(static_cast<Configs*>(nullptr)) || ...)) {
@@ -79,18 +80,21 @@ Pretrained<T> load_gguf_of(const std::string& path, const LoadConfig& how,
 /// an architecture differs from the published one, the config says what llama.cpp does, except that
 /// a Phi-3.5-MoE is the published one; the files in io/gguf_families/ tell where that is.
 /// \tparam T         float or double.
+/// \param prepare    May take away what is not to be read, see PrepareModel.
 /// \throws FileError    if the file is missing, broken or a part of a model, the architecture or a
 ///                      setting is not known, or a tensor is missing, unknown or of another shape.
 /// \throws ConfigError  if a size is out of range.
 template <std::floating_point T = float>
-Pretrained<T> load_gguf(const std::filesystem::path& path, const LoadConfig& config = {}) {
-  return detail::load_gguf_of<T>(path.string(), config, static_cast<GgufConfig*>(nullptr));
+Pretrained<T> load_gguf(const std::filesystem::path& path, const LoadConfig& config = {},
+                        const PrepareModel<std::type_identity_t<T>>& prepare = {}) {
+  return detail::load_gguf_of<T>(path.string(), config, prepare, static_cast<GgufConfig*>(nullptr));
 }
 
 /// The same where the family is known: the program does not contain the code of all the others.
 template <class Config, std::floating_point T = float>
-Pretrained<T> load_gguf_family(const std::filesystem::path& path, const LoadConfig& config = {}) {
-  return detail::load_gguf_of<T>(path.string(), config,
+Pretrained<T> load_gguf_family(const std::filesystem::path& path, const LoadConfig& config = {},
+                               const PrepareModel<std::type_identity_t<T>>& prepare = {}) {
+  return detail::load_gguf_of<T>(path.string(), config, prepare,
                                  static_cast<std::variant<Config>*>(nullptr));
 }
 

@@ -73,7 +73,8 @@ inline std::string_view torch_name(Dtype dtype) {
 }
 
 template <class T, class Config>
-Pretrained<T> load_as(const std::filesystem::path& dir, const Config& read, const LoadConfig& how) {
+Pretrained<T> load_as(const std::filesystem::path& dir, const Config& read, const LoadConfig& how,
+                      const PrepareModel<T>& prepare) {
   using Own = Family<Config>;
   const Config config = for_texts(read, how.longest_text);
   const auto source = std::make_shared<const CheckpointFolder>(dir);
@@ -85,7 +86,7 @@ Pretrained<T> load_as(const std::filesystem::path& dir, const Config& read, cons
   expect_room((dir / "config.json").string(), config.shape, *source);
   Pretrained<T> loaded = make_unset<T>(config);
   read_model<T>(source, Own::names(config, source.get()), head_sizes(config.shape), config.shape.k,
-                ignored, how, loaded);
+                ignored, how, prepare, loaded);
   loaded.metadata = source->metadata();
   return loaded;
 }
@@ -189,22 +190,25 @@ void write_model(const std::filesystem::path& dir, const std::vector<PublishedTe
 /// Weights are converted from whatever kind of numbers the files hold. They go layer by layer into
 /// the storage asked for, so that memory never holds more than that and one layer.
 /// \tparam T         float or double.
+/// \param prepare    May take away what is not to be read, see PrepareModel.
 /// \throws FileError    if a file is missing or broken, the family or a setting is not known, or a
 ///                      tensor is missing, unknown or of another shape.
 /// \throws ConfigError  if a size is out of range.
 template <std::floating_point T = float>
-Pretrained<T> load_pretrained(const std::filesystem::path& dir, const LoadConfig& config = {}) {
+Pretrained<T> load_pretrained(const std::filesystem::path& dir, const LoadConfig& config = {},
+                              const PrepareModel<std::type_identity_t<T>>& prepare = {}) {
   const ModelConfig model_config = parse_config(ConfigFile::read((dir / "config.json").string()));
-  return std::visit([&](const auto& own) { return detail::load_as<T>(dir, own, config); },
+  return std::visit([&](const auto& own) { return detail::load_as<T>(dir, own, config, prepare); },
                     model_config);
 }
 
 /// The same where the family is known, as in `load_family<presets::OlmoeConfig>(dir)`: the program
 /// does not contain the code of all the others.
 template <class Config, std::floating_point T = float>
-Pretrained<T> load_family(const std::filesystem::path& dir, const LoadConfig& config = {}) {
+Pretrained<T> load_family(const std::filesystem::path& dir, const LoadConfig& config = {},
+                          const PrepareModel<std::type_identity_t<T>>& prepare = {}) {
   const auto own = parse_config_of<Config>(ConfigFile::read((dir / "config.json").string()));
-  return detail::load_as<T>(dir, std::get<0>(own), config);
+  return detail::load_as<T>(dir, std::get<0>(own), config, prepare);
 }
 
 /// Saves a model as `load_pretrained` and Hugging Face's code read it: config.json and

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <concepts>
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -38,6 +39,11 @@
 #include <weir/presets/tensor_names.hpp>
 
 namespace weir::io {
+
+/// Is handed a model before its weights are read, and may take parts away, such as the experts that
+/// other processes have: those are not read.
+template <class T>
+using PrepareModel = std::function<void(Decoder<T>&)>;
 
 /// A model that somebody has trained.
 template <class T>
@@ -208,7 +214,7 @@ template <class T>
 void read_model(const std::shared_ptr<const TensorSource>& source,
                 const std::vector<presets::TensorName>& names, const HeadSizes& sizes, Index k,
                 std::span<const std::string_view> ignored, const LoadConfig& how,
-                Pretrained<T>& into) {
+                const PrepareModel<T>& prepare, Pretrained<T>& into) {
   weir::detail::expect_matches("load_pretrained", into.model, how.rules);
   StorageRules rules = how.rules;
   rules.push_back({"*", how.storage});
@@ -218,7 +224,13 @@ void read_model(const std::shared_ptr<const TensorSource>& source,
   weir::detail::StoreByRules<T> store(rules);
   MultiToken<T>* const prediction = into.prediction ? &*into.prediction : nullptr;
   ModelTensors<T> tensors = all_tensors("load_pretrained", into.model, prediction);
-  const auto layout = published_layout(names, shapes_of(tensors), sizes);
+  auto layout = published_layout(names, shapes_of(tensors), sizes);
+  if (prepare) {
+    const auto whole = shapes_of(tensors);
+    prepare(into.model);
+    tensors = all_tensors("load_pretrained", into.model, prediction);
+    leave_out("load_pretrained", whole, shapes_of(tensors), layout);
+  }
   const auto reader =
       std::make_shared<PublishedReader<T>>(*source, std::move(tensors), layout, ignored);
   std::optional<StreamBanks<T>> stream;

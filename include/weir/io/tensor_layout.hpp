@@ -56,6 +56,35 @@ std::vector<PublishedTensor> published_layout(std::span<const presets::TensorNam
                                               const std::vector<NamedShape>& matrices,
                                               const HeadSizes& sizes = {});
 
+/// Leaves pieces out of a layout that was made for the matrices `whole`, so that it is one for
+/// `part`, some of them in any order. Tensors stay, also without a piece.
+/// \throws ConfigError  if a matrix of `part` is not one of `whole`.
+inline void leave_out(std::string_view who, const std::vector<NamedShape>& whole,
+                      const std::vector<NamedShape>& part, std::vector<PublishedTensor>& layout) {
+  std::map<std::string_view, std::size_t> places;
+  for (std::size_t m = 0; m < whole.size(); ++m) places[whole[m].name] = m;
+  std::vector<std::optional<std::size_t>> place(whole.size());
+  for (std::size_t m = 0; m < part.size(); ++m) {
+    const auto found = places.find(part[m].name);
+    const bool same = found != places.end() && whole[found->second].rows == part[m].rows &&
+                      whole[found->second].cols == part[m].cols;
+    if (!same) {
+      throw_error<ConfigError>(who, ": '", part[m].name, "' is [", part[m].rows, ", ", part[m].cols,
+                               "], expected a matrix of the whole model");
+    }
+    place[found->second] = m;
+  }
+  for (PublishedTensor& tensor : layout) {
+    std::vector<TensorPiece> pieces;
+    for (TensorPiece piece : tensor.pieces) {
+      if (!place[piece.matrix]) continue;
+      piece.matrix = *place[piece.matrix];
+      pieces.push_back(piece);
+    }
+    tensor.pieces = std::move(pieces);
+  }
+}
+
 namespace detail {
 
 /// The numbers that the marks of a name stand for; -1 where there is none.

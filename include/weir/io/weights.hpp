@@ -18,6 +18,7 @@
 #include <weir/io/file_error.hpp>
 #include <weir/io/safetensors.hpp>
 #include <weir/io/safetensors_writer.hpp>
+#include <weir/io/tensor_source.hpp>
 
 namespace weir::io {
 
@@ -150,6 +151,33 @@ void load_weights(const std::filesystem::path& path, Model& model) {
   const Safetensors file = Safetensors::read(path.string());
   detail::expect_same_tensors<typename Model::Scalar>(file, into);
   detail::copy_tensors<typename Model::Scalar>(file, into);
+}
+
+/// Reads the parameters and buffers of `model` from the tensors of a source, such as a
+/// CheckpointFolder, under the same names. The source may have others, such as the experts of other
+/// ranks.
+/// \throws FileError    if a tensor is missing or of another shape. The model is as before then.
+/// \throws StateError   if weights are stored for inference.
+template <class Model>
+void load_weights(const TensorSource& source, Model& model) {
+  const auto into = tensors_of("load_weights", model);
+  std::vector<std::string> faults;
+  std::vector<const StoredTensor*> tensors;
+  for (const auto& [name, matrix] : into) {
+    const StoredTensor* const tensor = tensors.emplace_back(source.find(name));
+    const std::vector<Index> shape = {matrix->rows(), matrix->cols()};
+    if (tensor == nullptr) {
+      faults.push_back("'" + name + "' is missing");
+    } else if (tensor->shape() != shape) {
+      faults.push_back("'" + name + "' is " + shape_text(tensor->shape()) + ", expected " +
+                       shape_text(shape));
+    }
+  }
+  expect_no_faults(source.path(), faults);
+  for (std::size_t i = 0; i < into.size(); ++i) {
+    Matrix<typename Model::Scalar>& matrix = *into[i].second;
+    tensors[i]->read(0, matrix.size(), matrix.data());
+  }
 }
 
 }  // namespace weir::io

@@ -5,12 +5,12 @@
 #include <memory>
 #include <set>
 #include <string>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 
 #include <weir/core/random.hpp>
 #include <weir/io/checkpoint_folder.hpp>
+#include <weir/io/weights.hpp>
 #include <weir/moe/balance/bias_balance.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
@@ -22,6 +22,7 @@
 #include <weir/parallel/mpi/expert_parallel.hpp>
 #include <weir/parallel/mpi/rank_checkpoint.hpp>
 
+#include "parallel/mpi/rank_folder.hpp"
 #include "parallel/mpi/ranks.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
@@ -92,34 +93,11 @@ void check_close(Run& a, Run& b, double tolerance) {
                              b.moe.selector().selection_bias().value) <= tolerance);
 }
 
-/// A folder of this job, empty at first, that all ranks have the name of.
-class Folder {
- public:
-  Folder() {
-    Channel channel(test::ranks());
-    Exchange exchange;
-    const std::string mine =
-        (fs::temp_directory_path() / ("weir-ranks-" + std::to_string(::getpid()))).string();
-    path_ = all_gather_texts(channel, exchange, "folder", mine).front();
-  }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-  ~Folder() {
-    MPI_Barrier(test::ranks().get());
-    std::error_code ignored;
-    if (test::ranks().rank() == 0) fs::remove_all(path_, ignored);
-  }
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
-
 }  // namespace
 
 TEST_CASE("A run of ranks that is resumed goes on bit for bit", "[parallel][mpi]") {
   const bool shards = GENERATE(true, false);
-  const Folder folder;
+  const test::RankFolder folder;
   Run whole(test::ranks(), shards);
   whole.train(3);
   whole.state.notes["what"] = "a test";
@@ -141,7 +119,7 @@ TEST_CASE("A run of ranks that is resumed goes on bit for bit", "[parallel][mpi]
 
 TEST_CASE("A checkpoint of some ranks goes on on one, and is a folder as Hugging Face has them",
           "[parallel][mpi]") {
-  const Folder folder;
+  const test::RankFolder folder;
   Run run(test::ranks());
   run.train(3);
   const fs::path saved = io::save(run.together, folder.path(), run.moe, run.optimizer, run.state);
@@ -154,6 +132,11 @@ TEST_CASE("A checkpoint of some ranks goes on on one, and is a folder as Hugging
   CHECK(names.size() == parameters(of_one.moe).size() + buffers(of_one.moe).size());
   for (const auto& [name, parameter] : parameters(of_one.moe)) CHECK(names.contains(name));
 
+  const Communicator also_alone(MPI_COMM_SELF);
+  Run weights_alone(also_alone);
+  io::load_weights(tensors, weights_alone.moe);
+  check_close(run, weights_alone, 0.0);
+
   io::load(of_one.together, saved, of_one.moe, of_one.optimizer);
   of_one.state.position = run.state.position;
   check_close(run, of_one, 0.0);
@@ -163,7 +146,7 @@ TEST_CASE("A checkpoint of some ranks goes on on one, and is a folder as Hugging
 }
 
 TEST_CASE("A checkpoint of one rank goes on on all", "[parallel][mpi]") {
-  const Folder folder;
+  const test::RankFolder folder;
   const Communicator alone(MPI_COMM_SELF);
   Run of_one(alone);
   of_one.train(3);
@@ -179,7 +162,7 @@ TEST_CASE("A checkpoint of one rank goes on on all", "[parallel][mpi]") {
 }
 
 TEST_CASE("A checkpoint that is broken for one rank is refused by all", "[parallel][mpi]") {
-  const Folder folder;
+  const test::RankFolder folder;
   Run run(test::ranks());
   run.train(1);
   const fs::path saved = io::save(run.together, folder.path(), run.moe, run.optimizer, run.state);

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include <weir/core/error.hpp>
 #include <weir/core/expert_map.hpp>
 #include <weir/core/low_rank.hpp>
 #include <weir/core/pass.hpp>
@@ -20,6 +21,7 @@
 #include <weir/kernels/matmul.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/experts/expert_source.hpp>
+#include <weir/moe/experts/expert_travel.hpp>
 #include <weir/moe/experts/glu_weights.hpp>
 #include <weir/nn/adapted.hpp>
 #include <weir/nn/dropout.hpp>
@@ -58,6 +60,7 @@ class GluBank {
   struct Cache {
     KeptGlu<T> kept;            ///< [slots, .], from forward
     Scratch<T> out;             ///< [slots, d_out], from forward
+    Scratch<T> home;            ///< The same of experts that are spread.
     Scratch<T> factor;          ///< [slots, d_hidden], of dropout, or empty
     Matrix<T> y, dx;            ///< [tokens, d_model]
     Workspace workspace;        ///< For what is needed only while a pass runs.
@@ -82,7 +85,7 @@ class GluBank {
 
   /// \throws ConfigError  in training with dropout, without a pass.rng.
   /// \throws StateError   if the weights are fetched from a source and have adapters in this pass,
-  ///                      or it is to be differentiated.
+  ///                      or it is to be differentiated; if the experts are spread, and it trains.
   const Matrix<T>& forward(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
                            Cache& cache) const;
 
@@ -106,11 +109,19 @@ class GluBank {
     weights_.set_source(std::move(source), storage);
   }
 
+  /// Forgets the experts that are not `travel->own()`, and lets rows travel to them from now on,
+  /// for inference: see `spread_experts`. `experts`, and the names of the others, stay as they are.
+  /// \throws ConfigError  if there is no travel, or it is for another number of experts.
+  /// \throws StateError   if the weights are fetched from a source or the experts are spread.
+  void set_travel(std::shared_ptr<ExpertTravel<T>> travel) {
+    weights_.set_travel(std::move(travel));
+  }
+
   /// Changes the experts; those that are stored for inference share memory with their clones. The
   /// gate and up of a cold expert are drawn from `switch_init`.
   /// \throws ConfigError  if the map does not fit.
   /// \throws StateError   if weights are stored for inference and there is a cold expert, or they
-  ///                      are fetched from a source.
+  ///                      are fetched from a source or spread.
   void remap_experts(const ExpertMap& map) { weights_.remap_experts(map); }
 
   Storage storage() const { return weights_.storage(); }
@@ -147,6 +158,9 @@ class GluBank {
     });
   }
 
+  /// Experts that are here.
+  const Matrix<T>& forward_here(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
+                                Cache& cache) const;
   void forward_plain(MatrixIn<T> x, const Dispatch<T>& dispatch, const Pass& pass,
                      Cache& cache) const;
   void forward_packed(MatrixIn<T> x, const Dispatch<T>& dispatch, Cache& cache) const;
@@ -158,6 +172,24 @@ class GluBank {
 template <std::floating_point T, Activation Act>
 const Matrix<T>& GluBank<T, Act>::forward(MatrixIn<T> x, const Dispatch<T>& dispatch,
                                           const Pass& pass, Cache& cache) const {
+  if (weights_.travel() == nullptr) return forward_here(x, dispatch, pass, cache);
+  if (pass.training) {
+    throw_error<StateError>("GluBank::forward: the experts are spread for inference, expected ",
+                            "ExpertParallel in a pass that trains");
+  }
+  const auto compute = [&](MatrixIn<T> rows, const Dispatch<T>& here) -> const Matrix<T>& {
+    return forward_here(rows, here, pass, cache);
+  };
+  auto home = cache.home.reshape(dispatch.slots(), d_out());
+  weights_.travel()->run(x, dispatch, compute, home);
+  set_shape(cache.y, x.rows(), d_out());
+  combine<T>(cache.home.view(), dispatch, cache.y);
+  return cache.y;
+}
+
+template <std::floating_point T, Activation Act>
+const Matrix<T>& GluBank<T, Act>::forward_here(MatrixIn<T> x, const Dispatch<T>& dispatch,
+                                               const Pass& pass, Cache& cache) const {
   cache.adapted_gate.begin(pass);
   if (!weights_.is_fused(pass)) {
     forward_plain(x, dispatch, pass, cache);

@@ -5,7 +5,9 @@
 
 #include <cstddef>
 #include <memory>
+#include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -21,6 +23,7 @@
 #include <weir/core/types.hpp>
 #include <weir/kernels/product.hpp>
 #include <weir/moe/experts/expert_source.hpp>
+#include <weir/moe/experts/expert_travel.hpp>
 #include <weir/nn/adapted.hpp>
 #include <weir/nn/packed_glu.hpp>
 
@@ -43,23 +46,28 @@ class GluWeights {
 
   void set_storage(Storage storage);
   void set_source(std::shared_ptr<ExpertSource<T>> source, Storage storage);
+  void set_travel(std::shared_ptr<ExpertTravel<T>> travel);
   void remap_experts(const ExpertMap& map);
 
   Storage storage() const { return storage_; }
   /// Null unless the weights are fetched.
   ExpertSource<T>* source() const { return source_.get(); }
+  /// Null unless the experts are spread; then the weights here are those of its `own`.
+  ExpertTravel<T>* travel() const { return travel_.get(); }
 
   template <class Self, class Visit>
   static void visit(Self& self, Visit& visit) {
     for (std::size_t e = 0; e < self.gate_.size(); ++e) {
-      const std::string expert = std::to_string(e);
+      const std::string expert = std::to_string(self.number_of(e));
       visit(expert + ".gate", self.gate_[e]);
       visit(expert + ".up", self.up_[e]);
       visit(expert + ".down", self.down_[e]);
     }
   }
 
-  Index experts() const { return static_cast<Index>(gate_.size()); }
+  Index experts() const {
+    return travel_ == nullptr ? static_cast<Index>(gate_.size()) : travel_->experts();
+  }
   Index d_in() const { return d_in_; }
   Index d_hidden() const { return d_hidden_; }
   Index d_out() const { return d_out_; }
@@ -104,6 +112,11 @@ class GluWeights {
   bool is_fused(const Pass& pass) const;
 
  private:
+  /// The number in the whole bank of the expert whose weights are the e-th here.
+  Index number_of(std::size_t e) const {
+    return travel_ == nullptr ? static_cast<Index>(e) : travel_->own()[e];
+  }
+
   std::pair<WeightValue<T>, WeightValue<T>> parameters_of(std::size_t e) const {
     return {WeightValue<T>::of(gate_[e]), WeightValue<T>::of(up_[e])};
   }
@@ -119,6 +132,7 @@ class GluWeights {
   std::vector<LinearParameter<T>> gate_, up_, down_;
   std::vector<PackedGlu<T>> packed_;         // One per expert, or none.
   std::shared_ptr<ExpertSource<T>> source_;  // Null unless they are fetched.
+  std::shared_ptr<ExpertTravel<T>> travel_;  // Null unless they are spread.
   Storage storage_ = Storage::kTrainable;
   Index d_in_ = 0, d_hidden_ = 0, d_out_ = 0;
 };
@@ -212,6 +226,10 @@ void GluWeights<T>::set_source(std::shared_ptr<ExpertSource<T>> source, Storage 
     throw_error<ConfigError>("GluBank::set_source: source is null or storage kTrainable, expected ",
                              "a source of weights stored for inference");
   }
+  if (travel_ != nullptr) {
+    throw_error<StateError>(
+        "GluBank::set_source: the experts are spread, expected all of them here");
+  }
   source_ = std::move(source);
   storage_ = storage;
   packed_.clear();
@@ -221,7 +239,36 @@ void GluWeights<T>::set_source(std::shared_ptr<ExpertSource<T>> source, Storage 
 }
 
 template <class T>
+void GluWeights<T>::set_travel(std::shared_ptr<ExpertTravel<T>> travel) {
+  if (travel == nullptr || travel->experts() != experts()) {
+    throw_error<ConfigError>("GluBank::set_travel: travel ",
+                             travel == nullptr ? "is null" : "has another number of experts",
+                             ", expected one for ", experts(), " experts");
+  }
+  if (source_ != nullptr || travel_ != nullptr) {
+    throw_error<StateError>("GluBank::set_travel: the weights are fetched from a source or the ",
+                            "experts are spread, expected all of them in memory here");
+  }
+  const auto keep = [&](auto& items) {
+    std::remove_reference_t<decltype(items)> kept;
+    for (const Index e : travel->own()) {
+      if (!items.empty()) kept.push_back(std::move(items[static_cast<std::size_t>(e)]));
+    }
+    items = std::move(kept);
+  };
+  keep(gate_);
+  keep(up_);
+  keep(down_);
+  keep(packed_);
+  travel_ = std::move(travel);
+}
+
+template <class T>
 void GluWeights<T>::remap_experts(const ExpertMap& map) {
+  if (travel_ != nullptr) {
+    throw_error<StateError>(
+        "GluBank::remap_experts: the experts are spread, expected all of them here");
+  }
   map.check("GluBank::remap_experts", experts());
   if (map.has_cold()) expect_trainable("GluBank::remap_experts", storage_);
   if (source_ != nullptr) {
