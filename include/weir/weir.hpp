@@ -161,6 +161,7 @@
 #include <weir/moe/experts/clamped_glu_bank.hpp>
 #include <weir/moe/experts/expert_linear.hpp>
 #include <weir/moe/experts/expert_source.hpp>
+#include <weir/moe/experts/expert_travel.hpp>
 #include <weir/moe/experts/gathered_pass.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/glu_weights.hpp>
