@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -18,7 +17,6 @@
 #include <vector>
 
 #include <weir/core/error.hpp>
-#include <weir/core/function_ref.hpp>
 #include <weir/core/random.hpp>
 #include <weir/core/types.hpp>
 #include <weir/core/verbs.hpp>
@@ -32,27 +30,11 @@
 #include <weir/parallel/mpi/collectives.hpp>
 #include <weir/parallel/mpi/data_parallel.hpp>
 #include <weir/parallel/mpi/exchange.hpp>
+#include <weir/parallel/mpi/on_all_ranks.hpp>
 
 namespace weir::io {
 
 namespace detail {
-
-/// Does `action` on this rank, and lets all ranks know whether all could.
-/// \throws FileError  on all ranks, with what the first rank said that could not.
-inline void on_all_ranks(Channel& channel, Exchange& exchange, FunctionRef<void()> action) {
-  std::string fault;
-  try {
-    action();
-  } catch (const std::exception& error) {
-    fault = error.what();
-    if (fault.empty()) fault = "failed";
-  }
-  const std::vector<std::string> faults =
-      all_gather_texts(channel, exchange, "faults of a checkpoint", fault);
-  for (std::size_t r = 0; r < faults.size(); ++r) {
-    if (!faults[r].empty()) throw_error<FileError>("rank ", r, ": ", faults[r]);
-  }
-}
 
 inline std::string file_of_rank(Index rank, Index ranks) {
   const auto number = [](Index n) {
