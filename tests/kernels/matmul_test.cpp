@@ -66,6 +66,10 @@ TEST_CASE("Products read and write blocks of larger matrices", "[kernels][matmul
   Matrix<double> expected = Matrix<double>::Constant(30, 40, 7.0);
   expected.block(4, 6, 9, 11) = a.block(2, 3, 9, 17) * b.block(1, 5, 11, 17).transpose();
   CHECK(test::relative_error(out, expected) <= 1e-14);
+
+  multiply_tn<double>(a.block(2, 3, 17, 9), b.block(1, 5, 17, 11), out.block(4, 6, 9, 11));
+  expected.block(4, 6, 9, 11) = a.block(2, 3, 17, 9).transpose() * b.block(1, 5, 17, 11);
+  CHECK(test::relative_error(out, expected) <= 1e-14);
 }
 
 TEST_CASE("Many products at once give the bits of each by itself", "[kernels][matmul]") {
@@ -87,16 +91,22 @@ TEST_CASE("Many products at once give the bits of each by itself", "[kernels][ma
 }
 
 TEST_CASE("Products have the same bits for any number of threads", "[kernels][matmul][parallel]") {
-  const auto m = GENERATE(as<Index>{}, 1, 4, 500);
+  const auto m = GENERATE(as<Index>{}, 1, 4, 500, 1100);
   const Matrix<float> a = test::random_matrix<float>(m, 600, 1);
   const Matrix<float> b = test::random_matrix<float>(700, 600, 2);
+  const Matrix<float> a_t = a.transpose();
+  const Matrix<float> b_t = b.transpose();
   Matrix<float> one(m, 700);
   multiply_nt<float>(a, b, one);
+  Matrix<float> sum = one;
+  multiply_tn<float>(a_t, b_t, sum, true);
   for (const int count : {2, 3}) {
     const test::Threads team(count);
     Matrix<float> many(m, 700);
     multiply_nt<float>(a, b, many);
     CHECK(many == one);
+    multiply_tn<float>(a_t, b_t, many, true);
+    CHECK(many == sum);
   }
 }
 

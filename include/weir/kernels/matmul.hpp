@@ -14,6 +14,7 @@
 #include <weir/core/precision.hpp>
 #include <weir/core/thread_space.hpp>
 #include <weir/core/types.hpp>
+#include <weir/kernels/pack.hpp>
 #include <weir/kernels/panel.hpp>
 #include <weir/kernels/product.hpp>
 #include <weir/kernels/schedule.hpp>
@@ -68,9 +69,34 @@ Index piece_cols(const Product<T>& p) {
   return has_few_rows(p) ? kLanes<T> : Block<T>::kCols;
 }
 
+/// Whether the rows of the left operand are turned before they are multiplied: those of a
+/// transposed matrix lie a whole row apart with every step, which few caches can hold.
+template <class T>
+bool turns_rows(const Product<T>& p) {
+  return p.a_col != 1 && p.k >= kLanes<T>;
+}
+
 template <class T>
 Cut cut(const Product<T>& p, Index most_rows) {
   return Cut::of(p.m, (p.n + piece_cols(p) - 1) / piece_cols(p), most_rows);
+}
+
+/// The left operand of rows `row` to `row + rows` and steps `step` to `step + steps`, turned.
+template <class T>
+LeftRows<Native<T>> turned_rows(const Product<T>& p, Index row, Index rows, Index step,
+                                Index steps) {
+  constexpr Index kSide = kLanes<T>;
+  // Rows do not begin a power of two apart.
+  const Index length = (steps + kSide - 1) / kSide * kSide + kSide;
+  auto& space = ThreadSpace<T, LeftRows<Native<T>>>::of_this_thread();
+  space.reserve(rows * length);
+  T* const turned = space.take(rows * length);
+  const T* const from = p.a + row * p.a_row + step * p.a_col;
+  for (Index s = 0; s < steps; s += kSide) {
+    pack_strip<kSide>(from + s * p.a_col, p.a_col, p.a_row, std::min(kSide, steps - s), rows,
+                      turned + s, length);
+  }
+  return {turned, length, 1};
 }
 
 /// Pieces `begin` to `end` of a product.
@@ -84,19 +110,36 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
   auto& space = ThreadSpace<T, Product<T>>::of_this_thread();
   space.reserve(kSlice * kCols);
   T* const packed = space.take(kSlice * kCols);
-  const auto panel_of = [&](Index j, bool followed) -> StridedPanel<T> {
-    const Index at = p.k == 0 ? 0 : j * kCols * p.b_col;  // An empty operand may have no address.
-    const T* const from = p.b + at;
-    return {from,
-            p.b_col,
-            p.b_row,
-            std::min(kCols, p.n - j * kCols),
-            p.k,
-            packed,
-            followed && p.k > 0 ? from + kCols * p.b_col : nullptr};
-  };
-  multiply_pieces<Native<T>>(cut, {p.a, p.a_row, p.a_col}, p.k, begin, end, panel_of,
-                             ToMatrix<T>{p.out, p.out_row, p.n, p.accumulate});
+  // Turned rows stay in L2 slice by slice.
+  const Index slice = turns_rows(p) ? kSlice : std::max<Index>(1, p.k);
+  while (begin < end) {
+    const Index first = begin / cut.panels * cut.panels;  // The first piece with these rows.
+    const Index last = std::min(end, first + cut.panels);
+    const Index row = begin / cut.panels * cut.rows;
+    const Cut part = {std::min(cut.rows, cut.total_rows - row), cut.rows, cut.panels};
+    Index step = 0;
+    do {
+      const Index steps = std::min(slice, p.k - step);
+      const auto panel_of = [&](Index j, bool followed) -> StridedPanel<T> {
+        // An empty operand may have no address.
+        const T* const from = p.b + (p.k == 0 ? 0 : step * p.b_row + j * kCols * p.b_col);
+        return {from,
+                p.b_col,
+                p.b_row,
+                std::min(kCols, p.n - j * kCols),
+                steps,
+                packed,
+                followed && p.k > 0 ? from + kCols * p.b_col : nullptr};
+      };
+      const LeftRows<Native<T>> left =
+          turns_rows(p) ? turned_rows(p, row, part.total_rows, step, steps)
+                        : LeftRows<Native<T>>{p.a + row * p.a_row, p.a_row, p.a_col};
+      const ToMatrix<T> to = {p.out + row * p.out_row, p.out_row, p.n, p.accumulate || step > 0};
+      multiply_pieces<Native<T>>(part, left, steps, begin - first, last - first, panel_of, to);
+      step += slice;
+    } while (step < p.k);
+    begin = last;
+  }
 }
 
 /// Computes all `products`, whatever their precision, without rounding the operands.

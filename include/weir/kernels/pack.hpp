@@ -46,9 +46,13 @@ void pack_strip(const T* from, Index stride, Index depth_stride, Index count, In
   };
   Index done = 0;
   if constexpr (width >= kSide) {
+    constexpr Index kAhead = 4;  // Squares: more rows than a processor follows by itself.
     const Index squares = count / kSide * kSide;  // Rows that are whole squares.
     for (; depth_stride == 1 && done + kSide <= depth; done += kSide) {
       for (Index i = 0; i < squares; i += kSide) {
+        for (Index r = i; r < i + kSide; ++r) {
+          __builtin_prefetch(from + r * stride + done + kAhead * kSide, 0, 2);
+        }
         transpose<T>(from + i * stride + done, stride, to + done * to_row + i, to_row);
       }
       copy(squares, done, done + kSide);
