@@ -326,6 +326,12 @@ TEST_CASE("A recorder says what is wrong", "[analysis][trace]") {
   const auto config_error = [](auto&& action) { return test::message_of<ConfigError>(action); };
   CHECK(config_error([] { TraceRecorder({.layout = {.choices = 0}}); }) ==
         "TraceLayout: choices = 0, expected 1 <= choices <= 65535");
+  CHECK(config_error([] { TraceRecorder({.layout = {.choices = 65536}}); }) ==
+        "TraceLayout: choices = 65536, expected 1 <= choices <= 65535");
+  CHECK(config_error([] { TraceRecorder({.layout = {.logits = -1}}); }) ==
+        "TraceLayout: logits = -1, expected 0 <= logits <= 65535");
+  CHECK(config_error([] { TraceRecorder({.most_records = -1}); }) ==
+        "TraceRecorder: most_records = -1, expected >= 0");
   CHECK(config_error([] { TraceRecorder({.share = NAN}); }) ==
         "TraceRecorder: share = nan, expected 0 <= share <= 1");
   CHECK(config_error([] { TraceRecorder({.buffer_records = 0}); }) ==
@@ -335,6 +341,8 @@ TEST_CASE("A recorder says what is wrong", "[analysis][trace]") {
         "TraceRecorder::begin: domain = 1, expected 0 <= domain <= 0");
   CHECK(config_error([&] { recorder.begin({{.id = -1}}); }) ==
         "TraceRecorder::begin: id = -1, expected >= 0");
+  CHECK(config_error([&] { recorder.begin({{.position = -1}}); }) ==
+        "TraceRecorder::begin: position = -1, expected >= 0");
   const Routing<double> routing = test::routing_of({{0}}, 2);
   CHECK(test::message_of<StateError>([&] { recorder.see("moe", routing, {}); }) ==
         "TraceRecorder: layer 'moe' has a pass of 1 sequences, expected 0 as begin was told");
@@ -345,6 +353,8 @@ TEST_CASE("A recorder says what is wrong", "[analysis][trace]") {
   recorder.begin({{}});
   CHECK(config_error([&] { recorder.see("moe", test::routing_of({{0}}, 3), {}); }) ==
         "TraceRecorder: layer 'moe' has 3 experts, expected 2 as before");
+  CHECK(config_error([&] { recorder.see("wide", test::routing_of({{0}}, 65536), {}); }) ==
+        "TraceRecorder: experts = 65536, expected 1 <= experts <= 65535");
 
   struct Sink final : TraceSink {
     void write(std::span<const std::byte> /*records*/) override {}

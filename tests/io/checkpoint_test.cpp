@@ -232,6 +232,12 @@ TEST_CASE("The last checkpoints are kept", "[io][checkpoint]") {
   CHECK(io::load(folder.path(), model, optimizer).position == 77);
   CHECK(*io::latest_checkpoint(folder.path()) == folder.path() / "step-000000005");
   CHECK(io::load(folder.path() / "step-000000004", model, optimizer).position == 4);
+  CHECK(test::message_of<ConfigError>([&] {
+          io::save(folder.path(), model, optimizer, state, {.keep = -1});
+        }) == "save: keep = -1, expected >= 0");
+  state.position = -1;
+  CHECK(test::message_of<ConfigError>([&] { io::save(folder.path(), model, optimizer, state); }) ==
+        "save: position = -1, expected >= 0");
 }
 
 TEST_CASE("A checkpoint of another model changes nothing", "[io][checkpoint]") {

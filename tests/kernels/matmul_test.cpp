@@ -157,6 +157,11 @@ TEST_CASE("Products of shapes that do not fit are refused", "[kernels][matmul]")
         "multiply_tn: b is [4, 5], expected [2, 5]");
   CHECK(test::message_of<ShapeError>([&] { multiply_nt<float>(a, a, out); }) ==
         "multiply_nt: out is [2, 4], expected [2, 2]");
+  const Matrix<float> thin = Matrix<float>::Zero(3, 5);
+  CHECK(test::message_of<ShapeError>([&] { multiply_nn<float>(a, thin, out); }) ==
+        "multiply_nn: out is [2, 4], expected [2, 5]");
+  CHECK(test::message_of<ShapeError>([&] { multiply_tn<float>(thin, thin, out); }) ==
+        "multiply_tn: out is [2, 4], expected [5, 5]");
 }
 
 }  // namespace weir::matmul_test

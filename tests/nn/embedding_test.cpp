@@ -133,6 +133,8 @@ TEST_CASE("Embedding says what is wrong", "[nn][embedding]") {
         "pass between the two");
   CHECK(test::message_of<ConfigError>([&] { Embedding<float>(0, 4, rng); }) ==
         "Embedding: vocab = 0, expected > 0");
+  CHECK(test::message_of<ConfigError>([&] { Embedding<float>(4, 0, rng); }) ==
+        "Embedding: d_model = 0, expected > 0");
   CHECK(test::message_of<ConfigError>([&] { Embedding<float>(4, 4, rng, {.stddev = -1.0}); }) ==
         "Embedding: stddev = -1, expected a finite number >= 0");
 }

@@ -146,6 +146,8 @@ TEST_CASE("Glu says what is wrong", "[nn][glu]") {
   test::check_refused_caches(layer, test::random_matrix(2, 4, 1), "Glu::backward");
   CHECK(test::message_of<ConfigError>([&] { Glu<double>(4, 0, rng); }) ==
         "Glu: d_hidden = 0, expected > 0");
+  CHECK(test::message_of<ConfigError>([&] { Glu<double>(0, 4, rng); }) ==
+        "Glu: d_model = 0, expected > 0");
   CHECK(test::message_of<ConfigError>([&] { Glu<double>(4, 4, rng, {.init_scale = 0.0}); }) ==
         "switch_init: scale = 0, expected a finite number > 0");
   const Matrix<double> m = Matrix<double>::Ones(6, 4);

@@ -114,12 +114,17 @@ TEST_CASE("Mlp says what is wrong", "[nn][mlp]") {
   test::check_refused_caches(layer, test::random_matrix(2, 4, 1), "Mlp::backward");
   CHECK(test::message_of<ConfigError>([&] { Mlp<double>(0, 4, rng); }) ==
         "Mlp: d_model = 0, expected > 0");
+  CHECK(test::message_of<ConfigError>([&] { Mlp<double>(4, 0, rng); }) ==
+        "Mlp: d_hidden = 0, expected > 0");
   const Matrix<double> m = Matrix<double>::Ones(6, 4);
   CHECK(test::message_of<ShapeError>([&] { Mlp<double>(m, m); }) ==
         "Mlp: out is [6, 4], expected [4, 6]");
   CHECK(test::message_of<ShapeError>([&] {
           Mlp<double>(m, m.transpose(), Matrix<double>::Ones(1, 4));
         }) == "Mlp: in_bias is [1, 4], expected [1, 6]");
+  CHECK(test::message_of<ShapeError>([&] {
+          Mlp<double>(m, m.transpose(), Matrix<double>::Ones(1, 6), Matrix<double>::Ones(1, 6));
+        }) == "Mlp: out_bias is [1, 6], expected [1, 4]");
 }
 
 }  // namespace weir::mlp_test

@@ -232,6 +232,16 @@ TEST_CASE("Muon refuses impossible settings and shapes that changed", "[optim][m
   CHECK(message({.groups = {{.pattern = "*", .learning_rate_factor = -1.0}}}) ==
         "Muon: learning_rate_factor = -1, expected a finite number >= 0");
   CHECK(message({.adamw_epsilon = 0.0}) == "Muon: adamw_epsilon = 0, expected a finite number > 0");
+  CHECK(message({.learning_rate = -1.0}) ==
+        "Muon: learning_rate = -1, expected a finite number >= 0");
+  CHECK(message({.adamw_beta1 = 1.0}) == "Muon: adamw_beta1 = 1, expected 0 <= adamw_beta1 < 1");
+  CHECK(message({.adamw_beta2 = -0.5}) ==
+        "Muon: adamw_beta2 = -0.5, expected 0 <= adamw_beta2 < 1");
+  Muon<float> set;
+  CHECK(test::message_of<ConfigError>([&] { set.set_learning_rate(-0.5); }) ==
+        "Muon::set_learning_rate: learning_rate = -0.5, expected a finite number >= 0");
+  CHECK(test::message_of<ConfigError>([&] { set.set_steps(-1); }) ==
+        "Muon::set_steps: steps = -1, expected >= 0");
   Parameter<float> w{Matrix<float>::Ones(2, 3), Matrix<float>::Ones(2, 2)};
   Parameter<float> v{Matrix<float>::Ones(1, 3), Matrix<float>::Ones(1, 3)};
   test::ParameterSet<float> model{{"v", &v}, {"w", &w}};
@@ -240,6 +250,12 @@ TEST_CASE("Muon refuses impossible settings and shapes that changed", "[optim][m
         "Muon::step: gradient of w is [2, 2], expected [2, 3]");
   CHECK(v.value == Matrix<float>::Ones(1, 3));
   CHECK(v.grad == Matrix<float>::Ones(1, 3));
+  w.grad.setZero(2, 3);
+  Muon<float> moving;
+  moving.step(model);
+  moving.momenta().back().momentum->setZero(3, 2);
+  CHECK(test::message_of<ShapeError>([&] { moving.step(model); }) ==
+        "Muon::step: momentum of w is [3, 2], expected [2, 3]");
 }
 
 }  // namespace weir::muon_test

@@ -73,6 +73,8 @@ TEST_CASE("The schedules refuse impossible settings", "[optim][schedule]") {
         "WarmupLinear: total_steps = 3, expected > warmup_steps = 3");
   CHECK(linear({.peak = 1.0, .total_steps = 3}, -1) ==
         "WarmupLinear::at: step = -1, expected >= 0");
+  CHECK(linear({.peak = 1.0, .warmup_steps = -1, .total_steps = 3}) ==
+        "WarmupLinear: warmup_steps = -1, expected >= 0");
   const auto stable = [](const WarmupStableDecay& schedule, Index step = 0) {
     return test::message_of<ConfigError>([&] { schedule.at(step); });
   };
@@ -83,6 +85,10 @@ TEST_CASE("The schedules refuse impossible settings", "[optim][schedule]") {
         "WarmupStableDecay: decay_steps = 3, expected 0 <= decay_steps <= 2");
   CHECK(stable({.peak = 1.0, .total_steps = 5}, -1) ==
         "WarmupStableDecay::at: step = -1, expected >= 0");
+  CHECK(stable({.peak = -1.0, .total_steps = 5}) ==
+        "WarmupStableDecay: peak = -1, expected a finite number >= 0");
+  CHECK(stable({.peak = 1.0, .total_steps = 5, .floor = 2.0}) ==
+        "WarmupStableDecay: floor = 2, expected 0 <= floor <= 1");
 }
 
 }  // namespace weir::schedules_test

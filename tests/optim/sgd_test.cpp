@@ -189,6 +189,11 @@ TEST_CASE("Sgd refuses impossible settings and shapes that changed", "[optim][sg
         "0");
   CHECK(message({.groups = {{"*", 1.0, -0.5}}}) ==
         "Sgd: weight_decay = -0.5, expected a finite number >= 0");
+  Sgd<float> set;
+  CHECK(test::message_of<ConfigError>([&] { set.set_learning_rate(-0.5); }) ==
+        "Sgd::set_learning_rate: learning_rate = -0.5, expected a finite number >= 0");
+  CHECK(test::message_of<ConfigError>([&] { set.set_steps(-1); }) ==
+        "Sgd::set_steps: steps = -1, expected >= 0");
   Parameter<float> v{Matrix<float>::Ones(1, 3), Matrix<float>::Ones(1, 3)};
   Parameter<float> w{Matrix<float>::Ones(2, 3), Matrix<float>::Ones(2, 2)};
   test::ParameterSet<float> model{{"v", &v}, {"w", &w}};
@@ -196,6 +201,12 @@ TEST_CASE("Sgd refuses impossible settings and shapes that changed", "[optim][sg
   CHECK(test::message_of<ShapeError>([&] { optimizer.step(model); }) ==
         "Sgd::step: gradient of w is [2, 2], expected [2, 3]");
   CHECK(v.value == Matrix<float>::Ones(1, 3));
+  w.grad.setZero(2, 3);
+  Sgd<float> moving({.momentum = 0.5});
+  moving.step(model);
+  moving.velocities().back().velocity->setZero(3, 2);
+  CHECK(test::message_of<ShapeError>([&] { moving.step(model); }) ==
+        "Sgd::step: velocity of w is [3, 2], expected [2, 3]");
 }
 
 }  // namespace weir::sgd_test

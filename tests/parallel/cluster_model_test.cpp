@@ -223,6 +223,14 @@ TEST_CASE("The simulator says what is wrong", "[parallel][cluster_model]") {
   CHECK(model({.start = -1.0}) == "ClusterModel: start = -1, expected a finite number >= 0");
   CHECK(model({.across = {.per_message = std::nan("")}}) ==
         "ClusterModel: across.per_message = nan, expected a finite number >= 0");
+  CHECK(model({.inside = {.per_message = -1.0}}) ==
+        "ClusterModel: inside.per_message = -1, expected a finite number >= 0");
+  CHECK(model({.inside = {.seconds_per_byte = -1.0}}) ==
+        "ClusterModel: inside.seconds_per_byte = -1, expected a finite number >= 0");
+  CHECK(model({.across = {.seconds_per_byte = -1.0}}) ==
+        "ClusterModel: across.seconds_per_byte = -1, expected a finite number >= 0");
+  CHECK(model({.pass_start = -1.0}) ==
+        "ClusterModel: pass_start = -1, expected a finite number >= 0");
   CHECK(model({.flops = 0.0}) == "ClusterModel: flops = 0, expected a finite number > 0");
   CHECK(model({.units = -1}) == "ClusterModel: units = -1, expected >= 0");
   CHECK(model({.overlap = 1.5}) == "ClusterModel: overlap = 1.5, expected 0 <= overlap <= 1");
@@ -230,6 +238,8 @@ TEST_CASE("The simulator says what is wrong", "[parallel][cluster_model]") {
         "LinkModel: bandwidth = 0, expected a finite number > 0");
   CHECK(message([] { all_reduce_seconds(1.0, 0, {}); }) ==
         "all_reduce_seconds: ranks = 0, expected >= 1");
+  CHECK(message([] { all_reduce_seconds(-1.0, 1, {}); }) ==
+        "all_reduce_seconds: bytes = -1, expected a finite number >= 0");
   CHECK(message([] { fit_cluster({}, 1); }) == "fit_nonnegative: rows = 0, expected >= 1");
   CHECK(message([] { fit_cluster({{.load = {.exchanges = 1.0}, .seconds = 0.0}}, 1); }) ==
         "fit_nonnegative: target = 0, expected a finite number > 0");
@@ -252,6 +262,10 @@ TEST_CASE("The simulator says what is wrong", "[parallel][cluster_model]") {
         "draw_tokens: ranks = 0, expected >= 1");
   CHECK(message([] { zipf_popularity(0, 1.0, 1); }) ==
         "zipf_popularity: experts = 0, expected >= 1");
+  CHECK(message([] { zipf_popularity(1, -1.0, 1); }) ==
+        "zipf_popularity: exponent = -1, expected a finite number >= 0");
+  CHECK(message([] { draw_tokens({.popularity = {1.0}}, -1, 1, 1); }) ==
+        "draw_tokens: tokens_per_rank = -1, expected >= 0");
 }
 
 }  // namespace weir::cluster_model_test

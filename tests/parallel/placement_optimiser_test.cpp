@@ -245,6 +245,8 @@ TEST_CASE("The optimiser says what is wrong", "[parallel][optimiser]") {
   CHECK(message({.restarts = -1}) == "optimise_placement: restarts = -1, expected >= 0");
   CHECK(message({.costs = {.across = -1}}) ==
         "optimise_placement: costs.across = -1, expected >= 0");
+  CHECK(message({.costs = {.within = -1}}) ==
+        "optimise_placement: costs.within = -1, expected >= 0");
   tokens.source[3] = 2;
   CHECK(message({}) ==
         "optimise_placement: the source of token 3 = 2, expected 0 <= source < ranks = 2");

@@ -83,6 +83,12 @@ TEST_CASE("k falls from dense to sparse in a straight line", "[tuning]") {
   CHECK(k(1000) == 2);
   CHECK(AnnealedExperts{.first = 4, .last = 1, .steps = 0}(0) == 1);
   CHECK(test::message_of<ConfigError>([&] { k(-1); }) == "AnnealedExperts: t = -1, expected >= 0");
+  const auto refused = [](const AnnealedExperts& schedule) {
+    return test::message_of<ConfigError>([&] { schedule(0); });
+  };
+  CHECK(refused({.first = 0}) == "AnnealedExperts: first = 0, expected >= 1");
+  CHECK(refused({.last = 0}) == "AnnealedExperts: last = 0, expected >= 1");
+  CHECK(refused({.steps = -1}) == "AnnealedExperts: steps = -1, expected >= 0");
 }
 
 TEST_CASE("A k that cannot be served is refused, and so is backward over a change", "[tuning]") {

@@ -228,6 +228,7 @@ TEST_CASE("Distillation says what is wrong", "[tuning][distillation]") {
         "HiddenLoss: coefficient = -1, expected a finite number >= 0");
   Rng rng(1);
   CHECK(message([&] { HiddenLoss<double>(0, 4, rng); }) == "HiddenLoss: student = 0, expected > 0");
+  CHECK(message([&] { HiddenLoss<double>(4, 0, rng); }) == "HiddenLoss: teacher = 0, expected > 0");
   HiddenLoss<double> hidden(4, 3, rng);
   HiddenLoss<double>::Cache hidden_cache;
   const auto differ = [&](const Matrix<double>& h, const Matrix<double>& teacher,

@@ -105,6 +105,8 @@ TEST_CASE("OutputChange is relative to the output, of all tokens and of the wors
   CHECK(change.tokens == 0.5);
   const OutputChange none = output_change<double>(Matrix<double>(0, 2), Matrix<double>(0, 2));
   CHECK((none.relative == 0.0 && none.tokens == 0.0));
+  CHECK(test::message_of<ShapeError>([&] { output_change<double>(y, y.leftCols(1)); }) ==
+        "output_change: after is [2, 1], expected [2, 2]");
 }
 
 TEST_CASE("Removing an expert is switching it off, for any bank and within wrappers", "[tuning]") {
@@ -233,6 +235,9 @@ TEST_CASE("Assignments are the best there are", "[tuning][golden]") {
   CHECK(best_assignment(Matrix<double>(0, 0)).empty());
   CHECK(test::message_of<ShapeError>([] { best_assignment(Matrix<double>::Zero(2, 3)); }) ==
         "best_assignment: value is [2, 3], expected [2, 2]");
+  CHECK(test::message_of<NonFiniteError>([] {
+          best_assignment(Matrix<double>::Constant(2, 2, std::nan("")));
+        }) == "best_assignment: value is not finite, expected finite numbers");
 }
 
 TEST_CASE("Merging an expert with itself in another order of neurons gives it back", "[tuning]") {
@@ -299,6 +304,13 @@ TEST_CASE("Experts are grouped by their logits, and ranked by scores", "[tuning]
   CHECK(most_important(equal, 2) == std::vector<Index>{0, 1});
   CHECK(test::message_of<ConfigError>([&] { most_important(use, 5); }) ==
         "most_important: count = 5, expected 1 <= count <= 4");
+  CHECK(test::message_of<ConfigError>([&] { most_important(use, 0); }) ==
+        "most_important: count = 0, expected 1 <= count <= 4");
+  const std::vector<double> unknown = {1, std::nan("")};
+  CHECK(test::message_of<NonFiniteError>([&] { most_important(unknown, 1); }) ==
+        "most_important: score[1] is NaN, expected a number");
+  CHECK(test::message_of<ShapeError>([&] { group_by_router<double>(logits, equal, 2); }) ==
+        "group_by_router: use has 3 numbers, expected 4 (one per expert)");
   auto layer = mixture<double>(4, 2);
   const Matrix<double> weight = value_of(layer, "router.weight");
   CHECK(router_norms(layer)[2] == Approx(weight.row(2).norm()));
@@ -517,6 +529,8 @@ TEST_CASE("Operations that cannot be done change nothing", "[tuning]") {
         }) == "MoELayer::change_experts: rng = null, expected a generator for cold experts");
   CHECK(message([&] { surgery.split(0, rng, 0.0); }) ==
         "ExpertSurgery::split: apart = 0, expected a finite number > 0");
+  CHECK(message([&] { surgery.add_cold(rng, 0.0); }) ==
+        "ExpertSurgery::add_cold: margin = 0, expected a finite number > 0");
   const std::vector<double> use = {1, 1, 1};
   CHECK(message([&] {
           surgery.merge({1, 1}, use);

@@ -231,6 +231,9 @@ TEST_CASE("Upcycling refuses settings out of range", "[tuning]") {
         "upcycle: granularity = 5, expected a divisor of d_hidden = 12");
   CHECK(message({.drop = 1.5}) == "upcycle: drop = 1.5, expected 0 <= drop <= 1");
   CHECK(message({.noise = -1.0}) == "upcycle: noise = -1, expected a finite number >= 0");
+  CHECK(message({.raw_k = -1}) == "upcycle: raw_k = -1, expected >= 0");
+  CHECK(test::message_of<ConfigError>([&] { upcycled_router<double>(0, {}, rng); }) ==
+        "upcycled_router: d_model = 0, expected >= 1");
   const Mlp<double> mlp(kModel, kHidden, rng, {.bias = true});
   CHECK(test::message_of<ConfigError>([&] {
           upcycled_bank(mlp, {.scale = UpcycleScale::kEven}, rng);

@@ -496,6 +496,8 @@ TEST_CASE("HierarchicalLoadLoss and LoadLoss refuse routers of other levels",
           "[moe][balance][hierarchical_load_loss]") {
   CHECK(test::message_of<ConfigError>([] { HierarchicalLoadLoss<float>({.coefficient = -1.0}); }) ==
         "HierarchicalLoadLoss: coefficient = -1, expected a finite number >= 0");
+  CHECK(test::message_of<ConfigError>([] { HierarchicalLoadLoss<float>({.epsilon = -1.0}); }) ==
+        "HierarchicalLoadLoss: epsilon = -1, expected a finite number >= 0");
   const LinearRouter<double> linear(test::random_matrix(4, 3, 41));
   const Noisy noisy = noisy_router(4, 3, 2, 42);
   const HierarchicalLoadLoss<double> loss;

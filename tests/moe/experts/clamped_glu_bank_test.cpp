@@ -251,6 +251,22 @@ TEST_CASE("ClampedGluBank says what is wrong with its arguments",
   wrong.down[2] = Matrix<double>::Zero(5, 6);
   CHECK(test::message_of<ShapeError>([&] { Bank{wrong}; }) ==
         "ClampedGluBank: down[2] is [5, 6], expected [5, 7]");
+  wrong = weights();
+  wrong.gate[1] = Matrix<double>::Zero(6, 5);
+  CHECK(test::message_of<ShapeError>([&] { Bank{wrong}; }) ==
+        "ClampedGluBank: gate[1] is [6, 5], expected [7, 5]");
+  wrong = weights();
+  wrong.up[0] = Matrix<double>::Zero(7, 3);
+  CHECK(test::message_of<ShapeError>([&] { Bank{wrong}; }) ==
+        "ClampedGluBank: up[0] is [7, 3], expected [7, 5]");
+  wrong = weights();
+  wrong.gate_bias[2] = Matrix<double>::Zero(2, 7);
+  CHECK(test::message_of<ShapeError>([&] { Bank{wrong}; }) ==
+        "ClampedGluBank: gate_bias[2] is [2, 7], expected [1, 7]");
+  wrong = weights();
+  wrong.down_bias[1] = Matrix<double>::Zero(1, 4);
+  CHECK(test::message_of<ShapeError>([&] { Bank{wrong}; }) ==
+        "ClampedGluBank: down_bias[1] is [1, 4], expected [1, 5]");
 }
 
 }  // namespace weir::clamped_glu_bank_test

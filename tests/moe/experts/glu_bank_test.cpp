@@ -182,6 +182,8 @@ TEST_CASE("GluBank says what is wrong with its arguments", "[moe][experts][glu_b
         "GluBank: d_hidden = -1, expected >= 1");
   CHECK(test::message_of<ConfigError>([&] { GluBank<double>(4, 2, 5, rng, {-1.0}); }) ==
         "switch_init: scale = -1, expected a finite number > 0");
+  CHECK(test::message_of<ConfigError>([&] { GluBank<double>(4, 2, 5, rng, {.dropout = 1.0}); }) ==
+        "GluBank: dropout = 1, expected 0 <= dropout < 1");
 
   const Matrices in = random_matrices(2, 5, 4, 1);
   const Matrices out = random_matrices(2, 4, 5, 1);

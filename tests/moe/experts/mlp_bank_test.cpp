@@ -217,6 +217,8 @@ TEST_CASE("MlpBank says what is wrong with its arguments", "[moe][experts][mlp_b
         "MlpBank: d_model = 0, expected >= 1");
   CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(4, 2, -1, rng); }) ==
         "MlpBank: d_hidden = -1, expected >= 1");
+  CHECK(test::message_of<ConfigError>([&] { MlpBank<double>(4, 2, 5, rng, {.dropout = 1.0}); }) ==
+        "MlpBank: dropout = 1, expected 0 <= dropout < 1");
 
   const Matrices in = random_matrices(2, 5, 4, 1);
   const Matrices out = random_matrices(2, 4, 5, 1);

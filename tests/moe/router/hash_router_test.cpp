@@ -146,6 +146,8 @@ TEST_CASE("HashRouter says what does not fit", "[moe][router][hash_router]") {
   const std::vector<Index> three = {0, 1, 2};
   CHECK(test::message_of<ShapeError>([&] { router.forward(x, {.token_ids = three}, cache); }) ==
         "HashRouter::forward: pass.token_ids has 3 entries, expected 2 (one per token)");
+  CHECK(test::message_of<ShapeError>([&] { infer(router, Matrix<double>(2, 3)); }) ==
+        "HashRouter::forward: x is [2, 3], expected [tokens, 4]");
   const std::vector<Index> unknown = {0, 5};
   CHECK(config([&] { router.forward(x, {.token_ids = unknown}, cache); }) ==
         "HashRouter: token id 5, expected 0 <= id < vocab = 5");

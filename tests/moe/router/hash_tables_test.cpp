@@ -47,6 +47,15 @@ TEST_CASE("Hash tables say what does not fit", "[moe][router][hash_tables]") {
         }) == "random_hash_table: experts = 0, expected >= 1");
   CHECK(config([] { balanced_hash_table(std::vector<double>{-1.0}, 2); }) ==
         "balanced_hash_table: frequency = -1, expected a finite number >= 0");
+  CHECK(config([] { modulo_hash_table(4, 0); }) == "modulo_hash_table: experts = 0, expected >= 1");
+  CHECK(config([] {
+          Rng rng;
+          random_hash_table(0, 2, rng);
+        }) == "random_hash_table: vocab = 0, expected >= 1");
+  CHECK(config([] { balanced_hash_table(std::vector<double>{}, 2); }) ==
+        "balanced_hash_table: vocab = 0, expected >= 1");
+  CHECK(config([] { balanced_hash_table(std::vector<double>{1.0}, 0); }) ==
+        "balanced_hash_table: experts = 0, expected >= 1");
 }
 
 }  // namespace weir::hash_tables_test

@@ -222,6 +222,8 @@ TEST_CASE("Selectors of variable k name what is out of range", "[moe][selector]"
   CHECK(message(TopP<double>({nan})) == "TopP: threshold = nan, expected 0 < threshold <= 1");
   CHECK(message(TopP<double>({.most = 5})) == "TopP: most = 5, expected 0 <= most <= 4");
   CHECK(message(TopP<double>({.most = -1})) == "TopP: most = -1, expected 0 <= most <= 4");
+  CHECK(test::message_of<ConfigError>([] { TopP<double>().check(0); }) ==
+        "TopP: experts = 0, expected >= 1");
   CHECK(message(Threshold<double>({.k = 5})) == "Threshold: k = 5, expected 1 <= k <= experts = 4");
   CHECK(message(Threshold<double>({.k_min = 3})) ==
         "Threshold: k_min = 3, expected 1 <= k_min <= k = 2");
