@@ -2,11 +2,13 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include <weir/core/random.hpp>
 #include <weir/parallel/mpi/exchange.hpp>
+#include <weir/parallel/mpi/exchange_log.hpp>
 
 #include "parallel/mpi/ranks.hpp"
 #include "support/catch.hpp"
@@ -127,7 +129,7 @@ TEST_CASE("An Exchange notices a rank that left one out", "[parallel][mpi]") {
   if (size() < 2) return;
   Channel channel(test::ranks());
   Exchange exchange;
-  if (me() == 1) channel.next_tag();
+  if (me() == 1) channel.begin("another one");
   exchange.begin(channel, "test", 8, 8);
   if (me() == 1) exchange.send(0, 0, 8);
   if (me() == 0) exchange.receive(1, 0, 8);
@@ -138,6 +140,37 @@ TEST_CASE("An Exchange notices a rank that left one out", "[parallel][mpi]") {
   } else {
     CHECK(message == "no exception");
   }
+}
+
+TEST_CASE("Of ranks that began different exchanges, those are named that most others contradict",
+          "[parallel][mpi]") {
+  using State = ExchangeLog::State;
+  // Exchanges 0, 1, ... of a rank, each named by a letter.
+  const auto state = [](const std::string& letters) {
+    State made;
+    for (const char letter : letters) {
+      State::Entry& entry =
+          made.last[static_cast<std::size_t>(made.count++ % ExchangeLog::kWindow)];
+      entry = {};
+      entry.what[0] = letter;
+    }
+    return std::optional(made);
+  };
+  const std::string many(100, 'x');
+  CHECK(ExchangeLog::out_of_step({state("ab"), state("abc"), std::nullopt}).empty());
+  CHECK(ExchangeLog::out_of_step({std::nullopt}).empty());
+  CHECK(ExchangeLog::out_of_step({state("abc"), state("acc"), state("ab")}) ==
+        "rank 1 began 'c' as exchange 1 of the job, expected 'b' as rank 0, rank 2");
+  CHECK(ExchangeLog::out_of_step({state("a"), state("b")}) ==
+        "rank 0 began 'a' and rank 1 began 'b' as exchange 0 of the job, expected the same on all "
+        "ranks");
+  CHECK(ExchangeLog::out_of_step({state("a"), state("b"), state("c"), state("c")}) ==
+        "rank 0 began 'a' and rank 1 began 'b' as exchange 0 of the job, expected 'c' as rank 2, "
+        "rank 3");
+  CHECK(ExchangeLog::out_of_step({state("a" + many + "b"), state("b" + many + "c"),
+                                  state("c" + many), state("c" + many + "b")}) ==
+        "rank 1 began 'c' as exchange 101 of the job, expected 'b' as rank 0, rank 3");
+  CHECK(ExchangeLog::out_of_step({state(many), state("ab")}).empty());
 }
 
 TEST_CASE("Exchanges and communicators say what is wrong with a call", "[parallel][mpi]") {

@@ -18,6 +18,7 @@
 #include <weir/moe/moe_layer.hpp>
 #include <weir/moe/router/linear_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
+#include <weir/parallel/mpi/data_parallel.hpp>
 #include <weir/parallel/mpi/expert_parallel.hpp>
 #include <weir/parallel/mpi/job.hpp>
 
@@ -77,6 +78,8 @@ int train(const weir::Communicator& ranks, const std::string& how) {
   weir::MoELayer moe(weir::LinearRouter<float>(kModel, kExperts, rng),
                      weir::SoftmaxTopK<float>({.k = 2}), weir::Dropless(),
                      Bank(bank, placement, channels, config));
+  weir::DataParallel<float> together(ranks);
+  together.agree(moe);
   decltype(moe)::Cache cache;
   const weir::Matrix<float> x = weir::normal_init<float>(kTokens, kModel, 1.0, rng);
   for (int step = 0; step < 1000; ++step) {
@@ -89,8 +92,13 @@ int train(const weir::Communicator& ranks, const std::string& how) {
       if (how == "fewer_rows") send_fewer_rows(moe.bank().travel());
       if (how == "ends") return 0;
     }
+    const auto leaves_out = [&](const char* what) {
+      return ranks.rank() == 1 && step == 20 && how == what;
+    };
     moe.forward(x, weir::kTraining, cache);
-    if (!(ranks.rank() == 1 && step == 20 && how == "no_backward")) moe.backward(x, cache);
+    if (leaves_out("one_forward_more")) moe.forward(x, weir::kTraining, cache);
+    if (!leaves_out("no_backward")) moe.backward(x, cache);
+    if (!leaves_out("no_reduce")) together.reduce(moe);
   }
   return 0;
 }

@@ -28,23 +28,32 @@ namespace weir {
 /// two ranks in the order in which they were sent, a rank that left out an exchange, or had one too
 /// many, is noticed by the next message.
 ///
-/// Exchanges of two channels may overlap in any order.
+/// Exchanges of two channels may overlap. All ranks begin those of all channels in the same order,
+/// by which a rank that is out of step is found, see ExchangeLog.
 class Channel {
  public:
-  explicit Channel(const Communicator& ranks) : comm_(ranks, ranks.config()) {}
+  explicit Channel(const Communicator& ranks)
+      : comm_(ranks, ranks.config()), number_(comm_.log().add_channel()) {}
 
   int rank() const { return comm_.rank(); }
   int size() const { return comm_.size(); }
   MPI_Comm comm() const { return comm_.get(); }
   double timeout_seconds() const { return comm_.config().timeout_seconds; }
 
-  /// The tag of the next exchange.
-  int next_tag() { return static_cast<int>(sequence_++ % kTags); }
+  ExchangeLog& log() const { return comm_.log(); }
+
+  /// Begins the next exchange, of which the log takes note.
+  /// \return         Its tag.
+  int begin(std::string_view what) {
+    log().begin(number_, what);
+    return static_cast<int>(sequence_++ % kTags);
+  }
 
  private:
   static constexpr Index kTags = 32768;  // MPI promises that many.
 
   Communicator comm_;
+  int number_;
   Index sequence_ = 0;
 };
 
@@ -105,7 +114,7 @@ class Exchange {
     }
     channel_ = &channel;
     what_ = what;
-    tag_ = channel.next_tag();
+    tag_ = channel.begin(what);
     began_ = arrived_ = Timeline::now();
     requests_.clear();
     messages_.clear();
@@ -169,12 +178,15 @@ class Exchange {
   void wait(const Index& left) {
     if (left == 0) return;
     Deadline deadline(channel_->timeout_seconds());
+    constexpr Index kOften = 64;
+    Index turn = 0;
     while (left > 0) {
       if (test()) {
         deadline.restart();
       } else if (deadline.is_over()) {
         fail_missing(deadline.seconds());
       } else {
+        if (++turn % kOften == 0) channel_->log().answer();
         std::this_thread::yield();
       }
     }
@@ -240,19 +252,30 @@ class Exchange {
                            ", exchange ", tag_, ")");
   }
 
-  /// Those that sent nothing are at fault, or else those that took nothing.
+  /// Those that are out of step are at fault; or else, of those that sent nothing, the ones that do
+  /// not wait themselves, or all; or else those that took nothing.
   [[noreturn]] void fail_missing(double seconds) const {
-    std::string senders, takers;
+    const auto& states = channel_->log().ask(ExchangeLog::patience(seconds));
+    const std::string fault = ExchangeLog::out_of_step(states);
+    if (!fault.empty()) {
+      throw_error<RankError>(what_, ": ", fault, " (rank ", channel_->rank(), " of ",
+                             channel_->size(), ", exchange ", tag_, ")");
+    }
+    std::string silent, senders, takers;
+    const auto add = [](std::string& names, int peer) {
+      const std::string name = std::to_string(peer);
+      if (names.ends_with(' ' + name)) return;
+      names += (names.empty() ? "rank " : ", rank ") + name;
+    };
     for (Index i = 0; i < requests_.count(); ++i) {
       if (requests_[i] == MPI_REQUEST_NULL) continue;
-      std::string& names = messages_[i].arrives ? senders : takers;
-      const std::string name = std::to_string(messages_[i].peer);
-      if (names.ends_with(' ' + name)) continue;
-      names += (names.empty() ? "rank " : ", rank ") + name;
+      const auto& [peer, arrives, bytes] = messages_[i];
+      add(arrives ? senders : takers, peer);
+      if (arrives && !states[static_cast<std::size_t>(peer)]) add(silent, peer);
     }
-    const bool none_sent = !senders.empty();
-    throw_error<RankError>(what_, ": ", none_sent ? senders : takers, " of ", channel_->size(),
-                           none_sent ? " sent nothing for " : " took nothing for ", seconds,
+    const std::string& named = !silent.empty() ? silent : !senders.empty() ? senders : takers;
+    throw_error<RankError>(what_, ": ", named, " of ", channel_->size(),
+                           senders.empty() ? " took nothing for " : " sent nothing for ", seconds,
                            " s, expected a message (rank ", channel_->rank(), ", exchange ", tag_,
                            ")");
   }

@@ -39,10 +39,12 @@ namespace weir {
 inline void wait_for_the_end(const Communicator& ranks) {
   MPI_Request request = MPI_REQUEST_NULL;
   expect_success("MPI_Ibarrier", MPI_Ibarrier(ranks.get(), &request));
+  ranks.log().begin(-1, "the end of the job");
   const Deadline deadline(2.0 * ranks.config().timeout_seconds);
   for (int done = 0; done == 0;) {
     expect_success("MPI_Test", MPI_Test(&request, &done, MPI_STATUS_IGNORE));
     if (done != 0) return;
+    ranks.log().answer();
     if (deadline.is_over()) {
       throw_error<RankError>("run_job: has ended, and waited ", deadline.seconds(),
                              " s for the other ranks, expected them to end as well");
