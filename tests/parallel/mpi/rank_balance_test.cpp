@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -87,6 +88,20 @@ TEST_CASE("Losses over the batch of all ranks add up to that of one process, as 
     together.step(optimizer, moe);
     of_one.step(one);
   }
+}
+
+TEST_CASE("A loss over the global batch that counts one rank alone is refused", "[parallel][mpi]") {
+  auto moe = mixture(spread(), GlobalBatchLoss<double>({.coefficient = 0.3}));
+  auto without = mixture(spread(), GlobalBatchLoss<double>({.coefficient = 0.0}));
+  DataParallel<double> together(test::ranks());
+  together.agree(without);
+  const std::string message = test::message_of<ConfigError>([&] { together.agree(moe); });
+  CHECK(message ==
+        (test::ranks().size() == 1
+             ? "no exception"
+             : "DataParallel::agree: 'balancers.0' is a GlobalBatchLoss, which would "
+               "count the tokens of each of " +
+                   std::to_string(test::ranks().size()) + " ranks alone, expected RankBatchLoss"));
 }
 
 TEST_CASE("Quantiles are those of the tokens of all ranks", "[parallel][mpi]") {

@@ -26,11 +26,12 @@ struct GlobalBatchLossConfig {
 ///
 /// c_e counts the assignments to expert e, before any are dropped and without padding, or what
 /// LoadCount says instead, in the micro-batch at hand and in those of this step before it (and on
-/// other ranks, see `add_load`); P_e is the mean probability in the micro-batch at hand. An expert
-/// may then specialise in what one micro-batch is made of, as long as the load of the step is
-/// level. At uniform load the loss is the coefficient. With micro-batches of one size it is
-/// Megatron-Core's `global_aux_loss`, whose c_e are running averages. `experts` are those that the
-/// pass allows to some token of the micro-batch at hand. f is constant to the derivative.
+/// other ranks, see `add_load` and RankBatchLoss); P_e is the mean probability in the micro-batch
+/// at hand. An expert may then specialise in what one micro-batch is made of, as long as the load
+/// of the step is level. At uniform load the loss is the coefficient. With micro-batches of one
+/// size it is Megatron-Core's `global_aux_loss`, whose c_e are running averages. `experts` are
+/// those that the pass allows to some token of the micro-batch at hand. f is constant to the
+/// derivative.
 ///
 /// A micro-batch is added to the counts by its backward pass: a forward pass that is run again
 /// counts once. The backward pass differentiates the loss that its forward pass reported, whatever

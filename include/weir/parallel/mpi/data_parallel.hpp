@@ -45,12 +45,12 @@ struct DataParallelConfig {
 /// ranks that have the parameter, so that an expert without replicas needs nothing. A step:
 ///
 ///     DataParallel<float> ranks_together(ranks);
-///     ranks_together.agree(model);                         // once, and after a change of the
-///     model
+///     ranks_together.agree(model);                  // once, and after a change of the model
 ///
-///     loss = ...;                                          // this rank's share of the batch's
-///     loss model.backward(...); ranks_together.reduce(model);
-///     ranks_together.clip_global_norm(model, 1.0);         // the norm over all ranks
+///     loss = ...;                                   // this rank's share of the batch's loss
+///     model.backward(...);
+///     ranks_together.reduce(model);
+///     ranks_together.clip_global_norm(model, 1.0);  // the norm over all ranks
 ///     ranks_together.step(optimizer, model);
 ///
 /// Gradients are summed, not averaged: with the mean over all tokens as the loss, a rank divides
@@ -71,8 +71,11 @@ class DataParallel {
   /// Lets all ranks know which parameters this one has. After each change of the model's parameters
   /// or of what is frozen.
   /// \throws RankError    if ranks have a parameter in different shapes, or frozen in part.
+  /// \throws ConfigError  if the model has a GlobalBatchLoss, which knows nothing of other ranks,
+  ///                      instead of RankBatchLoss.
   template <class Model>
   void agree(Model& model) {
+    expect_ranks_counted("DataParallel::agree", model, size());
     shared_.agree(small_, exchange_, model);
     make_buckets();
   }

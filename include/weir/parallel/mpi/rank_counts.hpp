@@ -15,6 +15,7 @@
 #include <weir/core/types.hpp>
 #include <weir/core/walk.hpp>
 #include <weir/moe/balance/bias_balance.hpp>
+#include <weir/moe/balance/global_batch_loss.hpp>
 #include <weir/moe/balance/quantile_balance.hpp>
 #include <weir/parallel/mpi/collectives.hpp>
 
@@ -113,5 +114,38 @@ class RankCounts {
   List<T> scores_;
   List<std::uint8_t> allowed_;
 };
+
+namespace detail {
+
+/// Finds the first GlobalBatchLoss of a model.
+template <class T>
+class FindGlobalBatchLoss final : public Walk<T> {
+ public:
+  std::string found;  ///< Its place in the model.
+
+ private:
+  bool at_node(const Node& node) override {
+    const auto* const loss = node.get<GlobalBatchLoss<T>>();
+    if (found.empty() && loss != nullptr && loss->config().coefficient > 0.0) {
+      found = this->path();
+      found.pop_back();
+    }
+    return true;
+  }
+};
+
+}  // namespace detail
+
+/// Makes sure that no loss over the global batch counts the tokens of one rank alone.
+/// \throws ConfigError  if there is a GlobalBatchLoss, and more than one rank.
+template <class Model>
+void expect_ranks_counted(std::string_view who, Model& model, Index ranks) {
+  if (ranks == 1) return;
+  detail::FindGlobalBatchLoss<typename Model::Scalar> find;
+  find("", model);
+  if (find.found.empty()) return;
+  throw_error<ConfigError>(who, ": '", find.found, "' is a GlobalBatchLoss, which would count the ",
+                           "tokens of each of ", ranks, " ranks alone, expected RankBatchLoss");
+}
 
 }  // namespace weir
