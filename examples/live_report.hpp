@@ -195,8 +195,9 @@ class LiveReport {
   double loss_ = 0.0;
   std::map<std::string, double> largest_logit_;
   std::map<std::string, Window> window_;  // Since the files were written.
-  // What the page shows of the routes of a model.
+  // Where the tokens of a model go, and what the page shows of that.
   Json routes_ = {{"domains", Json::array()}, {"models", Json::array()}, {"says", Json::array()}};
+  Json routes_on_page_ = routes_;
   Clock::time_point written_ = {};
 };
 
@@ -305,30 +306,35 @@ inline void LiveReport::set_routes(Model model) {
   Table ignored;
   const Json all = describe(
       models, [] { return std::make_unique<Bytes>(); }, how, ignored);
-  routes_ = for_page(all, models, how);
+  routes_on_page_ = for_page(all, models, how);
+  routes_ = all;
 }
 
 inline void LiveReport::write(const Json& facts, bool running) {
   constexpr int kReloadSeconds = 10;
   if (!running) curves_.finish(step_);
-  Json data = routes_;
   Json says = Json::array();
   for (const Saying& saying : sayings()) says.push_back({saying.kind, saying.text});
-  for (const Json& saying : data["says"]) {
+  for (const Json& saying : routes_["says"]) {
     if (saying[0] == "") says.push_back(saying);
   }
-  data["says"] = std::move(says);
-  data["title"] = running
-                      ? "Training, step " + std::to_string(step_) + " of " + std::to_string(steps_)
-                      : "Training, " + std::to_string(step_) + " steps";
-  data["intro"] =
-      "How a mixture-of-experts model learns, and where the tokens of its validation "
-      "text go.";
-  data["facts"] = facts;
-  data["training"] = training(running);
-  weir::io::write_file(folder_ / "report.html", page(data, running ? kReloadSeconds : 0));
+  const Json run = {
+      {"says", std::move(says)},
+      {"title", running
+                    ? "Training, step " + std::to_string(step_) + " of " + std::to_string(steps_)
+                    : "Training, " + std::to_string(step_) + " steps"},
+      {"intro",
+       "How a mixture-of-experts model learns, and where the tokens of its validation text go."},
+      {"facts", facts},
+      {"training", training(running)}};
+  const auto with = [&](Json data) {
+    data.update(run);
+    return data;
+  };
+  weir::io::write_file(folder_ / "report.html",
+                       page(with(routes_on_page_), running ? kReloadSeconds : 0));
   weir::io::write_file(folder_ / "report.json",
-                       data.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
+                       with(routes_).dump(-1, ' ', false, Json::error_handler_t::replace) + "\n");
   window_.clear();
   written_ = Clock::now();
 }

@@ -5,9 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -18,6 +16,7 @@
 #include <weir/analysis/co_activation.hpp>
 #include <weir/analysis/load_statistics.hpp>
 #include <weir/analysis/mutual_information.hpp>
+#include <weir/analysis/next_expert.hpp>
 #include <weir/analysis/repeat_rate.hpp>
 #include <weir/analysis/routing_overlap.hpp>
 #include <weir/analysis/token_groups.hpp>
@@ -25,28 +24,13 @@
 #include <weir/analysis/trace_csv.hpp>
 #include <weir/analysis/traced_tokens.hpp>
 
+#include "report_matrix.hpp"
+
 namespace report {
 
-using Json = nlohmann::json;
-using weir::Estimate;
 using weir::Index;
 using weir::TracedLayer;
 using weir::TracedTokens;
-
-/// A number with four digits, or null if it is not known.
-inline Json number(double value) {
-  if (!std::isfinite(value)) return nullptr;
-  char digits[32];
-  std::snprintf(digits, sizeof digits, "%.4g", value);
-  const double rounded = std::strtod(digits, nullptr);
-  if (rounded != std::floor(rounded) || std::abs(rounded) > 1e15) return rounded;
-  return static_cast<std::int64_t>(rounded);
-}
-
-/// [value, low, high, chance]
-inline Json of(const Estimate& e) {
-  return {number(e.value), number(e.low), number(e.high), number(e.chance)};
-}
 
 /// A line for each number.
 class Table {
@@ -86,9 +70,13 @@ struct Options {
   Index position_groups = 16;
   Index least_token_count = 5;  ///< For statistics by token id.
   Index top = 10;
-  std::size_t matrix_bytes = 400'000;      ///< For all co-activations on the page.
-  std::size_t text_bytes = 1'100'000;      ///< For all routes on the page.
-  std::size_t links = 3000;                ///< For the flow of a model on the page.
+  // On the page, for all models together; where there is no room, layers are left out.
+  std::size_t text_bytes = 1'000'000;      ///< For routes.
+  std::size_t matrix_bytes = 450'000;      ///< For co-activations.
+  std::size_t position_bytes = 250'000;    ///< For shares by position.
+  std::size_t top_bytes = 300'000;         ///< For the tokens of each expert.
+  std::size_t domain_bytes = 200'000;      ///< For shares by domain.
+  std::size_t links = 3000;                ///< Of the flow of all models.
   std::vector<double> masked_shares = {};  ///< Of the experts, for the loss without the best.
 };
 
@@ -199,15 +187,13 @@ inline Json Statistics::spread(const TracedLayer& layer) {
 }
 
 inline Json Statistics::together(const TracedLayer& layer) {
-  const auto all = weir::co_activation(tokens(), layer, {.replicates = 0});
-  Json json = Json::array();
+  const auto all = weir::co_activation(tokens(), layer, options_.bootstrap);
+  const auto experts = static_cast<std::size_t>(layer.experts);
   for (std::size_t i = 0; i < all.size(); ++i) {
-    const std::size_t experts = static_cast<std::size_t>(layer.experts);
     table_.add(model_.name, "together", layer.name, "expert " + std::to_string(i / experts),
                std::to_string(i % experts), all[i]);
-    json.push_back(number(std::round(1000.0 * all[i].value) / 1000.0));
   }
-  return json;
+  return lists_of(all);
 }
 
 inline Json Statistics::top(const TracedLayer& layer, const std::map<Index, Index>& vocabulary) {
@@ -233,15 +219,13 @@ inline Json Statistics::positions() {
   const weir::TokenGroups groups = positions_of();
   Json json = {{"from", groups.key}, {"share", Json::array()}, {"drop", Json::array()}};
   for (const TracedLayer& layer : tokens().layers) {
-    Json shares = Json::array();
-    const auto share = weir::expert_share(tokens(), layer, groups, {.replicates = 0});
+    const auto share = weir::expert_share(tokens(), layer, groups, options_.bootstrap);
+    const auto experts = static_cast<std::size_t>(layer.experts);
     for (std::size_t i = 0; i < share.size(); ++i) {
-      const std::size_t experts = static_cast<std::size_t>(layer.experts);
       table_.add(model_.name, "share_by_position", layer.name, "from " + groups.names[i / experts],
                  std::to_string(i % experts), share[i]);
-      shares.push_back(number(share[i].value));
     }
-    json["share"].push_back(std::move(shares));
+    json["share"].push_back(lists_of(share));
     Json drops = Json::array();
     const auto drop = weir::drop_ratio(tokens(), layer, groups, options_.bootstrap);
     for (std::size_t g = 0; g < drop.size(); ++g) {
@@ -261,18 +245,25 @@ inline Json Statistics::flow() {
     struct Link {
       Index e, f;
       double tokens;
+      Estimate share;
     };
+    const auto shares =
+        weir::next_expert_share(tokens(), layers[l], layers[l + 1], options_.bootstrap);
     std::vector<Link> links;
     for (Index e = 0; e < n.rows(); ++e) {
       for (Index f = 0; f < n.cols(); ++f) {
-        if (n(e, f) > 0.0) links.push_back({e, f, n(e, f)});
+        if (n(e, f) == 0.0) continue;
+        links.push_back({e, f, n(e, f), shares[static_cast<std::size_t>(e * n.cols() + f)]});
+        table_.add(model_.name, "next_share", layers[l].name,
+                   "expert " + std::to_string(e) + ", then " + layers[l + 1].name,
+                   std::to_string(f), links.back().share);
       }
     }
     std::stable_sort(links.begin(), links.end(),
                      [](const Link& a, const Link& b) { return a.tokens > b.tokens; });
     Json list = Json::array();
     for (const Link& link : links) {
-      list.push_back({link.e, link.f, static_cast<Index>(link.tokens)});
+      list.push_back({link.e, link.f, static_cast<Index>(link.tokens), of(link.share)});
     }
     const auto counts = [](const auto& sums) {
       Json all = Json::array();

@@ -149,33 +149,69 @@ inline Json describe(const std::vector<Model>& models, const MakeText& make_text
   return data;
 }
 
-/// What `describe` has made of the models, small enough for a page: with co-activations of a part
-/// of the layers, the largest links, and the routes that have room.
-inline Json for_page(Json data, const std::vector<Model>& models, const Options& how) {
-  std::size_t matrices = 0;
-  for (const Model& model : models) {
-    for (const TracedLayer& layer : model.tokens.layers) {
-      matrices += static_cast<std::size_t>(layer.experts * layer.experts) * 6;
+namespace detail {
+
+/// Leaves out layers evenly, but the first, so that the others have at most so many bytes if there
+/// are several. Each layer of each model has one place in its list.
+inline void thin(const std::vector<Json*>& lists, std::size_t most_bytes) {
+  std::vector<std::size_t> bytes;  // Of each layer, of all lists.
+  for (const Json* const list : lists) {
+    bytes.resize(std::max(bytes.size(), list->size()));
+    for (std::size_t l = 0; l < list->size(); ++l) bytes[l] += (*list)[l].dump().size();
+  }
+  std::size_t stride = 1;
+  const auto kept = [&] {
+    std::size_t sum = 0;
+    for (std::size_t l = 0; l < bytes.size(); l += stride) sum += bytes[l];
+    return sum;
+  };
+  while (stride < bytes.size() && kept() > most_bytes) ++stride;
+  for (Json* const list : lists) {
+    for (std::size_t l = 0; l < list->size(); ++l) {
+      if (l % stride != 0) (*list)[l] = nullptr;
     }
   }
-  const std::size_t stride = matrices / how.matrix_bytes + 1;
+}
+
+/// The links with the most tokens, and how many of all they have.
+inline void thin_flow(Json& flow, std::size_t most) {
+  Json& links = flow["links"];
+  if (links.size() <= most) return;
+  links.erase(links.begin() + static_cast<std::ptrdiff_t>(most), links.end());
+  double shown = 0.0;
+  for (const Json& link : links) shown += link[2].get<double>();
+  flow["shown"] = number(shown / flow["total"].get<double>());
+}
+
+}  // namespace detail
+
+/// What `describe` has made of the models, small enough for a page: the details of a part of the
+/// layers, matrices as codes, the largest links, and the routes that have room.
+inline Json for_page(Json data, const std::vector<Model>& models, const Options& how) {
   const RouteLayout layout = route_layout(models, how.text_bytes);
+  std::vector<Json*> together, position, top, domain;
+  std::size_t flows = 0;
   for (std::size_t m = 0; m < models.size(); ++m) {
     Json& json = data["models"][m];
-    for (std::size_t l = 0; l < json["together"].size(); ++l) {
-      if (l % stride != 0) json["together"][l] = nullptr;
+    for (Json* const matrices : {&json["together"], &json["position"]["share"]}) {
+      for (Json& matrix : *matrices) {
+        if (!matrix.is_null()) matrix = packed(matrix);
+      }
     }
-    const std::size_t most =
-        std::max<std::size_t>(32, how.links / std::max<std::size_t>(1, json["flow"].size()));
-    for (Json& flow : json["flow"]) {
-      Json& links = flow["links"];
-      if (links.size() <= most) continue;
-      links.erase(links.begin() + static_cast<std::ptrdiff_t>(most), links.end());
-      double shown = 0.0;
-      for (const Json& link : links) shown += link[2].get<double>();
-      flow["shown"] = number(shown / flow["total"].get<double>());
-    }
+    together.push_back(&json["together"]);
+    position.push_back(&json["position"]["share"]);
+    top.push_back(&json["top"]);
+    domain.push_back(&json["domain"]);
+    flows += json["flow"].size();
     json["text"] = routes_json(models[m].tokens, layout);
+  }
+  detail::thin(together, how.matrix_bytes);
+  detail::thin(position, how.position_bytes);
+  detail::thin(top, how.top_bytes);
+  detail::thin(domain, how.domain_bytes);
+  const std::size_t most = std::max<std::size_t>(32, how.links / std::max<std::size_t>(1, flows));
+  for (Json& model : data["models"]) {
+    for (Json& flow : model["flow"]) detail::thin_flow(flow, most);
   }
   return data;
 }

@@ -23,6 +23,8 @@ function changing(parent,build){const p=make("div",{"class":two?"pair":""});pare
   const run=()=>{p.textContent="";build(p)};redraw.push(run);run()}
 const titled=(m,caption)=>two?`${m.name}: ${caption}`:caption;
 const layerName=m=>m.layers[layer].name;
+const leftOut=p=>p.append(make("p",{"class":"soft"},"This layer is left out to keep the page small; the files beside it have its numbers."));
+const sameCapacity="random routing, same capacity";
 /// By chance: a dashed line of the first model, and one of the second where that is another.
 function expected(o){if(!two||!o.chances[1].some((v,i)=>v!==o.chances[0][i]))return{chance:o.chances[0]};
   o.series.push({name:`${o.chanceName||"by chance"}, ${models[1].name}`,points:o.chances[1].map(v=>v==null?null:[v]),color:"var(--soft)",dash:"2 4"});
@@ -119,21 +121,19 @@ function loads(){
   const p=make("div",{"class":"pair"});c.append(p);
   for(const m of models){const E=Math.max(...m.layers.map(l=>l.experts));
     heat(p,{caption:titled(m,"share of each expert by layer"),corner:"layer",rows:names,cols:[...Array(E).keys()].map(String),
-      v:(r,q)=>q<m.layers[r].experts?ratio(m.load[r].share[q][0],1/m.layers[r].experts):null,
-      number:(r,q)=>q<m.layers[r].experts?percent(m.load[r].share[q][0]):"",
-      text:(r,q)=>q<m.layers[r].experts?`${m.layers[r].name}, expert ${q}\n${percent(m.load[r].share[q][0])}${between(m.load[r].share[q],percent)}\nby chance: ${percent(1/m.layers[r].experts)}`:"no such expert",
-      than:"an even share"})}
+      of:(r,q)=>q<m.layers[r].experts?m.load[r].share[q]:null,
+      name:(r,q)=>q<m.layers[r].experts?`${m.layers[r].name}, expert ${q}`:"no such expert",than:"an even share"})}
   const q=make("div",{"class":"pair"});c.append(q);
   over("Largest load over mean",(m,l)=>m.load[l].max,short,{zero:false})(q);
   over("Variation of the load (CV)",(m,l)=>m.load[l].cv,short)(q);
   over("Entropy of the router, nats",(m,l)=>m.load[l].entropy,short,{chanceName:"undecided: ln E"})(q);
-  if(models.some(m=>m.load.some(l=>l.dropped[0]>0)))over("Dropped assignments",(m,l)=>m.load[l].dropped,percent,{chance:null})(q)}
+  if(models.some(m=>m.load.some(l=>l.dropped[0]>0)))over("Dropped assignments",(m,l)=>m.load[l].dropped,percent,{chanceName:sameCapacity})(q)}
 
 function domains(){
   const c=card("Experts by text","Whether a subject or a language has experts of its own. Mixtral's authors found almost none of that by subject.",false);
-  changing(c,p=>{for(const m of models){const E=m.layers[layer].experts;heat(p,{caption:titled(m,`share of experts in ${layerName(m)}`),corner:"text",rows:D.domains,cols:[...Array(E).keys()].map(String),
-    v:(r,q)=>ratio(m.domain[layer][r*E+q][0],1/E),number:(r,q)=>percent(m.domain[layer][r*E+q][0]),
-    text:(r,q)=>{const e=m.domain[layer][r*E+q];return `${D.domains[r]}, expert ${q}\n${percent(e[0])}${between(e,percent)}\nby chance: ${percent(1/E)}`},than:"an even share"})}})}
+  changing(c,p=>{for(const m of models){const E=m.layers[layer].experts,S=m.domain[layer];if(!S){leftOut(p);continue}
+    heat(p,{caption:titled(m,`share of experts in ${layerName(m)}`),corner:"text",rows:D.domains,cols:[...Array(E).keys()].map(String),
+    of:(r,q)=>S[r*E+q],name:(r,q)=>`${D.domains[r]}, expert ${q}`,than:"an even share"})}})}
 
 function repeats(){
   const c=card("Neighbours at the same expert","How often a token and the next one of the same text choose the same expert.",false);
@@ -144,31 +144,31 @@ function repeats(){
       D.domains.forEach((d,i)=>{const a=m.repeat[layer].first[i+1];h.append(make("div",{"class":"meter",style:`--h:${hue(i)};grid-template-columns:minmax(60px,120px) 1fr 56px`},make("span",{},d),make("i",{style:`width:${(100*(a[0]||0)).toFixed(1)}%`}),percent(a[0])))})})})}
 
 function information(){
-  const c=card("What decides","How many bits a token's identity, its position and its text tell about its first expert. The dashed line is what the same number of tokens would seem to tell if experts were shuffled.",false);
+  const c=card("What decides","How many bits a token's identity, its position and its text tell about its first expert. The dashed lines are what the same number of tokens would seem to tell if experts were shuffled.",false);
   const kinds=[["token","token id"],["position","position"],["domain","text"]];
   const p=make("div",{});c.append(p);
   for(const m of models)curves(p,{caption:titled(m,"bits about the first expert"),x:names,format:short,
-    series:kinds.map(([k,n],i)=>({name:n,points:m.info.map(l=>l[k]),color:solid(i*2+1)})),chance:m.info.map(l=>l.token[3]),chanceName:"token id, shuffled"});
+    series:kinds.map(([k,n],i)=>({name:n,points:m.info.map(l=>l[k]),color:solid(i*2+1)})),own:true,chanceName:"the same, shuffled"});
   for(const m of models)curves(p,{caption:titled(m,"spread of experts by token id and by position"),x:names,format:percent,
-    series:[["token","token id"],["position","position"]].map(([k,n],i)=>({name:n,points:m.spread.map(l=>l[k]),color:solid(i*2+1)})),chance:m.spread.map(l=>l.token[3]),chanceName:"token id, by chance"})}
+    series:[["token","token id"],["position","position"]].map(([k,n],i)=>({name:n,points:m.spread.map(l=>l[k]),color:solid(i*2+1)})),own:true})}
 
 function positions(){if(!first.position||!first.position.from.length)return;
-  const c=card("Along the text","Experts by position in the sequence. OpenMoE drops more and more tokens towards the end where a capacity goes by position.",false);
-  changing(c,p=>{for(const m of models){const P=m.position,E=m.layers[layer].experts;
+  const c=card("Along the text","Experts by position in the sequence. OpenMoE drops more and more tokens towards the end where a capacity goes by position; so does random routing, if less.",false);
+  changing(c,p=>{for(const m of models){const P=m.position,E=m.layers[layer].experts;if(!P.share[layer]){leftOut(p);continue}
+    const at=cells(P.share[layer]);
     heat(p,{caption:titled(m,`share of experts by position, ${layerName(m)}`),corner:"from position",rows:[...Array(E).keys()].map(String),cols:P.from.map(String),
-      v:(r,q)=>ratio(P.share[layer][q*E+r],1/E),number:(r,q)=>percent(P.share[layer][q*E+r]),
-      text:(r,q)=>`positions from ${P.from[q]}, expert ${r}\n${percent(P.share[layer][q*E+r])}\nby chance: ${percent(1/E)}`,than:"an even share"})}});
-  if(models.some(m=>m.load.some(l=>l.dropped[0]>0)))changing(c,p=>curves(p,{caption:`dropped assignments by position, ${layerName(first)}`,x:first.position.from,label:"Position",format:percent,
-    series:models.map((m,i)=>({name:two?m.name:"measured",points:m.position.drop[layer],color:colors[i]})),chance:first.position.drop[layer].map(e=>e[3]),chanceName:"all positions"}))}
+      of:(r,q)=>at(q*E+r),name:(r,q)=>`positions from ${P.from[q]}, expert ${r}`,than:"an even share"})}});
+  if(models.some(m=>m.load.some(l=>l.dropped[0]>0)))changing(c,p=>{const series=models.map((m,i)=>measured(m,i,m.position.drop[layer]));
+    curves(p,Object.assign({caption:`dropped assignments by position, ${layerName(first)}`,x:first.position.from,label:"Position",format:percent,series,chanceName:sameCapacity},
+      expected({series,chances:models.map(m=>m.position.drop[layer].map(e=>e[3])),chanceName:sameCapacity})))})}
 
 function together(){if(!first.together||!first.layers.some((l,i)=>l.k>1&&first.together[i]))return;
   const c=card("Experts that work together","Of the tokens of an expert (row), the share that has another one (column) as well.",false);
   changing(c,p=>{for(const m of models){const M=m.together[layer],E=m.layers[layer].experts;
-    if(!M){p.append(make("p",{"class":"soft"},"This layer is left out to keep the page small."));continue}
-    const chance=(m.layers[layer].k-1)/(E-1);
+    if(!M){leftOut(p);continue}
+    const at=cells(M);
     heat(p,{caption:titled(m,layerName(m)),corner:"of the tokens of",rows:[...Array(E).keys()].map(String),cols:[...Array(E).keys()].map(String),square:true,width:420,
-      v:(r,q)=>r===q?null:ratio(M[r*E+q],chance),number:(r,q)=>r===q?"":percent(M[r*E+q]),
-      text:(r,q)=>r===q?`expert ${r}`:`of the tokens of expert ${r}, ${percent(M[r*E+q])} go to ${q} as well\nby chance: ${percent(chance)}`,than:"by chance"})}})}
+      of:(r,q)=>r===q?null:at(r*E+q),name:(r,q)=>r===q?`expert ${r}`:`of the tokens of expert ${r}, those that go to ${q} as well`,than:"by chance"})}})}
 
 function flows(){if(!first.flow.length)return;
   const c=card("From layer to layer","Where the tokens of each expert go next, by first choices. If a layer's choice says nothing about the next one's, all bands spread alike.",true);
@@ -179,9 +179,10 @@ function flows(){if(!first.flow.length)return;
 
 function tops(){
   const c=card("What each expert gets","The tokens that each expert is chosen for most often; the number says how many of the token's occurrences go to the expert.",true);
-  changing(c,p=>{p.className="";for(const m of models){const grid=make("div",{"class":"tops"});let n=0;
+  changing(c,p=>{p.className="";for(const m of models){if(!m.top[layer]){leftOut(p);continue}
+    const grid=make("div",{"class":"tops"});let n=0;
     m.top[layer].forEach((list,e)=>{n+=list.length;const d=make("div",{"class":"expert",style:`--h:${hue(e)}`},make("h3",{},`expert ${e} · ${percent(m.load[layer].share[e][0])}`));
-      for(const [v,count,,share] of list){const k=make("code",{title:`${count} times, ${percent(share[0])}${between(share,percent)} of its occurrences\nby chance: ${percent(share[3])}`});const t=D.tokens.text[v];k.append(t==="\n"?"⏎":t===" "?"␣":t.replace(/ /g,"␣").replace(/\n/g,"⏎"),make("small",{},Math.round(100*share[0])+" %"));d.append(k)}
+      for(const [v,count,,share] of list){const k=make("code",{title:`${count} times, of its occurrences ${stated(share,percent)}`});const t=D.tokens.text[v];k.append(t==="\n"?"⏎":t===" "?"␣":t.replace(/ /g,"␣").replace(/\n/g,"⏎"),make("small",{},Math.round(100*share[0])+" %"));d.append(k)}
       if(!list.length)d.append(make("span",{"class":"soft"},"no token"));grid.append(d)});
     const f=make("figure",{"data-points":n},make("figcaption",{},titled(m,layerName(m))),grid);p.append(f)}})}
 

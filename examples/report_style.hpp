@@ -55,6 +55,7 @@ svg .guide{stroke:var(--soft);stroke-width:1;visibility:hidden}
 svg .cell{stroke:var(--card);stroke-width:.6}
 svg .cell.zero{fill:var(--line);fill-opacity:.28}
 svg .more{fill:var(--more)}svg .less{fill:var(--less)}svg .base{fill:var(--line);fill-opacity:.25}
+svg .unsure{fill:var(--soft);pointer-events:none}
 svg .cursor{fill:none;stroke:var(--ink);stroke-width:2;visibility:hidden}
 svg .link{fill:none;stroke-opacity:.34}svg .flow-on .link{stroke-opacity:.05}svg .flow-on .link.on{stroke-opacity:.75}
 .scroll{overflow-x:auto;-webkit-overflow-scrolling:touch}

@@ -24,34 +24,93 @@ inline int terminal_colour(Index expert) {
   return kColours[expert % 16];
 }
 
-/// "12.3 % (10.1 to 14.0, by chance 12.5)"
-inline std::string percent_of(const Json& e) {
+/// "12.3 % (10.1 to 14.0, by chance 12.5)", or the same with two digits and no percent.
+/// \param e        [value, low, high, chance]
+inline std::string stated(const Json& e, bool percent) {
   if (e[0].is_null()) return "-";
-  const auto number = [](const Json& v) { return fixed(100.0 * v.get<double>(), 1); };
-  std::string text = number(e[0]) + " %";
+  const auto number = [&](const Json& v) {
+    return percent ? fixed(100.0 * v.get<double>(), 1) : fixed(v.get<double>(), 2);
+  };
+  std::string text = number(e[0]) + (percent ? " %" : "");
   if (!e[1].is_null()) text += " (" + number(e[1]) + " to " + number(e[2]);
   if (!e[3].is_null()) text += (e[1].is_null() ? " (" : ", ") + ("by chance " + number(e[3]));
   return text + (e[1].is_null() && e[3].is_null() ? "" : ")");
+}
+
+/// Number i of what `lists_of` has made.
+inline Json estimate_at(const Json& lists, std::size_t i) {
+  return {lists["value"][i], lists["low"][i], lists["high"][i], lists["chance"][i]};
+}
+
+/// The place of the value that is most times its chance; that of none if there is none.
+/// \param counts   Whether the value at a place is looked at.
+template <class Counts>
+std::size_t largest_to_chance(const Json& lists, Counts&& counts) {
+  std::size_t best = lists["value"].size();
+  double most = 0.0;
+  for (std::size_t i = 0; i < lists["value"].size(); ++i) {
+    if (!counts(i) || lists["value"][i].is_null() || lists["chance"][i].is_null()) continue;
+    const double times = lists["value"][i].get<double>() / lists["chance"][i].get<double>();
+    if (times <= most) continue;
+    most = times;
+    best = i;
+  }
+  return best;
+}
+
+inline void print_line(const std::string& what, const std::string& value) {
+  std::cout << "    " << what << std::string(what.size() < 38 ? 38 - what.size() : 0, ' ') << ' '
+            << value << '\n';
+}
+
+/// What is most unlike chance of a layer's experts together, by position, and in the next layer.
+inline void print_pairs(const Json& model, std::size_t l) {
+  const auto experts = model["layers"][l]["experts"].get<std::size_t>();
+  const Json& together = model["together"][l];
+  if (!together.is_null()) {
+    const std::size_t i =
+        largest_to_chance(together, [&](std::size_t at) { return at / experts != at % experts; });
+    if (i < experts * experts) {
+      print_line("of expert " + std::to_string(i / experts) + "'s tokens also at " +
+                     std::to_string(i % experts) + ":",
+                 stated(estimate_at(together, i), true));
+    }
+  }
+  const Json& position = model["position"];
+  const Json& share = position["share"][l];
+  const std::size_t i = largest_to_chance(share, [](std::size_t) { return true; });
+  if (i < share["value"].size()) {
+    print_line("expert " + std::to_string(i % experts) + " at positions from " +
+                   position["from"][i / experts].dump() + ":",
+               stated(estimate_at(share, i), true));
+  }
+  if (l < model["flow"].size()) {
+    print_line("the next expert, guessed from this:", stated(model["flow"][l]["known"], true));
+  }
 }
 
 inline void print_layer(const Json& model, std::size_t l) {
   const Json& load = model["load"][l];
   std::vector<double> share;
   for (const Json& e : load["share"]) share.push_back(e[0].is_null() ? 0.0 : e[0].get<double>());
-  const auto plain = [](const Json& e) {
-    return e[0].is_null() ? std::string("-") : fixed(e[0].get<double>(), 2);
-  };
   std::cout << "  " << model["layers"][l]["name"].get<std::string>() << "  load "
-            << spark_line(share) << "  max/mean " << plain(load["max"]) << "  CV "
-            << plain(load["cv"]) << "  entropy " << plain(load["entropy"]) << "  dropped "
-            << percent_of(Json{load["dropped"][0], nullptr, nullptr, nullptr}) << '\n'
-            << "    same first expert as the token before: "
-            << percent_of(model["repeat"][l]["first"][0]) << '\n'
-            << "    any expert in common with it:          "
-            << percent_of(model["repeat"][l]["any"][0]) << '\n'
-            << "    bits about the first expert: token id " << plain(model["info"][l]["token"])
-            << ", text " << plain(model["info"][l]["domain"]) << ", position "
-            << plain(model["info"][l]["position"]) << '\n';
+            << spark_line(share) << '\n';
+  print_line("largest load over mean:", stated(load["max"], false));
+  print_line("variation of the load (CV):", stated(load["cv"], false));
+  print_line("entropy of the router, nats:", stated(load["entropy"], false));
+  if (load["dropped"][0].is_number() && load["dropped"][0].get<double>() > 0.0) {
+    const Json& drops = model["position"]["drop"][l];
+    print_line("dropped:", stated(load["dropped"], true));
+    print_line("  at the first positions:", stated(drops.front(), true));
+    print_line("  at the last positions:", stated(drops.back(), true));
+  }
+  print_line("same first expert as the token before:",
+             stated(model["repeat"][l]["first"][0], true));
+  print_line("any expert in common with it:", stated(model["repeat"][l]["any"][0], true));
+  print_line("bits about the first expert, token id:", stated(model["info"][l]["token"], false));
+  print_line("  its text:", stated(model["info"][l]["domain"], false));
+  print_line("  its position:", stated(model["info"][l]["position"], false));
+  print_pairs(model, l);
 }
 
 /// \param masked   Shares of the experts.

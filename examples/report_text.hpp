@@ -20,23 +20,6 @@
 
 namespace report {
 
-/// RFC 4648, with padding.
-inline std::string base64(const std::vector<std::uint8_t>& bytes) {
-  constexpr const char* kDigits =
-      "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-  std::string text;
-  for (std::size_t i = 0; i < bytes.size(); i += 3) {
-    std::uint32_t bits = std::uint32_t{bytes[i]} << 16U;
-    if (i + 1 < bytes.size()) bits |= std::uint32_t{bytes[i + 1]} << 8U;
-    if (i + 2 < bytes.size()) bits |= bytes[i + 2];
-    text += kDigits[bits >> 18U];
-    text += kDigits[bits >> 12U & 63U];
-    text += i + 1 < bytes.size() ? kDigits[bits >> 6U & 63U] : '=';
-    text += i + 2 < bytes.size() ? kDigits[bits & 63U] : '=';
-  }
-  return text;
-}
-
 /// What can be shown of a token, with the space before it if it has one. A part of a character is
 /// shown as bytes.
 inline std::string text_of(const MakeText& make_text, Index id) {

@@ -157,6 +157,16 @@ async function check(theme, width) {
     await evaluate("document.querySelector('path.link').dispatchEvent(new PointerEvent('pointermove', {bubbles: true, clientX: 9, clientY: 9}))");
     expect(/tokens/.test(await tip()), `${where}: hovering over a band says '${await tip()}'`);
   }
+  // Of each map, and of the flow, something says a value, its interval, and what chance would give.
+  const said = await evaluate(`[...document.querySelectorAll("figure")].filter(f => f.querySelector(".cell, .link")).map(f => [
+    f.querySelector("figcaption").textContent,
+    [...f.querySelectorAll(".cell, .link")].map(e => {
+      e.dispatchEvent(new PointerEvent("pointermove", {bubbles: true, clientX: 9, clientY: 9}));
+      return $("tip").textContent; })])`);
+  for (const [figure, tips] of said) {
+    const whole = tips.filter(t => /\d %? ?\([\d.]+ % to [\d.]+ %\)\nby chance: [\d.]+ %$/.test(t));
+    expect(whole.length > 0, `${where}: no interval in '${figure}': ${JSON.stringify(tips[1])}`);
+  }
   const token = await middle(".tokens span:nth-child(5)");
   if (token) {
     await hover(token);

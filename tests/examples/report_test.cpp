@@ -131,7 +131,7 @@ TEST_CASE("A page has less than the file, where there is no room", "[examples][r
   const std::vector<report::Model> models = {{"a", tokens_of(40, 4, 40)}};
   report::Options how;
   how.bootstrap.replicates = 0;
-  how.matrix_bytes = 20'000;
+  how.matrix_bytes = 25'000;
   how.links = 60;
   report::Table table;
   const MakeText text = [] { return std::make_unique<Bytes>(); };
@@ -143,11 +143,48 @@ TEST_CASE("A page has less than the file, where there is no room", "[examples][r
   CHECK(page["models"][0]["flow"][0]["shown"] == 0.8);
   CHECK(page["models"][0]["flow"][0]["total"] == 40);
   for (std::size_t l = 0; l < 4; ++l) {
-    CHECK(full["models"][0]["together"][l].size() == 1600);
+    CHECK(full["models"][0]["together"][l]["value"].size() == 1600);
     CHECK(page["models"][0]["together"][l].is_null() == (l % 2 == 1));
   }
+  const report::Json& kept = page["models"][0]["together"][2];
+  CHECK(kept["scale"] == 1);
+  CHECK(kept["data"].get<std::string>().size() == (1600 * 5 + 2) / 3 * 4);
   CHECK(page["models"][0]["load"] == full["models"][0]["load"]);
   CHECK(page["models"][0]["text"] == full["models"][0]["text"]);
+}
+
+TEST_CASE("A matrix has four numbers of ten bits each", "[examples][report]") {
+  const report::Json lists = report::lists_of({{0.5, 0.25, 0.511, 0.125}, {.value = 0.0}});
+  CHECK(lists["high"] == report::Json::array({0.511, nullptr}));
+  const report::Json packed = report::packed(lists);
+  CHECK(packed["scale"] == 0.511);
+  // 1000, 500, 1022 and 250 of 1022; 0 and three that are not known.
+  CHECK(packed["data"] ==
+        report::base64({0xE8, 0xD3, 0xE7, 0xBF, 0x3E, 0x00, 0xFC, 0xFF, 0xFF, 0xFF}));
+  CHECK(report::packed(report::lists_of({}))["data"] == "");
+  CHECK(report::packed(report::lists_of({{.value = 0.0}}))["scale"] == 0);
+}
+
+TEST_CASE("A page stays small whatever the model", "[examples][report]") {
+  std::vector<report::Model> models = {{"a", tokens_of(2000, 12, 64)}};
+  report::Options how;
+  how.bootstrap.replicates = 0;
+  how.matrix_bytes = how.position_bytes = how.top_bytes = how.domain_bytes = 20'000;
+  how.text_bytes = 50'000;
+  how.links = 300;
+  report::Table table;
+  const report::Json full = report::describe(
+      models, [] { return std::make_unique<Bytes>(); }, how, table);
+  const report::Json page = report::for_page(full, models, how);
+  for (const char* const key : {"together", "top", "domain"}) {
+    const report::Json& json = page["models"][0][key];
+    CHECK_FALSE(json[0].is_null());  // Of all layers there is the first.
+    CHECK(json[1].is_null());
+    CHECK(json.dump().size() < 30'000);
+    CHECK_FALSE(full["models"][0][key][1].is_null());
+  }
+  CHECK(page["models"][0]["position"]["share"].dump().size() < 20'100);
+  CHECK(page.dump().size() < 400'000);
 }
 
 TEST_CASE("Models with other experts stand side by side", "[examples][report]") {
