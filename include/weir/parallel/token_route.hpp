@@ -13,11 +13,11 @@ namespace weir {
 
 /// For what a token's row is sent once.
 enum class RowsSent {
-  kPerAssignment,  ///< For each of its experts, as ExpertParallel does.
+  kPerAssignment,  ///< For each of its experts, as ExpertParallel does where nothing else is said.
   kPerRank,        ///< For each rank with experts of its, as DeepSeek-V2's losses have it.
   /// For each node with experts of its: to the rank there that has the source's place in its node,
   /// modulo the ranks there, and from this one to the ranks of the node that need it. DeepSeek-V3
-  /// does so (arXiv:2412.19437, section 3.2.2).
+  /// does so (arXiv:2412.19437, section 3.2.2), and ExpertParallel with `once_per_node`.
   kPerNode,
 };
 

@@ -122,7 +122,8 @@ TEST_CASE("ExpertParallel computes the bits of one process, whatever the placeme
   }
 }
 
-TEST_CASE("ExpertParallel in two levels computes the same bits", "[parallel][mpi]") {
+TEST_CASE("ExpertParallel in two levels, or once per node, computes the same bits",
+          "[parallel][mpi]") {
   if (ranks() != 4) return;
   const Reference reference(61);
   const auto shared = channels();
@@ -133,15 +134,17 @@ TEST_CASE("ExpertParallel in two levels computes the same bits", "[parallel][mpi
     replicated = replicated.with_replica(0, 3);
     for (const Placement& placement : {Placement::round_robin(kExperts, nodes), replicated,
                                        Placement::from_map({0, 0, 1, 1, 0, 2, 2}, nodes)}) {
-      INFO("nodes " << node_of[0] << node_of[1] << node_of[2] << node_of[3]);
-      auto moe =
-          mixture(Parallel(whole_bank(), placement, shared, {.chunks = 3, .two_level = true}));
-      decltype(moe)::Cache cache;
-      for (int pass = 0; pass < 2; ++pass) {
-        check_same("y", moe.forward(test::own_rows(reference.x), kTraining, cache),
-                   test::own_rows(reference.y));
-        check_same("dx", moe.backward(test::own_rows(reference.dy), cache),
-                   test::own_rows(reference.dx));
+      for (const bool once : {false, true}) {
+        INFO("nodes " << node_of[0] << node_of[1] << node_of[2] << node_of[3] << " once " << once);
+        auto moe = mixture(Parallel(whole_bank(), placement, shared,
+                                    {.chunks = 3, .two_level = !once, .once_per_node = once}));
+        decltype(moe)::Cache cache;
+        for (int pass = 0; pass < 2; ++pass) {
+          check_same("y", moe.forward(test::own_rows(reference.x), kTraining, cache),
+                     test::own_rows(reference.y));
+          check_same("dx", moe.backward(test::own_rows(reference.dy), cache),
+                     test::own_rows(reference.dx));
+        }
       }
     }
   }
@@ -149,6 +152,10 @@ TEST_CASE("ExpertParallel in two levels computes the same bits", "[parallel][mpi
           Parallel(whole_bank(), Placement::contiguous(kExperts, RankNodes({0, 1, 1, 1})), shared,
                    {.two_level = true});
         }) == "ExpertParallel: two_level with node 1 of 3 ranks, expected 1 as on node 0");
+  CHECK(test::message_of<ConfigError>([&] {
+          Parallel(whole_bank(), Placement::contiguous(kExperts, RankNodes({0, 1, 1, 1})), shared,
+                   {.once_per_node = true});
+        }) == "ExpertParallel: once_per_node with node 1 of 3 ranks, expected 1 as on node 0");
 }
 
 TEST_CASE("Each rank of an ExpertParallel has the experts of its placement, under their numbers",

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT
+#include <array>
+#include <cstddef>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -68,7 +70,7 @@ TEST_CASE("ExpertParallel sends the bytes that Traffic counts", "[parallel][mpi]
   });
   const RowSizes sizes = {row_bytes<float>(out, kModel), row_bytes<float>(back, kModel)};
   long counts = 0;
-  for (Index d = 0; d < ranks; ++d) counts += d == me ? 0 : 8 * (10 + placed().slots(d));
+  for (Index d = 0; d < ranks; ++d) counts += d == me ? 0 : 8 * (11 + placed().slots(d));
 
   const Matrix<float> x = test::own_rows(all);
   const auto forward = test::sent_by([&] { moe.forward(x, kTraining, cache); });
@@ -106,6 +108,81 @@ TEST_CASE(
         of_all(static_cast<double>(across[1].bytes)));
   CHECK(across[0].messages == 4);  // Two ranks, out and back.
   CHECK(across[1].messages == 2);
+}
+
+TEST_CASE(
+    "A token that has several experts on a node crosses to it once, and the bytes are counted",
+    "[parallel][mpi]") {
+  const Index ranks = test::ranks().size(), me = test::ranks().rank();
+  if (ranks != 4) return;
+  const RankNodes nodes({0, 1, 1, 0});  // Places 0, 0, 1, 1.
+  const auto place_of = [](Index rank) { return rank / 2; };
+  constexpr Index kChunks = 2, kTokensHere = 50;
+  const bool narrow = GENERATE(false, true);
+  const RowFormat format = narrow ? RowFormat::kFp8 : RowFormat::kFull;
+  Rng rng(2);
+  const GluBank<float> bank(kModel, 8, 8, rng);
+  const Placement placement = Placement::contiguous(8, nodes);
+  MoELayer moe(LinearRouter<float>(kModel, 8, rng), SoftmaxTopK<float>({.k = 4}), Dropless(),
+               ExpertParallel<GluBank<float>>(
+                   bank, placement, std::make_shared<ExpertChannels>(test::ranks()),
+                   {.chunks = kChunks, .dispatch_format = format, .once_per_node = true}));
+  const Matrix<float> all = test::random_matrix<float>(4 * kTokensHere, kModel, 5);
+  LinearRouter<float>::Cache logits;
+  SoftmaxTopK<float>::Cache selected;
+  Routing<float> routing;
+  moe.selector().forward(moe.router().forward(all, kTraining, logits), kTraining, routing,
+                         selected);
+  const auto count = [&](RowsSent rows) {
+    Traffic traffic(nodes, rows);
+    traffic.add(routing, placement, [&](Index token) { return token / kTokensHere; });
+    return traffic;
+  };
+  const Traffic by_assignment = count(RowsSent::kPerAssignment),
+                by_rank = count(RowsSent::kPerRank), by_node = count(RowsSent::kPerNode);
+
+  // Of all ranks: what a pass sends inside of nodes [0], and across [1].
+  const auto sent_by_all = [&](auto&& f) {
+    std::array<double, 2> bytes{};
+    const std::vector<test::SentSoFar> before = test::sent_so_far();
+    f();
+    for (int r = 0; r < ranks; ++r) {
+      const std::size_t to = static_cast<std::size_t>(r);
+      if (to >= test::sent_so_far().size()) continue;
+      bytes[nodes.share_node(r, me) ? 0 : 1] += static_cast<double>(
+          test::sent_so_far()[to].bytes - (to < before.size() ? before[to].bytes : 0));
+    }
+    DataParallel<float> together(test::ranks());
+    return std::array{together.sum(bytes[0]), together.sum(bytes[1])};
+  };
+  std::array<Index, 2> expected{};
+  const RowSizes sizes = {row_bytes<float>(format, kModel),
+                          row_bytes<float>(RowFormat::kFull, kModel)};
+  for (Index s = 0; s < ranks; ++s) {
+    for (Index d = 0; d < ranks; ++d) {
+      if (s == d) continue;
+      Index& bytes = expected[nodes.share_node(s, d) ? 0 : 1];
+      const bool relays = !nodes.share_node(s, d) && place_of(s) == place_of(d);
+      bytes += 8 * (11 + placement.slots(d));                                 // Counts of tokens,
+      bytes += nodes.share_node(s, d) ? 8 * 2 * kChunks * nodes.nodes() : 0;  // of relays,
+      bytes += 8 * kChunks * (relays ? 2 + 2 : 1);                            // and of rows.
+      bytes += 4 * by_assignment.rows(s, d);                                  // Their places.
+      for (Index to = 0; relays && to < ranks; ++to) {
+        bytes += nodes.share_node(to, d) ? 4 * by_rank.rows(s, to) : 0;
+      }
+      bytes += sizes.dispatch * by_node.rows(s, d);
+      // Back, a row for each assignment, inside of its node first, unless the places are the same.
+      if (place_of(s) != place_of(d)) expected[0] += sizes.combine * by_assignment.rows(s, d);
+      if (!nodes.share_node(s, d)) expected[1] += sizes.combine * by_assignment.rows(s, d);
+    }
+  }
+  CHECK(by_node.across() < by_rank.across());
+  CHECK(by_rank.across() < by_assignment.across());
+  decltype(moe)::Cache cache;
+  const Matrix<float> x = all.middleRows(me * kTokensHere, kTokensHere);
+  const auto sent = sent_by_all([&] { moe.forward(x, kTraining, cache); });
+  CHECK(sent[0] == static_cast<double>(expected[0]));
+  CHECK(sent[1] == static_cast<double>(expected[1]));
 }
 
 TEST_CASE("DataParallel sends each gradient to its owner once, and the value or the sum back",

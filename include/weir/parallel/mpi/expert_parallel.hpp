@@ -200,7 +200,7 @@ const Matrix<typename Bank::Scalar>& ExpertParallel<Bank>::forward(MatrixIn<T> x
   const auto compute = [&](Index c, MatrixIn<T> rows, const Dispatch<T>& here) -> const Matrix<T>& {
     return bank_->forward(rows, here, own, cache.banks[static_cast<std::size_t>(c)]);
   };
-  travel_.run(dispatch, d_in_, row, compute, cache.travel,
+  travel_.run(dispatch, d_in_, row, true, compute, cache.travel,
               cache.packed.reshape(dispatch.slots(), d_out_));
   set_shape(cache.y, x.rows(), d_out_);
   combine<T>(cache.packed.view(), dispatch, cache.y);
@@ -220,7 +220,7 @@ const Matrix<typename Bank::Scalar>& ExpertParallel<Bank>::backward(MatrixIn<T> 
     return bank_->backward(rows, here, cache.d_weight, cache.banks[static_cast<std::size_t>(c)]);
   };
   auto home = cache.packed.reshape(dispatch.slots(), d_in_);
-  travel_.run(dispatch, d_out_, row, compute, cache.travel, home);
+  travel_.run(dispatch, d_out_, row, false, compute, cache.travel, home);
   set_shape(cache.dx, dy.rows(), d_in_);
   gather_backward<T>(home, dispatch, cache.dx);
   return cache.dx;

@@ -21,12 +21,14 @@ namespace weir {
 /// The ranks of each node, in ascending order. All nodes have the same number.
 class NodeRanks {
  public:
+  /// \param setting  What asks for it, in the message.
   /// \throws ConfigError  unless all nodes have as many ranks as the first.
-  NodeRanks(const RankNodes& nodes, Index me) : nodes_(nodes.nodes()), places_(nodes.size(0)) {
+  NodeRanks(const RankNodes& nodes, Index me, std::string_view setting)
+      : nodes_(nodes.nodes()), places_(nodes.size(0)) {
     for (Index n = 0; n < nodes_; ++n) {
       if (nodes.size(n) != places_) {
-        throw_error<ConfigError>("ExpertParallel: two_level with node ", n, " of ", nodes.size(n),
-                                 " ranks, expected ", places_, " as on node 0");
+        throw_error<ConfigError>("ExpertParallel: ", setting, " with node ", n, " of ",
+                                 nodes.size(n), " ranks, expected ", places_, " as on node 0");
       }
       for (Index r = 0; r < nodes.ranks(); ++r) {
         if (nodes.node_of(r) != n) continue;

@@ -43,7 +43,7 @@ class RankTravel final : public ExpertTravel<T> {
       return compute(rows, here);
     };
     travel_.begin(dispatch, x.cols(), out.cols(), false, *cache_);
-    travel_.run(dispatch, x.cols(), row, compute_chunk, *cache_, out);
+    travel_.run(dispatch, x.cols(), row, true, compute_chunk, *cache_, out);
   }
 
  private:

@@ -23,10 +23,11 @@ namespace weir {
 
 /// What all ranks have to agree on before rows travel; checked with each pass.
 struct TokenExchangeTerms {
-  static constexpr std::size_t kCount = 10;
+  static constexpr std::size_t kCount = 11;
   static constexpr std::array<std::string_view, kCount> kNames = {
-      "version",  "d_in",      "d_out",           "experts",        "chunks",
-      "training", "placement", "dispatch_format", "combine_format", "two_level"};
+      "version",        "d_in",      "d_out",        "experts",
+      "chunks",         "training",  "placement",    "dispatch_format",
+      "combine_format", "two_level", "once_per_node"};
 
   std::array<std::int64_t, kCount> values{};
 };

@@ -22,47 +22,16 @@
 #include <weir/core/types.hpp>
 #include <weir/moe/dispatch.hpp>
 #include <weir/moe/routing.hpp>
-#include <weir/parallel/mpi/communicator.hpp>
-#include <weir/parallel/mpi/exchange.hpp>
+#include <weir/parallel/mpi/expert_channels.hpp>
+#include <weir/parallel/mpi/once_exchange.hpp>
 #include <weir/parallel/mpi/row_exchange.hpp>
+#include <weir/parallel/mpi/rows_once.hpp>
 #include <weir/parallel/mpi/token_exchange.hpp>
 #include <weir/parallel/placement.hpp>
 #include <weir/parallel/row_format.hpp>
 #include <weir/parallel/timeline.hpp>
 
 namespace weir {
-
-/// What the layers of a model talk through, one after the other. Shared by all of them.
-struct ExpertChannels {
-  explicit ExpertChannels(const Communicator& ranks)
-      : counts(ranks),
-        dispatch(ranks),
-        combine(ranks),
-        dispatch_across(ranks),
-        combine_across(ranks) {}
-
-  Channel counts, dispatch, combine;
-  Channel dispatch_across, combine_across;  ///< Between nodes, where rows go in two levels.
-
-  /// Where spans of time go, if anywhere: "experts", and for each chunk "dispatch 0", "combine 0",
-  /// from the moment its messages set out until they were found to be here. They are looked for
-  /// between the chunks, and while a rank waits.
-  Timeline* timeline = nullptr;
-};
-
-/// Settings of ExpertParallel; the same on all ranks.
-struct ExpertParallelConfig {
-  /// In how many parts the rows travel. While the experts of one part compute, the rows of the next
-  /// parts and the results of those before travel. More than a rank has experts do not help.
-  Index chunks = 2;
-  /// What rows are written as on the way to the experts: tokens, and in `backward` gradients.
-  RowFormat dispatch_format = RowFormat::kFull;
-  /// The same of the way back. DeepSeek-V3: kFp8 out, kBfloat16 back.
-  RowFormat combine_format = RowFormat::kFull;
-  /// Whether rows go inside their node first, then across, see RowExchange: for nodes of many
-  /// ranks, all of the same number.
-  bool two_level = false;
-};
 
 /// Carries rows to the ranks of their experts, and what these make of them back: the part of
 /// ExpertParallel that does not depend on the bank.
@@ -71,6 +40,8 @@ class TokenTravel {
  public:
   struct Chunk {
     RowExchange out, back;
+    OnceExchange once;  ///< Instead of `out`, where rows go once to each node.
+    bool is_once = false;
     Assignments assignments;  ///< Of the rows that came, to the experts here.
     Dispatch<T> dispatch;
     Scratch<T> rows;  ///< [rows, .], read from `out` where the format is not full.
@@ -79,6 +50,8 @@ class TokenTravel {
 
   struct Cache {
     TokenCounts counts;
+    RowsOnce once;  ///< Where rows go once to each node.
+    ArrivedRows arrived;
     std::vector<Chunk> chunks;
 
     Chunk& chunk(Index c) { return chunks[static_cast<std::size_t>(c)]; }
@@ -100,8 +73,9 @@ class TokenTravel {
              Cache& cache) const;
 
   /// Carries `row` [slots, cols] to the experts, and their results [slots, cols_back] to `home`.
-  void run(const Dispatch<T>& dispatch, Index cols, Row row, Compute compute, Cache& cache,
-           MatrixOut<T> home) const;
+  /// \param of_tokens  Whether the rows of a token's slots are the same.
+  void run(const Dispatch<T>& dispatch, Index cols, Row row, bool of_tokens, Compute compute,
+           Cache& cache, MatrixOut<T> home) const;
 
   int rank() const { return channels_->counts.rank(); }
   std::span<const Index> own() const { return placement_.experts_on(rank()); }
@@ -115,6 +89,9 @@ class TokenTravel {
   TokenExchangeTerms terms(Index d_in, Index d_out, bool training) const;
   void assign(Index c, Cache& cache) const;
   void send_out(Index c, const Dispatch<T>& dispatch, Index cols, Row row, Cache& cache) const;
+  void send_once(Index c, const Dispatch<T>& dispatch, Index cols, Row row, Cache& cache) const;
+  void encode_own(Index c, Index d, const Dispatch<T>& dispatch, Index cols, Row row,
+                  const TokenCounts& counts, std::byte* to) const;
   Eigen::Map<const Matrix<T>> rows_of(Index c, Index cols, Cache& cache) const;
   void expect_back(Index c, Index cols, Cache& cache) const;
   void send_back(Index c, const Matrix<T>& y, Cache& cache) const;
@@ -130,7 +107,14 @@ class TokenTravel {
     }
   }
 
-  static void add_span(Timeline& timeline, std::string_view way, Index c, const RowExchange& of) {
+  /// Calls `use` with what carries the rows of a chunk to the experts.
+  template <class Use>
+  static decltype(auto) with_out(Chunk& chunk, Use&& use) {
+    return chunk.is_once ? use(chunk.once) : use(chunk.out);
+  }
+
+  template <class Out>
+  static void add_span(Timeline& timeline, std::string_view way, Index c, const Out& of) {
     const std::string name = std::string(way) + std::to_string(c);
     timeline.track(name).add(name, of.began(), of.arrived(), of.arriving_bytes());
   }
@@ -138,7 +122,7 @@ class TokenTravel {
   static void advance(Cache& cache) {
     bool out = true, back = true;
     for (Chunk& chunk : cache.chunks) {
-      out = chunk.out.advance(out);
+      out = with_out(chunk, [&](auto& of) { return of.advance(out); });
       back = chunk.back.advance(back);
     }
   }
@@ -165,7 +149,10 @@ TokenTravel<T>::TokenTravel(Placement placement, std::shared_ptr<ExpertChannels>
   expect_row_format<T>("ExpertParallel", "dispatch_format", config_.dispatch_format);
   expect_row_format<T>("ExpertParallel", "combine_format", config_.combine_format);
   destination_ = placement_.destinations(rank());
-  if (config_.two_level) nodes_.emplace(placement_.nodes(), rank());
+  if (config_.two_level || config_.once_per_node) {
+    nodes_.emplace(placement_.nodes(), rank(),
+                   config_.once_per_node ? "once_per_node" : "two_level");
+  }
 }
 
 template <class T>
@@ -179,7 +166,8 @@ TokenExchangeTerms TokenTravel<T>::terms(Index d_in, Index d_out, bool training)
   return {{1, d_in, d_out, placement_.experts(), config_.chunks, training ? 1 : 0,
            static_cast<std::int64_t>(hash >> 1U),
            static_cast<std::int64_t>(config_.dispatch_format),
-           static_cast<std::int64_t>(config_.combine_format), config_.two_level ? 1 : 0}};
+           static_cast<std::int64_t>(config_.combine_format), config_.two_level ? 1 : 0,
+           config_.once_per_node ? 1 : 0}};
 }
 
 template <class T>
@@ -189,19 +177,33 @@ void TokenTravel<T>::begin(const Dispatch<T>& dispatch, Index d_in, Index d_out,
   cache.counts.agree(channels_->counts, placement_, destination_, terms(d_in, d_out, training),
                      config_.chunks, nodes(), [&](Index e) { return dispatch.rows(e); });
   for (Index c = 0; c < config_.chunks; ++c) assign(c, cache);
+  if (!config_.once_per_node) return;
+  cache.once.agree(
+      channels_->counts, *nodes_, cache.counts, dispatch.tokens(),
+      [&](Index slot) { return dispatch.token(slot); },
+      [&](Index c, Index d, auto&& use) {
+        for_each_expert(c, d, cache.counts, [&](Index e) {
+          for (Index slot = dispatch.begin(e); slot < dispatch.end(e); ++slot) use(slot);
+        });
+      });
 }
 
 template <class T>
-void TokenTravel<T>::run(const Dispatch<T>& dispatch, Index cols, Row row, Compute compute,
-                         Cache& cache, MatrixOut<T> home) const {
-  for (Index c = 0; c < config_.chunks; ++c) send_out(c, dispatch, cols, row, cache);
+void TokenTravel<T>::run(const Dispatch<T>& dispatch, Index cols, Row row, bool of_tokens,
+                         Compute compute, Cache& cache, MatrixOut<T> home) const {
+  const bool once = of_tokens && config_.once_per_node;
+  if (once) cache.arrived.begin(placement_.ranks(), nodes_->nodes());
+  for (Index c = 0; c < config_.chunks; ++c) {
+    cache.chunk(c).is_once = once;
+    once ? send_once(c, dispatch, cols, row, cache) : send_out(c, dispatch, cols, row, cache);
+  }
   for (Index c = 0; c < config_.chunks; ++c) expect_back(c, home.cols(), cache);
   Meanwhile::do_offered();
   Timeline* const timeline = channels_->timeline;
   TimelineTrack* const experts = timeline == nullptr ? nullptr : &timeline->track("experts");
   for (Index c = 0; c < config_.chunks; ++c) {
     Chunk& part = cache.chunk(c);
-    part.out.finish_receiving();
+    with_out(part, [](auto& out) { out.finish_receiving(); });
     if (!own().empty()) {
       const SpanTimer timer(experts, "experts");
       send_back(c, compute(c, rows_of(c, cols, cache), part.dispatch), cache);
@@ -214,11 +216,11 @@ void TokenTravel<T>::run(const Dispatch<T>& dispatch, Index cols, Row row, Compu
     bring_home(c, dispatch, cache, home);
   }
   for (Chunk& part : cache.chunks) {
-    part.out.finish();
+    with_out(part, [](auto& out) { out.finish(); });
     part.back.finish();
   }
   for (Index c = 0; timeline != nullptr && c < config_.chunks; ++c) {
-    add_span(*timeline, "dispatch ", c, cache.chunk(c).out);
+    with_out(cache.chunk(c), [&](auto& out) { add_span(*timeline, "dispatch ", c, out); });
     add_span(*timeline, "combine ", c, cache.chunk(c).back);
   }
 }
@@ -245,37 +247,60 @@ void TokenTravel<T>::assign(Index c, Cache& cache) const {
 }
 
 template <class T>
+void TokenTravel<T>::encode_own(Index c, Index d, const Dispatch<T>& dispatch, Index cols, Row row,
+                                const TokenCounts& counts, std::byte* to) const {
+  const Index bytes = row_bytes<T>(config_.dispatch_format, cols);
+  for_each_expert(c, d, counts, [&](Index e) {
+    const Index first = dispatch.begin(e);
+    const auto row_of = [&](Index i) { return row(first + i); };
+    encode_rows<T>(config_.dispatch_format, dispatch.rows(e), cols, row_of, to);
+    to += dispatch.rows(e) * bytes;
+  });
+}
+
+template <class T>
 void TokenTravel<T>::send_out(Index c, const Dispatch<T>& dispatch, Index cols, Row row,
                               Cache& cache) const {
-  const RowFormat format = config_.dispatch_format;
-  const Index bytes = row_bytes<T>(format, cols);
+  const Index bytes = row_bytes<T>(config_.dispatch_format, cols);
   const TokenCounts& counts = cache.counts;
   RowExchange& out = cache.chunk(c).out;
   out.begin(channels_->dispatch, channels_->dispatch_across, "dispatch", counts.out(c, bytes),
             nodes());
   for (Index d = 0; d < placement_.ranks(); ++d) {
-    std::byte* to = d == rank() ? out.incoming() + counts.received_before(c, d) * bytes
-                                : out.outgoing() + counts.sent_before(c, d) * bytes;
-    for_each_expert(c, d, counts, [&](Index e) {
-      const Index first = dispatch.begin(e);
-      const auto row_of = [&](Index i) { return row(first + i); };
-      encode_rows<T>(format, dispatch.rows(e), cols, row_of, to);
-      to += dispatch.rows(e) * bytes;
-    });
+    std::byte* const to = d == rank() ? out.incoming() + counts.received_before(c, d) * bytes
+                                      : out.outgoing() + counts.sent_before(c, d) * bytes;
+    encode_own(c, d, dispatch, cols, row, counts, to);
     if (d != rank()) out.send(d);
   }
   out.sent();
 }
 
 template <class T>
+void TokenTravel<T>::send_once(Index c, const Dispatch<T>& dispatch, Index cols, Row row,
+                               Cache& cache) const {
+  const Index bytes = row_bytes<T>(config_.dispatch_format, cols);
+  const TokenCounts& counts = cache.counts;
+  OnceExchange& once = cache.chunk(c).once;
+  once.begin(channels_->dispatch, channels_->dispatch_across, channels_->dispatch_on,
+             counts.out(c, bytes), c, *nodes_, cache.once, cache.arrived,
+             [&](Index slot, std::byte* to) {
+               const auto row_of = [&](Index /*i*/) { return row(slot); };
+               encode_rows<T>(config_.dispatch_format, 1, cols, row_of, to);
+             });
+  encode_own(c, rank(), dispatch, cols, row, counts,
+             once.incoming() + counts.received_before(c, rank()) * bytes);
+}
+
+template <class T>
 Eigen::Map<const Matrix<T>> TokenTravel<T>::rows_of(Index c, Index cols, Cache& cache) const {
   Chunk& part = cache.chunk(c);
   const Index count = cache.counts.received(c);
+  const std::byte* const arrived = with_out(part, [](auto& out) { return out.incoming(); });
   if (config_.dispatch_format == RowFormat::kFull) {
-    return {reinterpret_cast<const T*>(part.out.incoming()), count, cols};
+    return {reinterpret_cast<const T*>(arrived), count, cols};
   }
   auto rows = part.rows.reshape(count, cols);
-  decode_rows<T>(config_.dispatch_format, part.out.incoming(), rows);
+  decode_rows<T>(config_.dispatch_format, arrived, rows);
   return {rows.data(), count, cols};
 }
 
