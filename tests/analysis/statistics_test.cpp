@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -144,6 +145,20 @@ TEST_CASE("The rate of repeated experts by hand", "[analysis]") {
   CHECK(chance_of_shared_expert(8, 2, 2) == Approx(1.0 - 6.0 / 8.0 * 5.0 / 7.0));
   CHECK(chance_of_shared_expert(3, 2, 2) == 1.0);
   CHECK(chance_of_shared_expert(3, 0, 2) == 0.0);
+  // Random loads: as many choices of a token as it made, all different, and no favourites.
+  Rng rng(3);
+  TracedLayer all{.name = "all", .experts = 3};
+  for (int t = 0; t < 5; ++t) all.add({2, 0, 1});
+  all.add({1});
+  const List<double> of_all = random_load(all, rng);
+  CHECK(std::accumulate(of_all.begin(), of_all.end(), 0.0) == 16.0);
+  CHECK(*std::min_element(of_all.begin(), of_all.end()) == 5.0);
+  CHECK(*std::max_element(of_all.begin(), of_all.end()) == 6.0);
+  TracedLayer two{.name = "two", .experts = 6};
+  for (int t = 0; t < 300; ++t) two.add({0, 1});
+  for (const double load : random_load(two, rng)) {
+    CHECK(load == Approx(100.0).margin(45.0));  // 5.5 deviations.
+  }
 
   // A gap in the positions, and a token that the layer has not seen, part neighbours.
   TracedTokens gap = traced({{0, {{1, {0}}, {1, {0}}, {1, {0}}}}}, 2);

@@ -118,6 +118,26 @@ TEST_CASE("Of more experts than there is room for, the first are kept", "[analys
   CHECK(trace.domains() == std::vector<std::string>{""});
 }
 
+TEST_CASE("A recorder that is cleared has room again, and knows its layers", "[analysis][trace]") {
+  TraceRecorder recorder({.most_records = 2});
+  const auto see = [&](Index expert) {
+    recorder.begin({{}});
+    recorder.see("moe", test::routing_of({{expert}}, 3), {});
+  };
+  for (const Index expert : {0, 1, 2}) see(expert);
+  CHECK(recorder.records() == 2);
+  CHECK(recorder.left_out() == 1);
+  recorder.clear();
+  CHECK(recorder.records() == 0);
+  CHECK(recorder.left_out() == 0);
+  CHECK(recorder.trace().records() == 0);
+  CHECK(recorder.layers().size() == 1);
+  see(2);
+  REQUIRE(recorder.trace().records() == 1);
+  CHECK(recorder.trace().record(0).choice(0).expert == 2);
+  CHECK(recorder.left_out() == 0);
+}
+
 TEST_CASE("Prefill, decoding and training record the same choices", "[analysis][trace]") {
   Decoder<float> model = small_mixtral();
   const std::vector<Index> a = test::random_ids(9, 40, 1);

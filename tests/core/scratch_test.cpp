@@ -10,7 +10,8 @@ namespace weir::scratch_test {
 
 TEST_CASE("Scratch keeps its memory when it shrinks and grows back", "[core][scratch]") {
   Scratch<float> scratch;
-  CHECK(scratch.view().size() == 0);
+  CHECK(scratch.rows() == 0);
+  CHECK(scratch.cols() == 0);
   scratch.reshape(4, 5).setConstant(1.0F);
   const float* memory = scratch.data();
   auto smaller = scratch.reshape(2, 5);
@@ -47,7 +48,8 @@ TEST_CASE("Scratch is empty after its memory ran out, and can be used", "[core][
   Scratch<float> scratch;
   scratch.reshape(2, 3);
   CHECK(test::runs_out_of_memory(1, [&] { scratch.reshape(20, 30); }));
-  CHECK(scratch.view().size() == 0);
+  CHECK(scratch.rows() == 0);
+  CHECK(scratch.cols() == 0);
   scratch.reshape(2, 3).setConstant(1.0F);
   CHECK(scratch.view()(1, 2) == 1.0F);
 }

@@ -289,6 +289,52 @@ TEST_CASE("A share of each head is rotated in GLM-4.5", "[io][gguf]") {
         std::get<GroupedQueryConfig>(glm.shape.attention).head_dim);
 }
 
+TEST_CASE("A file without a head has a tied model, where llama.cpp lets it", "[io][gguf]") {
+  const std::vector<std::string> never = {"qwen2moe", "olmoe", "dbrx", "gpt-oss"};
+  test::for_each_gguf_model([&]<class Config>(const std::string& name, Config config) {
+    INFO(name);
+    const bool may_be = std::ranges::find(never, name) == never.end();
+    config.shape.tied = true;
+    CHECK(refusal(config) ==
+          (may_be ? "no exception"
+                  : "save_gguf: tied = true, expected false, as llama.cpp has it in this family"));
+    config.shape.tied = false;
+    const Gguf file = file_of(gguf_metadata(config, {}));
+    CHECK(detail::read_gguf_config<Config>(file).shape.tied == may_be);
+  });
+}
+
+TEST_CASE("Parts that an architecture does not have are not saved", "[io][gguf]") {
+  auto mixtral = small(presets::mixtral_8x7b());
+  mixtral.shape.attention =
+      std::get<LatentConfig>(small(presets::deepseek_v2_lite()).shape.attention);
+  CHECK(refusal(mixtral) ==
+        "save_gguf: attention is a LatentConfig, expected a GroupedQueryConfig in this family");
+  auto lite = small(presets::deepseek_v2_lite());
+  lite.shape.attention = small(presets::mixtral_8x7b()).shape.attention;
+  CHECK(refusal(lite) ==
+        "save_gguf: attention is a GroupedQueryConfig, expected a LatentConfig in this family");
+  auto olmoe = small(presets::olmoe_1b_7b());
+  attention_of(olmoe.shape).kv_heads = 1;
+  CHECK(refusal(olmoe).starts_with("save_gguf: kv_heads = 1, expected heads = "));
+  olmoe = small(presets::olmoe_1b_7b());
+  olmoe.shape.interleave.first_dense = 1;
+  CHECK(refusal(olmoe) == "save_gguf: 1 layers are dense, expected none in this family");
+  olmoe = small(presets::olmoe_1b_7b());
+  attention_of(olmoe.shape).head_dim = 2;
+  CHECK(refusal(olmoe).starts_with("save_gguf: heads * head_dim = "));
+  olmoe = small(presets::olmoe_1b_7b());
+  olmoe.renormalise = true;
+  CHECK(refusal(olmoe) ==
+        "save_gguf: renormalise = true, expected false, as llama.cpp has it in this family");
+  lite = small(presets::deepseek_v2_lite());
+  lite.shape.shared_hidden = 0;
+  CHECK(refusal(lite).starts_with("save_gguf: shared_hidden = 0, expected a multiple of "));
+  mixtral = small(presets::mixtral_8x7b());
+  mixtral.shape.vocab = -1;
+  CHECK(refusal(mixtral) == "save_gguf: llama.vocab_size = -1, expected 0 to 4294967295");
+}
+
 TEST_CASE("What GGUF files cannot say is not saved", "[io][gguf]") {
   auto mixtral = small(presets::mixtral_8x7b());
   CHECK(refusal(mixtral) == "no exception");

@@ -135,6 +135,10 @@ TEST_CASE("All experts are in one tensor", "[io][layout]") {
     CHECK(place_of(layout, 4, 1, 1).second == 1 * 16 + (4 + 1) * 2 + 1);  // Of expert 1, up.
     CHECK(place_of(layout, 8, 0, 3).second == 2 * 4 + 3);
     CHECK(is_one_to_one(layout, matrices));
+    const std::vector<NamedShape> of_one(matrices.begin(), matrices.begin() + 3);
+    const auto one = published_layout(names, of_one);
+    CHECK(one[0].shape == std::vector<Index>{1, 8, 2});
+    CHECK(is_one_to_one(one, of_one));
   }
   SECTION("row by row in turn, transposed") {
     const Arrangement rows{.turns = Turns::kRows, .transposed = true};
@@ -157,6 +161,11 @@ TEST_CASE("All experts are in one tensor", "[io][layout]") {
     CHECK(layout[2].shape == std::vector<Index>{12});
     CHECK(place_of(layout, 4, 3, 1).second == (1 * 2 + 1) * 4 + 3);
     CHECK(is_one_to_one(layout, matrices));
+    const std::vector<NamedShape> of_one(matrices.begin(), matrices.begin() + 3);
+    const auto one = published_layout(names, of_one);
+    CHECK(one[0].shape == std::vector<Index>{4, 2});
+    CHECK(one[2].shape == std::vector<Index>{4});
+    CHECK(is_one_to_one(one, of_one));
   }
   SECTION("parts that do not fit") {
     const std::vector<TensorName> names = {{"x.{e}.gate", "gate_up", {.turns = Turns::kRows}},

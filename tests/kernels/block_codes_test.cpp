@@ -147,7 +147,12 @@ TEST_CASE("Numbers that a format holds stay as they are", "[kernels][formats]") 
   stays(Code::kInt8,
         [](int i) { return 0x1.554p-7F * static_cast<float>(i == 3 ? -127 : 5 * i - 60); });
   // As its Q4_0 where the codes are not all on one side.
-  stays(Code::kInt4, [](int i) { return 0x1.2p-5F * static_cast<float>(i % 16 - 8); });
+  // At any magnitude that a scale of 16 bits has.
+  for (const int power : {-12, -5, 0, 9}) {
+    const float scale = std::ldexp(0x1.2p0F, power);
+    stays(Code::kInt4, [=](int i) { return scale * static_cast<float>(i % 16 - 8); });
+    stays(Code::kInt4, [=](int i) { return scale * static_cast<float>(i % 8 + 3); });
+  }
   for (int largest = 1; largest < 8; ++largest) {
     stays(Code::kMxFp4, [=](int i) {
       return 0x1p-9F *

@@ -373,7 +373,7 @@ class Runner:
         if done is None:
             sys.exit(f"{test} cannot be linked")
         for count in "3214" if ranks else "1":
-            call = ([*self.mpiexec, count] if ranks else []) + [str(program), "~[slow]"]
+            call = ([*self.mpiexec, count] if ranks else []) + [str(program), "~[slow]", "--abort"]
             try:
                 done = subprocess.run(call, capture_output=True, cwd=work,
                                       timeout=20 * self.timeout, preexec_fn=self.limit)

@@ -183,6 +183,7 @@ TEST_CASE("Sgd refuses impossible settings and shapes that changed", "[optim][sg
   CHECK(message({.learning_rate = -1.0}) ==
         "Sgd: learning_rate = -1, expected a finite number >= 0");
   CHECK(message({.momentum = 1.0}) == "Sgd: momentum = 1, expected 0 <= momentum < 1");
+  CHECK(message({.weight_decay = -1.0}) == "Sgd: weight_decay = -1, expected a finite number >= 0");
   CHECK(message({.dampening = 2.0}) == "Sgd: dampening = 2, expected 0 <= dampening <= 1");
   CHECK(message({.nesterov = true}) ==
         "Sgd: nesterov with momentum = 0 and dampening = 0, expected momentum > 0 and dampening = "

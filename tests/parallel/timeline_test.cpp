@@ -140,6 +140,11 @@ TEST_CASE("Clocks of two machines are compared by a question and its answer",
   timeline.track("t").add("s", 2000, 3000);
   timeline.shift(offset);
   CHECK(timeline.events().find("\"ts\":2.990,\"dur\":1.000") != std::string::npos);
+  timeline.track("t").add("first", -990, -990);
+  timeline.track("t").add("before", -1991, -990);
+  const std::string events = timeline.events();
+  CHECK(events.find("\"ts\":0.000,\"dur\":0.000") != std::string::npos);
+  CHECK(events.find("\"ts\":-1.001,\"dur\":1.001") != std::string::npos);
 }
 
 TEST_CASE("Timeline says what is wrong", "[parallel][timeline]") {

@@ -81,6 +81,30 @@ TEST_CASE("Sound experts are sound, and each kind of damage is found", "[tuning]
   }
 }
 
+TEST_CASE("An expert is damaged above ten medians, and below a hundredth of one", "[tuning]") {
+  auto layer = mixture();
+  // Copies of one expert, whose outputs are these times the median.
+  const std::vector<double> outputs = {1.0, 9.95, 10.05, 0.0101, 0.0099};
+  for (std::size_t e = 1; e < outputs.size(); ++e) {
+    const std::string name = "experts." + std::to_string(e) + ".";
+    for (const char* const part : {"gate", "up", "down"}) {
+      weight(layer, name + part) = weight(layer, std::string("experts.0.") + part);
+    }
+    weight(layer, name + "down") *= outputs[e];
+  }
+  const auto damaged = [&](const HealthConfig& config) {
+    return damaged_experts(expert_health(layer, 5, x(), config));
+  };
+  const auto health = expert_health(layer, 5, x());
+  CHECK(health[2].condition == ExpertCondition::kExploding);
+  CHECK(health[2].output == Approx(10.05));
+  CHECK(health[4].condition == ExpertCondition::kDead);
+  CHECK(damaged({}) == std::vector<Index>{2, 4});
+  CHECK(damaged({.exploding = 9.9}) == std::vector<Index>{1, 2, 4});
+  CHECK(damaged({.exploding = 11.0, .dead = 0.0}).empty());
+  CHECK(damaged({.dead = 0.0105}) == std::vector<Index>{2, 3, 4});
+}
+
 TEST_CASE("The output is that of the expert alone", "[tuning][golden]") {
   auto layer = mixture();
   const auto health = expert_health(layer, 5, x());

@@ -314,6 +314,13 @@ TEST_CASE("Experts are grouped by their logits, and ranked by scores", "[tuning]
   auto layer = mixture<double>(4, 2);
   const Matrix<double> weight = value_of(layer, "router.weight");
   CHECK(router_norms(layer)[2] == Approx(weight.row(2).norm()));
+  CHECK(router_weight("test", layer).value == weight);
+  Rng drawn(1);
+  Glu<double> dense(kModel, kHidden, drawn);
+  CHECK(test::message_of<ConfigError>([&] { router_weight("test", dense); }) ==
+        "test: the layer has 0 weights of linear routers, expected 1");
+  CHECK(test::message_of<ConfigError>([&] { router_norms(dense); }) ==
+        "router_norms: the layer has 0 routers with a vector for each expert, expected 1");
   const Matrix<double> x = tokens<double>();
   CHECK(test::relative_error(router_logits("test", layer, x), infer(layer.router(), x)) < 1e-14);
 }

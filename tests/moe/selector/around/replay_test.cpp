@@ -127,6 +127,14 @@ TEST_CASE("A trace holds who went where", "[moe][replay]") {
   CHECK(RoutingTrace().tokens() == 0);
 }
 
+TEST_CASE("A new trace has no tokens and no experts", "[moe][replay]") {
+  const RoutingTrace none;
+  CHECK(none.tokens() == 0);
+  CHECK(none.experts() == 0);
+  CHECK(none.assignments() == 0);
+  CHECK(none.offsets() == List<Index>{0});
+}
+
 TEST_CASE("Replaying a pass's own trace gives the same bits", "[moe][replay]") {
   for_each_selector([](const auto& selector) {
     const std::vector<std::uint8_t> mask = {1, 1, 0, 1, 1, 1, 1};
