@@ -38,6 +38,9 @@ class Meanwhile {
     offered() = current;
   }
 
+  /// Whether there is work that is offered and still to be done.
+  static bool is_offered() { return offered() != nullptr && !offered()->done_; }
+
   /// Does the work that was offered last, if that is still to be done.
   static void do_offered() {
     if (offered() != nullptr) offered()->finish();

@@ -13,6 +13,7 @@
 #include <weir/ops/vector_loops.hpp>
 #include <weir/parallel/mpi/exchange.hpp>
 #include <weir/parallel/mpi/shared_parameters.hpp>
+#include <weir/parallel/timeline.hpp>
 
 namespace weir {
 
@@ -47,6 +48,12 @@ class BucketSum {
   }
 
   bool has_begun() const { return stage_ != Stage::kIdle; }
+
+  /// When the last sum of this rank's owned parameters began, and when the gradients of the other
+  /// ranks were found to be here; how many bytes they are.
+  Nanoseconds began() const { return sums_.began(); }
+  Nanoseconds arrived() const { return sums_.arrived(); }
+  Index arriving_bytes() const { return sums_.arriving_bytes(); }
 
   /// Goes on as far as messages have arrived; waits for them if `waits`.
   /// \return         Whether the sums of this rank's owned parameters are complete and sent.

@@ -26,6 +26,7 @@
 #include <weir/parallel/mpi/rank_counts.hpp>
 #include <weir/parallel/mpi/shared_parameters.hpp>
 #include <weir/parallel/mpi/state_moves.hpp>
+#include <weir/parallel/timeline.hpp>
 
 namespace weir {
 
@@ -129,6 +130,7 @@ class DataParallel {
     }
     for (BucketSum<T>* const sum : begun_) sum->advance(true, shared_.all());
     for (BucketSum<T>* const sum : begun_) sum->finish(shared_.all());
+    add_spans();
     begun_.clear();
     next_ = 0;
     found_ = false;
@@ -162,6 +164,12 @@ class DataParallel {
   void find(Model& model) {
     shared_.find("DataParallel::find", model);
   }
+
+  /// Where spans of time go from now on, if anywhere: for each bucket i "gradients i", from the
+  /// moment that they set out until those of the other ranks were found to be here. They are looked
+  /// for in `begin` and `reduce`.
+  /// \param timeline  Lives until another one is set; null for none.
+  void set_timeline(Timeline* timeline) { timeline_ = timeline; }
 
   /// For small things that all ranks tell each other.
   Channel& channel() { return small_; }
@@ -210,6 +218,13 @@ class DataParallel {
     while (next_ < begun_.size() && begun_[next_]->advance(false, shared_.all())) ++next_;
   }
   void send_values();
+  void add_spans() {
+    for (std::size_t i = 0; timeline_ != nullptr && i < buckets_.size(); ++i) {
+      const BucketSum<T>& sum = buckets_[i].sum;
+      const std::string name = "gradients " + std::to_string(i);
+      timeline_->track(name).add(name, sum.began(), sum.arrived(), sum.arriving_bytes());
+    }
+  }
 
   DataParallelConfig config_;
   Channel small_, sums_, shares_;
@@ -218,6 +233,7 @@ class DataParallel {
   std::vector<BucketSum<T>*> begun_;
   std::size_t next_ = 0;  // The first of them whose sums are not complete.
   bool found_ = false;
+  Timeline* timeline_ = nullptr;
   Exchange exchange_;
   RankCounts<T> counts_;
   List<double> numbers_;

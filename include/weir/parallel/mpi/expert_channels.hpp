@@ -25,9 +25,10 @@ struct ExpertChannels {
   Channel dispatch_across, combine_across;  ///< Between nodes, where rows go in two levels.
   Channel dispatch_on;  ///< From the first rank of a node on, where they go there once.
 
-  /// Where spans of time go, if anywhere: "experts", and for each chunk "dispatch 0", "combine 0",
-  /// from the moment its messages set out until they were found to be here. They are looked for
-  /// between the chunks, and while a rank waits.
+  /// Where spans of time go, if anywhere: "experts"; "meanwhile", what is computed while tokens
+  /// travel, such as shared experts; and for each chunk "dispatch 0", "combine 0", from the moment
+  /// its messages set out until they were found to be here. They are looked for between the chunks,
+  /// and while a rank waits.
   Timeline* timeline = nullptr;
 };
 

@@ -198,8 +198,12 @@ void TokenTravel<T>::run(const Dispatch<T>& dispatch, Index cols, Row row, bool 
     once ? send_once(c, dispatch, cols, row, cache) : send_out(c, dispatch, cols, row, cache);
   }
   for (Index c = 0; c < config_.chunks; ++c) expect_back(c, home.cols(), cache);
-  Meanwhile::do_offered();
   Timeline* const timeline = channels_->timeline;
+  if (Meanwhile::is_offered()) {
+    const SpanTimer timer(timeline == nullptr ? nullptr : &timeline->track("meanwhile"),
+                          "meanwhile");
+    Meanwhile::do_offered();
+  }
   TimelineTrack* const experts = timeline == nullptr ? nullptr : &timeline->track("experts");
   for (Index c = 0; c < config_.chunks; ++c) {
     Chunk& part = cache.chunk(c);
