@@ -138,6 +138,20 @@ TEST_CASE("A recorder that is cleared has room again, and knows its layers", "[a
   CHECK(recorder.left_out() == 0);
 }
 
+TEST_CASE("A single token behind others is decoded", "[analysis][trace]") {
+  const auto phase = [](Index position, const std::vector<std::vector<Index>>& experts,
+                        bool training = false) {
+    TraceRecorder recorder;
+    recorder.begin({{.position = position}});
+    recorder.see("moe", test::routing_of(experts, 2), {.training = training});
+    return recorder.trace().record(0).head().phase;
+  };
+  CHECK(phase(0, {{1}}) == TracePhase::kPrefill);
+  CHECK(phase(1, {{1}}) == TracePhase::kDecoding);
+  CHECK(phase(1, {{1}, {0}}) == TracePhase::kPrefill);
+  CHECK(phase(1, {{1}}, true) == TracePhase::kTrain);
+}
+
 TEST_CASE("Prefill, decoding and training record the same choices", "[analysis][trace]") {
   Decoder<float> model = small_mixtral();
   const std::vector<Index> a = test::random_ids(9, 40, 1);
@@ -340,6 +354,23 @@ TEST_CASE("Memory is bounded, and what has no room is counted", "[analysis][trac
   streamed.flush();
   CHECK(sink.bytes == static_cast<std::size_t>(streamed.records()) * 48);
   CHECK(sink.largest == 2 * 48);
+}
+
+TEST_CASE("A trace that is put together says what does not fit", "[analysis][trace]") {
+  const TraceLayout layout{.choices = 1};
+  const auto message = [&](const std::vector<TraceLayer>& layers, std::size_t bytes) {
+    const std::vector<std::byte> memory(bytes);
+    return test::message_of<ConfigError>([&] { Trace(layout, layers, {""}, memory); });
+  };
+  const std::size_t size = layout.record_bytes();
+  CHECK(message({{"moe", 4}}, 0) == "no exception");
+  CHECK(message({{"moe", 4}}, size + 1) == "Trace: there are " + std::to_string(size + 1) +
+                                               " bytes, expected a multiple of " +
+                                               std::to_string(size));
+  CHECK(message({{"moe", 0}}, 0) == "Trace: experts = 0, expected 1 <= experts <= 65535");
+  CHECK(message({{"moe", 65536}}, 0) == "Trace: experts = 65536, expected 1 <= experts <= 65535");
+  CHECK(message(std::vector<TraceLayer>(65536, {"moe", 4}), 0) ==
+        "Trace: layers = 65536, expected 0 <= layers <= 65535");
 }
 
 TEST_CASE("A recorder says what is wrong", "[analysis][trace]") {

@@ -490,11 +490,14 @@ TEST_CASE("GroupedQueryAttention says what is wrong with its options",
         }) == layer + "rotary_dim without rope, expected both");
   CHECK(message([](auto& c) { c.rotary_dim = 3; }) ==
         layer + "rotary_dim = 3, expected an even number");
-  CHECK(message([](auto& c) { c.rotary_dim = 6; }).starts_with(layer + "rotary_dim = 6, expected"));
+  CHECK(message([](auto& c) { c.rotary_dim = 6; }) ==
+        layer + "rotary_dim = 6, expected 0 <= rotary_dim <= 4");
   CHECK(
       message([](auto& c) { c.rotary_dim = -2; }).starts_with(layer + "rotary_dim = -2, expected"));
   CHECK(message([](auto& c) { c.temperature_scale = 0.1; }) ==
         layer + "temperature_scale = 0.1 with rope, expected it only without");
+  CHECK(message([](auto& c) { c.temperature_scale = -0.1; }) ==
+        layer + "temperature_scale = -0.1, expected a finite number >= 0");
   CHECK(message([](auto& c) { c.temperature_floor = 0; }) ==
         layer + "temperature_floor = 0, expected >= 1");
 

@@ -91,6 +91,7 @@ void check_resumes(const Optimizer& fresh, Index experts = 4,
   for (int step = 0; step < 3; ++step) train(model, optimizer, state);
   const fs::path saved = io::save(folder.path(), model, optimizer, state);
   CHECK(saved.filename() == "step-000000003");
+  CHECK(io::read_notes(saved) == state.notes);
 
   Decoder<float> resumed = make_decoder(2, experts);
   set_precision(resumed, precision);
@@ -276,8 +277,41 @@ TEST_CASE("A checkpoint of another model changes nothing", "[io][checkpoint]") {
   const std::string optimizer_file = content(saved / "optimizer.safetensors");
   CHECK(broken("optimizer.safetensors", optimizer_file.substr(0, optimizer_file.size() - 1))
             .find("do not lie within") != std::string::npos);
+  const auto with = [](std::string text, const std::string& from, const std::string& to) {
+    return text.replace(text.find(from), from.size(), to);
+  };
+  const std::string unknown = with(optimizer_file, ".router.weight.", ".router.weigth.");
+  CHECK(broken("optimizer.safetensors", unknown).ends_with("' is not known to the optimizer"));
+  const std::string whole_numbers = with(optimizer_file, "\"F32\"", "\"I32\"");
+  CHECK(broken("optimizer.safetensors", whole_numbers)
+            .ends_with("], expected a matrix of real numbers"));
+  const std::string model_file = with(content(saved / "model.safetensors"), "\"F32\"", "\"I32\"");
+  CHECK(broken("model.safetensors", model_file).find(", expected a floating-point kind") !=
+        std::string::npos);
+  nlohmann::json edited = nlohmann::json::parse(content(saved / "state.json"));
+  edited["parameter_steps"]["none"] = 3;
+  CHECK(broken("state.json", edited.dump()) ==
+        ": 'parameter_steps' names 'none', which is not in the model");
+  CHECK(test::message_of<io::FileError>([&] {
+          io::read_notes(folder.path() / "none");
+        }).starts_with((folder.path() / "none").string()));
   CHECK(complaint_of_loading(folder.path() / "none", model)
             .ends_with("none: there is no checkpoint"));
+}
+
+TEST_CASE("A note that is not UTF-8 is refused, and the checkpoint before it stays",
+          "[io][checkpoint]") {
+  const test::Folder folder;
+  Decoder<float> model = make_decoder(1);
+  AdamW<float> optimizer;
+  io::TrainingState state{.rng = Rng(5), .notes = {{"text", "old"}}};
+  train(model, optimizer, state);
+  const fs::path saved = io::save(folder.path(), model, optimizer, state);
+  state.notes["text"] = "\xFF";
+  CHECK(test::message_of<ConfigError>([&] {
+          io::save(folder.path(), model, optimizer, state);
+        }).starts_with("save: a note is not UTF-8: "));
+  CHECK(io::read_notes(saved).at("text") == "old");
 }
 
 TEST_CASE("Saving may be killed at any moment", "[io][checkpoint]") {

@@ -94,6 +94,32 @@ TEST_CASE("SentencePieceTokenizer gives the tokens and texts of the library", "[
   }
 }
 
+TEST_CASE("SentencePieceTokenizer takes the model's numbers for beginning and end",
+          "[io][tokenizer]") {
+  const test::Folder folder;
+  const std::string path = (folder.path() / "tokenizer.model").string();
+  const auto made_with = [&](const std::string& numbers) {
+    train(path, "--model_type=unigram --vocab_size=100 " + numbers);
+    return SentencePieceTokenizer::read(path);
+  };
+  const SentencePieceTokenizer end_first = made_with("--eos_id=0 --bos_id=1 --unk_id=2");
+  CHECK(end_first.eos() == 0);
+  CHECK(end_first.bos() == 1);
+  CHECK(end_first.encode("the").front() == 1);
+  const SentencePieceTokenizer begin_first = made_with("--bos_id=0 --unk_id=1 --eos_id=2");
+  CHECK(begin_first.bos() == 0);
+  CHECK(begin_first.eos() == 2);
+  CHECK(begin_first.encode("the").front() == 0);
+  // As T5's, which has no beginning.
+  const SentencePieceTokenizer no_begin = made_with("--pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1");
+  CHECK_FALSE(no_begin.bos().has_value());
+  CHECK(no_begin.eos() == 1);
+  CHECK(no_begin.encode("the") == no_begin.encode("the", {.add_special = false}));
+  const SentencePieceTokenizer no_end = made_with("--unk_id=0 --bos_id=1 --eos_id=-1");
+  CHECK_FALSE(no_end.eos().has_value());
+  CHECK(no_end.bos() == 1);
+}
+
 TEST_CASE("SentencePieceTokenizer decodes any tokens as the library does", "[io][tokenizer]") {
   const auto settings = GENERATE(as<std::string>{}, kLlama, "--model_type=unigram --vocab_size=120",
                                  "--model_type=unigram --vocab_size=120 --add_dummy_prefix=false",

@@ -96,9 +96,12 @@ TEST_CASE("A trace of nothing is a trace", "[io][trace]") {
   const test::Folder folder;
   const std::string path = (folder.path() / "a.trace").string();
   io::TraceWriter writer(path);
-  TraceRecorder recorder(writer);
+  TraceRecorder recorder(writer, {.share = 0.25, .seed = 9});
   writer.commit(recorder);
-  CHECK(io::TraceFile(path).trace().records() == 0);
+  const io::TraceFile file(path);
+  CHECK(file.trace().records() == 0);
+  CHECK(file.header().share == 0.25);
+  CHECK(file.header().seed == 9);
 }
 
 TEST_CASE("A writer that does not commit leaves nothing", "[io][trace]") {

@@ -123,10 +123,12 @@ struct Outcome {
   std::string error;
   Matrix<T> y, dx;
   double aux_loss = 0.0;
+  std::vector<double> report;
   std::vector<Matrix<T>> gradients;
 
   bool operator==(const Outcome& o) const {
     if (error != o.error || y != o.y || dx != o.dx || aux_loss != o.aux_loss) return false;
+    if (report != o.report) return false;
     for (std::size_t i = 0; i < gradients.size(); ++i) {
       if (gradients[i] != o.gradients[i]) return false;
     }
@@ -139,10 +141,19 @@ Outcome<T> run(test::AnyMoe<T> moe, const Situation<T>& s, bool training,
                typename test::AnyMoe<T>::Cache& cache) {
   Outcome<T> outcome;
   Rng rng(7);
-  PassRecord record;
+  PassRecord record(PassRecord::Collects::kLossesAndReports);
   try {
     outcome.y = moe.forward(s.x, s.pass(training, &rng, &record), cache);
     outcome.aux_loss = record.aux_loss();
+    for (const auto& [path, report] : record.reports()) {
+      for (const auto* const counts : {&report.load, &report.kept}) {
+        outcome.report.insert(outcome.report.end(), counts->begin(), counts->end());
+      }
+      outcome.report.insert(outcome.report.end(), report.weight.begin(), report.weight.end());
+      outcome.report.push_back(report.entropy);
+      outcome.report.push_back(static_cast<double>(report.dropped));
+      outcome.report.push_back(static_cast<double>(report.dropped_tokens));
+    }
     if (!training) return outcome;
     outcome.dx = moe.backward(Matrix<T>::Ones(s.x.rows(), kModel), cache);
     for (const auto& [name, parameter] : parameters(moe)) {
@@ -219,7 +230,10 @@ TEMPLATE_TEST_CASE("Random compositions are sound on whatever they get",
     const test::AnyMoe<T> moe = random_layer<T>(rng, name);
     Situation<T> situation = random_situation<T>(rng);
     // It refuses forbidden experts in training, and says so.
-    if (name.find("balanced_assignment") != std::string::npos) situation.allowed.clear();
+    const bool refuses = name.find("balanced_assignment") != std::string::npos;
+    if (refuses) situation.allowed.clear();
+    Situation<T> other = random_situation<T>(rng);
+    if (refuses) other.allowed.clear();
     INFO("seed " << i << ": " << name);
     for (const bool training : {false, true}) {
       INFO((training ? "training" : "inference"));
@@ -234,8 +248,10 @@ TEMPLATE_TEST_CASE("Random compositions are sound on whatever they get",
         for (const Matrix<T>& gradient : outcome.gradients) CHECK(gradient.allFinite());
         if (!training && is_token_wise(name)) check_tokens_alone(moe, situation, outcome.y);
       }
-      // The cache serves again, after an exception too, and any number of threads gives these bits.
+      // The cache serves again, after an exception and after other tokens, and any number of
+      // threads gives these bits.
       if (outcome.y.allFinite() && outcome.dx.allFinite()) {
+        run(moe, other, training, cache);
         const test::Threads two(2);
         CHECK(run(moe, situation, training, cache) == outcome);
       }

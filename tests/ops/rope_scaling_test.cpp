@@ -92,6 +92,8 @@ TEST_CASE("LongRopeScaling says what is wrong", "[ops][rope]") {
         "Rope: long_rope.long_factors = 0, expected a finite number > 0");
   CHECK(message([](LongRopeScaling& s) { s.long_mscale = -1.0; }) ==
         "Rope: long_rope.long_mscale = -1, expected a finite number > 0");
+  CHECK(message([](LongRopeScaling& s) { s.short_mscale = 0.0; }) ==
+        "Rope: long_rope.short_mscale = 0, expected a finite number > 0");
   CHECK(message([](LongRopeScaling& s) { s.original_context = 0; }) ==
         "Rope: long_rope.original_context = 0, expected >= 1");
   CHECK(message([](LongRopeScaling& s) { s.length = -1; }) ==

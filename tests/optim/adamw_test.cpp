@@ -411,6 +411,10 @@ TEST_CASE("AdamW refuses shapes that changed, before it changes anything", "[opt
     optimizer.moments("second").second.setZero(1, 1);
     CHECK(test::message_of<ShapeError>([&] { optimizer.step(model); }) ==
           "AdamW::step: second moment of second is [1, 1], expected [2, 3]");
+    optimizer.moments("second").second.resize(0, 0);
+    optimizer.moments("second").first.setZero(3, 2);
+    CHECK(test::message_of<ShapeError>([&] { optimizer.step(model); }) ==
+          "AdamW::step: first moment of second is [3, 2], expected [2, 3]");
   }
   CHECK(first.value.isZero(0.0));
   CHECK(first.grad == Matrix<float>::Ones(2, 3));

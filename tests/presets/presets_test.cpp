@@ -44,6 +44,7 @@
 #include <weir/presets/switch_base_8.hpp>
 #include <weir/presets/switch_large.hpp>
 
+#include "support/caches.hpp"
 #include "support/catch.hpp"
 #include "support/matrices.hpp"
 #include "support/threads.hpp"
@@ -237,6 +238,32 @@ TEST_CASE("Each preset decodes token by token and in chunks what it computes at 
     CHECK(test::relative_error(decode_in_pieces(model, ids, ids.size()), whole) <= 1e-11);
     CHECK(test::relative_error(decode_in_pieces(model, ids, 7), whole) <= 1e-11);
     CHECK(test::relative_error(decode_in_pieces(model, ids, 1), whole) <= 1e-11);
+  }
+}
+
+TEST_CASE("A cache that has served other texts serves as a new one", "[presets]") {
+  const std::vector<Index> ids = text(30, 14);
+  const Sequences two({3, 4});
+  const std::vector<std::uint8_t> mask = {0, 1, 1, 1, 1, 0, 1};
+  for (const Small& preset : all_presets()) {
+    INFO(preset.name);
+    Decoder<double> model = preset.make_large(5);
+    const auto gradients = [&](Objective& objective) {
+      zero_gradients(model);
+      std::vector<Matrix<double>> all = {Matrix<double>::Constant(1, 1, objective(model, ids))};
+      model.backward(objective.loss.backward(objective.loss_cache), objective.cache);
+      for (const auto& [name, parameter] : parameters(model)) all.push_back(parameter->grad);
+      return all;
+    };
+    Objective fresh, used;
+    const auto expected = gradients(fresh);
+    used(model, text(0, 40));
+    model.backward(used.loss.backward(used.loss_cache), used.cache);
+    model.forward(text(3, 7), {.sequences = &two, .mask = mask}, used.cache);
+    const auto again = gradients(used);
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      CHECK(test::same_gradients(expected[i], again[i]));
+    }
   }
 }
 

@@ -84,6 +84,9 @@ TEST_CASE("The starved are retired and the overloaded split, within bounds", "[t
         "plan_population: overloaded = 0.5, expected a "
         "finite number >= 1");
   CHECK(message({1, 2}, {.least = 4, .most = 3}) == "plan_population: most = 3, expected >= 4");
+  CHECK(message({1, 2}, {.least = 0}) == "plan_population: least = 0, expected >= 1");
+  CHECK(message({1, 2}, {.starved = 1.5}) ==
+        "plan_population: starved = 1.5, expected 0 <= starved <= 1");
   CHECK(message({1, -2}, {}) == "plan_population: use = -2, expected a finite number >= 0");
 }
 

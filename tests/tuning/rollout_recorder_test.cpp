@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -215,6 +216,11 @@ TEST_CASE("Routing replay says what does not fit", "[tuning][replay]") {
         "sequence 0");
   CHECK(message([&] { rollout.recorder.log_probabilities(9); }) ==
         "RolloutRecorder: conversation = 9, expected 0 <= conversation < 4");
+  RolloutRecorder<double> recorder;
+  Matrix<double> unknown = Matrix<double>::Zero(1, 3);
+  unknown(0, 1) = std::numeric_limits<double>::quiet_NaN();
+  CHECK(test::message_of<NonFiniteError>([&] { recorder.drawn(0, unknown, 2); }) ==
+        "RolloutRecorder: token 2 of conversation 0 has the log-probability nan, expected finite");
 
   const auto impose = [&](Model& to, const std::vector<LayerTrace>& imposed) {
     return message([&] { impose_routing(to, imposed); });

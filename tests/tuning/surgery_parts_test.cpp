@@ -6,6 +6,7 @@
 #include <weir/core/verbs.hpp>
 #include <weir/moe/capacity/dropless.hpp>
 #include <weir/moe/expert_mask.hpp>
+#include <weir/moe/experts/any_bank.hpp>
 #include <weir/moe/experts/glu_bank.hpp>
 #include <weir/moe/experts/input_weighted.hpp>
 #include <weir/moe/experts/pass_dropped.hpp>
@@ -18,7 +19,9 @@
 #include <weir/moe/router/noisy_router.hpp>
 #include <weir/moe/selector/softmax_top_k.hpp>
 #include <weir/moe/selector/top_k_softmax.hpp>
+#include <weir/nn/linear.hpp>
 #include <weir/optim/adamw.hpp>
+#include <weir/tuning/expert_parts.hpp>
 #include <weir/tuning/expert_scores.hpp>
 #include <weir/tuning/surgery.hpp>
 
@@ -199,6 +202,28 @@ TEST_CASE("What a router cannot do is refused, and nothing changes", "[tuning]")
                   SoftmaxTopK<double>({.k = 1}), Dropless(), bank());
   ExpertSurgery of_hashed(hashed, Matrix<double>(0, kModel));
   CHECK(test::message_of<ConfigError>([&] { of_hashed.remap({.source = {0, 1}}); }) == none);
+
+  // A bank of any layers, which have no experts that are known, and of which none can be cold.
+  std::vector<Linear<double>> experts;
+  for (int e = 0; e < 3; ++e) experts.emplace_back(kModel, kModel, rng);
+  auto any = MoELayer(LinearRouter<double>(kModel, 3, rng), SoftmaxTopK<double>({.k = 1}),
+                      Dropless(), AnyBank(experts, kModel, kModel));
+  CHECK(test::message_of<ConfigError>([&] { expert_parts("test", any, 0); }) ==
+        "test: expert 0 has a parameter 'weight', expected one of GluBank, MlpBank or "
+        "ClampedGluBank");
+  CHECK(message(any,
+                [&](auto& surgery) {
+                  surgery.remap({.source = {0, -1}, .rng = &rng});
+                }) ==
+        "AnyBank::remap_experts: the map has a cold expert, expected only experts that are there");
+  ExpertSurgery(any, tokens()).remap({.source = {2, 0}});
+  CHECK(any.bank().experts() == 2);
+  CHECK(any.bank().expert(0).weight().value == experts[2].weight().value);
+  CHECK(any.bank().expert(1).weight().value == experts[0].weight().value);
+  Linear<double> no_mixture(kModel, kModel, rng);
+  ExpertSurgery of_none(no_mixture, tokens());
+  CHECK(test::message_of<ConfigError>([&] { of_none.experts(); }) ==
+        "ExpertSurgery: the layer has no mixture, expected one");
 }
 
 }  // namespace weir::surgery_parts_test

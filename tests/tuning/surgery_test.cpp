@@ -548,6 +548,10 @@ TEST_CASE("Operations that cannot be done change nothing", "[tuning]") {
   CHECK(message([&] {
           surgery.merge({1, 2}, two);
         }) == "ExpertSurgery::merge: use has 2 numbers, expected 3 (one per expert)");
+  const std::vector<double> unused = {0, 0, 0};
+  CHECK(message([&] {
+          surgery.merge({1, 2}, unused);
+        }) == "ExpertSurgery::merge: the sum of use = 0, expected a finite number > 0");
   add_lora(layer, "experts.1.up", rng);
   CHECK(test::message_of<StateError>([&] {
           surgery.merge({1, 2}, use);
