@@ -108,8 +108,8 @@ inline double random_overflow(std::span<const Index> choices, Index experts, Ind
 ///
 /// In the second, before rank r of token t come the ranks up to r of the tokens before it, and
 /// those below r of the ones behind it: a token's choices are different, so that its own others do
-/// not count. (The formulas are this library's own.) \return         [choices], how many choices of
-/// each are lost on average.
+/// not count. The formulas are this library's own.
+/// \return         [choices], how many choices of each are lost on average.
 inline std::vector<double> random_drops(std::span<const Index> choices, Index experts,
                                         Index capacity, ServingOrder order) {
   const std::size_t tokens = choices.size();

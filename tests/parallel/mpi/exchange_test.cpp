@@ -180,9 +180,11 @@ TEST_CASE("Exchanges and communicators say what is wrong with a call", "[paralle
   Channel channel(test::ranks());
   Exchange exchange;
   exchange.begin(channel, "test", 8, 8);
-  CHECK(test::message_of<MpiError>([&] {
-          exchange.send(size(), 0, 8);
-        }).starts_with("MPI_Isend: MPI_ERR_RANK"));
+  // Behind the colon is what the MPI says; MPICH has other words than Open MPI.
+  const std::string message = test::message_of<MpiError>([&] { exchange.send(size(), 0, 8); });
+  CHECK(message.starts_with("MPI_Isend: "));
+  CHECK((message.find("MPI_ERR_RANK") != std::string::npos ||
+         message.find("Invalid rank") != std::string::npos));
   if (size() == 1) return;
   Exchange waiting;
   waiting.begin(channel, "first", 1, 1);
