@@ -55,6 +55,27 @@ std::string config_fault(std::string_view text,
   return at == std::string::npos ? message : message.substr(at + name.size());
 }
 
+/// The settings of a published configuration that change the model, and that are not written with
+/// the same value where a model of this configuration is saved.
+template <class Config>
+std::vector<std::string> lost_settings(std::string_view text) {
+  const Config config = config_of<Config>(text);
+  const nlohmann::json written = io::detail::config_json(config, io::Dtype::kBF16);
+  const nlohmann::json published = nlohmann::json::parse(text);
+  std::vector<std::string> lost;
+  for (const auto& [key, value] : published.items()) {
+    if (written.contains(key) && written[key] == value) continue;
+    nlohmann::json without = published;
+    without.erase(key);
+    try {
+      if (config_of<Config>(without.dump()) != config) lost.push_back(key);
+    } catch (const io::FileError&) {
+      lost.push_back(key);  // It has to be there.
+    }
+  }
+  return lost;
+}
+
 /// A model whose parameters and biases of selection are all drawn at random, norms and biases too.
 template <class Config>
 Decoder<float> random_model(const Config& config, std::uint64_t seed = 7) {

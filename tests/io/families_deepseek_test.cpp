@@ -76,6 +76,7 @@ constexpr auto kV3 = R"({
 TEST_CASE("Published configurations of DeepSeek's models are read to the last number",
           "[io][pretrained]") {
   CHECK(test::config_of<DeepSeekMoEConfig>(kMoE) == presets::deepseek_moe_16b());
+  CHECK(test::lost_settings<DeepSeekMoEConfig>(kMoE).empty());
   CHECK(test::config_of<DeepSeekV3Config>(kV3) == presets::deepseek_v3());
 
   DeepSeekV2Config v2 = presets::deepseek_v2();  // The losses that the paper trained with.

@@ -47,8 +47,11 @@ constexpr auto kQwen = R"({
 TEST_CASE("Published configurations of dense models are read to the last number",
           "[io][pretrained]") {
   CHECK(test::config_of<DenseConfig>(kLlama) == presets::llama_3_1_8b());
+  CHECK(test::lost_settings<DenseConfig>(kLlama).empty());
   CHECK(test::config_of<DenseConfig>(kMistral) == presets::mistral_7b());
+  CHECK(test::lost_settings<DenseConfig>(kMistral).empty());
   CHECK(test::config_of<DenseConfig>(kQwen) == presets::qwen3_8b());
+  CHECK(test::lost_settings<DenseConfig>(kQwen).empty());
 }
 
 TEST_CASE("What a dense configuration leaves out has the library's defaults", "[io][pretrained]") {

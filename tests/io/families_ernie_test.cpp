@@ -24,6 +24,7 @@ constexpr auto kErnie = R"({
 
 TEST_CASE("ERNIE 4.5's published configuration is read to the last number", "[io][pretrained]") {
   CHECK(test::config_of<ErnieMoeConfig>(kErnie) == presets::ernie_4_5_21b_a3b());
+  CHECK(test::lost_settings<ErnieMoeConfig>(kErnie).empty());
   nlohmann::json json = nlohmann::json::parse(kErnie);  // The library's defaults.
   for (const auto* const key :
        {"moe_gate", "moe_intermediate_size", "moe_k", "moe_layer_interval", "moe_layer_start_index",

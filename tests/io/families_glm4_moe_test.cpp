@@ -30,6 +30,7 @@ constexpr auto kAir = R"({
 
 TEST_CASE("GLM-4.5's published configurations are read to the last number", "[io][pretrained]") {
   CHECK(test::config_of<Glm4MoeConfig>(kAir) == presets::glm_4_5_air());
+  CHECK(test::lost_settings<Glm4MoeConfig>(kAir).empty());
   nlohmann::json json = nlohmann::json::parse(kAir);  // Where GLM-4.5 differs.
   json.update({{"first_k_dense_replace", 3},
                {"hidden_size", 5120},

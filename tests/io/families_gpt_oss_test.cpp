@@ -45,6 +45,7 @@ constexpr auto kGptOss = R"({
 
 TEST_CASE("gpt-oss-20b's published configuration is read to the last number", "[io][pretrained]") {
   CHECK(test::config_of<GptOssConfig>(kGptOss) == presets::gpt_oss_20b());
+  CHECK(test::lost_settings<GptOssConfig>(kGptOss).empty());
   nlohmann::json json = nlohmann::json::parse(kGptOss);  // The library's defaults.
   for (const auto* const key : {"attention_bias", "head_dim", "layer_types", "rms_norm_eps",
                                 "rope_scaling", "rope_theta", "sliding_window", "swiglu_limit"}) {

@@ -27,6 +27,7 @@ constexpr auto kGranite = R"({
 
 TEST_CASE("Granite's published configuration is read to the last number", "[io][pretrained]") {
   CHECK(test::config_of<GraniteMoeConfig>(kGranite) == presets::granite_3_1_1b_a400m());
+  CHECK(test::lost_settings<GraniteMoeConfig>(kGranite).empty());
 }
 
 TEST_CASE("Granite's multipliers are 1 where config.json has none", "[io][pretrained]") {

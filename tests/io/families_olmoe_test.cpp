@@ -25,6 +25,7 @@ constexpr auto kOlmoe = R"({
 
 TEST_CASE("OLMoE's published configuration is read to the last number", "[io][pretrained]") {
   CHECK(test::config_of<OlmoeConfig>(kOlmoe) == presets::olmoe_1b_7b());
+  CHECK(test::lost_settings<OlmoeConfig>(kOlmoe).empty());
 }
 
 TEST_CASE("Settings of OLMoE that change the result are read or refused by name",

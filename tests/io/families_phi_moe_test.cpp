@@ -29,6 +29,7 @@ constexpr auto kPhi = R"({
 
 TEST_CASE("Phi-3.5-MoE's published configuration is read to the last number", "[io][pretrained]") {
   CHECK(test::config_of<PhiMoeConfig>(kPhi) == presets::phi_3_5_moe());
+  CHECK(test::lost_settings<PhiMoeConfig>(kPhi).empty());
   nlohmann::json json = nlohmann::json::parse(kPhi);
   const std::vector<double> near(64, 1.25);
   const std::vector<double> far(64, 2.5);

@@ -44,7 +44,9 @@ constexpr auto kQwen2 = R"({
 TEST_CASE("Published configurations of Qwen's mixtures are read to the last number",
           "[io][pretrained]") {
   CHECK(test::config_of<Qwen3Config>(kQwen3) == presets::qwen3_30b_a3b());
+  CHECK(test::lost_settings<Qwen3Config>(kQwen3).empty());
   CHECK(test::config_of<Qwen2MoeConfig>(kQwen2) == presets::qwen1_5_moe_a2_7b());
+  CHECK(test::lost_settings<Qwen2MoeConfig>(kQwen2).empty());
 }
 
 TEST_CASE("Qwen's configurations say which layers are dense", "[io][pretrained]") {
