@@ -5,6 +5,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <weir/kernels/arranged_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
@@ -200,6 +204,26 @@ TEST_CASE("Products with codes stay within the bounds of their formats", "[kerne
     }
   }
 }
+
+#if defined(__SSE2__)
+TEST_CASE("Small codes of FP8 count where small floats are taken for zero", "[kernels][packed]") {
+  // One large weight of a tile leaves codes below the normal range of E4M3 to the others.
+  Matrix<float> w = 1e-4F * test::random_matrix<float>(128, 128, 1);
+  w(0, 0) = 10.0F;
+  const PackedWeight<float> weight(w, Storage::kFp8);
+  for (const Index tokens : {1, 2, 4, 9}) {
+    Matrix<float> x = test::random_matrix<float>(tokens, 128, 2);
+    x.col(0).setZero();
+    const Matrix<float> usual = product(x, weight);
+    CHECK(usual.squaredNorm() > 0.0F);
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040U);  // Inputs and results.
+    const Matrix<float> without = product(x, weight);
+    _mm_setcsr(before);
+    CHECK(without == usual);
+  }
+}
+#endif
 
 TEST_CASE("A weight with a NaN gives NaN in every storage", "[kernels][packed]") {
   const Matrix<float> x = test::random_matrix<float>(5, 64, 1);

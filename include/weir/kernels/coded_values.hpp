@@ -168,15 +168,27 @@ struct Fp8Codes {
   static constexpr int kPerWord = 4;
   static constexpr bool kHasMinimum = false;
 
-  /// The bits of a code, moved to where a float has them, are 2^-120 times its value, also below
-  /// the normal range. The code of NaN does not occur: the scale is NaN then.
+  /// 2^-8 times the value of a code, which the scale makes up for. The bits of its magnitude, moved
+  /// to where a float has them, with an exponent 112 higher, are y = 2^-8 times the value in the
+  /// normal range; below it, that is 2 y - 2^-14, which is larger everywhere else. No float lies
+  /// below its own normal range, which a processor may be told to take for zero, and which takes
+  /// many others hundreds of cycles. The code of NaN does not occur: the scale is NaN then.
   [[gnu::always_inline]] static Lanes<float> value(const detail::Words& words, int i) {
-    constexpr int kPlaces = static_cast<int>(0x87F00000U);
-    const detail::Words bits = ((words << (24 - 8 * i)) >> 4) & kPlaces;
-    return std::bit_cast<Lanes<float>>(bits) * 0x1p120F;
+    const auto top = std::bit_cast<detail::UnsignedWords>(words)
+                     << (24U - 8U * static_cast<unsigned>(i));
+    const detail::UnsignedWords moved = (top >> 4U & 0x07F00000U) | 112U << 23U;
+    const auto y = std::bit_cast<Lanes<float>>(moved);
+    const Lanes<float> below = y * 2.0F - 0x1p-14F;
+#if defined(__AVX512F__)
+    const auto magnitude = std::bit_cast<Lanes<float>>(_mm512_min_ps(below, y));
+#else
+    const Lanes<float> magnitude = below < y ? below : y;
+#endif
+    const auto bits = std::bit_cast<detail::UnsignedWords>(magnitude);
+    return std::bit_cast<Lanes<float>>(bits | (top & 0x80000000U));
   }
   static Lanes<float> scale(const std::byte* block, Index lane) {
-    return detail::load_vector<Lanes<float>>(block + 4 * lane);
+    return detail::load_vector<Lanes<float>>(block + 4 * lane) * 0x1p8F;
   }
 };
 
