@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstddef>
+#include <iterator>
 #include <limits>
 #include <type_traits>
 #include <vector>
@@ -9,6 +12,7 @@
 #include <immintrin.h>
 #endif
 
+#include <weir/core/random.hpp>
 #include <weir/kernels/arranged_rows.hpp>
 #include <weir/kernels/matmul.hpp>
 #include <weir/kernels/packed_product.hpp>
@@ -202,6 +206,28 @@ TEST_CASE("Products with codes stay within the bounds of their formats", "[kerne
       }
       CHECK(beyond == 0);
     }
+  }
+}
+
+TEST_CASE("Storages have the errors that are stated for normal numbers", "[kernels][packed]") {
+  constexpr double kStated[] = {0.0, 0.0017, 0.0054, 0.078, 0.027, 0.112, 0.0076, 0.079};
+  Rng rng(1);
+  const auto normal = [&](Index rows) {
+    Matrix<float> x(rows, 1024);
+    for (Index i = 0; i < x.size(); ++i) x.data()[i] = static_cast<float>(rng.normal());
+    return x;
+  };
+  const Matrix<float> w = normal(128);
+  const Matrix<float> x = normal(32);
+  const Matrix<double> exact = x.cast<double>() * w.cast<double>().transpose();
+  for (std::size_t s = 1; s < std::size(kStorages); ++s) {
+    INFO("storage " << static_cast<int>(kStorages[s]));
+    const PackedWeight<float> weight(w, kStorages[s]);
+    // Rounding the tokens to bfloat16 adds as much as rounding the weights to it.
+    const bool rounds = weight.row_format().kind == kernels::RowKind::kBfloat16;
+    const double expected = std::hypot(kStated[s], rounds ? kStated[1] : 0.0);
+    CHECK(test::relative_error(product(x, weight).cast<double>(), exact) ==
+          Approx(expected).epsilon(0.03));
   }
 }
 
