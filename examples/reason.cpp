@@ -155,7 +155,7 @@ void learn_from_examples(Training& stage, Model::Cache& cache) {
     const Sum sum = Sum::random(stage.rng, false);
     batch.add(sum.question(), sum.answer(), 0.0);
   }
-  const weir::CrossEntropy<float> loss({.ignore_index = weir::kNoTarget});
+  const weir::CrossEntropy<float> loss;
   weir::CrossEntropy<float>::Cache loss_cache;
   loss.forward(stage.model.forward(batch.ids, batch.training(), cache), batch.targets, loss_cache);
   stage.model.backward(loss.backward(loss_cache), cache);

@@ -13,6 +13,9 @@
 
 namespace weir {
 
+/// The target of a token that has none.
+inline constexpr Index kNoTarget = -100;
+
 /// A view of token ids, which may be `int`, as tokenizers give them, or `Index`. Everything that a
 /// std::span of one of the two can view converts to it.
 class TokenIds {

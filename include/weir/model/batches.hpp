@@ -52,7 +52,7 @@ struct PaddedBatchConfig {
   Index length = 0;   ///< Of each sequence; 0: that of the longest document without its last token.
   bool left = false;  ///< Whether padding comes first, as for generating from prompts.
   Index pad_id = 0;   ///< The id of padding, which nobody looks at.
-  Index ignore_index = -100;  ///< The target of padding, see CrossEntropyConfig.
+  Index ignore_index = kNoTarget;  ///< The target of padding, see CrossEntropyConfig.
 };
 
 namespace detail {

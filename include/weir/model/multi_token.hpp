@@ -46,7 +46,7 @@ struct MultiTokenConfig {
   /// kNormed is what serving engines give to the released weights of DeepSeek-V3 (vLLM).
   HiddenSource source = HiddenSource::kNormed;
   TargetMean mean = TargetMean::kMain;
-  Index ignore_index = -100;  ///< Targets with this value are skipped.
+  Index ignore_index = kNoTarget;  ///< Targets with this value are skipped.
 };
 
 /// D modules behind a Decoder. The k-th one predicts the token k + 1 places on. h^0 is the h of the

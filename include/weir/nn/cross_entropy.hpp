@@ -25,8 +25,8 @@ namespace weir {
 
 /// Settings of `CrossEntropy`.
 struct CrossEntropyConfig {
-  Index ignore_index = -100;  ///< Tokens with this target are skipped.
-  double z_loss = 0.0;        ///< The coefficient of the penalty.
+  Index ignore_index = kNoTarget;  ///< Tokens with this target are skipped.
+  double z_loss = 0.0;             ///< The coefficient of the penalty.
 };
 
 /// Mean negative log-likelihood of the targets, and optionally a penalty that keeps the normaliser

@@ -18,9 +18,6 @@
 
 namespace weir {
 
-/// The target of a row that has none.
-inline constexpr Index kNoTarget = -100;
-
 /// Sets, for each row t of the logits that has a target,
 ///
 ///     log_p_t = logits[t, target_t] - log sum_v exp(logits[t, v])

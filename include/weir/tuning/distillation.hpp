@@ -198,7 +198,7 @@ const Matrix<T>& DistillationLoss<T>::backward(Cache& cache, T scale) const {
 /// [tokens, d] and [tokens, D]. W is a linear map that is trained too, and that nobody needs
 /// afterwards; without it, which takes d = D, W is the identity. The sum runs over the N tokens
 /// that count; the teacher is constant to the derivative. (Romero et al. 2014, arXiv:1412.6550,
-/// whose regressor is W; Jiao et al. 2019, arXiv:1909.10351, section 3.1.)
+/// whose regressor is W; Jiao et al. 2019, arXiv:1909.10351.)
 template <std::floating_point T>
 class HiddenLoss {
  public:

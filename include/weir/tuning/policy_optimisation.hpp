@@ -31,7 +31,7 @@ namespace weir {
 ///
 /// The standard deviation is that of a sample, with G - 1 below the sum, as Hugging Face's TRL has
 /// it; the papers do not say. In a group without any difference all advantages are 0.
-/// (Shao et al. 2024, arXiv:2402.03300, section 4.1.2; DeepSeek-AI 2025, arXiv:2501.12948, eq. 3.)
+/// (Shao et al. 2024, arXiv:2402.03300; DeepSeek-AI 2025, arXiv:2501.12948.)
 ///
 /// \param rewards  G answers to the first question, then G to the second, ...
 /// \param group    G.
@@ -170,8 +170,8 @@ struct PolicyLossConfig {
 ///     d(loss)/d(log p_it) = -1/(N |o_i|) ([not clipped] rho_it A_i - beta (1 - p_ref / p))
 ///
 /// N is the number of answers, or, with a batch in parts, what the caller says it is in the whole
-/// batch. (Shao et al. 2024, arXiv:2402.03300, eq. 3 and 4; DeepSeek-AI 2025, arXiv:2501.12948,
-/// eq. 1 and 2; two clips: Yu et al. 2025, arXiv:2503.14476.)
+/// batch. (Shao et al. 2024, arXiv:2402.03300; DeepSeek-AI 2025, arXiv:2501.12948; two clips: Yu et
+/// al. 2025, arXiv:2503.14476.)
 template <std::floating_point T>
 class PolicyLoss {
  public:
