@@ -50,7 +50,7 @@ void all_gather(Channel& channel, Exchange& exchange, std::string_view what,
 inline std::vector<std::string> all_gather_texts(Channel& channel, Exchange& exchange,
                                                  std::string_view what, std::string_view mine) {
   List<std::int64_t> sizes;
-  const std::int64_t size = static_cast<std::int64_t>(mine.size());
+  const auto size = static_cast<std::int64_t>(mine.size());
   all_gather<std::int64_t>(channel, exchange, what, std::span(&size, 1), sizes);
   Index total = 0;
   for (const std::int64_t of_rank : sizes) total += of_rank;

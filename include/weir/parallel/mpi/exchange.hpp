@@ -77,6 +77,7 @@ class Exchange {
  public:
   Exchange() = default;
   Exchange(const Exchange& /*other*/) {}
+  // NOLINTNEXTLINE(bugprone-unhandled-self-assignment)
   Exchange& operator=(const Exchange& /*other*/) { return *this; }
   Exchange(Exchange&& other) noexcept { swap(other); }
   Exchange& operator=(Exchange&& other) noexcept {

@@ -187,12 +187,13 @@ inline std::string ExchangeLog::out_of_step(const std::vector<std::optional<Stat
     std::string text;
     for (std::size_t g = 0; g + (majority ? 1 : 0) < groups.size(); ++g) {
       const auto [ranks, what] = named(groups[g]);
-      text += (text.empty() ? "" : " and ") + ranks + " began '" + what + "'";
+      text.append(text.empty() ? "" : " and ").append(ranks).append(" began '").append(what);
+      text += '\'';
     }
     text += " as exchange " + std::to_string(i) + " of the job, expected ";
     if (!majority) return text + "the same on all ranks";
     const auto [ranks, what] = named(groups.back());
-    return text + "'" + what + "' as " + ranks;
+    return text.append(1, '\'').append(what).append("' as ").append(ranks);
   }
   return "";
 }

@@ -179,7 +179,7 @@ class ExpertParallel {
   TokenTravel<T> travel_;
   std::optional<Bank> bank_;
   std::optional<Bank> any_;  // Where there is no bank, an expert of which one can be made.
-  Index d_in_, d_out_;
+  Index d_in_ = 0, d_out_ = 0;
   Storage storage_ = Storage::kTrainable;
 };
 

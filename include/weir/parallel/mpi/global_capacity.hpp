@@ -57,7 +57,7 @@ class JoinedRouting {
   /// Reads what `put` wrote; refuses to read beyond the end.
   struct Reader {
     std::string_view text;
-    int rank;
+    int rank = 0;
     template <class Number>
     Number take() {
       Number number{};

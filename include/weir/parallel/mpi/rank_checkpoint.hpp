@@ -64,6 +64,7 @@ inline void write_rank_file(Channel& channel, Exchange& exchange,
   on_all_ranks(channel, exchange, [&] {
     if (tensors.empty()) return;
     std::vector<TensorShape> shapes;
+    shapes.reserve(tensors.size());
     for (const RankTensor& tensor : tensors) shapes.push_back(tensor.shape);
     SafetensorsWriter writer(folder / file_of_rank(channel.rank(), channel.size()), shapes, dtype,
                              {{"format", "pt"}});
@@ -228,7 +229,7 @@ std::filesystem::path save(DataParallel<T>& together, const std::filesystem::pat
   Channel& channel = together.channel();
   Exchange exchange;
   const Index me = channel.rank();
-  const std::filesystem::path path = dir / detail::checkpoint_name(optimizer.steps());
+  std::filesystem::path path = dir / detail::checkpoint_name(optimizer.steps());
   const std::filesystem::path partial = path.string() + ".partial";
   detail::on_all_ranks(channel, exchange, [&] {
     if (me != 0) return;

@@ -82,6 +82,7 @@ inline std::vector<RankFile> rank_files(const RankShares& shares, Index ranks,
     const std::vector<std::size_t> written = shares.written_by(r);
     if (written.empty()) continue;
     std::vector<PublishedTensor> tensors;
+    tensors.reserve(written.size());
     for (const std::size_t t : written) tensors.push_back(shares.layout()[t]);
     const auto first = divide(tensors, config.dtype, config.shard_bytes);
     const auto place = [&](std::size_t f) {
@@ -98,9 +99,9 @@ inline std::vector<RankFile> rank_files(const RankShares& shares, Index ranks,
 /// Writes the files of one rank, tensor by tensor.
 class RankFileWriter {
  public:
-  RankFileWriter(const std::filesystem::path& folder, const RankShares& shares,
+  RankFileWriter(std::filesystem::path folder, const RankShares& shares,
                  const std::vector<RankFile>& files, Index rank, const SavePretrainedConfig& config)
-      : folder_(folder), shares_(shares), config_(config) {
+      : folder_(std::move(folder)), shares_(shares), config_(config) {
     for (const RankFile& file : files) {
       if (file.rank == rank) files_.push_back(&file);
     }

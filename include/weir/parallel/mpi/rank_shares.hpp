@@ -21,9 +21,7 @@
 #include <weir/parallel/mpi/exchange.hpp>
 #include <weir/parallel/mpi/on_all_ranks.hpp>
 
-namespace weir::io {
-
-namespace detail {
+namespace weir::io::detail {
 
 /// How many numbers a tensor has.
 inline Index size_of(const PublishedTensor& tensor) {
@@ -172,6 +170,4 @@ void collect_tensor(Channel& channel, Exchange& exchange, const RankShares& shar
   }
 }
 
-}  // namespace detail
-
-}  // namespace weir::io
+}  // namespace weir::io::detail

@@ -110,7 +110,7 @@ void TokenCounts::agree(Channel& channel, const Placement& placement,
   ranks_ = channel.size();
   slots_ = placement.slots(me);
   constexpr Index kWord = sizeof(std::int64_t);
-  constexpr Index kHead = static_cast<Index>(TokenExchangeTerms::kCount);
+  constexpr auto kHead = static_cast<Index>(TokenExchangeTerms::kCount);
   Index words = 0;
   for (Index d = 0; d < ranks_; ++d) words += kHead + placement.slots(d);
   exchange_.begin(channel, "counts of tokens", words * kWord, ranks_ * (kHead + slots_) * kWord);
