@@ -5,13 +5,15 @@
 Changes one place of one header at a time (an operator, a number, a statement), compiles tests that
 reach the header against the changed copy, and runs them, except those tagged [slow]. A mutant is
 killed if a test fails, crashes or takes too long. One that does not compile does not count. The
-sample depends on the seed and the headers alone, so that a figure can be repeated.
+sample depends on the seed and the headers alone, so that a figure can be repeated; what a run has
+judged when it is stopped is the sample of that --count.
 
     cmake --preset clang -DWEIR_TEST_TOGETHER=OFF
     tests/mutation/mutate.py build/clang --seed 1 | tee mutants.txt
 
-Nothing has to be built beforehand: the script takes commands from the build directory, and keeps
-what all mutants share (Catch2's main program, precompiled headers) there, in `mutation/`.
+The tests have to pass as they are. Nothing has to be built beforehand: the script takes commands
+from the build directory, and keeps what all mutants share (Catch2's main program, precompiled
+headers) there, in `mutation/`.
 
 Which tests: those that mirror the header (moe/routing.hpp: moe/routing_test.cpp and
 moe/routing_*_test.cpp), then those that reach it by their includes and say most about the changed
@@ -332,7 +334,7 @@ class Runner:
                                    shlex.split(libraries[1]) if libraries else [])
 
     def alive(self, header):
-        """The numbers of the lines that the preprocessor leaves in a header, or None for all."""
+        """The lines, counted from 0, that the preprocessor leaves in a header, or None for all."""
         if not re.search(r"^\s*#\s*(if|ifdef|ifndef)\b(?! WEIR_COMPILED)", text_of(header),
                          re.MULTILINE):
             return None
@@ -427,7 +429,7 @@ def sampled(everything, runner, count, seed):
         header, number, _ = mutant
         if header not in alive:
             alive[header] = runner.alive(HEADERS / header)
-        if alive[header] is None or number + 1 in alive[header] or number in alive[header]:
+        if alive[header] is None or number in alive[header]:
             found.append(mutant)
     return found
 

@@ -48,14 +48,14 @@ TEMPLATE_TEST_CASE("Rows are copied, scaled, added and summed alike by any numbe
 
 TEST_CASE("Sums over rows are added to what was there, for any width", "[ops][rows]") {
   const auto cols = GENERATE(as<Index>{}, 1, 16, 33, 64, 65, 200);
-  const auto rows = GENERATE(as<Index>{}, 0, 1, 50);
+  const auto rows = GENERATE(as<Index>{}, 0, 1, 50, 1500);  // The last in several ranges.
   const Matrix<double> x = test::random_matrix(rows, cols, 3);
   Matrix<double> sums = Matrix<double>::Ones(1, cols);
   add_over_rows<double>(rows, cols, sums.data(), [&](Index t, Index col, Index count) {
     return load_lanes<double>(&x(t, col), count);
   });
   const Matrix<double> expected = x.colwise().sum().array() + 1.0;
-  CHECK(test::relative_error(sums, expected) <= 1e-14);
+  CHECK(test::relative_error(sums, expected) <= 1e-13);
 }
 
 TEST_CASE("Pieces cover a matrix once", "[ops][rows]") {
