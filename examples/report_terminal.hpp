@@ -50,7 +50,8 @@ std::size_t largest_to_chance(const Json& lists, Counts&& counts) {
   double most = 0.0;
   for (std::size_t i = 0; i < lists["value"].size(); ++i) {
     if (!counts(i) || lists["value"][i].is_null() || lists["chance"][i].is_null()) continue;
-    const double times = lists["value"][i].get<double>() / lists["chance"][i].get<double>();
+    const auto chance = lists["chance"][i].get<double>();
+    const double times = chance > 0.0 ? lists["value"][i].get<double>() / chance : 0.0;
     if (times <= most) continue;
     most = times;
     best = i;
