@@ -212,18 +212,23 @@ TEST_CASE("What formats round does not depend on the number of ranks", "[paralle
   CHECK(error > 1e-3);  // E4M3 has 4 bits of significand,
   CHECK(error < 0.06);  // so that a number is off by 1/16 at most.
 
-  auto moe = mixture(Parallel(whole_bank(), placements().front(), channels(), config));
-  decltype(moe)::Cache cache;
-  check_same("y", moe.forward(test::own_rows(reference.x), kTraining, cache), test::own_rows(y));
-  check_same("dx", moe.backward(test::own_rows(reference.dy), cache), test::own_rows(dx));
+  for (const bool once : {false, true}) {
+    ExpertParallelConfig with_others = config;
+    with_others.once_per_node = once;
+    auto moe = mixture(Parallel(whole_bank(), placements().front(), channels(), with_others));
+    decltype(moe)::Cache cache;
+    check_same("y", moe.forward(test::own_rows(reference.x), kTraining, cache), test::own_rows(y));
+    check_same("dx", moe.backward(test::own_rows(reference.dy), cache), test::own_rows(dx));
+  }
 }
 
 TEST_CASE("ExpertParallel allocates nothing in the steady state", "[parallel][mpi]") {
   if (!test::allocations_are_counted()) return;
+  const bool once = GENERATE(false, true);
   const Reference reference(61);
   const Communicator alone(MPI_COMM_SELF);  // MPI itself allocates for messages.
   auto moe = mixture(Parallel(whole_bank(), Placement::contiguous(kExperts, RankNodes::single(1)),
-                              std::make_shared<ExpertChannels>(alone)));
+                              std::make_shared<ExpertChannels>(alone), {.once_per_node = once}));
   decltype(moe)::Cache cache;
   const auto pass = [&] {
     moe.forward(reference.x, kTraining, cache);

@@ -136,6 +136,16 @@ TEST_CASE("A checkpoint of some ranks goes on on one, and is a folder as Hugging
   Run weights_alone(also_alone);
   io::load_weights(tensors, weights_alone.moe);
   check_close(run, weights_alone, 0.0);
+  Rng rng(1);
+  LinearRouter<double> other(kModel, kExperts, rng);
+  const Matrix<double> before = other.expert_vectors()->value;
+  CHECK(test::message_of<io::FileError>([&] { io::load_weights(tensors, other); }) ==
+        saved.string() + ": 'weight' is missing");
+  Mixture smaller = Run(also_alone).moe;
+  smaller.router() = LinearRouter<double>(kModel + 1, kExperts, rng);
+  CHECK(test::message_of<io::FileError>([&] { io::load_weights(tensors, smaller); }) ==
+        saved.string() + ": 'router.weight' is [5, 10], expected [5, 11]");
+  CHECK(other.expert_vectors()->value == before);
 
   io::load(of_one.together, saved, of_one.moe, of_one.optimizer);
   of_one.state.position = run.state.position;
