@@ -159,26 +159,33 @@ function flow(parent,caption,model){
     rows:F.flatMap(f=>f.links.map(([e,g,n,q])=>[model.layers[f.from].name,String(e),model.layers[f.to].name,String(g),String(n),percent(q[0])+between(q,percent),percent(q[3])]))}),(holder,room)=>{
     const W=Math.max(room,64*layers.length),step=(W-60)/(layers.length-1);
     const s=draw("svg",{viewBox:`0 0 ${W} ${H+22}`,role:"img",tabindex:0,style:`width:${W}px;max-width:none`,
-      "aria-label":caption+". Each band is the tokens that go from an expert of one layer to an expert of the next; the numbers are in the table below."});
+      "aria-label":caption+". Each band is the tokens that go from an expert of one layer to an expert of the next. Arrow keys go from expert to expert; all numbers are in the table below."});
     const columns=layers.map(l=>{const E=model.layers[l].experts,load=new Array(E).fill(0);return{l,E,load}});
     F.forEach((f,i)=>{f.out.forEach((n,e)=>columns[i].load[e]=n);f.into.forEach((n,e)=>columns[i+1].load[e]=n)});
     columns.forEach((c,i)=>{const sum=c.load.reduce((a,b)=>a+b,0)||1,gap=c.E>24?1:pad,room=H-gap*(c.E-1);let y=0;
       c.y=[];c.h=[];c.x=30+i*step;for(let e=0;e<c.E;e++){const h=room*c.load[e]/sum;c.y.push(y);c.h.push(h);y+=h+gap}c.scale=room/sum;
       c.a=c.y.slice();c.b=c.y.slice()});
-    const links=[];
+    const links=[],boxes=columns.map(()=>[]);
     F.forEach((f,i)=>{const A=columns[i],B=columns[i+1];
       for(const [e,g,n,q] of f.links.slice().sort((p,q)=>p[0]-q[0]||p[1]-q[1])){const ha=n*A.scale,hb=n*B.scale;
         const y1=A.a[e]+ha/2,y2=B.b[g]+hb/2;A.a[e]+=ha;B.b[g]+=hb;const x1=A.x+7,x2=B.x-7,m=(x1+x2)/2;
         const p=draw("path",{"class":"link",d:`M${x1} ${y1.toFixed(1)}C${m} ${y1.toFixed(1)} ${m} ${y2.toFixed(1)} ${x2} ${y2.toFixed(1)}`,
           style:`stroke:${solid(e)};stroke-width:${Math.max(.4,(ha+hb)/2).toFixed(2)}`});
-        links.push({p,i,e,g});p.dataset.say=`${model.layers[f.from].name} expert ${e} → ${model.layers[f.to].name} expert ${g}\n${n} tokens, of those of expert ${e}: ${stated(q,percent)}`;s.append(p)}});
+        links.push({p,i,e,g,n});p.dataset.say=`${model.layers[f.from].name} expert ${e} → ${model.layers[f.to].name} expert ${g}\n${n} tokens, of those of expert ${e}: ${stated(q,percent)}`;s.append(p)}});
     columns.forEach((c,i)=>{for(let e=0;e<c.E;e++){const r=draw("rect",{x:c.x-7,y:c.y[e].toFixed(1),width:14,height:Math.max(.5,c.h[e]).toFixed(1),rx:2,style:`fill:${solid(e)}`});
-        r.dataset.say=`${model.layers[c.l].name}, expert ${e}\n${c.load[e]} tokens`;r.dataset.i=i;r.dataset.e=e;s.append(r);
+        r.dataset.say=`${model.layers[c.l].name}, expert ${e}\n${c.load[e]} tokens`;r.dataset.i=i;r.dataset.e=e;boxes[i].push(r);s.append(r);
         if(c.h[e]>12&&c.E<=24)s.append(draw("text",{x:c.x+(i===columns.length-1?-11:11),y:c.y[e]+c.h[e]/2+4,"text-anchor":i===columns.length-1?"end":"start"},e))}
       s.append(draw("text",{x:c.x,y:H+16,"text-anchor":i===0?"start":i===columns.length-1?"end":"middle","dx":i===0?-7:i===columns.length-1?7:0},model.layers[c.l].name.replace(/^layers\./,"layer ").replace(/\.moe$/,"")))});
-    s.addEventListener("pointermove",e=>{const t=e.target;if(!t.dataset.say){s.classList.remove("flow-on");hideTip();return}
-      showTip(t.dataset.say,e.clientX,e.clientY);s.classList.add("flow-on");
-      for(const k of links)k.p.classList.toggle("on",k.p===t||(t.dataset.e!=null&&((k.i==t.dataset.i&&k.e==t.dataset.e)||(k.i==t.dataset.i-1&&k.g==t.dataset.e))))});
-    s.addEventListener("pointerleave",()=>{s.classList.remove("flow-on");hideTip()});
+    const light=t=>{s.classList.add("flow-on");
+      for(const k of links)k.p.classList.toggle("on",k.p===t||(t.dataset.e!=null&&((k.i==t.dataset.i&&k.e==t.dataset.e)||(k.i==t.dataset.i-1&&k.g==t.dataset.e))))};
+    const out=()=>{s.classList.remove("flow-on");hideTip()};
+    s.addEventListener("pointermove",e=>{const t=e.target;if(!t.dataset.say)return out();showTip(t.dataset.say,e.clientX,e.clientY);light(t)});
+    s.addEventListener("pointerleave",out);s.addEventListener("blur",out);
+    let at=[0,0];
+    s.addEventListener("keydown",e=>{const d={ArrowUp:[0,-1],ArrowDown:[0,1],ArrowLeft:[-1,0],ArrowRight:[1,0]}[e.key];if(!d)return;e.preventDefault();
+      const i=Math.max(0,Math.min(columns.length-1,at[0]+d[0])),g=Math.max(0,Math.min(columns[i].E-1,at[1]+d[1]));at=[i,g];
+      const t=boxes[i][g],box=t.getBoundingClientRect();light(t);
+      const next=links.filter(k=>k.i===i&&k.e===g).sort((p,q)=>q.n-p.n).slice(0,3).map(k=>`\n→ ${model.layers[columns[i+1].l].name} expert ${k.g}: ${k.n} tokens`).join("");
+      showTip(t.dataset.say+next,box.right,box.top);say(t.dataset.say+next)});
     holder.append(s)},F.some(f=>f.shown<1)?make("p",{"class":"small soft"},`The largest bands are drawn: ${percent(Math.min(...F.map(f=>f.shown)))} of the tokens or more.`):null)}
 )js";

@@ -156,6 +156,13 @@ async function check(theme, width) {
   if (band) {
     await evaluate("document.querySelector('path.link').dispatchEvent(new PointerEvent('pointermove', {bubbles: true, clientX: 9, clientY: 9}))");
     expect(/tokens/.test(await tip()), `${where}: hovering over a band says '${await tip()}'`);
+    await evaluate("document.querySelector('path.link').ownerSVGElement.focus()");
+    await key("ArrowDown");
+    const said = await tip();
+    expect(/expert 1\n\d+ tokens/.test(said), `${where}: an arrow key in the flow says '${said}'`);
+    await key("ArrowRight");
+    expect(await tip() !== said, `${where}: an arrow key does not go to the next layer of the flow`);
+    expect(await evaluate("document.querySelectorAll('path.link.on').length") > 0, `${where}: no band of the expert is lit`);
   }
   // Of each map, and of the flow, something says a value, its interval, and what chance would give.
   const said = await evaluate(`[...document.querySelectorAll("figure")].filter(f => f.querySelector(".cell, .link")).map(f => [
