@@ -22,9 +22,9 @@
 namespace weir {
 
 /// The last exchanges that this rank has begun, in all channels of a communicator. All ranks begin
-/// the same in the same order. One that gives up waiting asks the others, those of which that wait
-/// as well answer: a rank that is out of step, because it left something out or did something else,
-/// is found by comparing, whoever gives up first; ranks that do not answer have died, stall or
+/// the same in the same order. A rank that gives up waiting asks all others, and those that wait as
+/// well answer. Comparing the answers shows which rank is out of step, because it left something
+/// out or did something else, whoever gives up first. Ranks that do not answer have died, stall or
 /// compute.
 ///
 /// Nothing is sent before a rank asks.
@@ -43,8 +43,8 @@ class ExchangeLog {
     };
     std::int64_t ask = 0;    ///< The number of a question of a rank, and of the answer to it.
     std::int64_t count = 0;  ///< How many exchanges it has begun.
-    std::array<Entry, kWindow> last =
-        {};  ///< Exchange i, if it is one of the last, at i mod kWindow.
+    /// Exchange i, if it is one of the last, at i mod kWindow.
+    std::array<Entry, kWindow> last = {};
 
     const Entry& entry(std::int64_t i) const { return last[static_cast<std::size_t>(i % kWindow)]; }
     bool remembers(std::int64_t i) const { return i < count && i >= count - kWindow && i >= 0; }
