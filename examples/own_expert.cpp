@@ -61,6 +61,7 @@ class Wave {
 int main() {
   weir::Rng rng(1);
   std::vector<Wave> waves;
+  waves.reserve(6);
   for (int e = 0; e < 6; ++e) waves.emplace_back(2, 1, rng);
   weir::MoELayer moe(weir::LinearRouter<double>(2, 6, rng), weir::TopKSoftmax<double>({.k = 2}),
                      weir::Dropless(), weir::AnyBank<Wave>(std::move(waves), 2, 1));
