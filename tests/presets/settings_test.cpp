@@ -132,12 +132,12 @@ TEST_CASE("Presets rotate and cut as their models do", "[presets][golden]") {
   CHECK(yarn(kimi_k2().shape).factor == 32.0);
   CHECK(yarn(kimi_k2().shape).beta_fast == 1.0);
   CHECK(yarn(kimi_k2().shape).beta_slow == 1.0);
-  const auto& small_thetas = std::get<Yarn>(grouped(gpt_oss_20b().shape).rope_scaling);
+  const auto small_thetas = std::get<Yarn>(grouped(gpt_oss_20b().shape).rope_scaling);
   CHECK(small_thetas.factor == 32.0);
   CHECK_FALSE(small_thetas.truncate);
   CHECK(grouped(gpt_oss_20b().shape).window == 128);
   CHECK(std::get<GroupedQueryConfig>(*gpt_oss_20b().shape.other_attention).window == 0);
-  const auto& full = std::get<GroupedQueryConfig>(*llama_4_scout().shape.other_attention);
+  const auto full = std::get<GroupedQueryConfig>(*llama_4_scout().shape.other_attention);
   CHECK_FALSE(full.rope);
   CHECK(full.temperature_scale == 0.1);
   CHECK(full.temperature_floor == 8192);
