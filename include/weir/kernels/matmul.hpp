@@ -81,22 +81,24 @@ Cut cut(const Product<T>& p, Index most_rows) {
   return Cut::of(p.m, (p.n + piece_cols(p) - 1) / piece_cols(p), most_rows);
 }
 
-/// The left operand of rows `row` to `row + rows` and steps `step` to `step + steps`, turned.
+/// How many steps of the rows of a piece are turned at once, so that they stay in L2, and how many
+/// numbers lie between the rows then: they do not begin a power of two apart.
+inline constexpr Index kTurnedSteps = 128;
 template <class T>
-LeftRows<Native<T>> turned_rows(const Product<T>& p, Index row, Index rows, Index step,
-                                Index steps) {
+inline constexpr Index kTurnedRow = kTurnedSteps + kLanes<T>;
+
+/// The left operand of rows `row` to `row + rows` and steps `step` to `step + steps`, turned into
+/// `space` [rows, kTurnedRow].
+template <class T>
+LeftRows<Native<T>> turned_rows(const Product<T>& p, Index row, Index rows, Index step, Index steps,
+                                T* space) {
   constexpr Index kSide = kLanes<T>;
-  // Rows do not begin a power of two apart.
-  const Index length = (steps + kSide - 1) / kSide * kSide + kSide;
-  auto& space = ThreadSpace<T, LeftRows<Native<T>>>::of_this_thread();
-  space.reserve(rows * length);
-  T* const turned = space.take(rows * length);
   const T* const from = p.a + row * p.a_row + step * p.a_col;
   for (Index s = 0; s < steps; s += kSide) {
     pack_strip<kSide>(from + s * p.a_col, p.a_col, p.a_row, std::min(kSide, steps - s), rows,
-                      turned + s, length);
+                      space + s, kTurnedRow<T>);
   }
-  return {turned, length, 1};
+  return {space, kTurnedRow<T>, 1};
 }
 
 /// Pieces `begin` to `end` of a product.
@@ -108,10 +110,12 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
     return multiply_few_rows(p, col, std::min(end * piece_cols(p), p.n) - col);
   }
   auto& space = ThreadSpace<T, Product<T>>::of_this_thread();
-  space.reserve(kSlice * kCols);
+  // All that any product takes, so that a thread that has computed one allocates nothing for
+  // others.
+  space.reserve(kSlice * kCols + Cut::kMostRows * kTurnedRow<T>);
   T* const packed = space.take(kSlice * kCols);
-  // Turned rows stay in L2 slice by slice.
-  const Index slice = turns_rows(p) ? kSlice : std::max<Index>(1, p.k);
+  T* const turned = space.take(Cut::kMostRows * kTurnedRow<T>);
+  const Index slice = turns_rows(p) ? kTurnedSteps : std::max<Index>(1, p.k);
   while (begin < end) {
     const Index first = begin / cut.panels * cut.panels;  // The first piece with these rows.
     const Index last = std::min(end, first + cut.panels);
@@ -132,7 +136,7 @@ void multiply_pieces_of(const Product<T>& p, const Cut& cut, Index begin, Index 
                 followed && p.k > 0 ? from + kCols * p.b_col : nullptr};
       };
       const LeftRows<Native<T>> left =
-          turns_rows(p) ? turned_rows(p, row, part.total_rows, step, steps)
+          turns_rows(p) ? turned_rows(p, row, part.total_rows, step, steps, turned)
                         : LeftRows<Native<T>>{p.a + row * p.a_row, p.a_row, p.a_col};
       const ToMatrix<T> to = {p.out + row * p.out_row, p.out_row, p.n, p.accumulate || step > 0};
       multiply_pieces<Native<T>>(part, left, steps, begin - first, last - first, panel_of, to);
