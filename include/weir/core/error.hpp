@@ -48,7 +48,9 @@ class MessagePart {
   MessagePart(std::string_view text) : text_(text) {}  // NOLINT(google-explicit-constructor)
   MessagePart(const char* text) : text_(text) {}       // NOLINT(google-explicit-constructor)
   [[gnu::cold]] explicit MessagePart(double value) {
-    set_length(std::snprintf(number_, sizeof number_, "%g", value));
+    // A NaN has a sign, too, which depends on the compiler.
+    const double shown = std::isnan(value) ? std::abs(value) : value;
+    set_length(std::snprintf(number_, sizeof number_, "%g", shown));
   }
   [[gnu::cold]] explicit MessagePart(long long value) {
     set_length(std::snprintf(number_, sizeof number_, "%lld", value));
