@@ -25,7 +25,6 @@ using weir::Index;
 struct Options {
   std::string runs;
   Index units = 2;
-  double slice = 4.0;
   std::vector<Index> devices = {64, 128, 256, 512, 1024, 2048, 4096};
   Index tokens = 4096;
   Index drawn = 1 << 19;
@@ -37,9 +36,6 @@ std::optional<int> parse(int argc, char** argv, Options& options) {
   line.add("--runs", options.runs, "Runs of cluster_measure to fit and to check");
   line.add("--units", options.units, "Processors of the machine that made them")
       ->check(limits::at_least(1));
-  line.add("--slice", options.slice,
-           "Milliseconds for which a processor serves one of several ranks at a time")
-      ->check(limits::at_least(0));
   line.add("--devices", options.devices, "Devices to predict for: multiples of 8")
       ->check(limits::between(8, 65536));
   line.add("--tokens", options.tokens, "Tokens of each device")->check(limits::at_least(1));
@@ -99,8 +95,7 @@ void check_model(const Options& options) {
       checked.push_back(m);
     }
   }
-  weir::ClusterModel model = weir::fit_cluster(fitted, options.units);
-  model.slice = 1e-3 * options.slice;
+  const weir::ClusterModel model = weir::fit_cluster(fitted, options.units);
   std::cout << "Fitted to " << fitted.size() << " passes on 2 and 4 ranks:\n"
             << "  an exchange " << fixed(1e6 * model.start, 0) << " us, a message "
             << fixed(1e6 * model.inside.per_message, 1) << " us, "

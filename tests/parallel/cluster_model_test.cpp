@@ -106,28 +106,6 @@ TEST_CASE("More tokens, skewed experts and slower links take longer", "[parallel
   CHECK(predict_layer(drawn(16, 2, 500, nodes), work, slower).seconds > many);
 }
 
-TEST_CASE("Ranks that share units unevenly leave some idle at the end",
-          "[parallel][cluster_model]") {
-  const auto seconds = [](Index ranks, double flops, double slice) {
-    ClusterModel model{.flops = 1.0, .units = 2, .slice = slice};
-    const Traffic traffic = drawn(12, 2, 12, RankNodes::uniform(ranks, ranks));
-    ClusterLoad load = layer_load(traffic, {}, 2);
-    load.flops = std::max(1.0, static_cast<double>(ranks) / 2.0) * flops;  // `flops` on each rank.
-    model.check();
-    return load_seconds(load, model);
-  };
-  CHECK(seconds(3, 0.5, 1.0) == Approx(seconds(4, 0.5, 1.0)));  // One after the other two.
-  CHECK(seconds(3, 0.5, 0.0) == Approx(0.75));
-  CHECK(seconds(3, 10.0, 1.0) == Approx(15.5));
-  CHECK(seconds(5, 0.5, 1.0) == Approx(seconds(6, 0.5, 1.0)));
-  for (const Index even : {1, 2, 4}) CHECK(seconds(even, 0.5, 1.0) == seconds(even, 0.5, 0.0));
-  CHECK(ranks_to_a_unit(RankNodes::uniform(6, 3), 2) == 1.5);
-  CHECK(ranks_to_a_unit(RankNodes::uniform(6, 3), 0) == 1.0);
-  const ClusterModel model{.flops = 1.0, .units = 2, .slice = 1.0};
-  const Traffic three = drawn(12, 2, 12, RankNodes::uniform(3, 3));
-  CHECK(predict_step(three, {.layers = 0, .other_flops = 0.5}, model).other == Approx(1.0));
-}
-
 TEST_CASE("A fit finds the numbers of the model that made the runs", "[parallel][cluster_model]") {
   const ClusterModel truth{.start = 3e-5,
                            .inside = LinkModel::of(2e-6, 4e9),
@@ -255,7 +233,6 @@ TEST_CASE("The simulator says what is wrong", "[parallel][cluster_model]") {
         "ClusterModel: pass_start = -1, expected a finite number >= 0");
   CHECK(model({.flops = 0.0}) == "ClusterModel: flops = 0, expected a finite number > 0");
   CHECK(model({.units = -1}) == "ClusterModel: units = -1, expected >= 0");
-  CHECK(model({.slice = -1.0}) == "ClusterModel: slice = -1, expected a finite number >= 0");
   CHECK(model({.overlap = 1.5}) == "ClusterModel: overlap = 1.5, expected 0 <= overlap <= 1");
   CHECK(message([] { LinkModel::of(0.0, 0.0); }) ==
         "LinkModel: bandwidth = 0, expected a finite number > 0");

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <string_view>
 #include <vector>
 
@@ -41,10 +40,6 @@ struct ClusterModel {
   double flops = 1e12;      ///< Operations a second of one unit.
   /// What computes and moves messages on a node: ranks beyond that share. 0: one for each rank.
   Index units = 0;
-  /// For how many seconds a unit serves one of the ranks that share it before it turns to another:
-  /// between two processes, what is left of a tick of the operating system, 4 ms in Linux at 250
-  /// Hz. 0: it serves all at once.
-  double slice = 0.0;
   double overlap = 0.0;  ///< The share of the shorter of computing and exchanging that is hidden.
 
   /// \throws ConfigError  if a number is negative or not finite, flops = 0, or overlap > 1.
@@ -57,7 +52,6 @@ struct ClusterModel {
     expect_at_least("ClusterModel", "pass_start", pass_start, 0.0);
     expect_positive("ClusterModel", "flops", flops);
     expect_at_least<Index>("ClusterModel", "units", units, 0);
-    expect_at_least("ClusterModel", "slice", slice, 0.0);
     expect_in("ClusterModel", "overlap", overlap, 0.0, 1.0);
   }
 };
@@ -67,7 +61,7 @@ struct ClusterModel {
 ///
 ///     max(max_r v_r, max_n sum_{r on n} v_r / units)
 ///
-/// No schedule takes less; see `idle_seconds` for more.
+/// No schedule takes less.
 /// \param of       v_r.
 template <class Of>
 double busiest(const RankNodes& nodes, Index units, Of&& of) {
@@ -84,27 +78,6 @@ double busiest(const RankNodes& nodes, Index units, Of&& of) {
   return most;
 }
 
-/// How many ranks there are to a unit of the node with the most: at least 1.
-inline double ranks_to_a_unit(const RankNodes& nodes, Index units) {
-  double most = 1.0;
-  for (Index n = 0; units > 0 && n < nodes.nodes(); ++n) {
-    most = std::max(most, static_cast<double>(nodes.size(n)) / static_cast<double>(units));
-  }
-  return most;
-}
-
-/// Seconds at the end of `seconds` for which some units are idle already, since ranks that do not
-/// divide evenly between them are served in turns: with s ranks to a unit,
-///
-///     (ceil(s) - s) min(seconds / s, slice)
-///
-/// So three ranks on two units take as long as four if each is done within a slice, and hardly
-/// longer than one and a half if it takes many.
-inline double idle_seconds(double seconds, double ranks_to_a_unit, double slice) {
-  return (std::ceil(ranks_to_a_unit) - ranks_to_a_unit) *
-         std::min(seconds / ranks_to_a_unit, slice);
-}
-
 /// What time depends on, in runs that are measured or predicted: each number is that of the
 /// busiest.
 struct ClusterLoad {
@@ -113,7 +86,6 @@ struct ClusterLoad {
   double messages_across = 0.0, bytes_across = 0.0;
   double passes = 0.0;
   double flops = 0.0;
-  double ranks_to_a_unit = 1.0;  ///< See the function of this name.
 
   ClusterLoad& operator+=(const ClusterLoad& other) {
     exchanges += other.exchanges;
@@ -123,7 +95,6 @@ struct ClusterLoad {
     bytes_across += other.bytes_across;
     passes += other.passes;
     flops += other.flops;
-    ranks_to_a_unit = std::max(ranks_to_a_unit, other.ranks_to_a_unit);
     return *this;
   }
 };
@@ -151,8 +122,7 @@ inline ClusterLoad exchange_load(const Traffic& traffic, Index row_bytes, Index 
           .messages_inside = of(true, false),
           .bytes_inside = of(true, true),
           .messages_across = of(false, false),
-          .bytes_across = of(false, true),
-          .ranks_to_a_unit = ranks_to_a_unit(nodes, units)};
+          .bytes_across = of(false, true)};
 }
 
 /// What one pass of a mixture sends and computes.
@@ -181,21 +151,20 @@ inline double exchange_seconds(const ClusterLoad& load, const ClusterModel& mode
          (model.at_once ? std::max(inside, across) : inside + across);
 }
 
-/// Seconds of the passes of a load, and for which units are idle at their end (`idle_seconds`):
+/// Seconds of the passes of a load.
 ///
 ///     exchange + compute - overlap * min(exchange, compute)
 inline double load_seconds(const ClusterLoad& load, const ClusterModel& model) {
   const double exchange = exchange_seconds(load, model);
   const double compute = load.passes * model.pass_start + load.flops / model.flops;
-  const double busy = exchange + compute - model.overlap * std::min(exchange, compute);
-  return busy + idle_seconds(busy, load.ranks_to_a_unit, model.slice);
+  return exchange + compute - model.overlap * std::min(exchange, compute);
 }
 
 /// What the model says of a pass.
 struct LayerPrediction {
   double dispatch = 0.0, compute = 0.0, combine = 0.0;  ///< Seconds.
-  double seconds = 0.0;         ///< Of all, less what overlaps; see `load_seconds`.
-  double load_imbalance = 0.0;  ///< Largest load of a rank over the mean.
+  double seconds = 0.0;                                 ///< Of all, less what overlaps.
+  double load_imbalance = 0.0;                          ///< Largest load of a rank over the mean.
 };
 
 /// \throws ConfigError  as ClusterModel::check.
@@ -209,7 +178,9 @@ inline LayerPrediction predict_layer(const Traffic& traffic, const LayerWork& wo
   prediction.combine =
       exchange_seconds(exchange_load(traffic, work.sizes.combine, model.units), model);
   prediction.compute = model.pass_start + load.flops / model.flops;
-  prediction.seconds = load_seconds(load, model);
+  const double exchange = prediction.dispatch + prediction.combine;
+  prediction.seconds =
+      exchange + prediction.compute - model.overlap * std::min(exchange, prediction.compute);
   prediction.load_imbalance = traffic.load_imbalance();
   return prediction;
 }
@@ -255,7 +226,6 @@ inline StepPrediction predict_step(const Traffic& traffic, const StepWork& work,
                                           predict_layer(traffic, work.backward, model).seconds);
   const RankNodes& nodes = traffic.nodes();
   step.other = busiest(nodes, model.units, [&](Index) { return work.other_flops; }) / model.flops;
-  step.other += idle_seconds(step.other, ranks_to_a_unit(nodes, model.units), model.slice);
   step.all_reduce =
       all_reduce_seconds(work.gradient_bytes, nodes.ranks(),
                          nodes.nodes() > 1 ? model.across : model.inside, model.start);
@@ -271,10 +241,8 @@ struct MeasuredRun {
 
 /// The model whose predictions of these runs, without overlap, have the least relative errors, see
 /// `fit_nonnegative`. What no run has, such as messages between nodes, costs nothing then, and
-/// computing is infinitely fast (1e300) where no run shows what it costs. `slice` is not fitted,
-/// and is 0 in the model: the runs should be of ranks that divide evenly between the units. \param
-/// units    What the loads were computed with. \throws ConfigError  if there are no runs, or one
-/// took no time.
+/// computing is infinitely fast (1e300) where no run shows what it costs. `units` has to be what
+/// the loads were computed with. \throws ConfigError  if there are no runs, or one took no time.
 inline ClusterModel fit_cluster(const std::vector<MeasuredRun>& runs, Index units) {
   Matrix<double> features(static_cast<Index>(runs.size()), 7);
   std::vector<double> seconds;
