@@ -19,7 +19,8 @@
 
 namespace weir {
 
-/// In which order tokens get the places of their experts.
+/// In which order tokens get the places of their experts, as far as a trace tells it; see DropOrder
+/// for what policies do.
 enum class ServingOrder {
   kRankMajor,   ///< The first choices of all tokens in order, then the second ones, and so on.
   kTokenMajor,  ///< Token by token, each with all its choices.

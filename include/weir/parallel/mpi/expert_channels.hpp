@@ -23,7 +23,7 @@ struct ExpertChannels {
 
   Channel counts, dispatch, combine;
   Channel dispatch_across, combine_across;  ///< Between nodes, where rows go in two levels.
-  Channel dispatch_on;  ///< From the first rank of a node on, where they go there once.
+  Channel dispatch_on;  ///< Where rows cross to a node once: from the rank that got them on.
 
   /// Where spans of time go, if anywhere: "experts"; "meanwhile", what is computed while tokens
   /// travel, such as shared experts; and for each chunk "dispatch 0", "combine 0", from the moment

@@ -35,7 +35,8 @@ namespace weir {
 
 /// Waits for all ranks to come to the end, so that none is in MPI_Finalize while another one ends
 /// the job, at which Open MPI's mpirun may hang. Twice the timeout, as the others are the ones who
-/// can tell what they miss. \throws RankError    if they do not.
+/// can tell what they miss.
+/// \throws RankError    if they do not.
 inline void wait_for_the_end(const Communicator& ranks) {
   MPI_Request request = MPI_REQUEST_NULL;
   expect_success("MPI_Ibarrier", MPI_Ibarrier(ranks.get(), &request));
